@@ -1,0 +1,33 @@
+"""Allocators: how a fixed budget of queries is split over the samples of a batch."""
+
+from __future__ import annotations
+
+from flops_lightning.allocators.base import (
+    Allocation,
+    QueryAllocator,
+    QueryBudget,
+    SampleStatistics,
+    SupportsQueryAllocation,
+)
+from flops_lightning.allocators.equal import EqualAllocator
+from flops_lightning.allocators.gaussian import GaussianAllocator
+from flops_lightning.allocators.gaussian_parameters import GaussianParameters
+from flops_lightning.allocators.objective import equal_objective, gain_optimal, objective, optimal_shares
+from flops_lightning.allocators.rounding import largest_remainder, water_fill
+
+__all__ = [
+    "Allocation",
+    "EqualAllocator",
+    "GaussianAllocator",
+    "GaussianParameters",
+    "QueryAllocator",
+    "QueryBudget",
+    "SampleStatistics",
+    "SupportsQueryAllocation",
+    "equal_objective",
+    "gain_optimal",
+    "largest_remainder",
+    "objective",
+    "optimal_shares",
+    "water_fill",
+]

@@ -1,0 +1,128 @@
+"""Start and end of a run in one glance: test accuracy before and after, what it cost, where to look next."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from torch import nn
+
+from flops_lightning.callbacks.query_allocator import QueryAllocatorCallback
+from flops_lightning.tasks.image_classification import ForwardImageClassifier
+
+FILE_NAME = "summary.json"
+WEIGHTS_NAME = "model.safetensors"
+
+
+class RunSummary(pl.Callback):
+    """Test before and after training; print the comparison and write it to ``summary.json`` in the run's folder.
+
+    Keys: ``start_accuracy``, ``test_accuracy``, ``queries``, ``queries_per_sample`` (of a step, all sites together),
+    ``queries_by_site``, ``forward_equivalents``, ``lost_queries``, ``train_seconds``, ``strategy``, ``allocator``, ``seed``.
+    """
+
+    def __init__(self, *, export_weights: bool = True) -> None:
+        """Choose what is written.
+
+        Args:
+            export_weights: Also write the trained backbone as plain timm weights, ``model.safetensors``.
+        """
+        self.export_weights = export_weights
+        self._start_accuracy: float | None = None
+        self._seconds = 0.0
+        self._since = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the summary of a resumed run needs of the run's beginning."""
+        elapsed = time.monotonic() - self._since if self._since else 0.0
+        return {"start_accuracy": self._start_accuracy, "seconds": self._seconds + elapsed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        self._start_accuracy, self._seconds = state_dict["start_accuracy"], state_dict["seconds"]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Test before the first step, then start the clock."""
+        if self._start_accuracy is None:
+            self._start_accuracy = _test_accuracy(trainer, pl_module)
+            rank_zero_info(f"test accuracy at the start: {self._start_accuracy:.1%}")
+        self._since = time.monotonic()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop the clock, test, print and write."""
+        self._seconds += time.monotonic() - self._since
+        self._since = 0.0
+        accuracy = _test_accuracy(trainer, pl_module)
+        if isinstance(pl_module, ForwardImageClassifier) and accuracy is not None:
+            self._report(trainer, pl_module, accuracy)
+
+    @rank_zero_only
+    def _report(self, trainer: pl.Trainer, task: ForwardImageClassifier, accuracy: float) -> None:
+        assert task.strategy is not None  # noqa: S101  training has ended, so there was one
+        meter = task.strategy.meter
+        total, clean = meter.total(), meter.sites.get("clean")
+        samples = clean.clean_passes if clean else 0
+        allocators = [c for c in trainer.callbacks if isinstance(c, QueryAllocatorCallback)]  # type: ignore[attr-defined]
+        summary = {
+            "start_accuracy": self._start_accuracy,
+            "test_accuracy": accuracy,
+            "queries": total.queries,
+            "queries_per_sample": round(total.queries / max(1, samples), 3),
+            "queries_by_site": {site: count.queries for site, count in meter.sites.items() if site != "clean"},
+            "forward_equivalents": round(total.forward_equivalents, 1),
+            "lost_queries": total.lost,
+            "train_seconds": round(self._seconds, 2),
+            "strategy": type(task.strategy).__name__,
+            "allocator": type(allocators[0].allocator).__name__ if allocators else "none",
+            "seed": torch.initial_seed(),
+        }
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / FILE_NAME).write_text(json.dumps(summary, indent=2) + "\n")
+        if self.export_weights:
+            task.export_weights(str(folder / WEIGHTS_NAME))
+        rank_zero_info(_text(summary, folder))
+
+
+def _text(summary: dict[str, Any], folder: Path) -> str:
+    start = summary["start_accuracy"]
+    sites = ", ".join(f"{site} {queries:,}" for site, queries in summary["queries_by_site"].items())
+    return "\n".join(
+        (
+            "",
+            f"test accuracy        {summary['test_accuracy']:.1%} (at the start {start:.1%})",
+            f"queries              {summary['queries']:,} ({summary['queries_per_sample']:g} a sample and step; {sites or 'none'})",
+            f"forward-equivalents  {summary['forward_equivalents']:,.0f}",
+            f"lost queries         {summary['lost_queries']:,}",
+            f"training time        {summary['train_seconds']:.0f} s",
+            f"strategy             {summary['strategy']}, allocator {summary['allocator']}",
+            f"written to           {folder}",
+            f"look at the curves   tensorboard --logdir {folder.parent}",
+        )
+    )
+
+
+@torch.no_grad()
+def _test_accuracy(trainer: pl.Trainer, pl_module: pl.LightningModule) -> float | None:
+    """Share of the data module's test images that are classified right; None without test data."""
+    datamodule = trainer.datamodule  # type: ignore[attr-defined]
+    if datamodule is None:
+        return None
+    datamodule.setup("test")
+    training = [(m, m.training) for m in pl_module.modules()]
+    pl_module.eval()
+    right = seen = 0
+    for images, labels in datamodule.test_dataloader():
+        images, labels = images.to(pl_module.device), labels.to(pl_module.device)
+        with trainer.precision_plugin.forward_context():
+            logits = nn.Module.__call__(pl_module, images)
+        right += int((logits.argmax(dim=1) == labels).sum())
+        seen += len(labels)
+    for module, mode in training:
+        module.training = mode
+    return right / seen if seen else None

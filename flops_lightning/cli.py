@@ -1,0 +1,182 @@
+"""The command line: ``fit``, ``validate``, ``test`` and ``predict`` from YAML files, through Lightning's CLI.
+
+The only place that knows arguments. A mistake ends in one short message on stderr and exit code 2; set the environment
+variable ``FLOPS_TRACEBACK=1`` to see where it was raised.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from jsonargparse import Namespace
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from flops_lightning.cli_errors import Context, explain
+from flops_lightning.errors import LostQueriesError, SettingError
+
+RUNS = "runs"
+USAGE_ERROR = 2
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+class UsageError(Exception):
+    """The command line or a configuration file was refused; the message is complete."""
+
+
+_MISTAKES = (UsageError, SettingError, LostQueriesError, MisconfigurationException)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What was raised first: while it builds objects, the parser wraps an error once per level."""
+    while error.__cause__ is not None and not isinstance(error, _MISTAKES):
+        error = error.__cause__
+    return error
+
+
+class FlopsCLI(LightningCLI):
+    """Lightning's CLI with any LightningModule and any data module, TensorBoard under ``runs/``, and short errors."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Let the data decide how many classes the model tells apart."""
+        parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, and explain what was refused.
+
+        Raises:
+            UsageError: The parser refused the arguments or a file.
+        """
+        given = cast("list[str]", args)  # main gives nothing else
+        try:
+            self.config = parser.parse_args(given)
+        except argparse.ArgumentError as error:
+            subcommand = next((arg for arg in given if arg in self.subcommands()), "")
+            raise UsageError(explain(str(error), Context(given, subcommand, self._top(subcommand)))) from error
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse a checkpoint that does not exist, before minutes are spent.
+
+        Raises:
+            SettingError: ``ckpt_path`` is neither a file nor a word that Lightning knows.
+        """
+        path = self._settings.get("ckpt_path")
+        if path and path not in ("best", "last", "hpc") and "://" not in path and not Path(path).exists():
+            raise SettingError("ckpt_path", path, "is not a file.", f"Checkpoints lie under {RUNS}/NAME/VERSION.")
+
+    def instantiate_classes(self) -> None:
+        """Build data, model and trainer.
+
+        Raises:
+            SettingError: The configuration sets another number of classes than the data has.
+            UsageError: A class refuses its settings, or needs a package that is not installed.
+        """
+        try:
+            super().instantiate_classes()
+        except (ValueError, ImportError) as error:
+            cause = _cause(error)
+            if isinstance(cause, _MISTAKES):
+                raise
+            raise UsageError(f"{cause} (FLOPS_TRACEBACK=1 shows where this was raised.)") from error
+        model = self._settings["model"]
+        given = model.get("init_args.num_classes")
+        has = getattr(self.datamodule, "num_classes", given)
+        if given is not None and given != has:
+            raise SettingError(
+                "model.init_args.num_classes",
+                given,
+                f"but the data has {has} classes.",
+                "Leave it out: the data decides.",
+            )
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Build the trainer, with TensorBoard in a folder of its own for every run unless a logger is given."""
+        settings = self._settings["trainer"]
+        if settings["logger"] in (None, True) and not settings["barebones"]:
+            folder = settings["default_root_dir"]
+            kwargs["logger"] = TensorBoardLogger(folder, self._run_name(), default_hp_metric=False)
+        return super().instantiate_trainer(**kwargs)
+
+    def _parse_ckpt_path(self) -> None:
+        """Take settings from the command line and the files only, and from a checkpoint its state.
+
+        Lightning's method of this name lets the settings saved in a checkpoint override those just given, in silence;
+        nothing but overriding it turns that off.
+        """
+
+    @property
+    def _settings(self) -> Namespace:
+        """What was parsed for the command at hand."""
+        return self.config[str(self.subcommand)]
+
+    def _run_name(self) -> str:
+        """The names of the configuration files, as in ``vit_tiny_digits+equal``, or that of the model's class."""
+        files = [Path(str(file)) for file in self._settings.get("config") or []]
+        # The copy that a run keeps of its own settings lies in runs/NAME/VERSION/config.yaml.
+        names = [file.parent.parent.name if file.name == "config.yaml" else file.stem for file in files]
+        return "+".join(names) or type(self.model).__name__
+
+    def _top(self, subcommand: str) -> dict[str, Any]:
+        """Type hints by name of the settings at the top of a configuration file."""
+        method = inspect.signature(getattr(Trainer, subcommand)).parameters if subcommand else {}
+        own = {name: Any for name in method if name not in {"self", *self.subcommands()[subcommand]}}
+        parts = {"trainer": Trainer, "model": LightningModule, "data": LightningDataModule}
+        return {"config": str, "seed_everything": int, **parts, **own}
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    """Whether a line of Lightning's log is about the run, and not about packages to install."""
+    return "Tip: For seamless cloud" not in record.getMessage()
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line.
+
+    Args:
+        args: Arguments after the program's name; those of the process if None.
+
+    Raises:
+        SystemExit: With code 0 after ``--help``, 2 after a mistake in the settings, 130 after Ctrl-C.
+    """
+    per_command = {"exit_on_error": False, "allow_abbrev": False}  # an abbreviation would hide a misspelt setting
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+    try:
+        FlopsCLI(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            trainer_defaults={"default_root_dir": RUNS},
+            save_config_kwargs={"overwrite": True},
+            auto_configure_optimizers=False,  # the task configures its optimiser; a second way would override it
+            parser_kwargs={
+                "description": "Train networks with forward passes only. Start with: "
+                "python main.py fit --config configs/vit_tiny_digits.yaml",
+                **per_command,
+                **{subcommand: dict(per_command) for subcommand in LightningCLI.subcommands()},
+            },
+            args=list(sys.argv[1:] if args is None else args),
+        )
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except SystemExit as leaving:
+        # Lightning shuts a run down on Ctrl-C and then leaves with code 1.
+        if isinstance(leaving.__context__, KeyboardInterrupt):
+            sys.exit(INTERRUPTED)
+        raise
+    except Exception as error:
+        cause = _cause(error)
+        if os.environ.get("FLOPS_TRACEBACK") == "1" or not isinstance(cause, _MISTAKES):
+            raise
+        sys.stderr.write(f"\nerror: {cause}\n")
+        sys.exit(USAGE_ERROR)

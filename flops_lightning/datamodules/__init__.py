@@ -1,0 +1,8 @@
+"""Data modules: one small file a data set, over a common base."""
+
+from __future__ import annotations
+
+from flops_lightning.datamodules.base import ImageDataModule
+from flops_lightning.datamodules.digits import DigitsDataModule
+
+__all__ = ["DigitsDataModule", "ImageDataModule"]

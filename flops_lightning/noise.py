@@ -1,0 +1,72 @@
+"""Keyed noise: every row's direction is a pure function of its key, never of the order in which rows are drawn.
+
+A direction depends on (seed, draw, site, rank, sample's place in the batch, query index) and on nothing else, so an
+estimate is the same whatever the chunk size and however rows are packed, ranks can be simulated in one process, and a
+direction can be drawn again instead of being kept.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class NoiseKey:
+    """What all rows of one site in one step have in common.
+
+    Attributes:
+        seed: The run's seed.
+        draw: The draw counter: one for each batch, skipped ones included.
+        site: Name of the site (with the module's name where a site perturbs several).
+        rank: Rank of the process.
+    """
+
+    seed: int
+    draw: int
+    site: str
+    rank: int = 0
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    # splitmix64's finaliser (Steele, Lea & Flood 2014): neighbouring keys become unrelated seeds.
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def row_seeds(key: NoiseKey, samples: NDArray[np.int64], directions: NDArray[np.int64]) -> list[int]:
+    """Seeds of the rows ``(sample, direction)``.
+
+    Args:
+        key: Shared part of the key.
+        samples: ``(r,)`` place of each row's sample in the rank's batch.
+        directions: ``(r,)`` index of each row's direction among those of its sample.
+
+    Returns:
+        One seed below 2^32 a row (what torch's CPU generator takes in).
+    """
+    state = np.full(samples.shape, key.seed & 0xFFFFFFFFFFFFFFFF, dtype=np.uint64)
+    site = zlib.crc32(key.site.encode())
+    with np.errstate(over="ignore"):
+        for part in (key.draw, site, key.rank, samples, directions):
+            word = np.asarray(part, dtype=np.uint64)
+            state = _mix(state * np.uint64(0x9E3779B97F4A7C15) + word + np.uint64(1))
+    return [int(seed) for seed in state >> np.uint64(32)]
+
+
+def standard_normal(seeds: list[int], shape: tuple[int, ...], *, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """``(r, *shape)`` standard normal noise, row ``r`` drawn from ``seeds[r]`` alone.
+
+    Half-precision activations get float32 noise: the rounding happens once, after the noise is added.
+    """
+    generator = torch.Generator(device=device)
+    noise = torch.empty((len(seeds), *shape), device=device, dtype=torch.promote_types(dtype, torch.float32))
+    for row, seed in zip(noise, seeds, strict=True):
+        row.normal_(generator=generator.manual_seed(seed))
+    return noise

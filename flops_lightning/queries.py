@@ -1,0 +1,164 @@
+"""The query engine: ragged counts -> rows -> fixed-size chunks -> one loss a row.
+
+A row is one (sample, query) pair. Rows are packed sample by sample into chunks of one fixed size, whatever the counts,
+so uneven allocation costs nothing and a suffix always sees the same shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from flops_lightning.errors import SettingError
+from flops_lightning.staging import StagedNetwork
+
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+"""``(outputs (r, ...), targets (r, ...)) -> (r,)``: one loss a row, no reduction."""
+
+
+@dataclass(frozen=True, eq=False)
+class CleanPass:
+    """The unperturbed forward pass of a batch and everything queries reuse of it.
+
+    Attributes:
+        targets: ``(b, ...)`` targets.
+        activations: Kept activations by index (the input of stage ``i``; ``len(stages)`` is the output), each ``(b, ...)``.
+        output: ``(b, ...)`` output of the network, float32 at least.
+        loss: ``(b,)`` clean losses.
+        embedding: ``(b, d)`` input of the last stage, flattened: for a ViT the top CLS token (or pooled feature).
+        draw: The draw counter of this batch, part of every noise key.
+    """
+
+    targets: Tensor
+    activations: dict[int, Tensor]
+    output: Tensor
+    loss: Tensor
+    embedding: Tensor
+    draw: int
+
+    @property
+    def batch_size(self) -> int:
+        """Number of samples ``b``."""
+        return self.loss.shape[0]
+
+
+@torch.no_grad()
+def clean_pass(
+    network: StagedNetwork, loss: LossFunction, inputs: Tensor, targets: Tensor, *, keep: Collection[int], draw: int, rows: int
+) -> CleanPass:
+    """Run the network unperturbed, ``rows`` samples at a time, and keep the activations in ``keep``."""
+    kept: dict[int, list[Tensor]] = {i: [] for i in {*keep, len(network) - 1, len(network)}}
+    with network.evaluating():
+        for x in inputs.split(rows):
+            for i, stage in enumerate(network.stages):
+                if i in kept:
+                    kept[i].append(x)
+                x = stage.run(x)
+            kept[len(network)].append(x)
+    activations = {i: torch.cat(parts) for i, parts in kept.items()}
+    embedding = activations[len(network) - 1].flatten(1)
+    if len(network) - 1 not in keep:
+        del activations[len(network) - 1]
+    output = at_least_float32(activations[len(network)])
+    return CleanPass(targets, activations, output, row_losses(loss, output, targets), embedding, draw)
+
+
+@torch.no_grad()
+def refresh(network: StagedNetwork, loss: LossFunction, clean: CleanPass, start: int, *, rows: int) -> CleanPass:
+    """The clean pass after the parameters of stages ``>= start`` changed: prefix kept, output and loss computed anew.
+
+    Activations with an index above ``start`` are stale and dropped.
+    """
+    with network.evaluating():
+        parts = [network.run(h, start) for h in clean.activations[start].split(rows)]
+    output = at_least_float32(torch.cat(parts))
+    activations = {i: h for i, h in clean.activations.items() if i <= start} | {len(network): output}
+    return replace(clean, activations=activations, output=output, loss=row_losses(loss, output, clean.targets))
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """``x`` in float32 if it is in half precision: differences of losses need it."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def row_losses(loss: LossFunction, output: Tensor, targets: Tensor) -> Tensor:
+    """``(r,)`` losses, checked for their shape.
+
+    Raises:
+        SettingError: the loss function reduced over the rows.
+    """
+    losses = loss(at_least_float32(output), targets)
+    if losses.shape != output.shape[:1]:
+        raise SettingError(
+            "loss", getattr(loss, "__name__", type(loss).__name__),
+            f"returned the shape {tuple(losses.shape)} for {output.shape[0]} rows.",
+            "Return one loss a row, for example cross_entropy(..., reduction='none').",
+        )  # fmt: skip
+    return at_least_float32(losses)
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """A fixed number of rows of one site.
+
+    Attributes:
+        samples: ``(r,)`` place of each row's sample in the batch, ascending; padding repeats the last row's.
+        queries: ``(r,)`` query index of each row.
+        rows: Number of real rows; those beyond are padding.
+    """
+
+    samples: NDArray[np.int64]
+    queries: NDArray[np.int64]
+    rows: int
+
+    @property
+    def span(self) -> slice:
+        """The consecutive samples that this chunk touches."""
+        return slice(int(self.samples[0]), int(self.samples[-1]) + 1)
+
+
+@dataclass(frozen=True, eq=False)
+class RowPlan:
+    """All rows of one site in one step, and how they are cut into chunks."""
+
+    samples: NDArray[np.int64]
+    queries: NDArray[np.int64]
+    chunk_rows: int
+
+    def __iter__(self) -> Iterator[Chunk]:
+        """Chunks of ``chunk_rows`` rows each, the last one padded."""
+        for start in range(0, len(self.samples), self.chunk_rows):
+            samples, queries = self.samples[start : start + self.chunk_rows], self.queries[start : start + self.chunk_rows]
+            pad = self.chunk_rows - len(samples)
+            yield Chunk(np.pad(samples, (0, pad), "edge"), np.pad(queries, (0, pad), "edge"), len(samples))
+
+
+def plan_rows(counts: NDArray[np.int64], max_rows: int, *, first_query: int = 0, multiple: int = 1) -> RowPlan:
+    """Rows for ragged counts, sample by sample.
+
+    The chunk size is the largest multiple of ``multiple`` up to ``max_rows`` that leaves the least padding for this number
+    of chunks; it depends on the sum of the counts alone, so a fixed budget gives a fixed shape.
+
+    Args:
+        counts: ``(b,)`` queries of each sample.
+        max_rows: Upper bound of rows in a chunk.
+        first_query: Index of each sample's first query (queries before it were spent as pilots).
+        multiple: Rows that must stay in one chunk (2 for antithetic pairs).
+    """
+    total = int(counts.sum())
+    samples = np.repeat(np.arange(len(counts)), counts)
+    starts = np.repeat(np.cumsum(counts) - counts, counts)
+    chunks = max(1, -(-total // max_rows))
+    chunk_rows = -(-max(total, 1) // chunks)
+    chunk_rows = -(-chunk_rows // multiple) * multiple
+    return RowPlan(samples, np.arange(total) - starts + first_query, chunk_rows)
+
+
+def drop_rows(plan: RowPlan, lost: NDArray[np.bool_]) -> RowPlan:
+    """The plan without the rows marked in ``lost`` ``(R,)``."""
+    return replace(plan, samples=plan.samples[~lost], queries=plan.queries[~lost])

@@ -1,0 +1,8 @@
+"""Gradient strategies: one interface, one file for each estimator."""
+
+from flops_lightning.strategies.backprop import Backprop
+from flops_lightning.strategies.base import Estimate, ForwardGradientStrategy
+from flops_lightning.strategies.lr_strategy import LikelihoodRatio, PilotSpec
+from flops_lightning.strategies.sites import Site, SiteSpec
+
+__all__ = ["Backprop", "Estimate", "ForwardGradientStrategy", "LikelihoodRatio", "PilotSpec", "Site", "SiteSpec"]

@@ -1,0 +1,89 @@
+"""``Backprop``: the exact gradient, the upper bound of every forward-only estimate, behind the same interface."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from flops_lightning.errors import SettingError
+from flops_lightning.meter import CLEAN
+from flops_lightning.queries import CleanPass, LossFunction, at_least_float32, row_losses
+from flops_lightning.staging import StagedNetwork
+from flops_lightning.strategies.base import Estimate, ForwardGradientStrategy, add_gradients
+from flops_lightning.strategies.sites import Site
+
+
+class Backprop(ForwardGradientStrategy):
+    """Reverse-mode gradient of the mean loss, in eval mode like the queries (no dropout), so that objectives agree."""
+
+    def bind(self, network: StagedNetwork, loss: LossFunction) -> None:
+        """Keep network and loss.
+
+        Raises:
+            SettingError: the network has no trainable parameter.
+        """
+        if not network.trainable():
+            raise SettingError("freeze", list(network.frozen()), "leaves nothing to train.", "Freeze less.")
+        self.network, self.loss = network, loss
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """None: backprop spends no queries."""
+        return ()
+
+    @property
+    def budget(self) -> None:
+        """None: there is nothing to allocate."""
+        return
+
+    @property
+    def update_groups(self) -> tuple[tuple[str, ...], ...]:
+        """One step with all parameters."""
+        return ((),)
+
+    def clean_pass(self, inputs: Tensor, targets: Tensor) -> CleanPass:
+        """Run the batch and keep its graph for :meth:`estimate`."""
+        with self.network.evaluating(), torch.enable_grad():
+            embedding = self.network.run(inputs, 0, len(self.network) - 1)
+            output = at_least_float32(self.network.run(embedding, len(self.network) - 1))
+            loss = row_losses(self.loss, output, targets)
+        self.draw += 1
+        self.meter.add(CLEAN, clean_passes=len(loss), forward_equivalents=len(loss))
+        return CleanPass(targets, {}, output, loss, embedding.detach().flatten(1), self.draw - 1)
+
+    def refresh(self, clean: CleanPass, updated: Sequence[str]) -> CleanPass:
+        """Not needed: there is a single step."""
+        raise RuntimeError(f"Backprop has one update group, nothing to refresh after {list(updated)}.")
+
+    def pilot_trace(self, clean: CleanPass) -> None:
+        """None: backprop spends no queries."""
+
+    def estimate(
+        self, clean: CleanPass, counts: Tensor | None = None, sites: Sequence[str] | None = None
+    ) -> Estimate:
+        """Add the exact gradient to ``.grad``.
+
+        Raises:
+            SettingError: counts were given.
+        """
+        if counts is not None:
+            raise SettingError("counts", tuple(counts.shape), "backprop spends no queries.", "Remove the allocator.")
+        if sites:
+            raise SettingError("sites", list(sites), "backprop has no sites.", "Leave `sites` out.")
+        parameters = self.network.trainable()
+        finite = torch.isfinite(clean.loss.detach())
+        detached = replace(clean, loss=clean.loss.detach(), output=clean.output.detach())
+        self.meter.add(CLEAN, forward_equivalents=2 * clean.batch_size)  # a backward pass costs two forward passes
+        if not bool(finite.any()):
+            return Estimate(detached.loss, detached.output, 0, lost=0, silent_samples=len(finite), lost_batch=True)
+        # A sample without a finite loss contributes nothing, as it would with queries.
+        total = torch.where(finite, clean.loss, 0.0).sum() / clean.batch_size
+        gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+        zeros = {name: torch.zeros_like(p) for name, p in parameters.items()}
+        add_gradients(
+            parameters, {n: zeros[n] if g is None else g for n, g in zip(parameters, gradients, strict=True)}
+        )
+        return Estimate(detached.loss, detached.output, 0, silent_samples=int((~finite).sum()))

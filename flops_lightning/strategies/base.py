@@ -1,0 +1,136 @@
+"""The interface of everything that can fill ``.grad``: forward-only estimators and backprop alike."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flops_lightning.allocators.base import QueryBudget
+from flops_lightning.meter import QueryMeter
+from flops_lightning.queries import CleanPass, LossFunction
+from flops_lightning.staging import StagedNetwork
+from flops_lightning.strategies.sites import Site
+
+
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """What one call of ``estimate`` did; the gradient itself is in ``.grad``.
+
+    Attributes:
+        loss: ``(b,)`` clean losses.
+        output: ``(b, ...)`` clean output of the network.
+        queries: Queries spent, pilots left out.
+        lost: Queries lost to non-finite losses, their antithetic partners included.
+        silent_samples: (sample, site) pairs that contributed nothing because all their queries were lost.
+        lost_batch: No query survived at any site: ``.grad`` was not touched and the step should be skipped.
+    """
+
+    loss: Tensor
+    output: Tensor
+    queries: int
+    lost: int = 0
+    silent_samples: int = 0
+    lost_batch: bool = False
+
+
+class ForwardGradientStrategy(ABC):
+    """Estimates the gradient of ``(1/b) sum_b L_b`` in a network's trainable parameters.
+
+    Use: ``bind`` once; for each batch ``clean_pass``, then ``estimate`` for each entry of ``update_groups``, with
+    ``refresh`` in between if there are several.
+
+    Attributes:
+        rank: Rank of the process; part of every noise key, so that ranks draw different directions.
+        draw: Draw counter: number of batches seen, skipped ones included.
+        meter: What has been paid so far.
+    """
+
+    rank: int = 0
+    draw: int = 0
+
+    def __init__(self) -> None:
+        """Start with nothing paid."""
+        self.meter = QueryMeter()
+
+    @abstractmethod
+    def bind(self, network: StagedNetwork, loss: LossFunction) -> None:
+        """Resolve the settings against a network; the loss returns one value a row.
+
+        Raises:
+            SettingError: a setting does not fit the network.
+        """
+
+    @property
+    @abstractmethod
+    def sites(self) -> tuple[Site, ...]:
+        """Sites from bottom to top; empty for a strategy without queries."""
+
+    @property
+    @abstractmethod
+    def budget(self) -> QueryBudget | None:
+        """What an allocator may split, one entry per site, pilots taken off; None for a strategy without queries."""
+
+    @property
+    @abstractmethod
+    def update_groups(self) -> tuple[tuple[str, ...], ...]:
+        """Names of the sites to be estimated before each optimiser step, in order."""
+
+    @abstractmethod
+    def clean_pass(self, inputs: Tensor, targets: Tensor) -> CleanPass:
+        """Run the batch unperturbed and advance the draw counter."""
+
+    @abstractmethod
+    def refresh(self, clean: CleanPass, updated: Sequence[str]) -> CleanPass:
+        """The clean pass after the parameters of the sites ``updated`` changed."""
+
+    @abstractmethod
+    def pilot_trace(self, clean: CleanPass) -> Tensor | None:
+        """Spend the pilots on this batch and return ``(b,)`` traces; None where no pilots are configured."""
+
+    @abstractmethod
+    def estimate(
+        self, clean: CleanPass, counts: Tensor | None = None, sites: Sequence[str] | None = None
+    ) -> Estimate:
+        """Add the gradient estimate to ``.grad`` of the sites' parameters.
+
+        Args:
+            clean: The batch's clean pass.
+            counts: ``(s, b)`` or ``(b,)`` integer queries of each sample (at each site); None: the budget in equal parts.
+            sites: Names of the sites to estimate; None: all.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to draw the same noise and go on counting."""
+        return {"draw": self.draw, "meter": self.meter.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        self.draw = int(state["draw"])
+        self.meter.load_state_dict(state["meter"])
+
+
+def add_gradients(parameters: Mapping[str, nn.Parameter], gradients: Mapping[str, Tensor]) -> None:
+    """Add to ``.grad`` as ``backward`` would."""
+    for name, gradient in gradients.items():
+        parameter = parameters[name]
+        gradient = gradient.to(parameter.dtype)
+        parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+
+
+def summed(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Sum of gradients by name."""
+    total: dict[str, Tensor] = {}
+    for part in parts:
+        for name, gradient in part.items():
+            total[name] = total[name] + gradient if name in total else gradient
+    return total
+
+
+def resolve_seed(seed: int | None) -> int:
+    """The given seed, or the one that ``seed_everything`` (or torch itself) started from."""
+    return torch.initial_seed() & 0x7FFFFFFF if seed is None else seed

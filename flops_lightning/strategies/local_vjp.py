@@ -1,0 +1,37 @@
+"""``J^T delta`` of a block or a group of blocks: autograd inside the site, never through its suffix."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flops_lightning.queries import CleanPass
+from flops_lightning.staging import StagedNetwork
+from flops_lightning.strategies.sites import Site
+
+
+def local_vjp(network: StagedNetwork, site: Site, clean: CleanPass, delta: Tensor, *, rows: int) -> dict[str, Tensor]:
+    """``sum_b J_b^T delta_b``, ``J_b`` the Jacobian of the site's output in its parameters at the clean input.
+
+    Args:
+        network: The staged network.
+        site: A ``block`` or ``group`` site.
+        clean: The batch's clean pass, with the activation that enters the site.
+        delta: ``(b, ...)`` gradient with respect to the site's active output.
+        rows: Samples whose graph is kept at a time (bounds the memory).
+
+    Returns:
+        Gradients by parameter name; zeros for a parameter that the output does not depend on.
+    """
+    total = {name: torch.zeros_like(p) for name, p in site.parameters.items()}
+    parameters = list(site.parameters.values())
+    with network.evaluating():
+        for h, d in zip(clean.activations[site.first].split(rows), delta.split(rows), strict=True):
+            with torch.enable_grad():
+                output = network.run(h, site.first, site.last + 1)
+                output = output if site.tokens is None else output[:, site.tokens]
+            gradients = torch.autograd.grad(output, parameters, d.to(output.dtype), allow_unused=True)
+            for name, gradient in zip(total, gradients, strict=True):
+                if gradient is not None:
+                    total[name] += gradient
+    return total

@@ -1,0 +1,34 @@
+"""Whether a precision resolves a noise width."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+
+from flops_lightning.queries import CleanPass
+from flops_lightning.strategies.sites import Site
+
+# Below this many rounding steps of the activation the noise is mostly rounding error.
+RESOLVED_STEPS = 32
+
+
+def warn_unresolved_sigma(sites: Sequence[Site], clean: CleanPass) -> None:
+    """Warn at every site whose sigma is below what the precision resolves, and name a workable value.
+
+    The rounding step is the machine epsilon of the dtype in which the suffix computes times the RMS of the activation.
+    """
+    for site in sites:
+        h = clean.activations[site.start]
+        device = h.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
+        if not dtype.is_floating_point:
+            continue
+        least = RESOLVED_STEPS * torch.finfo(dtype).eps * float(h.float().square().mean().sqrt())
+        if site.sigma < least:
+            warnings.warn(
+                f"strategy.sites: sigma = {site.sigma:g} at site {site.name!r} is below what {dtype} resolves there. "
+                f"Write {least:.1g} or more, or use a higher precision.",
+                RuntimeWarning, stacklevel=3,
+            )  # fmt: skip

@@ -1,0 +1,260 @@
+"""Sites: where noise enters, which parameters it teaches, and how many queries that may cost.
+
+Settings (:class:`SiteSpec`) are resolved against a staged network into sites (:class:`Site`); every trainable parameter
+must end up in exactly one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from torch import nn
+
+from flops_lightning.errors import SettingError
+from flops_lightning.staging import StagedNetwork
+from flops_lightning.strategies.closed_form import CLOSED_FORM_LAYERS
+
+SiteKind = Literal["linear", "block", "group"]
+
+
+@dataclass
+class SiteSpec:
+    """Setting: a range of stages and how its parameters are to be taught.
+
+    Attributes:
+        stages: ``[first, last]`` stage of the range, both included, or ``[only]``.
+        kind: ``group``: one site at the output of the range, local VJP through the range. ``block``: one such site for
+            each stage of the range. ``linear``: noise at the output of linear, convolution and layer-norm modules, closed
+            form, no autograd anywhere.
+        sigma: Standard deviation of the noise.
+        queries_per_sample: Average queries of a sample at each site of this range.
+        name: Name of the site (or the prefix of the names, where the range makes several).
+        modules: ``linear`` only: patterns (as in a shell) of the full names of the modules to perturb.
+        together: ``linear`` only: perturb all modules in one query (the paper's group) instead of one at a time.
+        active_tokens: Put noise only on the tokens that the rest of the network reads, where the staging knows them.
+    """
+
+    stages: list[str]
+    kind: SiteKind = "group"
+    sigma: float = 0.01
+    queries_per_sample: int = 20
+    name: str = ""
+    modules: list[str] = field(default_factory=lambda: ["*"])
+    together: bool = False
+    active_tokens: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class LayerTarget:
+    """A module whose output is perturbed, and the tokens at which (None: all)."""
+
+    name: str
+    module: nn.Module
+    tokens: slice | None
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A place where noise enters.
+
+    Attributes:
+        name: Its name in settings, logs and noise keys.
+        first: Index of the first stage it owns parameters of.
+        last: Index of the last.
+        sigma: Standard deviation of the noise.
+        queries_per_sample: Average queries of a sample.
+        parameters: The parameters it teaches, by name.
+        tokens: Tokens of the boundary activation that get noise (None: all).
+        narrow: The suffix may be run on these tokens alone.
+        layers: For ``linear`` sites the perturbed modules; empty for ``block`` and ``group`` sites, whose noise enters
+            at the output of stage ``last``.
+    """
+
+    name: str
+    first: int
+    last: int
+    sigma: float
+    queries_per_sample: int
+    parameters: dict[str, nn.Parameter]
+    tokens: slice | None = None
+    narrow: bool = False
+    layers: tuple[LayerTarget, ...] = ()
+
+    @property
+    def start(self) -> int:
+        """Index of the stage at which a query's forward pass starts."""
+        return self.first if self.layers else self.last + 1
+
+
+def default_specs(network: StagedNetwork, groups: int = 3) -> list[SiteSpec]:
+    """The paper's layout (appendix C.1): the body in ``groups`` groups of equal depth from bottom to top, and the head.
+
+    The head takes with it the stages before it that have no attention or linear layers of their own (final norm, pooling).
+    """
+    names = [stage.name for stage in network.stages]
+    if len(names) < 2:  # noqa: PLR2004  a network of one stage has no body
+        raise SettingError(
+            "sites", [], "a network of one stage cannot be cut into a body and a head.",
+            "Split it into an nn.Sequential of several stages.",
+        )  # fmt: skip
+    head = len(names) - 2 if names[-2:] == ["pool", "head"] else len(names) - 1
+    groups = min(groups, head)
+    cuts = [round(i * head / groups) for i in range(groups + 1)]
+    if names[0] == "embed":  # the embedding rides with the first group: only blocks count as depth
+        cuts = [0, *(1 + round(i * (head - 1) / groups) for i in range(1, groups + 1))]
+    body = [
+        SiteSpec(stages=[names[a], names[b - 1]], name=f"group{i + 1}")
+        for i, (a, b) in enumerate(zip(cuts, cuts[1:], strict=False))
+        if network.parameters_of(a, b - 1)
+    ]
+    return [*body, SiteSpec(stages=[names[head], names[-1]], name="head")]
+
+
+def resolve_sites(network: StagedNetwork, specs: Sequence[SiteSpec]) -> tuple[Site, ...]:
+    """Resolve settings against a network, bottom to top.
+
+    Raises:
+        SettingError: an unknown stage or an empty range, a sigma that is not positive, fewer than two queries, a group
+            that spans the whole network, a pattern that matches nothing, two sites of one name, a parameter without a
+            site or with two.
+    """
+    sites: list[Site] = []
+    for i, spec in enumerate(specs or default_specs(network)):
+        sites += _resolve(network, spec, f"strategy.sites[{i}]")
+    sites.sort(key=lambda site: (site.last, site.first))
+    names = [site.name for site in sites]
+    for name in names:
+        if names.count(name) > 1:
+            raise SettingError("strategy.sites", name, "is the name of two sites.", "Give each a `name` of its own.")
+    _check_ownership(network, sites)
+    return tuple(sites)
+
+
+def _resolve(network: StagedNetwork, spec: SiteSpec, setting: str) -> list[Site]:
+    if not spec.sigma > 0:
+        raise SettingError(f"{setting}.sigma", spec.sigma, "the noise needs a positive width.", "Write for example 0.01.")
+    if spec.queries_per_sample < 2:  # noqa: PLR2004
+        raise SettingError(
+            f"{setting}.queries_per_sample", spec.queries_per_sample, "an estimate needs at least two queries.",
+            "Write 2 or more, for example 20.",
+        )  # fmt: skip
+    if spec.kind not in ("linear", "block", "group"):
+        raise SettingError(f"{setting}.kind", spec.kind, "is not a kind of site.", "Write linear, block or group.")
+    if spec.kind != "linear" and (spec.modules != ["*"] or spec.together):
+        raise SettingError(
+            f"{setting}.kind", spec.kind, "takes neither `modules` nor `together`.", "Remove them, or write kind: linear."
+        )
+    first, last = _range(network, spec, setting)
+    if spec.kind == "linear":
+        return _linear_sites(network, spec, setting, first, last)
+    if spec.kind == "block":
+        ranges = [(i, i) for i in range(first, last + 1) if network.parameters_of(i, i)]
+        names = [f"{spec.name}.{network.stages[i].name}" if spec.name else network.stages[i].name for i, _ in ranges]
+    else:
+        ranges = [(first, last)] if network.parameters_of(first, last) else []
+        names = [spec.name or "..".join(dict.fromkeys(spec.stages))]
+    if not ranges:
+        raise _nothing_to_learn(setting, spec)
+    if len(network) > 1 and (first, last) == (0, len(network) - 1) and spec.kind == "group":
+        raise SettingError(
+            f"{setting}.stages", spec.stages, "a group over the whole network would be backpropagation by another name.",
+            "Cut it into several groups, or use strategy Backprop.",
+        )  # fmt: skip
+    return [_boundary_site(network, spec, name, a, b) for name, (a, b) in zip(names, ranges, strict=True)]
+
+
+def _range(network: StagedNetwork, spec: SiteSpec, setting: str) -> tuple[int, int]:
+    if not 1 <= len(spec.stages) <= 2:  # noqa: PLR2004
+        raise SettingError(f"{setting}.stages", spec.stages, "is not a range.", "Write [first, last] or [only].")
+    for name in spec.stages:
+        if name not in network.index:
+            raise SettingError(
+                f"{setting}.stages", name, "is not a stage of this network.", f"Choose from {list(network.index)}."
+            )
+    first, last = network.index[spec.stages[0]], network.index[spec.stages[-1]]
+    if first > last:
+        raise SettingError(f"{setting}.stages", spec.stages, "runs backwards.", "Write the lower stage first.")
+    return first, last
+
+
+def _boundary_site(network: StagedNetwork, spec: SiteSpec, name: str, first: int, last: int) -> Site:
+    reader = network.stages[last + 1] if last + 1 < len(network) else None
+    tokens = reader.reads if reader is not None and spec.active_tokens else None
+    return Site(
+        name=name,
+        first=first,
+        last=last,
+        sigma=spec.sigma,
+        queries_per_sample=spec.queries_per_sample,
+        parameters=network.parameters_of(first, last),
+        tokens=tokens,
+        narrow=tokens is not None and reader is not None and reader.narrows,
+    )
+
+
+def _linear_sites(network: StagedNetwork, spec: SiteSpec, setting: str, first: int, last: int) -> list[Site]:
+    trainable = network.trainable()
+    layers: list[tuple[int, LayerTarget]] = []
+    for i in range(first, last + 1):
+        for name, module in network.modules_of(i):
+            owned = any(f"{name}.{leaf}" in trainable for leaf, _ in module.named_parameters(recurse=False))
+            if owned and isinstance(module, CLOSED_FORM_LAYERS) and any(fnmatchcase(name, p) for p in spec.modules):
+                layers.append((i, LayerTarget(name, module, _active_tokens(network, spec, i, name))))
+    if not layers:
+        raise _nothing_to_learn(setting, spec)
+    groups = [layers] if spec.together else [[layer] for layer in layers]
+    joint = spec.name or "..".join(dict.fromkeys(spec.stages))
+    prefix = f"{spec.name}." if spec.name else ""
+    return [
+        Site(
+            name=joint if spec.together else prefix + members[0][1].name,
+            first=members[0][0],
+            last=members[-1][0],
+            sigma=spec.sigma,
+            queries_per_sample=spec.queries_per_sample,
+            parameters={n: p for n, p in trainable.items() if any(n.rpartition(".")[0] == t.name for _, t in members)},
+            layers=tuple(target for _, target in members),
+        )
+        for members in groups
+    ]
+
+
+def _active_tokens(network: StagedNetwork, spec: SiteSpec, stage: int, module: str) -> slice | None:
+    if not spec.active_tokens or stage + 1 >= len(network):
+        return None
+    tokenwise = any(module == part or module.startswith(part + ".") for part in network.stages[stage].tokenwise)
+    return network.stages[stage + 1].reads if tokenwise else None
+
+
+def _nothing_to_learn(setting: str, spec: SiteSpec) -> SettingError:
+    what = f"modules {spec.modules} of " if spec.kind == "linear" else ""
+    return SettingError(
+        f"{setting}.stages", spec.stages, f"{what}these stages have no trainable parameter that kind: {spec.kind} can teach.",
+        "Remove the site, unfreeze its parameters, or choose other stages or modules.",
+    )  # fmt: skip
+
+
+def _check_ownership(network: StagedNetwork, sites: Sequence[Site]) -> None:
+    owners: dict[str, list[str]] = {name: [] for name in network.trainable()}
+    for site in sites:
+        for name in site.parameters:
+            owners[name].append(site.name)
+    shared = {name: names for name, names in owners.items() if len(names) > 1}
+    if shared:
+        name, names = next(iter(shared.items()))
+        raise SettingError(
+            "strategy.sites", names, f"both own the parameter {name!r} ({len(shared)} in all).",
+            "Make the ranges of stages disjoint.",
+        )  # fmt: skip
+    unowned = [name for name, names in owners.items() if not names]
+    if unowned:
+        stages = list(dict.fromkeys(s.name for s in network.stages for name in unowned if s.owns(name)))
+        raise SettingError(
+            "strategy.sites", [site.name for site in sites],
+            f"leave {len(unowned)} trainable parameters without a site: {', '.join(unowned[:6])}"
+            f"{', ...' if len(unowned) > 6 else ''}.",  # noqa: PLR2004
+            f"Add a site for the stages {stages}, or freeze these parameters (freeze: [...]).",
+        )  # fmt: skip

@@ -1,0 +1,6 @@
+"""LightningModules that learn from forward passes."""
+
+from flops_lightning.tasks.image_classification import ForwardImageClassifier
+from flops_lightning.tasks.optimisation import ClipSettings, OptimizerSettings
+
+__all__ = ["ClipSettings", "ForwardImageClassifier", "OptimizerSettings"]

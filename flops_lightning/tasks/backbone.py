@@ -1,0 +1,159 @@
+"""timm backbones: made by name, loaded from local files, frozen by pattern, exported as plain timm weights."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor, nn
+
+from flops_lightning.errors import SettingError
+
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer
+
+_OWN_PREFIX = "backbone."
+
+
+def create_backbone(model_name: str, model_kwargs: Mapping[str, Any], *, num_classes: int, pretrained: bool) -> nn.Module:
+    """A timm model.
+
+    Raises:
+        SettingError: an unknown name, keyword arguments that the model does not take, or weights that cannot be fetched.
+    """
+    import timm  # kept out of the import of this package: it takes a while and a library user may not need it
+
+    if pretrained and not timm.is_model_pretrained(model_name) and timm.is_model(model_name):
+        raise SettingError("pretrained", True, f"timm has no weights for {model_name!r}.", "Give a `checkpoint` file.")
+    if not timm.is_model(model_name):
+        close = difflib.get_close_matches(model_name, timm.list_models(), n=3)
+        raise SettingError("model_name", model_name, "is not a timm model.", f"Did you mean {close}? See timm.list_models().")
+    if "num_classes" in model_kwargs:
+        raise SettingError("model_kwargs.num_classes", model_kwargs["num_classes"], "comes from the data.", "Remove it.")
+    try:
+        model: nn.Module = timm.create_model(model_name, pretrained=pretrained, num_classes=num_classes, **model_kwargs)
+    except TypeError as error:
+        raise SettingError(
+            "model_kwargs", dict(model_kwargs), f"{model_name} refuses them: {error}.", "Remove what it does not take."
+        ) from error
+    except Exception as error:
+        if not pretrained:
+            raise
+        raise SettingError(
+            "pretrained", True, f"the weights of {model_name} could not be fetched ({type(error).__name__}).",
+            "Check the connection, or download the file and give it as `checkpoint`.",
+        ) from error  # fmt: skip
+    return model
+
+
+def load_weights(backbone: nn.Module, path: str) -> None:
+    """Load a local checkpoint: safetensors, or a file that ``torch.load(weights_only=True)`` reads.
+
+    Plain timm weights and checkpoints of this project's tasks both work. A head with another number of classes is left as
+    initialised, and said so.
+
+    Raises:
+        SettingError: the file is missing, unreadable or has other tensors than the model.
+    """
+    state = _read(Path(path))
+    own = backbone.state_dict()
+    head = [name for name in state if name.startswith("head.") and name in own and state[name].shape != own[name].shape]
+    if head:
+        rank_zero_info(f"checkpoint: the head has another number of classes, {head} start fresh.")
+    shapes = [
+        f"{name} is {tuple(state[name].shape)}, the model has {tuple(own[name].shape)}"
+        for name in state
+        if name in own and name not in head and state[name].shape != own[name].shape
+    ]
+    if shapes:
+        raise SettingError(
+            "checkpoint", path, f"has {len(shapes)} tensors of another shape: {shapes[0]}.",
+            "Give the `model_name` and `model_kwargs` (img_size, patch_size, depth, ...) it was trained with.",
+        )  # fmt: skip
+    result = backbone.load_state_dict({k: v for k, v in state.items() if k not in head}, strict=False)
+    missing = [name for name in result.missing_keys if name not in head]
+    if missing or result.unexpected_keys:
+        raise SettingError(
+            "checkpoint", path, f"is of another model: missing {missing[:3]} ({len(missing)} in all), "
+            f"unexpected {result.unexpected_keys[:3]} ({len(result.unexpected_keys)} in all).",
+            "Give the `model_name` and `model_kwargs` it was trained with.",
+        )  # fmt: skip
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise SettingError("checkpoint", str(path), "is not a file.", "Give the path of a .safetensors or .ckpt file.")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise SettingError(
+            "checkpoint", str(path), f"cannot be read ({type(error).__name__}: {str(error).splitlines()[0][:80]}).",
+            "Give an intact safetensors file, or one saved by torch.save that holds tensors only.",
+        ) from error  # fmt: skip
+    state = state.get("state_dict", state.get("model", state)) if isinstance(state, dict) else {}
+    if any(name.startswith(_OWN_PREFIX) for name in state):
+        state = {k.removeprefix(_OWN_PREFIX): v for k, v in state.items() if k.startswith(_OWN_PREFIX)}
+    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise SettingError("checkpoint", str(path), "holds no weights.", "Give a file with a model's state_dict.")
+    return state
+
+
+def save_weights(backbone: nn.Module, path: str | Path) -> None:
+    """Write the weights under timm's own names as safetensors (or, by another suffix, with ``torch.save``)."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".safetensors":
+        from safetensors.torch import save_file
+
+        save_file(state, path)
+    else:
+        torch.save(state, path)
+
+
+def freeze(backbone: nn.Module, patterns: Sequence[str]) -> None:
+    """Stop training the parameters whose names match a shell pattern.
+
+    Raises:
+        SettingError: a pattern that matches no parameter.
+    """
+    for pattern in patterns:
+        matched = [p for name, p in backbone.named_parameters() if fnmatchcase(name, pattern)]
+        if not matched:
+            names = [name for name, _ in backbone.named_parameters()]
+            close = difflib.get_close_matches(pattern, names, n=3) or names[:3]
+            raise SettingError("freeze", pattern, "matches no parameter.", f"Write a pattern for names like {close}.")
+        for parameter in matched:
+            parameter.requires_grad_(False)
+
+
+def check_images(backbone: nn.Module, images: Tensor) -> None:
+    """Compare a batch with the size and channels that a ViT was built for.
+
+    Raises:
+        SettingError: they differ.
+    """
+    embed = getattr(backbone, "patch_embed", None)
+    if embed is None or images.dim() != 4:  # noqa: PLR2004
+        return
+    vit: VisionTransformer = backbone  # type: ignore[assignment]
+    channels, size = images.shape[1], tuple(images.shape[2:])
+    if channels != vit.in_chans:
+        raise SettingError(
+            "model_kwargs.in_chans", vit.in_chans, f"the images have {channels} channels.", f"Write in_chans: {channels}."
+        )
+    if not vit.dynamic_img_size and embed.img_size is not None and size != tuple(embed.img_size):
+        raise SettingError(
+            "model_kwargs.img_size", tuple(embed.img_size), f"the images are {size[0]} x {size[1]}.",
+            f"Write img_size: {size[0]}, or let the data module resize the images.",
+        )  # fmt: skip

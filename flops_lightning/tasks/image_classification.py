@@ -1,0 +1,288 @@
+"""Image classification with a timm backbone that learns from forward passes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, TypeVar
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics.classification import MulticlassAccuracy
+
+from flops_lightning.allocators.base import SampleStatistics
+from flops_lightning.errors import LostQueriesError, SettingError
+from flops_lightning.queries import CleanPass
+from flops_lightning.staging import stage_network
+from flops_lightning.strategies.base import Estimate, ForwardGradientStrategy
+from flops_lightning.tasks.backbone import check_images, create_backbone, freeze as freeze_parameters, load_weights, save_weights
+from flops_lightning.tasks.optimisation import (
+    ClipSettings,
+    OptimizerSettings,
+    build_optimizer,
+    build_schedule,
+    clip_gradients,
+)
+from flops_lightning.tasks.trainer_checks import check_trainer
+
+Batch = tuple[Tensor, Tensor]
+S = TypeVar("S", OptimizerSettings, ClipSettings)
+
+
+class ForwardImageClassifier(pl.LightningModule):
+    """A timm classifier trained by a :class:`ForwardGradientStrategy`.
+
+    It offers ``sample_statistics`` and ``set_query_counts``, so a ``QueryAllocatorCallback`` can allocate its queries;
+    without one every sample gets the same.
+    """
+
+    automatic_optimization = False
+
+    def __init__(
+        self,
+        *,
+        model_name: str,
+        num_classes: int,
+        strategy: ForwardGradientStrategy | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        pretrained: bool = False,
+        checkpoint: str = "",
+        freeze: Sequence[str] = (),
+        optimizer: OptimizerSettings | None = None,
+        clip: ClipSettings | None = None,
+        label_smoothing: float = 0.0,
+        max_skipped_steps: int = 10,
+    ) -> None:
+        """Build the backbone, stage it, and resolve the strategy against it.
+
+        Args:
+            model_name: A timm model whose class is ``VisionTransformer``.
+            num_classes: Number of classes (the CLI takes it from the data).
+            strategy: How gradients are estimated; None is enough to validate, test and predict.
+            model_kwargs: Further arguments of ``timm.create_model`` (``img_size``, ``in_chans``, ``depth``, ...).
+            pretrained: Start from timm's weights.
+            checkpoint: Start from a local file instead (safetensors, or a plain ``torch.save``).
+            freeze: Shell patterns of parameters that are not trained, for example ``["pos_embed", "blocks.0.*"]``.
+            optimizer: Optimiser and schedule.
+            clip: Gradient clipping.
+            label_smoothing: Label smoothing of the cross-entropy, 0 to below 1.
+            max_skipped_steps: Steps in a row that may lose all their queries before the run stops.
+
+        Raises:
+            SettingError: any of these does not fit, with the remedy.
+        """
+        super().__init__()
+        if not 0 <= label_smoothing < 1:
+            raise SettingError("label_smoothing", label_smoothing, "is not in [0, 1).", "Write for example 0.1.")
+        if max_skipped_steps < 0:
+            raise SettingError("max_skipped_steps", max_skipped_steps, "is negative.", "Write 0 or more.")
+        if pretrained and checkpoint:
+            raise SettingError("pretrained", True, "`checkpoint` is given as well.", "Choose one of the two.")
+        self.optimizer_settings = _settings(OptimizerSettings, optimizer)
+        self.clip_settings = _settings(ClipSettings, clip)
+        self.optimizer_settings.check()
+        self.clip_settings.check()
+        # Plain values only, so that checkpoints load with weights_only=True. The start weights are in the state_dict.
+        self.save_hyperparameters(
+            {
+                "model_name": model_name,
+                "num_classes": num_classes,
+                "model_kwargs": dict(model_kwargs or {}),
+                "freeze": list(freeze),
+                "optimizer": asdict(self.optimizer_settings),
+                "clip": asdict(self.clip_settings),
+                "label_smoothing": label_smoothing,
+                "max_skipped_steps": max_skipped_steps,
+            }
+        )
+        self.backbone = create_backbone(model_name, model_kwargs or {}, num_classes=num_classes, pretrained=pretrained)
+        if checkpoint:
+            load_weights(self.backbone, checkpoint)
+        freeze_parameters(self.backbone, freeze)
+        self.label_smoothing = label_smoothing
+        self.max_skipped_steps = max_skipped_steps
+        self.network = stage_network(self.backbone)
+        self.strategy = strategy
+        if strategy is not None:
+            strategy.bind(self.network, self.loss)
+        self.accuracy = torch.nn.ModuleDict(
+            {f"{stage}_accuracy": MulticlassAccuracy(num_classes, average="micro") for stage in ("train", "val", "test")}
+        )
+        self._clean: tuple[Tensor, CleanPass] | None = None
+        self._counts: Tensor | None = None
+        self._skipped = 0
+
+    # -- the network ---------------------------------------------------------------------------------------------------
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``(b, c)`` logits of ``(b, channel, h, w)`` images."""
+        check_images(self.backbone, images)
+        logits: Tensor = self.backbone(images)
+        return logits
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """``(b,)`` cross-entropies."""
+        return F.cross_entropy(logits, labels, reduction="none", label_smoothing=self.label_smoothing)
+
+    def export_weights(self, path: str) -> None:
+        """Write the backbone's weights under timm's names, to be loaded by ``timm.create_model`` without this package."""
+        save_weights(self.backbone, path)
+
+    # -- what the allocator's callback asks for ------------------------------------------------------------------------
+
+    def sample_statistics(self, batch: Batch) -> SampleStatistics:
+        """Run the clean pass and the pilots; ``training_step`` reuses both.
+
+        Raises:
+            SettingError: the strategy spends no queries.
+        """
+        strategy = self._strategy()
+        if strategy.budget is None:
+            raise SettingError(
+                "trainer.callbacks", "QueryAllocatorCallback", f"{type(strategy).__name__} spends no queries to allocate.",
+                "Remove the callback, or use a strategy with queries such as LikelihoodRatio.",
+            )  # fmt: skip
+        clean = self._clean_pass(batch)
+        trace = strategy.pilot_trace(clean)
+        return SampleStatistics(loss=clean.loss, embedding=clean.embedding, trace=trace, budget=strategy.budget)
+
+    def set_query_counts(self, counts: Tensor) -> None:
+        """Take the ``(s, b)`` counts of the batch whose statistics were asked for."""
+        self._counts = counts
+
+    def _clean_pass(self, batch: Batch) -> CleanPass:
+        images, labels = batch
+        if self._clean is None or self._clean[0] is not images:
+            check_images(self.backbone, images)
+            self._clean = (images, self._strategy().clean_pass(images, labels))
+        return self._clean[1]
+
+    def _strategy(self) -> ForwardGradientStrategy:
+        if self.strategy is None:
+            raise SettingError("strategy", None, "training needs one.", "Give for example LikelihoodRatio().")
+        return self.strategy
+
+    # -- training ------------------------------------------------------------------------------------------------------
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """No callbacks; Lightning asks before it verifies or sets up anything, early enough to refuse its settings."""
+        check_trainer(self.trainer)
+        return []
+
+    def configure_optimizers(self) -> Any:
+        """The optimiser over the trainable parameters, and its schedule by step."""
+        optimizer = build_optimizer(self.backbone, self.optimizer_settings)
+        schedule = build_schedule(optimizer, self.optimizer_settings, self.trainer.estimated_stepping_batches)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr"}}
+
+    def on_fit_start(self) -> None:
+        """List what is not trained; check that pilots will be taken."""
+        strategy = self._strategy()
+        strategy.rank = self.global_rank
+        if self.network.frozen():
+            rank_zero_info(f"frozen parameters: {', '.join(self.network.frozen())}")
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """Estimate the gradient from queries and step, once or (Algorithm 1) once for each site."""
+        strategy = self._strategy()
+        clean, counts = self._clean_pass(batch), self._counts
+        self._clean = self._counts = None
+        self._check_pilots(counts)
+        # Only the last of several updates counts as a step of the trainer.
+        counted, raw = self.optimizers(), self.optimizers(use_pl_optimizer=False)
+        groups = strategy.update_groups
+        stepped = False
+        for i, names in enumerate(groups):
+            if i:
+                clean = strategy.refresh(clean, groups[i - 1])
+            counted.zero_grad()
+            estimate = strategy.estimate(clean, counts, names or None)
+            if not estimate.lost_batch:
+                norm = clip_gradients(self.backbone.named_parameters(), self.clip_settings)
+                self.log(f"grad_norm/{names[0] if len(groups) > 1 else 'all'}", norm)
+                (counted if i == len(groups) - 1 else raw).step()
+                stepped = True
+            self._log_estimate(estimate, batch[1], first=i == 0)
+        self._count_skipped(stepped)
+        if stepped:
+            self.lr_schedulers().step()
+
+    def _check_pilots(self, counts: Tensor | None) -> None:
+        pilots = getattr(self.strategy, "pilots", None)
+        if counts is None and pilots is not None and pilots.queries:
+            raise SettingError(
+                "strategy.pilots.queries", pilots.queries, "no allocator asks for pilots.",
+                "Add QueryAllocatorCallback to trainer.callbacks, or write 0.",
+            )  # fmt: skip
+
+    def _count_skipped(self, stepped: bool) -> None:
+        self._skipped = 0 if stepped else self._skipped + 1
+        if self._skipped > self.max_skipped_steps:
+            raise LostQueriesError(
+                f"{self._skipped} steps in a row lost every query to non-finite losses (max_skipped_steps = "
+                f"{self.max_skipped_steps}). Lower optimizer.lr or the sites' sigma, set clip.norm, or use precision 32-true."
+            )
+
+    def _log_estimate(self, estimate: Estimate, labels: Tensor, *, first: bool) -> None:
+        if first:
+            accuracy = self.accuracy["train_accuracy"]
+            accuracy(estimate.output, labels)
+            self.log("train/loss", estimate.loss.mean(), prog_bar=True)
+            self.log("train/accuracy", accuracy, prog_bar=True, on_step=True, on_epoch=True)
+        total = self._strategy().meter.total()
+        self.log("queries/total", float(total.queries))
+        self.log("queries/lost", float(total.lost))
+        self.log("queries/forward_equivalents", total.forward_equivalents)
+
+    def on_train_epoch_end(self) -> None:
+        """Log the queries of every site."""
+        for site, count in self._strategy().meter.sites.items():
+            self.log(f"queries/{site}", float(count.queries))
+
+    # -- evaluation ----------------------------------------------------------------------------------------------------
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Log ``val/loss`` and ``val/accuracy``."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Log ``test/loss`` and ``test/accuracy``."""
+        self._evaluate(batch, "test")
+
+    def _evaluate(self, batch: Batch, stage: str) -> None:
+        images, labels = batch
+        logits = self(images)
+        accuracy = self.accuracy[f"{stage}_accuracy"]
+        accuracy(logits, labels)
+        self.log(f"{stage}/loss", self.loss(logits, labels).mean(), batch_size=len(labels))
+        self.log(f"{stage}/accuracy", accuracy, prog_bar=True, batch_size=len(labels))
+
+    def predict_step(self, batch: Batch | Tensor, batch_idx: int) -> dict[str, Tensor]:
+        """``label`` ``(b,)`` and ``probability`` ``(b, c)`` of a batch of images, with or without labels."""
+        images = batch if isinstance(batch, Tensor) else batch[0]
+        probability = self(images).softmax(dim=1)
+        return {"label": probability.argmax(dim=1), "probability": probability}
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the strategy's state (draw counter, seed, meter)."""
+        if self.strategy is not None:
+            checkpoint["forward_gradient"] = {"strategy": self.strategy.state_dict(), "skipped": self._skipped}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore it."""
+        state = checkpoint.get("forward_gradient")
+        if state is not None and self.strategy is not None:
+            self.strategy.load_state_dict(state["strategy"])
+            self._skipped = state["skipped"]
+
+
+def _settings(cls: type[S], value: S | None) -> S:
+    # A checkpoint holds its hyper-parameters as plain dicts, and `load_from_checkpoint` passes them back as they are.
+    if isinstance(value, Mapping):
+        return cls(**value)
+    return cls() if value is None else value

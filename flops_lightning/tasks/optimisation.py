@@ -1,0 +1,143 @@
+"""Optimiser, learning-rate schedule and gradient clipping by plain settings, for manual optimisation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from flops_lightning.errors import SettingError
+
+OptimizerName = Literal["adam", "adamw", "sgd"]
+ScheduleName = Literal["constant", "cosine"]
+
+
+@dataclass
+class OptimizerSettings:
+    """How gradients become steps; the defaults are the paper's (Adam, 1e-4, constant).
+
+    Attributes:
+        name: ``adam``, ``adamw`` or ``sgd``.
+        lr: Learning rate (its peak, under a schedule).
+        weight_decay: Weight decay, left off biases, norms and whatever else has one dimension.
+        momentum: Momentum of ``sgd``.
+        schedule: ``constant``, or ``cosine`` down to zero at the last step.
+        warmup_steps: Steps of linear warm-up from zero.
+    """
+
+    name: OptimizerName = "adam"
+    lr: float = 1e-4
+    weight_decay: float = 0.0
+    momentum: float = 0.0
+    schedule: ScheduleName = "constant"
+    warmup_steps: int = 0
+
+    def check(self) -> None:
+        """Refuse settings that cannot work together.
+
+        Raises:
+            SettingError: an unknown name, a negative number, or momentum for an optimiser that has betas.
+        """
+        for setting, value, choices in (
+            ("optimizer.name", self.name, get_args(OptimizerName)),
+            ("optimizer.schedule", self.schedule, get_args(ScheduleName)),
+        ):
+            if value not in choices:
+                raise SettingError(setting, value, "is not known.", f"Choose from {list(choices)}.")
+        if not self.lr > 0:
+            raise SettingError("optimizer.lr", self.lr, "must be positive.", "Write for example 1.0e-4.")
+        for setting in ("weight_decay", "momentum", "warmup_steps"):
+            if getattr(self, setting) < 0:
+                raise SettingError(f"optimizer.{setting}", getattr(self, setting), "is negative.", "Write 0 or more.")
+        if self.momentum and self.name != "sgd":
+            raise SettingError(
+                "optimizer.momentum", self.momentum, f"{self.name} has no momentum setting.", "Write 0, or name: sgd."
+            )
+
+
+@dataclass
+class ClipSettings:
+    """Clipping of the gradient's norm.
+
+    Attributes:
+        norm: Largest norm of the gradient, 0 for no clipping. With ``attention_norm`` it holds for all other parameters.
+        attention_norm: Largest norm of the gradient of the attention layers (names with ``.attn.``), clipped apart from the
+            rest as the paper advises (FLOPS, appendix C.4); 0: not apart.
+    """
+
+    norm: float = 0.0
+    attention_norm: float = 0.0
+
+    def check(self) -> None:
+        """Refuse negative norms.
+
+        Raises:
+            SettingError: a norm below zero.
+        """
+        for setting in ("norm", "attention_norm"):
+            if not getattr(self, setting) >= 0:
+                raise SettingError(f"clip.{setting}", getattr(self, setting), "is negative.", "Write 0 for none.")
+
+
+def build_optimizer(module: nn.Module, settings: OptimizerSettings) -> Optimizer:
+    """The optimiser of the trainable parameters of ``module``."""
+    settings.check()
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    groups: list[dict[str, object]] = [{"params": [p for p in parameters if p.ndim > 1]}]
+    groups.append({"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0})
+    groups = [group for group in groups if group["params"]]
+    if settings.name == "sgd":
+        return torch.optim.SGD(
+            groups, lr=settings.lr, weight_decay=settings.weight_decay, momentum=settings.momentum
+        )
+    family = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[settings.name]
+    return family(groups, lr=settings.lr, weight_decay=settings.weight_decay)
+
+
+def lr_factor(step: int, *, schedule: ScheduleName, warmup_steps: int, total_steps: float) -> float:
+    """Factor of the learning rate at a step: linear warm-up, then constant or half a cosine down to zero."""
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    if schedule == "constant":
+        return 1.0
+    progress = (step - warmup_steps) / max(1.0, total_steps - warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def build_schedule(optimizer: Optimizer, settings: OptimizerSettings, total_steps: float) -> LambdaLR:
+    """The learning-rate schedule, to be stepped after each optimiser step.
+
+    Raises:
+        SettingError: a cosine without a known end.
+    """
+    if settings.schedule == "cosine" and not math.isfinite(total_steps):
+        raise SettingError(
+            "optimizer.schedule", "cosine", "needs to know the number of steps.", "Set trainer.max_epochs or max_steps."
+        )
+    factor = partial(
+        lr_factor, schedule=settings.schedule, warmup_steps=settings.warmup_steps, total_steps=total_steps
+    )
+    return LambdaLR(optimizer, factor)
+
+
+def clip_gradients(named_parameters: Iterable[tuple[str, nn.Parameter]], settings: ClipSettings) -> Tensor:
+    """Clip in place and return the norm of the whole gradient before clipping."""
+    named = [(name, p) for name, p in named_parameters if p.grad is not None]
+    total = torch.nn.utils.get_total_norm([p.grad for _, p in named if p.grad is not None])
+    attention = [p for name, p in named if ".attn." in name] if settings.attention_norm else []
+    chosen = {id(p) for p in attention}
+    _clip(attention, settings.attention_norm)
+    _clip([p for _, p in named if id(p) not in chosen], settings.norm)
+    return total
+
+
+def _clip(parameters: Sequence[nn.Parameter], norm: float) -> None:
+    if parameters and norm:
+        torch.nn.utils.clip_grad_norm_(parameters, norm)

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from sklearn.datasets import load_digits
+
+from flops_lightning.datamodules import DigitsDataModule
+from flops_lightning.datamodules.digits import turn
+from flops_lightning.errors import SettingError
+
+
+def prepared(**settings) -> DigitsDataModule:
+    data = DigitsDataModule(**settings)
+    data.setup("fit")
+    return data
+
+
+def pixels(data: DigitsDataModule) -> torch.Tensor:
+    return torch.cat([part.tensors[0] for part in (data.train_set, data.val_set, data.test_set)])
+
+
+def rows_of(images: torch.Tensor) -> set[bytes]:
+    return {image.numpy().tobytes() for image in images}
+
+
+def test_splits_partition_the_real_digits_and_keep_the_share_of_every_class():
+    data = prepared()
+    digits = load_digits()
+    parts = [data.train_set, data.val_set, data.test_set]
+    assert [len(part) for part in parts] == [1257, 180, 360]
+
+    whole = torch.from_numpy(digits.images).float().div(16).unsqueeze(1)
+    whole = (whole - data.mean[0]) / data.std[0]
+    # Sorted by bytes, so that equality means the same multiset of (image, label).
+    expected = sorted((x.numpy().tobytes(), int(y)) for x, y in zip(whole, digits.target, strict=True))
+    got = sorted((x.numpy().tobytes(), int(y)) for part in parts for x, y in zip(*part.tensors, strict=True))
+    assert got == expected
+
+    share = torch.bincount(torch.from_numpy(digits.target), minlength=10) / 1797
+    for part in parts:
+        counts = torch.bincount(part.tensors[1], minlength=10)
+        assert (counts - share * len(part)).abs().max() < 1.5
+
+
+def test_upright_pixels_have_mean_0_and_standard_deviation_1():
+    values = pixels(prepared())
+    assert abs(values.mean().item()) < 1e-3
+    assert abs(values.std(correction=0).item() - 1) < 1e-3
+
+
+def test_split_depends_on_its_own_seed_only():
+    seed_everything(1)
+    first = prepared()
+    seed_everything(2)
+    again, other = prepared(), prepared(split_seed=1)
+    assert torch.equal(first.test_set.tensors[0], again.test_set.tensors[0])
+    assert rows_of(first.test_set.tensors[0]) != rows_of(other.test_set.tensors[0])
+
+
+def test_rotation_keeps_split_and_labels_and_turns_counter_clockwise():
+    upright, turned = prepared(), prepared(rotation=90.0)
+    assert torch.equal(upright.test_set.tensors[1], turned.test_set.tensors[1])
+    torch.testing.assert_close(
+        turned.test_set.tensors[0], upright.test_set.tensors[0].rot90(1, (2, 3)), rtol=0, atol=1e-5
+    )
+
+
+def test_a_turned_pixel_moves_by_the_angle_and_the_frame_fills_with_background():
+    image = torch.zeros(1, 1, 9, 9)
+    image[..., 4, 8] = 1.0  # four pixels right of the centre
+    moved = turn(image, 40.0)
+    row, column = torch.meshgrid(torch.arange(9.0), torch.arange(9.0), indexing="ij")
+    weight = moved[0, 0] / moved.sum()
+    expected = (4 - 4 * math.sin(math.radians(40)), 4 + 4 * math.cos(math.radians(40)))
+    assert abs((weight * row).sum().item() - expected[0]) < 0.25
+    assert abs((weight * column).sum().item() - expected[1]) < 0.25
+    assert (turn(torch.ones(1, 1, 9, 9), 45.0)[0, 0, 0, 0]).item() == 0.0
+
+
+def test_batches_have_the_promised_shapes_and_the_last_one_is_kept():
+    data = prepared(batch_size=100)
+    sizes = []
+    for images, labels in data.train_dataloader():
+        assert images.shape == (len(labels), data.in_chans, data.image_size, data.image_size)
+        assert (images.dtype, labels.dtype) == (torch.float32, torch.int64)
+        sizes.append(len(labels))
+    assert sizes == [100] * 12 + [57]
+    assert (data.num_classes, data.class_names) == (10, tuple("0123456789"))
+
+
+def test_prediction_reads_the_test_images_in_order():
+    data = prepared()
+    images = torch.cat([images for images, _ in data.predict_dataloader()])
+    assert torch.equal(images, data.test_set.tensors[0])
+    assert torch.equal(images, torch.cat([images for images, _ in data.test_dataloader()]))
+
+
+class Recorder(LightningModule):
+    """Keeps the labels of every training batch, one list an epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.epochs: list[list[int]] = []
+
+    def on_train_epoch_start(self) -> None:
+        self.epochs.append([])
+        torch.rand(7)  # what a step draws must not change the order of the next epoch
+
+    def training_step(self, batch) -> torch.Tensor:
+        self.epochs[-1].extend(batch[1].tolist())
+        return self.weight.sum()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def epochs_seen(seed: int, folder, max_epochs: int, resume: str | None = None) -> tuple[list[list[int]], str]:
+    seed_everything(seed)
+    trainer = Trainer(
+        max_epochs=max_epochs, accelerator="cpu", logger=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=folder,
+    )  # fmt: skip
+    recorder = Recorder()
+    trainer.fit(recorder, datamodule=DigitsDataModule(), ckpt_path=resume)
+    return recorder.epochs, trainer.checkpoint_callback.best_model_path
+
+
+def test_order_is_keyed_on_the_seed_and_the_epoch_and_survives_a_resume(tmp_path):
+    whole, _ = epochs_seen(5, tmp_path / "whole", 3)
+    assert sorted(whole[0]) == sorted(whole[1])
+    assert whole[0] != whole[1]
+    assert epochs_seen(6, tmp_path / "other", 1)[0][0] != whole[0]
+
+    start, checkpoint = epochs_seen(5, tmp_path / "start", 2)
+    rest, _ = epochs_seen(5, tmp_path / "rest", 3, resume=checkpoint)
+    assert start + rest == whole
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"batch_size": 0}, "data.batch_size"),
+        ({"num_workers": -1}, "data.num_workers"),
+        ({"rotation": math.nan}, "data.rotation"),
+        ({"rotation": math.inf}, "data.rotation"),
+        ({"split_seed": -1}, "data.split_seed"),
+    ],
+)
+def test_a_setting_out_of_range_is_named_with_its_remedy(settings, name):
+    with pytest.raises(SettingError) as caught:
+        DigitsDataModule(**settings)
+    assert caught.value.setting == name
+    assert str(caught.value).startswith(f"{name} = ")
+    assert caught.value.remedy.split()[0] in ("Give", "Use")
