@@ -16,6 +16,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+CLASS_NAMES = ("class_path", "init_args", "dict_kwargs")  # what a mapping that stands for an object consists of
 _PLAIN = ("builtins", "typing")  # where dict, list and Any live, whose keys are free
 
 
@@ -72,7 +73,7 @@ def places(files: Iterable[str], top: Mapping[str, Any]) -> list[Place]:
 
 
 def settings_of(owner: Any) -> dict[str, Any] | None:
-    """Type hints by name of what a class takes; None if it takes any name."""
+    """Type hints by name of what a class takes, those it hands on to its bases included; None if it names none."""
     found: dict[str, Any] = {}
     for layer in inspect.getmro(owner):
         init = vars(layer).get("__init__")
@@ -86,8 +87,8 @@ def settings_of(owner: Any) -> dict[str, Any] | None:
         named = [p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
         found = {name: hints.get(name, Any) for name in named} | found
         if all(p.kind is not p.VAR_KEYWORD for p in parameters):
-            return found
-    return None  # keywords pass through every base class
+            break
+    return found or None
 
 
 def _walk(node: yaml.Node | None, hint: Any, file: str, path: str, keys: tuple[str, ...]) -> Iterator[Place]:
@@ -101,7 +102,7 @@ def _walk(node: yaml.Node | None, hint: Any, file: str, path: str, keys: tuple[s
     accepted: dict[str, Any] | None
     if "class_path" in entries:
         # What `init_args` takes is the class's business; the mapping around it has these names only.
-        accepted = {"class_path": str, "init_args": _import(entries["class_path"][1].value), "dict_kwargs": Any}
+        accepted = dict.fromkeys(CLASS_NAMES, Any) | {"init_args": _import(entries["class_path"][1].value)}
     elif isinstance(hint, Mapping):
         accepted = dict(hint)
     else:
@@ -131,5 +132,5 @@ def _import(class_path: str) -> Any:
     module, _, name = class_path.rpartition(".")
     try:
         return getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError):
+    except Exception:  # a module may fail in any way while it is imported; the parser has reported it
         return Any

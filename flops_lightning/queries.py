@@ -27,7 +27,8 @@ class CleanPass:
 
     Attributes:
         targets: ``(b, ...)`` targets.
-        activations: Kept activations by index (the input of stage ``i``; ``len(stages)`` is the output), each ``(b, ...)``.
+        activations: Kept activations by index (the input of stage ``i``; ``len(stages)`` is the output), each ``(b,
+            ...)``.
         output: ``(b, ...)`` output of the network, float32 at least.
         loss: ``(b,)`` clean losses.
         embedding: ``(b, d)`` input of the last stage, flattened: for a ViT the top CLS token (or pooled feature).
@@ -49,17 +50,25 @@ class CleanPass:
 
 @torch.no_grad()
 def clean_pass(
-    network: StagedNetwork, loss: LossFunction, inputs: Tensor, targets: Tensor, *, keep: Collection[int], draw: int, rows: int
+    network: StagedNetwork,
+    loss: LossFunction,
+    inputs: Tensor,
+    targets: Tensor,
+    *,
+    keep: Collection[int],
+    draw: int,
+    rows: int,
 ) -> CleanPass:
     """Run the network unperturbed, ``rows`` samples at a time, and keep the activations in ``keep``."""
     kept: dict[int, list[Tensor]] = {i: [] for i in {*keep, len(network) - 1, len(network)}}
     with network.evaluating():
         for x in inputs.split(rows):
+            h = x
             for i, stage in enumerate(network.stages):
                 if i in kept:
-                    kept[i].append(x)
-                x = stage.run(x)
-            kept[len(network)].append(x)
+                    kept[i].append(h)
+                h = stage.run(h)
+            kept[len(network)].append(h)
     activations = {i: torch.cat(parts) for i, parts in kept.items()}
     embedding = activations[len(network) - 1].flatten(1)
     if len(network) - 1 not in keep:
@@ -133,7 +142,10 @@ class RowPlan:
     def __iter__(self) -> Iterator[Chunk]:
         """Chunks of ``chunk_rows`` rows each, the last one padded."""
         for start in range(0, len(self.samples), self.chunk_rows):
-            samples, queries = self.samples[start : start + self.chunk_rows], self.queries[start : start + self.chunk_rows]
+            samples, queries = (
+                self.samples[start : start + self.chunk_rows],
+                self.queries[start : start + self.chunk_rows],
+            )
             pad = self.chunk_rows - len(samples)
             yield Chunk(np.pad(samples, (0, pad), "edge"), np.pad(queries, (0, pad), "edge"), len(samples))
 
@@ -141,8 +153,8 @@ class RowPlan:
 def plan_rows(counts: NDArray[np.int64], max_rows: int, *, first_query: int = 0, multiple: int = 1) -> RowPlan:
     """Rows for ragged counts, sample by sample.
 
-    The chunk size is the largest multiple of ``multiple`` up to ``max_rows`` that leaves the least padding for this number
-    of chunks; it depends on the sum of the counts alone, so a fixed budget gives a fixed shape.
+    The chunk size is the largest multiple of ``multiple`` up to ``max_rows`` that leaves the least padding for this
+    number of chunks; it depends on the sum of the counts alone, so a fixed budget gives a fixed shape.
 
     Args:
         counts: ``(b,)`` queries of each sample.

@@ -58,7 +58,8 @@ class StagedNetwork:
         """Check that the stages own every parameter of ``module`` exactly once.
 
         Raises:
-            SettingError: the network has batch normalisation, a parameter without a stage, or weights tied across stages.
+            SettingError: the network has batch normalisation, a parameter without a stage, or weights tied across
+                stages.
         """
         self.module = module
         self.stages = stages
@@ -216,14 +217,18 @@ def _stage_timm_vit(vit: VisionTransformer) -> StagedNetwork:
     for method in ("forward", "forward_features", "forward_head", "pool"):
         if getattr(type(vit), method) is not getattr(VisionTransformer, method):
             raise SettingError(
-                "model_name", type(vit).__name__, f"has its own `{method}`, so its stages are not those of a plain ViT.",
+                "model_name", type(vit).__name__, f"has its own `{method}`: its stages are not those of a plain ViT.",
                 "Use a model whose class is timm's VisionTransformer, or build a StagedNetwork by hand.",
             )  # fmt: skip
     last = len(vit.blocks) - 1
 
     def tokenwise(i: int) -> tuple[str, ...]:
         # After the attention's mixing, the standard block treats tokens one by one.
-        return tuple(f"blocks.{i}.{part}" for part in ("attn.proj", "norm2", "mlp")) if type(vit.blocks[i]) is Block else ()
+        return (
+            tuple(f"blocks.{i}.{part}" for part in ("attn.proj", "norm2", "mlp"))
+            if type(vit.blocks[i]) is Block
+            else ()
+        )
 
     reads, narrows = None, False
     if vit.attn_pool is None:
@@ -231,7 +236,9 @@ def _stage_timm_vit(vit: VisionTransformer) -> StagedNetwork:
             reads, narrows = slice(0, 1), True
         elif vit.global_pool in ("avg", "max", "avgmax") and not vit.pool_include_prefix:
             reads = slice(vit.num_prefix_tokens, None)
-    blocks = tuple(Stage(f"blocks.{i}", _Block(vit, i), (f"blocks.{i}",), tokenwise=tokenwise(i)) for i in range(last + 1))
+    blocks = tuple(
+        Stage(f"blocks.{i}", _Block(vit, i), (f"blocks.{i}",), tokenwise=tokenwise(i)) for i in range(last + 1)
+    )
     return StagedNetwork(
         vit,
         (

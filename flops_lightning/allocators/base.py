@@ -110,7 +110,16 @@ class QueryAllocator(ABC):
 
     @abstractmethod
     def allocate(self, statistics: SampleStatistics, budget: QueryBudget) -> Allocation:
-        """Choose how many queries each sample gets at each site."""
+        """Choose how many queries each sample gets at each site.
+
+        Args:
+            statistics: Of the batch, on whatever device they were computed; :meth:`SampleStatistics.on_cpu` brings them
+                over in one transfer.
+            budget: Queries per sample at each site.
+
+        Returns:
+            The counts, which meet the budget exactly, and what is worth logging.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and tensors that a resumed run needs."""

@@ -17,6 +17,7 @@ from flops_lightning.allocators.gaussian_optimisation import Optimum, descend, s
 from flops_lightning.allocators.gaussian_parameters import GaussianParameters, from_coordinates, to_coordinates
 from flops_lightning.allocators.objective import equal_objective, objective
 from flops_lightning.allocators.rounding import check_budget, largest_remainder
+from flops_lightning.allocators.threads import one_thread
 from flops_lightning.errors import SettingError
 
 Gradient = Literal["pathwise", "score", "exact"]
@@ -136,6 +137,7 @@ class GaussianAllocator(QueryAllocator):
                 "Return `embedding` from `sample_statistics`, or set covariance = 'diagonal'.",
             )
 
+    @one_thread()
     def allocate(self, statistics: SampleStatistics, budget: QueryBudget) -> Allocation:
         """Optimise lambda on this batch and draw the allocation.
 

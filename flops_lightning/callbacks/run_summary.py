@@ -23,7 +23,8 @@ class RunSummary(pl.Callback):
     """Test before and after training; print the comparison and write it to ``summary.json`` in the run's folder.
 
     Keys: ``start_accuracy``, ``test_accuracy``, ``queries``, ``queries_per_sample`` (of a step, all sites together),
-    ``queries_by_site``, ``forward_equivalents``, ``lost_queries``, ``train_seconds``, ``strategy``, ``allocator``, ``seed``.
+    ``queries_by_site``, ``forward_equivalents``, ``lost_queries``, ``train_seconds``, ``strategy``, ``allocator``,
+    ``seed``.
     """
 
     def __init__(self, *, export_weights: bool = True) -> None:
@@ -63,7 +64,7 @@ class RunSummary(pl.Callback):
 
     @rank_zero_only
     def _report(self, trainer: pl.Trainer, task: ForwardImageClassifier, accuracy: float) -> None:
-        assert task.strategy is not None  # noqa: S101  training has ended, so there was one
+        assert task.strategy is not None
         meter = task.strategy.meter
         total, clean = meter.total(), meter.sites.get("clean")
         samples = clean.clean_passes if clean else 0
@@ -91,12 +92,12 @@ class RunSummary(pl.Callback):
 
 def _text(summary: dict[str, Any], folder: Path) -> str:
     start = summary["start_accuracy"]
-    sites = ", ".join(f"{site} {queries:,}" for site, queries in summary["queries_by_site"].items())
+    sites = ", ".join(f"{site} {queries:,}" for site, queries in summary["queries_by_site"].items()) or "none"
     return "\n".join(
         (
             "",
             f"test accuracy        {summary['test_accuracy']:.1%} (at the start {start:.1%})",
-            f"queries              {summary['queries']:,} ({summary['queries_per_sample']:g} a sample and step; {sites or 'none'})",
+            f"queries              {summary['queries']:,} ({summary['queries_per_sample']:g} a sample; {sites})",
             f"forward-equivalents  {summary['forward_equivalents']:,.0f}",
             f"lost queries         {summary['lost_queries']:,}",
             f"training time        {summary['train_seconds']:.0f} s",
@@ -118,10 +119,9 @@ def _test_accuracy(trainer: pl.Trainer, pl_module: pl.LightningModule) -> float 
     pl_module.eval()
     right = seen = 0
     for images, labels in datamodule.test_dataloader():
-        images, labels = images.to(pl_module.device), labels.to(pl_module.device)
         with trainer.precision_plugin.forward_context():
-            logits = nn.Module.__call__(pl_module, images)
-        right += int((logits.argmax(dim=1) == labels).sum())
+            logits = nn.Module.__call__(pl_module, images.to(pl_module.device))
+        right += int((logits.argmax(dim=1).cpu() == labels).sum())
         seen += len(labels)
     for module, mode in training:
         module.training = mode

@@ -56,14 +56,14 @@ class Backprop(ForwardGradientStrategy):
 
     def refresh(self, clean: CleanPass, updated: Sequence[str]) -> CleanPass:
         """Not needed: there is a single step."""
-        raise RuntimeError(f"Backprop has one update group, nothing to refresh after {list(updated)}.")
+        raise RuntimeError(
+            f"draw {clean.draw}: backprop has one update group, nothing to refresh after {list(updated)}."
+        )
 
     def pilot_trace(self, clean: CleanPass) -> None:
         """None: backprop spends no queries."""
 
-    def estimate(
-        self, clean: CleanPass, counts: Tensor | None = None, sites: Sequence[str] | None = None
-    ) -> Estimate:
+    def estimate(self, clean: CleanPass, counts: Tensor | None = None, sites: Sequence[str] | None = None) -> Estimate:
         """Add the exact gradient to ``.grad``.
 
         Raises:
@@ -83,7 +83,5 @@ class Backprop(ForwardGradientStrategy):
         total = torch.where(finite, clean.loss, 0.0).sum() / clean.batch_size
         gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
         zeros = {name: torch.zeros_like(p) for name, p in parameters.items()}
-        add_gradients(
-            parameters, {n: zeros[n] if g is None else g for n, g in zip(parameters, gradients, strict=True)}
-        )
+        add_gradients(parameters, {n: zeros[n] if g is None else g for n, g in zip(parameters, gradients, strict=True)})
         return Estimate(detached.loss, detached.output, 0, silent_samples=int((~finite).sum()))

@@ -93,14 +93,13 @@ class ForwardGradientStrategy(ABC):
         """Spend the pilots on this batch and return ``(b,)`` traces; None where no pilots are configured."""
 
     @abstractmethod
-    def estimate(
-        self, clean: CleanPass, counts: Tensor | None = None, sites: Sequence[str] | None = None
-    ) -> Estimate:
+    def estimate(self, clean: CleanPass, counts: Tensor | None = None, sites: Sequence[str] | None = None) -> Estimate:
         """Add the gradient estimate to ``.grad`` of the sites' parameters.
 
         Args:
             clean: The batch's clean pass.
-            counts: ``(s, b)`` or ``(b,)`` integer queries of each sample (at each site); None: the budget in equal parts.
+            counts: ``(s, b)`` or ``(b,)`` integer queries of each sample (at each site); None: the budget in equal
+                parts.
             sites: Names of the sites to estimate; None: all.
         """
 
@@ -118,8 +117,8 @@ def add_gradients(parameters: Mapping[str, nn.Parameter], gradients: Mapping[str
     """Add to ``.grad`` as ``backward`` would."""
     for name, gradient in gradients.items():
         parameter = parameters[name]
-        gradient = gradient.to(parameter.dtype)
-        parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        typed = gradient.to(parameter.dtype)
+        parameter.grad = typed if parameter.grad is None else parameter.grad + typed
 
 
 def summed(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -6,9 +6,9 @@ gradient of the loss with respect to the layer's output; all functions sum over 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.grad import conv2d_weight
 
 CLOSED_FORM_LAYERS = (nn.Linear, nn.Conv2d, nn.LayerNorm)
 
@@ -48,9 +48,7 @@ def _linear(x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
 def _conv2d(module: nn.Conv2d, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     if module.padding_mode != "zeros" or isinstance(module.padding, str):
         raise TypeError("the closed form of a convolution takes zero padding given in numbers.")
-    weight = torch.nn.grad.conv2d_weight(
-        x, module.weight.shape, delta, module.stride, module.padding, module.dilation, module.groups
-    )
+    weight = conv2d_weight(x, module.weight.shape, delta, module.stride, module.padding, module.dilation, module.groups)
     return weight, delta.sum((0, 2, 3))
 
 
@@ -63,9 +61,10 @@ def _layer_norm(module: nn.LayerNorm, x: Tensor, delta: Tensor) -> tuple[Tensor,
 def linear_gradient_sq_norm(x: Tensor, delta: Tensor, *, bias: bool) -> Tensor:
     """``(r,)`` squared norm of each row's parameter gradient of an ``nn.Linear``, without building it.
 
-    ``||sum_t delta_t x_t^T||_F^2 = sum_{t,t'} (delta_t . delta_t') (x_t . x_t')``, plus ``||sum_t delta_t||^2`` for the bias.
+    ``||sum_t delta_t x_t^T||_F^2 = sum_{t,t'} (delta_t . delta_t') (x_t . x_t')``, plus ``||sum_t delta_t||^2`` for the
+    bias.
     """
-    if x.dim() == 2:  # noqa: PLR2004  a layer without tokens is one with a single token
+    if x.dim() == 2:
         x, delta = x[:, None], delta[:, None]
     x, delta = x.flatten(1, -2), delta.flatten(1, -2)
     norms = ((delta @ delta.mT) * (x @ x.mT)).sum((1, 2))

@@ -17,10 +17,10 @@ class SiteCosts:
     """Costs in forward-equivalents (one full forward pass of one sample).
 
     Attributes:
-        query: One query at a site: its suffix (and, where layers are perturbed together, the closed-form product of each
-            row, counted at most).
-        gradient: Once per sample and step: the local VJP (its forward and backward pass, three times the site's forward)
-            or, at a single layer, the pass that fetches the layer's input.
+        query: One query at a site: its suffix (and, where layers are perturbed together, the closed-form product of
+            each row, counted at most).
+        gradient: Once per sample and step: the local VJP (its forward and backward pass, three times the site's
+            forward) or, at a single layer, the pass that fetches the layer's input.
         from_stage: The forward pass from each stage to the end.
     """
 

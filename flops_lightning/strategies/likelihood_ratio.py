@@ -1,138 +1,263 @@
-"""The likelihood-ratio estimator of FLOPS (Ren et al., ICLR 2025), eq. 1: noise on activations, losses as weights.
+"""``LikelihoodRatio``: the estimator of FLOPS (Ren et al., ICLR 2025), eq. 1, as a strategy.
 
-At a site with activation ``h_b``, noise ``z ~ N(0, I)`` and noise width ``sigma``, for sample ``b`` with ``A_b`` queries::
+At a site with activation ``h_b``, noise ``z ~ N(0, I)`` and noise width ``sigma``, for sample ``b`` with ``A_b``
+queries::
 
     delta_b = 1 / A_b  sum_q (L_b(h_b + sigma z_q) - c_bq) z_q / sigma        grad = 1 / B  sum_b J_b^T delta_b
 
-where ``c_bq`` is 0 (``plain``), the clean loss (``baseline``), or the mean of the sample's other queries
-(``leave_one_out``). ``antithetic`` takes ``z_{2p+1} = -z_{2p}``, which turns the sum into
-``1 / n_b  sum_p [L_b(h_b + sigma z_p) - L_b(h_b - sigma z_p)] z_p / (2 sigma)`` with ``n_b = A_b / 2``.
-The paper's eq. 3, with ``z ~ N(0, sigma^2)``, is off by a factor sigma.
+The weights ``(L - c) / sigma`` and the sums over queries are in ``delta.py``, the loop over chunks in
+``site_queries.py``, ``J^T delta`` in ``closed_form.py`` and ``local_vjp.py``.
 
-Every sample enters with ``1 / (B A_b)``: neither the expanded rows nor the tokens are averaged.
+Forward only through everything between a site and the loss. ``linear`` sites use no autograd at all; ``block`` and
+``group`` sites use a local VJP inside the site, never through its suffix.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from flops_lightning.queries import Chunk
+from flops_lightning.allocators.base import QueryBudget
+from flops_lightning.errors import SettingError
+from flops_lightning.meter import CLEAN
+from flops_lightning.queries import CleanPass, LossFunction, clean_pass, refresh
+from flops_lightning.staging import StagedNetwork
+from flops_lightning.strategies.base import Estimate, ForwardGradientStrategy, add_gradients, resolve_seed
+from flops_lightning.strategies.costs import SiteCosts, site_costs
+from flops_lightning.strategies.delta import DeltaSums, Variant
+from flops_lightning.strategies.pilots import PilotSpec, check_pilots, combine
+from flops_lightning.strategies.precision import warn_unresolved_sigma
+from flops_lightning.strategies.site_queries import SiteGradient, SiteQueries, parameter_space_input, sq_norm
+from flops_lightning.strategies.sites import Site, SiteSpec, resolve_sites
 
-Variant = Literal["plain", "baseline", "leave_one_out", "antithetic"]
-
-
-def query_weights(losses: Tensor, clean: Tensor, real: Tensor, *, sigma: float, variant: Variant) -> tuple[Tensor, Tensor]:
-    """Weights of the rows' noise, and which rows count.
-
-    Args:
-        losses: ``(r,)`` losses of the queries.
-        clean: ``(r,)`` clean loss of each row's sample.
-        real: ``(r,)`` False on padding.
-        sigma: Noise width.
-        variant: ``leave_one_out`` gets the weights of ``baseline`` here; :meth:`DeltaSums.delta` centres them.
-
-    Returns:
-        ``(r,)`` weights ``(L - c) / sigma``, zero on rows that do not count, and the ``(r,)`` mask of rows that do: real,
-        with finite losses, and with a finite antithetic partner.
-    """
-    alive = torch.isfinite(losses - clean) & real
-    if variant == "antithetic":
-        alive = alive.view(-1, 2).all(dim=1).repeat_interleave(2)
-    control = torch.zeros_like(clean) if variant == "plain" else clean
-    return torch.where(alive, (losses - control) / sigma, 0.0), alive
+UpdateOrder = Literal["simultaneous", "site_by_site"]
 
 
-def spread(chunk: Chunk, values: Tensor) -> Tensor:
-    """``(n, r)`` matrix with each row's value in the line of its sample, ``n`` the samples that the chunk touches.
+class LikelihoodRatio(ForwardGradientStrategy):
+    """Likelihood-ratio gradient estimates from forward passes."""
 
-    Multiplied with ``(r, ...)`` it sums rows by sample, in one product and in a fixed order.
-    """
-    lines = torch.from_numpy(chunk.samples - chunk.samples[0]).to(values.device, non_blocking=True)
-    matrix = values.new_zeros(chunk.span.stop - chunk.span.start, values.shape[0])
-    matrix[lines, torch.arange(values.shape[0], device=values.device)] = values
-    return matrix
-
-
-@dataclass(eq=False)
-class DeltaSums:
-    """Sums over the queries of each sample, from which ``delta`` and the trace follow; nothing is kept per query.
-
-    Attributes:
-        weighted: ``(b, ...)`` ``sum_q w_q z_q``.
-        survivors: ``(b,)`` number of queries that count.
-        squares: ``(b,)`` sum over units (queries, or antithetic pairs) of the squared norm of the unit's gradient.
-        noise: ``(b, ...)`` ``sum_q z_q`` (``leave_one_out`` only).
-        weights: ``(b,)`` ``sum_q w_q`` (``leave_one_out`` only).
-    """
-
-    weighted: Tensor
-    survivors: Tensor
-    squares: Tensor
-    noise: Tensor | None = None
-    weights: Tensor | None = None
-
-    @classmethod
-    def empty(cls, batch_size: int, like: Tensor, *, variant: Variant) -> DeltaSums:
-        """Zeros for rows of noise shaped like those of ``like`` ``(r, ...)``."""
-        lines = like.new_zeros(batch_size, *like.shape[1:])
-        vector = like.new_zeros(batch_size)
-        if variant != "leave_one_out":
-            return cls(lines, vector, vector.clone())
-        return cls(lines, vector, vector.clone(), lines.clone(), vector.clone())
-
-    def add(self, chunk: Chunk, z: Tensor, weights: Tensor, alive: Tensor, sq_norms: Tensor | None, unit: int) -> None:
-        """Add one chunk.
+    def __init__(
+        self,
+        *,
+        sites: Sequence[SiteSpec] = (),
+        variant: Variant = "baseline",
+        update: UpdateOrder = "simultaneous",
+        pilots: PilotSpec | None = None,
+        chunk_rows: int = 256,
+        seed: int | None = None,
+    ) -> None:
+        """Keep the settings; they meet the network in :meth:`bind`.
 
         Args:
-            chunk: The rows' places.
-            z: ``(r, ...)`` noise.
-            weights: ``(r,)`` weights, zero on rows that do not count.
-            alive: ``(r,)`` rows that count.
-            sq_norms: ``(r,)`` squared norm of the gradient that each row's ``z`` stands for; None: no traces wanted.
-            unit: Rows in an independent unit: 2 for antithetic pairs, else 1.
+            sites: Where noise enters; empty: the paper's layout (three groups and the head).
+            variant: The control variate: ``plain`` (none), ``baseline`` (clean loss), ``leave_one_out``,
+                ``antithetic``.
+            update: All sites from the same network and one optimiser step, or one step for each site, from the top
+                down, with new losses in between (FLOPS, algorithm 1).
+            pilots: Queries spent before the allocation.
+            chunk_rows: Upper bound of the rows in one forward pass; bounds the memory, never changes the estimate.
+            seed: Seed of all noise; None: the seed of ``seed_everything``.
+
+        Raises:
+            SettingError: an unknown variant or update, or fewer than two rows in a chunk.
         """
-        weights, alive = weights.to(z.dtype), alive.to(z.dtype)
-        by_sample = spread(chunk, weights)
-        self.weighted[chunk.span].flatten(1).addmm_(by_sample, z.flatten(1))
-        by_life = spread(chunk, alive)
-        self.survivors[chunk.span] += by_life.sum(1)
-        if sq_norms is not None:
-            signs = torch.tensor([1.0, -1.0], dtype=z.dtype, device=z.device)[:unit]
-            per_unit = (weights.view(-1, unit) * signs).mean(1).square() * sq_norms.view(-1, unit)[:, 0]
-            self.squares[chunk.span] += spread(chunk, per_unit.repeat_interleave(unit) / unit).sum(1)
-        if self.noise is not None and self.weights is not None:
-            self.noise[chunk.span].flatten(1).addmm_(by_life, z.flatten(1))
-            self.weights[chunk.span] += by_sample.sum(1)
+        super().__init__()
+        for name, value, choices in (
+            ("variant", variant, get_args(Variant)),
+            ("update", update, get_args(UpdateOrder)),
+        ):
+            if value not in choices:
+                raise SettingError(f"strategy.{name}", value, "is not known.", f"Choose from {list(choices)}.")
+        if chunk_rows < 2:
+            raise SettingError("strategy.chunk_rows", chunk_rows, "is too small.", "Write 2 or more, for example 256.")
+        self.specs = tuple(sites)
+        self.variant: Variant = variant
+        self.update: UpdateOrder = update
+        self.pilots = pilots or PilotSpec()
+        self.chunk_rows = chunk_rows
+        self.seed = resolve_seed(seed)
+        self._sites: tuple[Site, ...] = ()
+        self._costs: SiteCosts | None = None
+        self._piloted: tuple[int, DeltaSums] | None = None
 
-    def delta(self) -> Tensor:
-        """``(b, ...)`` mean over the surviving queries; zero for a sample that has none (or, leave-one-out, only one)."""
-        n = _column(self.survivors, self.weighted)
-        if self.noise is None or self.weights is None:
-            return self.weighted / n.clamp(min=1)
-        # sum_q (w_q - mean of the others) z_q / n  =  sum_q (w_q - mean of all) z_q / (n - 1)
-        centred = self.weighted - _column(self.weights, self.weighted) / n.clamp(min=1) * self.noise
-        return torch.where(n > 1, centred / (n - 1).clamp(min=1), 0.0)
+    def bind(self, network: StagedNetwork, loss: LossFunction) -> None:
+        """Resolve sites and pilots.
 
-    def trace(self, sum_sq_norm: Tensor, unit: int) -> Tensor:
-        """``(b,)`` unbiased trace of the covariance of one query's gradient.
-
-        ``unit * (sum_u ||g_u||^2 - ||sum_u g_u||^2 / n) / (n - 1)`` over ``n`` independent units with mean gradient ``g_u``.
-
-        Args:
-            sum_sq_norm: ``(b,)`` squared norm of the gradient that ``weighted`` stands for.
-            unit: Rows in a unit.
-
-        Returns:
-            NaN for samples with fewer than two units.
+        Raises:
+            SettingError: see :func:`resolve_sites` and :func:`check_pilots`; or a budget that the variant cannot use.
         """
-        n = self.survivors / unit
-        scatter = self.squares - sum_sq_norm / unit**2 / n.clamp(min=1)
-        return torch.where(n > 1, unit * scatter / (n - 1).clamp(min=1), torch.nan)
+        self.network, self.loss = network, loss
+        self._sites = resolve_sites(network, self.specs)
+        self._costs = None
+        unit = self._queries.unit
+        for site in self._sites:
+            if site.queries_per_sample % unit:
+                raise SettingError(
+                    "strategy.sites.queries_per_sample", site.queries_per_sample,
+                    f"is odd at site {site.name!r}, antithetic queries come in pairs.", "Write an even number.",
+                )  # fmt: skip
+            if self.variant == "leave_one_out" and len(site.layers) > 1:
+                raise SettingError(
+                    "strategy.variant", self.variant, f"cannot centre the jointly perturbed layers of {site.name!r}, "
+                    "whose inputs differ from query to query.", "Use variant: baseline, or together: false.",
+                )  # fmt: skip
+        if self.pilots.queries:
+            check_pilots(self.pilots, self._sites, unit=unit, one_update=self.update == "simultaneous")
 
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Sites from bottom to top."""
+        return self._sites
 
-def _column(vector: Tensor, like: Tensor) -> Tensor:
-    return vector.view(-1, *(1,) * (like.dim() - 1))
+    @property
+    def budget(self) -> QueryBudget:
+        """Queries of a sample at each site, pilots taken off."""
+        left = [s.queries_per_sample - (self.pilots.queries if self._is_pilot_site(s) else 0) for s in self._sites]
+        unit = self._queries.unit
+        return QueryBudget(tuple(left), multiple=unit, minimum=2 if self.variant == "leave_one_out" else unit)
+
+    @property
+    def update_groups(self) -> tuple[tuple[str, ...], ...]:
+        """All sites at once, or one after the other from the top, so that the activations below stay valid."""
+        names = tuple(site.name for site in self._sites)
+        return (names,) if self.update == "simultaneous" else tuple((name,) for name in reversed(names))
+
+    def clean_pass(self, inputs: Tensor, targets: Tensor) -> CleanPass:
+        """Run the batch unperturbed, keep what the sites need, and advance the draw counter."""
+        keep = {i for site in self._sites for i in (site.first, site.start)}
+        clean = clean_pass(self.network, self.loss, inputs, targets, keep=keep, draw=self.draw, rows=self.chunk_rows)
+        if self._costs is None:
+            self._costs = site_costs(self.network, self._sites, inputs)
+            warn_unresolved_sigma(self._sites, clean)
+        self.draw += 1
+        self.meter.add(CLEAN, clean_passes=clean.batch_size, forward_equivalents=clean.batch_size)
+        return clean
+
+    def refresh(self, clean: CleanPass, updated: Sequence[str]) -> CleanPass:
+        """The clean pass after the parameters of ``updated`` changed: their prefix is kept, the rest runs again."""
+        start = min(site.first for site in self._sites if site.name in updated)
+        cost = self._known_costs.from_stage[start] * clean.batch_size
+        self.meter.add(CLEAN, forward_equivalents=cost)
+        return refresh(self.network, self.loss, clean, start, rows=self.chunk_rows)
+
+    @torch.no_grad()
+    def pilot_trace(self, clean: CleanPass) -> Tensor | None:
+        """Spend the pilots and return ``(b,)`` traces of the covariance of one query's gradient at the pilot site.
+
+        In parameter space at a single ``nn.Linear`` (FLOPS, theorem 1), in activation space (a proxy) elsewhere.
+        """
+        if not self.pilots.queries:
+            return None
+        site = next(site for site in self._sites if self._is_pilot_site(site))
+        counts = np.full(clean.batch_size, self.pilots.queries)
+        layer_input = parameter_space_input(self._queries, site, clean)
+        with self.network.evaluating():
+            sums = self._queries.sums(site, clean, counts, traces=True, layer_input=layer_input)
+        self._piloted = (clean.draw, sums)
+        queries = int(counts.sum())
+        cost = queries * self._known_costs.query[site.name]
+        lost = queries - int(sums.survivors.sum())
+        self.meter.add(site.name, queries=queries, pilots=queries, lost=lost, forward_equivalents=cost)
+        return sums.trace(sq_norm(site, layer_input, sums.weighted), self._queries.unit)
+
+    @torch.no_grad()
+    def estimate(self, clean: CleanPass, counts: Tensor | None = None, sites: Sequence[str] | None = None) -> Estimate:
+        """Add the likelihood-ratio estimate to ``.grad``.
+
+        Raises:
+            SettingError: counts of a wrong shape, negative, or not in antithetic pairs.
+        """
+        table = self._count_table(counts, clean)
+        chosen = [i for i, site in enumerate(self._sites) if sites is None or site.name in sites]
+        with self.network.evaluating():
+            results = [self._estimate_site(self._sites[i], clean, table[i]) for i in chosen]
+        # The only transfer of the estimate: who survived, all sites at once.
+        survivors = torch.stack([result.survivors for result in results]).cpu().numpy()
+        for i, result, alive in zip(chosen, results, survivors, strict=True):
+            site, costs = self._sites[i], self._known_costs
+            cost = result.queries * costs.query[site.name] + clean.batch_size * costs.gradient[site.name]
+            lost = int(table[i].sum() - alive.sum())
+            self.meter.add(site.name, queries=result.queries, lost=lost, forward_equivalents=cost)
+            if alive.any():
+                add_gradients(site.parameters, result.gradients)
+        silent = int(((survivors == 0) & (table[chosen] > 0)).sum())
+        if silent:
+            warnings.warn(
+                f"{silent} (sample, site) pairs lost every query to non-finite losses and contribute nothing to this "
+                "step. A smaller sigma or learning rate, or a higher precision, keeps losses finite.",
+                RuntimeWarning, stacklevel=2,
+            )  # fmt: skip
+        return Estimate(
+            loss=clean.loss,
+            output=clean.output,
+            queries=sum(result.queries for result in results),
+            lost=int(table[chosen].sum() - survivors.sum()),
+            silent_samples=silent,
+            lost_batch=not survivors.any(),
+        )
+
+    def _estimate_site(self, site: Site, clean: CleanPass, counts: NDArray[np.int64]) -> SiteGradient:
+        if len(site.layers) > 1:
+            return self._queries.joint(site, clean, counts)
+        pilots = self._pilots_of(site, clean)
+        sums = self._queries.sums(site, clean, counts, first_query=self.pilots.queries if pilots else 0)
+        if pilots is not None and self.pilots.reuse:
+            delta = combine(pilots, sums, self.pilots.queries / site.queries_per_sample)
+        else:
+            delta = sums.delta()
+        gradients = self._queries.gradient(site, clean, delta / clean.batch_size)
+        return SiteGradient(gradients, sums.survivors, int(counts.sum()))
+
+    def _count_table(self, counts: Tensor | None, clean: CleanPass) -> NDArray[np.int64]:
+        shape, unit = (len(self._sites), clean.batch_size), self._queries.unit
+        if counts is None:
+            rest = [
+                [site.queries_per_sample - (self.pilots.queries if self._pilots_of(site, clean) else 0)]
+                for site in self._sites
+            ]
+            return np.broadcast_to(np.array(rest, dtype=np.int64), shape).copy()
+        table = counts.cpu().numpy().astype(np.int64)
+        if table.shape not in (shape, shape[1:]):
+            raise SettingError(
+                "counts", tuple(table.shape), f"does not fit {shape[0]} sites and {shape[1]} samples.",
+                f"Give integer counts of shape {shape} or {shape[1:]}.",
+            )  # fmt: skip
+        if (table < 0).any() or (table % unit).any():
+            raise SettingError(
+                "counts", table.tolist(), f"must be non-negative multiples of {unit}.",
+                "Round with allocators.rounding.largest_remainder.",
+            )  # fmt: skip
+        return np.broadcast_to(table, shape).copy()
+
+    @property
+    def _queries(self) -> SiteQueries:
+        return SiteQueries(self.network, self.loss, self.variant, self.chunk_rows, self.seed, self.rank)
+
+    @property
+    def _known_costs(self) -> SiteCosts:
+        if self._costs is None:
+            raise RuntimeError("clean_pass must come first: it counts the costs.")
+        return self._costs
+
+    def _is_pilot_site(self, site: Site) -> bool:
+        return bool(self.pilots.queries) and site.name == self.pilots.site
+
+    def _pilots_of(self, site: Site, clean: CleanPass) -> DeltaSums | None:
+        if self._piloted is None or self._piloted[0] != clean.draw or not self._is_pilot_site(site):
+            return None
+        return self._piloted[1]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Draw counter, meter, and the seed of the noise."""
+        return {**super().state_dict(), "seed": self.seed}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        super().load_state_dict(state)
+        self.seed = int(state["seed"])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flops_lightning.errors import SettingError
-from flops_lightning.noise import NoiseKey, standard_normal, row_seeds
+from flops_lightning.noise import NoiseKey, row_seeds, standard_normal
 from flops_lightning.queries import Chunk, CleanPass, LossFunction, row_losses
 from flops_lightning.staging import StagedNetwork
 from flops_lightning.strategies.sites import LayerTarget, Site

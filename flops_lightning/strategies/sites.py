@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from typing import Literal
 
 from torch import nn
@@ -27,8 +28,8 @@ class SiteSpec:
     Attributes:
         stages: ``[first, last]`` stage of the range, both included, or ``[only]``.
         kind: ``group``: one site at the output of the range, local VJP through the range. ``block``: one such site for
-            each stage of the range. ``linear``: noise at the output of linear, convolution and layer-norm modules, closed
-            form, no autograd anywhere.
+            each stage of the range. ``linear``: noise at the output of linear, convolution and layer-norm modules,
+            closed form, no autograd anywhere.
         sigma: Standard deviation of the noise.
         queries_per_sample: Average queries of a sample at each site of this range.
         name: Name of the site (or the prefix of the names, where the range makes several).
@@ -92,10 +93,11 @@ class Site:
 def default_specs(network: StagedNetwork, groups: int = 3) -> list[SiteSpec]:
     """The paper's layout (appendix C.1): the body in ``groups`` groups of equal depth from bottom to top, and the head.
 
-    The head takes with it the stages before it that have no attention or linear layers of their own (final norm, pooling).
+    The head takes with it the stages before it that have no attention or linear layers of their own (final norm,
+    pooling).
     """
     names = [stage.name for stage in network.stages]
-    if len(names) < 2:  # noqa: PLR2004  a network of one stage has no body
+    if len(names) < 2:
         raise SettingError(
             "sites", [], "a network of one stage cannot be cut into a body and a head.",
             "Split it into an nn.Sequential of several stages.",
@@ -107,7 +109,7 @@ def default_specs(network: StagedNetwork, groups: int = 3) -> list[SiteSpec]:
         cuts = [0, *(1 + round(i * (head - 1) / groups) for i in range(1, groups + 1))]
     body = [
         SiteSpec(stages=[names[a], names[b - 1]], name=f"group{i + 1}")
-        for i, (a, b) in enumerate(zip(cuts, cuts[1:], strict=False))
+        for i, (a, b) in enumerate(pairwise(cuts))
         if network.parameters_of(a, b - 1)
     ]
     return [*body, SiteSpec(stages=[names[head], names[-1]], name="head")]
@@ -135,8 +137,10 @@ def resolve_sites(network: StagedNetwork, specs: Sequence[SiteSpec]) -> tuple[Si
 
 def _resolve(network: StagedNetwork, spec: SiteSpec, setting: str) -> list[Site]:
     if not spec.sigma > 0:
-        raise SettingError(f"{setting}.sigma", spec.sigma, "the noise needs a positive width.", "Write for example 0.01.")
-    if spec.queries_per_sample < 2:  # noqa: PLR2004
+        raise SettingError(
+            f"{setting}.sigma", spec.sigma, "the noise needs a positive width.", "Write for example 0.01."
+        )
+    if spec.queries_per_sample < 2:
         raise SettingError(
             f"{setting}.queries_per_sample", spec.queries_per_sample, "an estimate needs at least two queries.",
             "Write 2 or more, for example 20.",
@@ -145,7 +149,10 @@ def _resolve(network: StagedNetwork, spec: SiteSpec, setting: str) -> list[Site]
         raise SettingError(f"{setting}.kind", spec.kind, "is not a kind of site.", "Write linear, block or group.")
     if spec.kind != "linear" and (spec.modules != ["*"] or spec.together):
         raise SettingError(
-            f"{setting}.kind", spec.kind, "takes neither `modules` nor `together`.", "Remove them, or write kind: linear."
+            f"{setting}.kind",
+            spec.kind,
+            "takes neither `modules` nor `together`.",
+            "Remove them, or write kind: linear.",
         )
     first, last = _range(network, spec, setting)
     if spec.kind == "linear":
@@ -160,14 +167,14 @@ def _resolve(network: StagedNetwork, spec: SiteSpec, setting: str) -> list[Site]
         raise _nothing_to_learn(setting, spec)
     if len(network) > 1 and (first, last) == (0, len(network) - 1) and spec.kind == "group":
         raise SettingError(
-            f"{setting}.stages", spec.stages, "a group over the whole network would be backpropagation by another name.",
+            f"{setting}.stages", spec.stages, "a group over the whole network is backpropagation by another name.",
             "Cut it into several groups, or use strategy Backprop.",
         )  # fmt: skip
     return [_boundary_site(network, spec, name, a, b) for name, (a, b) in zip(names, ranges, strict=True)]
 
 
 def _range(network: StagedNetwork, spec: SiteSpec, setting: str) -> tuple[int, int]:
-    if not 1 <= len(spec.stages) <= 2:  # noqa: PLR2004
+    if not 1 <= len(spec.stages) <= 2:
         raise SettingError(f"{setting}.stages", spec.stages, "is not a range.", "Write [first, last] or [only].")
     for name in spec.stages:
         if name not in network.index:
@@ -232,7 +239,7 @@ def _active_tokens(network: StagedNetwork, spec: SiteSpec, stage: int, module: s
 def _nothing_to_learn(setting: str, spec: SiteSpec) -> SettingError:
     what = f"modules {spec.modules} of " if spec.kind == "linear" else ""
     return SettingError(
-        f"{setting}.stages", spec.stages, f"{what}these stages have no trainable parameter that kind: {spec.kind} can teach.",
+        f"{setting}.stages", spec.stages, f"{what}these stages have no trainable parameter for kind: {spec.kind}.",
         "Remove the site, unfreeze its parameters, or choose other stages or modules.",
     )  # fmt: skip
 
@@ -255,6 +262,6 @@ def _check_ownership(network: StagedNetwork, sites: Sequence[Site]) -> None:
         raise SettingError(
             "strategy.sites", [site.name for site in sites],
             f"leave {len(unowned)} trainable parameters without a site: {', '.join(unowned[:6])}"
-            f"{', ...' if len(unowned) > 6 else ''}.",  # noqa: PLR2004
+            f"{', ...' if len(unowned) > 6 else ''}.",
             f"Add a site for the stages {stages}, or freeze these parameters (freeze: [...]).",
         )  # fmt: skip

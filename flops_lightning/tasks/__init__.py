@@ -1,5 +1,7 @@
 """LightningModules that learn from forward passes."""
 
+from __future__ import annotations
+
 from flops_lightning.tasks.image_classification import ForwardImageClassifier
 from flops_lightning.tasks.optimisation import ClipSettings, OptimizerSettings
 

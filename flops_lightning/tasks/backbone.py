@@ -20,11 +20,14 @@ if TYPE_CHECKING:
 _OWN_PREFIX = "backbone."
 
 
-def create_backbone(model_name: str, model_kwargs: Mapping[str, Any], *, num_classes: int, pretrained: bool) -> nn.Module:
+def create_backbone(
+    model_name: str, model_kwargs: Mapping[str, Any], *, num_classes: int, pretrained: bool
+) -> nn.Module:
     """A timm model.
 
     Raises:
-        SettingError: an unknown name, keyword arguments that the model does not take, or weights that cannot be fetched.
+        SettingError: an unknown name, keyword arguments that the model does not take, or weights that cannot be
+            fetched.
     """
     import timm  # kept out of the import of this package: it takes a while and a library user may not need it
 
@@ -32,9 +35,13 @@ def create_backbone(model_name: str, model_kwargs: Mapping[str, Any], *, num_cla
         raise SettingError("pretrained", True, f"timm has no weights for {model_name!r}.", "Give a `checkpoint` file.")
     if not timm.is_model(model_name):
         close = difflib.get_close_matches(model_name, timm.list_models(), n=3)
-        raise SettingError("model_name", model_name, "is not a timm model.", f"Did you mean {close}? See timm.list_models().")
+        raise SettingError(
+            "model_name", model_name, "is not a timm model.", f"Did you mean {close}? See timm.list_models()."
+        )
     if "num_classes" in model_kwargs:
-        raise SettingError("model_kwargs.num_classes", model_kwargs["num_classes"], "comes from the data.", "Remove it.")
+        raise SettingError(
+            "model_kwargs.num_classes", model_kwargs["num_classes"], "comes from the data.", "Remove it."
+        )
     try:
         model: nn.Module = timm.create_model(model_name, pretrained=pretrained, num_classes=num_classes, **model_kwargs)
     except TypeError as error:
@@ -54,8 +61,8 @@ def create_backbone(model_name: str, model_kwargs: Mapping[str, Any], *, num_cla
 def load_weights(backbone: nn.Module, path: str) -> None:
     """Load a local checkpoint: safetensors, or a file that ``torch.load(weights_only=True)`` reads.
 
-    Plain timm weights and checkpoints of this project's tasks both work. A head with another number of classes is left as
-    initialised, and said so.
+    Plain timm weights and checkpoints of this project's tasks both work. A head with another number of classes is left
+    as initialised, and said so.
 
     Raises:
         SettingError: the file is missing, unreadable or has other tensors than the model.
@@ -92,7 +99,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            state = load_file(path)
+            state: Any = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -100,10 +107,11 @@ def _read(path: Path) -> dict[str, Tensor]:
             "checkpoint", str(path), f"cannot be read ({type(error).__name__}: {str(error).splitlines()[0][:80]}).",
             "Give an intact safetensors file, or one saved by torch.save that holds tensors only.",
         ) from error  # fmt: skip
-    state = state.get("state_dict", state.get("model", state)) if isinstance(state, dict) else {}
-    if any(name.startswith(_OWN_PREFIX) for name in state):
+    if isinstance(state, dict):
+        state = state.get("state_dict", state.get("model", state))
+    if isinstance(state, dict) and any(name.startswith(_OWN_PREFIX) for name in state):
         state = {k.removeprefix(_OWN_PREFIX): v for k, v in state.items() if k.startswith(_OWN_PREFIX)}
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise SettingError("checkpoint", str(path), "holds no weights.", "Give a file with a model's state_dict.")
     return state
 
@@ -144,13 +152,16 @@ def check_images(backbone: nn.Module, images: Tensor) -> None:
         SettingError: they differ.
     """
     embed = getattr(backbone, "patch_embed", None)
-    if embed is None or images.dim() != 4:  # noqa: PLR2004
+    if embed is None or images.dim() != 4:
         return
     vit: VisionTransformer = backbone  # type: ignore[assignment]
     channels, size = images.shape[1], tuple(images.shape[2:])
     if channels != vit.in_chans:
         raise SettingError(
-            "model_kwargs.in_chans", vit.in_chans, f"the images have {channels} channels.", f"Write in_chans: {channels}."
+            "model_kwargs.in_chans",
+            vit.in_chans,
+            f"the images have {channels} channels.",
+            f"Write in_chans: {channels}.",
         )
     if not vit.dynamic_img_size and embed.img_size is not None and size != tuple(embed.img_size):
         raise SettingError(

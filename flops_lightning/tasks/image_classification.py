@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics.classification import MulticlassAccuracy
 
 from flops_lightning.allocators.base import SampleStatistics
@@ -18,7 +19,8 @@ from flops_lightning.errors import LostQueriesError, SettingError
 from flops_lightning.queries import CleanPass
 from flops_lightning.staging import stage_network
 from flops_lightning.strategies.base import Estimate, ForwardGradientStrategy
-from flops_lightning.tasks.backbone import check_images, create_backbone, freeze as freeze_parameters, load_weights, save_weights
+from flops_lightning.tasks.backbone import check_images, create_backbone, load_weights, save_weights
+from flops_lightning.tasks.backbone import freeze as freeze_parameters
 from flops_lightning.tasks.optimisation import (
     ClipSettings,
     OptimizerSettings,
@@ -108,12 +110,13 @@ class ForwardImageClassifier(pl.LightningModule):
         self.strategy = strategy
         if strategy is not None:
             strategy.bind(self.network, self.loss)
-        self.accuracy = torch.nn.ModuleDict(
-            {f"{stage}_accuracy": MulticlassAccuracy(num_classes, average="micro") for stage in ("train", "val", "test")}
+        self.train_accuracy, self.val_accuracy, self.test_accuracy = (
+            MulticlassAccuracy(num_classes, average="micro") for _ in range(3)
         )
         self._clean: tuple[Tensor, CleanPass] | None = None
         self._counts: Tensor | None = None
         self._skipped = 0
+        self._last_step: tuple[float, int] | None = None
 
     # -- the network ---------------------------------------------------------------------------------------------------
 
@@ -128,7 +131,7 @@ class ForwardImageClassifier(pl.LightningModule):
         return F.cross_entropy(logits, labels, reduction="none", label_smoothing=self.label_smoothing)
 
     def export_weights(self, path: str) -> None:
-        """Write the backbone's weights under timm's names, to be loaded by ``timm.create_model`` without this package."""
+        """Write the backbone's weights under timm's names, for use without this package."""
         save_weights(self.backbone, path)
 
     # -- what the allocator's callback asks for ------------------------------------------------------------------------
@@ -142,7 +145,7 @@ class ForwardImageClassifier(pl.LightningModule):
         strategy = self._strategy()
         if strategy.budget is None:
             raise SettingError(
-                "trainer.callbacks", "QueryAllocatorCallback", f"{type(strategy).__name__} spends no queries to allocate.",
+                "trainer.callbacks", "QueryAllocatorCallback", f"{type(strategy).__name__} spends no queries.",
                 "Remove the callback, or use a strategy with queries such as LikelihoodRatio.",
             )  # fmt: skip
         clean = self._clean_pass(batch)
@@ -193,6 +196,9 @@ class ForwardImageClassifier(pl.LightningModule):
         self._check_pilots(counts)
         # Only the last of several updates counts as a step of the trainer.
         counted, raw = self.optimizers(), self.optimizers(use_pl_optimizer=False)
+        schedule = self.lr_schedulers()
+        if isinstance(counted, list) or isinstance(raw, list) or not isinstance(schedule, LRScheduler):
+            raise TypeError("configure_optimizers gives one optimiser and one schedule.")
         groups = strategy.update_groups
         stepped = False
         for i, names in enumerate(groups):
@@ -206,9 +212,10 @@ class ForwardImageClassifier(pl.LightningModule):
                 (counted if i == len(groups) - 1 else raw).step()
                 stepped = True
             self._log_estimate(estimate, batch[1], first=i == 0)
+        self._log_speed()
         self._count_skipped(stepped)
         if stepped:
-            self.lr_schedulers().step()
+            schedule.step()
 
     def _check_pilots(self, counts: Tensor | None) -> None:
         pilots = getattr(self.strategy, "pilots", None)
@@ -223,19 +230,25 @@ class ForwardImageClassifier(pl.LightningModule):
         if self._skipped > self.max_skipped_steps:
             raise LostQueriesError(
                 f"{self._skipped} steps in a row lost every query to non-finite losses (max_skipped_steps = "
-                f"{self.max_skipped_steps}). Lower optimizer.lr or the sites' sigma, set clip.norm, or use precision 32-true."
+                f"{self.max_skipped_steps}). Lower optimizer.lr or the sites' sigma, or set clip.norm."
             )
 
     def _log_estimate(self, estimate: Estimate, labels: Tensor, *, first: bool) -> None:
         if first:
-            accuracy = self.accuracy["train_accuracy"]
-            accuracy(estimate.output, labels)
+            self.train_accuracy(estimate.output, labels)
             self.log("train/loss", estimate.loss.mean(), prog_bar=True)
-            self.log("train/accuracy", accuracy, prog_bar=True, on_step=True, on_epoch=True)
+            self.log("train/accuracy", self.train_accuracy, prog_bar=True)
         total = self._strategy().meter.total()
         self.log("queries/total", float(total.queries))
         self.log("queries/lost", float(total.lost))
         self.log("queries/forward_equivalents", total.forward_equivalents)
+
+    def _log_speed(self) -> None:
+        now, queries = time.monotonic(), self._strategy().meter.total().queries
+        if self._last_step is not None:
+            before, spent = self._last_step
+            self.log("queries/per_second", (queries - spent) / max(now - before, 1e-9), prog_bar=True)
+        self._last_step = (now, queries)
 
     def on_train_epoch_end(self) -> None:
         """Log the queries of every site."""
@@ -246,16 +259,15 @@ class ForwardImageClassifier(pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Log ``val/loss`` and ``val/accuracy``."""
-        self._evaluate(batch, "val")
+        self._evaluate(batch, "val", self.val_accuracy)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Log ``test/loss`` and ``test/accuracy``."""
-        self._evaluate(batch, "test")
+        self._evaluate(batch, "test", self.test_accuracy)
 
-    def _evaluate(self, batch: Batch, stage: str) -> None:
+    def _evaluate(self, batch: Batch, stage: str, accuracy: MulticlassAccuracy) -> None:
         images, labels = batch
         logits = self(images)
-        accuracy = self.accuracy[f"{stage}_accuracy"]
         accuracy(logits, labels)
         self.log(f"{stage}/loss", self.loss(logits, labels).mean(), batch_size=len(labels))
         self.log(f"{stage}/accuracy", accuracy, prog_bar=True, batch_size=len(labels))

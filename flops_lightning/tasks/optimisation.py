@@ -67,9 +67,10 @@ class ClipSettings:
     """Clipping of the gradient's norm.
 
     Attributes:
-        norm: Largest norm of the gradient, 0 for no clipping. With ``attention_norm`` it holds for all other parameters.
-        attention_norm: Largest norm of the gradient of the attention layers (names with ``.attn.``), clipped apart from the
-            rest as the paper advises (FLOPS, appendix C.4); 0: not apart.
+        norm: Largest norm of the gradient, 0 for no clipping. With ``attention_norm`` it holds for all other
+            parameters.
+        attention_norm: Largest norm of the gradient of the attention layers (names with ``.attn.``), clipped apart from
+            the rest as the paper advises (FLOPS, appendix C.4); 0: not apart.
     """
 
     norm: float = 0.0
@@ -94,9 +95,7 @@ def build_optimizer(module: nn.Module, settings: OptimizerSettings) -> Optimizer
     groups.append({"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0})
     groups = [group for group in groups if group["params"]]
     if settings.name == "sgd":
-        return torch.optim.SGD(
-            groups, lr=settings.lr, weight_decay=settings.weight_decay, momentum=settings.momentum
-        )
+        return torch.optim.SGD(groups, lr=settings.lr, weight_decay=settings.weight_decay, momentum=settings.momentum)
     family = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[settings.name]
     return family(groups, lr=settings.lr, weight_decay=settings.weight_decay)
 
@@ -121,9 +120,7 @@ def build_schedule(optimizer: Optimizer, settings: OptimizerSettings, total_step
         raise SettingError(
             "optimizer.schedule", "cosine", "needs to know the number of steps.", "Set trainer.max_epochs or max_steps."
         )
-    factor = partial(
-        lr_factor, schedule=settings.schedule, warmup_steps=settings.warmup_steps, total_steps=total_steps
-    )
+    factor = partial(lr_factor, schedule=settings.schedule, warmup_steps=settings.warmup_steps, total_steps=total_steps)
     return LambdaLR(optimizer, factor)
 
 

@@ -27,8 +27,8 @@ def check_trainer(trainer: pl.Trainer) -> None:
         return
     if trainer.world_size > 1:
         raise SettingError(
-            "trainer.devices", trainer.world_size, "training in several processes is not supported yet: gradients would "
-            "not be reduced.", "Write devices: 1 and num_nodes: 1.",
+            "trainer.devices", trainer.world_size, "training in several processes is not supported yet: "
+            "gradients would not be reduced.", "Write devices: 1 and num_nodes: 1.",
         )  # fmt: skip
     if trainer.precision not in PRECISIONS:
         raise SettingError(
@@ -38,7 +38,7 @@ def check_trainer(trainer: pl.Trainer) -> None:
         )  # fmt: skip
     if trainer.gradient_clip_val:
         raise SettingError(
-            "trainer.gradient_clip_val", trainer.gradient_clip_val, "the Trainer cannot clip under manual optimisation.",
+            "trainer.gradient_clip_val", trainer.gradient_clip_val, "cannot clip under manual optimisation.",
             "Remove it and set model.init_args.clip.norm (and clip.attention_norm) instead.",
         )  # fmt: skip
     if trainer.accumulate_grad_batches != 1:

@@ -1,0 +1,154 @@
+"""The callback that lets an allocator choose the queries of every training batch, for any LightningModule."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from flops_lightning.allocators import QueryAllocator, QueryBudget, SampleStatistics, SupportsQueryAllocation
+from flops_lightning.errors import SettingError
+
+SIGNATURES = {
+    "sample_statistics": "def sample_statistics(self, batch) -> SampleStatistics",
+    "set_query_counts": "def set_query_counts(self, counts: Tensor) -> None",
+}
+"""What a module must define, with the signatures of :class:`SupportsQueryAllocation`."""
+
+
+def resolve_budget(own: QueryBudget | None, *, queries_per_sample: int, multiple: int) -> QueryBudget:
+    """The budget that rules, from the module's own and the callback's settings.
+
+    Args:
+        own: The module's budget, or None.
+        queries_per_sample: The callback's average number of queries of a sample, or 0 where the module's rules.
+        multiple: The callback's demand on the counts, or 1 where it has none.
+
+    Raises:
+        SettingError: There is no budget, or there are two that differ.
+    """
+    if own is None:
+        if not queries_per_sample:
+            raise SettingError(
+                "queries_per_sample",
+                queries_per_sample,
+                "nobody says how many queries there are to spend.",
+                "Set `queries_per_sample` of QueryAllocatorCallback, or return `budget=QueryBudget(...)` in the "
+                "statistics of `sample_statistics`.",
+            )
+        return QueryBudget((queries_per_sample,), multiple)
+    if queries_per_sample and any(queries != queries_per_sample for queries in own.queries_per_sample):
+        raise SettingError(
+            "queries_per_sample",
+            queries_per_sample,
+            f"differs from the module's own budget of {own.queries_per_sample} queries a site.",
+            "Remove it from the callback, or make the two agree.",
+        )
+    if multiple not in (1, own.multiple):
+        raise SettingError(
+            "multiple",
+            multiple,
+            f"differs from the multiple of {own.multiple} in the module's own budget.",
+            "Remove it from the callback, or make the two agree.",
+        )
+    return own
+
+
+class QueryAllocatorCallback(Callback):
+    """Before every training step, splits the budget of queries over the samples of the batch.
+
+    Works with every LightningModule that defines the two methods of :class:`SupportsQueryAllocation`:
+    ``sample_statistics(batch)``, called without autograd and under the trainer's precision, and
+    ``set_query_counts(counts)``, which gets the ``(s, b)`` counts for the step that follows on the same batch. In train
+    mode dropout and the like are active during ``sample_statistics``: switch them off there if the losses should be
+    clean.
+
+    The allocator's diagnostics are logged at every step as ``allocation/<name>``, and its state is saved in
+    checkpoints. In a distributed run every process allocates the budget of its own samples.
+    """
+
+    def __init__(
+        self, *, allocator: QueryAllocator, queries_per_sample: int = 0, multiple: int = 1, log: bool = True
+    ) -> None:
+        """Choose the allocator and, for modules that do not say it themselves, the budget.
+
+        Args:
+            allocator: Who splits the budget.
+            queries_per_sample: Average number of queries of a sample. 0: the module's own, from
+                ``SampleStatistics.budget``.
+            multiple: Counts come in multiples of this (2 where queries come in antithetic pairs). 1: no demand beyond
+                that of the module's own budget.
+            log: Whether to log the allocator's diagnostics.
+
+        Raises:
+            SettingError: The budget cannot be met.
+        """
+        if queries_per_sample or multiple != 1:
+            QueryBudget((queries_per_sample or multiple,), multiple)
+        self.allocator = allocator
+        self.queries_per_sample = queries_per_sample
+        self.multiple = multiple
+        self._logs = log  # Lightning itself gives every callback a method `log`
+
+    @property
+    def state_key(self) -> str:
+        """Where a checkpoint keeps the state; another class of allocator does not find it."""
+        return f"{type(self).__qualname__}[{type(self.allocator).__qualname__}]"
+
+    def state_dict(self) -> dict[str, Any]:
+        """The allocator's state."""
+        return self.allocator.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the allocator's state."""
+        self.allocator.load_state_dict(state_dict)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse, before anything is trained, a module without the protocol and a second allocator.
+
+        Raises:
+            SettingError: As said, naming the methods to add.
+        """
+        if stage != "fit":
+            return
+        missing = [line for name, line in SIGNATURES.items() if not callable(getattr(pl_module, name, None))]
+        if missing:
+            raise SettingError(
+                "model",
+                type(pl_module).__name__,
+                "lacks what QueryAllocatorCallback needs to allocate queries.",
+                f"Add to the module: {'; '.join(missing)}.",
+            )
+        callbacks = cast("Any", trainer).callbacks  # an attribute that Lightning does not declare
+        rivals = [type(each.allocator).__name__ for each in callbacks if isinstance(each, QueryAllocatorCallback)]
+        if len(rivals) > 1:
+            raise SettingError(
+                "trainer.callbacks",
+                rivals,
+                "more than one QueryAllocatorCallback, each of which would overwrite the other's counts.",
+                "Keep one.",
+            )
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Ask for the statistics of the batch, allocate, and hand the counts over."""
+        module = cast("SupportsQueryAllocation", pl_module)
+        # The hook runs with autograd on and without the autocast that the training step has.
+        with torch.no_grad(), trainer.precision_plugin.forward_context():
+            statistics: object = module.sample_statistics(batch)
+        if not isinstance(statistics, SampleStatistics):
+            raise SettingError(
+                "sample_statistics",
+                type(statistics).__name__,
+                "is not what QueryAllocatorCallback understands.",
+                "Return `flops_lightning.allocators.SampleStatistics(loss=..., embedding=..., trace=...)`.",
+            )
+        self.allocator.check(statistics)
+        allocation = self.allocator.allocate(statistics, self._budget(statistics))
+        module.set_query_counts(allocation.counts)
+        if self._logs and allocation.diagnostics:
+            named = {f"allocation/{name}": value for name, value in allocation.diagnostics.items()}
+            pl_module.log_dict(named, on_step=True, on_epoch=False, batch_size=len(statistics.loss))
+
+    def _budget(self, statistics: SampleStatistics) -> QueryBudget:
+        return resolve_budget(statistics.budget, queries_per_sample=self.queries_per_sample, multiple=self.multiple)

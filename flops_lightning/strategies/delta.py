@@ -1,0 +1,142 @@
+"""Weights of the noise and sums over queries: the likelihood-ratio estimator of FLOPS (Ren et al., ICLR 2025), eq. 1.
+
+At a site with activation ``h_b``, noise ``z ~ N(0, I)`` and noise width ``sigma``, for sample ``b`` with ``A_b``
+queries::
+
+    delta_b = 1 / A_b  sum_q (L_b(h_b + sigma z_q) - c_bq) z_q / sigma
+
+where ``c_bq`` is 0 (``plain``), the clean loss (``baseline``), or the mean of the sample's other queries
+(``leave_one_out``). ``antithetic`` takes ``z_{2p+1} = -z_{2p}``, which turns the sum into
+``1 / n_b  sum_p [L_b(h_b + sigma z_p) - L_b(h_b - sigma z_p)] z_p / (2 sigma)`` with ``n_b = A_b / 2``.
+The paper's eq. 3, with ``z ~ N(0, sigma^2)``, is off by a factor sigma.
+
+Every sample enters the batch's gradient with ``1 / (B A_b)``: neither the expanded rows nor the tokens are averaged.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from flops_lightning.queries import Chunk
+
+Variant = Literal["plain", "baseline", "leave_one_out", "antithetic"]
+
+
+def query_weights(
+    losses: Tensor, clean: Tensor, real: Tensor, *, sigma: float, variant: Variant
+) -> tuple[Tensor, Tensor]:
+    """Weights of the rows' noise, and which rows count.
+
+    Args:
+        losses: ``(r,)`` losses of the queries.
+        clean: ``(r,)`` clean loss of each row's sample.
+        real: ``(r,)`` False on padding.
+        sigma: Noise width.
+        variant: ``leave_one_out`` gets the weights of ``baseline`` here; :meth:`DeltaSums.delta` centres them.
+
+    Returns:
+        ``(r,)`` weights ``(L - c) / sigma``, zero on rows that do not count, and the ``(r,)`` mask of rows that do:
+        real, with finite losses, and with a finite antithetic partner.
+    """
+    alive = torch.isfinite(losses - clean) & real
+    if variant == "antithetic":
+        alive = alive.view(-1, 2).all(dim=1).repeat_interleave(2)
+    control = torch.zeros_like(clean) if variant == "plain" else clean
+    return torch.where(alive, (losses - control) / sigma, 0.0), alive
+
+
+def spread(chunk: Chunk, values: Tensor) -> Tensor:
+    """``(n, r)`` matrix with each row's value in the line of its sample, ``n`` the samples that the chunk touches.
+
+    Multiplied with ``(r, ...)`` it sums rows by sample, in one product and in a fixed order.
+    """
+    lines = torch.from_numpy(chunk.samples - chunk.samples[0]).to(values.device, non_blocking=True)
+    matrix = values.new_zeros(chunk.span.stop - chunk.span.start, values.shape[0])
+    matrix[lines, torch.arange(values.shape[0], device=values.device)] = values
+    return matrix
+
+
+@dataclass(eq=False)
+class DeltaSums:
+    """Sums over the queries of each sample, from which ``delta`` and the trace follow; nothing is kept per query.
+
+    Attributes:
+        weighted: ``(b, ...)`` ``sum_q w_q z_q``.
+        survivors: ``(b,)`` number of queries that count.
+        squares: ``(b,)`` sum over units (queries, or antithetic pairs) of the squared norm of the unit's gradient.
+        noise: ``(b, ...)`` ``sum_q z_q`` (``leave_one_out`` only).
+        weights: ``(b,)`` ``sum_q w_q`` (``leave_one_out`` only).
+    """
+
+    weighted: Tensor
+    survivors: Tensor
+    squares: Tensor
+    noise: Tensor | None = None
+    weights: Tensor | None = None
+
+    @classmethod
+    def empty(cls, batch_size: int, like: Tensor, *, variant: Variant) -> DeltaSums:
+        """Zeros for rows of noise shaped like those of ``like`` ``(r, ...)``."""
+        lines = like.new_zeros(batch_size, *like.shape[1:])
+        vector = like.new_zeros(batch_size)
+        if variant != "leave_one_out":
+            return cls(lines, vector, vector.clone())
+        return cls(lines, vector, vector.clone(), lines.clone(), vector.clone())
+
+    def add(self, chunk: Chunk, z: Tensor, weights: Tensor, alive: Tensor, sq_norms: Tensor | None, unit: int) -> None:
+        """Add one chunk.
+
+        Args:
+            chunk: The rows' places.
+            z: ``(r, ...)`` noise.
+            weights: ``(r,)`` weights, zero on rows that do not count.
+            alive: ``(r,)`` rows that count.
+            sq_norms: ``(r,)`` squared norm of the gradient that each row's ``z`` stands for; None: no traces wanted.
+            unit: Rows in an independent unit: 2 for antithetic pairs, else 1.
+        """
+        weights, alive = weights.to(z.dtype), alive.to(z.dtype)
+        by_sample = spread(chunk, weights)
+        self.weighted[chunk.span].flatten(1).addmm_(by_sample, z.flatten(1))
+        by_life = spread(chunk, alive)
+        self.survivors[chunk.span] += by_life.sum(1)
+        if sq_norms is not None:
+            signs = torch.tensor([1.0, -1.0], dtype=z.dtype, device=z.device)[:unit]
+            per_unit = (weights.view(-1, unit) * signs).mean(1).square() * sq_norms.view(-1, unit)[:, 0]
+            self.squares[chunk.span] += spread(chunk, per_unit.repeat_interleave(unit) / unit).sum(1)
+        if self.noise is not None and self.weights is not None:
+            self.noise[chunk.span].flatten(1).addmm_(by_life, z.flatten(1))
+            self.weights[chunk.span] += by_sample.sum(1)
+
+    def delta(self) -> Tensor:
+        """``(b, ...)`` mean over the surviving queries; zero for a sample without one (leave-one-out: two)."""
+        n = _column(self.survivors, self.weighted)
+        if self.noise is None or self.weights is None:
+            return self.weighted / n.clamp(min=1)
+        # sum_q (w_q - mean of the others) z_q / n  =  sum_q (w_q - mean of all) z_q / (n - 1)
+        centred = self.weighted - _column(self.weights, self.weighted) / n.clamp(min=1) * self.noise
+        return torch.where(n > 1, centred / (n - 1).clamp(min=1), 0.0)
+
+    def trace(self, sum_sq_norm: Tensor, unit: int) -> Tensor:
+        """``(b,)`` unbiased trace of the covariance of one query's gradient.
+
+        ``unit * (sum_u ||g_u||^2 - ||sum_u g_u||^2 / n) / (n - 1)`` over ``n`` independent units with mean gradient
+        ``g_u``.
+
+        Args:
+            sum_sq_norm: ``(b,)`` squared norm of the gradient that ``weighted`` stands for.
+            unit: Rows in a unit.
+
+        Returns:
+            NaN for samples with fewer than two units.
+        """
+        n = self.survivors / unit
+        scatter = self.squares - sum_sq_norm / unit**2 / n.clamp(min=1)
+        return torch.where(n > 1, unit * scatter / (n - 1).clamp(min=1), torch.nan)
+
+
+def _column(vector: Tensor, like: Tensor) -> Tensor:
+    return vector.view(-1, *(1,) * (like.dim() - 1))

@@ -1,0 +1,169 @@
+"""All queries of one site in one step: chunks run, weights follow from losses, sums by sample come out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from flops_lightning.errors import SettingError
+from flops_lightning.noise import NoiseKey
+from flops_lightning.queries import Chunk, CleanPass, LossFunction, RowPlan, drop_rows, plan_rows
+from flops_lightning.staging import StagedNetwork
+from flops_lightning.strategies.base import summed
+from flops_lightning.strategies.closed_form import layer_gradient, linear_gradient_sq_norm
+from flops_lightning.strategies.delta import DeltaSums, Variant, query_weights
+from flops_lightning.strategies.local_vjp import local_vjp
+from flops_lightning.strategies.perturbation import Perturbation, chunk_noise, clean_layer_input, perturbed_losses
+from flops_lightning.strategies.sites import Site
+
+
+@dataclass(frozen=True, eq=False)
+class SiteGradient:
+    """Gradient estimate of one site.
+
+    Attributes:
+        gradients: By parameter name.
+        survivors: ``(b,)`` queries that count.
+        queries: Queries that ran, repetitions after a loss included.
+    """
+
+    gradients: dict[str, Tensor]
+    survivors: Tensor
+    queries: int
+
+
+@dataclass(frozen=True, eq=False)
+class SiteQueries:
+    """Runs the likelihood-ratio queries of a site; holds no state.
+
+    Attributes:
+        network: The staged network, in eval mode while queries run.
+        loss: One loss a row.
+        variant: The control variate.
+        chunk_rows: Upper bound of rows in one forward pass.
+        seed: Seed of all noise.
+        rank: Rank of the process.
+    """
+
+    network: StagedNetwork
+    loss: LossFunction
+    variant: Variant
+    chunk_rows: int
+    seed: int
+    rank: int
+
+    @property
+    def unit(self) -> int:
+        """Rows that are independent of others only together: 2 in antithetic pairs, else 1."""
+        return 2 if self.variant == "antithetic" else 1
+
+    def sums(
+        self,
+        site: Site,
+        clean: CleanPass,
+        counts: NDArray[np.int64],
+        *,
+        first_query: int = 0,
+        traces: bool = False,
+        layer_input: Tensor | None = None,
+    ) -> DeltaSums:
+        """Sums over the queries of each sample at the output of a block, a group or a single layer.
+
+        Args:
+            site: The site.
+            clean: The batch's clean pass.
+            counts: ``(b,)`` queries of each sample.
+            first_query: Index of the first of them (those before it were pilots).
+            traces: Also sum the squared norms that :meth:`DeltaSums.trace` needs.
+            layer_input: ``(b, ..., i)`` clean input of the layer, to take the norms in parameter space.
+        """
+        sums: DeltaSums | None = None
+        for chunk in plan_rows(counts, self.chunk_rows, first_query=first_query, multiple=self.unit):
+            weights, alive, (perturbation,), index = self._run(site, clean, chunk)
+            if sums is None:
+                sums = DeltaSums.empty(clean.batch_size, perturbation.z, variant=self.variant)
+            norms = None
+            if traces:
+                x = None if layer_input is None else layer_input.index_select(0, index)
+                norms = sq_norm(site, x, perturbation.z)
+            sums.add(chunk, perturbation.z, weights, alive, norms, self.unit)
+        if sums is None:
+            raise SettingError("counts", counts.tolist(), f"site {site.name!r} gets no query.", "Give it at least one.")
+        return sums
+
+    def gradient(self, site: Site, clean: CleanPass, delta: Tensor) -> dict[str, Tensor]:
+        """``sum_b J_b^T delta_b`` by parameter name: closed form at a single layer, local VJP at a block or group."""
+        if not site.layers:
+            return local_vjp(self.network, site, clean, delta, rows=self.chunk_rows)
+        x = clean_layer_input(self.network, site, clean, rows=self.chunk_rows)
+        return _named(site.layers[0].name, layer_gradient(site.layers[0].module, x, delta))
+
+    def joint(self, site: Site, clean: CleanPass, counts: NDArray[np.int64]) -> SiteGradient:
+        """Gradient of layers perturbed in one query.
+
+        Each row brings its own ``x``, since that of later layers moves with the noise. A sample's divisor is the number
+        of its survivors, known only at the end; if any query was lost, the survivors run again with the same noise,
+        drawn from its keys.
+        """
+        plan, spent = plan_rows(counts, self.chunk_rows, multiple=self.unit), 0
+        while len(plan.samples):
+            spent += len(plan.samples)
+            gradients, alive = self._joint_pass(site, clean, plan, counts)
+            if alive.all():
+                return SiteGradient(gradients, torch.from_numpy(counts).to(clean.loss), spent)
+            plan = drop_rows(plan, ~alive)
+            counts = np.bincount(plan.samples, minlength=clean.batch_size)
+        nothing = {name: torch.zeros_like(p) for name, p in site.parameters.items()}
+        return SiteGradient(nothing, torch.zeros_like(clean.loss), spent)
+
+    def _joint_pass(
+        self, site: Site, clean: CleanPass, plan: RowPlan, counts: NDArray[np.int64]
+    ) -> tuple[dict[str, Tensor], NDArray[np.bool_]]:
+        divisor = torch.from_numpy(counts).to(clean.loss) * clean.batch_size
+        gradients: dict[str, Tensor] = {}
+        alive_rows: list[Tensor] = []
+        for chunk in plan:
+            weights, alive, perturbations, index = self._run(site, clean, chunk)
+            scaled = weights / divisor[index]
+            gradients = summed([gradients, *(_row_gradient(p, scaled) for p in perturbations)])
+            alive_rows.append(alive[: chunk.rows])
+        return gradients, torch.cat(alive_rows).cpu().numpy()
+
+    def _run(self, site: Site, clean: CleanPass, chunk: Chunk) -> tuple[Tensor, Tensor, list[Perturbation], Tensor]:
+        draw = chunk_noise(NoiseKey(self.seed, clean.draw, site.name, self.rank), chunk, antithetic=self.unit > 1)
+        losses, perturbations = perturbed_losses(self.network, self.loss, site, clean, chunk, draw)
+        index = torch.from_numpy(chunk.samples).to(losses.device, non_blocking=True)
+        real = torch.arange(len(losses), device=losses.device) < chunk.rows
+        weights, alive = query_weights(losses, clean.loss[index], real, sigma=site.sigma, variant=self.variant)
+        return weights, alive, perturbations, index
+
+
+def parameter_space_input(queries: SiteQueries, site: Site, clean: CleanPass) -> Tensor | None:
+    """Clean input of a site that is a single ``nn.Linear``, where traces are exact; None elsewhere."""
+    if len(site.layers) == 1 and isinstance(site.layers[0].module, nn.Linear):
+        return clean_layer_input(queries.network, site, clean, rows=queries.chunk_rows)
+    return None
+
+
+def sq_norm(site: Site, x: Tensor | None, delta: Tensor) -> Tensor:
+    """``(r,)`` squared norms: of the parameter gradient where ``x`` is given (an ``nn.Linear``), else of ``delta``."""
+    if x is None:
+        return delta.flatten(1).square().sum(1)
+    return linear_gradient_sq_norm(x.to(delta.dtype), delta, bias=f"{site.layers[0].name}.bias" in site.parameters)
+
+
+def _row_gradient(perturbation: Perturbation, weights: Tensor) -> dict[str, Tensor]:
+    layer, x, z = perturbation.layer, perturbation.x, perturbation.z
+    if layer is None or x is None:
+        raise TypeError("only layers are perturbed jointly.")
+    delta = weights.to(z.dtype).view(-1, *(1,) * (z.dim() - 1)) * z
+    return _named(layer.name, layer_gradient(layer.module, x, delta))
+
+
+def _named(layer: str, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{layer}.{leaf}": gradient for leaf, gradient in gradients.items()}

@@ -1,0 +1,328 @@
+from __future__ import annotations
+
+import io
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from flops_lightning.allocators import (
+    GaussianAllocator,
+    GaussianParameters,
+    QueryBudget,
+    SampleStatistics,
+    gain_optimal,
+    objective,
+)
+from flops_lightning.allocators.gaussian import Gradient
+from flops_lightning.allocators.gaussian_objective import AllocationProblem, draw_objective, mean_draw
+from flops_lightning.allocators.gaussian_optimisation import SIGMA_FLOOR, average_objective, descend, search
+from flops_lightning.allocators.gaussian_parameters import from_coordinates, to_coordinates
+from flops_lightning.errors import SettingError
+
+BUDGET = QueryBudget((20,))
+GRADIENTS: list[Gradient] = ["pathwise", "score", "exact"]
+
+
+def batch(seed: int = 0, *, size: int = 64, intercept: float = 0.05, slope: float = 1.0) -> SampleStatistics:
+    """A batch whose sqrt(Tr) is linear in tanh(loss) where that is positive: one that GA can allocate optimally."""
+    generator = torch.Generator().manual_seed(seed)
+    loss = (1.5 * torch.randn(size, generator=generator) - 1.0).exp()
+    root = (intercept + slope * loss.tanh()).clamp_min(0.0)
+    return SampleStatistics(loss=loss, embedding=torch.randn(size, 32, generator=generator), trace=root.square())
+
+
+def gain(statistics: SampleStatistics, counts: Tensor) -> float:
+    assert statistics.trace is not None
+    return float(20**-1 * statistics.trace.double().sum() / objective(statistics.trace, counts))
+
+
+def problem_of(statistics: SampleStatistics) -> AllocationProblem:
+    assert statistics.trace is not None
+    feature = statistics.loss.double().tanh()
+    return AllocationProblem(
+        feature=(feature - feature.mean()) / feature.std(correction=0),
+        trace=statistics.trace.double(),
+        distance=None,
+        project=False,
+        total=20.0 * len(feature),
+        floor=1.0,
+    )
+
+
+@pytest.mark.parametrize(("intercept", "slope"), [(0.05, 1.0), (-0.2, 1.0), (1.1, -1.0)])
+def test_the_three_gradients_agree_and_reach_the_optimum(intercept: float, slope: float) -> None:
+    gains = {}
+    for gradient in GRADIENTS:
+        allocator = GaussianAllocator(gradient=gradient)
+        for seed in range(4):  # the last batch is reached by a warm start, as in training
+            statistics = batch(seed, intercept=intercept, slope=slope)
+            allocation = allocator.allocate(statistics, BUDGET)
+        gains[gradient] = gain(statistics, allocation.counts[0])
+        assert allocation.diagnostics["J_over_J_equal"] == pytest.approx(1 / gains[gradient], rel=1e-6)
+        assert allocation.diagnostics["converged"] == 1.0
+    assert statistics.trace is not None
+    assert gains["exact"] >= 0.97 * float(gain_optimal(statistics.trace))
+    assert min(gains.values()) >= 0.95 * gains["exact"]
+
+
+@pytest.mark.parametrize("gradient", ["pathwise", "score"])
+@pytest.mark.parametrize("max_iterations", [1, 100])
+def test_objective_never_ends_above_its_start(gradient: Any, max_iterations: int) -> None:
+    for seed in range(5):
+        problem = problem_of(batch(seed, intercept=-0.1))
+        starts = [torch.tensor([angle, math.log(0.2), 0.0], dtype=torch.float64) for angle in (0.5, -1.0)]
+        generator = torch.Generator().manual_seed(seed)
+        optimum = descend(
+            problem, starts, gradient=gradient, draws=16, max_iterations=max_iterations, generator=generator
+        )
+        common = torch.randn(16, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        before = min(average_objective(problem, start, common) for start in starts)
+        after = average_objective(problem, optimum.coordinates, common)
+        assert after < before
+        assert optimum.converged == (max_iterations > 1)
+
+
+@pytest.mark.parametrize(("intercept", "slope"), [(0.3, 1.0), (-0.4, 1.0), (1.0, -1.0), (-0.95, 1.0)])
+def test_exact_search_equals_a_fine_scan_of_the_circle(intercept: float, slope: float) -> None:
+    problem = problem_of(batch(3, intercept=intercept, slope=slope))
+    angles = torch.linspace(-math.pi, math.pi, 40_001, dtype=torch.float64)
+    least = draw_objective(problem, mean_draw(problem, angles)).min()
+    found = draw_objective(problem, mean_draw(problem, search(problem, 0.0).coordinates[:1]))[0]
+    assert float(found) == pytest.approx(float(least), rel=1e-4)
+
+
+def test_sigma_runs_to_its_floor() -> None:
+    allocator = GaussianAllocator()
+    for seed in range(12):
+        diagnostics = allocator.allocate(batch(seed), BUDGET).diagnostics
+    # By Jensen's inequality J is least without randomness. Sigma starts at a fifth of the average.
+    assert 20 * SIGMA_FLOOR <= diagnostics["sigma"] < 20 * 2 * SIGMA_FLOOR
+
+
+def test_parameters_describe_the_same_mean_in_both_forms() -> None:
+    start = GaussianParameters.initial(20)
+    assert (start.beta0, start.beta1, start.sigma, start.gamma) == (20.0, 10.0, 4.0, 1.0)
+    feature = batch().loss.double().tanh()
+    centre, spread = float(feature.mean()), float(feature.std(correction=0))
+    again = from_coordinates(to_coordinates(start, centre, spread), centre, spread, 20)
+    mean = again.beta0 + again.beta1 * feature
+    torch.testing.assert_close(mean / again.beta0, (start.beta0 + start.beta1 * feature) / start.beta0)
+    assert float(mean.square().mean().sqrt()) == pytest.approx(20.0)
+    assert again.sigma / again.beta0 == pytest.approx(start.sigma / start.beta0)
+    assert again.gamma == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_scales_of_traces_and_of_lambda_change_nothing(gradient: Gradient) -> None:
+    statistics = batch(1)
+    assert statistics.trace is not None
+    louder = SampleStatistics(
+        loss=statistics.loss, embedding=statistics.embedding, trace=1e12 * statistics.trace.double()
+    )
+    plain, loud, scaled = (GaussianAllocator(gradient=gradient) for _ in range(3))
+    plain.load_state_dict({"parameters": [20.0, 5.0, 2.0, 1.5], "batches": 3, "not_converged": 0})
+    loud.load_state_dict(plain.state_dict())
+    scaled.load_state_dict({"parameters": [140.0, 35.0, 14.0, 1.5], "batches": 3, "not_converged": 0})
+    counts = plain.allocate(statistics, BUDGET).counts
+    assert torch.equal(loud.allocate(louder, BUDGET).counts, counts)
+    assert torch.equal(scaled.allocate(statistics, BUDGET).counts, counts)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_resumed_allocator_continues_as_if_uninterrupted(gradient: Gradient) -> None:
+    whole, first = GaussianAllocator(gradient=gradient, seed=7), GaussianAllocator(gradient=gradient, seed=7)
+    for seed in range(3):
+        whole.allocate(batch(seed), BUDGET)
+        first.allocate(batch(seed), BUDGET)
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    resumed = GaussianAllocator(gradient=gradient, seed=7)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    for seed in range(3, 6):
+        one, other = whole.allocate(batch(seed), BUDGET), resumed.allocate(batch(seed), BUDGET)
+        assert torch.equal(one.counts, other.counts)
+        assert one.diagnostics == other.diagnostics
+    assert whole.state_dict() == resumed.state_dict()
+
+
+def test_draws_differ_between_batches_and_seeds() -> None:
+    # At the paper's initial sigma, kept by stopping after a single step, the draws are far apart.
+    def counts(seed: int, batches: int) -> Tensor:
+        allocator = GaussianAllocator(seed=seed, max_iterations=1)
+        allocator.load_state_dict({"parameters": None, "batches": batches, "not_converged": 0})
+        return allocator.allocate(batch(), BUDGET).counts
+
+    assert torch.equal(counts(0, 0), counts(0, 0))
+    assert not torch.equal(counts(0, 0), counts(0, 1))
+    assert not torch.equal(counts(0, 0), counts(1, 0))
+
+
+def test_batches_that_do_not_converge_are_counted() -> None:
+    allocator = GaussianAllocator(max_iterations=1)
+    totals = [allocator.allocate(batch(seed), BUDGET).diagnostics["not_converged_total"] for seed in range(3)]
+    assert totals == [1.0, 2.0, 3.0]
+    assert allocator.state_dict()["not_converged"] == 3
+
+
+def test_all_sites_round_the_same_draw_to_their_own_budget() -> None:
+    counts = GaussianAllocator(gradient="exact").allocate(batch(), QueryBudget((20, 200, 6), multiple=2)).counts
+    assert counts.shape == (3, 64)
+    assert counts.sum(dim=1).tolist() == [64 * 20, 64 * 200, 64 * 6]
+    assert bool((counts % 2 == 0).all())
+    assert int(counts.min()) == 2
+    above = counts[0] > 2
+    torch.testing.assert_close(
+        counts[1][above] / counts[0][above], torch.full((int(above.sum()),), 10.0), rtol=0.4, atol=0
+    )
+
+
+def test_flat_batch_is_allocated_equally_and_leaves_lambda_alone() -> None:
+    allocator = GaussianAllocator()
+    allocator.allocate(batch(0), BUDGET)
+    before = allocator.parameters
+    flat = SampleStatistics(loss=torch.rand(8), embedding=torch.randn(8, 3), trace=torch.zeros(8))
+    allocation = allocator.allocate(flat, BUDGET)
+    assert allocation.counts.tolist() == [[20] * 8]
+    assert allocation.diagnostics["J_over_J_equal"] == 1.0
+    assert allocator.parameters == before
+
+
+def test_equal_losses_and_traces_are_allocated_equally() -> None:
+    same = SampleStatistics(loss=torch.full((16,), 2.3), trace=torch.full((16,), 0.7))
+    counts = GaussianAllocator(gradient="exact", covariance="diagonal").allocate(same, QueryBudget((10,))).counts
+    assert counts.tolist() == [[10] * 16]
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("field", ["loss", "embedding", "trace"])
+def test_a_broken_sample_gets_the_minimum_and_spoils_no_other(gradient: Gradient, field: str) -> None:
+    allocator = GaussianAllocator(gradient=gradient, min_queries=3)
+    for seed in range(3):
+        statistics = batch(seed)
+        getattr(statistics, field)[5] = math.nan
+        getattr(statistics, field)[9] = math.inf
+        allocation = allocator.allocate(statistics, BUDGET)
+    counts = allocation.counts[0]
+    assert counts[[5, 9]].tolist() == [3, 3]
+    assert int(counts.sum()) == 20 * 64
+    assert statistics.trace is not None
+    whole = torch.tensor([b for b in range(64) if b not in {5, 9}])
+    # What is left to the others gains nearly what an allocation among them alone would.
+    reached = (
+        (1274 / 62) ** -1 * statistics.trace[whole].double().sum() / objective(statistics.trace[whole], counts[whole])
+    )
+    assert float(reached) > 0.85 * float(gain_optimal(statistics.trace[whole]))
+    assert all(math.isfinite(value) for value in allocation.diagnostics.values())
+
+
+def test_negative_traces_count_as_zero() -> None:
+    statistics = batch(2)
+    assert statistics.trace is not None
+    statistics.trace[:8] = 0.0
+    negative = SampleStatistics(
+        loss=statistics.loss,
+        embedding=statistics.embedding,
+        trace=torch.where(statistics.trace > 0, statistics.trace, -5.0),
+    )
+    one, other = GaussianAllocator().allocate(statistics, BUDGET), GaussianAllocator().allocate(negative, BUDGET)
+    assert torch.equal(one.counts, other.counts)
+    assert one.diagnostics == other.diagnostics
+
+
+def test_without_a_floor_a_sample_may_get_nothing() -> None:
+    # sqrt(Tr) is zero for easy samples, and the line through the others is negative there.
+    statistics = batch(0, intercept=-0.5)
+    counts = GaussianAllocator(gradient="exact", min_queries=0).allocate(statistics, BUDGET).counts
+    assert int(counts.min()) == 0
+    assert int(counts.sum()) == 20 * 64
+    assert int(GaussianAllocator(gradient="exact").allocate(statistics, BUDGET).counts.min()) == 1
+
+
+@pytest.mark.parametrize("covariance", ["cosine_distance", "cosine_similarity", "diagonal"])
+def test_duplicates_in_the_batch(covariance: Any) -> None:
+    statistics = batch(0, size=16)
+    assert statistics.embedding is not None
+    twins = SampleStatistics(
+        loss=statistics.loss[:8].repeat(2),
+        embedding=statistics.embedding[:1].repeat(16, 1),
+        trace=batch(0, size=16).trace,
+    )
+    for gradient in GRADIENTS:
+        counts = GaussianAllocator(gradient=gradient, covariance=covariance).allocate(twins, BUDGET).counts
+        assert int(counts.sum()) == 20 * 16
+
+
+STATISTIC = st.one_of(st.floats(-1e3, 1e3), st.sampled_from([0.0, 1e-300, 1e38, 1e308, math.inf, -math.inf, math.nan]))
+
+
+@given(data=st.data(), size=st.integers(1, 12), gradient=st.sampled_from(GRADIENTS), multiple=st.sampled_from([1, 2]))
+@settings(deadline=None, max_examples=60)
+def test_counts_meet_the_budget_whatever_the_statistics(
+    data: st.DataObject, size: int, gradient: Gradient, multiple: int
+) -> None:
+    def column() -> Tensor:
+        return torch.tensor(data.draw(st.lists(STATISTIC, min_size=size, max_size=size)), dtype=torch.float64)
+
+    allocator = GaussianAllocator(gradient=gradient)
+    budget = QueryBudget((data.draw(st.integers(1, 12)) * multiple, 4), multiple)
+    for _ in range(2):
+        embedding = torch.stack([column(), column()], dim=1)
+        allocation = allocator.allocate(SampleStatistics(loss=column(), embedding=embedding, trace=column()), budget)
+        assert allocation.counts.sum(dim=1).tolist() == [size * queries for queries in budget.queries_per_sample]
+        assert bool((allocation.counts % multiple == 0).all())
+        assert int(allocation.counts.min()) >= multiple
+        assert all(math.isfinite(value) for value in allocation.diagnostics.values())
+
+
+def test_threads_are_given_back() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        GaussianAllocator(gradient="exact").allocate(batch(size=4), BUDGET)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_missing_statistics_are_named_with_the_remedy() -> None:
+    loss = torch.rand(4)
+    with pytest.raises(SettingError, match=r"`trace`.*strategy.pilots"):
+        GaussianAllocator().allocate(SampleStatistics(loss=loss, embedding=torch.rand(4, 2)), BUDGET)
+    bare = SampleStatistics(loss=loss, trace=torch.rand(4))
+    with pytest.raises(SettingError, match="covariance = 'diagonal'"):
+        GaussianAllocator().check(bare)
+    GaussianAllocator(covariance="diagonal").check(bare)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("gradient", "newton"),
+        ("covariance", "euclidean"),
+        ("min_queries", -1),
+        ("draws", 1),
+        ("max_iterations", 0),
+        ("seed", -1),
+    ],
+)
+def test_bad_settings_are_named(setting: str, value: Any) -> None:
+    with pytest.raises(SettingError) as caught:
+        GaussianAllocator(**{setting: value})
+    assert caught.value.setting == setting
+
+
+@pytest.mark.parametrize("setting", [{"draws": 8}, {"max_iterations": 5}])
+def test_settings_without_effect_are_refused(setting: dict[str, int]) -> None:
+    with pytest.raises(SettingError, match="no effect"):
+        GaussianAllocator(gradient="exact", **setting)
+
+
+def test_a_floor_above_the_budget_is_refused() -> None:
+    with pytest.raises(SettingError, match="min_queries = 30"):
+        GaussianAllocator(min_queries=30).allocate(batch(), BUDGET)

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from flops_lightning.allocators.rounding import largest_remainder, water_fill
+from flops_lightning.errors import SettingError
+
+SHARE = st.one_of(
+    st.floats(0.0, 1.0),
+    st.floats(-10.0, 1e308, allow_subnormal=True),
+    st.sampled_from([0.0, 1.0, 1e308, 5e-324]),
+)
+
+
+@st.composite
+def budgets(draw: st.DrawFn) -> tuple[Tensor, int, int, int]:
+    """Shares of 1 to 30 samples, and a total, floor and multiple that fit together."""
+    shares = torch.tensor(draw(st.lists(SHARE, min_size=1, max_size=30)), dtype=torch.float64)
+    multiple = draw(st.sampled_from([1, 2, 3]))
+    minimum = draw(st.integers(0, 7))
+    least = -(-minimum // multiple) * multiple
+    return shares, len(shares) * (least + multiple * draw(st.integers(0, 40))), minimum, multiple
+
+
+def bisected_water_fill(shares: Tensor, total: float, floor: float) -> Tensor:
+    """Slow reference: the scale found by bisection on the sum, which grows with the scale."""
+    positive = shares.clamp_min(0.0)
+    positive = positive / positive.max() if positive.max() > 0 else torch.ones_like(positive)
+    low, high = 0.0, 1.0
+    while (high * positive).clamp_min(floor).sum() < total:
+        high *= 2.0
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if (middle * positive).clamp_min(floor).sum() < total else (low, middle)
+    return (high * positive).clamp_min(floor)
+
+
+@given(budgets())
+@settings(deadline=None, max_examples=150)
+def test_counts_meet_the_budget(case: tuple[Tensor, int, int, int]) -> None:
+    shares, total, minimum, multiple = case
+    counts = largest_remainder(shares, total, minimum=minimum, multiple=multiple)
+    assert counts.dtype == torch.int64
+    assert int(counts.sum()) == total
+    assert int(counts.min()) >= minimum
+    assert bool((counts % multiple == 0).all())
+    assert torch.equal(counts, largest_remainder(shares, total, minimum=minimum, multiple=multiple))
+
+
+@given(budgets())
+@settings(deadline=None, max_examples=150)
+def test_counts_stay_within_one_multiple_of_the_continuous_allocation(case: tuple[Tensor, int, int, int]) -> None:
+    shares, total, minimum, multiple = case
+    counts = largest_remainder(shares, total, minimum=minimum, multiple=multiple)
+    floor = -(-minimum // multiple) * multiple
+    parts = water_fill(shares, total, floor=floor)
+    assert bool(((counts - parts).abs() < multiple * (1 + 1e-9)).all())
+    # A larger share never gets fewer queries, and of equal ones the first gets no fewer.
+    ordered = counts[shares.clamp_min(0.0).argsort(descending=True, stable=True)]
+    assert bool((ordered.diff() <= 0).all())
+
+
+@given(budgets())
+@settings(deadline=None, max_examples=150)
+def test_water_filling_equals_bisection(case: tuple[Tensor, int, int, int]) -> None:
+    shares, total, floor, _ = case
+    total = max(total, len(shares) * floor)
+    parts = water_fill(shares, total, floor=floor)
+    torch.testing.assert_close(parts, bisected_water_fill(shares, total, floor), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(parts.sum(), torch.tensor(float(total), dtype=torch.float64), rtol=1e-12, atol=1e-9)
+
+
+def test_largest_remainder_of_a_textbook_election() -> None:
+    votes = torch.tensor([47000.0, 16000.0, 15900.0, 12000.0, 6000.0, 3100.0])
+    assert largest_remainder(votes, 10, minimum=0, multiple=1).tolist() == [5, 2, 1, 1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("shares", "total", "minimum", "multiple", "expected"),
+    [
+        ([0.3], 7, 1, 1, [7]),
+        ([1.0, 1.0, 1.0], 10, 1, 1, [4, 3, 3]),  # ties go to the lower index
+        ([1.0, 1.0, 1.0], 10, 1, 2, [4, 4, 2]),
+        ([0.0, 0.0], 6, 1, 1, [3, 3]),  # nothing known: equal
+        ([-1.0, 1.0, 3.0], 9, 1, 1, [1, 2, 6]),  # 1 at the floor, 8 left in the ratio 1 : 3
+        ([1e308, 1.0, 1e-308], 12, 2, 2, [8, 2, 2]),
+        ([1.0, 2.0], 2, 1, 1, [1, 1]),  # no more than the floor
+        ([1.0, 100.0], 8, 1, 2, [2, 6]),  # the floor of 1 is raised to 2
+    ],
+)
+def test_counts_by_hand(shares: list[float], total: int, minimum: int, multiple: int, expected: list[int]) -> None:
+    counts = largest_remainder(torch.tensor(shares, dtype=torch.float64), total, minimum=minimum, multiple=multiple)
+    assert counts.tolist() == expected
+
+
+def test_water_filling_is_scale_free_and_batched() -> None:
+    shares = torch.rand(5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    together = water_fill(shares, 30.0, floor=2.0)
+    torch.testing.assert_close(together, torch.stack([water_fill(row, 30.0, floor=2.0) for row in shares]))
+    torch.testing.assert_close(together, water_fill(1e-200 * shares, 30.0, floor=2.0))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_shares_that_are_not_finite_are_refused(bad: float) -> None:
+    with pytest.raises(ValueError, match="finite"):
+        largest_remainder(torch.tensor([1.0, bad]), 4, minimum=1, multiple=1)
+
+
+def test_no_samples_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        largest_remainder(torch.empty(0), 0, minimum=1, multiple=1)
+
+
+def test_budget_that_cannot_be_met_names_the_setting() -> None:
+    with pytest.raises(SettingError, match=r"min_queries = 3: .* raise `queries_per_sample` to 4") as caught:
+        largest_remainder(torch.ones(4), 12, minimum=3, multiple=2)
+    assert caught.value.setting == "min_queries"
+    with pytest.raises(SettingError, match="multiple of 2") as caught:
+        largest_remainder(torch.ones(3), 9, minimum=1, multiple=2)
+    assert caught.value.setting == "queries_per_sample"
