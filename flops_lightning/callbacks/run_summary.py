@@ -17,6 +17,7 @@ from flops_lightning.tasks.image_classification import ForwardImageClassifier
 
 FILE_NAME = "summary.json"
 WEIGHTS_NAME = "model.safetensors"
+SITES_SHOWN = 6
 
 
 class RunSummary(pl.Callback):
@@ -74,7 +75,7 @@ class RunSummary(pl.Callback):
             "test_accuracy": accuracy,
             "queries": total.queries,
             "queries_per_sample": round(total.queries / max(1, samples), 3),
-            "queries_by_site": {site: count.queries for site, count in meter.sites.items() if site != "clean"},
+            "queries_by_site": {site.name: meter.sites[site.name].queries for site in task.strategy.sites},
             "forward_equivalents": round(total.forward_equivalents, 1),
             "lost_queries": total.lost,
             "train_seconds": round(self._seconds, 2),
@@ -92,7 +93,10 @@ class RunSummary(pl.Callback):
 
 def _text(summary: dict[str, Any], folder: Path) -> str:
     start = summary["start_accuracy"]
-    sites = ", ".join(f"{site} {queries:,}" for site, queries in summary["queries_by_site"].items()) or "none"
+    by_site = summary["queries_by_site"]
+    sites = ", ".join(f"{site} {queries:,}" for site, queries in by_site.items()) or "none"
+    if len(by_site) > SITES_SHOWN:
+        sites = f"{len(by_site)} sites, see {FILE_NAME}"
     return "\n".join(
         (
             "",

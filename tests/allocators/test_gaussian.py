@@ -176,10 +176,9 @@ def test_all_sites_round_the_same_draw_to_their_own_budget() -> None:
     assert counts.sum(dim=1).tolist() == [64 * 20, 64 * 200, 64 * 6]
     assert bool((counts % 2 == 0).all())
     assert int(counts.min()) == 2
-    above = counts[0] > 2
-    torch.testing.assert_close(
-        counts[1][above] / counts[0][above], torch.full((int(above.sum()),), 10.0), rtol=0.4, atol=0
-    )
+    # Each row is a monotone function of the same draw, which the largest budget resolves best.
+    assert bool((counts[:, counts[1].argsort(stable=True)].diff(dim=1) >= 0).all())
+    assert len(counts[1].unique()) > len(counts[0].unique()) > len(counts[2].unique()) > 1
 
 
 def test_flat_batch_is_allocated_equally_and_leaves_lambda_alone() -> None:
@@ -201,24 +200,25 @@ def test_equal_losses_and_traces_are_allocated_equally() -> None:
 
 @pytest.mark.parametrize("gradient", GRADIENTS)
 @pytest.mark.parametrize("field", ["loss", "embedding", "trace"])
-def test_a_broken_sample_gets_the_minimum_and_spoils_no_other(gradient: Gradient, field: str) -> None:
-    allocator = GaussianAllocator(gradient=gradient, min_queries=3)
+def test_broken_samples_get_the_minimum_and_spoil_no_other(gradient: Gradient, field: str) -> None:
+    # Half of 64 samples with 20 queries each are broken and get 10, which leaves 30 for each of the others: these are
+    # allocated as if they were a batch of their own.
+    with_broken = GaussianAllocator(gradient=gradient, min_queries=10)
+    alone = GaussianAllocator(gradient=gradient, min_queries=10)
     for seed in range(3):
-        statistics = batch(seed)
-        getattr(statistics, field)[5] = math.nan
-        getattr(statistics, field)[9] = math.inf
-        allocation = allocator.allocate(statistics, BUDGET)
-    counts = allocation.counts[0]
-    assert counts[[5, 9]].tolist() == [3, 3]
-    assert int(counts.sum()) == 20 * 64
-    assert statistics.trace is not None
-    whole = torch.tensor([b for b in range(64) if b not in {5, 9}])
-    # What is left to the others gains nearly what an allocation among them alone would.
-    reached = (
-        (1274 / 62) ** -1 * statistics.trace[whole].double().sum() / objective(statistics.trace[whole], counts[whole])
-    )
-    assert float(reached) > 0.85 * float(gain_optimal(statistics.trace[whole]))
-    assert all(math.isfinite(value) for value in allocation.diagnostics.values())
+        statistics = batch(seed, intercept=-0.2)
+        assert statistics.embedding is not None
+        assert statistics.trace is not None
+        sound = SampleStatistics(
+            loss=statistics.loss[::2].clone(), embedding=statistics.embedding[::2].clone(), trace=statistics.trace[::2]
+        )
+        getattr(statistics, field)[1::4] = math.nan
+        getattr(statistics, field)[3::4] = math.inf
+        allocation = with_broken.allocate(statistics, BUDGET)
+        expected = alone.allocate(sound, QueryBudget((30,)))
+        assert allocation.counts[0, 1::2].tolist() == [10] * 32
+        assert torch.equal(allocation.counts[0, ::2], expected.counts[0])
+        assert all(math.isfinite(value) for value in allocation.diagnostics.values())
 
 
 def test_negative_traces_count_as_zero() -> None:
@@ -261,15 +261,21 @@ def test_duplicates_in_the_batch(covariance: Any) -> None:
 STATISTIC = st.one_of(st.floats(-1e3, 1e3), st.sampled_from([0.0, 1e-300, 1e38, 1e308, math.inf, -math.inf, math.nan]))
 
 
-@given(data=st.data(), size=st.integers(1, 12), gradient=st.sampled_from(GRADIENTS), multiple=st.sampled_from([1, 2]))
-@settings(deadline=None, max_examples=60)
+@given(
+    data=st.data(),
+    size=st.integers(1, 12),
+    gradient=st.sampled_from(GRADIENTS),
+    covariance=st.sampled_from(["cosine_distance", "cosine_similarity", "diagonal"]),
+    multiple=st.sampled_from([1, 2]),
+)
+@settings(deadline=None, max_examples=80)
 def test_counts_meet_the_budget_whatever_the_statistics(
-    data: st.DataObject, size: int, gradient: Gradient, multiple: int
+    data: st.DataObject, size: int, gradient: Gradient, covariance: Any, multiple: int
 ) -> None:
     def column() -> Tensor:
         return torch.tensor(data.draw(st.lists(STATISTIC, min_size=size, max_size=size)), dtype=torch.float64)
 
-    allocator = GaussianAllocator(gradient=gradient)
+    allocator = GaussianAllocator(gradient=gradient, covariance=covariance)
     budget = QueryBudget((data.draw(st.integers(1, 12)) * multiple, 4), multiple)
     for _ in range(2):
         embedding = torch.stack([column(), column()], dim=1)

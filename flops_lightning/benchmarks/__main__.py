@@ -1,0 +1,65 @@
+"""``python -m flops_lightning.benchmarks [--quick] [--json FILE] [--device DEVICE]``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from flops_lightning.benchmarks.cases import Case, full_cases, quick_cases
+from flops_lightning.benchmarks.measurement import measure
+from flops_lightning.benchmarks.report import table
+
+
+def main(argv: Sequence[str] | None = None, *, cases: Sequence[Case] | None = None) -> None:
+    """Measure, print the table, write the records.
+
+    Args:
+        argv: Arguments; None: those of the process.
+        cases: What to measure instead of the built-in cases.
+    """
+    options = _parser().parse_args(argv)
+    records = []
+    for case in cases or (quick_cases() if options.quick else full_cases()):
+        print(f"measuring {case.model}, batch {case.batch}, {case.queries} queries ...", file=sys.stderr, flush=True)
+        records.append(measure(case, options.device))
+    print(table(records))
+    if options.json:
+        options.json.write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m flops_lightning.benchmarks",
+        description="Speed of a forward-only training step beside the inference it is made of, as ratios.",
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer rows and rounds: below a minute on two cores")
+    parser.add_argument("--json", type=_writable, metavar="FILE", help="also write the records to FILE")
+    parser.add_argument("--device", type=_device, default=torch.device("cpu"), help="cpu (default), cuda, cuda:1, ...")
+    return parser
+
+
+def _writable(text: str) -> Path:
+    # Found out before the measurement, not after it.
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written. Give a file in a folder that exists.")
+    return path
+
+
+def _device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {reason}. Write cpu.") from None
+    return device
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""What is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the table.
+
+    Attributes:
+        model: Name in table and records.
+        build: Makes the network; weights are random, speed does not depend on them.
+        image: ``(channels, height, width)`` of an input.
+        classes: Number of classes.
+        batch: Samples in a batch.
+        queries: Queries of each sample at each site.
+        chunk_rows: Rows in one forward pass, the same for every contender.
+        rounds: Timed rounds.
+    """
+
+    model: str
+    build: Callable[[], nn.Module]
+    image: tuple[int, int, int]
+    classes: int
+    batch: int
+    queries: int
+    chunk_rows: int
+    rounds: int
+
+
+def tiny_digits_vit() -> nn.Module:
+    """The quickstart's network: 17 tokens of width 64, 6 blocks, images of 8x8 pixels."""
+    import timm
+
+    return timm.create_model(
+        "vit_tiny_patch16_224",
+        num_classes=10,
+        img_size=8,
+        patch_size=2,
+        in_chans=1,
+        embed_dim=64,
+        depth=6,
+        num_heads=4,
+        mlp_ratio=2.0,
+    )
+
+
+def vit_tiny() -> nn.Module:
+    """ViT-Tiny/16 at 224 pixels: 197 tokens of width 192, 12 blocks."""
+    import timm
+
+    return timm.create_model("vit_tiny_patch16_224")
+
+
+DIGITS = Case(
+    "tiny ViT, digits 8x8", tiny_digits_vit, (1, 8, 8), 10, batch=64, queries=20, chunk_rows=256, rounds=15
+)  # fmt: skip
+VIT_TINY = Case(
+    "ViT-Tiny/16, 224 px", vit_tiny, (3, 224, 224), 1000, batch=8, queries=20, chunk_rows=32, rounds=5
+)  # fmt: skip
+
+
+def full_cases() -> tuple[Case, ...]:
+    """All cases at their full size; minutes on two cores."""
+    return DIGITS, VIT_TINY
+
+
+def quick_cases() -> tuple[Case, ...]:
+    """The same with fewer rows and rounds; below a minute on two cores."""
+    return replace(DIGITS, rounds=5), replace(VIT_TINY, batch=1, queries=10, chunk_rows=10, rounds=3)

@@ -1,0 +1,57 @@
+"""The table on screen, and what its columns count."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+LEGEND = {
+    "ratio_full_inference": (
+        "full",
+        "inference of the step's queries, each one row through the whole network / our step",
+    ),
+    "ratio_suffix_inference": (
+        "suffix",
+        "inference of the same rows through each site's suffix alone / our queries: noise, suffixes, losses and sums; "
+        "no clean pass, no local VJP",
+    ),
+    "ratio_backprop": ("backprop", "forward and backward pass of the batch / our step"),
+    "ratio_reference": (
+        "reference",
+        "plain step with the same queries (clean pass, every query through the whole network, VJP) / our step",
+    ),
+    "overhead_fraction": (
+        "overhead",
+        "share of our step beyond inference of its suffixes: clean pass, noise, sums, local VJP, host",
+    ),
+}
+"""Key in the record -> (column, what it counts)."""
+
+
+def table(records: Sequence[Mapping[str, Any]]) -> str:
+    """Readable table of records: medians with quartiles, then what each column counts."""
+    header = ["model", "batch", "queries", "sites", *(column for column, _ in LEGEND.values())]
+    lines = [header, *(_line(record) for record in records)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    rule = "-" * max(len(row) for row in rows)
+    return "\n".join([rows[0], rule, *rows[1:], "", *_explanation(records)])
+
+
+def _line(record: Mapping[str, Any]) -> list[str]:
+    cells = [str(record["model"]), str(record["batch"]), str(record["queries"]), str(record["sites"])]
+    for name in LEGEND:
+        low, high = record["quartiles"][name]
+        cells.append(f"{record[name]:.2f} ({low:.2f}-{high:.2f})")
+    return cells
+
+
+def _explanation(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    width = max(len(column) for column, _ in LEGEND.values())
+    ran = {f"{r['device']}, {r['threads']} thread(s), {r['dtype']}, torch {r['versions']['torch']}" for r in records}
+    return [
+        "Our step: clean pass, all queries, local VJP, .grad; LikelihoodRatio, equal counts; no optimiser anywhere.",
+        "Ratios of speed: above 1, this project is faster. Median over the rounds (quartiles).",
+        *(f"  {column.ljust(width)}  {meaning}" for column, meaning in LEGEND.values()),
+        *(f"Measured on {line}." for line in sorted(ran)),
+    ]

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import settings
+from torch import Tensor, nn
+
+from tests.reference.networks import tiny_vit, token_network
+
+# The same examples on every run: a property that fails fails for everyone.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def _seeded_on_one_thread() -> Iterator[None]:
+    # One thread: sums in one order, and no threads fighting over the cores of small machines.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def vit() -> nn.Module:
+    """A tiny float64 ViT: 4 patches and a class token, 3 blocks, pooling by the class token."""
+    return tiny_vit()
+
+
+@pytest.fixture
+def images() -> tuple[Tensor, Tensor]:
+    """Four 8x8 images and their classes."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(4, 1, 8, 8, generator=generator, dtype=torch.float64), torch.tensor([0, 3, 4, 1])
+
+
+@pytest.fixture
+def tokens_net() -> nn.Sequential:
+    """A tiny float64 ``nn.Sequential`` on tokens, with stages 0 to 4."""
+    return token_network()
+
+
+@pytest.fixture
+def tokens() -> tuple[Tensor, Tensor]:
+    """Four samples of 3 tokens and their targets."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(4, 3, 3, generator=generator, dtype=torch.float64)
+    return x, torch.randn(4, 2, generator=generator, dtype=torch.float64)

@@ -1,0 +1,197 @@
+"""The likelihood-ratio estimator of FLOPS (Ren et al., ICLR 2025), eq. 1, as slowly and obviously as possible.
+
+One sample and one query at a time, the whole network for each of them, losses kept in lists, the Jacobian by autograd.
+Only the noise itself is shared with the library: it is drawn from the same keys.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from flops_lightning.noise import NoiseKey, row_seeds, standard_normal
+from flops_lightning.strategies import LikelihoodRatio, Site
+from tests.reference.networks import Loss, stage_output
+
+
+@dataclass(frozen=True)
+class Place:
+    """A module whose output moves, the tokens that do (None: all), and its name in the noise keys."""
+
+    name: str
+    module: nn.Module
+    tokens: slice | None
+
+    def active(self, tensor: Tensor) -> Tensor:
+        return tensor if self.tokens is None else tensor[:, self.tokens]
+
+
+@dataclass(frozen=True)
+class Query:
+    """What one perturbed forward pass gave: the loss, and by place the noise and the module's own input."""
+
+    loss: float
+    noise: dict[str, Tensor]
+    inputs: dict[str, Tensor]
+
+
+def places_of(module: nn.Module, strategy: LikelihoodRatio, site: Site) -> list[Place]:
+    """Where a site puts noise."""
+    if site.layers:
+        return [Place(target.name, target.module, target.tokens) for target in site.layers]
+    stage = strategy.network.stages[site.last].name
+    return [Place(site.name, stage_output(module, stage), site.tokens)]
+
+
+def reference_gradient(
+    module: nn.Module,
+    strategy: LikelihoodRatio,
+    site: Site,
+    x: Tensor,
+    y: Tensor,
+    counts: Sequence[int],
+    *,
+    draw: int = 0,
+    pilots: int = 0,
+) -> dict[str, Tensor]:
+    """``(1 / B) sum_b J_b^T delta_b`` at one site, by parameter name.
+
+    Args:
+        module: The network itself, which is run as a whole.
+        strategy: Settings are read from it (variant, seed, rank, loss), nothing is computed with it.
+        site: The site.
+        x: ``(b, ...)`` inputs.
+        y: ``(b, ...)`` targets.
+        counts: Queries of each sample after the pilots.
+        draw: Draw counter of the batch.
+        pilots: Queries of each sample that came before and share the mean with a fixed weight.
+    """
+    places = places_of(module, strategy, site)
+    module.eval()
+    total = {name: torch.zeros_like(p) for name, p in site.parameters.items()}
+    for b in range(len(x)):
+        clean = _loss(module, strategy.loss, x[b : b + 1], y[b : b + 1])
+        rows = [_query(module, strategy, site, places, x, y, b, q, draw) for q in range(pilots + counts[b])]
+        if len(places) > 1:
+            _add_rows(total, site, places, rows, clean, strategy.variant)
+            continue
+        (place,) = places
+        delta = _delta(rows[pilots:], clean, place, site.sigma, strategy.variant)
+        if pilots:
+            early = _delta(rows[:pilots], clean, place, site.sigma, strategy.variant)
+            delta = _mixed(early, delta, pilots / site.queries_per_sample)
+        if delta is not None:
+            _add_vjp(total, module, place, site.parameters, x[b : b + 1], delta)
+    return {name: gradient / len(x) for name, gradient in total.items()}
+
+
+def _loss(module: nn.Module, loss: Loss, x: Tensor, y: Tensor) -> float:
+    with torch.no_grad():
+        return loss(module(x), y).item()
+
+
+def _query(
+    module: nn.Module, strategy: LikelihoodRatio, site: Site, places: list[Place], x: Tensor, y: Tensor,
+    b: int, q: int, draw: int,
+) -> Query:  # fmt: skip
+    noise: dict[str, Tensor] = {}
+    inputs: dict[str, Tensor] = {}
+
+    def mover(place: Place) -> Callable[..., Tensor]:
+        def move(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            z = _noise(place, place.active(output)[0].shape, strategy, b, q, draw)
+            noise[place.name], inputs[place.name] = z, args[0].detach().clone()
+            moved = output.clone()
+            place.active(moved)[0] += site.sigma * z
+            return moved
+
+        return move
+
+    with ExitStack() as stack:
+        for place in places:
+            handle = place.module.register_forward_hook(mover(place))
+            stack.callback(handle.remove)
+        loss = _loss(module, strategy.loss, x[b : b + 1], y[b : b + 1])
+    return Query(loss, noise, inputs)
+
+
+def _noise(place: Place, shape: torch.Size, strategy: LikelihoodRatio, b: int, q: int, draw: int) -> Tensor:
+    key = NoiseKey(strategy.seed, draw, place.name, strategy.rank)
+    antithetic = strategy.variant == "antithetic"
+    seeds = row_seeds(key, np.array([b]), np.array([q // 2 if antithetic else q]))
+    z = standard_normal(seeds, tuple(shape), device=torch.device("cpu"), dtype=torch.float64)[0]
+    return -z if antithetic and q % 2 == 1 else z
+
+
+def _delta(rows: list[Query], clean: float, place: Place, sigma: float, variant: str) -> Tensor | None:
+    """``delta_b`` of one sample at a single place, or None if no query survived."""
+    alive = _survivors(rows, clean, variant)
+    if variant == "antithetic":
+        pairs = zip(alive[::2], alive[1::2], strict=True)
+        terms = [(plus.loss - minus.loss) * plus.noise[place.name] / (2 * sigma) for plus, minus in pairs]
+    elif variant == "leave_one_out" and len(alive) == 1:
+        terms = []  # no other query to centre it with
+    else:
+        terms = [(row.loss - _control(row, alive, clean, variant)) * row.noise[place.name] / sigma for row in alive]
+    return torch.stack(terms).mean(0) if terms else None
+
+
+def _survivors(rows: list[Query], clean: float, variant: str) -> list[Query]:
+    lost = [not math.isfinite(row.loss - clean) for row in rows]
+    if variant == "antithetic":
+        lost = [lost[q - q % 2] or lost[q - q % 2 + 1] for q in range(len(rows))]
+    return [row for row, gone in zip(rows, lost, strict=True) if not gone]
+
+
+def _control(row: Query, alive: list[Query], clean: float, variant: str) -> float:
+    if variant == "leave_one_out":
+        others = [other.loss for other in alive if other is not row]
+        return sum(others) / len(others)
+    return {"plain": 0.0, "baseline": clean}[variant]
+
+
+def _mixed(early: Tensor | None, late: Tensor | None, share: float) -> Tensor | None:
+    if early is None or late is None:
+        return late if early is None else early
+    return share * early + (1 - share) * late
+
+
+def _add_vjp(
+    total: dict[str, Tensor], module: nn.Module, place: Place, parameters: dict[str, nn.Parameter], x: Tensor,
+    delta: Tensor,
+) -> None:  # fmt: skip
+    outputs: list[Tensor] = []
+    handle = place.module.register_forward_hook(lambda _, __, output: outputs.append(output.clone()))
+    module(x)
+    handle.remove()
+    found = torch.autograd.grad(
+        place.active(outputs[0])[0], list(parameters.values()), grad_outputs=delta, allow_unused=True
+    )
+    for name, gradient in zip(parameters, found, strict=True):
+        if gradient is not None:
+            total[name] += gradient
+
+
+def _add_rows(
+    total: dict[str, Tensor], site: Site, places: list[Place], rows: list[Query], clean: float, variant: str
+) -> None:
+    """Layers perturbed together: each row has its own input of each layer, and so its own Jacobian.
+
+    The + and - rows of a pair have different inputs, so here the clean loss does not cancel between them.
+    """
+    alive = _survivors(rows, clean, variant)
+    for row in alive:
+        weight = (row.loss - (0.0 if variant == "plain" else clean)) / site.sigma / len(alive)
+        for place in places:
+            leaves = {f"{place.name}.{leaf}": p for leaf, p in place.module.named_parameters(recurse=False)}
+            leaves = {name: p for name, p in leaves.items() if name in total}
+            output = place.active(place.module(row.inputs[place.name]))[0]
+            found = torch.autograd.grad(output, list(leaves.values()), weight * row.noise[place.name])
+            for name, gradient in zip(leaves, found, strict=True):
+                total[name] += gradient

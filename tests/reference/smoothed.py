@@ -1,0 +1,108 @@
+"""The gradient that the estimators are unbiased for, by autograd, and the check that they are.
+
+With noise of width sigma at its places a network has the smoothed loss ``(1/B) sum_b E[L_b]``; its gradient in the
+parameters is the expectation of the likelihood-ratio estimate, at any sigma.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from flops_lightning.strategies import LikelihoodRatio, Site
+from tests.reference.likelihood_ratio import Place, places_of
+from tests.reference.networks import Loss, gradients
+
+LARGEST_ERROR = 0.02
+"""Largest standard error of the slope with which a test may say anything."""
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Mean of repeated draws ``(k, n)`` of a gradient, and the standard error of each of its entries."""
+
+    draws: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        return self.draws.mean(0)
+
+    @property
+    def error(self) -> Tensor:
+        return self.draws.std(0) / len(self.draws) ** 0.5
+
+
+def smoothed_gradient(
+    module: nn.Module, loss: Loss, x: Tensor, y: Tensor, places: Sequence[Place], site: Site, *, copies: int, draws: int
+) -> Sampled:
+    """Gradient of the smoothed loss in a site's parameters: autograd through ``copies`` noisy copies of the batch."""
+    generator = torch.Generator().manual_seed(12345)
+
+    def mover(place: Place) -> Callable[..., Tensor]:
+        def move(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            z = torch.zeros_like(output)
+            place.active(z).normal_(generator=generator)
+            return output + site.sigma * z
+
+        return move
+
+    parameters = list(site.parameters.values())
+    found = []
+    with ExitStack() as stack:
+        for place in places:
+            stack.callback(place.module.register_forward_hook(mover(place)).remove)
+        for _ in range(draws):
+            mean = loss(module(x.repeat(copies, *(1,) * (x.dim() - 1))), y.repeat(copies, *(1,) * (y.dim() - 1))).mean()
+            found.append(flat(torch.autograd.grad(mean, parameters)))
+    return Sampled(torch.stack(found))
+
+
+def flat(tensors: Sequence[Tensor]) -> Tensor:
+    """All entries in one vector."""
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def estimates(
+    strategy: LikelihoodRatio, x: Tensor, y: Tensor, counts: Tensor, *, draws: int
+) -> dict[str, Sampled]:
+    """Repeated estimates with fresh noise, by site."""
+    found: dict[str, list[Tensor]] = {site.name: [] for site in strategy.sites}
+    for _ in range(draws):
+        strategy.estimate(strategy.clean_pass(x, y), counts)
+        grads = gradients(strategy.network.module)
+        for site in strategy.sites:
+            found[site.name].append(flat([grads[name] for name in site.parameters]))
+    return {name: Sampled(torch.stack(rows)) for name, rows in found.items()}
+
+
+def true_gradients(
+    strategy: LikelihoodRatio, x: Tensor, y: Tensor, *, copies: int = 2000, draws: int = 8
+) -> dict[str, Sampled]:
+    """What the estimates of each site should be on average."""
+    module = strategy.network.module
+    return {
+        site.name: smoothed_gradient(
+            module, strategy.loss, x, y, places_of(module, strategy, site), site, copies=copies, draws=draws
+        )
+        for site in strategy.sites
+    }
+
+
+def assert_unbiased(estimate: Sampled, truth: Sampled, *, largest_error: float = LARGEST_ERROR) -> None:
+    """The regression of the estimate on the truth has slope 1, and no single entry is off.
+
+    The slope ``<estimate, g> / <g, g>`` is taken for each draw; its standard error comes from their scatter.
+    """
+    g = truth.mean
+    slopes = estimate.draws @ g / g.square().sum()
+    doubt = (truth.draws @ g / g.square().sum()).std() / len(truth.draws) ** 0.5
+    error = float((slopes.var() / len(slopes) + doubt**2).sqrt())
+    slope = float(slopes.mean())
+    assert error <= largest_error, f"too noisy to tell: slope {slope:.3f} with standard error {error:.3f}"
+    assert abs(slope - 1) < 4 * error, f"slope {slope:.3f} with standard error {error:.3f}"
+    deviation = (estimate.mean - g).abs() / (estimate.error.square() + truth.error.square()).sqrt()
+    assert float(deviation.max()) < 6, f"an entry is off by {float(deviation.max()):.1f} standard errors"

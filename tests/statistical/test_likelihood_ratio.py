@@ -1,0 +1,227 @@
+"""Unbiased: every variant and kind of site against autograd's gradient of the smoothed loss, and faults that must fail.
+
+``reference/smoothed.py`` holds the check. It needs a standard error of at most 2 %, so a bias of 8 % cannot pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from flops_lightning.strategies import LikelihoodRatio, PilotSpec, site_queries
+from flops_lightning.strategies.delta import DeltaSums
+from tests.reference.networks import (
+    autograd_gradient,
+    bound,
+    cross_entropy,
+    freeze,
+    gradients,
+    squared_error,
+    tiny_vit,
+    token_network,
+)
+from tests.reference.smoothed import Sampled, assert_unbiased, estimates, flat, true_gradients
+
+LAYOUTS: dict[str, list[dict[str, Any]]] = {
+    "group": [{"stages": ["0", "1"]}, {"stages": ["2", "3"]}, {"stages": ["4"]}],
+    "block": [{"stages": ["0", "4"], "kind": "block"}],
+    "linear": [{"stages": ["0", "4"], "kind": "linear"}],
+    "together": [{"stages": ["0", "4"], "kind": "linear", "together": True}],
+}
+CASES = [
+    (variant, layout)
+    for variant in ("plain", "baseline", "leave_one_out", "antithetic")
+    for layout in LAYOUTS
+    if (variant, layout) != ("leave_one_out", "together")
+]
+# Uneven, and in step with the size of the samples' gradients, so that weighting samples by their counts shows.
+COUNTS = torch.tensor([600, 300, 900, 200])
+
+
+def shifted_squared_error(output: Tensor, target: Tensor) -> Tensor:
+    """Squared error less an offset in the last column of the target: small losses, or `plain` would need a day."""
+    return squared_error(output, target[:, :-1]) - target[:, -1]
+
+
+def token_problem() -> tuple[nn.Module, Tensor, Tensor]:
+    """A network on 3 tokens, 4 samples, and targets that leave clean losses of +-0.3."""
+    net = token_network()
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(4, 3, 3, generator=generator, dtype=torch.float64)
+    y = 2 + torch.randn(4, 2, generator=generator, dtype=torch.float64)
+    offset = squared_error(net(x), y).detach() - torch.tensor([0.3, -0.2, 0.2, -0.3])
+    return net, x, torch.cat([y, offset[:, None]], dim=1)
+
+
+def token_strategy(layout: str, *, sigma: float, **settings: Any) -> tuple[LikelihoodRatio, Tensor, Tensor]:
+    net, x, y = token_problem()
+    sites = [{**site, "sigma": sigma} for site in LAYOUTS[layout]]
+    return bound(net, shifted_squared_error, sites, chunk_rows=1000, **settings), x, y
+
+
+def check(strategy: LikelihoodRatio, x: Tensor, y: Tensor, *, draws: int) -> None:
+    """The estimates of every site against the gradient of the loss smoothed at that site."""
+    truth = true_gradients(strategy, x, y)
+    for site, estimate in estimates(strategy, x, y, COUNTS, draws=draws).items():
+        assert_unbiased(estimate, truth[site])
+
+
+def check_against_autograd(strategy: LikelihoodRatio, x: Tensor, y: Tensor, *, counts: Tensor, draws: int) -> None:
+    """The same where sigma is so small that the smoothed loss is the loss."""
+    truth = autograd_gradient(strategy.network.module, strategy.loss, x, y)
+    for site, estimate in zip(
+        strategy.sites, estimates(strategy, x, y, counts, draws=draws).values(), strict=True
+    ):
+        exact = flat([truth[name] for name in site.parameters])
+        assert_unbiased(estimate, Sampled(exact.repeat(2, 1)))
+
+
+@pytest.mark.parametrize(("variant", "layout"), CASES)
+def test_wide_noise(variant: str, layout: str) -> None:
+    strategy, x, y = token_strategy(layout, sigma=0.5, variant=variant)
+    check(strategy, x, y, draws=20)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("variant", ["baseline", "antithetic"])
+def test_narrow_noise(variant: str, layout: str) -> None:
+    strategy, x, y = token_strategy(layout, sigma=1e-4, variant=variant)
+    check_against_autograd(strategy, x, y, counts=COUNTS, draws=20)
+
+
+def test_wide_noise_smooths() -> None:
+    """Else the tests with wide noise would say no more than those with narrow noise."""
+    strategy, x, y = token_strategy("block", sigma=0.5)
+    smoothed = true_gradients(strategy, x, y)["0"]
+    exact = flat(list(autograd_gradient(strategy.network.module, strategy.loss, x, y).values())[:2])
+    with pytest.raises(AssertionError, match="slope"):
+        assert_unbiased(Sampled(exact.repeat(2, 1)), smoothed)
+
+
+@pytest.mark.parametrize("variant", ["baseline", "antithetic"])
+def test_vit(variant: str, images: tuple[Tensor, Tensor]) -> None:
+    """Attention mixes the tokens; the last group is estimated from noise on the class token alone."""
+    sites = [
+        {"stages": ["embed", "blocks.0"], "sigma": 1e-3},
+        {"stages": ["blocks.1", "blocks.2"], "sigma": 1e-3},
+        {"stages": ["pool", "head"], "sigma": 1e-3},
+    ]
+    strategy = bound(tiny_vit(), cross_entropy, sites, variant=variant)
+    x, _ = images
+    counts = torch.tensor([600, 360, 1000, 240])
+    check_against_autograd(strategy, x, torch.full((4,), 2), counts=counts, draws=16)
+
+
+@pytest.mark.statistical_heavy
+@pytest.mark.parametrize("kwargs", [{}, {"global_pool": "avg", "reg_tokens": 2}, {"global_pool": "map"}])
+@pytest.mark.parametrize("variant", ["baseline", "leave_one_out", "antithetic"])
+@pytest.mark.parametrize("layout", ["block", "linear", "together"])
+def test_vit_everywhere(layout: str, variant: str, kwargs: dict[str, Any], images: tuple[Tensor, Tensor]) -> None:
+    if (variant, layout) == ("leave_one_out", "together"):
+        pytest.skip("layers perturbed together have no leave-one-out form")
+    vit = tiny_vit(**kwargs)
+    if layout != "block":
+        freeze(vit, "cls_token", "pos_embed", "reg_token", "attn_pool.latent")
+    site = {"stages": ["embed", "head"], "sigma": 1e-3, "queries_per_sample": 4}
+    kind = {"kind": "block"} if layout == "block" else {"kind": "linear", "together": layout == "together"}
+    strategy = bound(vit, cross_entropy, [{**site, **kind}], variant=variant)
+    x, _ = images
+    counts = torch.tensor([2400, 1440, 4000, 960])
+    check_against_autograd(strategy, x, torch.full((4,), 2), counts=counts, draws=24)
+
+
+def test_pilots_do_not_bias_though_the_counts_depend_on_them() -> None:
+    """The weight of the pilots is fixed before they are seen, so they may decide the counts and still be used."""
+    pilots = PilotSpec("2", 4)
+    net, x, y = token_problem()
+    site = {"stages": ["0", "4"], "kind": "block", "sigma": 0.5, "queries_per_sample": 20}
+    strategy = bound(net, shifted_squared_error, [site], pilots=pilots, chunk_rows=1000)
+    truth = true_gradients(strategy, x, y)
+    found: dict[str, list[Tensor]] = {name: [] for name in truth}
+    for _ in range(800):
+        clean = strategy.clean_pass(x, y)
+        trace = strategy.pilot_trace(clean)
+        share = trace / trace.sum()
+        strategy.estimate(clean, 1 + (60 * share).floor().long())
+        grads = gradients(net)
+        for site_ in strategy.sites:
+            found[site_.name].append(flat([grads[name] for name in site_.parameters]))
+    for name, rows in found.items():
+        assert_unbiased(Sampled(torch.stack(rows)), truth[name])
+
+
+# Faults to plant. Each is one that a public implementation of the method has.
+
+
+def divide_by_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, of_layer = DeltaSums.delta, site_queries.layer_gradient
+    monkeypatch.setattr(DeltaSums, "delta", lambda sums: whole(sums) / (sums.weighted[0, ..., 0].numel()))
+
+    def divided(module: nn.Module, x: Tensor, d: Tensor) -> dict[str, Tensor]:
+        tokens = d[0, ..., 0].numel()
+        return {name: gradient / tokens for name, gradient in of_layer(module, x, d).items()}
+
+    monkeypatch.setattr(site_queries, "layer_gradient", divided)
+
+
+def average_expanded_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    joint_pass = site_queries.SiteQueries._joint_pass
+
+    def mean_count(counts: np.ndarray) -> np.ndarray:
+        return np.full(len(counts), counts.sum() // len(counts))
+
+    monkeypatch.setattr(
+        DeltaSums, "delta", lambda sums: sums.weighted / sums.survivors.sum() * len(sums.survivors)
+    )
+    monkeypatch.setattr(
+        site_queries.SiteQueries,
+        "_joint_pass",
+        lambda self, site, clean, plan, counts: joint_pass(self, site, clean, plan, mean_count(counts)),
+    )
+
+
+def forget_the_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = site_queries.query_weights
+
+    def doubled(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        weights, alive = whole(*args, **kwargs)
+        return 2 * weights, alive
+
+    monkeypatch.setattr(site_queries, "query_weights", doubled)
+
+
+def cross_the_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss of -z comes from another sample of the chunk."""
+    whole = site_queries.query_weights
+
+    def crossed(losses: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        plus, minus = losses.view(-1, 2).unbind(1)
+        mixed = torch.stack([plus, minus.roll(len(minus) // 2)], dim=1).flatten()
+        return whole(mixed, *args, **kwargs)
+
+    monkeypatch.setattr(site_queries, "query_weights", crossed)
+
+
+@pytest.mark.parametrize("layout", ["group", "linear", "together"])
+@pytest.mark.parametrize(
+    ("fault", "variant"),
+    [
+        (divide_by_tokens, "baseline"),
+        (average_expanded_rows, "baseline"),
+        (forget_the_half, "antithetic"),
+        (cross_the_pairs, "antithetic"),
+    ],
+)
+def test_planted_faults_are_caught(
+    fault: Callable[[pytest.MonkeyPatch], None], variant: str, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strategy, x, y = token_strategy(layout, sigma=0.5, variant=variant)
+    fault(monkeypatch)
+    # Crossed pairs are too noisy to tell a slope: that too is a failure of the check.
+    with pytest.raises(AssertionError, match="too noisy" if fault is cross_the_pairs else r"^slope"):
+        check(strategy, x, y, draws=20)

@@ -1,0 +1,230 @@
+"""The fast path equals a slow, obvious implementation: equality in float64, not statistics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from flops_lightning.strategies import LikelihoodRatio, PilotSpec
+from tests.reference.likelihood_ratio import reference_gradient
+from tests.reference.networks import (
+    TokenMean,
+    bound,
+    cross_entropy,
+    estimated,
+    freeze,
+    gradients,
+    shaken,
+    squared_error,
+    tiny_vit,
+)
+
+SIGMA = {"sigma": 0.1}
+VIT_SITES: dict[str, list[dict[str, Any]]] = {
+    "group": [
+        {"stages": ["embed", "blocks.0"], **SIGMA},
+        {"stages": ["blocks.1", "blocks.2"], **SIGMA},
+        {"stages": ["pool", "head"], **SIGMA},
+    ],
+    "block": [{"stages": ["embed", "head"], "kind": "block", **SIGMA}],
+    "linear": [{"stages": ["embed", "head"], "kind": "linear", **SIGMA}],
+    "together": [
+        {"stages": ["embed", "blocks.1"], "kind": "linear", "together": True, **SIGMA},
+        {"stages": ["blocks.2", "head"], "kind": "linear", "together": True, **SIGMA},
+    ],
+}
+COUNTS = {"plain": [3, 0, 5, 2], "baseline": [3, 0, 5, 2], "leave_one_out": [3, 0, 5, 2], "antithetic": [4, 0, 6, 2]}
+CASES = [
+    (variant, layout)
+    for variant in COUNTS
+    for layout in VIT_SITES
+    if (variant, layout) != ("leave_one_out", "together")
+]
+
+
+def assert_equals_reference(
+    module: nn.Module, strategy: LikelihoodRatio, x: Tensor, y: Tensor, table: Tensor, **reference: Any
+) -> None:
+    """Compare every gradient of one estimate with the slow one."""
+    draw = strategy.draw
+    _, found = estimated(strategy, x, y, table)
+    for site, counts in zip(strategy.sites, table.expand(len(strategy.sites), -1).tolist(), strict=True):
+        expected = reference_gradient(module, strategy, site, x, y, counts, draw=draw, **reference)
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found.pop(name), gradient, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+    assert all(gradient is None for gradient in found.values()), "a parameter without a site got a gradient"
+
+
+def vit_for(layout: str, **kwargs: Any) -> nn.Module:
+    vit = tiny_vit(**kwargs)
+    if layout in ("linear", "together"):
+        freeze(vit, "cls_token", "pos_embed", "reg_token")
+    return vit
+
+
+@pytest.mark.parametrize(("variant", "layout"), CASES)
+def test_vit(variant: str, layout: str, images: tuple[Tensor, Tensor]) -> None:
+    vit = vit_for(layout)
+    strategy = bound(vit, cross_entropy, VIT_SITES[layout], variant=variant, chunk_rows=4)
+    base = torch.tensor(COUNTS[variant])
+    # Counts of its own for every site: each must read its own line of the table.
+    table = torch.stack([base.roll(s) for s in range(len(strategy.sites))])
+    assert_equals_reference(vit, strategy, *images, table)
+
+
+@pytest.mark.parametrize("layout", ["group", "together"])
+@pytest.mark.parametrize("variant", ["baseline", "antithetic"])
+def test_mean_of_patch_tokens_with_register_tokens(
+    variant: str, layout: str, images: tuple[Tensor, Tensor]
+) -> None:
+    vit = vit_for(layout, global_pool="avg", reg_tokens=2)
+    strategy = bound(vit, cross_entropy, VIT_SITES[layout], variant=variant, chunk_rows=6)
+    assert strategy.sites[1].tokens == slice(3, None) or strategy.sites[1].layers
+    assert_equals_reference(vit, strategy, *images, torch.tensor(COUNTS[variant]))
+
+
+@pytest.mark.parametrize("layout", ["group", "linear", "together"])
+def test_all_tokens_on_request(layout: str, images: tuple[Tensor, Tensor]) -> None:
+    vit = vit_for(layout)
+    sites = [{**site, "active_tokens": False} for site in VIT_SITES[layout]]
+    strategy = bound(vit, cross_entropy, sites, chunk_rows=5)
+    assert all(site.tokens is None for site in strategy.sites)
+    assert all(layer.tokens is None for site in strategy.sites for layer in site.layers)
+    assert_equals_reference(vit, strategy, *images, torch.tensor(COUNTS["baseline"]))
+
+
+@pytest.mark.parametrize("stage", ["blocks.0", "blocks.1", "blocks.2"])
+@pytest.mark.parametrize("variant", ["baseline", "leave_one_out", "antithetic"])
+def test_pilots_that_are_used_again(variant: str, stage: str, images: tuple[Tensor, Tensor]) -> None:
+    vit = tiny_vit()
+    sites = [
+        {"stages": ["embed", "head"], "kind": "block", "queries_per_sample": 10, **SIGMA},
+    ]
+    strategy = bound(vit, cross_entropy, sites, variant=variant, chunk_rows=7, pilots=PilotSpec(stage, 4))
+    clean = strategy.clean_pass(*images)
+    strategy.pilot_trace(clean)
+    counts = COUNTS[variant]
+    strategy.estimate(clean, torch.tensor(counts))
+    found = gradients(vit)
+    for site in strategy.sites:
+        pilots = 4 if site.name == stage else 0
+        expected = reference_gradient(vit, strategy, site, *images, counts, pilots=pilots)
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-9)
+
+
+def test_pilots_that_are_not_used_again_leave_their_noise_alone(vit: nn.Module, images: tuple[Tensor, Tensor]) -> None:
+    sites = [{"stages": ["embed", "head"], "kind": "block", "queries_per_sample": 10, **SIGMA}]
+    pilots = PilotSpec("blocks.0", 4, reuse=False)
+    strategy = bound(vit, cross_entropy, sites, pilots=pilots)
+    clean = strategy.clean_pass(*images)
+    strategy.pilot_trace(clean)
+    strategy.estimate(clean)
+    found = gradients(vit)
+    site = next(site for site in strategy.sites if site.name == "blocks.0")
+    ten = reference_gradient(vit, strategy, site, *images, [10] * 4)
+    four = reference_gradient(vit, strategy, site, *images, [4] * 4)
+    for name, gradient in ten.items():
+        torch.testing.assert_close(found[name], (10 * gradient - 4 * four[name]) / 6, rtol=1e-9, atol=1e-9)
+
+
+def test_pilots_at_a_linear_layer(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+    sites = [{"stages": ["0", "4"], "kind": "linear", "queries_per_sample": 10, **SIGMA}]
+    strategy = bound(tokens_net, squared_error, sites, pilots=PilotSpec("2", 4))
+    clean = strategy.clean_pass(*tokens)
+    strategy.pilot_trace(clean)
+    counts = [2, 6, 1, 0]
+    strategy.estimate(clean, torch.tensor(counts))
+    found = gradients(tokens_net)
+    for site in strategy.sites:
+        pilots = 4 if site.name == "2" else 0
+        expected = reference_gradient(tokens_net, strategy, site, *tokens, counts, pilots=pilots)
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-9)
+
+
+def test_every_draw_and_rank_has_its_own_noise(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+    strategy = bound(tokens_net, squared_error, [{"stages": ["0", "1"]}, {"stages": ["2", "4"]}])
+    counts = torch.tensor([2, 1, 3, 1])
+    for rank in (0, 3):
+        strategy.rank = rank
+        for _ in range(2):
+            assert_equals_reference(tokens_net, strategy, *tokens, counts)
+
+
+def convolutional() -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = nn.Sequential(
+            nn.Conv2d(1, 4, 3, stride=2, padding=1),
+            nn.GroupNorm(2, 4, affine=False),
+            nn.Conv2d(4, 6, 3, padding=2, dilation=2, groups=2, bias=False),
+            nn.Flatten(2),
+            nn.LayerNorm((6, 16)),
+            TokenMean(),
+            nn.Linear(16, 5, bias=False),
+        )
+    return shaken(net)
+
+
+@pytest.mark.parametrize("layout", ["block", "linear", "together"])
+def test_convolutions(layout: str, images: tuple[Tensor, Tensor]) -> None:
+    net = convolutional()
+    kind = {"block": {"kind": "block"}, "linear": {"kind": "linear"}, "together": {"kind": "linear", "together": True}}
+    strategy = bound(net, cross_entropy, [{"stages": ["0", "6"], **kind[layout], **SIGMA}], chunk_rows=3)
+    assert_equals_reference(net, strategy, *images, torch.tensor([3, 0, 5, 2]))
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("leaf", ["weight", "bias"])
+def test_a_layer_of_which_only_one_parameter_is_trained(
+    leaf: str, together: bool, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
+) -> None:
+    """As in BitFit, which trains biases alone."""
+    freeze(tokens_net, "0." + leaf, "3.0." + leaf)
+    strategy = bound(tokens_net, squared_error, [{"stages": ["0", "4"], "kind": "linear", "together": together}])
+    assert_equals_reference(tokens_net, strategy, *tokens, torch.tensor([2, 1, 0, 3]))
+
+
+@pytest.mark.parametrize(
+    "sites",
+    [
+        [{"stages": ["0"]}, {"stages": ["1", "2"]}],
+        [{"stages": ["0", "2"], "kind": "block"}],
+        [{"stages": ["0", "2"], "kind": "linear"}],
+        [{"stages": ["0", "2"], "kind": "linear", "together": True}],
+    ],
+)
+def test_stages_that_work_in_place(sites: list[dict[str, Any]], tokens: tuple[Tensor, Tensor]) -> None:
+    """What is kept of the clean pass must not change when the next stage overwrites its input."""
+    net = shaken(nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.SiLU(inplace=True), nn.Linear(4, 3)), TokenMean()))
+    x, _ = tokens
+    strategy = bound(net, squared_error, [{**site, **SIGMA} for site in sites])
+    assert_equals_reference(net, strategy, x, torch.ones(4, 3, dtype=x.dtype), torch.tensor([2, 1, 0, 3]))
+
+
+class InPlaceResidual(nn.Module):
+    """Adds to its input, which is also the input of its layer, in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lift = nn.Linear(3, 3)
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.lift(x)
+        y = self.layer(h).tanh()
+        if torch.is_grad_enabled():  # where autograd would refuse the overwritten input
+            return h + y
+        h += y
+        return h
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_layers_whose_input_is_overwritten_later(together: bool, tokens: tuple[Tensor, Tensor]) -> None:
+    net = shaken(nn.Sequential(InPlaceResidual(), TokenMean(), nn.Linear(3, 2)))
+    strategy = bound(net, squared_error, [{"stages": ["0", "2"], "kind": "linear", "together": together, **SIGMA}])
+    assert_equals_reference(net, strategy, *tokens, torch.tensor([2, 1, 0, 3]))
