@@ -28,7 +28,8 @@ def test_foreign_module_learns_with_allocated_queries(monkeypatch: pytest.Monkey
     assert counts.shape == (3 * 30, 50)
     assert counts.sum(dim=1).unique().tolist() == [20 * 50]
     assert counts.min() >= 1
-    assert all(len(row.unique()) > 1 for row in counts)
+    # Untrained, the samples are alike; the more of them are learned, the more the others get.
+    assert all(len(row.unique()) > 5 for row in counts[-30:])
     # Over seeds 0 to 4 the accuracy after three epochs was 0.90 to 0.92.
     assert result["start_accuracy"] < 0.2
     assert result["test_accuracy"] > 0.8

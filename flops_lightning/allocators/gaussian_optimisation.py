@@ -63,7 +63,8 @@ def descend(
 
     Args:
         problem: The batch.
-        starts: ``(3,)`` coordinates, of which the one with the least J is begun with.
+        starts: ``(3,)`` coordinates, of which the one with the least J is begun with. One whose mean is nowhere
+            positive comes last: its allocation is the equal one, on a plateau without gradient.
         gradient: Which estimate of the gradient to follow.
         draws: Draws K over which J and its gradient are averaged.
         max_iterations: Gradient steps after which to give up.
@@ -71,7 +72,11 @@ def descend(
     """
     shape = (draws, len(problem.feature))
     common = torch.randn(shape, dtype=torch.float64, generator=generator)
-    best = min(starts, key=lambda start: average_objective(problem, start, common))
+
+    def rank(start: Tensor) -> tuple[bool, float]:
+        return float(mean_draw(problem, start[0]).max()) <= 0.0, average_objective(problem, start, common)
+
+    best = min(starts, key=rank)
     coordinates, best_value, values = best.clone(), math.inf, list[float]()
     optimizer = torch.optim.Adam([coordinates], lr=LEARNING_RATE)
     for iteration in range(max_iterations + 1):

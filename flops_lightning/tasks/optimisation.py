@@ -91,8 +91,10 @@ def build_optimizer(module: nn.Module, settings: OptimizerSettings) -> Optimizer
     """The optimiser of the trainable parameters of ``module``."""
     settings.check()
     parameters = [p for p in module.parameters() if p.requires_grad]
-    groups: list[dict[str, object]] = [{"params": [p for p in parameters if p.ndim > 1]}]
-    groups.append({"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0})
+    groups: list[dict[str, object]] = [{"params": parameters}]
+    if settings.weight_decay:
+        groups = [{"params": [p for p in parameters if p.ndim > 1]}]
+        groups += [{"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
     if settings.name == "sgd":
         return torch.optim.SGD(groups, lr=settings.lr, weight_decay=settings.weight_decay, momentum=settings.momentum)

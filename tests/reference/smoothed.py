@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
+from scipy import stats
 from torch import Tensor, nn
 
 from flops_lightning.strategies import LikelihoodRatio, Site
@@ -19,6 +20,9 @@ from tests.reference.networks import Loss, gradients
 
 LARGEST_ERROR = 0.02
 """Largest standard error of the slope with which a test may say anything."""
+
+LARGEST_RISK = 1e-4
+"""Probability that some entry of an unbiased estimate is called biased (Bonferroni over the entries)."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ def estimates(
 
 
 def true_gradients(
-    strategy: LikelihoodRatio, x: Tensor, y: Tensor, *, copies: int = 2000, draws: int = 8
+    strategy: LikelihoodRatio, x: Tensor, y: Tensor, *, copies: int = 1000, draws: int = 10
 ) -> dict[str, Sampled]:
     """What the estimates of each site should be on average."""
     module = strategy.network.module
@@ -92,7 +96,7 @@ def true_gradients(
     }
 
 
-def assert_unbiased(estimate: Sampled, truth: Sampled, *, largest_error: float = LARGEST_ERROR) -> None:
+def assert_unbiased(estimate: Sampled, truth: Sampled) -> None:
     """The regression of the estimate on the truth has slope 1, and no single entry is off.
 
     The slope ``<estimate, g> / <g, g>`` is taken for each draw; its standard error comes from their scatter.
@@ -102,7 +106,10 @@ def assert_unbiased(estimate: Sampled, truth: Sampled, *, largest_error: float =
     doubt = (truth.draws @ g / g.square().sum()).std() / len(truth.draws) ** 0.5
     error = float((slopes.var() / len(slopes) + doubt**2).sqrt())
     slope = float(slopes.mean())
-    assert error <= largest_error, f"too noisy to tell: slope {slope:.3f} with standard error {error:.3f}"
+    assert error <= LARGEST_ERROR * max(1, abs(slope)), f"too noisy to tell: slope {slope:.3f}, error {error:.3f}"
     assert abs(slope - 1) < 4 * error, f"slope {slope:.3f} with standard error {error:.3f}"
-    deviation = (estimate.mean - g).abs() / (estimate.error.square() + truth.error.square()).sqrt()
-    assert float(deviation.max()) < 6, f"an entry is off by {float(deviation.max()):.1f} standard errors"
+    # Entries that are zero by symmetry (the bias of a key under softmax) have rounding errors for a standard error.
+    scatter = (estimate.error.square() + truth.error.square()).sqrt() + 1e-9 * g.abs().max()
+    deviation = float(((estimate.mean - g).abs() / scatter).max())
+    bound = stats.t.isf(LARGEST_RISK / (2 * len(g)), df=len(estimate.draws) - 1)
+    assert deviation < bound, f"an entry is off by {deviation:.1f} standard errors (at most {bound:.1f} by chance)"

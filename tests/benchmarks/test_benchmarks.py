@@ -1,0 +1,252 @@
+"""The reference step is the same estimator, the yardsticks run the rows they claim, and ratios are what they say."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from flops_lightning.benchmarks.__main__ import main
+from flops_lightning.benchmarks.cases import Case
+from flops_lightning.benchmarks.inference import full_inference, suffix_inference
+from flops_lightning.benchmarks.measurement import (
+    BACKPROP,
+    FULL,
+    QUERIES,
+    REFERENCE,
+    STEP,
+    SUFFIX,
+    record,
+    row_cross_entropy,
+    set_up,
+)
+from flops_lightning.benchmarks.reference import keyed_noise, reference_gradient
+from flops_lightning.benchmarks.timing import Timings, alternate
+from flops_lightning.errors import SettingError
+from flops_lightning.staging import Stage, StagedNetwork, stage_network
+from flops_lightning.strategies import LikelihoodRatio, SiteSpec
+
+CPU = torch.device("cpu")
+KEYS = {
+    "model": str, "batch": int, "queries": int, "strategy": str, "sites": str, "device": str,
+    "ratio_full_inference": float, "ratio_suffix_inference": float, "ratio_backprop": float, "ratio_reference": float,
+    "overhead_fraction": float, "quartiles": dict, "rounds": int, "chunk_rows": int, "dtype": str, "threads": int,
+    "processor": str, "versions": dict,
+}  # fmt: skip
+MEASURED = [name for name in KEYS if name.startswith("ratio_") or name == "overhead_fraction"]
+
+
+def layers() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Linear(8, 5)
+    )
+
+
+def vit() -> nn.Module:
+    import timm
+
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=4, patch_size=2, embed_dim=8, depth=3, num_heads=2, num_classes=5
+    )
+    for parameter in model.parameters():  # timm starts biases at 0 and norms at 1
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return model
+
+
+MICRO = Case("layers", layers, (3, 2, 2), 5, batch=3, queries=4, chunk_rows=5, rounds=2)
+
+
+@pytest.mark.parametrize(
+    ("build", "stages", "kind"),
+    [
+        (vit, [["embed", "blocks.0"], ["blocks.1", "blocks.2"], ["pool", "head"]], "group"),
+        (vit, [["embed", "head"]], "block"),
+        (layers, [["0", "3"], ["4", "6"]], "group"),
+    ],
+)
+def test_the_reference_step_gives_the_estimate_of_likelihood_ratio(build, stages, kind):
+    torch.manual_seed(1)
+    network = stage_network(build().double())
+    inputs = torch.randn(4, *((3, 2, 2) if build is layers else (3, 4, 4)), dtype=torch.float64)
+    targets = torch.randint(5, (4,))
+    strategy = LikelihoodRatio(sites=[SiteSpec(stages=s, kind=kind) for s in stages], chunk_rows=7, seed=3)
+    strategy.bind(network, row_cross_entropy)
+    counts = torch.tensor([[4, 1, 9, 2]]).repeat(len(strategy.sites), 1)
+    counts[0] = torch.tensor([1, 3, 2, 6])
+    strategy.clean_pass(inputs, targets)  # so that the draw counter is not where it starts
+    clean = strategy.clean_pass(inputs, targets)
+    strategy.estimate(clean, counts)
+
+    reference = reference_gradient(
+        network, row_cross_entropy, strategy.sites, inputs, targets, counts,
+        noise=keyed_noise(3, draw=clean.draw), rows=5,
+    )  # fmt: skip
+
+    ours = {name: parameter.grad for name, parameter in network.module.named_parameters()}
+    assert reference.keys() == ours.keys()
+    torch.testing.assert_close(ours, reference, rtol=1e-8, atol=1e-10)
+    assert all(gradient.abs().max() > 1e-4 for gradient in reference.values())
+
+
+def test_the_reference_step_refuses_linear_sites():
+    network = stage_network(layers())
+    strategy = LikelihoodRatio(sites=[SiteSpec(stages=["0", "6"], kind="linear")])
+    strategy.bind(network, row_cross_entropy)
+    with pytest.raises(SettingError, match="kind: block"):
+        reference_gradient(
+            network, row_cross_entropy, strategy.sites, torch.zeros(1, 3, 2, 2), torch.zeros(1, dtype=torch.int64),
+            torch.ones(len(strategy.sites), 1, dtype=torch.int64), noise=keyed_noise(0, draw=0), rows=2,
+        )  # fmt: skip
+
+
+def rows_by_stage(network: StagedNetwork) -> tuple[StagedNetwork, dict[str, list[tuple[int, ...]]]]:
+    """The network with stages that note the shapes they are given."""
+    seen: dict[str, list[tuple[int, ...]]] = {stage.name: [] for stage in network.stages}
+
+    def noting(stage: Stage) -> Stage:
+        return replace(stage, run=lambda x: (seen[stage.name].append(tuple(x.shape)), stage.run(x))[1])
+
+    return StagedNetwork(network.module, tuple(noting(stage) for stage in network.stages)), seen
+
+
+def test_the_yardsticks_run_as_many_rows_as_the_step_has_queries():
+    network, seen = rows_by_stage(stage_network(vit()))
+    specs = [
+        SiteSpec(stages=["embed", "blocks.0"], queries_per_sample=6, sigma=0.1),
+        SiteSpec(stages=["blocks.1", "blocks.2"], queries_per_sample=8, sigma=0.1),
+        SiteSpec(stages=["pool", "head"], queries_per_sample=2, sigma=0.1),
+    ]
+    strategy = LikelihoodRatio(sites=specs, chunk_rows=8, seed=0)
+    strategy.bind(network, row_cross_entropy)
+    inputs = torch.randn(3, 3, 4, 4)
+    clean = strategy.clean_pass(inputs, torch.zeros(3, dtype=torch.int64))
+
+    def rows(run):
+        for shapes in seen.values():
+            shapes.clear()
+        run()
+        return {name: sum(shape[0] for shape in shapes) for name, shapes in seen.items()}
+
+    full = rows(full_inference(network, strategy.sites, inputs, chunk_rows=8))
+    assert full == dict.fromkeys(full, 3 * (6 + 8 + 2))
+    assert max(shape[0] for shape in seen["embed"]) <= 8
+
+    suffix = rows(suffix_inference(network, strategy.sites, clean, chunk_rows=8))
+    assert suffix == {"embed": 0, "blocks.0": 0, "blocks.1": 18, "blocks.2": 18, "pool": 42, "head": 42}
+    # 18 rows with all 5 tokens come from below, 24 with the CLS token alone from blocks.2.
+    assert sum(shape[0] for shape in seen["pool"] if shape[1] == 1) == 24
+
+    plain = {name: Counter(shapes) for name, shapes in seen.items()}
+    rows(lambda: strategy.estimate(clean))
+    step = {name: Counter(shapes) for name, shapes in seen.items()}
+    # The step makes the same calls; beyond them only its local VJP, which runs each stage once on the batch.
+    assert all(step[name] - plain[name] == Counter({seen[name][-1]: 1}) for name in ("embed", "blocks.0"))
+    assert all(step[name] - plain[name] == Counter({(3, 5, 8): 1}) for name in ("blocks.1", "blocks.2", "pool"))
+    assert all(not plain[name] - step[name] for name in plain)
+
+
+class FakeClock:
+    """Time that only moves when a contender runs."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_alternate_pairs_contenders_within_rounds():
+    clock, ran, waits = FakeClock(), [], []
+
+    def contender(name: str, seconds: float):
+        def run() -> None:
+            # The machine slows down by half from one round to the next; the first round is the warm-up.
+            clock.now += seconds * 1.5 ** (len(ran) // 3)
+            ran.append(name)
+
+        return run
+
+    timings = alternate(
+        {"a": contender("a", 1.0), "b": contender("b", 2.0), "c": contender("c", 4.0)},
+        rounds=4, clock=clock, synchronize=lambda: waits.append(clock.now),
+    )  # fmt: skip
+
+    assert ["".join(ran[i : i + 3]) for i in range(0, 15, 3)] == ["abc", "abc", "bca", "cab", "abc"]
+    assert timings.seconds["a"] == pytest.approx([1.5, 1.5**2, 1.5**3, 1.5**4])
+    assert len(waits) == 2 * 3 * 4
+    for other, ratio in (("b", 2.0), ("c", 4.0)):
+        summary = timings.speed_ratio(other, "a")
+        assert (summary.low, summary.median, summary.high) == pytest.approx((ratio,) * 3)
+
+
+def test_ratios_are_medians_and_quartiles_of_the_rounds():
+    timings = Timings({"ours": (1.0, 2.0, 4.0, 1.0, 2.0), "other": (1.0, 4.0, 12.0, 4.0, 10.0)})
+    ratio = timings.speed_ratio("other", "ours")  # 1, 2, 3, 4, 5
+    assert (ratio.low, ratio.median, ratio.high) == (2.0, 3.0, 4.0)
+    excess = timings.excess_fraction("other", "ours")  # 0, 1/2, 2/3, 3/4, 4/5
+    assert (excess.low, excess.median, excess.high) == pytest.approx((1 / 2, 2 / 3, 3 / 4))
+
+
+def test_alternate_refuses_no_round():
+    with pytest.raises(SettingError, match="rounds"):
+        alternate({"a": lambda: None}, rounds=0)
+
+
+def test_a_record_divides_what_its_keys_say():
+    setup = set_up(MICRO, CPU)
+    seconds = {STEP: 5.0, QUERIES: 4.0, FULL: 15.0, SUFFIX: 3.0, BACKPROP: 1.0, REFERENCE: 20.0}
+    entry = record(MICRO, setup.strategy, CPU, Timings({name: (s, s) for name, s in seconds.items()}))
+    assert {name: entry[name] for name in MEASURED} == pytest.approx(
+        {
+            "ratio_full_inference": 3.0,
+            "ratio_suffix_inference": 0.75,
+            "ratio_backprop": 0.2,
+            "ratio_reference": 4.0,
+            "overhead_fraction": 0.4,
+        }
+    )
+
+
+def test_the_command_writes_records_and_prints_the_table(tmp_path, capsys):
+    main(["--json", str(tmp_path / "records.json")], cases=[MICRO, replace(MICRO, model="again", batch=2)])
+
+    records = json.loads((tmp_path / "records.json").read_text())
+    assert [(r["model"], r["batch"], r["queries"]) for r in records] == [("layers", 3, 4), ("again", 2, 4)]
+    for entry in records:
+        assert {name: type(value) for name, value in entry.items()} == KEYS
+        assert entry["strategy"] == "LikelihoodRatio (baseline)"
+        assert entry["sites"] == "group1 group2 group3 head"
+        assert (entry["device"], entry["dtype"], entry["threads"]) == ("cpu", "float32", torch.get_num_threads())
+        assert entry["versions"]["torch"] == torch.__version__.split("+")[0]
+        assert entry["quartiles"].keys() == set(MEASURED)
+        for name in MEASURED:
+            low, high = entry["quartiles"][name]
+            assert low <= entry[name] <= high
+            assert math.isfinite(entry[name])
+            assert entry[name] > 0 or name == "overhead_fraction"
+        assert entry["overhead_fraction"] < 1
+
+    printed = capsys.readouterr().out
+    for entry in records:
+        (line,) = [line for line in printed.splitlines() if line.startswith(entry["model"] + " ")]
+        for name in MEASURED:
+            assert f"{entry[name]:.2f} (" in line
+    assert "no local VJP" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "remedy"),
+    [
+        (["--json", "no/such/folder/records.json"], "Give a file in a folder that exists."),
+        (["--device", "abacus"], "Write cpu."),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_is_measured(arguments, remedy, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments, cases=[MICRO])
+    assert remedy in capsys.readouterr().err

@@ -1,0 +1,311 @@
+from __future__ import annotations
+
+import copy
+import csv
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
+from flops_lightning.allocators import EqualAllocator, GaussianAllocator
+from flops_lightning.callbacks import QueryAllocatorCallback
+from flops_lightning.errors import LostQueriesError, SettingError
+from flops_lightning.strategies import Backprop, PilotSpec
+from flops_lightning.tasks import ClipSettings, ForwardImageClassifier, OptimizerSettings
+from flops_lightning.tasks.trainer_checks import check_trainer
+from tests.tasks.conftest import MODEL, two_sites
+
+
+def parameters(task: ForwardImageClassifier) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in task.backbone.parameters()]).clone()
+
+
+def allocator() -> QueryAllocatorCallback:
+    return QueryAllocatorCallback(allocator=GaussianAllocator())
+
+
+PILOTED = {"queries": 8, "pilots": PilotSpec(site="head", queries=2)}
+
+
+class TestTraining:
+    def test_meter_equals_what_the_settings_say(self, make_task: Any, make_trainer: Any, digits: Any) -> None:
+        task = make_task(strategy=two_sites(**PILOTED))
+        make_trainer(callbacks=[allocator()]).fit(task, digits)
+        total = task.strategy.meter.total()
+        samples = 3 * 32
+        assert total.clean_passes == samples
+        assert total.queries == 2 * 8 * samples
+        assert task.strategy.meter.sites["head"].pilots == total.pilots == 2 * samples
+        assert total.lost == 0
+
+    def test_the_clean_pass_runs_once_a_batch(self, make_task: Any, make_trainer: Any, digits: Any) -> None:
+        task = make_task(strategy=two_sites(**PILOTED))
+        make_trainer(callbacks=[allocator()]).fit(task, digits)
+        assert task.strategy.draw == 3
+
+    def test_site_by_site_counts_one_step_a_batch(self, make_task: Any, make_trainer: Any, digits: Any) -> None:
+        task = make_task(strategy=two_sites(update="site_by_site"))
+        before = parameters(task)
+        trainer = make_trainer()
+        trainer.fit(task, digits)
+        assert trainer.global_step == 3
+        moved = (parameters(task) != before).float().mean()
+        assert moved > 0.99
+
+    def test_equal_allocator_equals_no_allocator(self, make_task: Any, make_trainer: Any, digits: Any) -> None:
+        ends = []
+        for callbacks in ([], [QueryAllocatorCallback(allocator=EqualAllocator())]):
+            task = make_task()
+            make_trainer(callbacks=callbacks).fit(task, digits)
+            ends.append(parameters(task))
+        assert torch.equal(*ends)
+
+    def test_callbacks_of_lightning_work(self, make_task: Any, make_trainer: Any, digits: Any, tmp_path: Any) -> None:
+        monitored = ModelCheckpoint(dirpath=tmp_path, monitor="val/accuracy", mode="max", filename="best")
+        stopping = EarlyStopping(monitor="val/accuracy", mode="max", patience=0, min_delta=1.0)
+        task = make_task(optimizer=OptimizerSettings(lr=1e-3, schedule="cosine"))
+        trainer = make_trainer(
+            logger=CSVLogger(tmp_path),
+            enable_checkpointing=True,
+            callbacks=[monitored, stopping, LearningRateMonitor("step")],
+            max_epochs=5,
+            log_every_n_steps=1,
+        )
+        trainer.fit(task, digits)
+        assert trainer.current_epoch < 4  # it stopped early: an improvement of 100 % is never met
+        assert (tmp_path / "best.ckpt").is_file()
+        with Path(trainer.logger.experiment.metrics_file_path).open() as file:
+            rates = [float(row["lr"]) for row in csv.DictReader(file) if row["lr"]]
+        assert rates == sorted(rates, reverse=True)
+        assert rates[0] == pytest.approx(1e-3)
+        assert rates[-1] < 1e-3
+
+    def test_attention_is_clipped_apart(self, make_task: Any, make_trainer: Any, digits: Any) -> None:
+        task = make_task(
+            clip=ClipSettings(norm=1e-3, attention_norm=1e-4), optimizer=OptimizerSettings(name="sgd", lr=1.0)
+        )
+        before = {n: p.detach().clone() for n, p in task.backbone.named_parameters()}
+        make_trainer(limit_train_batches=1).fit(task, digits)
+        moves = {n: p.detach() - before[n] for n, p in task.backbone.named_parameters()}
+        attention = torch.cat([m.flatten() for n, m in moves.items() if ".attn." in n]).norm()
+        rest = torch.cat([m.flatten() for n, m in moves.items() if ".attn." not in n]).norm()
+        assert float(attention) == pytest.approx(1e-4, rel=1e-2)
+        assert float(rest) == pytest.approx(1e-3, rel=1e-2)
+
+
+class TestLostQueries:
+    @staticmethod
+    def poison(task: ForwardImageClassifier) -> None:
+        task.loss = lambda logits, labels: logits.sum(1) * torch.nan
+        task.strategy.bind(task.network, task.loss)
+
+    def test_a_run_of_skipped_steps_stops_with_what_to_change(
+        self, make_task: Any, make_trainer: Any, digits: Any
+    ) -> None:
+        task = make_task(max_skipped_steps=1)
+        before = parameters(task)
+        self.poison(task)
+        with (
+            pytest.raises(LostQueriesError, match=r"2 steps in a row .*max_skipped_steps = 1.*Lower optimizer.lr"),
+            pytest.warns(RuntimeWarning, match="lost every query"),
+        ):
+            make_trainer().fit(task, digits)
+        assert torch.equal(parameters(task), before)
+        assert task.strategy.draw == 2  # the draw counter advances on skipped steps too
+
+    def test_skipped_steps_in_between_are_survived(self, make_task: Any, make_trainer: Any, digits: Any) -> None:
+        task = make_task(max_skipped_steps=1)
+        plain = task.loss
+
+        def sometimes(logits: Tensor, labels: Tensor) -> Tensor:
+            return plain(logits, labels) * (torch.nan if task.strategy.draw == 0 else 1.0)
+
+        task.strategy.bind(task.network, sometimes)
+        trainer = make_trainer()
+        with pytest.warns(RuntimeWarning, match="lost every query"):
+            trainer.fit(task, digits)
+        assert trainer.global_step == 2
+
+
+class TestCheckpoints:
+    @pytest.mark.parametrize("strategy", ["lr", "site_by_site", "backprop"])
+    def test_resuming_equals_the_uninterrupted_run(
+        self, make_task: Any, make_trainer: Any, digits: Any, tmp_path: Any, strategy: str
+    ) -> None:
+        def task() -> ForwardImageClassifier:
+            made = {
+                "lr": lambda: two_sites(**PILOTED),
+                "site_by_site": lambda: two_sites(queries=8, update="site_by_site"),
+                "backprop": Backprop,
+            }
+            return make_task(strategy=made[strategy](), optimizer=OptimizerSettings(lr=1e-3, schedule="cosine"))
+
+        def callbacks() -> list[pl.Callback]:
+            return [allocator()] if strategy == "lr" else []
+
+        whole = task()
+        make_trainer(max_epochs=2, callbacks=callbacks()).fit(whole, digits)
+        first = task()
+        # The schedule's end is that of the whole run, so the first part is stopped by a callback, as a crash would.
+        part = make_trainer(max_epochs=2, callbacks=[*callbacks(), StopAfter(epochs=1)])
+        part.fit(first, digits)
+        part.save_checkpoint(tmp_path / "half.ckpt", weights_only=False)
+        second = task()
+        make_trainer(max_epochs=2, callbacks=callbacks()).fit(second, digits, ckpt_path=tmp_path / "half.ckpt")
+        assert torch.equal(parameters(second), parameters(whole))
+        assert second.strategy.meter.total() == whole.strategy.meter.total()
+        assert second.strategy.draw == whole.strategy.draw
+
+    def test_loads_with_weights_only(self, make_task: Any, make_trainer: Any, digits: Any, tmp_path: Any) -> None:
+        task = make_task(freeze=["pos_embed"], optimizer=OptimizerSettings(name="adamw"), label_smoothing=0.1)
+        trainer = make_trainer(callbacks=[QueryAllocatorCallback(allocator=EqualAllocator())])
+        trainer.fit(task, digits)
+        trainer.save_checkpoint(tmp_path / "run.ckpt")
+        torch.load(tmp_path / "run.ckpt", weights_only=True)
+        loaded = ForwardImageClassifier.load_from_checkpoint(tmp_path / "run.ckpt", weights_only=True)
+        assert torch.equal(parameters(loaded), parameters(task))
+        assert loaded.optimizer_settings.name == "adamw"
+        assert loaded.network.frozen() == ("pos_embed",)
+        metrics = make_trainer().test(loaded, digits, verbose=False)
+        assert metrics == make_trainer().test(task, digits, verbose=False)
+
+    def test_without_strategy_it_predicts_and_refuses_to_fit(
+        self, make_task: Any, make_trainer: Any, digits: Any
+    ) -> None:
+        task = make_task(strategy=None)
+        batches = make_trainer().predict(task, digits)
+        digits.setup("test")
+        images, _ = next(iter(digits.test_dataloader()))
+        assert torch.allclose(batches[0]["probability"], task.eval()(images).softmax(1), atol=1e-6)
+        assert torch.equal(batches[0]["label"], batches[0]["probability"].argmax(1))
+        with pytest.raises(SettingError, match=r"strategy = None: training needs one"):
+            make_trainer().fit(task, digits)
+
+
+class StopAfter(pl.Callback):
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        trainer.should_stop = trainer.current_epoch + 1 >= self.epochs
+
+
+def test_copies_and_pickles_keep_their_stages(make_task: Any) -> None:
+    task = make_task()
+    for twin in (copy.deepcopy(task), pickle.loads(pickle.dumps(task))):
+        with torch.no_grad():
+            twin.backbone.head.bias.add_(1.0)
+        x = torch.randn(2, 1, 8, 8)
+        assert torch.allclose(twin.network.run(x), twin.backbone(x))
+        assert not torch.allclose(twin.network.run(x), task.backbone(x))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model_name": "vit_tinny_patch16_224"}, r"model_name .*Did you mean \['vit_tiny_patch16_224'"),
+        ({"model_name": "resnet18", "model_kwargs": {}}, "network = .*BatchNorm|network = 'ResNet'"),
+        ({"model_kwargs": {"colour": 3}}, "model_kwargs .*Remove what it does not take"),
+        ({"model_kwargs": {"num_classes": 3}}, r"model_kwargs.num_classes = 3: comes from the data. Remove it"),
+        ({"pretrained": True, "checkpoint": "x.ckpt"}, "pretrained = True: `checkpoint` is given as well"),
+        ({"freeze": ["blocks.9.*"]}, r"freeze = 'blocks.9.\*': matches no parameter. Write a pattern"),
+        ({"label_smoothing": 1.0}, "label_smoothing = 1.0"),
+        ({"max_skipped_steps": -1}, "max_skipped_steps = -1"),
+        ({"optimizer": OptimizerSettings(lr=0.0)}, "optimizer.lr = 0.0: must be positive"),
+        ({"optimizer": OptimizerSettings(name="adam", momentum=0.9)}, "optimizer.momentum = 0.9: adam has no"),
+        ({"optimizer": OptimizerSettings(name="lion")}, r"optimizer.name = 'lion': is not known. Choose from \['adam'"),
+        ({"clip": ClipSettings(norm=-1.0)}, "clip.norm = -1.0: is negative. Write 0 for none"),
+    ],
+)
+def test_bad_settings_name_themselves_and_the_remedy(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        ForwardImageClassifier(**{**MODEL, **settings})
+
+
+@pytest.mark.parametrize(
+    ("model_kwargs", "message"),
+    [
+        ({"img_size": 16}, r"model_kwargs.img_size = \(16, 16\): the images are 8 x 8. Write img_size: 8"),
+        ({"in_chans": 3}, "model_kwargs.in_chans = 3: the images have 1 channels. Write in_chans: 1"),
+    ],
+)
+def test_images_of_another_shape_are_refused(
+    make_task: Any, make_trainer: Any, digits: Any, model_kwargs: dict[str, int], message: str
+) -> None:
+    task = make_task(model_kwargs={**MODEL["model_kwargs"], **model_kwargs})
+    with pytest.raises(SettingError, match=message):
+        make_trainer().fit(task, digits)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"gradient_clip_val": 1.0}, r"trainer.gradient_clip_val = 1.0: .*clip.norm"),
+        ({"accumulate_grad_batches": 2}, "trainer.accumulate_grad_batches = 2: .*batch_size"),
+        ({"precision": "bf16-true"}, "trainer.precision = 'bf16-true': .*Choose from .'32-true'"),
+    ],
+)
+def test_trainer_settings_that_cannot_work_are_refused_at_once(
+    make_task: Any, make_trainer: Any, digits: Any, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SettingError, match=message):
+        make_trainer(**settings).fit(make_task(), digits)
+
+
+def fitting(**attributes: Any) -> Any:
+    """A trainer in so far as the checks look at it, with settings that a machine without accelerators cannot have."""
+    usual = {
+        "strategy": SingleDeviceStrategy(),
+        "state": SimpleNamespace(fn=TrainerFn.FITTING),
+        "world_size": 1,
+        "precision": "32-true",
+        "gradient_clip_val": None,
+        "accumulate_grad_batches": 1,
+    }
+    return SimpleNamespace(**{**usual, **attributes})
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ({"strategy": object.__new__(FSDPStrategy)}, "trainer.strategy = 'FSDPStrategy': shards .*strategy: auto"),
+        ({"strategy": object.__new__(DeepSpeedStrategy)}, "trainer.strategy = 'DeepSpeedStrategy': shards"),
+        ({"world_size": 2}, "trainer.devices = 2: .*Write devices: 1"),
+        ({"precision": "16-mixed"}, "trainer.precision = '16-mixed': .*Choose from .'32-true'"),
+    ],
+)
+def test_hardware_settings_that_cannot_work_are_refused(attributes: dict[str, Any], message: str) -> None:
+    check_trainer(fitting())
+    with pytest.raises(SettingError, match=message):
+        check_trainer(fitting(**attributes))
+
+
+def test_pilots_without_an_allocator_are_refused(make_task: Any, make_trainer: Any, digits: Any) -> None:
+    with pytest.raises(SettingError, match=r"strategy.pilots.queries = 2: no allocator asks for pilots"):
+        make_trainer().fit(make_task(strategy=two_sites(**PILOTED)), digits)
+
+
+def test_an_allocator_for_backprop_is_refused(make_task: Any, make_trainer: Any, digits: Any) -> None:
+    trainer = make_trainer(callbacks=[QueryAllocatorCallback(allocator=EqualAllocator())])
+    with pytest.raises(SettingError, match=r"trainer.callbacks = .*Backprop spends no queries. Remove the callback"):
+        trainer.fit(make_task(strategy=Backprop()), digits)
+
+
+def test_bf16_mixed_learns_and_warns_of_a_sigma_it_cannot_resolve(
+    make_task: Any, make_trainer: Any, digits: Any
+) -> None:
+    task = make_task()
+    before = parameters(task)
+    with pytest.warns(RuntimeWarning, match=r"sigma = 0.01 at site .* below what torch.bfloat16 resolves"):
+        make_trainer(precision="bf16-mixed").fit(task, digits)
+    assert parameters(task).dtype == torch.float32
+    assert (parameters(task) != before).any()

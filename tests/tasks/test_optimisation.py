@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from flops_lightning.errors import SettingError
+from flops_lightning.tasks.optimisation import (
+    ClipSettings,
+    OptimizerSettings,
+    build_optimizer,
+    build_schedule,
+    clip_gradients,
+    lr_factor,
+)
+
+
+def test_schedule_rises_linearly_and_falls_as_half_a_cosine() -> None:
+    factors = [lr_factor(step, schedule="cosine", warmup_steps=4, total_steps=14) for step in range(15)]
+    assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert factors[9] == pytest.approx(0.5)
+    assert factors[14] == pytest.approx(0.0)
+    assert factors[6] == pytest.approx(0.5 * (1 + math.cos(0.2 * math.pi)))
+    assert lr_factor(1000, schedule="constant", warmup_steps=4, total_steps=math.inf) == 1.0
+
+
+def test_cosine_without_an_end_is_refused() -> None:
+    settings = OptimizerSettings(schedule="cosine")
+    with pytest.raises(SettingError, match=r"Set trainer.max_epochs or max_steps"):
+        build_schedule(build_optimizer(nn.Linear(2, 2), settings), settings, math.inf)
+
+
+@pytest.mark.parametrize(
+    ("name", "family"), [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD)]
+)
+def test_decay_spares_vectors_and_frozen_parameters_are_left_out(name: str, family: type) -> None:
+    module = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
+    module[0].weight.requires_grad_(False)
+    optimizer = build_optimizer(nn.Sequential(module, nn.Linear(2, 2)), OptimizerSettings(name=name, weight_decay=0.1))
+    assert type(optimizer) is family
+    decays = {tuple(p.shape): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    assert decays == {(2, 2): 0.1, (2,): 0.0}
+
+
+def test_clipping_keeps_directions_and_bounds_norms() -> None:
+    module = nn.ModuleDict({"attn": nn.Linear(3, 3), "mlp": nn.Linear(3, 3)})
+    for p in module.parameters():
+        p.grad = torch.randn_like(p)
+    before = {n: p.grad.clone() for n, p in module.named_parameters()}
+    named = [(f"blocks.0.{n}", p) for n, p in module.named_parameters()]
+    norm = clip_gradients(named, ClipSettings(norm=0.5, attention_norm=0.25))
+    assert float(norm) == pytest.approx(float(torch.cat([g.flatten() for g in before.values()]).norm()))
+    for part, bound in (("attn", 0.25), ("mlp", 0.5)):
+        clipped = torch.cat([p.grad.flatten() for n, p in named if part in n])
+        original = torch.cat([g.flatten() for n, g in before.items() if part in n])
+        assert float(clipped.norm()) == pytest.approx(bound, rel=1e-4)
+        assert float(torch.cosine_similarity(clipped, original, dim=0)) == pytest.approx(1.0)
