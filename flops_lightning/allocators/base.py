@@ -19,12 +19,12 @@ class QueryBudget:
     Attributes:
         queries_per_sample: Average number of queries of a sample, one entry per site ``s``.
         multiple: Counts come in multiples of this (2 where queries come in antithetic pairs).
-        minimum: Fewest queries with which the estimator is defined for a sample (2 for antithetic or leave-one-out).
+        minimum: Fewest queries that the estimator can use (2 for leave-one-out); an allocator may set a higher floor.
     """
 
     queries_per_sample: tuple[int, ...]
     multiple: int = 1
-    minimum: int = 1
+    minimum: int = 0
 
     def __post_init__(self) -> None:
         """Refuse budgets that no allocation can meet."""

@@ -156,17 +156,16 @@ class GaussianAllocator(QueryAllocator):
             statistics = replace(statistics, embedding=None)
         statistics = statistics.on_cpu()
         totals = [queries * len(statistics.loss) for queries in budget.queries_per_sample]
+        minimum = max(self.min_queries, budget.minimum)
         for total in totals:
-            check_budget(total, len(statistics.loss), minimum=self.min_queries, multiple=budget.multiple)
+            check_budget(total, len(statistics.loss), minimum=minimum, multiple=budget.multiple)
         usable, trace = _usable_traces(statistics)
         generator = torch.Generator().manual_seed(_stream_seed(self.seed, self._batches))
         self._batches += 1
         shares, optimum = usable.double(), None
         if bool((trace > 0).any()):
             shares[usable], optimum = self._draw(statistics, usable, trace[usable], budget, generator)
-        counts = torch.stack(
-            [largest_remainder(shares, t, minimum=self.min_queries, multiple=budget.multiple) for t in totals]
-        )
+        counts = torch.stack([largest_remainder(shares, t, minimum=minimum, multiple=budget.multiple) for t in totals])
         return Allocation(counts=counts, diagnostics=self._diagnostics(trace, counts[0], optimum))
 
     def _draw(
@@ -178,7 +177,7 @@ class GaussianAllocator(QueryAllocator):
         generator: torch.Generator,
     ) -> tuple[Tensor, Optimum]:
         queries = budget.queries_per_sample[0]
-        least = -(-self.min_queries // budget.multiple) * budget.multiple
+        least = -(-max(self.min_queries, budget.minimum) // budget.multiple) * budget.multiple
         feature = statistics.loss[usable].tanh()
         centre, spread = float(feature.mean()), max(float(feature.std(correction=0)), 1e-12)
         embedding = statistics.embedding

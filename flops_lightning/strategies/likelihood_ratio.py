@@ -119,8 +119,9 @@ class LikelihoodRatio(ForwardGradientStrategy):
     def budget(self) -> QueryBudget:
         """Queries of a sample at each site, pilots taken off."""
         left = [s.queries_per_sample - (self.pilots.queries if self._is_pilot_site(s) else 0) for s in self._sites]
-        unit = self._queries.unit
-        return QueryBudget(tuple(left), multiple=unit, minimum=2 if self.variant == "leave_one_out" else unit)
+        return QueryBudget(
+            tuple(left), multiple=self._queries.unit, minimum=2 if self.variant == "leave_one_out" else 0
+        )
 
     @property
     def update_groups(self) -> tuple[tuple[str, ...], ...]:

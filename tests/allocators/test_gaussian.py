@@ -345,3 +345,16 @@ def test_settings_without_effect_are_refused(setting: dict[str, int]) -> None:
 def test_a_floor_above_the_budget_is_refused() -> None:
     with pytest.raises(SettingError, match="min_queries = 30"):
         GaussianAllocator(min_queries=30).allocate(batch(), BUDGET)
+
+
+def test_the_budgets_minimum_raises_the_floor() -> None:
+    statistics = SampleStatistics(
+        loss=torch.linspace(0.0, 3.0, 16),
+        embedding=torch.eye(16),
+        trace=torch.linspace(0.0, 3.0, 16).tanh().square() ** 4,
+    )
+    low = GaussianAllocator(gradient="exact").allocate(statistics, QueryBudget((6,))).counts
+    high = GaussianAllocator(gradient="exact").allocate(statistics, QueryBudget((6,), minimum=2)).counts
+    assert int(low.min()) == 1
+    assert int(high.min()) == 2
+    assert int(high.sum()) == int(low.sum()) == 6 * 16
