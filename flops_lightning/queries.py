@@ -66,7 +66,7 @@ def clean_pass(
             h = x
             for i, stage in enumerate(network.stages):
                 if i in kept:
-                    kept[i].append(h)
+                    kept[i].append(h.clone())  # the stage may work in place
                 h = stage.run(h)
             kept[len(network)].append(h)
     activations = {i: torch.cat(parts) for i, parts in kept.items()}
@@ -84,7 +84,7 @@ def refresh(network: StagedNetwork, loss: LossFunction, clean: CleanPass, start:
     Activations with an index above ``start`` are stale and dropped.
     """
     with network.evaluating():
-        parts = [network.run(h, start) for h in clean.activations[start].split(rows)]
+        parts = [network.run(h.clone(), start) for h in clean.activations[start].split(rows)]
     output = at_least_float32(torch.cat(parts))
     activations = {i: h for i, h in clean.activations.items() if i <= start} | {len(network): output}
     return replace(clean, activations=activations, output=output, loss=row_losses(loss, output, clean.targets))

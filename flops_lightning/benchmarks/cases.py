@@ -73,4 +73,4 @@ def full_cases() -> tuple[Case, ...]:
 
 def quick_cases() -> tuple[Case, ...]:
     """The same with fewer rows and rounds; below a minute on two cores."""
-    return replace(DIGITS, rounds=5), replace(VIT_TINY, batch=1, queries=10, rounds=3)
+    return replace(DIGITS, batch=32, rounds=3), replace(VIT_TINY, batch=1, queries=8, rounds=3)

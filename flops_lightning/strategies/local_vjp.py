@@ -28,7 +28,7 @@ def local_vjp(network: StagedNetwork, site: Site, clean: CleanPass, delta: Tenso
     with network.evaluating():
         for h, d in zip(clean.activations[site.first].split(rows), delta.split(rows), strict=True):
             with torch.enable_grad():
-                output = network.run(h, site.first, site.last + 1)
+                output = network.run(h.clone(), site.first, site.last + 1)  # stages may work in place
                 output = output if site.tokens is None else output[:, site.tokens]
             gradients = torch.autograd.grad(output, parameters, d.to(output.dtype), allow_unused=True)
             for name, gradient in zip(total, gradients, strict=True):

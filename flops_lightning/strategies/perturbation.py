@@ -94,7 +94,7 @@ def injected(layers: Sequence[LayerTarget], sigma: float, draw: DrawNoise) -> It
         def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
             tokens = slice(None) if target.tokens is None else target.tokens
             z = draw(target.name, tuple(output[:, tokens].shape[1:]), output)
-            perturbations.append(Perturbation(target, z, args[0][:, tokens]))
+            perturbations.append(Perturbation(target, z, args[0][:, tokens].clone()))  # may be overwritten later
             output = output.clone()
             output[:, tokens] += sigma * z
             return output
@@ -116,13 +116,14 @@ def clean_layer_input(network: StagedNetwork, site: Site, clean: CleanPass, *, r
     inputs: list[Tensor] = []
 
     def keep(_: nn.Module, args: tuple[Any, ...]) -> None:
-        inputs.append(args[0] if target.tokens is None else args[0][:, target.tokens])
+        x = args[0] if target.tokens is None else args[0][:, target.tokens]
+        inputs.append(x.clone())
 
     handle = target.module.register_forward_pre_hook(keep)
     try:
         with network.evaluating():
             for h in clean.activations[site.first].split(rows):
-                network.run(h, site.first, site.first + 1)
+                network.run(h.clone(), site.first, site.first + 1)
     finally:
         handle.remove()
     return torch.cat(inputs)

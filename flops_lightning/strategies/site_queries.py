@@ -101,7 +101,7 @@ class SiteQueries:
         if not site.layers:
             return local_vjp(self.network, site, clean, delta, rows=self.chunk_rows)
         x = clean_layer_input(self.network, site, clean, rows=self.chunk_rows)
-        return _named(site.layers[0].name, layer_gradient(site.layers[0].module, x, delta))
+        return _trained(site, site.layers[0].name, layer_gradient(site.layers[0].module, x, delta))
 
     def joint(self, site: Site, clean: CleanPass, counts: NDArray[np.int64]) -> SiteGradient:
         """Gradient of layers perturbed in one query.
@@ -130,7 +130,7 @@ class SiteQueries:
         for chunk in plan:
             weights, alive, perturbations, index = self._run(site, clean, chunk)
             scaled = weights / divisor[index]
-            gradients = summed([gradients, *(_row_gradient(p, scaled) for p in perturbations)])
+            gradients = summed([gradients, *(_row_gradient(site, p, scaled) for p in perturbations)])
             alive_rows.append(alive[: chunk.rows])
         return gradients, torch.cat(alive_rows).cpu().numpy()
 
@@ -144,8 +144,9 @@ class SiteQueries:
 
 
 def parameter_space_input(queries: SiteQueries, site: Site, clean: CleanPass) -> Tensor | None:
-    """Clean input of a site that is a single ``nn.Linear``, where traces are exact; None elsewhere."""
-    if len(site.layers) == 1 and isinstance(site.layers[0].module, nn.Linear):
+    """Clean input of a site that trains the weight of one ``nn.Linear``: traces are exact there; None elsewhere."""
+    layer = site.layers[0] if len(site.layers) == 1 else None
+    if layer is not None and isinstance(layer.module, nn.Linear) and f"{layer.name}.weight" in site.parameters:
         return clean_layer_input(queries.network, site, clean, rows=queries.chunk_rows)
     return None
 
@@ -157,13 +158,14 @@ def sq_norm(site: Site, x: Tensor | None, delta: Tensor) -> Tensor:
     return linear_gradient_sq_norm(x.to(delta.dtype), delta, bias=f"{site.layers[0].name}.bias" in site.parameters)
 
 
-def _row_gradient(perturbation: Perturbation, weights: Tensor) -> dict[str, Tensor]:
+def _row_gradient(site: Site, perturbation: Perturbation, weights: Tensor) -> dict[str, Tensor]:
     layer, x, z = perturbation.layer, perturbation.x, perturbation.z
     if layer is None or x is None:
         raise TypeError("only layers are perturbed jointly.")
     delta = weights.to(z.dtype).view(-1, *(1,) * (z.dim() - 1)) * z
-    return _named(layer.name, layer_gradient(layer.module, x, delta))
+    return _trained(site, layer.name, layer_gradient(layer.module, x, delta))
 
 
-def _named(layer: str, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {f"{layer}.{leaf}": gradient for leaf, gradient in gradients.items()}
+def _trained(site: Site, layer: str, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    named = {f"{layer}.{leaf}": gradient for leaf, gradient in gradients.items()}
+    return {name: gradient for name, gradient in named.items() if name in site.parameters}
