@@ -252,8 +252,9 @@ class ForwardImageClassifier(pl.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """Log the queries of every site."""
-        for site, count in self._strategy().meter.sites.items():
-            self.log(f"queries/{site}", float(count.queries))
+        strategy = self._strategy()
+        for site in strategy.sites:
+            self.log(f"queries/{site.name}", float(strategy.meter.sites[site.name].queries))
 
     # -- evaluation ----------------------------------------------------------------------------------------------------
 
