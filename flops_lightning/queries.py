@@ -59,35 +59,58 @@ def clean_pass(
     draw: int,
     rows: int,
 ) -> CleanPass:
-    """Run the network unperturbed, ``rows`` samples at a time, and keep the activations in ``keep``."""
-    kept: dict[int, list[Tensor]] = {i: [] for i in {*keep, len(network) - 1, len(network)}}
+    """Run the network unperturbed, ``rows`` samples at a time, and keep the activations in ``keep``.
+
+    Activations of a sample without a finite loss are kept as zeros: nothing of it may enter a gradient, and NaN times
+    zero would.
+    """
+    last = len(network) - 1
+    activations = _run_and_keep(network, inputs, 0, {*keep, last}, rows)
+    embedding = activations[last].flatten(1)
+    if last not in keep:
+        del activations[last]
+    return _with_losses(CleanPass(targets, activations, embedding, targets, embedding, draw), loss, len(network))
+
+
+@torch.no_grad()
+def refresh(
+    network: StagedNetwork, loss: LossFunction, clean: CleanPass, start: int, *, rows: int, keep: Collection[int] = ()
+) -> CleanPass:
+    """The clean pass after the parameters of stages ``>= start`` changed: the prefix is kept, the rest runs again."""
+    last = len(network) - 1
+    again = _run_and_keep(network, clean.activations[start], start, {*keep, last}, rows)
+    embedding = again[last].flatten(1) if start <= last else clean.embedding
+    if last not in keep and start < last:
+        del again[last]
+    below = {i: h for i, h in clean.activations.items() if i <= start}
+    return _with_losses(replace(clean, activations=again | below, embedding=embedding), loss, len(network))
+
+
+def _run_and_keep(
+    network: StagedNetwork, inputs: Tensor, start: int, keep: Collection[int], rows: int
+) -> dict[int, Tensor]:
+    """Activations from ``start`` on: those in ``keep`` and the output."""
+    kept: dict[int, list[Tensor]] = {i: [] for i in sorted({*keep, len(network)}) if i >= start}
     with network.evaluating():
         for x in inputs.split(rows):
-            h = x
-            for i, stage in enumerate(network.stages):
+            h = x.clone()
+            for i, stage in enumerate(network.stages[start:], start):
                 if i in kept:
                     kept[i].append(h.clone())  # the stage may work in place
                 h = stage.run(h)
             kept[len(network)].append(h)
-    activations = {i: torch.cat(parts) for i, parts in kept.items()}
-    embedding = activations[len(network) - 1].flatten(1)
-    if len(network) - 1 not in keep:
-        del activations[len(network) - 1]
-    output = at_least_float32(activations[len(network)])
-    return CleanPass(targets, activations, output, row_losses(loss, output, targets), embedding, draw)
+    return {i: torch.cat(parts) for i, parts in kept.items()}
 
 
-@torch.no_grad()
-def refresh(network: StagedNetwork, loss: LossFunction, clean: CleanPass, start: int, *, rows: int) -> CleanPass:
-    """The clean pass after the parameters of stages ``>= start`` changed: prefix kept, output and loss computed anew.
-
-    Activations with an index above ``start`` are stale and dropped.
-    """
-    with network.evaluating():
-        parts = [network.run(h.clone(), start) for h in clean.activations[start].split(rows)]
-    output = at_least_float32(torch.cat(parts))
-    activations = {i: h for i, h in clean.activations.items() if i <= start} | {len(network): output}
-    return replace(clean, activations=activations, output=output, loss=row_losses(loss, output, clean.targets))
+def _with_losses(clean: CleanPass, loss: LossFunction, output_index: int) -> CleanPass:
+    output = at_least_float32(clean.activations[output_index])
+    losses = row_losses(loss, output, clean.targets)
+    lost = ~torch.isfinite(losses)
+    activations = {
+        i: h.masked_fill(lost.view(-1, *(1,) * (h.dim() - 1)), 0.0) if h.is_floating_point() else h
+        for i, h in clean.activations.items()
+    }
+    return replace(clean, activations=activations, output=output, loss=losses)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -165,9 +188,9 @@ def plan_rows(counts: NDArray[np.int64], max_rows: int, *, first_query: int = 0,
     total = int(counts.sum())
     samples = np.repeat(np.arange(len(counts)), counts)
     starts = np.repeat(np.cumsum(counts) - counts, counts)
-    chunks = max(1, -(-total // max_rows))
-    chunk_rows = -(-max(total, 1) // chunks)
-    chunk_rows = -(-chunk_rows // multiple) * multiple
+    units, most = -(-total // multiple), max(1, max_rows // multiple)
+    chunks = max(1, -(-units // most))
+    chunk_rows = multiple * max(1, -(-units // chunks))
     return RowPlan(samples, np.arange(total) - starts + first_query, chunk_rows)
 
 

@@ -140,9 +140,11 @@ def stage_network(module: nn.Module) -> StagedNetwork:
     Raises:
         SettingError: the network is neither, or has something that cannot be staged; the message says what to do.
     """
-    if isinstance(module, nn.Sequential):
+    if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
         _refuse_lazy(module)
-        return StagedNetwork(module, tuple(Stage(name, child, (name,)) for name, child in module.named_children()))
+        # Unlike `named_children`, this lists a module twice that runs twice.
+        children = [item for item in module.named_modules(remove_duplicate=False) if item[0] and "." not in item[0]]
+        return StagedNetwork(module, tuple(Stage(name, child, (name,)) for name, child in children))
     if "timm" in sys.modules:
         from timm.models.vision_transformer import VisionTransformer
 

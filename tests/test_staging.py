@@ -278,7 +278,9 @@ def test_weights_tied_within_a_stage_are_not() -> None:
     assert set(stage_network(net).trainable()) == {"0.0.weight", "0.0.bias", "0.1.bias"}
 
 
-@pytest.mark.parametrize("name", ["deit_tiny_distilled_patch16_224", "resnet18", "convnext_atto", "swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize(
+    "name", ["deit_tiny_distilled_patch16_224", "resnet18", "convnext_atto", "swin_tiny_patch4_window7_224"]
+)
 def test_other_networks_are_refused_with_a_remedy(name: str) -> None:
     with pytest.raises(SettingError, match=r"VisionTransformer.*StagedNetwork"):
         stage_network(meta_vit(name))
@@ -290,7 +292,8 @@ def test_lazy_parameters_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("members", "owned"), [([("0",), ("0", "1")], r"\['a', 'b'\]"), ([("0",), ()], r"\[\]"), ([("0",), ("1.w",)], r"\[\]")]
+    ("members", "owned"),
+    [([("0",), ("0", "1")], r"\['a', 'b'\]"), ([("0",), ()], r"\[\]"), ([("0",), ("1.w",)], r"\[\]")],
 )
 def test_stages_made_by_hand_must_own_every_parameter_once(members: list[tuple[str, ...]], owned: str) -> None:
     net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
@@ -304,3 +307,9 @@ def test_names_that_only_begin_alike_are_not_owned() -> None:
     assert stage.owns("blocks.1")
     assert stage.owns("blocks.1.weight")
     assert not stage.owns("blocks.10.weight")
+
+
+def test_a_layer_used_twice_is_refused_as_tied() -> None:
+    layer = nn.Linear(3, 3)
+    with pytest.raises(SettingError, match=r"tied across \['0', '2'\]"):
+        stage_network(nn.Sequential(layer, nn.Tanh(), layer))

@@ -80,7 +80,9 @@ def contenders(setup: Setup) -> dict[str, Callable[[], object]]:
     def only_queries() -> None:
         with network.evaluating():
             for site in sites:
-                queries.sums(site, clean, np.full(len(inputs), site.queries_per_sample)).delta()
+                sums = queries.sums(site, clean, np.full(len(inputs), site.queries_per_sample))
+                assert sums is not None  # every sample has queries
+                sums.delta()
 
     def reference() -> None:
         reference_gradient(

@@ -52,7 +52,7 @@ class Backprop(ForwardGradientStrategy):
             loss = row_losses(self.loss, output, targets)
         self.draw += 1
         self.meter.add(CLEAN, clean_passes=len(loss), forward_equivalents=len(loss))
-        return CleanPass(targets, {}, output, loss, embedding.detach().flatten(1), self.draw - 1)
+        return CleanPass(targets, {0: inputs}, output, loss, embedding.detach().flatten(1), self.draw - 1)
 
     def refresh(self, clean: CleanPass, updated: Sequence[str]) -> CleanPass:
         """Not needed: there is a single step."""
@@ -79,8 +79,13 @@ class Backprop(ForwardGradientStrategy):
         self.meter.add(CLEAN, forward_equivalents=2 * clean.batch_size)  # a backward pass costs two forward passes
         if not bool(finite.any()):
             return Estimate(detached.loss, detached.output, 0, lost=0, silent_samples=len(finite), lost_batch=True)
-        # A sample without a finite loss contributes nothing, as it would with queries.
-        total = torch.where(finite, clean.loss, 0.0).sum() / clean.batch_size
+        total = clean.loss.sum() / clean.batch_size
+        if not bool(finite.all()):
+            # A sample without a finite loss contributes nothing, as it would with queries; in its graph zero times NaN
+            # would be NaN, so the others run again without it.
+            with self.network.evaluating(), torch.enable_grad():
+                output = self.network.run(clean.activations[0][finite])
+                total = row_losses(self.loss, output, clean.targets[finite]).sum() / clean.batch_size
         gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
         zeros = {name: torch.zeros_like(p) for name, p in parameters.items()}
         add_gradients(parameters, {n: zeros[n] if g is None else g for n, g in zip(parameters, gradients, strict=True)})

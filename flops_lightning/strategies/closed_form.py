@@ -10,7 +10,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_weight
 
-CLOSED_FORM_LAYERS = (nn.Linear, nn.Conv2d, nn.LayerNorm)
+# Exact classes: a subclass may scale, pad or standardise in a forward of its own, and the closed form would be silently
+# wrong. timm's LayerNorm computes what torch's does; it is named, not imported.
+_LAYERS = (nn.Linear, nn.Conv2d, nn.LayerNorm)
+_SAME_AS_LAYER_NORM = ("timm.layers.norm.LayerNorm",)
+
+
+def has_closed_form(module: nn.Module) -> bool:
+    """Whether :func:`layer_gradient` knows the module: a linear, zero-padded 2-d convolution or layer norm of torch."""
+    kind = type(module)
+    if kind not in _LAYERS and f"{kind.__module__}.{kind.__qualname__}" not in _SAME_AS_LAYER_NORM:
+        return False
+    if isinstance(module, nn.Conv2d) and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
+        return False
+    return {name for name, _ in module.named_parameters(recurse=False)} <= {"weight", "bias"}
 
 
 def layer_gradient(module: nn.Module, x: Tensor, delta: Tensor) -> dict[str, Tensor]:
@@ -35,7 +48,7 @@ def layer_gradient(module: nn.Module, x: Tensor, delta: Tensor) -> dict[str, Ten
     elif isinstance(module, nn.LayerNorm):
         weight, bias = _layer_norm(module, x, delta)
     else:
-        raise TypeError(f"{type(module).__name__} has no closed form; kinds with one: {CLOSED_FORM_LAYERS}.")
+        raise TypeError(f"{type(module).__name__} has no closed form; classes with one: {_LAYERS}.")
     gradients = {"weight": weight, "bias": bias}
     return {name: gradients[name] for name, _ in module.named_parameters(recurse=False)}
 
@@ -46,8 +59,6 @@ def _linear(x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _conv2d(module: nn.Conv2d, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-    if module.padding_mode != "zeros" or isinstance(module.padding, str):
-        raise TypeError("the closed form of a convolution takes zero padding given in numbers.")
     weight = conv2d_weight(x, module.weight.shape, delta, module.stride, module.padding, module.dilation, module.groups)
     return weight, delta.sum((0, 2, 3))
 

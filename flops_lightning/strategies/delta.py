@@ -42,11 +42,12 @@ def query_weights(
         ``(r,)`` weights ``(L - c) / sigma``, zero on rows that do not count, and the ``(r,)`` mask of rows that do:
         real, with finite losses, and with a finite antithetic partner.
     """
-    alive = torch.isfinite(losses - clean) & real
+    control = torch.zeros_like(clean) if variant == "plain" else clean
+    weights = (losses - control) / sigma
+    alive = torch.isfinite(weights) & torch.isfinite(clean) & real
     if variant == "antithetic":
         alive = alive.view(-1, 2).all(dim=1).repeat_interleave(2)
-    control = torch.zeros_like(clean) if variant == "plain" else clean
-    return torch.where(alive, (losses - control) / sigma, 0.0), alive
+    return torch.where(alive, weights, 0.0), alive
 
 
 def spread(chunk: Chunk, values: Tensor) -> Tensor:

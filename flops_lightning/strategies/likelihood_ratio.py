@@ -94,7 +94,7 @@ class LikelihoodRatio(ForwardGradientStrategy):
         """
         self.network, self.loss = network, loss
         self._sites = resolve_sites(network, self.specs)
-        self._costs = None
+        self._costs = self._piloted = None
         unit = self._queries.unit
         for site in self._sites:
             if site.queries_per_sample % unit:
@@ -131,8 +131,9 @@ class LikelihoodRatio(ForwardGradientStrategy):
 
     def clean_pass(self, inputs: Tensor, targets: Tensor) -> CleanPass:
         """Run the batch unperturbed, keep what the sites need, and advance the draw counter."""
-        keep = {i for site in self._sites for i in (site.first, site.start)}
-        clean = clean_pass(self.network, self.loss, inputs, targets, keep=keep, draw=self.draw, rows=self.chunk_rows)
+        clean = clean_pass(
+            self.network, self.loss, inputs, targets, keep=self._kept, draw=self.draw, rows=self.chunk_rows
+        )
         if self._costs is None:
             self._costs = site_costs(self.network, self._sites, inputs)
             warn_unresolved_sigma(self._sites, clean)
@@ -142,10 +143,10 @@ class LikelihoodRatio(ForwardGradientStrategy):
 
     def refresh(self, clean: CleanPass, updated: Sequence[str]) -> CleanPass:
         """The clean pass after the parameters of ``updated`` changed: their prefix is kept, the rest runs again."""
-        start = min(site.first for site in self._sites if site.name in updated)
+        start = min(self._sites[i].first for i in self._chosen(updated))
         cost = self._known_costs.from_stage[start] * clean.batch_size
         self.meter.add(CLEAN, forward_equivalents=cost)
-        return refresh(self.network, self.loss, clean, start, rows=self.chunk_rows)
+        return refresh(self.network, self.loss, clean, start, keep=self._kept, rows=self.chunk_rows)
 
     @torch.no_grad()
     def pilot_trace(self, clean: CleanPass) -> Tensor | None:
@@ -160,6 +161,8 @@ class LikelihoodRatio(ForwardGradientStrategy):
         layer_input = parameter_space_input(self._queries, site, clean)
         with self.network.evaluating():
             sums = self._queries.sums(site, clean, counts, traces=True, layer_input=layer_input)
+        if sums is None:  # an empty batch
+            return clean.loss.new_zeros(0)
         self._piloted = (clean.draw, sums)
         queries = int(counts.sum())
         cost = queries * self._known_costs.query[site.name]
@@ -172,22 +175,26 @@ class LikelihoodRatio(ForwardGradientStrategy):
         """Add the likelihood-ratio estimate to ``.grad``.
 
         Raises:
-            SettingError: counts of a wrong shape, negative, or not in antithetic pairs.
+            SettingError: counts of a wrong shape, not integers, negative, not in antithetic pairs, or a single
+                leave-one-out query; or a name that is not a site's.
         """
         table = self._count_table(counts, clean)
-        chosen = [i for i, site in enumerate(self._sites) if sites is None or site.name in sites]
+        chosen = self._chosen(sites)
         with self.network.evaluating():
             results = [self._estimate_site(self._sites[i], clean, table[i]) for i in chosen]
-        # The only transfer of the estimate: who survived, all sites at once.
-        survivors = torch.stack([result.survivors for result in results]).cpu().numpy()
-        for i, result, alive in zip(chosen, results, survivors, strict=True):
+        # The only transfer of the estimate, all sites at once: how many queries survived, and how many count.
+        survivors, counting = torch.stack(
+            [torch.stack([result.survivors, self._counting(self._sites[i], clean, result)])
+             for i, result in zip(chosen, results, strict=True)], dim=1,
+        ).cpu().numpy()  # fmt: skip
+        for i, result, alive, used in zip(chosen, results, survivors, counting, strict=True):
             site, costs = self._sites[i], self._known_costs
             cost = result.queries * costs.query[site.name] + clean.batch_size * costs.gradient[site.name]
             lost = int(table[i].sum() - alive.sum())
             self.meter.add(site.name, queries=result.queries, lost=lost, forward_equivalents=cost)
-            if alive.any():
+            if used.any():
                 add_gradients(site.parameters, result.gradients)
-        silent = int(((survivors == 0) & (table[chosen] > 0)).sum())
+        silent = int(((counting == 0) & (table[chosen] > 0)).sum())
         if silent:
             warnings.warn(
                 f"{silent} (sample, site) pairs lost every query to non-finite losses and contribute nothing to this "
@@ -200,7 +207,7 @@ class LikelihoodRatio(ForwardGradientStrategy):
             queries=sum(result.queries for result in results),
             lost=int(table[chosen].sum() - survivors.sum()),
             silent_samples=silent,
-            lost_batch=not survivors.any(),
+            lost_batch=not counting.any(),
         )
 
     def _estimate_site(self, site: Site, clean: CleanPass, counts: NDArray[np.int64]) -> SiteGradient:
@@ -208,12 +215,36 @@ class LikelihoodRatio(ForwardGradientStrategy):
             return self._queries.joint(site, clean, counts)
         pilots = self._pilots_of(site, clean)
         sums = self._queries.sums(site, clean, counts, first_query=self.pilots.queries if pilots else 0)
-        if pilots is not None and self.pilots.reuse:
-            delta = combine(pilots, sums, self.pilots.queries / site.queries_per_sample)
-        else:
-            delta = sums.delta()
+        reused = pilots if self.pilots.reuse else None
+        if sums is None:
+            sums, reused = reused, None
+        if sums is None:
+            return SiteGradient({}, torch.zeros_like(clean.loss), 0)
+        share = self.pilots.queries / site.queries_per_sample
+        delta = sums.delta() if reused is None else combine(reused, sums, share)
         gradients = self._queries.gradient(site, clean, delta / clean.batch_size)
-        return SiteGradient(gradients, sums.survivors, int(counts.sum()))
+        survivors = sums.survivors if counts.any() else torch.zeros_like(clean.loss)
+        return SiteGradient(gradients, survivors.to(clean.loss.dtype), int(counts.sum()))
+
+    def _counting(self, site: Site, clean: CleanPass, result: SiteGradient) -> Tensor:
+        """``(b,)`` queries that enter the gradient: survivors and reused pilots, but no lone leave-one-out query."""
+        pilots = self._pilots_of(site, clean)
+        least = 1 if self.variant == "leave_one_out" else 0
+        counting = torch.where(result.survivors > least, result.survivors, 0)
+        if pilots is not None and self.pilots.reuse:
+            counting = counting + torch.where(pilots.survivors > least, pilots.survivors, 0)
+        return counting
+
+    def _chosen(self, sites: Sequence[str] | None) -> list[int]:
+        names = [site.name for site in self._sites]
+        if sites is None:
+            return list(range(len(names)))
+        for name in sites:
+            if name not in names:
+                raise SettingError("sites", name, "is not a site.", f"Choose from {names}.")
+        if not sites:
+            raise SettingError("sites", [], "names no site.", f"Choose from {names}, or leave it out for all.")
+        return [i for i, name in enumerate(names) if name in sites]
 
     def _count_table(self, counts: Tensor | None, clean: CleanPass) -> NDArray[np.int64]:
         shape, unit = (len(self._sites), clean.batch_size), self._queries.unit
@@ -223,6 +254,10 @@ class LikelihoodRatio(ForwardGradientStrategy):
                 for site in self._sites
             ]
             return np.broadcast_to(np.array(rest, dtype=np.int64), shape).copy()
+        if counts.is_floating_point() or counts.is_complex():
+            raise SettingError(
+                "counts", str(counts.dtype), "are not integers.", "Round with allocators.rounding.largest_remainder."
+            )
         table = counts.cpu().numpy().astype(np.int64)
         if table.shape not in (shape, shape[1:]):
             raise SettingError(
@@ -234,11 +269,21 @@ class LikelihoodRatio(ForwardGradientStrategy):
                 "counts", table.tolist(), f"must be non-negative multiples of {unit}.",
                 "Round with allocators.rounding.largest_remainder.",
             )  # fmt: skip
+        if self.variant == "leave_one_out" and (table == 1).any():
+            raise SettingError(
+                "counts", table.tolist(), "a single query has no others to be compared with.",
+                "Give every sample 0, 2 or more (min_queries: 2), or use variant: baseline.",
+            )  # fmt: skip
         return np.broadcast_to(table, shape).copy()
 
     @property
     def _queries(self) -> SiteQueries:
         return SiteQueries(self.network, self.loss, self.variant, self.chunk_rows, self.seed, self.rank)
+
+    @property
+    def _kept(self) -> set[int]:
+        """Indices of the activations that sites start from."""
+        return {i for site in self._sites for i in (site.first, site.start)}
 
     @property
     def _known_costs(self) -> SiteCosts:
@@ -261,4 +306,5 @@ class LikelihoodRatio(ForwardGradientStrategy):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
         super().load_state_dict(state)
+        self._piloted = None
         self.seed = int(state["seed"])

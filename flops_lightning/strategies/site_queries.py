@@ -10,7 +10,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from flops_lightning.errors import SettingError
 from flops_lightning.noise import NoiseKey
 from flops_lightning.queries import Chunk, CleanPass, LossFunction, RowPlan, drop_rows, plan_rows
 from flops_lightning.staging import StagedNetwork
@@ -71,7 +70,7 @@ class SiteQueries:
         first_query: int = 0,
         traces: bool = False,
         layer_input: Tensor | None = None,
-    ) -> DeltaSums:
+    ) -> DeltaSums | None:
         """Sums over the queries of each sample at the output of a block, a group or a single layer.
 
         Args:
@@ -81,6 +80,9 @@ class SiteQueries:
             first_query: Index of the first of them (those before it were pilots).
             traces: Also sum the squared norms that :meth:`DeltaSums.trace` needs.
             layer_input: ``(b, ..., i)`` clean input of the layer, to take the norms in parameter space.
+
+        Returns:
+            The sums; None where no sample has a query.
         """
         sums: DeltaSums | None = None
         for chunk in plan_rows(counts, self.chunk_rows, first_query=first_query, multiple=self.unit):
@@ -92,8 +94,6 @@ class SiteQueries:
                 x = None if layer_input is None else layer_input.index_select(0, index)
                 norms = sq_norm(site, x, perturbation.z)
             sums.add(chunk, perturbation.z, weights, alive, norms, self.unit)
-        if sums is None:
-            raise SettingError("counts", counts.tolist(), f"site {site.name!r} gets no query.", "Give it at least one.")
         return sums
 
     def gradient(self, site: Site, clean: CleanPass, delta: Tensor) -> dict[str, Tensor]:

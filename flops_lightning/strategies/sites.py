@@ -6,6 +6,7 @@ must end up in exactly one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -16,7 +17,7 @@ from torch import nn
 
 from flops_lightning.errors import SettingError
 from flops_lightning.staging import StagedNetwork
-from flops_lightning.strategies.closed_form import CLOSED_FORM_LAYERS
+from flops_lightning.strategies.closed_form import has_closed_form
 
 SiteKind = Literal["linear", "block", "group"]
 
@@ -136,7 +137,7 @@ def resolve_sites(network: StagedNetwork, specs: Sequence[SiteSpec]) -> tuple[Si
 
 
 def _resolve(network: StagedNetwork, spec: SiteSpec, setting: str) -> list[Site]:
-    if not spec.sigma > 0:
+    if not (spec.sigma > 0 and math.isfinite(spec.sigma)):
         raise SettingError(
             f"{setting}.sigma", spec.sigma, "the noise needs a positive width.", "Write for example 0.01."
         )
@@ -205,13 +206,22 @@ def _boundary_site(network: StagedNetwork, spec: SiteSpec, name: str, first: int
 def _linear_sites(network: StagedNetwork, spec: SiteSpec, setting: str, first: int, last: int) -> list[Site]:
     trainable = network.trainable()
     layers: list[tuple[int, LayerTarget]] = []
+    unmatched = set(spec.modules)
     for i in range(first, last + 1):
         for name, module in network.modules_of(i):
+            patterns = {pattern for pattern in spec.modules if fnmatchcase(name, pattern)}
+            unmatched -= patterns
             owned = any(f"{name}.{leaf}" in trainable for leaf, _ in module.named_parameters(recurse=False))
-            if owned and isinstance(module, CLOSED_FORM_LAYERS) and any(fnmatchcase(name, p) for p in spec.modules):
+            if owned and patterns and has_closed_form(module):
                 layers.append((i, LayerTarget(name, module, _active_tokens(network, spec, i, name))))
+    if unmatched:
+        raise SettingError(
+            f"{setting}.modules", sorted(unmatched)[0], f"matches no module of the stages {spec.stages}.",
+            "Write a pattern for names like those in model.named_modules().",
+        )  # fmt: skip
     if not layers:
         raise _nothing_to_learn(setting, spec)
+    _refuse_tied(network, [target for _, target in layers], setting)
     groups = [layers] if spec.together else [[layer] for layer in layers]
     joint = spec.name or "..".join(dict.fromkeys(spec.stages))
     prefix = f"{spec.name}." if spec.name else ""
@@ -229,6 +239,17 @@ def _linear_sites(network: StagedNetwork, spec: SiteSpec, setting: str, first: i
     ]
 
 
+def _refuse_tied(network: StagedNetwork, layers: Sequence[LayerTarget], setting: str) -> None:
+    uses = [id(p) for _, p in network.module.named_parameters(remove_duplicate=False)]
+    for layer in layers:
+        for leaf, parameter in layer.module.named_parameters(recurse=False):
+            if uses.count(id(parameter)) > 1:
+                raise SettingError(
+                    f"{setting}.modules", layer.name, f"its {leaf} is tied to another layer's, and the closed form "
+                    "at one would miss the other.", "Teach its stage with kind: block.",
+                )  # fmt: skip
+
+
 def _active_tokens(network: StagedNetwork, spec: SiteSpec, stage: int, module: str) -> slice | None:
     if not spec.active_tokens or stage + 1 >= len(network):
         return None
@@ -240,7 +261,8 @@ def _nothing_to_learn(setting: str, spec: SiteSpec) -> SettingError:
     what = f"modules {spec.modules} of " if spec.kind == "linear" else ""
     return SettingError(
         f"{setting}.stages", spec.stages, f"{what}these stages have no trainable parameter for kind: {spec.kind}.",
-        "Remove the site, unfreeze its parameters, or choose other stages or modules.",
+        "Remove the site, unfreeze its parameters, or choose other stages or modules"
+        + (" (kind: block teaches every layer)." if spec.kind == "linear" else "."),
     )  # fmt: skip
 
 

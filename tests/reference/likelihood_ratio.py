@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from flops_lightning.noise import NoiseKey, row_seeds, standard_normal
 from flops_lightning.strategies import LikelihoodRatio, Site
-from tests.reference.networks import Loss, stage_output
+from tests.reference.networks import Loss, estimated, stage_output
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def reference_gradient(
     total = {name: torch.zeros_like(p) for name, p in site.parameters.items()}
     for b in range(len(x)):
         clean = _loss(module, strategy.loss, x[b : b + 1], y[b : b + 1])
-        rows = [_query(module, strategy, site, places, x, y, b, q, draw) for q in range(pilots + counts[b])]
+        rows = queries_of_sample(module, strategy, site, x, y, b, pilots + counts[b], draw=draw)
         if len(places) > 1:
             _add_rows(total, site, places, rows, clean, strategy.variant)
             continue
@@ -91,9 +92,47 @@ def reference_gradient(
     return {name: gradient / len(x) for name, gradient in total.items()}
 
 
+def queries_of_sample(
+    module: nn.Module, strategy: LikelihoodRatio, site: Site, x: Tensor, y: Tensor, b: int, count: int, *, draw: int = 0
+) -> list[Query]:
+    """The first queries of one sample."""
+    module.eval()
+    places = places_of(module, strategy, site)
+    return [_query(module, strategy, site, places, x, y, b, q, draw) for q in range(count)]
+
+
+def surviving_queries(
+    module: nn.Module, strategy: LikelihoodRatio, site: Site, x: Tensor, y: Tensor, counts: Sequence[int]
+) -> list[int]:
+    """How many queries of each sample count, in a strategy's first draw."""
+    alive = []
+    for b in range(len(x)):
+        rows = queries_of_sample(module, strategy, site, x, y, b, counts[b])
+        clean = _loss(module, strategy.loss, x[b : b + 1], y[b : b + 1])
+        alive.append(len(_survivors(rows, clean, strategy.variant)))
+    return alive
+
+
+def assert_equals_reference(
+    module: nn.Module, strategy: LikelihoodRatio, x: Tensor, y: Tensor, table: Tensor, **reference: Any
+) -> None:
+    """Compare every gradient of one estimate with the slow one."""
+    draw = strategy.draw
+    _, found = estimated(strategy, x.clone(), y, table)  # the network may work in place
+    for site, counts in zip(strategy.sites, table.expand(len(strategy.sites), -1).tolist(), strict=True):
+        expected = reference_gradient(module, strategy, site, x, y, counts, draw=draw, **reference)
+        for name, gradient in expected.items():
+            actual = found.pop(name)
+            if actual is None:  # the site lost everything and left `.grad` alone
+                assert not gradient.any(), name
+            else:
+                torch.testing.assert_close(actual, gradient, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+    assert all(gradient is None for gradient in found.values()), "a parameter without a site got a gradient"
+
+
 def _loss(module: nn.Module, loss: Loss, x: Tensor, y: Tensor) -> float:
     with torch.no_grad():
-        return loss(module(x), y).item()
+        return loss(module(x.clone()), y).item()  # the network may work in place
 
 
 def _query(
@@ -168,7 +207,7 @@ def _add_vjp(
 ) -> None:  # fmt: skip
     outputs: list[Tensor] = []
     handle = place.module.register_forward_hook(lambda _, __, output: outputs.append(output.clone()))
-    module(x)
+    module(x.clone())
     handle.remove()
     found = torch.autograd.grad(
         place.active(outputs[0])[0], list(parameters.values()), grad_outputs=delta, allow_unused=True

@@ -70,9 +70,7 @@ def flat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([tensor.flatten() for tensor in tensors])
 
 
-def estimates(
-    strategy: LikelihoodRatio, x: Tensor, y: Tensor, counts: Tensor, *, draws: int
-) -> dict[str, Sampled]:
+def estimates(strategy: LikelihoodRatio, x: Tensor, y: Tensor, counts: Tensor, *, draws: int) -> dict[str, Sampled]:
     """Repeated estimates with fresh noise, by site."""
     found: dict[str, list[Tensor]] = {site.name: [] for site in strategy.sites}
     for _ in range(draws):

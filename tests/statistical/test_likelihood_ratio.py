@@ -81,9 +81,7 @@ def check(layout: str, variant: str, *, sigma: float = 0.5, draws: int = 20) -> 
 def check_against_autograd(strategy: LikelihoodRatio, x: Tensor, y: Tensor, *, counts: Tensor, draws: int) -> None:
     """The same where sigma is so small that the smoothed loss is the loss."""
     truth = autograd_gradient(strategy.network.module, strategy.loss, x, y)
-    for site, estimate in zip(
-        strategy.sites, estimates(strategy, x, y, counts, draws=draws).values(), strict=True
-    ):
+    for site, estimate in zip(strategy.sites, estimates(strategy, x, y, counts, draws=draws).values(), strict=True):
         exact = flat([truth[name] for name in site.parameters])
         assert_unbiased(estimate, Sampled(exact.repeat(2, 1)))
 
@@ -142,7 +140,7 @@ def test_vit_everywhere(kwargs: dict[str, Any], variant: str, layout: str, image
     strategy = bound(vit, cross_entropy, [{**site, "together": layout == "together"}], variant=variant)
     x, _ = images
     counts = torch.tensor([1200, 720, 2000, 480]) * (4 if layout == "together" else 1)
-    check_against_autograd(strategy, x, torch.full((4,), 2), counts=counts, draws=16)
+    check_against_autograd(strategy, x, torch.full((4,), 2), counts=counts, draws=20)
 
 
 def test_pilots_do_not_bias_though_the_counts_depend_on_them() -> None:
@@ -181,9 +179,7 @@ def average_expanded_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     def mean_count(counts: np.ndarray) -> np.ndarray:
         return np.full(len(counts), counts.sum() // len(counts))
 
-    monkeypatch.setattr(
-        DeltaSums, "delta", lambda sums: sums.weighted / sums.survivors.sum() * len(sums.survivors)
-    )
+    monkeypatch.setattr(DeltaSums, "delta", lambda sums: sums.weighted / sums.survivors.sum() * len(sums.survivors))
     monkeypatch.setattr(
         site_queries.SiteQueries,
         "_joint_pass",

@@ -8,13 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flops_lightning.strategies import LikelihoodRatio, PilotSpec
-from tests.reference.likelihood_ratio import reference_gradient
+from flops_lightning.strategies import PilotSpec
+from tests.reference.likelihood_ratio import assert_equals_reference, reference_gradient
 from tests.reference.networks import (
     TokenMean,
     bound,
     cross_entropy,
-    estimated,
     freeze,
     gradients,
     shaken,
@@ -45,19 +44,6 @@ CASES = [
 ]
 
 
-def assert_equals_reference(
-    module: nn.Module, strategy: LikelihoodRatio, x: Tensor, y: Tensor, table: Tensor, **reference: Any
-) -> None:
-    """Compare every gradient of one estimate with the slow one."""
-    draw = strategy.draw
-    _, found = estimated(strategy, x, y, table)
-    for site, counts in zip(strategy.sites, table.expand(len(strategy.sites), -1).tolist(), strict=True):
-        expected = reference_gradient(module, strategy, site, x, y, counts, draw=draw, **reference)
-        for name, gradient in expected.items():
-            torch.testing.assert_close(found.pop(name), gradient, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
-    assert all(gradient is None for gradient in found.values()), "a parameter without a site got a gradient"
-
-
 def vit_for(layout: str, **kwargs: Any) -> nn.Module:
     vit = tiny_vit(**kwargs)
     if layout in ("linear", "together"):
@@ -77,9 +63,7 @@ def test_vit(variant: str, layout: str, images: tuple[Tensor, Tensor]) -> None:
 
 @pytest.mark.parametrize("layout", ["group", "together"])
 @pytest.mark.parametrize("variant", ["baseline", "antithetic"])
-def test_mean_of_patch_tokens_with_register_tokens(
-    variant: str, layout: str, images: tuple[Tensor, Tensor]
-) -> None:
+def test_mean_of_patch_tokens_with_register_tokens(variant: str, layout: str, images: tuple[Tensor, Tensor]) -> None:
     vit = vit_for(layout, global_pool="avg", reg_tokens=2)
     strategy = bound(vit, cross_entropy, VIT_SITES[layout], variant=variant, chunk_rows=6)
     assert strategy.sites[1].tokens == slice(3, None) or strategy.sites[1].layers

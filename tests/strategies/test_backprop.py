@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from flops_lightning.errors import SettingError
+from flops_lightning.staging import stage_network
+from flops_lightning.strategies import Backprop
+from tests.reference.networks import Loss, autograd_gradient, cross_entropy, freeze, gradients, squared_error
+
+
+def bound_backprop(module: nn.Module, loss: Loss) -> Backprop:
+    strategy = Backprop()
+    strategy.bind(stage_network(module), loss)
+    return strategy
+
+
+def test_it_is_autograd_s_gradient(vit: nn.Module, images: tuple[Tensor, Tensor]) -> None:
+    freeze(vit, "cls_token", "blocks.1.norm1.weight")
+    strategy = bound_backprop(vit, cross_entropy)
+    estimate = strategy.estimate(strategy.clean_pass(*images), sites=strategy.update_groups[0])
+    found = gradients(vit)
+    expected = autograd_gradient(vit, cross_entropy, *images)
+    assert {name for name, gradient in found.items() if gradient is not None} == set(expected)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient)
+    torch.testing.assert_close(estimate.loss, cross_entropy(vit(images[0]), images[1]).detach())
+    assert (estimate.queries, estimate.lost, estimate.lost_batch, estimate.loss.requires_grad) == (0, 0, False, False)
+
+
+def test_dropout_is_off_and_modes_come_back(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+    expected = autograd_gradient(tokens_net, squared_error, *tokens)
+    tokens_net[1] = nn.Sequential(nn.Tanh(), nn.Dropout(0.5))
+    tokens_net.train()
+    tokens_net[3].eval()
+    strategy = bound_backprop(tokens_net, squared_error)
+    with torch.no_grad():  # as a callback may call it
+        clean = strategy.clean_pass(*tokens)
+    strategy.estimate(clean)
+    assert [child.training for child in tokens_net] == [True, True, True, False, True]
+    for name, gradient in gradients(tokens_net).items():
+        torch.testing.assert_close(gradient, expected[name])
+
+
+def test_it_adds_to_grad(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+    strategy = bound_backprop(tokens_net, squared_error)
+    for _ in range(2):
+        strategy.estimate(strategy.clean_pass(*tokens))
+    expected = autograd_gradient(tokens_net, squared_error, *tokens)
+    for name, gradient in gradients(tokens_net).items():
+        torch.testing.assert_close(gradient, 2 * expected[name])
+
+
+def test_a_parameter_that_does_not_matter_gets_zeros(tokens: tuple[Tensor, Tensor]) -> None:
+    class Idle(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    net = nn.Sequential(Idle(3, 3), nn.Flatten(), nn.Linear(9, 2)).double()
+    strategy = bound_backprop(net, squared_error)
+    strategy.estimate(strategy.clean_pass(*tokens))
+    assert not net[0].weight.grad.any()
+
+
+def test_a_sample_without_a_finite_loss_contributes_nothing(
+    tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
+) -> None:
+    """Zero times the NaN of its activations would be NaN in every weight."""
+    x, y = tokens
+    x = x.clone()
+    x[2, 1, 0] = math.nan
+    strategy = bound_backprop(tokens_net, squared_error)
+    estimate = strategy.estimate(strategy.clean_pass(x, y))
+    rest = torch.tensor([0, 1, 3])
+    expected = autograd_gradient(tokens_net, squared_error, x[rest], y[rest])
+    for name, gradient in gradients(tokens_net).items():
+        torch.testing.assert_close(gradient, expected[name] * 3 / 4)
+    assert (estimate.silent_samples, estimate.lost_batch) == (1, False)
+
+
+def test_a_lost_batch_touches_no_gradient(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+    strategy = bound_backprop(tokens_net, squared_error)
+    estimate = strategy.estimate(strategy.clean_pass(tokens[0] * math.nan, tokens[1]))
+    assert estimate.lost_batch
+    assert all(p.grad is None for p in tokens_net.parameters())
+    assert strategy.draw == 1
+
+
+def test_it_has_nothing_to_allocate(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+    strategy = bound_backprop(tokens_net, squared_error)
+    clean = strategy.clean_pass(*tokens)
+    assert (strategy.sites, strategy.budget, strategy.update_groups) == ((), None, ((),))
+    assert strategy.pilot_trace(clean) is None
+    with pytest.raises(SettingError, match=r"counts = \(4,\).*allocator"):
+        strategy.estimate(clean, torch.full((4,), 2))
+    with pytest.raises(SettingError, match=r"sites = \['0'\]"):
+        strategy.estimate(clean, sites=["0"])
+    with pytest.raises(RuntimeError, match="one update group"):
+        strategy.refresh(clean, [])
+
+
+def test_a_frozen_network_is_refused(tokens_net: nn.Sequential) -> None:
+    tokens_net.requires_grad_(False)
+    with pytest.raises(SettingError, match="Freeze less"):
+        bound_backprop(tokens_net, squared_error)
+
+
+def test_what_it_pays(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+    """One forward pass of each sample and a backward pass that costs two."""
+    strategy = bound_backprop(tokens_net, squared_error)
+    for _ in range(3):
+        strategy.estimate(strategy.clean_pass(*tokens))
+    total = strategy.meter.total()
+    assert (total.queries, total.clean_passes, total.forward_equivalents) == (0, 12, 36.0)
+    state = strategy.state_dict()
+    other = Backprop()
+    other.load_state_dict(state)
+    assert (other.draw, other.meter.total()) == (3, total)

@@ -1,0 +1,418 @@
+"""What an estimate must leave alone, how it adds up, and which settings are refused."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import itertools
+import random
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from flops_lightning.errors import SettingError
+from flops_lightning.strategies import LikelihoodRatio, PilotSpec
+from tests.reference.likelihood_ratio import assert_equals_reference, reference_gradient
+from tests.reference.networks import (
+    TokenMean,
+    bound,
+    cross_entropy,
+    estimated,
+    gradients,
+    shaken,
+    squared_error,
+    tiny_vit,
+)
+
+LAYOUTS: dict[str, list[dict[str, Any]]] = {
+    "group": [{"stages": ["0", "1"]}, {"stages": ["2", "4"]}],
+    "block": [{"stages": ["0", "4"], "kind": "block"}],
+    "linear": [{"stages": ["0", "4"], "kind": "linear"}],
+    "together": [{"stages": ["0", "4"], "kind": "linear", "together": True}],
+}
+TWO = [{"stages": ["0", "1"]}, {"stages": ["2", "4"]}]
+
+
+def hooks(module: nn.Module) -> dict[str, Any]:
+    kinds = [name for name in vars(module) if name.endswith("_hooks")]
+    found = {
+        f"{name}.{kind}": list(getattr(child, kind).values())
+        for name, child in module.named_modules()
+        for kind in kinds
+    }
+    found["global"] = [*torch_module._global_forward_hooks, *torch_module._global_forward_pre_hooks]
+    return found
+
+
+def random_states() -> tuple[Any, ...]:
+    return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()  # noqa: NPY002
+
+
+def everything(module: nn.Module) -> dict[str, Any]:
+    """All that an estimate must leave alone."""
+    return {
+        "hooks": hooks(module),
+        "modes": {name: child.training for name, child in module.named_modules()},
+        "requires_grad": {name: p.requires_grad for name, p in module.named_parameters()},
+        "pointers": {name: t.data_ptr() for name, t in module.state_dict().items()},
+        "values": {name: t.tolist() for name, t in module.state_dict().items()},
+        "attributes": {name: sorted(vars(child)) for name, child in module.named_modules()},
+        "random": random_states(),
+        "grad_enabled": torch.is_grad_enabled(),
+    }
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_estimate_leaves_the_network_as_it_was(
+    layout: str, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
+) -> None:
+    tokens_net.append(nn.Dropout(0.5))
+    tokens_net.train()
+    tokens_net[3].eval()
+    tokens_net[0].bias.requires_grad_(False)
+    tokens_net[2].register_forward_hook(lambda *_: None)
+    strategy = bound(tokens_net, squared_error, LAYOUTS[layout])
+    before = everything(tokens_net)
+    clean, found = estimated(strategy, *tokens)
+    assert everything(tokens_net) == before
+    assert found.pop("0.bias") is None
+    assert not any(gradient.requires_grad for gradient in found.values())
+    assert not clean.loss.requires_grad
+
+
+@pytest.mark.parametrize("at", range(1, 4))
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_so_does_one_that_fails(layout: str, at: int, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+    calls = itertools.count(1)
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        if next(calls) == at:
+            raise ArithmeticError
+        return squared_error(output, target)
+
+    strategy = bound(tokens_net.train(), loss, LAYOUTS[layout], chunk_rows=20)
+    before = everything(tokens_net)
+    with pytest.raises(ArithmeticError):
+        estimated(strategy, *tokens)
+    assert everything(tokens_net) == before
+    assert all(p.grad is None for p in tokens_net.parameters())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_dropout_is_off_in_queries(layout: str, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+    dropped = copy.deepcopy(tokens_net)
+    dropped[1] = nn.Sequential(nn.Tanh(), nn.Dropout(0.5))
+    found = [estimated(bound(net.train(), squared_error, LAYOUTS[layout]), *tokens)[1] for net in (tokens_net, dropped)]
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=0, atol=0)
+
+
+def test_estimates_add_up_in_grad(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+    strategy = bound(tokens_net, squared_error, TWO)
+    clean, alone = estimated(strategy, *tokens)
+    for parameter in tokens_net.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    strategy.estimate(clean)
+    strategy.estimate(clean)
+    for name, gradient in gradients(tokens_net).items():
+        torch.testing.assert_close(gradient, 1 + 2 * alone[name])
+
+
+def test_sites_may_be_estimated_one_by_one(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+    strategy = bound(tokens_net, squared_error, TWO)
+    clean, whole = estimated(strategy, *tokens)
+    strategy.estimate(clean, sites=["2..4"])
+    upper = gradients(tokens_net)
+    assert {name for name, gradient in upper.items() if gradient is None} == {"0.weight", "0.bias"}
+    strategy.estimate(clean, sites=["0..1"])
+    for name, gradient in gradients(tokens_net).items():
+        torch.testing.assert_close(upper[name] if gradient is None else gradient, whole[name], rtol=0, atol=0)
+
+
+def test_without_counts_every_sample_gets_the_budget(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+    sites = [{**TWO[0], "queries_per_sample": 4}, {**TWO[1], "queries_per_sample": 6}]
+    _, silent = estimated(bound(tokens_net, squared_error, sites), *tokens)
+    strategy = bound(tokens_net, squared_error, sites)
+    assert strategy.budget.queries_per_sample == (4, 6)
+    _, told = estimated(strategy, *tokens, torch.tensor([[4] * 4, [6] * 4]))
+    for name, gradient in silent.items():
+        torch.testing.assert_close(told[name], gradient, rtol=0, atol=0)
+
+
+def test_the_result_reports_the_clean_pass_and_the_queries(
+    tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
+) -> None:
+    x, y = tokens
+    strategy = bound(tokens_net, squared_error, TWO)
+    estimate = strategy.estimate(strategy.clean_pass(x, y), torch.tensor([[1, 0, 2, 3], [1, 1, 1, 1]]))
+    torch.testing.assert_close(estimate.output, tokens_net(x).detach())
+    torch.testing.assert_close(estimate.loss, squared_error(tokens_net(x), y).detach())
+    assert (estimate.queries, estimate.lost, estimate.silent_samples, estimate.lost_batch) == (10, 0, 0, False)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_site_may_get_no_query(layout: str, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+    """An allocator over samples and sites may starve a site; its gradient is then left alone."""
+    strategy = bound(tokens_net, squared_error, LAYOUTS[layout])
+    counts = torch.full((len(strategy.sites), 4), 2)
+    counts[0] = 0
+    clean = strategy.clean_pass(*tokens)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        estimate = strategy.estimate(clean, counts)
+    assert (estimate.queries, estimate.lost, estimate.silent_samples) == (8 * (len(strategy.sites) - 1), 0, 0)
+    found = gradients(tokens_net)
+    assert all(found[name] is None for name in strategy.sites[0].parameters)
+    assert all(found[name].abs().max() > 0 for site in strategy.sites[1:] for name in site.parameters)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_last_batch_may_be_smaller(
+    layout: str, batch: int, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
+) -> None:
+    x, y = tokens
+    strategy = bound(tokens_net, squared_error, LAYOUTS[layout], chunk_rows=6)
+    estimated(strategy, x, y)
+    assert_equals_reference(tokens_net, strategy, x[:batch], y[:batch], torch.tensor([3, 1][:batch]))
+
+
+def test_integer_inputs(tokens: tuple[Tensor, Tensor]) -> None:
+    net = shaken(nn.Sequential(nn.Embedding(10, 3), nn.Linear(3, 3), TokenMean(), nn.Linear(3, 2)))
+    strategy = bound(net, squared_error, [{"stages": ["0", "1"]}, {"stages": ["3"], "kind": "linear"}])
+    x = torch.tensor([[1, 2], [2, 9], [0, 0], [3, 1]])
+    assert_equals_reference(net, strategy, x, tokens[1], torch.tensor([3, 0, 2, 1]))
+
+
+def test_memory_does_not_grow(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+    sites = [
+        {"stages": ["0", "1"], "queries_per_sample": 6},
+        {"stages": ["2", "3"], "kind": "linear", "together": True, "queries_per_sample": 4},
+        {"stages": ["4"], "kind": "linear", "queries_per_sample": 4},
+    ]
+    strategy = bound(tokens_net, squared_error, sites, chunk_rows=8, pilots=PilotSpec("4", 2))
+
+    def steps(number: int) -> tuple[int, int, int]:
+        for _ in range(number):
+            clean = strategy.clean_pass(*tokens)
+            strategy.pilot_trace(clean)
+            strategy.estimate(clean)
+            gradients(tokens_net)
+        gc.collect()
+        objects = gc.get_objects()
+        tensors = [o for o in objects if issubclass(type(o), Tensor)]
+        return len(tensors), sum(t.numel() for t in tensors), len(objects)
+
+    tensors, numbers, objects = steps(20)
+    more_tensors, more_numbers, more_objects = steps(200)
+    assert (more_tensors, more_numbers) == (tensors, numbers)
+    assert more_objects - objects < 100, "less than one object in two steps"
+
+
+def test_a_resumed_run_draws_the_same_noise(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+    strategy = bound(tokens_net, squared_error, TWO, seed=3)
+    estimated(strategy, *tokens)
+    state = copy.deepcopy(strategy.state_dict())
+    _, second = estimated(strategy, *tokens)
+    resumed = bound(tokens_net, squared_error, TWO, seed=99)
+    resumed.load_state_dict(state)
+    _, again = estimated(resumed, *tokens)
+    for name, gradient in second.items():
+        torch.testing.assert_close(again[name], gradient, rtol=0, atol=0)
+    assert resumed.meter.state_dict() == strategy.meter.state_dict()
+
+
+def test_stale_pilots_are_not_used_after_a_restart(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+    """The draw counter may come back to where pilots of another batch were drawn."""
+    settings = {"pilots": PilotSpec("2..4", 2), "seed": 3}
+    fresh = bound(tokens_net, squared_error, TWO, **settings)
+    _, expected = estimated(fresh, *tokens)
+    strategy = bound(tokens_net, squared_error, TWO, **settings)
+    state = copy.deepcopy(strategy.state_dict())
+    strategy.pilot_trace(strategy.clean_pass(tokens[0].flip(0), tokens[1]))
+    strategy.load_state_dict(state)
+    _, found = estimated(strategy, *tokens)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=0)
+
+
+def test_the_seed_is_that_of_seed_everything() -> None:
+    torch.manual_seed(1234)
+    assert LikelihoodRatio().seed == 1234
+    assert LikelihoodRatio(seed=5).seed == 5
+
+
+# Site by site
+
+
+SITE_BY_SITE: dict[str, list[dict[str, Any]]] = {
+    "group": [{"stages": ["embed", "blocks.0"]}, {"stages": ["blocks.1", "blocks.2"]}, {"stages": ["pool", "head"]}],
+    "mixed": [
+        {"stages": ["embed", "blocks.1"]},
+        {"stages": ["blocks.2"], "kind": "linear"},
+        {"stages": ["pool", "head"], "kind": "linear", "together": True},
+    ],
+    "overlapping": [
+        {"stages": ["embed", "blocks.0"]},
+        {"stages": ["blocks.1", "head"], "kind": "linear", "modules": ["blocks.1.*", "norm", "head"], "together": True},
+        {"stages": ["blocks.2"], "kind": "linear", "modules": ["*.mlp.*", "*.norm?"], "together": True},
+        {"stages": ["blocks.2"], "kind": "linear", "modules": ["*.attn.*"]},
+    ],
+}
+
+
+@pytest.mark.parametrize("layout", SITE_BY_SITE)
+def test_site_by_site_each_site_sees_the_updates_above_it(layout: str, images: tuple[Tensor, Tensor]) -> None:
+    """FLOPS, algorithm 1: after each update the next site's queries start from a clean pass as if made anew."""
+    vit = tiny_vit().eval()
+    x, y = images
+    strategy = bound(vit, cross_entropy, SITE_BY_SITE[layout], update="site_by_site")
+    names = [site.name for site in strategy.sites]
+    assert strategy.update_groups == tuple((name,) for name in reversed(names))
+    clean = strategy.clean_pass(x, y)
+    counts = torch.tensor([2, 0, 1, 3])
+    for (name,) in strategy.update_groups:
+        strategy.estimate(clean, counts, sites=[name])
+        found = gradients(vit)
+        (site,) = [site for site in strategy.sites if site.name == name]
+        expected = reference_gradient(vit, strategy, site, x, y, counts.tolist())
+        for key, gradient in expected.items():
+            torch.testing.assert_close(found.pop(key), gradient, rtol=1e-9, atol=1e-9)
+        assert set(found.values()) == {None}
+        with torch.no_grad():
+            for key, parameter in site.parameters.items():
+                parameter.sub_(0.05 * expected[key] / expected[key].norm())
+        clean = strategy.refresh(clean, [name])
+        torch.testing.assert_close(clean.loss, cross_entropy(vit(x), y).detach())
+        torch.testing.assert_close(clean.output, vit(x).detach())
+
+
+def test_simultaneous_is_one_update_of_all_sites(tokens_net: nn.Sequential) -> None:
+    assert bound(tokens_net, squared_error, TWO).update_groups == (("0..1", "2..4"),)
+
+
+# Precision
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bfloat16_rounds_the_activations_and_nothing_else(
+    layout: str, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
+) -> None:
+    """Noise, losses and their differences stay in float32: the estimate is that of float32 but for a few per cent."""
+    net = tokens_net.float()
+    x, y = (tensor.float() for tensor in tokens)
+    sites = [{**site, "sigma": 0.3} for site in LAYOUTS[layout]]
+    counts = torch.full((4,), 200)
+    _, exact = estimated(bound(net, squared_error, sites), x, y, counts)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        clean, rounded = estimated(bound(net, squared_error, sites), x, y, counts)
+    assert clean.loss.dtype == clean.output.dtype == torch.float32
+    for name, gradient in exact.items():
+        assert rounded[name].dtype == torch.float32
+        assert (rounded[name] - gradient).norm() < 0.05 * gradient.norm(), name
+
+
+@pytest.mark.parametrize(("sigma", "warned"), [(1e-2, False), (1e-7, True)])
+def test_a_sigma_below_the_precision_is_warned_of(
+    sigma: float, warned: bool, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
+) -> None:
+    strategy = bound(tokens_net.float(), squared_error, [{**TWO[0], "sigma": sigma}, TWO[1]])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        strategy.clean_pass(tokens[0].float(), tokens[1].float())
+    messages = [str(warning.message) for warning in caught]
+    assert [("sigma = 1e-07 at site '0..1'" in message, "Write" in message) for message in messages] == [
+        (True, True)
+    ] * warned
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"variant": "baselines"}, "strategy.variant = 'baselines'"),
+        ({"update": "both"}, "strategy.update = 'both'"),
+        ({"chunk_rows": 1}, "strategy.chunk_rows = 1"),
+        ({"chunk_rows": 0}, "strategy.chunk_rows = 0"),
+    ],
+)
+def test_settings_that_are_refused(settings: dict[str, Any], named: str) -> None:
+    with pytest.raises(SettingError) as error:
+        LikelihoodRatio(**settings)
+    assert str(error.value).startswith(named)
+
+
+def test_an_odd_budget_in_antithetic_pairs_is_refused(tokens_net: nn.Sequential) -> None:
+    sites = [TWO[0], {**TWO[1], "queries_per_sample": 5}]
+    with pytest.raises(SettingError, match=r"queries_per_sample = 5: is odd at site '2\.\.4'.*even"):
+        bound(tokens_net, squared_error, sites, variant="antithetic")
+
+
+def test_leave_one_out_of_jointly_perturbed_layers_is_refused(tokens_net: nn.Sequential) -> None:
+    with pytest.raises(SettingError, match=r"strategy\.variant = 'leave_one_out': .*'0\.\.4'.*together: false"):
+        bound(tokens_net, squared_error, LAYOUTS["together"], variant="leave_one_out")
+
+
+@pytest.mark.parametrize(
+    ("counts", "variant", "problem"),
+    [
+        (torch.tensor([2, 2, 2]), "baseline", r"\(3,\).*\(2, 4\) or \(4,\)"),
+        (torch.full((3, 4), 2), "baseline", r"\(3, 4\)"),
+        (torch.full((4, 2), 2), "baseline", r"\(4, 2\)"),
+        (torch.tensor(2), "baseline", r"\(\)"),
+        (torch.tensor([2, -1, 2, 2]), "baseline", "non-negative"),
+        (torch.tensor([2, 3, 2, 2]), "antithetic", "multiples of 2"),
+        (torch.tensor([2.0, 2.7, 2.0, 2.0]), "baseline", "integer"),
+        (torch.tensor([2.0, float("nan"), 2.0, 2.0]), "baseline", "integer"),
+        (torch.tensor([2, 1, 2, 2]), "leave_one_out", "2"),
+    ],
+)
+def test_counts_that_are_refused(
+    counts: Tensor, variant: str, problem: str, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
+) -> None:
+    strategy = bound(tokens_net, squared_error, TWO, variant=variant)
+    clean = strategy.clean_pass(*tokens)
+    with pytest.raises(SettingError, match=problem) as error:
+        strategy.estimate(clean, counts)
+    assert error.value.setting == "counts"
+    assert all(p.grad is None for p in tokens_net.parameters())
+
+
+@pytest.mark.parametrize("names", [["typo"], ["0..1", "typo"], []])
+def test_unknown_sites_are_refused(names: list[str], tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+    strategy = bound(tokens_net, squared_error, TWO)
+    clean = strategy.clean_pass(*tokens)
+    for method in (lambda: strategy.estimate(clean, sites=names), lambda: strategy.refresh(clean, names)):
+        with pytest.raises(SettingError, match=r"'0\.\.1', '2\.\.4'") as error:
+            method()
+        assert error.value.setting == "sites"
+
+
+def test_a_layer_that_does_not_run_as_a_module_is_refused(tokens: tuple[Tensor, Tensor]) -> None:
+    class Wrapper(nn.Module):
+        """Its layer is there for its weights alone, as in nn.MultiheadAttention."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, self.inner.weight, self.inner.bias)
+
+    class Twice(Wrapper):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(self.inner(x))
+
+    for odd in (Wrapper(), Twice()):
+        net = shaken(nn.Sequential(odd, TokenMean(), nn.Linear(3, 2)))
+        strategy = bound(net, squared_error, [{"stages": ["0", "2"], "kind": "linear"}])
+        clean = strategy.clean_pass(*tokens)
+        with pytest.raises(SettingError, match=r"'0\.inner': did not run exactly once.*kind: block"):
+            strategy.estimate(clean)

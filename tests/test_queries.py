@@ -1,0 +1,206 @@
+"""The query engine: rows and chunks, the clean pass, and estimates that depend on neither."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from flops_lightning.errors import SettingError
+from flops_lightning.queries import clean_pass, drop_rows, plan_rows, refresh, row_losses
+from flops_lightning.staging import stage_network
+from tests.reference.networks import bound, cross_entropy, estimated, freeze, shaken, squared_error
+
+COUNTS = st.lists(st.integers(0, 30), min_size=0, max_size=12)
+
+
+def rows_of(counts: list[int], first: int = 0) -> list[tuple[int, int]]:
+    return [(b, q) for b, count in enumerate(counts) for q in range(first, first + count)]
+
+
+@given(counts=COUNTS, max_rows=st.integers(2, 40), first=st.integers(0, 9), multiple=st.sampled_from([1, 2]))
+def test_every_row_runs_once(counts: list[int], max_rows: int, first: int, multiple: int) -> None:
+    counts = [multiple * count for count in counts]
+    first *= multiple
+    chunks = list(plan_rows(np.array(counts, dtype=np.int64), max_rows, first_query=first, multiple=multiple))
+    rows = [
+        (int(b), int(q))
+        for chunk in chunks
+        for b, q in zip(chunk.samples[: chunk.rows], chunk.queries[: chunk.rows], strict=True)
+    ]
+    assert rows == rows_of(counts, first)
+    sizes = {len(chunk.samples) for chunk in chunks} | {len(chunk.queries) for chunk in chunks}
+    assert len(sizes) <= 1, "chunks have one shape"
+    assert all(size <= max_rows and size % multiple == 0 for size in sizes)
+    fewest = -(-sum(counts) // (max_rows // multiple * multiple))
+    assert len(chunks) == fewest
+    padding = sum(sizes) * len(chunks) - len(rows)
+    assert padding < multiple * max(len(chunks), 1), "a smaller chunk would do"
+    for chunk in chunks:
+        assert 0 < chunk.rows <= len(chunk.samples)
+        assert (np.diff(chunk.samples) >= 0).all()
+        assert chunk.span == slice(chunk.samples.min(), chunk.samples.max() + 1)
+        # Padding repeats a real row: it costs time and can neither fail nor touch another sample.
+        assert (chunk.samples[chunk.rows :] == chunk.samples[chunk.rows - 1]).all()
+        pairs = list(zip(chunk.samples.tolist(), (chunk.queries // 2).tolist(), strict=True))
+        if multiple == 2:
+            assert pairs[::2] == pairs[1::2], "a pair was torn apart"
+
+
+@given(counts=st.lists(st.integers(0, 30), min_size=2, max_size=8), order=st.randoms(use_true_random=False))
+def test_a_fixed_budget_gives_a_fixed_shape(counts: list[int], order: Any) -> None:
+    plans = [plan_rows(np.array(c, dtype=np.int64), 16) for c in (counts, order.sample(counts, len(counts)))]
+    assert plans[0].chunk_rows == plans[1].chunk_rows
+    assert len(list(plans[0])) == len(list(plans[1]))
+
+
+@given(counts=COUNTS, data=st.data())
+def test_dropped_rows_are_gone_and_the_others_stay(counts: list[int], data: st.DataObject) -> None:
+    plan = plan_rows(np.array(counts, dtype=np.int64), 7)
+    lost = np.array(data.draw(st.lists(st.booleans(), min_size=sum(counts), max_size=sum(counts))), dtype=bool)
+    rest = drop_rows(plan, lost)
+    assert rest.chunk_rows == plan.chunk_rows
+    kept = [row for row, gone in zip(rows_of(counts), lost, strict=True) if not gone]
+    assert list(zip(rest.samples.tolist(), rest.queries.tolist(), strict=True)) == kept
+
+
+# The clean pass
+
+
+@pytest.mark.parametrize("rows", [1, 3, 100])
+def test_the_clean_pass_keeps_what_was_asked_for(rows: int, vit: nn.Module, images: tuple[Tensor, Tensor]) -> None:
+    x, y = images
+    network = stage_network(vit)
+    clean = clean_pass(network, cross_entropy, x, y, keep={0, 2}, draw=4, rows=rows)
+    vit.eval()
+    assert set(clean.activations) == {0, 2, len(network)}
+    torch.testing.assert_close(clean.activations[2], network.run(x, 0, 2))
+    torch.testing.assert_close(clean.output, vit(x))
+    torch.testing.assert_close(clean.loss, cross_entropy(vit(x), y))
+    torch.testing.assert_close(clean.embedding, vit.forward_head(vit.forward_features(x), pre_logits=True))
+    assert (clean.draw, clean.batch_size) == (4, 4)
+    assert not clean.loss.requires_grad
+
+
+def test_the_clean_pass_survives_stages_that_work_in_place(tokens: tuple[Tensor, Tensor]) -> None:
+    x, y = tokens
+    net = shaken(nn.Sequential(nn.Flatten(), nn.Linear(9, 4), nn.SiLU(inplace=True), nn.Linear(4, 2)))
+    clean = clean_pass(stage_network(net), squared_error, x, y, keep={1, 2, 3}, draw=0, rows=4)
+    torch.testing.assert_close(clean.activations[2], net[1](x.flatten(1)))
+    torch.testing.assert_close(clean.activations[3], net[:3](x))
+
+
+def test_a_refreshed_pass_equals_a_fresh_one(vit: nn.Module, images: tuple[Tensor, Tensor]) -> None:
+    x, y = images
+    network = stage_network(vit)
+    clean = clean_pass(network, cross_entropy, x, y, keep={0, 1, 3}, draw=2, rows=3)
+    with torch.no_grad():
+        for parameter in [*vit.blocks[2].parameters(), *vit.head.parameters()]:
+            parameter.mul_(1.1)
+    refreshed = refresh(network, cross_entropy, clean, 3, rows=3)
+    fresh = clean_pass(network, cross_entropy, x, y, keep={0, 1, 3}, draw=2, rows=3)
+    assert not torch.allclose(fresh.loss, clean.loss)
+    torch.testing.assert_close(refreshed.loss, fresh.loss)
+    torch.testing.assert_close(refreshed.output, fresh.output)
+    torch.testing.assert_close(refreshed.embedding, fresh.embedding)
+    assert {i for i in refreshed.activations if i <= 3} == {0, 1, 3}
+    for i, h in refreshed.activations.items():
+        torch.testing.assert_close(h, fresh.activations[i])
+    assert refreshed.draw == 2
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [lambda o, t: squared_error(o, t).mean(), lambda o, t: (o - t).square(), lambda o, t: squared_error(o, t)[:-1]],
+)
+def test_a_loss_that_is_not_one_per_row_is_refused(loss: Any) -> None:
+    with pytest.raises(SettingError, match=r"one loss a row.*reduction='none'"):
+        row_losses(loss, torch.zeros(5, 2), torch.zeros(5, 2))
+
+
+def test_losses_are_computed_in_float32_at_least() -> None:
+    output = torch.tensor([[1.0, 2.0], [3.0, 5.0]], dtype=torch.bfloat16)
+    losses = row_losses(squared_error, output, torch.zeros(2, 2, dtype=torch.bfloat16))
+    assert losses.dtype == torch.float32
+    torch.testing.assert_close(losses, torch.tensor([5.0, 34.0]))
+    assert row_losses(squared_error, output.double(), torch.zeros(2, 2)).dtype == torch.float64
+
+
+# Estimates
+
+
+SITES: dict[str, list[dict[str, Any]]] = {
+    "group": [
+        {"stages": ["embed", "blocks.0"]},
+        {"stages": ["blocks.1", "blocks.2"]},
+        {"stages": ["pool", "head"]},
+    ],
+    "linear": [{"stages": ["embed", "head"], "kind": "linear"}],
+    "together": [{"stages": ["embed", "head"], "kind": "linear", "together": True}],
+}
+CASES = [
+    (variant, layout)
+    for variant in ("plain", "baseline", "leave_one_out", "antithetic")
+    for layout in SITES
+    if (variant, layout) != ("leave_one_out", "together")
+]
+
+
+def prepared(vit: nn.Module, layout: str) -> nn.Module:
+    if layout != "group":
+        freeze(vit, "cls_token", "pos_embed")
+    return vit
+
+
+@pytest.mark.parametrize(("variant", "layout"), CASES)
+def test_the_chunk_size_does_not_matter(
+    variant: str, layout: str, vit: nn.Module, images: tuple[Tensor, Tensor]
+) -> None:
+    prepared(vit, layout)
+    counts = torch.tensor([6, 0, 12, 2])
+    found = {
+        rows: estimated(bound(vit, cross_entropy, SITES[layout], variant=variant, chunk_rows=rows), *images, counts)[1]
+        for rows in (2, 3, 7, 256)
+    }
+    for rows, grads in found.items():
+        for name, gradient in grads.items():
+            if gradient is not None:
+                torch.testing.assert_close(
+                    gradient, found[256][name], rtol=1e-10, atol=1e-10, msg=f"{name}, {rows} rows"
+                )
+
+
+@pytest.mark.parametrize(("variant", "layout"), CASES)
+def test_a_sample_is_served_the_same_in_any_company(
+    variant: str, layout: str, vit: nn.Module, images: tuple[Tensor, Tensor]
+) -> None:
+    """The estimate is the sum of what the samples get when all others get no query."""
+    prepared(vit, layout)
+    strategy = bound(vit, cross_entropy, SITES[layout], variant=variant, chunk_rows=5)
+    clean = strategy.clean_pass(*images)
+
+    def estimate(counts: Tensor) -> dict[str, Tensor]:
+        vit.zero_grad()
+        strategy.estimate(clean, counts)
+        return {name: p.grad for name, p in vit.named_parameters() if p.grad is not None}
+
+    counts = torch.tensor([4, 0, 6, 2])
+    whole = estimate(counts)
+    parts = [estimate(counts * (torch.arange(4) == b)) for b in (0, 2, 3)]
+    for name, gradient in whole.items():
+        torch.testing.assert_close(gradient, sum(part[name] for part in parts), rtol=1e-10, atol=1e-10)
+
+
+def test_noise_goes_with_the_place_in_the_batch(vit: nn.Module, images: tuple[Tensor, Tensor]) -> None:
+    """Two copies of one sample get noise of their own, so a batch of copies is not one sample many times."""
+    x, y = images
+    sites = SITES["group"]
+    twice = bound(vit, cross_entropy, sites)
+    _, both = estimated(twice, x[:1].repeat(2, 1, 1, 1), y[:1].repeat(2), torch.tensor([4, 4]))
+    _, first = estimated(bound(vit, cross_entropy, sites), x[:1], y[:1], torch.tensor([4]))
+    assert not torch.allclose(both["head.weight"], first["head.weight"], rtol=1e-3)
