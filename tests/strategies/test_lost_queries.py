@@ -288,3 +288,22 @@ def test_pilots_stand_in_for_a_site_that_lost_all_its_other_queries(
     (place,) = [site for site in strategy.sites if site.name == "2"]
     for name, gradient in reference_gradient(tokens_net, strategy, place, *tokens, [4] * 4).items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-9)
+
+
+class Direction(nn.Module):
+    """Length one; its derivative at zero does not exist."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / x.norm(dim=-1, keepdim=True)
+
+
+@SILENT
+@pytest.mark.parametrize("kind", ["block", "linear"])
+def test_whatever_stands_in_for_a_lost_sample_is_harmless(kind: str, tokens: tuple[Tensor, Tensor]) -> None:
+    """A sample of zeros would not be: this network has no gradient there."""
+    net = shaken(nn.Sequential(nn.Sequential(Direction(), nn.Linear(3, 3)), TokenMean(), nn.Linear(3, 2)))
+    x, y = tokens[0].clone(), tokens[1]
+    x[1] = math.nan
+    strategy = bound(net, squared_error, [{"stages": ["0", "2"], "kind": kind}])
+    strategy.estimate(strategy.clean_pass(x, y))
+    assert all(p.grad.isfinite().all() for p in net.parameters())
