@@ -47,6 +47,14 @@ class CleanPass:
         """Number of samples ``b``."""
         return self.loss.shape[0]
 
+    def stand_ins(self) -> Tensor:
+        """``(b,)`` each sample's own index, or that of a sample with a finite loss where its own is not.
+
+        A lost sample's gradient has weight zero, but zero times the NaN of its activations would be NaN.
+        """
+        finite = torch.isfinite(self.loss)
+        return torch.where(finite, torch.arange(len(finite), device=finite.device), finite.int().argmax())
+
 
 @torch.no_grad()
 def clean_pass(
@@ -59,11 +67,7 @@ def clean_pass(
     draw: int,
     rows: int,
 ) -> CleanPass:
-    """Run the network unperturbed, ``rows`` samples at a time, and keep the activations in ``keep``.
-
-    Activations of a sample without a finite loss are kept as zeros: nothing of it may enter a gradient, and NaN times
-    zero would.
-    """
+    """Run the network unperturbed, ``rows`` samples at a time, and keep the activations in ``keep``."""
     last = len(network) - 1
     activations = _run_and_keep(network, inputs, 0, {*keep, last}, rows)
     embedding = activations[last].flatten(1)
@@ -105,12 +109,7 @@ def _run_and_keep(
 def _with_losses(clean: CleanPass, loss: LossFunction, output_index: int) -> CleanPass:
     output = at_least_float32(clean.activations[output_index])
     losses = row_losses(loss, output, clean.targets)
-    lost = ~torch.isfinite(losses)
-    activations = {
-        i: h.masked_fill(lost.view(-1, *(1,) * (h.dim() - 1)), 0.0) if h.is_floating_point() else h
-        for i, h in clean.activations.items()
-    }
-    return replace(clean, activations=activations, output=output, loss=losses)
+    return replace(clean, output=output, loss=losses)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

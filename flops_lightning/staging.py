@@ -9,9 +9,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # the common base of BatchNorm1d/2d/3d and SyncBatchNorm
 from torch.utils.flop_counter import FlopCounterMode
@@ -32,7 +31,8 @@ class Stage:
         members: Dotted names (of modules or parameters of the network) that it owns.
         reads: Tokens ``t`` of its input ``(r, t, d)`` on which its output depends; None means all of them.
         narrows: It may be called with only the tokens in ``reads`` and returns the same.
-        tokenwise: Submodules whose output at a token reaches that same token of the stage's output and no other.
+        tokenwise: Submodules whose output at a token reaches that same token of the stage's output and no other (where
+            ``reads`` is set: that reach the output at these tokens alone).
     """
 
     name: str
@@ -124,11 +124,11 @@ class StagedNetwork:
                 module.training = training
 
 
-def flops(run: Callable[[], Any]) -> float:
-    """Floating-point operations of matrix products, convolutions and attention in one call of ``run``."""
+def flops(run: Callable[[Tensor], Tensor], x: Tensor) -> tuple[float, Tensor]:
+    """Floating-point operations of matrix products, convolutions and attention in ``run(x)``, and its output."""
     with FlopCounterMode(display=False) as counter:
-        run()
-    return float(counter.get_total_flops())
+        output = run(x)
+    return float(counter.get_total_flops()), output
 
 
 def stage_network(module: nn.Module) -> StagedNetwork:
@@ -246,12 +246,14 @@ def _stage_timm_vit(vit: VisionTransformer) -> StagedNetwork:
         (
             Stage("embed", _Embed(vit), ("patch_embed", "cls_token", "reg_token", "pos_embed", "norm_pre")),
             *blocks,
-            Stage("pool", _Pool(vit), ("norm", "fc_norm", "attn_pool"), reads=reads, narrows=narrows),
+            Stage(
+                "pool",
+                _Pool(vit),
+                ("norm", "fc_norm", "attn_pool"),
+                reads=reads,
+                narrows=narrows,
+                tokenwise=("norm",) if reads else (),
+            ),
             Stage("head", _Head(vit), ("head",)),
         ),
     )
-
-
-def leading_rows(x: Tensor, rows: int) -> Tensor:
-    """The first ``rows`` rows of a batch."""
-    return torch.narrow(x, 0, 0, min(rows, x.shape[0]))

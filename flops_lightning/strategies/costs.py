@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -37,10 +38,10 @@ def site_costs(network: StagedNetwork, sites: Sequence[Site], inputs: Tensor) ->
     """
     with network.evaluating():
         activations, by_stage = [inputs[:1]], []
-        for i in range(len(network)):
-            x = activations[-1]
-            by_stage.append(flops(lambda x=x, i=i: network.run(x, i, i + 1)))  # type: ignore[misc]
-            activations.append(network.run(x, i, i + 1))
+        for stage in network.stages:
+            counted, output = flops(stage.run, activations[-1].clone())  # the stage may work in place
+            by_stage.append(counted)
+            activations.append(output)
         if not sum(by_stage):
             by_stage = [1.0] * len(network)
         full = sum(by_stage)
@@ -56,5 +57,5 @@ def site_costs(network: StagedNetwork, sites: Sequence[Site], inputs: Tensor) ->
                 gradient[site.name] = 0.0 if joint else by_stage[site.first] / full
             elif site.narrow:
                 rows = activations[site.start][:, site.tokens]
-                query[site.name] = flops(lambda rows=rows, site=site: network.run(rows, site.start)) / full  # type: ignore[misc]
+                query[site.name] = flops(partial(network.run, start=site.start), rows)[0] / full
     return SiteCosts(query, gradient, from_stage)

@@ -199,7 +199,7 @@ class LikelihoodRatio(ForwardGradientStrategy):
             warnings.warn(
                 f"{silent} (sample, site) pairs lost every query to non-finite losses and contribute nothing to this "
                 "step. A smaller sigma or learning rate, or a higher precision, keeps losses finite.",
-                RuntimeWarning, stacklevel=2,
+                RuntimeWarning, stacklevel=3,  # past the decorator
             )  # fmt: skip
         return Estimate(
             loss=clean.loss,

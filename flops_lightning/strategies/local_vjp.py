@@ -26,9 +26,10 @@ def local_vjp(network: StagedNetwork, site: Site, clean: CleanPass, delta: Tenso
     total = {name: torch.zeros_like(p) for name, p in site.parameters.items()}
     parameters = list(site.parameters.values())
     with network.evaluating():
-        for h, d in zip(clean.activations[site.first].split(rows), delta.split(rows), strict=True):
+        for index, d in zip(clean.stand_ins().split(rows), delta.split(rows), strict=True):
+            h = clean.activations[site.first].index_select(0, index)
             with torch.enable_grad():
-                output = network.run(h.clone(), site.first, site.last + 1)  # stages may work in place
+                output = network.run(h, site.first, site.last + 1)
                 output = output if site.tokens is None else output[:, site.tokens]
             gradients = torch.autograd.grad(output, parameters, d.to(output.dtype), allow_unused=True)
             for name, gradient in zip(total, gradients, strict=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,14 +33,14 @@ class Perturbation:
 
 
 DrawNoise = Callable[[str, tuple[int, ...], Tensor], Tensor]
-"""``(place, shape of a row, tensor with the device and dtype) -> (r, *shape)``."""
+"""``(name of the layer or "", shape of a row, tensor with the device and dtype) -> (r, *shape)``."""
 
 
 def chunk_noise(key: NoiseKey, chunk: Chunk, *, antithetic: bool) -> DrawNoise:
     """Noise of a chunk's rows; antithetic: rows ``2p`` and ``2p + 1`` of a sample get ``+z_p`` and ``-z_p``."""
 
-    def draw(place: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        placed = NoiseKey(key.seed, key.draw, place, key.rank)
+    def draw(layer: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        placed = replace(key, site=f"{key.site}/{layer}") if layer else key
         if not antithetic:
             return standard_normal(
                 row_seeds(placed, chunk.samples, chunk.queries), shape, device=like.device, dtype=like.dtype
@@ -78,7 +78,7 @@ def perturbed_losses(
     else:
         h = boundary_activation(site, clean).index_select(0, index)
         active = h if site.tokens is None or site.narrow else h[:, site.tokens]
-        z = draw(site.name, tuple(active.shape[1:]), active)
+        z = draw("", tuple(active.shape[1:]), active)
         perturbations = [Perturbation(None, z)]
         active.add_(z, alpha=site.sigma)
         output = network.run(h, site.start)
@@ -122,8 +122,8 @@ def clean_layer_input(network: StagedNetwork, site: Site, clean: CleanPass, *, r
     handle = target.module.register_forward_pre_hook(keep)
     try:
         with network.evaluating():
-            for h in clean.activations[site.first].split(rows):
-                network.run(h.clone(), site.first, site.first + 1)
+            for index in clean.stand_ins().split(rows):
+                network.run(clean.activations[site.first].index_select(0, index), site.first, site.first + 1)
     finally:
         handle.remove()
     return torch.cat(inputs)

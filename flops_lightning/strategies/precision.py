@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 
@@ -29,6 +30,12 @@ def warn_unresolved_sigma(sites: Sequence[Site], clean: CleanPass) -> None:
         if site.sigma < least:
             warnings.warn(
                 f"strategy.sites: sigma = {site.sigma:g} at site {site.name!r} is below what {dtype} resolves there. "
-                f"Write {least:.1g} or more, or use a higher precision.",
+                f"Write {_rounded_up(least):g} or more, or use a higher precision.",
                 RuntimeWarning, stacklevel=3,
             )  # fmt: skip
+
+
+def _rounded_up(value: float) -> float:
+    """The next number with one significant digit."""
+    step = 10.0 ** math.floor(math.log10(value)) if value > 0 else 1.0
+    return math.ceil(value / step) * step

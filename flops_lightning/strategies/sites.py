@@ -251,10 +251,10 @@ def _refuse_tied(network: StagedNetwork, layers: Sequence[LayerTarget], setting:
 
 
 def _active_tokens(network: StagedNetwork, spec: SiteSpec, stage: int, module: str) -> slice | None:
-    if not spec.active_tokens or stage + 1 >= len(network):
+    here = network.stages[stage]
+    if not spec.active_tokens or not any(module == part or module.startswith(part + ".") for part in here.tokenwise):
         return None
-    tokenwise = any(module == part or module.startswith(part + ".") for part in network.stages[stage].tokenwise)
-    return network.stages[stage + 1].reads if tokenwise else None
+    return here.reads or (network.stages[stage + 1].reads if stage + 1 < len(network) else None)
 
 
 def _nothing_to_learn(setting: str, spec: SiteSpec) -> SettingError:

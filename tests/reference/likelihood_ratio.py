@@ -144,7 +144,8 @@ def _query(
 
     def mover(place: Place) -> Callable[..., Tensor]:
         def move(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            z = _noise(place, place.active(output)[0].shape, strategy, b, q, draw)
+            site_key = f"{site.name}/{place.name}" if site.layers else site.name
+            z = _noise(site_key, place.active(output)[0].shape, strategy, b, q, draw)
             noise[place.name], inputs[place.name] = z, args[0].detach().clone()
             moved = output.clone()
             place.active(moved)[0] += site.sigma * z
@@ -160,8 +161,8 @@ def _query(
     return Query(loss, noise, inputs)
 
 
-def _noise(place: Place, shape: torch.Size, strategy: LikelihoodRatio, b: int, q: int, draw: int) -> Tensor:
-    key = NoiseKey(strategy.seed, draw, place.name, strategy.rank)
+def _noise(site_key: str, shape: torch.Size, strategy: LikelihoodRatio, b: int, q: int, draw: int) -> Tensor:
+    key = NoiseKey(strategy.seed, draw, site_key, strategy.rank)
     antithetic = strategy.variant == "antithetic"
     seeds = row_seeds(key, np.array([b]), np.array([q // 2 if antithetic else q]))
     z = standard_normal(seeds, tuple(shape), device=torch.device("cpu"), dtype=torch.float64)[0]

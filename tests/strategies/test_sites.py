@@ -65,13 +65,13 @@ def test_patterns_choose_modules() -> None:
 
 
 def test_noise_is_put_where_it_is_read() -> None:
-    """Only the class token of the last block is read; what is left of that block after attention is token by token."""
+    """Only the class token of the last block is read; what follows that block's attention is token by token."""
     vit = tiny_vit()
     freeze(vit, "cls_token", "pos_embed")
     sites = resolved(vit, {"stages": ["embed", "head"], "kind": "linear"})
     assert {site.name for site in sites if site.layers[0].tokens == slice(0, 1)} == {
-        f"blocks.2.{part}" for part in ("attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
-    }
+        "norm", *(f"blocks.2.{part}" for part in ("attn.proj", "norm2", "mlp.fc1", "mlp.fc2")),
+    }  # fmt: skip
     assert {site.layers[0].tokens for site in sites if site.layers[0].tokens != slice(0, 1)} == {None}
 
 
