@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from flops_lightning.allocators import EqualAllocator, GaussianAllocator, QueryAllocator
     from flops_lightning.callbacks import QueryAllocatorCallback
     from flops_lightning.datamodules import DigitsDataModule
-    from flops_lightning.staging import stage_network
+    from flops_lightning.staging import Stage, StagedNetwork, stage_network
     from flops_lightning.strategies import Backprop, ForwardGradientStrategy, LikelihoodRatio, SiteSpec
     from flops_lightning.tasks import ForwardImageClassifier
 
@@ -30,6 +30,8 @@ _HOMES = {
     "QueryAllocator": "allocators",
     "QueryAllocatorCallback": "callbacks",
     "SiteSpec": "strategies",
+    "Stage": "staging",
+    "StagedNetwork": "staging",
     "stage_network": "staging",
 }
 
@@ -44,6 +46,8 @@ __all__ = [
     "QueryAllocator",
     "QueryAllocatorCallback",
     "SiteSpec",
+    "Stage",
+    "StagedNetwork",
     "__version__",
     "stage_network",
 ]

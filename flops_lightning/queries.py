@@ -17,6 +17,8 @@ from torch import Tensor
 from flops_lightning.errors import SettingError
 from flops_lightning.staging import StagedNetwork
 
+EMBEDDING_FEATURES = 4096
+
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 """``(outputs (r, ...), targets (r, ...)) -> (r,)``: one loss a row, no reduction."""
 
@@ -31,7 +33,8 @@ class CleanPass:
             ...)``.
         output: ``(b, ...)`` output of the network, float32 at least.
         loss: ``(b,)`` clean losses.
-        embedding: ``(b, d)`` input of the last stage, flattened: for a ViT the top CLS token (or pooled feature).
+        embedding: ``(b, d)`` input of the last stage: for a ViT the top CLS token (or pooled feature); flattened, and
+            averaged down to ``EMBEDDING_FEATURES`` where it is larger.
         draw: The draw counter of this batch, part of every noise key.
     """
 
@@ -70,7 +73,7 @@ def clean_pass(
     """Run the network unperturbed, ``rows`` samples at a time, and keep the activations in ``keep``."""
     last = len(network) - 1
     activations = _run_and_keep(network, inputs, 0, {*keep, last}, rows)
-    embedding = activations[last].flatten(1)
+    embedding = _embedding(activations[last])
     if last not in keep:
         del activations[last]
     return _with_losses(CleanPass(targets, activations, embedding, targets, embedding, draw), loss, len(network))
@@ -83,17 +86,27 @@ def refresh(
     """The clean pass after the parameters of stages ``>= start`` changed: the prefix is kept, the rest runs again."""
     last = len(network) - 1
     again = _run_and_keep(network, clean.activations[start], start, {*keep, last}, rows)
-    embedding = again[last].flatten(1) if start <= last else clean.embedding
+    embedding = _embedding(again[last]) if start <= last else clean.embedding
     if last not in keep and start < last:
         del again[last]
     below = {i: h for i, h in clean.activations.items() if i <= start}
     return _with_losses(replace(clean, activations=again | below, embedding=embedding), loss, len(network))
 
 
+def _embedding(h: Tensor) -> Tensor:
+    # Samples are compared by it on every batch; a flattened feature map would cost more than it tells.
+    flat = h.flatten(1)
+    if flat.shape[1] <= EMBEDDING_FEATURES:
+        return flat
+    return torch.nn.functional.adaptive_avg_pool1d(flat[:, None], EMBEDDING_FEATURES)[:, 0]
+
+
 def _run_and_keep(
     network: StagedNetwork, inputs: Tensor, start: int, keep: Collection[int], rows: int
 ) -> dict[int, Tensor]:
     """Activations from ``start`` on: those in ``keep`` and the output."""
+    if start:  # parameters changed: autocast must not reuse its copies of them
+        torch.clear_autocast_cache()
     kept: dict[int, list[Tensor]] = {i: [] for i in sorted({*keep, len(network)}) if i >= start}
     with network.evaluating():
         for x in inputs.split(rows):

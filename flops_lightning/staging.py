@@ -152,7 +152,7 @@ def stage_network(module: nn.Module) -> StagedNetwork:
             return _stage_timm_vit(module)
     raise SettingError(
         "network", type(module).__name__, "is neither an nn.Sequential nor a timm VisionTransformer.",
-        "Write its forward pass as an nn.Sequential, or build a StagedNetwork with stages of your own.",
+        "Write its forward pass as an nn.Sequential, or build a StagedNetwork by hand for a strategy without a task.",
     )  # fmt: skip
 
 
@@ -220,7 +220,8 @@ def _stage_timm_vit(vit: VisionTransformer) -> StagedNetwork:
         if getattr(type(vit), method) is not getattr(VisionTransformer, method):
             raise SettingError(
                 "model_name", type(vit).__name__, f"has its own `{method}`: its stages are not those of a plain ViT.",
-                "Use a model whose class is timm's VisionTransformer, or build a StagedNetwork by hand.",
+                "Use a model whose class is timm's VisionTransformer, or build a StagedNetwork by hand for a strategy "
+                "without a task.",
             )  # fmt: skip
     last = len(vit.blocks) - 1
 

@@ -26,6 +26,10 @@ DRAWS = 32
 MAX_ITERATIONS = 100
 
 
+CONSTANT_FEATURE = 1e-6
+"""Standard deviation of tanh(loss) over a batch below which it is taken as constant."""
+
+
 class GaussianAllocator(QueryAllocator):
     """Draws the allocation from a Gaussian whose four parameters are optimised on every batch before it is used.
 
@@ -175,11 +179,13 @@ class GaussianAllocator(QueryAllocator):
         trace: Tensor,
         budget: QueryBudget,
         generator: torch.Generator,
-    ) -> tuple[Tensor, Optimum]:
+    ) -> tuple[Tensor, Optimum | None]:
         queries = budget.queries_per_sample[0]
         least = -(-max(self.min_queries, budget.minimum) // budget.multiple) * budget.multiple
         feature = statistics.loss[usable].tanh()
-        centre, spread = float(feature.mean()), max(float(feature.std(correction=0)), 1e-12)
+        centre, spread = float(feature.mean()), float(feature.std(correction=0))
+        if spread < CONSTANT_FEATURE:  # equal or saturated losses: there is no slope to learn, and none is remembered
+            return torch.ones_like(feature), None
         embedding = statistics.embedding
         problem = AllocationProblem(
             feature=(feature - centre) / spread,

@@ -82,8 +82,12 @@ class QueryAllocatorCallback(Callback):
             log: Whether to log the allocator's diagnostics.
 
         Raises:
-            SettingError: The budget cannot be met.
+            SettingError: The budget cannot be met, or ``allocator`` is none (a class instead of an object, say).
         """
+        if not isinstance(allocator, QueryAllocator):
+            raise SettingError(
+                "allocator", allocator, "is not a QueryAllocator.", "Write for example EqualAllocator()."
+            )
         if queries_per_sample or multiple != 1:
             QueryBudget((queries_per_sample or multiple,), multiple)
         self.allocator = allocator

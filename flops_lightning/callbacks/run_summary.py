@@ -52,7 +52,7 @@ class RunSummary(pl.Callback):
         """Test before the first step, then start the clock."""
         if self._start_accuracy is None:
             self._start_accuracy = _test_accuracy(trainer, pl_module)
-            rank_zero_info(f"test accuracy at the start: {self._start_accuracy:.1%}")
+            rank_zero_info(f"test accuracy at the start: {_percent(self._start_accuracy)}")
         self._since = time.monotonic()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -60,11 +60,11 @@ class RunSummary(pl.Callback):
         self._seconds += time.monotonic() - self._since
         self._since = 0.0
         accuracy = _test_accuracy(trainer, pl_module)
-        if isinstance(pl_module, ForwardImageClassifier) and accuracy is not None:
+        if isinstance(pl_module, ForwardImageClassifier):
             self._report(trainer, pl_module, accuracy)
 
     @rank_zero_only
-    def _report(self, trainer: pl.Trainer, task: ForwardImageClassifier, accuracy: float) -> None:
+    def _report(self, trainer: pl.Trainer, task: ForwardImageClassifier, accuracy: float | None) -> None:
         assert task.strategy is not None
         meter = task.strategy.meter
         total, clean = meter.total(), meter.sites.get("clean")
@@ -83,16 +83,19 @@ class RunSummary(pl.Callback):
             "allocator": type(allocators[0].allocator).__name__ if allocators else "none",
             "seed": torch.initial_seed(),
         }
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            rank_zero_info(_text(summary))  # such a run leaves nothing behind
+            return
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / FILE_NAME).write_text(json.dumps(summary, indent=2) + "\n")
         if self.export_weights:
             task.export_weights(str(folder / WEIGHTS_NAME))
-        rank_zero_info(_text(summary, folder))
+        curves = f"\nlook at the curves   tensorboard --logdir {folder.parent}" if trainer.log_dir else ""
+        rank_zero_info(_text(summary) + f"\nwritten to           {folder}" + curves)
 
 
-def _text(summary: dict[str, Any], folder: Path) -> str:
-    start = summary["start_accuracy"]
+def _text(summary: dict[str, Any]) -> str:
     by_site = summary["queries_by_site"]
     sites = ", ".join(f"{site} {queries:,}" for site, queries in by_site.items()) or "none"
     if len(by_site) > SITES_SHOWN:
@@ -100,16 +103,19 @@ def _text(summary: dict[str, Any], folder: Path) -> str:
     return "\n".join(
         (
             "",
-            f"test accuracy        {summary['test_accuracy']:.1%} (at the start {start:.1%})",
+            f"test accuracy        {_percent(summary['test_accuracy'])} "
+            f"(at the start {_percent(summary['start_accuracy'])})",
             f"queries              {summary['queries']:,} ({summary['queries_per_sample']:g} a sample; {sites})",
             f"forward-equivalents  {summary['forward_equivalents']:,.0f}",
             f"lost queries         {summary['lost_queries']:,}",
             f"training time        {summary['train_seconds']:.0f} s",
             f"strategy             {summary['strategy']}, allocator {summary['allocator']}",
-            f"written to           {folder}",
-            f"look at the curves   tensorboard --logdir {folder.parent}",
         )
     )
+
+
+def _percent(share: float | None) -> str:
+    return "unknown, there is no data module" if share is None else f"{share:.1%}"
 
 
 @torch.no_grad()
@@ -123,8 +129,9 @@ def _test_accuracy(trainer: pl.Trainer, pl_module: pl.LightningModule) -> float 
     pl_module.eval()
     right = seen = 0
     for images, labels in datamodule.test_dataloader():
+        converted = trainer.precision_plugin.convert_input(images.to(pl_module.device))
         with trainer.precision_plugin.forward_context():
-            logits = nn.Module.__call__(pl_module, images.to(pl_module.device))
+            logits = nn.Module.__call__(pl_module, converted)
         right += int((logits.argmax(dim=1).cpu() == labels).sum())
         seen += len(labels)
     for module, mode in training:

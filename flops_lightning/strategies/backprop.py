@@ -12,7 +12,12 @@ from flops_lightning.errors import SettingError
 from flops_lightning.meter import CLEAN
 from flops_lightning.queries import CleanPass, LossFunction, at_least_float32, row_losses
 from flops_lightning.staging import StagedNetwork
-from flops_lightning.strategies.base import Estimate, ForwardGradientStrategy, add_gradients
+from flops_lightning.strategies.base import (
+    Estimate,
+    ForwardGradientStrategy,
+    add_gradients,
+    refuse_second_network,
+)
 from flops_lightning.strategies.sites import Site
 
 
@@ -27,6 +32,7 @@ class Backprop(ForwardGradientStrategy):
         """
         if not network.trainable():
             raise SettingError("freeze", list(network.frozen()), "leaves nothing to train.", "Freeze less.")
+        refuse_second_network(getattr(self, "network", None), network)
         self.network, self.loss = network, loss
 
     @property

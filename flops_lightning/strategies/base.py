@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flops_lightning.allocators.base import QueryBudget
+from flops_lightning.errors import SettingError
 from flops_lightning.meter import QueryMeter
 from flops_lightning.queries import CleanPass, LossFunction
 from flops_lightning.staging import StagedNetwork
@@ -111,6 +112,18 @@ class ForwardGradientStrategy(ABC):
         """Restore what :meth:`state_dict` returned."""
         self.draw = int(state["draw"])
         self.meter.load_state_dict(state["meter"])
+
+
+def refuse_second_network(bound: StagedNetwork | None, network: StagedNetwork) -> None:
+    """One strategy serves one network: its sites hold that network's parameters.
+
+    Raises:
+        SettingError: the strategy is bound to another network.
+    """
+    if bound is not None and bound is not network:
+        raise SettingError(
+            "strategy", type(bound.module).__name__, "already serves another network.", "Make one for each network."
+        )
 
 
 def add_gradients(parameters: Mapping[str, nn.Parameter], gradients: Mapping[str, Tensor]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -36,7 +37,7 @@ def site_costs(network: StagedNetwork, sites: Sequence[Site], inputs: Tensor) ->
 
     A network without a single matrix product counts every stage as equal.
     """
-    with network.evaluating():
+    with network.evaluating(), _without_gradients(network):
         activations, by_stage = [inputs[:1]], []
         for stage in network.stages:
             counted, output = flops(stage.run, activations[-1].clone())  # the stage may work in place
@@ -59,3 +60,16 @@ def site_costs(network: StagedNetwork, sites: Sequence[Site], inputs: Tensor) ->
                 rows = activations[site.start][:, site.tokens]
                 query[site.name] = flops(partial(network.run, start=site.start), rows)[0] / full
     return SiteCosts(query, gradient, from_stage)
+
+
+@contextmanager
+def _without_gradients(network: StagedNetwork) -> Iterator[None]:
+    # The counter asks every tensor that requires a gradient for its graph, and a view of a parameter has none here.
+    trainable = list(network.trainable().values())
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)

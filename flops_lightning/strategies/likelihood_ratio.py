@@ -28,13 +28,19 @@ from flops_lightning.errors import SettingError
 from flops_lightning.meter import CLEAN
 from flops_lightning.queries import CleanPass, LossFunction, clean_pass, refresh
 from flops_lightning.staging import StagedNetwork
-from flops_lightning.strategies.base import Estimate, ForwardGradientStrategy, add_gradients, resolve_seed
+from flops_lightning.strategies.base import (
+    Estimate,
+    ForwardGradientStrategy,
+    add_gradients,
+    refuse_second_network,
+    resolve_seed,
+)
 from flops_lightning.strategies.costs import SiteCosts, site_costs
 from flops_lightning.strategies.delta import DeltaSums, Variant
 from flops_lightning.strategies.pilots import PilotSpec, check_pilots, combine
 from flops_lightning.strategies.precision import warn_unresolved_sigma
 from flops_lightning.strategies.site_queries import SiteGradient, SiteQueries, parameter_space_input, sq_norm
-from flops_lightning.strategies.sites import Site, SiteSpec, resolve_sites
+from flops_lightning.strategies.sites import Site, SiteSpec, read_specs, resolve_sites
 
 UpdateOrder = Literal["simultaneous", "site_by_site"]
 
@@ -76,11 +82,12 @@ class LikelihoodRatio(ForwardGradientStrategy):
                 raise SettingError(f"strategy.{name}", value, "is not known.", f"Choose from {list(choices)}.")
         if chunk_rows < 2:
             raise SettingError("strategy.chunk_rows", chunk_rows, "is too small.", "Write 2 or more, for example 256.")
-        self.specs = tuple(sites)
+        self.specs = tuple(read_specs(sites))
         self.variant: Variant = variant
         self.update: UpdateOrder = update
-        self.pilots = pilots or PilotSpec()
+        self.pilots = PilotSpec(**pilots) if isinstance(pilots, Mapping) else pilots or PilotSpec()
         self.chunk_rows = chunk_rows
+        self._seed_given = seed is not None
         self.seed = resolve_seed(seed)
         self._sites: tuple[Site, ...] = ()
         self._costs: SiteCosts | None = None
@@ -92,8 +99,9 @@ class LikelihoodRatio(ForwardGradientStrategy):
         Raises:
             SettingError: see :func:`resolve_sites` and :func:`check_pilots`; or a budget that the variant cannot use.
         """
-        self.network, self.loss = network, loss
+        refuse_second_network(getattr(self, "network", None), network)
         self._sites = resolve_sites(network, self.specs)
+        self.network, self.loss = network, loss
         self._costs = self._piloted = None
         unit = self._queries.unit
         for site in self._sites:
@@ -131,6 +139,8 @@ class LikelihoodRatio(ForwardGradientStrategy):
 
     def clean_pass(self, inputs: Tensor, targets: Tensor) -> CleanPass:
         """Run the batch unperturbed, keep what the sites need, and advance the draw counter."""
+        if not self._sites:
+            raise RuntimeError("bind(network, loss) must come before the first clean_pass.")
         clean = clean_pass(
             self.network, self.loss, inputs, targets, keep=self._kept, draw=self.draw, rows=self.chunk_rows
         )
@@ -304,7 +314,16 @@ class LikelihoodRatio(ForwardGradientStrategy):
         return {**super().state_dict(), "seed": self.seed}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
+        """Restore what :meth:`state_dict` returned.
+
+        Raises:
+            SettingError: another seed was given explicitly.
+        """
+        if self._seed_given and self.seed != state["seed"]:
+            raise SettingError(
+                "strategy.seed", self.seed, f"the run to be resumed draws its noise from {state['seed']}.",
+                f"Leave the seed out, or write {state['seed']}.",
+            )  # fmt: skip
         super().load_state_dict(state)
         self._piloted = None
         self.seed = int(state["seed"])

@@ -28,6 +28,8 @@ def local_vjp(network: StagedNetwork, site: Site, clean: CleanPass, delta: Tenso
     with network.evaluating():
         for index, d in zip(clean.stand_ins().split(rows), delta.split(rows), strict=True):
             h = clean.activations[site.first].index_select(0, index)
+            # Copies of the weights that autocast made without a graph would cut the gradient off.
+            torch.clear_autocast_cache()
             with torch.enable_grad():
                 output = network.run(h, site.first, site.last + 1)
                 output = output if site.tokens is None else output[:, site.tokens]

@@ -92,6 +92,11 @@ def injected(layers: Sequence[LayerTarget], sigma: float, draw: DrawNoise) -> It
 
     def hook_of(target: LayerTarget) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
         def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            if not args:
+                raise SettingError(
+                    "strategy.sites", target.name, "is called by keyword in the forward pass.",
+                    "Teach its stage with kind: block.",
+                )  # fmt: skip
             tokens = slice(None) if target.tokens is None else target.tokens
             z = draw(target.name, tuple(output[:, tokens].shape[1:]), output)
             perturbations.append(Perturbation(target, z, args[0][:, tokens].clone()))  # may be overwritten later

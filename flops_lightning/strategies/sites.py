@@ -7,11 +7,11 @@ must end up in exactly one.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -98,22 +98,42 @@ def default_specs(network: StagedNetwork, groups: int = 3) -> list[SiteSpec]:
     pooling).
     """
     names = [stage.name for stage in network.stages]
-    if len(names) < 2:
+    taught = [i for i in range(len(names)) if network.parameters_of(i, i)]
+    head = len(names) - 2 if names[-2:] == ["pool", "head"] else taught[-1] if taught else 0
+    if len(names) < 2 or not taught or head == 0:
         raise SettingError(
-            "sites", [], "a network of one stage cannot be cut into a body and a head.",
-            "Split it into an nn.Sequential of several stages.",
+            "sites", [], "a network of one stage, or with all its parameters in one, has no default sites.",
+            "Write it as an nn.Sequential of several stages, or name the sites.",
         )  # fmt: skip
-    head = len(names) - 2 if names[-2:] == ["pool", "head"] else len(names) - 1
     groups = min(groups, head)
     cuts = [round(i * head / groups) for i in range(groups + 1)]
     if names[0] == "embed":  # the embedding rides with the first group: only blocks count as depth
         cuts = [0, *(1 + round(i * (head - 1) / groups) for i in range(1, groups + 1))]
-    body = [
-        SiteSpec(stages=[names[a], names[b - 1]], name=f"group{i + 1}")
-        for i, (a, b) in enumerate(pairwise(cuts))
-        if network.parameters_of(a, b - 1)
-    ]
-    return [*body, SiteSpec(stages=[names[head], names[-1]], name="head")]
+    specs = [SiteSpec(stages=[names[a], names[b - 1]], name=f"group{i + 1}") for i, (a, b) in enumerate(pairwise(cuts))]
+    specs.append(SiteSpec(stages=[names[head], names[-1]], name="head"))
+    # What is frozen needs no site.
+    return [s for s in specs if network.parameters_of(network.index[s.stages[0]], network.index[s.stages[1]])]
+
+
+RESERVED_NAMES = ("clean", "total", "lost", "per_second", "forward_equivalents")  # of the meter and of the logs
+
+
+def read_specs(specs: Sequence[SiteSpec | Mapping[str, Any]]) -> list[SiteSpec]:
+    """Settings as they come from Python, plain mappings allowed.
+
+    Raises:
+        SettingError: neither a SiteSpec nor a mapping of its settings.
+    """
+    read = []
+    for i, spec in enumerate(specs):
+        try:
+            site = SiteSpec(**spec) if isinstance(spec, Mapping) else spec
+        except TypeError as error:
+            raise SettingError(f"strategy.sites[{i}]", spec, f"{error}.", "See SiteSpec.") from error
+        if not isinstance(site, SiteSpec):
+            raise SettingError(f"strategy.sites[{i}]", spec, "is not a SiteSpec.", "Write SiteSpec(stages=[...], ...).")
+        read.append(site)
+    return read
 
 
 def resolve_sites(network: StagedNetwork, specs: Sequence[SiteSpec]) -> tuple[Site, ...]:
@@ -130,6 +150,8 @@ def resolve_sites(network: StagedNetwork, specs: Sequence[SiteSpec]) -> tuple[Si
     sites.sort(key=lambda site: (site.last, site.first))
     names = [site.name for site in sites]
     for name in names:
+        if name in RESERVED_NAMES:
+            raise SettingError("strategy.sites", name, "is a name of the meter's own.", "Give the site another `name`.")
         if names.count(name) > 1:
             raise SettingError("strategy.sites", name, "is the name of two sites.", "Give each a `name` of its own.")
     _check_ownership(network, sites)
@@ -141,9 +163,9 @@ def _resolve(network: StagedNetwork, spec: SiteSpec, setting: str) -> list[Site]
         raise SettingError(
             f"{setting}.sigma", spec.sigma, "the noise needs a positive width.", "Write for example 0.01."
         )
-    if spec.queries_per_sample < 2:
+    if not isinstance(spec.queries_per_sample, int) or spec.queries_per_sample < 2:
         raise SettingError(
-            f"{setting}.queries_per_sample", spec.queries_per_sample, "an estimate needs at least two queries.",
+            f"{setting}.queries_per_sample", spec.queries_per_sample, "an estimate needs two queries or more.",
             "Write 2 or more, for example 20.",
         )  # fmt: skip
     if spec.kind not in ("linear", "block", "group"):
@@ -280,10 +302,21 @@ def _check_ownership(network: StagedNetwork, sites: Sequence[Site]) -> None:
         )  # fmt: skip
     unowned = [name for name, names in owners.items() if not names]
     if unowned:
-        stages = list(dict.fromkeys(s.name for s in network.stages for name in unowned if s.owns(name)))
-        raise SettingError(
-            "strategy.sites", [site.name for site in sites],
-            f"leave {len(unowned)} trainable parameters without a site: {', '.join(unowned[:6])}"
-            f"{', ...' if len(unowned) > 6 else ''}.",
-            f"Add a site for the stages {stages}, or freeze these parameters (freeze: [...]).",
-        )  # fmt: skip
+        raise _unowned(network, sites, unowned)
+
+
+def _unowned(network: StagedNetwork, sites: Sequence[Site], unowned: Sequence[str]) -> SettingError:
+    stages = list(dict.fromkeys(s.name for s in network.stages for name in unowned if s.owns(name)))
+    layered = {network.stages[i].name for site in sites if site.layers for i in range(site.first, site.last + 1)}
+    remedy = f"Add a site for the stages {stages}, or freeze these parameters (freeze: [...])."
+    if layered & set(stages):
+        # A second site for the stage would own the layers twice: the linear one has to go.
+        remedy = (
+            f"kind: linear teaches linear, zero-padded convolution and layer-norm modules only: take the stages "
+            f"{sorted(layered & set(stages))} out of it and teach them with kind: block, or freeze these parameters."
+        )
+    more = ", ..." if len(unowned) > 6 else ""
+    return SettingError(
+        "strategy.sites", [site.name for site in sites],
+        f"leave {len(unowned)} trainable parameters without a site: {', '.join(unowned[:6])}{more}.", remedy,
+    )  # fmt: skip

@@ -149,8 +149,10 @@ def check_images(backbone: nn.Module, images: Tensor) -> None:
     """Compare a batch with the size and channels that a ViT was built for.
 
     Raises:
-        SettingError: they differ.
+        SettingError: they differ, or the images are integers.
     """
+    if not images.is_floating_point():
+        raise SettingError("data", str(images.dtype), "images must be floats.", "Scale and normalise them first.")
     embed = getattr(backbone, "patch_embed", None)
     if embed is None or images.dim() != 4:
         return

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.nn import functional as F
@@ -83,8 +84,8 @@ class ForwardImageClassifier(pl.LightningModule):
             raise SettingError("max_skipped_steps", max_skipped_steps, "is negative.", "Write 0 or more.")
         if pretrained and checkpoint:
             raise SettingError("pretrained", True, "`checkpoint` is given as well.", "Choose one of the two.")
-        self.optimizer_settings = _settings(OptimizerSettings, optimizer)
-        self.clip_settings = _settings(ClipSettings, clip)
+        self.optimizer_settings = _settings("optimizer", OptimizerSettings, optimizer)
+        self.clip_settings = _settings("clip", ClipSettings, clip)
         self.optimizer_settings.check()
         self.clip_settings.check()
         # Plain values only, so that checkpoints load with weights_only=True. The start weights are in the state_dict.
@@ -93,7 +94,7 @@ class ForwardImageClassifier(pl.LightningModule):
                 "model_name": model_name,
                 "num_classes": num_classes,
                 "model_kwargs": dict(model_kwargs or {}),
-                "freeze": list(freeze),
+                "freeze": [freeze] if isinstance(freeze, str) else list(freeze),
                 "optimizer": asdict(self.optimizer_settings),
                 "clip": asdict(self.clip_settings),
                 "label_smoothing": label_smoothing,
@@ -103,7 +104,7 @@ class ForwardImageClassifier(pl.LightningModule):
         self.backbone = create_backbone(model_name, model_kwargs or {}, num_classes=num_classes, pretrained=pretrained)
         if checkpoint:
             load_weights(self.backbone, checkpoint)
-        freeze_parameters(self.backbone, freeze)
+        freeze_parameters(self.backbone, [freeze] if isinstance(freeze, str) else freeze)
         self.label_smoothing = label_smoothing
         self.max_skipped_steps = max_skipped_steps
         self.network = stage_network(self.backbone)
@@ -157,6 +158,8 @@ class ForwardImageClassifier(pl.LightningModule):
         self._counts = counts
 
     def _clean_pass(self, batch: Batch) -> CleanPass:
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise SettingError("data", type(batch).__name__, "is no (images, labels) batch.", "Return such pairs.")
         images, labels = batch
         if self._clean is None or self._clean[0] is not images:
             check_images(self.backbone, images)
@@ -185,8 +188,15 @@ class ForwardImageClassifier(pl.LightningModule):
         """List what is not trained; check that pilots will be taken."""
         strategy = self._strategy()
         strategy.rank = self.global_rank
+        self._bind_anew(strategy)
         if self.network.frozen():
             rank_zero_info(f"frozen parameters: {', '.join(self.network.frozen())}")
+
+    def _bind_anew(self, strategy: ForwardGradientStrategy) -> None:
+        # A head replaced or parameters frozen since the task was made would go unnoticed otherwise.
+        owned = {id(p) for site in strategy.sites for p in site.parameters.values()}
+        if strategy.sites and owned != {id(p) for p in self.network.trainable().values()}:
+            strategy.bind(self.network, self.loss)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Estimate the gradient from queries and step, once or (Algorithm 1) once for each site."""
@@ -212,6 +222,9 @@ class ForwardImageClassifier(pl.LightningModule):
                 (counted if i == len(groups) - 1 else raw).step()
                 stepped = True
             self._log_estimate(estimate, batch[1], first=i == 0)
+        if stepped and estimate.lost_batch:
+            counted.zero_grad()
+            counted.step()  # without gradients it changes nothing, and the trainer counts the step
         self._log_speed()
         self._count_skipped(stepped)
         if stepped:
@@ -287,15 +300,35 @@ class ForwardImageClassifier(pl.LightningModule):
             checkpoint["forward_gradient"] = {"strategy": self.strategy.state_dict(), "skipped": self._skipped}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore it."""
+        """Restore it when a run is resumed.
+
+        Raises:
+            SettingError: the checkpoint trained other parameters than this configuration.
+        """
         state = checkpoint.get("forward_gradient")
-        if state is not None and self.strategy is not None:
+        # Only a run that goes on goes on counting: testing or fine-tuning from the file starts afresh.
+        resumed = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
+        if state is not None and self.strategy is not None and resumed:
+            self._check_optimizer(checkpoint)
             self.strategy.load_state_dict(state["strategy"])
             self._skipped = state["skipped"]
 
+    def _check_optimizer(self, checkpoint: Mapping[str, Any]) -> None:
+        saved = [len(g["params"]) for state in checkpoint.get("optimizer_states", []) for g in state["param_groups"]]
+        own = [len(g["params"]) for g in build_optimizer(self.backbone, self.optimizer_settings).param_groups]
+        if saved and saved != own:
+            raise SettingError(
+                "ckpt_path", saved, f"the checkpoint's optimiser has groups of that many parameters, this one {own}.",
+                "Resume with the configuration of that run, or start from its weights with `checkpoint`.",
+            )  # fmt: skip
 
-def _settings(cls: type[S], value: S | None) -> S:
+
+def _settings(name: str, cls: type[S], value: S | None) -> S:
     # A checkpoint holds its hyper-parameters as plain dicts, and `load_from_checkpoint` passes them back as they are.
-    if isinstance(value, Mapping):
-        return cls(**value)
-    return cls() if value is None else value
+    try:
+        settings = cls(**value) if isinstance(value, Mapping) else value or cls()
+    except TypeError as error:
+        raise SettingError(name, value, f"{error}.", f"See {cls.__name__}.") from error
+    if not isinstance(settings, cls):
+        raise SettingError(name, value, "is of the wrong kind.", f"Write {cls.__name__}(...).")
+    return settings

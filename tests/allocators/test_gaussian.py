@@ -358,3 +358,12 @@ def test_the_budgets_minimum_raises_the_floor() -> None:
     assert int(low.min()) == 1
     assert int(high.min()) == 2
     assert int(high.sum()) == int(low.sum()) == 6 * 16
+
+
+@pytest.mark.parametrize("losses", [torch.full((16,), 0.7), torch.linspace(20.0, 30.0, 16)], ids=["equal", "saturated"])
+def test_losses_that_do_not_differ_give_equal_counts_and_are_not_remembered(losses: torch.Tensor) -> None:
+    allocator = GaussianAllocator()
+    statistics = SampleStatistics(loss=losses, embedding=torch.eye(16), trace=torch.linspace(0.1, 3.0, 16))
+    allocation = allocator.allocate(statistics, QueryBudget((20,)))
+    assert allocation.counts.unique().tolist() == [20]
+    assert allocator.state_dict()["parameters"] is None

@@ -34,6 +34,7 @@ def accuracy(model: torch.nn.Module, data: DigitsDataModule) -> float:
     data.setup("test")
     with torch.no_grad():
         hits = [(model.eval()(images).argmax(1) == labels) for images, labels in data.test_dataloader()]
+    model.train()
     return float(torch.cat(hits).float().mean())
 
 
@@ -82,3 +83,30 @@ def test_export_can_be_turned_off_and_training_is_unchanged_by_the_tests(tmp_pat
     assert not (tmp_path / "model.safetensors").exists()
     pairs = zip(with_summary.parameters(), without.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_double_precision_runs(tmp_path: Path) -> None:
+    run(tmp_path, [RunSummary()], precision="64-true")
+    assert 0 <= json.loads((tmp_path / "summary.json").read_text())["test_accuracy"] <= 1
+
+
+def test_without_a_data_module_accuracies_are_unknown(tmp_path: Path) -> None:
+    data = DigitsDataModule(batch_size=32)
+    data.setup("fit")
+    sites = [SiteSpec(stages=["embed", "blocks.1"]), SiteSpec(stages=["pool", "head"], name="head")]
+    task = ForwardImageClassifier(
+        model_name="vit_tiny_patch16_224", num_classes=10, model_kwargs=KWARGS, strategy=LikelihoodRatio(sites=sites)
+    )
+    trainer = pl.Trainer(
+        accelerator="cpu", logger=False, default_root_dir=tmp_path, callbacks=[RunSummary()], max_epochs=1,
+        enable_progress_bar=False, enable_checkpointing=False, limit_train_batches=1, limit_val_batches=0,
+    )  # fmt: skip
+    trainer.fit(task, data.train_dataloader())
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["start_accuracy"] is summary["test_accuracy"] is None
+    assert summary["queries"] == 32 * 40
+
+
+def test_a_trial_run_leaves_nothing_behind(tmp_path: Path) -> None:
+    run(tmp_path, [RunSummary()], fast_dev_run=True)
+    assert list(tmp_path.iterdir()) == []

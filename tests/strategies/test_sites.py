@@ -11,6 +11,7 @@ from torch import nn
 
 from flops_lightning.errors import SettingError
 from flops_lightning.staging import stage_network
+from flops_lightning.strategies import LikelihoodRatio
 from flops_lightning.strategies.sites import SiteSpec, resolve_sites
 from tests.reference.networks import freeze, tiny_vit
 
@@ -166,3 +167,26 @@ def test_the_default_of_a_sequential_is_three_groups_and_a_head() -> None:
         ("group1", 0, 1), ("group2", 2, 3), ("group3", 4, 5), ("head", 6, 6),
     ]  # fmt: skip
     assert [len(site.parameters) for site in sites] == [4, 4, 4, 2]
+
+
+@pytest.mark.parametrize("name", ["clean", "total", "forward_equivalents"])
+def test_names_of_the_meter_are_refused(tokens_net: nn.Sequential, name: str) -> None:
+    with pytest.raises(SettingError, match=f"'{name}': is a name of the meter's own"):
+        resolved(tokens_net, {"stages": ["0"], "name": name}, {"stages": ["1", "4"]})
+
+
+def test_the_remedy_for_a_layer_without_closed_form_works() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.GroupNorm(2, 4)), nn.Linear(4, 2))
+    with pytest.raises(SettingError, match=r"take the stages \['1'\] out of it and teach them with kind: block"):
+        resolved(net, {"stages": ["0", "2"], "kind": "linear"})
+    sites = resolved(
+        net,
+        {"stages": ["0"], "kind": "linear"}, {"stages": ["1"], "kind": "block"}, {"stages": ["2"], "kind": "linear"},
+    )  # fmt: skip
+    assert [len(site.parameters) for site in sites] == [2, 4, 2]
+
+
+@pytest.mark.parametrize("site", [{"stages": ["0"], "sigmoid": 1.0}, "blocks.0", 3])
+def test_what_is_no_site_is_refused(site: Any) -> None:
+    with pytest.raises(SettingError, match=r"strategy.sites\[0\]"):
+        LikelihoodRatio(sites=[site])

@@ -309,3 +309,97 @@ def test_bf16_mixed_learns_and_warns_of_a_sigma_it_cannot_resolve(
         make_trainer(precision="bf16-mixed").fit(task, digits)
     assert parameters(task).dtype == torch.float32
     assert (parameters(task) != before).any()
+
+
+class TestChangesAfterConstruction:
+    def test_a_replaced_head_learns(self, make_task: Any, make_trainer: Any, digits: Any) -> None:
+        task = make_task()
+        task.backbone.head = torch.nn.Linear(16, 10)
+        before = task.backbone.head.weight.detach().clone()
+        make_trainer().fit(task, digits)
+        assert (task.backbone.head.weight != before).any()
+
+    def test_parameters_frozen_or_thawed_later_are_noticed(
+        self, make_task: Any, make_trainer: Any, digits: Any
+    ) -> None:
+        task = make_task(freeze="pos_embed")
+        task.backbone.requires_grad_(True)
+        task.backbone.cls_token.requires_grad_(False)
+        before = {n: p.detach().clone() for n, p in task.backbone.named_parameters()}
+        make_trainer().fit(task, digits)
+        moved = {n for n, p in task.backbone.named_parameters() if (p != before[n]).any()}
+        assert set(before) - moved == {"cls_token"}
+
+    def test_a_strategy_serves_one_task(self, make_task: Any) -> None:
+        strategy = two_sites()
+        make_task(strategy=strategy)
+        with pytest.raises(SettingError, match=r"already serves another network. Make one for each"):
+            make_task(strategy=strategy)
+        backprop = Backprop()
+        make_task(strategy=backprop)
+        with pytest.raises(SettingError, match="already serves another network"):
+            make_task(strategy=backprop)
+
+
+def test_steps_count_when_the_last_site_of_a_batch_loses_everything(
+    make_task: Any, make_trainer: Any, digits: Any
+) -> None:
+    task = make_task(strategy=two_sites(update="site_by_site"))
+    plain = task.loss
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        # The body's queries come last and move the logits by way of the head: lose them all, and only them.
+        calls.append(len(logits))
+        return plain(logits, labels) * (torch.nan if len(calls) % 4 == 0 else 1.0)
+
+    calls: list[int] = []  # of a batch: clean pass, head, clean pass again, body
+    task.strategy.bind(task.network, loss)
+    trainer = make_trainer(max_steps=2, max_epochs=-1)
+    with pytest.warns(RuntimeWarning, match="lost every query"):
+        trainer.fit(task, digits)
+    assert trainer.global_step == 2
+    assert len(calls) == 8
+
+
+def test_only_a_resumed_run_goes_on_counting(make_task: Any, make_trainer: Any, digits: Any, tmp_path: Any) -> None:
+    task = make_task()
+    trainer = make_trainer()
+    trainer.fit(task, digits)
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    loaded = ForwardImageClassifier.load_from_checkpoint(tmp_path / "run.ckpt", strategy=two_sites(), weights_only=True)
+    assert loaded.strategy.draw == loaded.strategy.meter.total().queries == 0
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(
+    make_task: Any, make_trainer: Any, digits: Any, tmp_path: Any
+) -> None:
+    trainer = make_trainer()
+    trainer.fit(make_task(), digits)
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    with pytest.raises(SettingError, match=r"ckpt_path = .*Resume with the configuration of that run"):
+        make_trainer(max_epochs=2).fit(make_task(freeze=["pos_embed"]), digits, ckpt_path=tmp_path / "run.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"image": torch.zeros(2, 1, 8, 8)}, r"is no \(images, labels\) batch"),
+        ((torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.zeros(2, dtype=torch.long)), "images must be floats"),
+    ],
+)
+def test_batches_of_another_kind_are_refused(make_task: Any, batch: Any, message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        make_task().sample_statistics(batch)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"optimizer": {"betas": (0.9, 0.99)}}, "optimizer = .*betas.*See OptimizerSettings"),
+        ({"optimizer": torch.optim.Adam}, "optimizer = .*Write OptimizerSettings"),
+        ({"clip": 1.0}, "clip = 1.0: is of the wrong kind. Write ClipSettings"),
+    ],
+)
+def test_settings_of_the_wrong_kind_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        ForwardImageClassifier(**MODEL, **settings)
