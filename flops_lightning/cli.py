@@ -11,22 +11,31 @@ import inspect
 import logging
 import os
 import sys
+import warnings
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from jsonargparse import Namespace
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from flops_lightning.callbacks.prediction_writer import PredictionWriter
 from flops_lightning.cli_errors import Context, explain
 from flops_lightning.errors import LostQueriesError, SettingError
 
 RUNS = "runs"
 USAGE_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+_WHERE = f"Give the path of a checkpoint; they lie under {RUNS}/NAME/VERSION/checkpoints."
+_PLAIN = "Give a checkpoint of a run, or give plain weights as model.init_args.checkpoint."
+_SHARDED = ("meta.pt", "checkpoint")  # what marks a folder as a checkpoint, of FSDP and of DeepSpeed
 
 
 class UsageError(Exception):
@@ -41,6 +50,45 @@ def _cause(error: BaseException) -> BaseException:
     while error.__cause__ is not None and not isinstance(error, _MISTAKES):
         error = error.__cause__
     return error
+
+
+def _check_checkpoint(file: Path, *, resume: bool, trusted: bool) -> None:
+    """Refuse a file that is not a checkpoint of Lightning.
+
+    Args:
+        file: What was given as ``ckpt_path``.
+        resume: Whether training goes on from there, which takes more than weights.
+        trusted: Whether the user allows code inside the file to run, with ``weights_only: false``.
+    """
+    if any((file / name).exists() for name in _SHARDED):
+        return  # a folder written by several processes, which Lightning checks itself
+    if not file.is_file():
+        raise SettingError("ckpt_path", str(file), "is not a file.", _WHERE)
+    if file.suffix == ".safetensors":
+        raise SettingError("ckpt_path", str(file), "holds weights and no state of a run.", _PLAIN)
+    try:
+        # Mapped and not read: the tensors, read later by Lightning, are skipped. Only the zip format can be mapped.
+        with warnings.catch_warnings():  # about odd formats; what is refused is said below
+            warnings.simplefilter("ignore")
+            content = torch.load(file, map_location="cpu", weights_only=not trusted, mmap=zipfile.is_zipfile(file))
+    except Exception as error:  # the file may hold anything
+        raise SettingError(
+            "ckpt_path",
+            str(file),
+            f"cannot be read ({type(error).__name__}).",
+            "Give an undamaged checkpoint; one with pickled objects needs --weights_only false, if you trust its code.",
+        ) from error
+    if not isinstance(content, dict) or not content.keys() >= {"state_dict", "pytorch-lightning_version"}:
+        raise SettingError("ckpt_path", str(file), "holds no state of a run.", _PLAIN)
+    if resume and "optimizer_states" not in content:
+        raise SettingError("ckpt_path", str(file), "holds weights and no state of the optimiser.", _PLAIN)
+
+
+def _with_writer(given: Callback | list[Callback] | None) -> list[Callback]:
+    """The callbacks with one that writes predictions."""
+    callbacks = [given] if isinstance(given, Callback) else list(given or [])
+    has_writer = any(isinstance(callback, BasePredictionWriter) for callback in callbacks)
+    return callbacks if has_writer else [*callbacks, PredictionWriter()]
 
 
 class FlopsCLI(LightningCLI):
@@ -64,14 +112,17 @@ class FlopsCLI(LightningCLI):
             raise UsageError(explain(str(error), Context(given, subcommand, self._top(subcommand)))) from error
 
     def before_instantiate_classes(self) -> None:
-        """Refuse a checkpoint that does not exist, before minutes are spent.
+        """Refuse a checkpoint that cannot be used, before minutes are spent.
 
         Raises:
-            SettingError: ``ckpt_path`` is neither a file nor a word that Lightning knows.
+            SettingError: ``ckpt_path`` is neither a checkpoint of Lightning nor a word that has a meaning here.
         """
         path = self._settings.get("ckpt_path")
-        if path and path not in ("best", "last", "hpc") and "://" not in path and not Path(path).exists():
-            raise SettingError("ckpt_path", path, "is not a file.", f"Checkpoints lie under {RUNS}/NAME/VERSION.")
+        if path == "best":
+            raise SettingError("ckpt_path", path, "this process has trained nothing to take the best of.", _WHERE)
+        if path and path not in ("last", "hpc") and "://" not in path:
+            trusted = self._settings.get("weights_only") is False
+            _check_checkpoint(Path(path), resume=self.subcommand == "fit", trusted=trusted)
 
     def instantiate_classes(self) -> None:
         """Build data, model and trainer.
@@ -99,11 +150,16 @@ class FlopsCLI(LightningCLI):
             )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Build the trainer, with TensorBoard in a folder of its own for every run unless a logger is given."""
+        """Build the trainer; add TensorBoard in a folder of its own for every run, and for ``predict`` a writer.
+
+        Each only where the configuration has none.
+        """
         settings = self._settings["trainer"]
         if settings["logger"] in (None, True) and not settings["barebones"]:
             folder = settings["default_root_dir"]
             kwargs["logger"] = TensorBoardLogger(folder, self._run_name(), default_hp_metric=False)
+        if self.subcommand == "predict":
+            kwargs["callbacks"] = _with_writer(self.config_init[self.subcommand]["trainer"]["callbacks"])
         return super().instantiate_trainer(**kwargs)
 
     def _parse_ckpt_path(self) -> None:

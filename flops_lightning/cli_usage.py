@@ -71,6 +71,9 @@ def did_you_mean(name: str, choices: Sequence[str]) -> str:
 
 def explain_usage(report: str, context: Context) -> str:
     """The message for a fault of the command line or of a whole file; empty if the fault lies in a setting."""
+    entry = _list_entry(report, context)
+    if entry:
+        return entry
     unknown = re.search(r"unrecognized arguments: (\S+)", report)
     if unknown:
         return _stray_argument(unknown[1], context)
@@ -97,10 +100,29 @@ def _about_command(report: str, context: Context) -> str:
     return ""
 
 
+def _list_entry(report: str, context: Context) -> str:
+    """The message for an override of one entry of a list; empty if the fault is another."""
+    # The parser names such a setting without what stands before the number, or takes the number for a setting.
+    refused = re.findall(r"(?:unrecognized arguments: --|NestedArg\(key=')([^\s'=]+)", report)
+    for argument in context.arguments:
+        flag = argument.partition("=")[0]
+        entry = re.match(r"--(.+?)(?:\[\d+\]|\.\d+(?=\.|$))", flag)
+        if entry and flag.endswith(tuple(refused)):
+            name = entry[1].rpartition(".")[2]
+            return (
+                f"{flag} is an entry of a list, and lists are replaced whole. Copy the list `{name}`, with the keys "
+                "above it, into a file overlay.yaml, change it there, and add --config overlay.yaml."
+            )
+    return ""
+
+
 def _stray_argument(given: str, context: Context) -> str:
     if not given.startswith("-"):
         return f"{given} is not expected here. Settings look like --trainer.max_epochs 3, files like --config {given}"
-    name = given.partition("=")[0]
+    stray = given.partition("=")[0].lstrip("-")
+    flags = [argument.partition("=")[0] for argument in context.arguments]
+    # The parser drops the names before one that it cannot place.
+    name = next((flag for flag in flags if flag.endswith((f"-{stray}", f".{stray}"))), f"--{stray}")
     group, _, last = name.lstrip("-").rpartition(".")
     return f"{name} is not a setting. {did_you_mean(last, context.names_in(group)) or context.see_help(group)}"
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import csv
+import pickle
 import re
 import signal
 import subprocess
@@ -12,11 +14,15 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from safetensors.torch import save_file
 
 from flops_lightning.cli import main
 from flops_lightning.cli_errors import explain
 from flops_lightning.cli_usage import Context
+from flops_lightning.datamodules import DigitsDataModule
+from flops_lightning.errors import SettingError
 
 REPOSITORY = Path(__file__).parents[1]
 SITE = "model.init_args.strategy.init_args.sites"
@@ -62,8 +68,30 @@ class Toy(LightningModule):
     def test_step(self, batch):
         Toy.seen = {"weight": self.layer.weight.detach().clone(), "lr": self.hparams["lr"]}
 
+    def predict_step(self, batch):
+        probability = self.layer(batch[0].flatten(1)).softmax(1)
+        return {"label": probability.argmax(1), "probability": probability}
+
+    def on_load_checkpoint(self, checkpoint):
+        if self.hparams["fault"] == "foreign":
+            raise SettingError("ckpt_path", "x.ckpt", "is of another configuration.", "Give its own.")
+
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=self.hparams["lr"])
+
+
+class Silent(BasePredictionWriter):
+    """A prediction writer of the user's own."""
+
+    def write_on_batch_end(self, *_):
+        pass
+
+
+class Code:
+    """Runs when it is unpickled."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("ran"),)
 
 
 TOY = {
@@ -143,12 +171,44 @@ def refused(capsys):
         (["fit", "-c", "given.yaml", "--model.optimizer.lrr", "1"], "model.optimizer.lrr is not a setting. Did you"),
         (["fit", "-c", "given.yaml", "--model.strategy.sigma", "1"], "model.strategy.sigma is not a setting. Choose"),
         (["fit", "-c", "given.yaml", "--ckpt_path", "gone.ckpt"], "ckpt_path = 'gone.ckpt': is not a file."),
+        (["test", "-c", "given.yaml", "--ckpt_path", "best"], "ckpt_path = 'best': this process has trained nothing"),
+        (["fit", "-c", "given.yaml", "--model.init_args.strat.x=3"], "--model.init_args.strat.x is not a setting."),
         (["fit", "-c", "given.yaml", "--trainer.strategy", "x"], "invalid strategy name"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_named_with_its_remedy(args, message, refused):
     written(TOY if "x" in args and "--trainer.strategy" in args else SETTINGS)
     assert message in refused(*args)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "list_name"),
+    [
+        (f"--{SITE}.0.sigma", " 0.1", "sites"),
+        (f"--{SITE}[0].sigma", "=0.1", "sites"),
+        ("--model.strategy.sites.1.stages.0", "=embed", "sites"),
+        ("--model.strategy.sites.0", " 3", "sites"),
+        ("--trainer.callbacks.0.init_args.logging_interval", " step", "callbacks"),
+    ],
+)
+def test_an_entry_of_a_list_is_named_in_full_with_the_way_to_change_it(flag, value, list_name, refused):
+    message = refused("fit", "-c", written(SETTINGS), *f"{flag}{value}".split())
+    assert message == (
+        f"{flag} is an entry of a list, and lists are replaced whole. Copy the list `{list_name}`, with the keys above "
+        "it, into a file overlay.yaml, change it there, and add --config overlay.yaml."
+    )
+
+
+def test_an_overlay_replaces_a_list_whole(monkeypatch):
+    built = []
+    monkeypatch.setattr(Trainer, "fit", lambda self, model, **_: built.append(model.strategy.sites))
+    kwargs = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    file = changed("model.init_args.model_kwargs", kwargs)
+    sites = [{"stages": ["embed"], "sigma": 0.25}, {"stages": ["blocks.0"]}, {"stages": ["pool", "head"]}]
+    overlay = written({"model": {"init_args": {"strategy": {"init_args": {"sites": sites}}}}}, "overlay.yaml")
+    main(["fit", "-c", file, "-c", overlay])
+    assert [site.name for site in built[0]] == ["embed", "blocks.0", "pool..head"]
+    assert built[0][0].sigma == 0.25
 
 
 @pytest.mark.parametrize(
@@ -328,6 +388,116 @@ def test_a_checkpoint_of_the_command_line_loads_without_it():
     main(["fit", "-c", written(TOY, "toy.yaml"), "--model.lr", "0.25"])
     checkpoint = next(Path("runs/toy/version_0/checkpoints").glob("*.ckpt"))
     assert Toy.load_from_checkpoint(checkpoint, weights_only=True).hparams["lr"] == 0.25
+
+
+def write_damaged(file: str, content: object) -> None:
+    torch.save(content, file)
+    Path(file).write_bytes(Path(file).read_bytes()[:-400])
+
+
+RUN_STATE = {"state_dict": {}, "pytorch-lightning_version": "2.5.0", "optimizer_states": []}
+UNREADABLE = "cannot be read ("
+PLAIN = "give plain weights as model.init_args.checkpoint."
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "content", "message"),
+    [
+        ("x.ckpt", lambda file, content: Path(file).write_bytes(content), b"", UNREADABLE),
+        ("x.ckpt", lambda file, content: Path(file).write_bytes(content), b"no checkpoint", UNREADABLE),
+        ("x.ckpt", lambda file, content: Path(file).write_bytes(pickle.dumps(content)), Code(), UNREADABLE),
+        ("x.ckpt", lambda file, content: torch.save(content, file), RUN_STATE | {"more": Code()}, UNREADABLE),
+        ("x.ckpt", write_damaged, RUN_STATE | {"more": torch.ones(500)}, UNREADABLE),
+        ("x.ckpt", lambda file, content: torch.save(content, file), {"weight": torch.ones(3)}, PLAIN),
+        ("x.ckpt", lambda file, content: torch.save(content, file), {"state_dict": {"weight": torch.ones(3)}}, PLAIN),
+        ("x.ckpt", lambda file, content: torch.save(content, file), torch.ones(3), PLAIN),
+        ("x.safetensors", lambda file, content: save_file(content, file), {"weight": torch.ones(3)}, PLAIN),
+        ("x.ckpt", lambda file, _: Path(file).mkdir(), None, "is not a file."),
+    ],
+)
+def test_a_file_that_is_no_checkpoint_is_refused_before_anything_is_built(
+    name, write, content, message, refused, monkeypatch
+):
+    monkeypatch.setattr(Toy, "__init__", lambda *_, **__: pytest.fail("the model was built"))
+    write(name, content)
+    for command in ("fit", "test"):
+        answer = refused(command, "-c", written(TOY), "--ckpt_path", name)
+        assert answer.startswith(f"ckpt_path = {name!r}: ")
+        assert message in answer
+    assert not Path("ran").exists()
+
+
+def test_training_goes_on_only_from_a_checkpoint_that_holds_the_optimiser(refused):
+    main(["fit", "-c", written(TOY, "toy.yaml")])
+    whole = next(Path("runs/toy/version_0/checkpoints").glob("*.ckpt"))
+    state = torch.load(whole, weights_only=True)
+    del state["optimizer_states"]
+    torch.save(state, "weights.ckpt")
+    message = refused("fit", "-c", "toy.yaml", "--ckpt_path", "weights.ckpt")
+    assert message.startswith("ckpt_path = 'weights.ckpt': holds weights and no state of the optimiser.")
+    main(["test", "-c", "toy.yaml", "--ckpt_path", "weights.ckpt"])
+    assert torch.equal(Toy.seen["weight"], state["state_dict"]["layer.weight"])
+
+
+def test_pickled_objects_are_read_where_the_user_trusts_them():
+    main(["fit", "-c", written(TOY, "toy.yaml")])
+    whole = next(Path("runs/toy/version_0/checkpoints").glob("*.ckpt"))
+    state = torch.load(whole, weights_only=True)
+    torch.save(state | {"more": Code()}, "trusted.ckpt")
+    main(["test", "-c", "toy.yaml", "--ckpt_path", "trusted.ckpt", "--weights_only", "false"])
+    assert torch.equal(Toy.seen["weight"], state["state_dict"]["layer.weight"])
+
+
+def test_a_checkpoint_that_the_task_refuses_is_reported_in_its_words(refused):
+    main(["fit", "-c", written(TOY, "toy.yaml")])
+    checkpoint = next(Path("runs/toy/version_0/checkpoints").glob("*.ckpt"))
+    for command in ("fit", "test"):
+        answer = refused(command, "-c", "toy.yaml", "--model.fault", "foreign", "--ckpt_path", str(checkpoint))
+        assert answer == "ckpt_path = 'x.ckpt': is of another configuration. Give its own."
+
+
+def test_predict_writes_a_table():
+    main(["fit", "-c", written(TOY, "toy.yaml")])
+    checkpoint = next(Path("runs/toy/version_0/checkpoints").glob("*.ckpt"))
+    main(["predict", "-c", "toy.yaml", "--ckpt_path", str(checkpoint)])
+    with Path("runs/toy/version_1/predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+
+    state = torch.load(checkpoint, weights_only=True)["state_dict"]
+    data = DigitsDataModule()
+    data.setup("predict")
+    images = torch.cat([batch[0] for batch in data.predict_dataloader()])
+    logits = torch.nn.functional.linear(images.flatten(1), state["layer.weight"], state["layer.bias"])
+    probability, label = logits.softmax(1).max(1)
+    assert [int(row["index"]) for row in rows] == list(range(360))
+    assert [int(row["label"]) for row in rows] == label.tolist()
+    assert torch.tensor([float(row["probability"]) for row in rows]) == pytest.approx(probability, abs=1e-6)
+
+
+@pytest.mark.parametrize(("writer", "tables"), [("Silent", 0), ("PredictionWriter", 1)])
+@pytest.mark.parametrize("as_list", [True, False])
+def test_predict_adds_no_second_writer(writer, tables, as_list, monkeypatch):
+    module = __name__ if writer == "Silent" else "flops_lightning.callbacks"
+    callback = {"class_path": f"{module}.{writer}"}
+    given = []
+    predict = Trainer.predict
+
+    def recorded(self, *args, **kwargs):
+        given.extend(self.callbacks)
+        return predict(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "predict", recorded)
+    main(["predict", "-c", changed("trainer.callbacks", [callback] if as_list else callback, TOY)])
+    assert [type(each).__name__ for each in given if isinstance(each, BasePredictionWriter)] == [writer]
+    assert len(list(Path("runs").rglob("predictions.csv"))) == tables
+
+
+def test_only_predict_has_a_writer(monkeypatch):
+    given = []
+    monkeypatch.setattr(Trainer, "test", lambda self, *_, **__: given.extend(self.callbacks))
+    main(["test", "-c", written(TOY)])
+    assert given
+    assert not any(isinstance(each, BasePredictionWriter) for each in given)
 
 
 def test_the_seed_is_0_unless_given(monkeypatch):

@@ -93,3 +93,8 @@ def test_the_quickstart_reaches_what_the_readme_promises(tmp_path: Path) -> None
         assert summary["train_seconds"] < 180
         accuracies.append(summary["test_accuracy"])
     assert sorted(accuracies)[1] >= 0.9
+
+
+def test_no_figure_is_left_open_in_the_documentation() -> None:
+    for path in (*Path("docs").glob("*.md"), Path("README.md"), Path("data/README.md")):
+        assert "@@" not in path.read_text(), path

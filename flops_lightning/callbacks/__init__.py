@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from flops_lightning.callbacks.query_allocator import QueryAllocatorCallback
 
 if TYPE_CHECKING:
+    from flops_lightning.callbacks.prediction_writer import PredictionWriter
     from flops_lightning.callbacks.run_summary import RunSummary
 
-__all__ = ["QueryAllocatorCallback", "RunSummary"]
+_HOMES = {"PredictionWriter": "prediction_writer", "RunSummary": "run_summary"}
+
+__all__ = ["PredictionWriter", "QueryAllocatorCallback", "RunSummary"]
 
 
 def __getattr__(name: str) -> object:
-    """Import ``RunSummary`` on first use (PEP 562)."""
-    if name != "RunSummary":
+    """Import a callback on first use (PEP 562)."""
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from flops_lightning.callbacks.run_summary import RunSummary
-
-    return RunSummary
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

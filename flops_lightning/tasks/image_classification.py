@@ -303,8 +303,9 @@ class ForwardImageClassifier(pl.LightningModule):
         """Restore it when a run is resumed.
 
         Raises:
-            SettingError: the checkpoint trained other parameters than this configuration.
+            SettingError: the checkpoint is of another network, or trained other parameters than this configuration.
         """
+        self._check_weights(checkpoint["state_dict"])
         state = checkpoint.get("forward_gradient")
         # Only a run that goes on goes on counting: testing or fine-tuning from the file starts afresh.
         resumed = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
@@ -312,6 +313,16 @@ class ForwardImageClassifier(pl.LightningModule):
             self._check_optimizer(checkpoint)
             self.strategy.load_state_dict(state["strategy"])
             self._skipped = state["skipped"]
+
+    def _check_weights(self, saved: Mapping[str, Tensor]) -> None:
+        own = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
+        given = {name: tuple(tensor.shape) for name, tensor in saved.items()}
+        for name in dict.fromkeys([*own, *given]):
+            if own.get(name) != given.get(name):
+                raise SettingError(
+                    "ckpt_path", name,
+                    f"is {given.get(name, 'missing')} in the checkpoint and {own.get(name, 'missing')} in this network.", "Give the checkpoint of this configuration, or the configuration of that run.",
+                )  # fmt: skip
 
     def _check_optimizer(self, checkpoint: Mapping[str, Any]) -> None:
         saved = [len(g["params"]) for state in checkpoint.get("optimizer_states", []) for g in state["param_groups"]]

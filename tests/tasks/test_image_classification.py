@@ -403,3 +403,14 @@ def test_batches_of_another_kind_are_refused(make_task: Any, batch: Any, message
 def test_settings_of_the_wrong_kind_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingError, match=message):
         ForwardImageClassifier(**MODEL, **settings)
+
+
+def test_a_checkpoint_of_another_network_is_refused(
+    make_task: Any, make_trainer: Any, digits: Any, tmp_path: Any
+) -> None:
+    trainer = make_trainer()
+    trainer.fit(make_task(), digits)
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    wider = make_task(model_kwargs={**MODEL["model_kwargs"], "embed_dim": 32})
+    with pytest.raises(SettingError, match=r"ckpt_path = 'backbone.cls_token': is \(1, 1, 16\) in the checkpoint and"):
+        make_trainer().test(wider, digits, ckpt_path=tmp_path / "run.ckpt", verbose=False)

@@ -1,0 +1,145 @@
+"""What a classifier predicts for every image, as a table that any program opens."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+
+from flops_lightning.errors import SettingError
+
+FILE_NAME = "predictions.csv"
+COLUMNS = ("index", "label", "class_name", "probability")
+
+Row = tuple[int, int, float]  # index, label, probability
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Write ``predictions.csv`` into the run's folder, one line per image in the order of the data set.
+
+    Columns: ``index`` of the image in the data set (of an iterable one: its place in the stream), the predicted
+    ``label``, its ``class_name`` from the data module's ``class_names`` (without those, the label again), and the
+    ``probability`` of that class. Several processes write one file together.
+
+    The module's ``predict_step`` returns a mapping with ``label`` ``(b,)``, integers, and ``probability`` ``(b, c)``.
+    """
+
+    def __init__(self) -> None:
+        """Nothing to choose: outputs are checked from the first batch on, and the file is written at the end."""
+        super().__init__(write_interval="batch")
+        self._rows: list[Row] = []
+        self._classes = 0
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start an empty table.
+
+        Raises:
+            SettingError: The data module has several loaders, so an index would not tell which image is meant.
+        """
+        loaders = len(trainer.num_predict_batches)
+        if loaders > 1:
+            raise SettingError(
+                "predict_dataloader",
+                f"{loaders} loaders",
+                "PredictionWriter numbers the images of one.",
+                "Return one loader, or put a prediction writer of your own into trainer.callbacks.",
+            )
+        self._rows, self._classes = [], 0
+
+    def write_on_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        prediction: Any,
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Add the batch to the table.
+
+        Raises:
+            SettingError: ``predict_step`` returned something else than labels and probabilities.
+        """
+        label, probability = _checked(prediction)
+        first = len(self._rows)
+        indices = batch_indices or range(first, first + len(label))
+        predicted = probability.gather(1, label[:, None])[:, 0]
+        self._rows.extend(zip(indices, label.tolist(), predicted.tolist(), strict=True))
+        self._classes = probability.shape[1]
+
+    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the file and say where it is.
+
+        Raises:
+            SettingError: The data module names another number of classes than the module tells apart.
+        """
+        names = _class_names(trainer, self._classes)
+        rows = sorted(_of_all_processes(self._rows))
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks the other processes, so outside the branch
+        if trainer.is_global_zero:
+            folder.mkdir(parents=True, exist_ok=True)
+            _write(folder / FILE_NAME, rows, names)
+        # The progress bar has not ended its line.
+        rank_zero_info(f"\npredictions of {len(rows)} images written to {folder / FILE_NAME}")
+
+
+def _checked(prediction: Any) -> tuple[Tensor, Tensor]:
+    """Labels ``(b,)`` and probabilities ``(b, c)`` of what ``predict_step`` returned."""
+    parts = prediction if isinstance(prediction, Mapping) else {}
+    label, probability = parts.get("label"), parts.get("probability")
+    if isinstance(label, Tensor) and isinstance(probability, Tensor):
+        integer = not (label.is_floating_point() or label.is_complex() or label.dtype == torch.bool)
+        if integer and label.dim() == 1 and probability.dim() == 2 and len(label) == len(probability):
+            return label.long(), probability
+    given = {name: _describe(value) for name, value in parts.items()} or _describe(prediction)
+    raise SettingError(
+        "predict_step",
+        given,
+        "PredictionWriter writes labels and probabilities only.",
+        'Return {"label": (b,) integers, "probability": (b, c)}, or put a prediction writer of your own into '
+        "trainer.callbacks.",
+    )
+
+
+def _describe(value: Any) -> str:
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def _class_names(trainer: Trainer, classes: int) -> Sequence[str]:
+    datamodule = cast("Any", trainer).datamodule  # an attribute that Lightning does not declare
+    names = getattr(datamodule, "class_names", None)
+    if names is None:
+        return [str(label) for label in range(classes)]
+    if classes and len(names) != classes:
+        raise SettingError(
+            "data.class_names",
+            f"{len(names)} names",
+            f"the model tells {classes} classes apart.",
+            "Predict with the data that the model was trained for.",
+        )
+    return cast("Sequence[str]", names)
+
+
+def _of_all_processes(rows: list[Row]) -> list[Row]:
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return rows
+    shares: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(shares, rows)
+    return [row for share in shares for row in share]
+
+
+def _write(file: Path, rows: Iterable[Row], names: Sequence[str]) -> None:
+    with file.open("w", newline="", encoding="utf-8") as stream:
+        table = csv.writer(stream)
+        table.writerow(COLUMNS)
+        # Nine digits are what it takes to read a float32 back as it was.
+        table.writerows((index, label, names[label], f"{probability:.9g}") for index, label, probability in rows)

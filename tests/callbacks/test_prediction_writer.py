@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from flops_lightning.callbacks import PredictionWriter
+from flops_lightning.errors import SettingError
+
+PROBABILITY = torch.rand(7, 3, generator=torch.Generator().manual_seed(0)).softmax(dim=1)
+LABEL = PROBABILITY.argmax(dim=1)
+
+
+class Oracle(pl.LightningModule):
+    """Returns the input as the probabilities, or whatever it is told to."""
+
+    def __init__(self, answer: Any = None) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def predict_step(self, batch: list[Tensor], batch_idx: int = 0, dataloader_idx: int = 0) -> Any:
+        if self.answer is not None:
+            return self.answer
+        return {"label": batch[0].argmax(dim=1), "probability": batch[0]}
+
+
+class Data(pl.LightningDataModule):
+    def __init__(self, loaders: Any, class_names: tuple[str, ...] | None = None) -> None:
+        super().__init__()
+        self.loaders = loaders
+        if class_names is not None:
+            self.class_names = class_names
+
+    def predict_dataloader(self) -> Any:
+        return self.loaders
+
+
+class Stream(IterableDataset[list[Tensor]]):
+    def __iter__(self) -> Any:
+        return ([row] for row in PROBABILITY)
+
+
+def loader(**settings: Any) -> DataLoader[Any]:
+    return DataLoader(TensorDataset(PROBABILITY), batch_size=3, **settings)
+
+
+def predict(folder: Path, data: Data, answer: Any = None, **settings: Any) -> list[dict[str, str]]:
+    settings = {"logger": False} | settings
+    trainer = pl.Trainer(
+        accelerator="cpu", default_root_dir=folder, callbacks=[PredictionWriter()], enable_progress_bar=False,
+        enable_model_summary=False, **settings,
+    )  # fmt: skip
+    trainer.predict(Oracle(answer), data, return_predictions=False)
+    with (Path(trainer.log_dir or "") / "predictions.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def expected(names: list[str], order: list[int] | None = None) -> list[dict[str, str]]:
+    return [
+        {
+            "index": str(i),
+            "label": str(int(LABEL[k])),
+            "class_name": names[int(LABEL[k])],
+            "probability": f"{float(PROBABILITY[k, LABEL[k]]):.9g}",
+        }
+        for i, k in enumerate(order or range(7))
+    ]
+
+
+def test_a_line_per_image_with_the_names_of_the_data(tmp_path: Path) -> None:
+    names = ["a cat", 'the "dog"', "bird, small"]
+    rows = predict(tmp_path, Data(loader(), tuple(names)))
+    assert rows == expected(names)
+    read_back = torch.tensor([float(row["probability"]) for row in rows])
+    assert torch.equal(read_back, PROBABILITY.max(dim=1).values)
+
+
+def test_without_names_the_number_stands(tmp_path: Path) -> None:
+    assert predict(tmp_path, Data(loader())) == expected(["0", "1", "2"])
+
+
+def test_the_index_is_that_of_the_data_set_in_whatever_order_it_is_read(tmp_path: Path) -> None:
+    order = [4, 0, 6, 2, 1, 5, 3]
+    assert predict(tmp_path, Data(loader(sampler=order))) == expected(["0", "1", "2"])
+
+
+def test_a_stream_is_counted(tmp_path: Path) -> None:
+    assert predict(tmp_path, Data(DataLoader(Stream(), batch_size=3))) == expected(["0", "1", "2"])
+
+
+def test_the_file_lies_in_the_folder_of_the_run_and_its_path_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        predict(tmp_path, Data(loader()), logger=CSVLogger(tmp_path, "name"))
+    file = tmp_path / "name" / "version_0" / "predictions.csv"
+    assert file.is_file()
+    assert f"predictions of 7 images written to {file}" in caplog.text
+
+
+def test_a_second_prediction_starts_afresh(tmp_path: Path) -> None:
+    trainer = pl.Trainer(
+        accelerator="cpu", default_root_dir=tmp_path, callbacks=[PredictionWriter()], logger=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    for _ in range(2):
+        trainer.predict(Oracle(), Data(loader()))
+        assert len((tmp_path / "predictions.csv").read_text().splitlines()) == 1 + 7
+
+
+@pytest.mark.parametrize(
+    ("answer", "given"),
+    [
+        (PROBABILITY, "'torch.float32 (7, 3)'"),
+        ([LABEL, PROBABILITY], "'list'"),
+        ({"label": LABEL}, "{'label': 'torch.int64 (7,)'}"),
+        ({"label": LABEL.float(), "probability": PROBABILITY}, "'label': 'torch.float32 (7,)'"),
+        ({"label": LABEL, "probability": PROBABILITY[:, 0]}, "'probability': 'torch.float32 (7,)'"),
+        ({"label": LABEL[:3], "probability": PROBABILITY}, "'label': 'torch.int64 (3,)'"),
+    ],
+)
+def test_another_kind_of_output_is_refused_at_the_first_batch(tmp_path: Path, answer: Any, given: str) -> None:
+    with pytest.raises(SettingError, match="writes labels and probabilities only") as refusal:
+        predict(tmp_path, Data(loader()), answer)
+    assert given in str(refusal.value)
+    assert not (tmp_path / "predictions.csv").exists()
+
+
+def test_several_loaders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="2 loaders"):
+        predict(tmp_path, Data([loader(), loader()]))
+
+
+def test_names_of_another_number_of_classes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="the model tells 3 classes apart"):
+        predict(tmp_path, Data(loader(), ("one", "two")))
