@@ -318,10 +318,11 @@ class ForwardImageClassifier(pl.LightningModule):
         own = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
         given = {name: tuple(tensor.shape) for name, tensor in saved.items()}
         for name in dict.fromkeys([*own, *given]):
-            if own.get(name) != given.get(name):
+            there, here = given.get(name, "missing"), own.get(name, "missing")
+            if there != here:
                 raise SettingError(
-                    "ckpt_path", name,
-                    f"is {given.get(name, 'missing')} in the checkpoint and {own.get(name, 'missing')} in this network.", "Give the checkpoint of this configuration, or the configuration of that run.",
+                    "ckpt_path", name, f"is {there} in the checkpoint and {here} in this network.",
+                    "Give the checkpoint of this configuration, or the configuration of that run.",
                 )  # fmt: skip
 
     def _check_optimizer(self, checkpoint: Mapping[str, Any]) -> None:
