@@ -21,7 +21,7 @@ from flops_lightning.benchmarks.timing import Timings, alternate
 from flops_lightning.staging import StagedNetwork, stage_network
 from flops_lightning.strategies import Backprop, ForwardGradientStrategy, LikelihoodRatio
 from flops_lightning.strategies.site_queries import SiteQueries
-from flops_lightning.strategies.sites import default_specs
+from flops_lightning.strategies.site_specs import default_specs
 
 # Names of what is timed.
 STEP, QUERIES = "step", "queries of the step"

@@ -36,11 +36,13 @@ from flops_lightning.strategies.base import (
     resolve_seed,
 )
 from flops_lightning.strategies.costs import SiteCosts, site_costs
+from flops_lightning.strategies.counts import check_counts, equal_counts
 from flops_lightning.strategies.delta import DeltaSums, Variant
 from flops_lightning.strategies.pilots import PilotSpec, check_pilots, combine
 from flops_lightning.strategies.precision import warn_unresolved_sigma
 from flops_lightning.strategies.site_queries import SiteGradient, SiteQueries, parameter_space_input, sq_norm
-from flops_lightning.strategies.sites import Site, SiteSpec, read_specs, resolve_sites
+from flops_lightning.strategies.site_specs import SiteSpec, read_specs
+from flops_lightning.strategies.sites import Site, resolve_sites
 
 UpdateOrder = Literal["simultaneous", "site_by_site"]
 
@@ -188,7 +190,12 @@ class LikelihoodRatio(ForwardGradientStrategy):
             SettingError: counts of a wrong shape, not integers, negative, not in antithetic pairs, or a single
                 leave-one-out query; or a name that is not a site's.
         """
-        table = self._count_table(counts, clean)
+        taken = [self.pilots.queries if self._pilots_of(site, clean) else 0 for site in self._sites]
+        if counts is None:
+            table = equal_counts(self._sites, clean.batch_size, taken=taken)
+        else:
+            least = 2 if self.variant == "leave_one_out" else 1
+            table = check_counts(counts, self._sites, clean.batch_size, multiple=self._queries.unit, least=least)
         chosen = self._chosen(sites)
         with self.network.evaluating():
             results = [self._estimate_site(self._sites[i], clean, table[i]) for i in chosen]
@@ -255,36 +262,6 @@ class LikelihoodRatio(ForwardGradientStrategy):
         if not sites:
             raise SettingError("sites", [], "names no site.", f"Choose from {names}, or leave it out for all.")
         return [i for i, name in enumerate(names) if name in sites]
-
-    def _count_table(self, counts: Tensor | None, clean: CleanPass) -> NDArray[np.int64]:
-        shape, unit = (len(self._sites), clean.batch_size), self._queries.unit
-        if counts is None:
-            rest = [
-                [site.queries_per_sample - (self.pilots.queries if self._pilots_of(site, clean) else 0)]
-                for site in self._sites
-            ]
-            return np.broadcast_to(np.array(rest, dtype=np.int64), shape).copy()
-        if counts.is_floating_point() or counts.is_complex():
-            raise SettingError(
-                "counts", str(counts.dtype), "are not integers.", "Round with allocators.rounding.largest_remainder."
-            )
-        table = counts.cpu().numpy().astype(np.int64)
-        if table.shape not in (shape, shape[1:]):
-            raise SettingError(
-                "counts", tuple(table.shape), f"does not fit {shape[0]} sites and {shape[1]} samples.",
-                f"Give integer counts of shape {shape} or {shape[1:]}.",
-            )  # fmt: skip
-        if (table < 0).any() or (table % unit).any():
-            raise SettingError(
-                "counts", table.tolist(), f"must be non-negative multiples of {unit}.",
-                "Round with allocators.rounding.largest_remainder.",
-            )  # fmt: skip
-        if self.variant == "leave_one_out" and (table == 1).any():
-            raise SettingError(
-                "counts", table.tolist(), "a single query has no others to be compared with.",
-                "Give every sample 0, 2 or more (min_queries: 2), or use variant: baseline.",
-            )  # fmt: skip
-        return np.broadcast_to(table, shape).copy()
 
     @property
     def _queries(self) -> SiteQueries:

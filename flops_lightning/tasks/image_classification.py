@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, TypeVar
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
@@ -22,17 +22,18 @@ from flops_lightning.staging import stage_network
 from flops_lightning.strategies.base import Estimate, ForwardGradientStrategy
 from flops_lightning.tasks.backbone import check_images, create_backbone, load_weights, save_weights
 from flops_lightning.tasks.backbone import freeze as freeze_parameters
+from flops_lightning.tasks.checkpoint_checks import check_optimizer, check_weights
 from flops_lightning.tasks.optimisation import (
     ClipSettings,
     OptimizerSettings,
     build_optimizer,
     build_schedule,
     clip_gradients,
+    read_settings,
 )
 from flops_lightning.tasks.trainer_checks import check_trainer
 
 Batch = tuple[Tensor, Tensor]
-S = TypeVar("S", OptimizerSettings, ClipSettings)
 
 
 class ForwardImageClassifier(pl.LightningModule):
@@ -84,8 +85,8 @@ class ForwardImageClassifier(pl.LightningModule):
             raise SettingError("max_skipped_steps", max_skipped_steps, "is negative.", "Write 0 or more.")
         if pretrained and checkpoint:
             raise SettingError("pretrained", True, "`checkpoint` is given as well.", "Choose one of the two.")
-        self.optimizer_settings = _settings("optimizer", OptimizerSettings, optimizer)
-        self.clip_settings = _settings("clip", ClipSettings, clip)
+        self.optimizer_settings = read_settings("optimizer", OptimizerSettings, optimizer)
+        self.clip_settings = read_settings("clip", ClipSettings, clip)
         self.optimizer_settings.check()
         self.clip_settings.check()
         # Plain values only, so that checkpoints load with weights_only=True. The start weights are in the state_dict.
@@ -305,42 +306,11 @@ class ForwardImageClassifier(pl.LightningModule):
         Raises:
             SettingError: the checkpoint is of another network, or trained other parameters than this configuration.
         """
-        self._check_weights(checkpoint["state_dict"])
+        check_weights(self, checkpoint["state_dict"])
         state = checkpoint.get("forward_gradient")
         # Only a run that goes on goes on counting: testing or fine-tuning from the file starts afresh.
         resumed = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
         if state is not None and self.strategy is not None and resumed:
-            self._check_optimizer(checkpoint)
+            check_optimizer(build_optimizer(self.backbone, self.optimizer_settings), checkpoint)
             self.strategy.load_state_dict(state["strategy"])
             self._skipped = state["skipped"]
-
-    def _check_weights(self, saved: Mapping[str, Tensor]) -> None:
-        own = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
-        given = {name: tuple(tensor.shape) for name, tensor in saved.items()}
-        for name in dict.fromkeys([*own, *given]):
-            there, here = given.get(name, "missing"), own.get(name, "missing")
-            if there != here:
-                raise SettingError(
-                    "ckpt_path", name, f"is {there} in the checkpoint and {here} in this network.",
-                    "Give the checkpoint of this configuration, or the configuration of that run.",
-                )  # fmt: skip
-
-    def _check_optimizer(self, checkpoint: Mapping[str, Any]) -> None:
-        saved = [len(g["params"]) for state in checkpoint.get("optimizer_states", []) for g in state["param_groups"]]
-        own = [len(g["params"]) for g in build_optimizer(self.backbone, self.optimizer_settings).param_groups]
-        if saved and saved != own:
-            raise SettingError(
-                "ckpt_path", saved, f"the checkpoint's optimiser has groups of that many parameters, this one {own}.",
-                "Resume with the configuration of that run, or start from its weights with `checkpoint`.",
-            )  # fmt: skip
-
-
-def _settings(name: str, cls: type[S], value: S | None) -> S:
-    # A checkpoint holds its hyper-parameters as plain dicts, and `load_from_checkpoint` passes them back as they are.
-    try:
-        settings = cls(**value) if isinstance(value, Mapping) else value or cls()
-    except TypeError as error:
-        raise SettingError(name, value, f"{error}.", f"See {cls.__name__}.") from error
-    if not isinstance(settings, cls):
-        raise SettingError(name, value, "is of the wrong kind.", f"Write {cls.__name__}(...).")
-    return settings

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from flops_lightning.errors import SettingError
 
 OptimizerName = Literal["adam", "adamw", "sgd"]
 ScheduleName = Literal["constant", "cosine"]
+S = TypeVar("S", "OptimizerSettings", "ClipSettings")
 
 
 @dataclass
@@ -85,6 +86,21 @@ class ClipSettings:
         for setting in ("norm", "attention_norm"):
             if not getattr(self, setting) >= 0:
                 raise SettingError(f"clip.{setting}", getattr(self, setting), "is negative.", "Write 0 for none.")
+
+
+def read_settings(name: str, cls: type[S], value: S | None) -> S:
+    """Settings as they come from Python, or from a checkpoint, which holds them as plain mappings.
+
+    Raises:
+        SettingError: neither settings of that class nor a mapping of them.
+    """
+    try:
+        settings = cls(**value) if isinstance(value, Mapping) else value or cls()
+    except TypeError as error:
+        raise SettingError(name, value, f"{error}.", f"See {cls.__name__}.") from error
+    if not isinstance(settings, cls):
+        raise SettingError(name, value, "is of the wrong kind.", f"Write {cls.__name__}(...).")
+    return settings
 
 
 def build_optimizer(module: nn.Module, settings: OptimizerSettings) -> Optimizer:

@@ -12,7 +12,8 @@ from torch import nn
 from flops_lightning.errors import SettingError
 from flops_lightning.staging import stage_network
 from flops_lightning.strategies import LikelihoodRatio
-from flops_lightning.strategies.sites import SiteSpec, resolve_sites
+from flops_lightning.strategies.site_specs import SiteSpec
+from flops_lightning.strategies.sites import resolve_sites
 from tests.reference.networks import freeze, tiny_vit
 
 REST = {"stages": ["1", "4"]}

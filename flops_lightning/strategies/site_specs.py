@@ -1,0 +1,82 @@
+"""Settings of sites as a user writes them, and the layout that the paper uses where none is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Literal
+
+from flops_lightning.errors import SettingError
+from flops_lightning.staging import StagedNetwork
+
+SiteKind = Literal["linear", "block", "group"]
+
+
+@dataclass
+class SiteSpec:
+    """Setting: a range of stages and how its parameters are to be taught.
+
+    Attributes:
+        stages: ``[first, last]`` stage of the range, both included, or ``[only]``.
+        kind: ``group``: one site at the output of the range, local VJP through the range. ``block``: one such site for
+            each stage of the range. ``linear``: noise at the output of linear, convolution and layer-norm modules,
+            closed form, no autograd anywhere.
+        sigma: Standard deviation of the noise.
+        queries_per_sample: Average queries of a sample at each site of this range.
+        name: Name of the site (or the prefix of the names, where the range makes several).
+        modules: ``linear`` only: patterns (as in a shell) of the full names of the modules to perturb.
+        together: ``linear`` only: perturb all modules in one query (the paper's group) instead of one at a time.
+        active_tokens: Put noise only on the tokens that the rest of the network reads, where the staging knows them.
+    """
+
+    stages: list[str]
+    kind: SiteKind = "group"
+    sigma: float = 0.01
+    queries_per_sample: int = 20
+    name: str = ""
+    modules: list[str] = field(default_factory=lambda: ["*"])
+    together: bool = False
+    active_tokens: bool = True
+
+
+def read_specs(specs: Sequence[SiteSpec | Mapping[str, Any]]) -> list[SiteSpec]:
+    """Settings as they come from Python, plain mappings allowed.
+
+    Raises:
+        SettingError: neither a SiteSpec nor a mapping of its settings.
+    """
+    read = []
+    for i, spec in enumerate(specs):
+        try:
+            site = SiteSpec(**spec) if isinstance(spec, Mapping) else spec
+        except TypeError as error:
+            raise SettingError(f"strategy.sites[{i}]", spec, f"{error}.", "See SiteSpec.") from error
+        if not isinstance(site, SiteSpec):
+            raise SettingError(f"strategy.sites[{i}]", spec, "is not a SiteSpec.", "Write SiteSpec(stages=[...], ...).")
+        read.append(site)
+    return read
+
+
+def default_specs(network: StagedNetwork, groups: int = 3) -> list[SiteSpec]:
+    """The paper's layout (appendix C.1): the body in ``groups`` groups of equal depth from bottom to top, and the head.
+
+    The head takes with it the stages before it that have no attention or linear layers of their own (final norm,
+    pooling).
+    """
+    names = [stage.name for stage in network.stages]
+    taught = [i for i in range(len(names)) if network.parameters_of(i, i)]
+    head = len(names) - 2 if names[-2:] == ["pool", "head"] else taught[-1] if taught else 0
+    if len(names) < 2 or not taught or head == 0:
+        raise SettingError(
+            "sites", [], "a network of one stage, or with all its parameters in one, has no default sites.",
+            "Write it as an nn.Sequential of several stages, or name the sites.",
+        )  # fmt: skip
+    groups = min(groups, head)
+    cuts = [round(i * head / groups) for i in range(groups + 1)]
+    if names[0] == "embed":  # the embedding rides with the first group: only blocks count as depth
+        cuts = [0, *(1 + round(i * (head - 1) / groups) for i in range(1, groups + 1))]
+    specs = [SiteSpec(stages=[names[a], names[b - 1]], name=f"group{i + 1}") for i, (a, b) in enumerate(pairwise(cuts))]
+    specs.append(SiteSpec(stages=[names[head], names[-1]], name="head"))
+    # What is frozen needs no site.
+    return [s for s in specs if network.parameters_of(network.index[s.stages[0]], network.index[s.stages[1]])]
