@@ -71,12 +71,7 @@ def clean_pass(
     rows: int,
 ) -> CleanPass:
     """Run the network unperturbed, ``rows`` samples at a time, and keep the activations in ``keep``."""
-    last = len(network) - 1
-    activations = _run_and_keep(network, inputs, 0, {*keep, last}, rows)
-    embedding = _embedding(activations[last])
-    if last not in keep:
-        del activations[last]
-    return _with_losses(CleanPass(targets, activations, embedding, targets, embedding, draw), loss, len(network))
+    return _pass_from(network, loss, inputs, targets, start=0, keep=keep, draw=draw, rows=rows)
 
 
 @torch.no_grad()
@@ -84,13 +79,32 @@ def refresh(
     network: StagedNetwork, loss: LossFunction, clean: CleanPass, start: int, *, rows: int, keep: Collection[int] = ()
 ) -> CleanPass:
     """The clean pass after the parameters of stages ``>= start`` changed: the prefix is kept, the rest runs again."""
-    last = len(network) - 1
-    again = _run_and_keep(network, clean.activations[start], start, {*keep, last}, rows)
-    embedding = _embedding(again[last]) if start <= last else clean.embedding
-    if last not in keep and start < last:
-        del again[last]
+    again = _pass_from(
+        network, loss, clean.activations[start], clean.targets, start=start, keep=keep, draw=clean.draw, rows=rows
+    )
+    embedding = clean.embedding if start == len(network) else again.embedding
     below = {i: h for i, h in clean.activations.items() if i <= start}
-    return _with_losses(replace(clean, activations=again | below, embedding=embedding), loss, len(network))
+    return replace(again, activations=again.activations | below, embedding=embedding)
+
+
+def _pass_from(
+    network: StagedNetwork,
+    loss: LossFunction,
+    inputs: Tensor,
+    targets: Tensor,
+    *,
+    start: int,
+    keep: Collection[int],
+    draw: int,
+    rows: int,
+) -> CleanPass:
+    last = len(network) - 1
+    activations = _run_and_keep(network, inputs, start, {*keep, last}, rows)
+    embedding = _embedding(activations.get(last, activations[len(network)]))
+    if last not in keep:
+        activations.pop(last, None)
+    output = at_least_float32(activations[len(network)])
+    return CleanPass(targets, activations, output, row_losses(loss, output, targets), embedding, draw)
 
 
 def _embedding(h: Tensor) -> Tensor:
@@ -117,12 +131,6 @@ def _run_and_keep(
                 h = stage.run(h)
             kept[len(network)].append(h)
     return {i: torch.cat(parts) for i, parts in kept.items()}
-
-
-def _with_losses(clean: CleanPass, loss: LossFunction, output_index: int) -> CleanPass:
-    output = at_least_float32(clean.activations[output_index])
-    losses = row_losses(loss, output, clean.targets)
-    return replace(clean, output=output, loss=losses)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -190,8 +190,8 @@ class LikelihoodRatio(ForwardGradientStrategy):
             SettingError: counts of a wrong shape, not integers, negative, not in antithetic pairs, or a single
                 leave-one-out query; or a name that is not a site's.
         """
-        taken = [self.pilots.queries if self._pilots_of(site, clean) else 0 for site in self._sites]
         if counts is None:
+            taken = [self.pilots.queries if self._pilots_of(site, clean) else 0 for site in self._sites]
             table = equal_counts(self._sites, clean.batch_size, taken=taken)
         else:
             least = 2 if self.variant == "leave_one_out" else 1

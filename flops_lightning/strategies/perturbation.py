@@ -59,13 +59,12 @@ def boundary_activation(site: Site, clean: CleanPass) -> Tensor:
 
 
 def perturbed_losses(
-    network: StagedNetwork, loss: LossFunction, site: Site, clean: CleanPass, chunk: Chunk, draw: DrawNoise
+    network: StagedNetwork, loss: LossFunction, site: Site, clean: CleanPass, index: Tensor, draw: DrawNoise
 ) -> tuple[Tensor, list[Perturbation]]:
-    """``(r,)`` losses of a chunk's rows and the noise that made them.
+    """``(r,)`` losses of a chunk's rows, ``index`` ``(r,)`` their samples, and the noise that made them.
 
     Call it in eval mode and without autograd.
     """
-    index = torch.from_numpy(chunk.samples).to(clean.loss.device, non_blocking=True)
     if site.layers:
         with injected(site.layers, site.sigma, draw) as perturbations:
             output = network.run(clean.activations[site.start].index_select(0, index), site.start)

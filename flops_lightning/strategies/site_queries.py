@@ -136,8 +136,8 @@ class SiteQueries:
 
     def _run(self, site: Site, clean: CleanPass, chunk: Chunk) -> tuple[Tensor, Tensor, list[Perturbation], Tensor]:
         draw = chunk_noise(NoiseKey(self.seed, clean.draw, site.name, self.rank), chunk, antithetic=self.unit > 1)
-        losses, perturbations = perturbed_losses(self.network, self.loss, site, clean, chunk, draw)
-        index = torch.from_numpy(chunk.samples).to(losses.device, non_blocking=True)
+        index = torch.from_numpy(chunk.samples).to(clean.loss.device, non_blocking=True)
+        losses, perturbations = perturbed_losses(self.network, self.loss, site, clean, index, draw)
         real = torch.arange(len(losses), device=losses.device) < chunk.rows
         weights, alive = query_weights(losses, clean.loss[index], real, sigma=site.sigma, variant=self.variant)
         return weights, alive, perturbations, index
