@@ -1,6 +1,8 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,3 +51,17 @@ def tokens() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(4, 3, 3, generator=generator, dtype=torch.float64)
     return x, torch.randn(4, 2, generator=generator, dtype=torch.float64)
+
+
+@pytest.fixture
+def shared_data() -> Callable[[str], Path]:
+    """Find real data by its path in the folder of test data, or skip the test where it is not there."""
+    beside_checkout = Path(__file__).parents[2] / "shared"
+    folder = Path(os.environ.get("FLOPS_LIGHTNING_TEST_DATA", beside_checkout))
+
+    def find(name: str) -> Path:
+        if not (folder / name).exists():
+            pytest.skip(f"no {name} in {folder}; FLOPS_LIGHTNING_TEST_DATA names the folder of test data")
+        return folder / name
+
+    return find

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from flops_lightning.datamodules.base import ImageDataModule
+from flops_lightning.datamodules.cifar10 import CIFAR10DataModule
 from flops_lightning.datamodules.digits import DigitsDataModule
 
-__all__ = ["DigitsDataModule", "ImageDataModule"]
+__all__ = ["CIFAR10DataModule", "DigitsDataModule", "ImageDataModule"]

@@ -35,9 +35,11 @@ class ImageDataModule(LightningDataModule):
 
     class_names: ClassVar[tuple[str, ...]]
     in_chans: ClassVar[int]
-    image_size: ClassVar[int]
-    mean: ClassVar[tuple[float, ...]]
-    std: ClassVar[tuple[float, ...]]
+
+    # A subclass fixes these in its body, or sets them from its settings.
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
     train_set: ImageDataset
     val_set: ImageDataset

@@ -1,0 +1,412 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import tarfile
+from collections import Counter
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from lightning.pytorch import seed_everything
+from PIL import Image
+from safetensors.torch import load_file
+from torchvision.datasets import CIFAR10
+from torchvision.transforms.v2 import functional
+
+from flops_lightning.cli import main
+from flops_lightning.datamodules import CIFAR10DataModule
+from flops_lightning.datamodules.cifar10 import STATISTICS
+from flops_lightning.errors import SettingError
+
+NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+TRAIN, TEST = 8, 4  # images of each class in the fixtures
+SMALL = {"val_images": 20}
+
+
+def noise(label: int, number: int, size: int = 32) -> np.ndarray:
+    """An image of noise, by whose red mean the class can be told."""
+    image = np.random.default_rng([label, number]).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    image[..., 0] = image[..., 0] // 16 + 24 * label
+    return image
+
+
+def write_folders(root: Path, train: int = TRAIN, test: int = TEST, names: tuple[str, ...] = NAMES) -> Path:
+    for part, count, first in (("train", train, 0), ("test", test, 1000)):
+        for label, name in enumerate(names):
+            (root / part / name).mkdir(parents=True)
+            for number in range(count):
+                Image.fromarray(noise(label, first + number)).save(root / part / name / f"{number:04}.png")
+    return root
+
+
+def write_archive(root: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...] = NAMES) -> Path:
+    """The images of ``write_folders`` in torchvision's layout, whose checksums are public attributes of its class."""
+    folder = root / CIFAR10.base_folder
+    folder.mkdir(parents=True)
+
+    def write(name: str, content: dict) -> str:
+        (folder / name).write_bytes(pickle.dumps(content))
+        return hashlib.md5((folder / name).read_bytes()).hexdigest()
+
+    def batch(numbers: list[tuple[int, int]]) -> dict:
+        rows = [noise(label, number).transpose(2, 0, 1).reshape(-1) for number, label in numbers]
+        return {"data": np.stack(rows), "labels": [label for _, label in numbers]}
+
+    train = list(product(range(TRAIN), range(10)))
+    parts = {f"data_batch_{i + 1}": train[i::5] for i in range(5)}
+    monkeypatch.setattr(CIFAR10, "train_list", [[name, write(name, batch(part))] for name, part in parts.items()])
+    test = [(1000 + number, label) for number, label in product(range(TEST), range(10))]
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", write("test_batch", batch(test))]])
+    digest = write("batches.meta", {"label_names": list(names)})
+    monkeypatch.setattr(CIFAR10, "meta", {"filename": "batches.meta", "key": "label_names", "md5": digest})
+    return root
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_folders(tmp_path_factory.mktemp("cifar10")))
+
+
+def prepared(root: str | Path, **settings) -> CIFAR10DataModule:
+    data = CIFAR10DataModule(root=str(root), **{**SMALL, **settings})
+    data.prepare_data()
+    data.setup("fit")
+    return data
+
+
+def levels(data: CIFAR10DataModule, images: torch.Tensor) -> torch.Tensor:
+    """Normalised values as grey levels from 0 to 255 again."""
+    mean, std = torch.tensor(data.mean).view(3, 1, 1), torch.tensor(data.std).view(3, 1, 1)
+    return ((images * std + mean) * 255).round().to(torch.uint8)
+
+
+def contents(data: CIFAR10DataModule, part: str) -> list[tuple[bytes, int]]:
+    return [(levels(data, image).numpy().tobytes(), int(label)) for image, label in getattr(data, f"{part}_set")]
+
+
+def expected(numbers: range) -> list[tuple[bytes, int]]:
+    return [(noise(label, n).transpose(2, 0, 1).tobytes(), label) for label in range(10) for n in numbers]
+
+
+@pytest.mark.parametrize("layout", ["archive", "folders"])
+def test_both_layouts_give_every_image_once_with_its_label(layout, folders, tmp_path, monkeypatch):
+    data = prepared(write_archive(tmp_path, monkeypatch) if layout == "archive" else folders)
+    assert [len(part) for part in (data.train_set, data.val_set, data.test_set)] == [60, 20, 40]
+    assert sorted(contents(data, "train") + contents(data, "val")) == sorted(expected(range(TRAIN)))
+    assert sorted(contents(data, "test")) == sorted(expected(range(1000, 1000 + TEST)))
+    assert data.num_classes == 10
+
+
+def test_the_archive_is_preferred_where_both_layouts_are_there(tmp_path, monkeypatch):
+    write_archive(write_folders(tmp_path, train=3, test=1), monkeypatch)
+    data = prepared(tmp_path)
+    assert (len(data.train_set), len(data.test_set)) == (10 * TRAIN - 20, 10 * TEST)
+
+
+@pytest.mark.parametrize(
+    ("normalization", "mean", "std"),
+    [
+        ("cifar10", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+        ("imagenet", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ("inception", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    ],
+)
+def test_pixels_are_scaled_and_normalised(normalization, mean, std, folders):
+    data = prepared(folders, normalization=normalization, batch_size=40)
+    ((images, labels),) = data.test_dataloader()
+    reference = np.stack([noise(label, 1000 + n) for label in range(10) for n in range(TEST)]).astype(np.float64)
+    reference = (reference / 255 - np.array(mean)) / np.array(std)
+    torch.testing.assert_close(images, torch.from_numpy(reference).permute(0, 3, 1, 2).float(), rtol=0, atol=2e-6)
+    assert labels.tolist() == [label for label in range(10) for _ in range(TEST)]
+    assert (images.dtype, labels.dtype) == (torch.float32, torch.int64)
+
+
+@pytest.mark.parametrize("image_size", [16, 48])
+def test_images_are_resized_as_pil_resizes_them(image_size, folders):
+    data = prepared(folders, image_size=image_size)
+    resized = Image.fromarray(noise(0, 1000)).resize((image_size, image_size), Image.Resampling.BICUBIC)
+    image, _ = data.test_set[0]
+    assert image.shape == (3, image_size, image_size)
+    error = levels(data, image).int() - torch.from_numpy(np.array(resized)).permute(2, 0, 1).int()
+    assert error.abs().max() <= 1  # two roundings to 8 bits
+
+
+def test_the_validation_images_are_the_same_for_every_number_of_training_images(folders):
+    runs = {n: prepared(folders, images_per_class=n) for n in (0, 1, 3, 6)}
+    parts = {n: (set(contents(data, "train")), set(contents(data, "val"))) for n, data in runs.items()}
+    assert all(val == parts[0][1] for _, val in parts.values())
+    assert parts[1][0] < parts[3][0] < parts[6][0] == parts[0][0]
+    assert not parts[0][0] & parts[0][1]
+    for n, data in runs.items():
+        assert data.train_set.labels.bincount().tolist() == [n or 6] * 10
+        assert data.val_set.labels.bincount().tolist() == [2] * 10
+
+
+def test_the_choice_of_images_depends_on_its_own_seed_only(folders):
+    settings = {"images_per_class": 2, "test_images": 20}
+    seed_everything(1)
+    first = prepared(folders, **settings)
+    seed_everything(2)
+    again, other = prepared(folders, **settings), prepared(folders, split_seed=1, **settings)
+    for part in ("train", "val", "test"):
+        assert contents(first, part) == contents(again, part)
+        assert set(contents(first, part)) != set(contents(other, part))
+
+
+def test_fewer_test_images_keep_the_share_of_every_class(folders):
+    data = prepared(folders, test_images=30)
+    assert data.test_set.labels.bincount().tolist() == [3] * 10
+    assert set(contents(data, "test")) < set(expected(range(1000, 1000 + TEST)))
+
+
+def test_no_validation_images_leaves_all_of_them_to_training(folders):
+    data = prepared(folders, val_images=0)
+    assert (len(data.train_set), len(data.val_set)) == (10 * TRAIN, 0)
+
+
+@pytest.mark.parametrize("image_size", [32, 48])
+def test_augmented_images_are_shifted_and_mirrored_uniformly_and_only_in_training(image_size, folders):
+    settings = {"images_per_class": 1, "image_size": image_size}
+    plain, data = prepared(folders, **settings), prepared(folders, augment=True, **settings)
+    assert contents(plain, "val") == contents(data, "val")
+    assert contents(plain, "test") == contents(data, "test")
+
+    pad = image_size // 8
+    padded = functional.pad(levels(plain, plain.train_set[3][0]), [pad] * 4)
+    views = {}
+    for mirrored, top, left in product((False, True), range(2 * pad + 1), range(2 * pad + 1)):
+        view = padded[:, top : top + image_size, left : left + image_size]
+        views[(view.flip(2) if mirrored else view).numpy().tobytes()] = (mirrored, top, left)
+    assert len(views) == 2 * (2 * pad + 1) ** 2
+
+    draws = 2000
+    drawn = [views[levels(data, data.train_set[3][0]).numpy().tobytes()] for _ in range(draws)]  # a KeyError: no view
+    for values in zip(*drawn, strict=True):  # mirrored or not, from top, from left
+        counts = Counter(values)
+        share = 1 / (2 if isinstance(values[0], bool) else 2 * pad + 1)
+        assert len(counts) == round(1 / share)
+        standard_error = (share * (1 - share) / draws) ** 0.5
+        assert all(abs(count / draws - share) < 4.5 * standard_error for count in counts.values())
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_augmentation_is_repeated_by_the_seed_and_new_in_every_epoch(num_workers, folders):
+    def two_epochs(seed: int) -> list[torch.Tensor]:
+        seed_everything(seed)
+        loader = prepared(folders, augment=True, batch_size=16, num_workers=num_workers).train_dataloader()
+        return [torch.cat([images for images, _ in loader]) for _ in range(2)]  # the order of both is that of epoch 0
+
+    first, again, other = two_epochs(3), two_epochs(3), two_epochs(4)
+    assert torch.equal(first[0], again[0])
+    assert torch.equal(first[1], again[1])
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(first[0], other[0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "name", "remedy"),
+    [
+        ({"batch_size": 0}, "batch_size", "Give the number"),
+        ({"num_workers": -1}, "num_workers", "Use 0"),
+        ({"image_size": 0}, "image_size", "Give pixels, for example 32 or 224."),
+        ({"images_per_class": -1}, "images_per_class", "Give a number of images, or 0."),
+        ({"val_images": -1}, "val_images", "Give a number of images, or 0."),
+        ({"test_images": -1}, "test_images", "Give a number of images, or 0."),
+        ({"split_seed": 2**32}, "split_seed", "Use a number from 0"),
+        ({"normalization": "clip"}, "normalization", "Use one of cifar10, imagenet, inception."),
+        ({"root": "nowhere"}, "root", "Set data.download: true"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused_before_an_image_is_read(settings, name, remedy, folders):
+    with pytest.raises(SettingError) as caught:
+        CIFAR10DataModule(**{"root": folders, **settings})
+    assert caught.value.setting == f"data.{name}"
+    assert caught.value.value == settings[name]
+    assert caught.value.remedy.startswith(remedy)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"images_per_class": 7},
+            "data.images_per_class = 7: airplane has 6 training images, those for validation not counted. "
+            "Use at most 6, or 0 for all.",
+        ),
+        (
+            {"val_images": 5000},
+            "data.val_images = 5000: cannot be taken evenly out of 80 images in 10 classes. "
+            "Use a number from 10 to 70, or 0.",
+        ),
+        (
+            {"test_images": 9},
+            "data.test_images = 9: cannot be taken evenly out of 40 images in 10 classes. "
+            "Use a number from 10 to 30, or 0.",
+        ),
+    ],
+)
+def test_more_images_than_there_are_is_refused_with_how_many_there_are(settings, message, folders):
+    with pytest.raises(SettingError) as caught:
+        prepared(folders, **settings)
+    assert str(caught.value) == message
+
+
+def test_validation_images_cannot_come_from_a_class_of_one_image(tmp_path):
+    with pytest.raises(SettingError, match=r"data\.val_images = 10: .* every class needs two\."):
+        prepared(write_folders(tmp_path, train=1), val_images=10)
+
+
+def remove_class(root: Path) -> None:
+    for name in ("cat", "dog"):
+        for file in (root / "test" / name).iterdir():
+            file.unlink()
+        (root / "test" / name).rmdir()
+
+
+def empty_class(root: Path) -> None:
+    for file in (root / "train" / "ship").iterdir():
+        file.unlink()
+    (root / "train" / "ship" / "notes.txt").touch()
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (remove_class, "test/ lacks cat, dog."),
+        (empty_class, "train/ has no images of ship."),
+        (lambda root: (root / "train" / "zebra").mkdir(), "train/ has folders of no class, zebra."),
+        (lambda root: (root / "test").rename(root / "val"), "has no folder test/."),
+        (lambda root: (root / "train").rename(root / "training"), "has no folder train/."),
+    ],
+)
+def test_incomplete_class_folders_are_refused_with_both_layouts_as_remedy(damage, problem, tmp_path):
+    damage(write_folders(tmp_path, train=3, test=1))
+    with pytest.raises(SettingError) as caught:
+        prepared(tmp_path)
+    assert (caught.value.setting, caught.value.value, caught.value.problem) == ("data.root", str(tmp_path), problem)
+    assert "download: true" in caught.value.remedy
+    assert "train/NAME/* and test/NAME/*" in caught.value.remedy
+    assert ", ".join(NAMES) in caught.value.remedy
+
+
+def test_a_folder_without_either_layout_is_refused_before_anything_is_built(tmp_path):
+    (tmp_path / "images").mkdir()
+    with pytest.raises(SettingError, match=r"data\.root = .*: holds no CIFAR-10\. Set data\.download: true"):
+        CIFAR10DataModule(root=str(tmp_path))
+
+
+def test_an_archive_that_is_damaged_or_of_another_data_set_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(SettingError, match=r"has the classes \['truck'"):
+        prepared(write_archive(tmp_path / "other", monkeypatch, names=NAMES[::-1]))
+    write_archive(tmp_path, monkeypatch)
+    (tmp_path / CIFAR10.base_folder / "data_batch_3").write_bytes(b"half")
+    with pytest.raises(SettingError, match=r"cifar-10-batches-py/ is incomplete or damaged\. Set data\.download: true"):
+        prepared(tmp_path)
+
+
+def test_download_needs_no_connection_for_what_is_there_already(tmp_path, monkeypatch):
+    write_archive(tmp_path / "elsewhere", monkeypatch)
+    packed = tmp_path / "root" / CIFAR10.filename  # as fetched by hand
+    packed.parent.mkdir()
+    with tarfile.open(packed, "w:gz") as tar:
+        tar.add(tmp_path / "elsewhere" / CIFAR10.base_folder, CIFAR10.base_folder)
+    monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(packed.read_bytes()).hexdigest())
+    monkeypatch.setattr(CIFAR10, "url", (tmp_path / "gone.tar.gz").as_uri())
+
+    data = prepared(packed.parent, download=True)
+    assert sorted(contents(data, "test")) == sorted(expected(range(1000, 1000 + TEST)))
+    packed.unlink()
+    assert contents(prepared(packed.parent, download=True), "val") == contents(data, "val")
+
+
+def test_a_download_that_fails_is_refused_with_the_way_round_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(CIFAR10, "url", (tmp_path / "gone.tar.gz").as_uri())
+    with pytest.raises(SettingError) as caught:
+        prepared(tmp_path / "root", download=True)
+    assert caught.value.setting == "data.download"
+    assert f"put {CIFAR10.url} into {tmp_path / 'root'} yourself" in caught.value.remedy
+
+
+SETTINGS = {
+    "trainer": {
+        "max_steps": 2, "accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False,
+        "callbacks": [{"class_path": "flops_lightning.callbacks.RunSummary"}],
+    },
+    "model": {
+        "class_path": "flops_lightning.tasks.ForwardImageClassifier",
+        "init_args": {
+            "model_name": "vit_tiny_patch16_224",
+            "model_kwargs": {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2},
+            "strategy": {
+                "class_path": "flops_lightning.strategies.LikelihoodRatio",
+                "init_args": {"sites": [{"stages": ["pool", "head"], "queries_per_sample": 2}]},
+            },
+            "freeze": ["cls_token", "pos_embed", "patch_embed.*", "blocks.*"],
+            "optimizer": {"lr": 0.001},
+        },
+    },
+    "data": {"class_path": "flops_lightning.datamodules.CIFAR10DataModule"},
+}  # fmt: skip
+
+
+def fit(folder: Path, root: str, *args: str) -> None:
+    (folder / "given.yaml").write_text(yaml.safe_dump(SETTINGS))
+    main(["fit", "-c", str(folder / "given.yaml"), "--data.root", root, "--data.image_size", "16", *args])
+
+
+@pytest.mark.filterwarnings("ignore:Total length of `DataLoader`")
+@pytest.mark.parametrize("val_images", [20, 0])
+def test_the_command_line_trains_on_it_with_its_number_of_classes(val_images, folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fit(tmp_path, folders, "--data.augment", "true", f"--data.val_images={val_images}")
+    assert load_file(next(tmp_path.rglob("model.safetensors")))["head.weight"].shape == (10, 16)
+    summary = json.loads(next(tmp_path.rglob("summary.json")).read_text())
+    # Two steps: 60 images twice, or, with all 80 in training, 64 and the 16 that are left.
+    assert summary["queries"] == 2 * (60 + 60 if val_images else 64 + 16)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--data.root", "nowhere"], "data.root = 'nowhere': is not a folder. Set data.download: true to fetch"),
+        (["--data.normalization", "imagnet"], "one of cifar10, imagenet, inception. Did you mean `imagenet`?"),
+        ([], "data.val_images = 5000: cannot be taken evenly out of 80 images in 10 classes. Use a number from 10"),
+    ],
+)
+def test_a_mistake_is_one_short_message_on_the_command_line(args, message, folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as leaving:
+        fit(tmp_path, folders, *args)
+    assert leaving.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert message in last
+    assert len(last) < 400
+
+
+def test_real_images_have_the_statistics_given_and_labels_that_can_be_learned(shared_data, tmp_path):
+    train, test = 100, 30
+    with tarfile.open(shared_data("data/cifar10_images.tar.xz"), "r|xz") as tar:
+        for member in tar:
+            if member.isfile() and int(Path(member.name).stem) < (train if member.name.startswith("train/") else test):
+                tar.extract(member, tmp_path, filter="data")
+    data = prepared(tmp_path, val_images=100, batch_size=1000)
+    ((images, labels),) = data.train_dataloader()
+    assert len(images) == 10 * train - 100
+    # Normalised, the mean of an image varies by less than 0.6 around 0, and its mean square by less than 1 around 1.
+    count = len(images)
+    for moment, law, spread in ((images.mean((2, 3)), 0.0, 0.6), (images.square().mean((2, 3)), 1.0, 1.0)):
+        assert moment.std(0).max() < spread
+        assert (moment.mean(0) - law).abs().max() < 4 * spread / count**0.5
+    assert data.mean == STATISTICS[0]
+
+    # Class means of thumbnails tell twice as many test images apart as chance does.
+    ((test_images, test_labels),) = data.test_dataloader()
+    thumbnails, test_thumbnails = (torch.nn.functional.avg_pool2d(x, 8).flatten(1) for x in (images, test_images))
+    means = torch.stack([thumbnails[labels == label].mean(0) for label in range(10)])
+    accuracy = (torch.cdist(test_thumbnails, means).argmin(1) == test_labels).float().mean().item()
+    assert accuracy > 0.1 + 4 * (0.1 * 0.9 / len(test_labels)) ** 0.5
