@@ -8,22 +8,34 @@ from flops_lightning.allocators.base import (
     QueryBudget,
     SampleStatistics,
     SupportsQueryAllocation,
+    SupportsTraceFeedback,
 )
+from flops_lightning.allocators.bernoulli import BernoulliAllocator
+from flops_lightning.allocators.cost_aware import CostAwareAllocator
 from flops_lightning.allocators.equal import EqualAllocator
 from flops_lightning.allocators.gaussian import GaussianAllocator
 from flops_lightning.allocators.gaussian_parameters import GaussianParameters
 from flops_lightning.allocators.objective import equal_objective, gain_optimal, objective, optimal_shares
+from flops_lightning.allocators.optimal import OptimalAllocator
 from flops_lightning.allocators.rounding import largest_remainder, water_fill
+from flops_lightning.allocators.statistics import TraceObservation
+from flops_lightning.allocators.trace_estimator import TraceSettings
 
 __all__ = [
     "Allocation",
+    "BernoulliAllocator",
+    "CostAwareAllocator",
     "EqualAllocator",
     "GaussianAllocator",
     "GaussianParameters",
+    "OptimalAllocator",
     "QueryAllocator",
     "QueryBudget",
     "SampleStatistics",
     "SupportsQueryAllocation",
+    "SupportsTraceFeedback",
+    "TraceObservation",
+    "TraceSettings",
     "equal_objective",
     "gain_optimal",
     "largest_remainder",

@@ -3,87 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from flops_lightning.allocators.statistics import QueryBudget, SampleStatistics, TraceObservation
 from flops_lightning.errors import SettingError
-
-
-@dataclass(frozen=True)
-class QueryBudget:
-    """Queries to be split over the samples of a batch, per site.
-
-    Attributes:
-        queries_per_sample: Average number of queries of a sample, one entry per site ``s``.
-        multiple: Counts come in multiples of this (2 where queries come in antithetic pairs).
-        minimum: Fewest queries that the estimator can use (2 for leave-one-out); an allocator may set a higher floor.
-    """
-
-    queries_per_sample: tuple[int, ...]
-    multiple: int = 1
-    minimum: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuse budgets that no allocation can meet."""
-        if self.multiple < 1:
-            raise SettingError(
-                "multiple", self.multiple, "must be at least 1.", "Write 2 for antithetic pairs, else 1."
-            )
-        if not self.queries_per_sample:
-            raise SettingError("queries_per_sample", (), "no site has a budget.", "Give at least one number.")
-        for queries in self.queries_per_sample:
-            if queries < self.multiple or queries % self.multiple:
-                raise SettingError(
-                    "queries_per_sample",
-                    queries,
-                    f"must be a positive multiple of {self.multiple}.",
-                    "With antithetic pairs write an even number, for example 20.",
-                )
-
-
-@dataclass(frozen=True)
-class SampleStatistics:
-    """What is known of the samples of a batch before their queries are spent.
-
-    Attributes:
-        loss: ``(b,)`` clean losses.
-        embedding: ``(b, d)`` features by which samples are compared (the paper: the top CLS token), or None.
-        trace: ``(b,)`` estimates of the trace of the covariance of one query's gradient, or None.
-        budget: The budget of the module that trains, or None where the callback's own setting rules.
-    """
-
-    loss: Tensor
-    embedding: Tensor | None = None
-    trace: Tensor | None = None
-    budget: QueryBudget | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse shapes that do not give one entry a sample."""
-        for name, value in self._tensors().items():
-            letters = "(b, d)" if name == "embedding" else "(b,)"
-            dimensions = 2 if name == "embedding" else 1
-            if value.ndim != dimensions or value.shape[:1] != self.loss.shape[:1]:
-                raise SettingError(
-                    f"sample_statistics.{name}",
-                    tuple(value.shape),
-                    f"must have the shape {letters}, with one entry for each sample as in `loss`.",
-                    "Return what belongs to each sample, not reduced over the batch.",
-                )
-
-    def on_cpu(self) -> SampleStatistics:
-        """The same statistics in float64 on the CPU, detached; from an accelerator in one transfer."""
-        tensors = {name: value.detach().to(self.loss.device) for name, value in self._tensors().items()}
-        flat = torch.cat([value.flatten() for value in tensors.values()]).cpu().double()
-        parts = flat.split([value.numel() for value in tensors.values()])
-        moved = {name: part.view(tensors[name].shape) for name, part in zip(tensors, parts, strict=True)}
-        return replace(self, **moved)
-
-    def _tensors(self) -> dict[str, Tensor]:
-        named = {"loss": self.loss, "embedding": self.embedding, "trace": self.trace}
-        return {name: value for name, value in named.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -93,10 +20,13 @@ class Allocation:
     Attributes:
         counts: ``(s, b)`` int64 on the CPU; row ``s`` sums exactly to ``queries_per_sample[s] * b``.
         diagnostics: Named floats to be logged (lambda, J / J_equal, convergence, ...).
+        pilot_weight: ``(s, b)`` weight of reused pilots in each sample's gradient, chosen without a look at them, or
+            None for the share of the pilots in the budget.
     """
 
     counts: Tensor
     diagnostics: dict[str, float] = field(default_factory=dict)
+    pilot_weight: Tensor | None = None
 
 
 class QueryAllocator(ABC):
@@ -107,6 +37,19 @@ class QueryAllocator(ABC):
 
     requires: ClassVar[frozenset[str]] = frozenset()
     """Fields of :class:`SampleStatistics` that must not be None."""
+
+    @property
+    def requests(self) -> frozenset[str]:
+        """Fields of :class:`SampleStatistics` that this allocator reads, ``predictors.<name>`` for one of them."""
+        return self.requires
+
+    @property
+    def learns(self) -> bool:
+        """Whether :meth:`observe` makes use of the traces seen in each step's own queries."""
+        return False
+
+    def observe(self, observation: TraceObservation) -> None:  # noqa: B027
+        """Learn from the queries that the last allocation was spent on; does nothing unless :attr:`learns`."""
 
     @abstractmethod
     def allocate(self, statistics: SampleStatistics, budget: QueryBudget) -> Allocation:
@@ -157,6 +100,19 @@ class SupportsQueryAllocation(Protocol):
 
     def set_query_counts(self, counts: Tensor) -> None:
         """Take the ``(s, b)`` counts for the step that follows on the same batch."""
+
+
+@runtime_checkable
+class SupportsTraceFeedback(Protocol):
+    """What a LightningModule may offer besides, for allocators that learn from each step's own queries.
+
+    Two more methods are called where a module has them: ``request_statistics(names)``, once before training, with the
+    names of the statistics that the allocator reads and ``observation`` if :meth:`trace_observation` will be asked for;
+    and ``set_pilot_weights(weights)`` on every batch with reused pilots, with :attr:`Allocation.pilot_weight`.
+    """
+
+    def trace_observation(self) -> TraceObservation | None:
+        """What the queries of the step just made tell of the traces; None where there is nothing to tell."""
 
 
 def equal_shares(batch_size: int) -> Tensor:

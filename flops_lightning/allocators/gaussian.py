@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import astuple, replace
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from flops_lightning.allocators.base import Allocation, QueryAllocator, QueryBudget, SampleStatistics
+from flops_lightning.allocators.base import Allocation, QueryAllocator
 from flops_lightning.allocators.correlation import Covariance, embedding_distance
 from flops_lightning.allocators.gaussian_objective import AllocationProblem, make_draws
 from flops_lightning.allocators.gaussian_optimisation import Optimum, descend, search
 from flops_lightning.allocators.gaussian_parameters import GaussianParameters, from_coordinates, to_coordinates
 from flops_lightning.allocators.objective import equal_objective, objective
 from flops_lightning.allocators.rounding import check_budget, largest_remainder
+from flops_lightning.allocators.statistics import QueryBudget, SampleStatistics, TraceObservation
 from flops_lightning.allocators.threads import one_thread
+from flops_lightning.allocators.trace_estimator import TraceEstimator, TraceSettings
 from flops_lightning.errors import SettingError
 
 Gradient = Literal["pathwise", "score", "exact"]
@@ -51,11 +53,10 @@ class GaussianAllocator(QueryAllocator):
     ``count_min``, ``count_max``.
     """
 
-    requires: ClassVar[frozenset[str]] = frozenset({"trace"})
-
     def __init__(
         self,
         *,
+        traces: TraceSettings | None = None,
         gradient: Gradient = "pathwise",
         covariance: Covariance = "cosine_distance",
         min_queries: int = 1,
@@ -66,6 +67,8 @@ class GaussianAllocator(QueryAllocator):
         """Choose how the four parameters are optimised.
 
         Args:
+            traces: Where the traces in J come from; None: from pilots, as in the paper. Where several sites have
+                traces, a sample's is the mean over them, each in units of its own mean over the batch.
             gradient: ``"pathwise"``: through the draws ``mu + chol(Sigma) eps``. ``"score"``: the likelihood-ratio
                 gradient of eq. 11 with a leave-one-out baseline; noisier, much so where the embeddings of a batch are
                 alike. ``"exact"``: a one-dimensional search for the best ratio of beta0 and beta1 with sigma at its
@@ -103,6 +106,7 @@ class GaussianAllocator(QueryAllocator):
         self.gradient: Gradient = gradient
         self.covariance: Covariance = covariance
         self.min_queries, self.draws, self.max_iterations, self.seed = min_queries, draws, max_iterations, seed
+        self._traces = TraceEstimator(traces or TraceSettings(source="pilots"))
         self._parameters: GaussianParameters | None = None
         self._batches = 0
         self._not_converged = 0
@@ -112,9 +116,24 @@ class GaussianAllocator(QueryAllocator):
         """Lambda as the last batch left it, or None before the first."""
         return self._parameters
 
+    @property
+    def requests(self) -> frozenset[str]:
+        """What the trace estimator reads, and the embedding where the covariance is made of it."""
+        return self._traces.requests | frozenset(() if self.covariance == "diagonal" else {"embedding"})
+
+    @property
+    def learns(self) -> bool:
+        """Whether the traces come from a regression."""
+        return self._traces.learns
+
+    def observe(self, observation: TraceObservation) -> None:
+        """Teach the regression."""
+        self._traces.observe(observation)
+
     def state_dict(self) -> dict[str, Any]:
-        """Lambda (None before the first batch), and the counters of batches and of those that did not converge."""
+        """Lambda (None before the first batch), the counters of batches and of those not converged, and the traces."""
         return {
+            "traces": self._traces.state_dict(),
             "parameters": None if self._parameters is None else list(astuple(self._parameters)),
             "batches": self._batches,
             "not_converged": self._not_converged,
@@ -123,11 +142,13 @@ class GaussianAllocator(QueryAllocator):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
         parameters = state["parameters"]
+        if "traces" in state:  # older checkpoints have none
+            self._traces.load_state_dict(state["traces"])
         self._parameters = None if parameters is None else GaussianParameters(*parameters)
         self._batches, self._not_converged = int(state["batches"]), int(state["not_converged"])
 
     def check(self, statistics: SampleStatistics) -> None:
-        """Raise if the traces are missing, or the embedding where the covariance is made of it.
+        """Raise if the embedding is missing where the covariance is made of it.
 
         Raises:
             SettingError: As said, with the remedy.
@@ -163,7 +184,7 @@ class GaussianAllocator(QueryAllocator):
         minimum = max(self.min_queries, budget.minimum)
         for total in totals:
             check_budget(total, len(statistics.loss), minimum=minimum, multiple=budget.multiple)
-        usable, trace = _usable_traces(statistics)
+        usable, trace = self._usable_traces(statistics, sites=len(totals))
         generator = torch.Generator().manual_seed(_stream_seed(self.seed, self._batches))
         self._batches += 1
         shares, optimum = usable.double(), None
@@ -214,6 +235,16 @@ class GaussianAllocator(QueryAllocator):
         correlation = problem.correlation(optimum.coordinates)
         return make_draws(problem, optimum.coordinates, correlation, normal)[0], optimum
 
+    def _usable_traces(self, statistics: SampleStatistics, *, sites: int) -> tuple[Tensor, Tensor]:
+        # Which samples' statistics are finite, (b,) bool, and the traces over their maximum, with those of the others
+        # at zero: their scale does not matter, and squares and sums of the largest must not overflow.
+        estimate = self._traces.estimate(statistics, sites=sites)
+        usable, trace = estimate.usable, estimate.combined()
+        if statistics.embedding is not None:
+            usable = usable & statistics.embedding.isfinite().all(dim=1)
+        trace = torch.where(usable, trace, 0.0)
+        return usable, trace / trace.max().clamp_min(torch.finfo(torch.float64).tiny)
+
     def _diagnostics(self, trace: Tensor, counts: Tensor, optimum: Optimum | None) -> dict[str, float]:
         equal = equal_objective(trace, int(counts.sum()))
         values = {
@@ -227,19 +258,6 @@ class GaussianAllocator(QueryAllocator):
         if self._parameters is not None:
             values |= {name: float(value) for name, value in vars(self._parameters).items()}
         return values
-
-
-def _usable_traces(statistics: SampleStatistics) -> tuple[Tensor, Tensor]:
-    # Which samples' statistics are finite, (b,) bool, and the traces over their maximum, with the
-    # others' and negative ones at zero.
-    if statistics.trace is None:
-        raise TypeError("The traces were checked to be there.")
-    usable = statistics.loss.isfinite() & statistics.trace.isfinite()
-    if statistics.embedding is not None:
-        usable &= statistics.embedding.isfinite().all(dim=1)
-    trace = torch.where(usable, statistics.trace, 0.0).clamp_min(0.0)
-    # Their scale does not matter, and squares and sums of the largest must not overflow.
-    return usable, trace / trace.max().clamp_min(torch.finfo(torch.float64).tiny)
 
 
 def _stream_seed(seed: int, batch: int) -> int:

@@ -59,3 +59,49 @@ def gain_optimal(trace: Tensor) -> Tensor:
     root = trace.double().sqrt()
     mean = root.mean()
     return torch.where(mean > 0, 1.0 + root.var(correction=0) / mean.square(), 1.0)
+
+
+def effective_counts(counts: Tensor, pilots: Tensor, weight: Tensor) -> Tensor:
+    """Queries worth as much as reused pilots and the rest together: ``1 / (w^2 / n + (1 - w)^2 / A)``.
+
+    The estimate of a sample is ``w mean(n pilots) + (1 - w) mean(A others)``, so its variance is ``Tr`` over this.
+
+    Args:
+        counts: ``(..., b)`` queries A beside the pilots.
+        pilots: ``(..., b)`` pilots n.
+        weight: ``(..., b)`` weight w of the pilots, fixed before they are seen; without effect where there are none.
+
+    Returns:
+        ``(..., b)`` float64.
+    """
+    counts, pilots = counts.double(), pilots.double()
+    weight = torch.where(pilots > 0, weight.double(), 0.0)
+    of_pilots = torch.where(pilots > 0, weight.square() / pilots.clamp_min(1.0), 0.0)
+    of_others = torch.where(weight < 1.0, (1.0 - weight).square() / counts, 0.0)
+    return 1.0 / (of_pilots + of_others)
+
+
+def estimated_gain_optimal(trace: Tensor, freedom: Tensor) -> Tensor:
+    """:func:`gain_optimal` from noisy traces, corrected for the noise.
+
+    A trace estimated from queries scatters about as ``Tr chi^2_n / n`` with ``n`` degrees of freedom: a query's squared
+    derivative along its noise is ``chi^2_1``. The expectation of its root is too small by a known factor, and the
+    square of a sum of roots too large by their variances; both are taken off.
+
+    Args:
+        trace: ``(..., b)`` unbiased estimates, NaN where there is none.
+        freedom: ``(..., b)`` degrees of freedom, the queries (or antithetic pairs) less one.
+
+    Returns:
+        ``(...)`` float64, at least 1; 1 where no trace is positive.
+    """
+    known = trace.isfinite() & (freedom > 0)
+    n = torch.where(known, freedom, 1.0).double()
+    trace = torch.where(known, trace, 0.0).double().clamp_min(0.0)
+    # E sqrt(chi^2_n / n) = sqrt(2 / n) Gamma((n + 1) / 2) / Gamma(n / 2)
+    root_bias = (torch.lgamma((n + 1) / 2) - torch.lgamma(n / 2)).exp() * (2.0 / n).sqrt()
+    root = trace.sqrt() / root_bias
+    variance = (root.square() - trace).sum(dim=-1)
+    square = root.sum(dim=-1).square() - variance
+    gain = known.sum(dim=-1) * trace.sum(dim=-1) / square.clamp_min(1e-300)
+    return torch.where(trace.sum(dim=-1) > 0, gain, 1.0).clamp_min(1.0)

@@ -1,0 +1,268 @@
+"""Allocation over samples and sites at once, under a budget of compute instead of a number of queries."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from flops_lightning.allocators.base import Allocation, QueryAllocator
+from flops_lightning.allocators.optimal import diagnostics, pilot_weight
+from flops_lightning.allocators.statistics import QueryBudget, SampleStatistics, TraceObservation
+from flops_lightning.allocators.threads import one_thread
+from flops_lightning.allocators.trace_estimator import TraceEstimator, TraceSettings
+from flops_lightning.errors import SettingError
+
+Costs = Literal["flops", "measured", "given"]
+Metric = Literal["parameters", "preconditioned"]
+
+LEAST_COST = 1e-4
+"""Least cost of a query relative to the dearest: counted FLOPs can be none where only a loss is computed."""
+MOST_QUERIES = 10
+"""Default of ``max_queries``, in multiples of a site's own budget."""
+
+
+class CostAwareAllocator(QueryAllocator):
+    """Splits a compute budget over samples and sites: ``A_sb ~ sqrt(Tr_sb / c_s)``.
+
+    A query at site s costs its suffix, ``c_s``. With independent sites the trace of the covariance of the whole
+    gradient is ``sum_sb Tr_sb / A_sb / B^2``, least under ``sum_sb c_s A_sb <= C`` for the counts above (Neyman
+    allocation with unequal costs; not in the paper, which fixes the queries of each site). ``C`` is what the module's
+    own budgets would cost, so the compute of a step stays what it was and the number of queries changes.
+
+    Traces of different sites are compared in squared units of the parameters: those of block and group sites are
+    multiplied with the module's estimate of the squared norm of their Jacobian (``SampleStatistics.scale``).
+
+    Counts are integers between ``min_queries`` and ``max_queries``, multiples of the budget's ``multiple``; what
+    rounding leaves of the compute is spent where it lowers J most for its cost.
+
+    Diagnostics: ``J_over_J_own`` (against equal counts of the module's own budget, with the estimated traces),
+    ``compute_used`` (share of C), ``queries_site<s>`` (average of a sample at each site), ``count_min``, ``count_max``.
+    """
+
+    def __init__(
+        self,
+        *,
+        traces: TraceSettings | None = None,
+        costs: Costs = "flops",
+        given_costs: Sequence[float] = (),
+        compute: float = 0.0,
+        metric: Metric = "parameters",
+        min_queries: int = 1,
+        max_queries: int = 0,
+    ) -> None:
+        """Choose what queries cost and how much there is to spend.
+
+        Args:
+            traces: See :class:`TraceSettings`. Every site needs traces: a prediction, or pilots everywhere.
+            costs: ``flops``: counted. ``measured``: timed by the module before the first step. ``given``: those in
+                ``given_costs`` (a paid API: 1 for each site).
+            given_costs: Cost of a query at each site, from bottom to top, in whatever unit. Only with ``given``.
+            compute: Compute of a step for each sample, in the unit of the costs (forward-equivalents unless given); 0:
+                what the module's own budgets cost.
+            metric: In which units the parameters' gradients are compared: as they are, or ``preconditioned`` by the
+                optimiser (each squared derivative divided by Adam's running mean square), which is what an Adam step
+                feels.
+            min_queries: Least queries of a sample at each site.
+            max_queries: Most queries of a sample at a site; 0: ten times the site's own budget. Sites that cost next to
+                nothing would take any number.
+
+        Raises:
+            SettingError: a value is unknown, out of its range, or has no effect.
+        """
+        for name, value, choices in (("costs", costs, get_args(Costs)), ("metric", metric, get_args(Metric))):
+            if value not in choices:
+                raise SettingError(name, value, "is not known.", f"Choose one of {', '.join(choices)}.")
+        given_costs = list(given_costs)
+        if bool(given_costs) != (costs == "given"):
+            raise SettingError(
+                "given_costs", given_costs, f"does not go with costs: {costs}.",
+                "Write one cost for each site together with costs: given.",
+            )  # fmt: skip
+        if any(not 0 < cost < float("inf") for cost in given_costs):
+            raise SettingError("given_costs", given_costs, "must be positive.", "Write for example 1 for each site.")
+        if not 0 <= compute < float("inf"):
+            raise SettingError("compute", compute, "is no amount.", "Write 0 for what the sites' own budgets cost.")
+        if min_queries < 1:
+            raise SettingError("min_queries", min_queries, "must be at least 1.", "Write 1 or more.")
+        if max_queries and max_queries < min_queries:
+            raise SettingError("max_queries", max_queries, f"is below min_queries = {min_queries}.", "Write 0 or more.")
+        self.costs, self.given_costs, self.compute = costs, given_costs, compute
+        self.metric, self.min_queries, self.max_queries = metric, min_queries, max_queries
+        self._traces = TraceEstimator(traces)
+
+    @property
+    def requests(self) -> frozenset[str]:
+        """Traces, costs and scales."""
+        costs = {"flops": {"query_flops"}, "measured": {"query_seconds"}, "given": set()}[self.costs]
+        return self._traces.requests | frozenset(costs) | {self._scale_name}
+
+    @property
+    def learns(self) -> bool:
+        """Whether a regression is learned."""
+        return self._traces.learns
+
+    def observe(self, observation: TraceObservation) -> None:
+        """Teach the regression."""
+        self._traces.observe(observation)
+
+    @one_thread()
+    def allocate(self, statistics: SampleStatistics, budget: QueryBudget) -> Allocation:
+        """Estimate the traces and split the compute.
+
+        Returns:
+            ``(s, b)`` counts whose cost is at most the compute budget; unlike elsewhere a site's sum is not fixed.
+
+        Raises:
+            SettingError: a statistic is missing, some but not all sites have traces, ``max_queries`` is below what the
+                estimator needs, or the compute does not pay for ``min_queries`` everywhere.
+        """
+        statistics = statistics.on_cpu()
+        sites, batch_size = len(budget.queries_per_sample), len(statistics.loss)
+        own = torch.tensor(budget.queries_per_sample, dtype=torch.float64)
+        costs = self._site_costs(statistics, sites)
+        estimate = self._traces.estimate(statistics, sites=sites)
+        if estimate.prediction is None:
+            self._check_pilots(estimate.pilots)
+        weight = pilot_weight(estimate, [q * batch_size for q in budget.queries_per_sample], floor=budget.multiple)
+        variance = estimate.trace * self._scales(statistics, sites)[:, None]
+        if weight is not None:
+            variance = variance * (1.0 - weight).square()
+        multiple = budget.multiple
+        least = -(-max(self.min_queries, budget.minimum) // multiple) * multiple
+        if 0 < self.max_queries < least:
+            raise SettingError(
+                "max_queries", self.max_queries, f"is below {least}, the least here.", "Write 0 or more."
+            )
+        most = torch.full_like(own, self.max_queries) if self.max_queries else own * MOST_QUERIES
+        most = (most.div(multiple).floor() * multiple).clamp_min(least)
+        total = (self.compute or float((costs * own).sum())) * batch_size
+        if total * (1.0 + 1e-9) < float(costs.sum()) * least * batch_size:
+            raise SettingError(
+                "compute", self.compute, f"does not pay for {least} queries of every sample at each of {sites} sites.",
+                # Four digits may round down by half a thousandth.
+                f"Lower min_queries, or write at least {1.0005 * float(costs.sum()) * least:.4g}.",
+            )  # fmt: skip
+        if not bool((variance > 0).any()):  # nothing to choose by: the module's own split, scaled to the compute
+            variance = (own.square() * costs)[:, None].expand(-1, batch_size)
+        counts = cheapest_counts(variance, costs, total, least=least, most=most, multiple=multiple)
+        equal = float((variance.sum(dim=1) / own).sum())
+        values = diagnostics(estimate, counts) | {
+            "J_over_J_own": float((variance / counts).sum()) / equal if equal > 0 else 1.0,
+            "compute_used": float((costs[:, None] * counts).sum()) / total,
+        }
+        del values["J_over_J_equal"]  # of each site by itself: says nothing where their sums are not fixed
+        values |= {f"queries_site{i}": float(line.double().mean()) for i, line in enumerate(counts)}
+        return Allocation(counts, values, weight)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the trace estimator remembers."""
+        return self._traces.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        self._traces.load_state_dict(state)
+
+    @property
+    def _scale_name(self) -> str:
+        return "scale" if self.metric == "parameters" else "preconditioned_scale"
+
+    def _site_costs(self, statistics: SampleStatistics, sites: int) -> Tensor:
+        if self.costs == "given":
+            costs: Tensor | None = torch.tensor(self.given_costs, dtype=torch.float64)
+        else:
+            costs = statistics.query_flops if self.costs == "flops" else statistics.query_seconds
+        if costs is None or len(costs) != sites:
+            raise SettingError(
+                "costs", self.costs, f"needs one cost for each of {sites} sites, "
+                + ("and `sample_statistics` returned none." if costs is None else f"and there are {len(costs)}."),
+                "Write costs: given and one number for each site in given_costs.",
+            )  # fmt: skip
+        if not bool((costs.isfinite() & (costs >= 0)).all()):
+            raise SettingError(
+                "costs", self.costs, f"gave {costs.tolist()}, which is no cost for each site.",
+                "Write costs: given and one number for each site in given_costs.",
+            )  # fmt: skip
+        return costs.clamp_min(float(costs.max()) * LEAST_COST) if float(costs.max()) > 0 else torch.ones_like(costs)
+
+    def _scales(self, statistics: SampleStatistics, sites: int) -> Tensor:
+        scale: Tensor | None = getattr(statistics, self._scale_name)
+        if scale is None and sites > 1:
+            raise SettingError(
+                "metric", self.metric, f"needs the statistic `{self._scale_name}` to compare {sites} sites.",
+                "Return it from `sample_statistics` (ones, if the traces are in squared units of the parameters).",
+            )  # fmt: skip
+        if scale is not None and len(scale) != sites:
+            raise SettingError(
+                f"sample_statistics.{self._scale_name}", tuple(scale.shape),
+                f"has no factor for each of {sites} sites.", "Return one number for each site.",
+            )  # fmt: skip
+        return torch.ones(sites, dtype=torch.float64) if scale is None else scale
+
+    def _check_pilots(self, pilots: Tensor) -> None:
+        # Traces that follow those of other sites are relative: they cannot be compared with traces that were seen.
+        known = (pilots > 0).any(dim=1)
+        if bool(known.any()) and not bool(known.all()):
+            raise SettingError(
+                "traces.source", "pilots", f"{int(known.sum())} of {len(known)} sites have pilots, and the others no "
+                "traces to compare.", "Set `strategy.pilots` for every site, or source: prediction.",
+            )  # fmt: skip
+
+
+def cheapest_counts(
+    variance: Tensor, costs: Tensor, total: float, *, least: int, most: Tensor, multiple: int
+) -> Tensor:
+    """Integer counts that make ``sum_sb V_sb / A_sb`` small at a cost of at most ``total``.
+
+    The continuous optimum ``A = clamp(k sqrt(V / c), least, most)`` is rounded down to multiples, and what is left is
+    spent one multiple at a time where it lowers the sum most for its cost. That is as good as any integer table which
+    costs less by one multiple at the dearest site.
+
+    Args:
+        variance: ``(s, b)`` nonnegative V.
+        costs: ``(s,)`` positive costs of a query.
+        total: Compute budget, at least what ``least`` queries everywhere cost.
+        least: Least count, a multiple of ``multiple``.
+        most: ``(s,)`` largest counts, multiples of ``multiple``.
+        multiple: Counts are multiples of this.
+
+    Returns:
+        ``(s, b)`` int64.
+    """
+    price = costs[:, None]
+    share = (variance / price).sqrt()
+    share = share / share.max().clamp_min(1e-300)
+
+    def at(log_scale: float) -> Tensor:
+        return (share * math.exp(log_scale)).clamp_min(least).minimum(most[:, None])
+
+    low, high = -60.0, 60.0  # exp(60) queries are more than any budget
+    for _ in range(50):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if float((price * at(middle)).sum()) <= total else (low, middle)
+    counts = (at(low) / multiple).floor().mul(multiple).clamp_min(least)
+    left = total * (1.0 + 1e-12) - float((price * counts).sum())
+    flat, value = counts.flatten().tolist(), variance.flatten().tolist()
+    step = (costs * multiple).repeat_interleave(variance.shape[1]).tolist()
+    bound = most.repeat_interleave(variance.shape[1]).tolist()
+
+    def saving(i: int) -> float:
+        return value[i] * (1.0 / flat[i] - 1.0 / (flat[i] + multiple)) / step[i]
+
+    heap = [(-saving(i), i) for i in range(len(flat)) if flat[i] + multiple <= bound[i]]
+    heapq.heapify(heap)
+    while heap:
+        gain, i = heapq.heappop(heap)
+        if gain == 0:
+            break  # only samples without variance are left
+        if step[i] > left:
+            continue  # nor will it be affordable later
+        flat[i] += multiple
+        left -= step[i]
+        if flat[i] + multiple <= bound[i]:
+            heapq.heappush(heap, (-saving(i), i))
+    return torch.tensor(flat, dtype=torch.float64).view_as(counts).long()

@@ -1,0 +1,297 @@
+"""What the traces of a batch are likely to be: from pilots, from a prediction that costs no query, or from both.
+
+A trace estimated from a few pilots is noisy. A prediction from the clean pass is not, but is off by what the clean pass
+does not show. With both, each pilot estimate is shrunk towards the prediction, ``(nu pred + n Tr) / (nu + n)``: the
+posterior mean of a variance, ``n`` the degrees of freedom of the estimate (pilots, or pairs of them, less one) and
+``nu`` what the prediction is worth in the same unit.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from flops_lightning.allocators.gamma_regression import GammaRegression, fit_gamma
+from flops_lightning.allocators.statistics import SampleStatistics, TraceObservation
+from flops_lightning.errors import SettingError
+
+Source = Literal["prediction", "pilots", "both"]
+
+STEEP = ("top_gradient", "head_gradient", "output_gradient")
+"""Predictors to which traces are proportional before anything is learned; the first of them that there is."""
+START_PRIOR = 4.0
+"""``nu`` before the residuals of the prediction were seen."""
+
+
+@dataclass
+class TraceSettings:
+    """Setting: where an allocator takes the traces from.
+
+    Attributes:
+        source: ``prediction``: a regression on numbers of the clean pass, learned from every step's own queries; no
+            pilots needed. ``pilots``: their estimates as they are; sites without pilots follow those with. ``both``:
+            pilots shrunk towards the prediction.
+        predictors: Which numbers of the clean pass enter the regression beside ``tanh(loss)``, ``activation`` standing
+            for all whose names begin with ``activation.``; empty: all that the module returns. ``["loss"]``: none
+            beside it.
+        window: Batches whose queries are remembered for the regression. Enough to fit it, and few enough to follow the
+            network as it learns. 0: nothing is learned, and traces are taken as proportional to the first of
+            ``top_gradient``, ``head_gradient`` and ``output_gradient`` that there is.
+        ridge: Strength of the regression's prior, relative to its observations.
+        prior_strength: ``nu``, what the prediction is worth beside pilots, in degrees of freedom; 0: learned from how
+            well it predicted.
+    """
+
+    source: Source = "prediction"
+    predictors: list[str] = field(default_factory=list)
+    window: int = 10
+    ridge: float = 0.001
+    prior_strength: float = 0.0
+
+    def check(self) -> None:
+        """Refuse values out of range, and those without effect.
+
+        Raises:
+            SettingError: as said.
+        """
+        if self.source not in get_args(Source):
+            raise SettingError(
+                "traces.source", self.source, "is not known.", f"Choose one of {', '.join(get_args(Source))}."
+            )
+        if self.window < 0:
+            raise SettingError("traces.window", self.window, "is negative.", "Write for example 10, or 0 for none.")
+        if not 0 < self.ridge < float("inf"):
+            raise SettingError("traces.ridge", self.ridge, "must be positive.", "Write for example 0.001.")
+        if not 0 <= self.prior_strength < float("inf"):
+            raise SettingError("traces.prior_strength", self.prior_strength, "is no number of queries.", "Write 0.")
+        idle = TraceSettings(self.source)
+        for name in ("predictors", "window", "ridge"):
+            if self.source == "pilots" and getattr(self, name) != getattr(idle, name):
+                raise SettingError(
+                    f"traces.{name}", getattr(self, name), "has no effect with source: pilots.", f"Remove `{name}`."
+                )
+        if self.source != "both" and self.prior_strength:
+            raise SettingError(
+                "traces.prior_strength", self.prior_strength, f"has no effect with source: {self.source}.", "Remove it."
+            )
+
+
+@dataclass(frozen=True)
+class TraceEstimate:
+    """Traces of a batch as far as they are known before its queries are spent.
+
+    Attributes:
+        trace: ``(s, b)`` finite nonnegative estimates; 0 where ``usable`` is not.
+        prediction: ``(s, b)`` those made without the pilots, or None.
+        usable: ``(b,)`` whether a sample's statistics are finite.
+        pilots: ``(s, b)`` pilots taken.
+        prior_strength: ``(s,)`` nu of each site.
+        pilots_reused: Whether the pilots enter the gradient.
+    """
+
+    trace: Tensor
+    prediction: Tensor | None
+    usable: Tensor
+    pilots: Tensor
+    prior_strength: Tensor
+    pilots_reused: bool = True
+
+    def combined(self) -> Tensor:
+        """``(b,)`` one trace a sample: the mean over the sites, each in units of its own mean over the batch."""
+        return mean_over_sites(self.trace)
+
+
+class TraceEstimator:
+    """Estimates the traces of each batch, and learns from what its queries showed."""
+
+    def __init__(self, settings: TraceSettings | Mapping[str, Any] | None = None) -> None:
+        """Check the settings.
+
+        Raises:
+            SettingError: a value out of range, unknown or without effect.
+        """
+        self.settings = TraceSettings(**settings) if isinstance(settings, Mapping) else settings or TraceSettings()
+        self.settings.check()
+        # Of each batch: features (s, n, f), traces (s, n), degrees of freedom (s, n).
+        self._seen: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=self.settings.window)
+        # Of the batch last estimated; NaN where the clean pass is not finite.
+        self._features: Tensor | None = None
+        self._names: tuple[str, ...] = ()
+
+    @property
+    def learns(self) -> bool:
+        """Whether a regression is learned."""
+        return self._predicts and self.settings.window > 0
+
+    @property
+    def _predicts(self) -> bool:
+        return self.settings.source != "pilots"
+
+    @property
+    def requests(self) -> frozenset[str]:
+        """Statistics that are read."""
+        named = {f"predictors.{name}" for name in self.settings.predictors if name != "loss"}
+        predictors = named if self.settings.predictors else {"predictors"}
+        return frozenset({"trace", "trace_queries"} if self.settings.source != "prediction" else ()) | frozenset(
+            predictors if self._predicts else ()
+        )
+
+    def estimate(self, statistics: SampleStatistics, *, sites: int) -> TraceEstimate:
+        """Traces of a batch.
+
+        Args:
+            statistics: Of the batch, in float64 on the CPU.
+            sites: Number of sites ``s``.
+
+        Raises:
+            SettingError: the traces or a named predictor are missing.
+        """
+        loss = statistics.loss
+        usable = loss.isfinite()
+        pilot, queries = self._pilots(statistics, sites)
+        prediction, strength = None, torch.full((sites,), self.settings.prior_strength or START_PRIOR).double()
+        if self._predicts:
+            features = self._standing(statistics, sites)
+            usable &= features.isfinite().all(dim=2).all(dim=0)
+            self._features = torch.where(usable[:, None], features, torch.nan)
+            prediction, learned = self._predict(torch.where(usable[:, None], features, 0.0))
+            strength = strength if self.settings.prior_strength or learned is None else learned
+        if prediction is None:  # sites without pilots follow those with
+            trace = torch.where(pilot.isfinite(), pilot, mean_over_sites(pilot) * _level(pilot))
+            usable &= trace.isfinite().all(dim=0)
+        else:
+            unit = statistics.budget.multiple if statistics.budget else 1
+            nu, n = strength[:, None], torch.where(pilot.isfinite(), queries / unit - 1.0, 0.0).clamp_min(0.0)
+            trace = (nu * prediction + n * torch.where(n > 0, pilot, 0.0)) / (nu + n)
+        trace = torch.where(usable, trace.nan_to_num(0.0).clamp_min(0.0), 0.0)
+        prediction = None if prediction is None else torch.where(usable, prediction, 0.0)
+        return TraceEstimate(trace, prediction, usable, queries, strength, statistics.pilots_reused)
+
+    def observe(self, observation: TraceObservation) -> None:
+        """Remember what the queries of the batch last estimated showed."""
+        if not self.learns or self._features is None:
+            return
+        observation = observation.on_cpu()
+        if observation.trace.shape != self._features.shape[:2]:
+            return
+        features, trace = self._features.float(), observation.trace.float()
+        known = trace.isfinite() & features.isfinite().all(dim=2)
+        freedom = torch.where(known, observation.queries / observation.unit - 1.0, 0.0).clamp_min(0.0).float()
+        if bool((freedom > 0).any()):
+            self._seen.append((torch.where(known[..., None], features, 0.0), torch.where(known, trace, 0.0), freedom))
+
+    def _predict(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
+        prior = torch.zeros(features.shape[2], dtype=torch.float64)
+        steep = [self._names.index(name) for name in STEEP if name in self._names]
+        prior[steep[:1]] = 1.0
+        if not self._seen:
+            nothing = torch.zeros(features.shape[:2], dtype=torch.float64)
+            start = fit_gamma(features, nothing, nothing + 1.0, prior=prior, ridge=self.settings.ridge)
+            return start.predict(features), None
+        seen, traces, freedom = (torch.cat(parts, dim=1).double() for parts in zip(*self._seen, strict=True))
+        fit = fit_gamma(seen, traces, freedom, prior=prior, ridge=self.settings.ridge)
+        return fit.predict(features), _prior_strength(fit, seen, traces, freedom)
+
+    def _standing(self, statistics: SampleStatistics, sites: int) -> Tensor:
+        """``(s, b, f)`` features: tanh(loss) and the logarithms of the predictors."""
+        offered = dict(statistics.predictors or {})
+        wanted = [name for name in self.settings.predictors if name != "loss"]
+        chosen = dict.fromkeys(each for name in wanted for each in offered if f"{each}.".startswith(f"{name}."))
+        for name in wanted:
+            if not any(each == name or each.startswith(f"{name}.") for each in offered):
+                raise SettingError(
+                    "traces.predictors", name, "is not among the predictors that `sample_statistics` returned: "
+                    f"{sorted(offered)}.", "Choose from these, or write [loss].",
+                )  # fmt: skip
+        names = ("tanh(loss)", *(chosen if self.settings.predictors else sorted(offered)))
+        if names != self._names or any(len(features) != sites for features, _, _ in self._seen):
+            self._seen.clear()
+        self._names = names
+        for name in names[1:]:
+            _check_lines(f"predictors.{name}", offered[name], sites)
+        columns = [statistics.loss.tanh(), *(_log(offered[name]) for name in names[1:])]
+        return torch.stack([column.expand(sites, len(statistics.loss)) for column in columns], dim=2)
+
+    def _pilots(self, statistics: SampleStatistics, sites: int) -> tuple[Tensor, Tensor]:
+        """``(s, b)`` pilot traces (NaN where there are none) and the pilots behind each."""
+        unknown = torch.full((sites, len(statistics.loss)), torch.nan, dtype=torch.float64)
+        if self.settings.source == "prediction":
+            return unknown, torch.zeros_like(unknown)
+        if statistics.trace is None:
+            raise SettingError(
+                "traces.source", self.settings.source, "needs the statistic `trace`, and `sample_statistics` returned "
+                "none.", "Set `strategy.pilots`, or source: prediction.",
+            )  # fmt: skip
+        _check_lines("trace", statistics.trace, sites)
+        trace = statistics.trace.expand(sites, -1)
+        queries = statistics.trace_queries
+        if queries is None:
+            if self.settings.source == "both":
+                raise SettingError(
+                    "sample_statistics.trace_queries", None, "is needed to weigh pilots against the prediction.",
+                    "Return how many pilots are behind each trace.",
+                )  # fmt: skip
+            return trace, torch.where(trace.isfinite(), 1.0, 0.0)
+        _check_lines("trace_queries", queries, sites)
+        return trace, queries.expand(sites, -1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The batches remembered, and the predictors they were made of."""
+        return {"seen": [list(batch) for batch in self._seen], "names": list(self._names)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        self._seen.clear()
+        for features, traces, freedom in state["seen"]:
+            self._seen.append((features, traces, freedom))
+        self._names, self._features = tuple(state["names"]), None
+
+
+def mean_over_sites(trace: Tensor) -> Tensor:
+    """``(b,)`` mean over the sites of ``(s, b)`` traces, each in units of its own mean; NaN where none is known."""
+    known = trace.isfinite()
+    values = torch.where(known, trace, 0.0).clamp_min(0.0)
+    level = _level(trace)
+    relative = torch.where(level > 0, values / level, 0.0)
+    number = (known & (level > 0)).sum(dim=0)
+    flat = torch.where(known.any(dim=0), 0.0, torch.nan)  # all traces zero is known, and nil
+    return torch.where(number > 0, relative.sum(dim=0) / number.clamp_min(1), flat)
+
+
+def _level(trace: Tensor) -> Tensor:
+    """``(s, 1)`` mean over those of a site's traces that are known; 1 for a site without any."""
+    known = trace.isfinite()
+    number = known.sum(dim=1, keepdim=True)
+    mean = torch.where(known, trace, 0.0).clamp_min(0.0).sum(dim=1, keepdim=True) / number.clamp_min(1)
+    return torch.where(number > 0, mean, 1.0)
+
+
+def _check_lines(name: str, value: Tensor, sites: int) -> None:
+    if value.ndim == 2 and len(value) != sites:
+        raise SettingError(
+            f"sample_statistics.{name}", tuple(value.shape), f"has no line for each of {sites} sites.",
+            "Return (s, b), or (b,) for all sites alike.",
+        )  # fmt: skip
+
+
+def _log(value: Tensor) -> Tensor:
+    # A gradient that underflowed to zero counts as the smallest of its batch.
+    least = torch.where(value > 0, value, torch.inf).amin(dim=-1, keepdim=True)
+    return torch.where(value == 0, torch.where(least.isinf(), 1.0, least), value).log()
+
+
+def _prior_strength(fit: GammaRegression, seen: Tensor, traces: Tensor, freedom: Tensor) -> Tensor:
+    # A query's squared derivative along its noise is chi^2 with one degree of freedom times the trace, so an estimate
+    # with n of them scatters by 2 / n relative to the truth; what the residuals scatter beyond that is the
+    # prediction's own error tau^2, and the two weigh as 2 / tau^2 queries to n.
+    ratio = (traces / fit.predict(seen)).clamp(max=10.0)
+    total = freedom.sum(dim=1).clamp_min(1e-300)
+    scatter = (freedom * (ratio - 1.0).square()).sum(dim=1) / total
+    noise = (freedom * 2.0 / freedom.clamp_min(1.0)).sum(dim=1) / total
+    tau = ((scatter - noise) / (1.0 + noise)).clamp(0.01, 2.0)
+    return torch.where((freedom > 0).any(dim=1), 2.0 / tau, START_PRIOR)  # a site that was not seen has shown no error

@@ -1,0 +1,544 @@
+from __future__ import annotations
+
+import io
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from flops_lightning.allocators import (
+    BernoulliAllocator,
+    QueryBudget,
+    SampleStatistics,
+    TraceObservation,
+    TraceSettings,
+    objective,
+)
+from flops_lightning.allocators.bernoulli_optimisation import (
+    LEAST_P,
+    PruningProblem,
+    below_mean,
+    draw_objective,
+    optimise_p,
+    pruned_allocation,
+    score_gradient,
+)
+from flops_lightning.allocators.trace_estimator import TraceEstimator
+from flops_lightning.errors import SettingError
+
+BUDGET = QueryBudget((20,))
+
+
+def batch(seed: int = 0, *, size: int = 64, slope: float = 1.0) -> SampleStatistics:
+    """A batch whose sqrt(Tr) rises (or falls) with the loss, with some scatter."""
+    generator = torch.Generator().manual_seed(seed)
+    loss = (torch.randn(size, generator=generator) - 0.7).exp()
+    root = 0.05 + (loss.tanh() if slope > 0 else 1.0 - loss.tanh()).square()
+    scatter = (0.3 * torch.randn(size, generator=generator)).exp()
+    return SampleStatistics(loss=loss, trace=root.square() * scatter)
+
+
+def small_problem(*, harder_below: bool, floor: float = 1.0) -> PruningProblem:
+    """Ten samples, six of them below the mean loss, whose traces are the smaller or the larger ones."""
+    generator = torch.Generator().manual_seed(4)
+    trace = (0.5 * torch.randn(10, dtype=torch.float64, generator=generator)).exp()
+    below = torch.tensor([True, False, True, True, False, True, False, True, True, False])
+    return PruningProblem(below, torch.where(below == harder_below, 20.0, 1.0) * trace, total=80.0, floor=floor)
+
+
+def plain_allocation(pruned: list[bool], total: float, floor: float) -> list[float]:
+    """Every query that a pruned sample gives up is handed out, one sample after the other."""
+    average = total / len(pruned)
+    counts, freed = [average] * len(pruned), 0.0
+    for i, is_pruned in enumerate(pruned):
+        if is_pruned:
+            counts[i] = max(average / 2, floor)
+            freed += average - counts[i]
+    return [c if out else c + freed / pruned.count(False) for c, out in zip(counts, pruned, strict=True)]
+
+
+def enumerated(below: Tensor, p: Tensor) -> list[tuple[Tensor, list[bool]]]:
+    """Every mask there can be, each with its probability."""
+    masks = []
+    for mask in itertools.product(*([False, True] if is_below else [False] for is_below in below.tolist())):
+        number = sum(mask)
+        masks.append((p**number * (1 - p) ** (int(below.sum()) - number), list(mask)))
+    return masks
+
+
+def exact_objective(problem: PruningProblem, p: Tensor) -> Tensor:
+    """J by enumeration, differentiable in p."""
+    value = torch.zeros((), dtype=torch.float64)
+    for probability, mask in enumerated(problem.below, p):
+        counts = torch.tensor(plain_allocation(mask, problem.total, problem.floor), dtype=torch.float64)
+        value = value + probability * (problem.trace / counts).sum()
+    return value
+
+
+def exact_at(problem: PruningProblem, p: float) -> float:
+    return float(exact_objective(problem, torch.tensor(p, dtype=torch.float64)))
+
+
+def test_counts_follow_equation_6_with_the_freed_queries_in_equal_parts() -> None:
+    # 1680 queries leave nothing to be rounded, however many of the five samples below the mean are pruned.
+    loss, p, repeats = torch.tensor([0.1, 3.0, 0.2, 0.3, 2.0, 0.1, 0.4, 2.5]), 0.3, 600
+    below = loss < loss.mean()
+    assert int(below.sum()) == 5
+    allocator = BernoulliAllocator(p=p, optimise=False)
+    drawn = []
+    for _ in range(repeats):
+        allocation = allocator.allocate(SampleStatistics(loss=loss), QueryBudget((1680,)))
+        counts = allocation.counts[0]
+        pruned = counts == 840
+        number = int(pruned.sum())
+        assert not bool((pruned & ~below).any())
+        assert counts[~pruned].unique().tolist() == [1680 + number * 840 // (8 - number)]
+        assert allocation.diagnostics["pruned"] == number / 8
+        assert (allocation.diagnostics["count_min"], allocation.diagnostics["p"]) == (float(counts.min()), p)
+        assert allocation.diagnostics["count_max"] == float(counts.max())
+        drawn.append(counts.double())
+    expected = sum(
+        probability * torch.tensor(plain_allocation(mask, 8 * 1680.0, 1.0), dtype=torch.float64)
+        for probability, mask in enumerated(below, torch.tensor(p, dtype=torch.float64))
+    )
+    stacked = torch.stack(drawn)
+    standard_error = stacked.std(dim=0) / math.sqrt(repeats)
+    assert bool(((stacked.mean(dim=0) - expected).abs() < 4 * standard_error).all())
+    pruned = (stacked == 840).double()
+    assert bool(((pruned.mean(dim=0) - p * below).abs() <= 4 * math.sqrt(p * (1 - p) / repeats)).all())
+    # Independent draws: the number of pruned samples has the variance of a binomial (its relative standard error is
+    # below sqrt(2 / repeats), the excess kurtosis being negative).
+    variance = float(pruned.sum(dim=1).var())
+    assert variance == pytest.approx(5 * p * (1 - p), rel=4 * math.sqrt(2 / repeats))
+
+
+@pytest.mark.parametrize("floor", [1.0, 4.0, 7.0, 8.0])
+def test_allocation_equals_handing_out_one_by_one(floor: float) -> None:
+    masks = [mask for _, mask in enumerated(torch.tensor([True] * 6 + [False] * 4), torch.tensor(0.5))]
+    expected = torch.tensor([plain_allocation(mask, 80.0, floor) for mask in masks], dtype=torch.float64)
+    torch.testing.assert_close(pruned_allocation(torch.tensor(masks), 80.0, floor=floor), expected)
+
+
+def test_freed_queries_differ_from_the_papers_normalisation_as_documented() -> None:
+    pruned = torch.tensor([True, True, False, False, False])
+    equal_parts = pruned_allocation(pruned, 5 * 12.0, floor=1.0)
+    assert equal_parts.tolist() == [6.0, 6.0, 16.0, 16.0, 16.0]
+    relative = torch.where(pruned, 6.0, 12.0)
+    normalised = relative * 5 * 12.0 / relative.sum()
+    torch.testing.assert_close(normalised, relative * 2 * 5 / (2 * 5 - 2))
+    assert float(equal_parts[2] / equal_parts[0]) == pytest.approx(2 + 2 / (5 - 2))
+
+
+@pytest.mark.parametrize("floor", [1.0, 6.0])
+@pytest.mark.parametrize("p", [0.2, 0.9])
+def test_score_gradient_is_unbiased(p: float, floor: float) -> None:
+    problem, repeats, draws = small_problem(harder_below=False, floor=floor), 4000, 3
+    logit = torch.tensor(p, dtype=torch.float64).logit().requires_grad_()
+    value = exact_objective(problem, logit.sigmoid())
+    (slope,) = torch.autograd.grad(value, logit)
+    value = value.detach()
+    generator = torch.Generator().manual_seed(1)
+    uniform = torch.rand(repeats, draws, 10, dtype=torch.float64, generator=generator)
+    estimates = torch.tensor([score_gradient(problem, p, each) for each in uniform], dtype=torch.float64)
+    standard_error = float(estimates.std()) / math.sqrt(repeats)
+    assert abs(float(estimates.mean() - slope)) < 4 * standard_error
+    # The comparison says something: a baseline that includes the draw itself would be a third too small.
+    assert abs(float(slope)) / 3 > 8 * standard_error
+    values = draw_objective(problem, p, uniform.flatten(0, 1))[0]
+    standard_error = float(values.std()) / math.sqrt(len(values))
+    assert abs(float(values.mean() - value)) < 4 * standard_error
+
+
+@pytest.mark.parametrize("floor", [1.0, 6.0])
+def test_objective_is_monotone_in_p_with_the_documented_threshold(floor: float) -> None:
+    grid = torch.linspace(0.0, 1.0, 11, dtype=torch.float64)
+    share = max(4.0, floor) / 8.0
+    for ratio, sign in ((0.9, -1.0), (1.1, 1.0)):
+        # The traces below the mean are scaled so that their mean is `ratio` times the threshold.
+        problem = small_problem(harder_below=False, floor=floor)
+        others = problem.trace[~problem.below].sum()
+        mean = ratio * share * others / (10 - ratio * share * 6)
+        scaled = torch.where(problem.below, problem.trace * mean / problem.trace[problem.below].mean(), problem.trace)
+        assert float(scaled[problem.below].mean() / scaled.mean()) == pytest.approx(ratio * share)
+        tilted = PruningProblem(problem.below, scaled, problem.total, floor)
+        values = torch.stack([exact_objective(tilted, p) for p in grid])
+        assert bool((sign * values.diff() > 0).all())
+
+
+@pytest.mark.parametrize("harder_below", [False, True])
+@pytest.mark.parametrize("starts", [(0.5,), (0.99, 0.5), (0.01, 0.5)])
+def test_the_optimum_is_the_best_of_a_grid_of_the_enumerated_objective(
+    harder_below: bool, starts: tuple[float, ...]
+) -> None:
+    problem = small_problem(harder_below=harder_below)
+    grid = torch.linspace(LEAST_P, 1.0 - LEAST_P, 50).tolist()
+    values = [exact_at(problem, p) for p in grid]
+    best, worst = min(values), max(values)
+    assert worst > 1.2 * best  # there is something to find
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        optimum = optimise_p(problem, starts, draws=32, max_iterations=100, generator=generator)
+        assert optimum.converged
+        assert optimum.p == pytest.approx(grid[values.index(best)], abs=0.05)
+        # Within what the stopping rule counts as no change, in each half of the way.
+        assert exact_at(problem, optimum.p) < 1.02 * best
+
+
+@pytest.mark.parametrize("max_iterations", [1, 100])
+def test_objective_never_ends_above_its_start(max_iterations: int) -> None:
+    for seed, harder_below, starts in itertools.product(range(4), (False, True), ((0.5,), (0.97, 0.3))):
+        problem = small_problem(harder_below=harder_below)
+        generator = torch.Generator().manual_seed(seed)
+        optimum = optimise_p(problem, starts, draws=16, max_iterations=max_iterations, generator=generator)
+        common = torch.rand(16, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        before = min(float(draw_objective(problem, p, common)[0].mean()) for p in starts)
+        assert float(draw_objective(problem, optimum.p, common)[0].mean()) <= before
+        assert optimum.iterations <= max_iterations
+        assert optimum.converged == (max_iterations > 1)
+
+
+@pytest.mark.parametrize("max_iterations", [3, 30])
+def test_a_gradient_that_is_all_noise_does_no_harm(max_iterations: int) -> None:
+    # All traces below the mean are half the mean trace, but for scatter that two draws do not average out.
+    generator = torch.Generator().manual_seed(2)
+    problem = small_problem(harder_below=False)
+    scatter = torch.randn(10, dtype=torch.float64, generator=generator).exp()
+    trace = torch.where(problem.below, 4.0 / 14.0 * scatter / scatter[problem.below].mean(), 1.0)
+    flat = PruningProblem(problem.below, trace, problem.total, problem.floor)
+    assert exact_at(flat, 0.01) == pytest.approx(exact_at(flat, 0.99), rel=0.01)
+    for seed in range(20):
+        optimum = optimise_p(
+            flat, [0.5], draws=2, max_iterations=max_iterations, generator=torch.Generator().manual_seed(seed)
+        )
+        common = torch.rand(2, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        after, before = (float(draw_objective(flat, p, common)[0].mean()) for p in (optimum.p, 0.5))
+        assert after <= before
+
+
+@pytest.mark.parametrize(("slope", "low", "high"), [(1.0, 0.9, 0.99), (-1.0, 0.01, 0.1)])
+def test_optimised_allocator_ends_on_the_right_side_and_follows_a_change(slope: float, low: float, high: float) -> None:
+    allocator = BernoulliAllocator()
+    for seed in range(3):  # batches for which the other end is right
+        allocator.allocate(batch(seed, slope=-slope), BUDGET)
+    for seed in range(3, 6):
+        statistics = batch(seed, slope=slope)
+        allocation = allocator.allocate(statistics, BUDGET)
+    diagnostics = allocation.diagnostics
+    assert low <= diagnostics["p"] <= high + 1e-12
+    assert statistics.trace is not None
+    ratio = objective(statistics.trace, allocation.counts[0]) * 20 / statistics.trace.double().sum()
+    assert diagnostics["J_over_J_equal"] == pytest.approx(float(ratio), rel=1e-6)
+    assert diagnostics["J_over_J_equal"] < (0.85 if slope > 0 else 1.03)
+    assert diagnostics["converged"] == 1.0
+    assert diagnostics["not_converged_total"] == 0.0
+
+
+def test_p_is_warm_started() -> None:
+    # From 0.5 it takes more than the five iterations that the stopping rule needs; from where it ended, just these.
+    allocator = BernoulliAllocator()
+    first = allocator.allocate(batch(0), BUDGET).diagnostics
+    second = allocator.allocate(batch(0), BUDGET).diagnostics
+    assert first["iterations"] > second["iterations"] == 5.0
+
+
+def test_batches_that_do_not_converge_are_counted() -> None:
+    allocator = BernoulliAllocator(max_iterations=1)
+    found = [allocator.allocate(batch(seed), BUDGET).diagnostics for seed in range(3)]
+    assert [each["not_converged_total"] for each in found] == [1.0, 2.0, 3.0]
+    assert [each["converged"] for each in found] == [0.0, 0.0, 0.0]
+    assert [each["iterations"] for each in found] == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("arguments", [{}, {"optimise": False, "p": 0.4}], ids=["optimised", "given"])
+def test_resumed_allocator_continues_as_if_uninterrupted(arguments: dict[str, Any]) -> None:
+    whole, first = BernoulliAllocator(seed=7, **arguments), BernoulliAllocator(seed=7, **arguments)
+    for seed in range(3):
+        whole.allocate(batch(seed), BUDGET)
+        first.allocate(batch(seed), BUDGET)
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    resumed = BernoulliAllocator(seed=7, **arguments)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    for seed in range(3, 6):
+        one, other = whole.allocate(batch(seed), BUDGET), resumed.allocate(batch(seed), BUDGET)
+        assert torch.equal(one.counts, other.counts)
+        assert one.diagnostics == other.diagnostics
+    assert whole.state_dict() == resumed.state_dict()
+
+
+def test_a_given_p_outlives_a_checkpoint_and_an_optimised_one_starts_within_its_bounds() -> None:
+    given_one, optimised = BernoulliAllocator(p=1.0, optimise=False), BernoulliAllocator(p=0.3)
+    optimised.load_state_dict(given_one.state_dict())
+    assert optimised.state_dict()["p"] == 1.0 - LEAST_P
+    given_one.load_state_dict(BernoulliAllocator(p=0.3).state_dict())
+    assert given_one.allocate(batch(), BUDGET).diagnostics["p"] == 1.0
+
+
+def test_draws_differ_between_batches_and_seeds() -> None:
+    def counts(seed: int, batches: int) -> Tensor:
+        allocator = BernoulliAllocator(optimise=False, seed=seed)
+        for _ in range(batches):
+            allocator.allocate(batch(1, size=3), BUDGET)  # the size of other batches does not matter
+        return allocator.allocate(batch(), BUDGET).counts
+
+    assert torch.equal(counts(0, 1), counts(0, 1))
+    assert not torch.equal(counts(0, 0), counts(0, 1))
+    assert not torch.equal(counts(0, 0), counts(1, 0))
+
+
+def test_p_of_0_and_1() -> None:
+    statistics = batch(size=8)
+    assert BernoulliAllocator(p=0.0, optimise=False).allocate(statistics, BUDGET).counts.tolist() == [[20] * 8]
+    counts = BernoulliAllocator(p=1.0, optimise=False).allocate(statistics, BUDGET).counts[0]
+    assert torch.equal(counts == 10, statistics.loss < statistics.loss.mean())
+
+
+def test_every_site_prunes_the_same_samples() -> None:
+    budget = QueryBudget((20, 200, 8), multiple=2)
+    statistics = batch()
+    assert statistics.trace is not None
+    traces = torch.stack([statistics.trace, 1e6 * statistics.trace, torch.full((64,), torch.nan)])
+    for allocator, given_statistics in (
+        (BernoulliAllocator(optimise=False), statistics),
+        (BernoulliAllocator(), SampleStatistics(loss=statistics.loss, trace=traces)),
+    ):
+        counts = allocator.allocate(given_statistics, budget).counts
+        assert counts.sum(dim=1).tolist() == [64 * 20, 64 * 200, 64 * 8]
+        assert bool((counts % 2 == 0).all())
+        pruned = counts < torch.tensor(budget.queries_per_sample)[:, None]
+        assert 5 < int(pruned[0].sum()) < 60
+        assert torch.equal(pruned[1], pruned[0])
+        assert torch.equal(pruned[2], pruned[0])
+
+
+def test_sites_enter_the_optimisation_alike() -> None:
+    statistics = batch(2)
+    assert statistics.trace is not None
+    both = SampleStatistics(loss=statistics.loss, trace=torch.stack([statistics.trace, 1e9 * statistics.trace]))
+    one = BernoulliAllocator().allocate(statistics, BUDGET)
+    other = BernoulliAllocator().allocate(both, QueryBudget((20, 20)))
+    assert torch.equal(other.counts, one.counts.repeat(2, 1))
+    assert other.diagnostics == pytest.approx(one.diagnostics)
+
+
+def test_the_optimisation_looks_at_the_first_site() -> None:
+    # Of 20 queries pruned samples keep one half, of 4 they keep the minimum, which is 3/4: samples with 0.63 of the
+    # mean trace are worth pruning only there.
+    loss = torch.tensor([0.0, 1.0]).repeat(32)
+    statistics = SampleStatistics(loss=loss, trace=torch.tensor([0.63, 1.37]).repeat(32))
+    found = {}
+    for queries in ((20,), (4,), (20, 4), (4, 20)):
+        allocator = BernoulliAllocator(min_queries=3)
+        found[queries] = allocator.allocate(statistics, QueryBudget(queries)).diagnostics["p"]
+    assert found[20,] == found[20, 4] < 0.1
+    assert found[4,] == found[4, 20] > 0.5
+
+
+@pytest.mark.parametrize("optimise", [False, True])
+@pytest.mark.parametrize("value", [0.1, 0.7, -3.3, 0.0, 1e308, -1e308, 1.7976931348623157e308])
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 10, 49])
+def test_equal_losses_are_allocated_equally(optimise: bool, value: float, size: int) -> None:
+    loss = torch.full((size,), value, dtype=torch.float64)
+    allocator = BernoulliAllocator(p=0.9, optimise=optimise)
+    statistics = SampleStatistics(loss=loss, trace=torch.rand(size))
+    allocation = allocator.allocate(statistics, BUDGET)
+    assert allocation.counts.tolist() == [[20] * size]
+    assert allocation.diagnostics["pruned"] == 0.0
+    assert allocation.diagnostics["p"] == 0.9
+
+
+def test_a_mean_that_overflows_still_separates() -> None:
+    loss = torch.tensor([1e308, 1.7e308, 1.7e308, 1.0], dtype=torch.float64)
+    assert below_mean(loss).tolist() == [True, False, False, True]
+    assert below_mean(-loss).tolist() == [False, True, True, False]
+
+
+def test_flat_batch_is_allocated_equally_and_leaves_p_alone() -> None:
+    allocator = BernoulliAllocator()
+    allocator.allocate(batch(), BUDGET)
+    before = allocator.state_dict()["p"]
+    assert before != 0.5
+    for trace in (torch.zeros(8), torch.full((8,), -1.0)):
+        allocation = allocator.allocate(SampleStatistics(loss=torch.rand(8), trace=trace), BUDGET)
+        assert allocation.counts.tolist() == [[20] * 8]
+        assert allocation.diagnostics["J_over_J_equal"] == 1.0
+        assert allocation.diagnostics["p"] == before
+
+
+@pytest.mark.parametrize(("optimise", "field"), [(False, "loss"), (True, "loss"), (True, "trace")])
+@pytest.mark.parametrize("minimum", [8, 15])
+def test_broken_samples_get_the_minimum_and_spoil_no_other(optimise: bool, field: str, minimum: int) -> None:
+    # Half of 64 samples with 20 queries each are broken and get the minimum, which leaves more for each of the others:
+    # these are allocated as if they were a batch of their own, with a mean loss of their own.
+    with_broken = BernoulliAllocator(optimise=optimise, min_queries=minimum)
+    alone = BernoulliAllocator(optimise=optimise, min_queries=minimum)
+    for seed in range(3):
+        statistics = batch(seed)
+        assert statistics.trace is not None
+        sound = SampleStatistics(loss=statistics.loss[::2].clone(), trace=statistics.trace[::2].clone())
+        getattr(statistics, field)[1::4] = math.nan
+        getattr(statistics, field)[3::4] = math.inf
+        allocation = with_broken.allocate(statistics, BUDGET)
+        expected = alone.allocate(sound, QueryBudget((40 - minimum,)))
+        assert allocation.counts[0, 1::2].tolist() == [minimum] * 32
+        assert torch.equal(allocation.counts[0, ::2], expected.counts[0])
+        assert allocation.diagnostics["p"] == expected.diagnostics["p"]
+        assert all(math.isfinite(value) for value in allocation.diagnostics.values())
+
+
+def test_what_broken_samples_leave_is_what_the_optimisation_splits() -> None:
+    # 25 queries a sample are left, of which pruned ones keep the minimum, 0.6: worth it at 0.55 of the mean trace. Of
+    # 40, had nothing been taken off, they would keep one half: not worth it.
+    loss = torch.tensor([0.0, math.nan, 1.0, math.nan]).repeat(32)
+    statistics = SampleStatistics(loss=loss, trace=torch.tensor([0.55, 1.0, 1.45, 1.0]).repeat(32))
+    assert BernoulliAllocator(min_queries=15).allocate(statistics, BUDGET).diagnostics["p"] > 0.6
+
+
+@pytest.mark.parametrize("optimise", [False, True])
+def test_a_batch_without_a_finite_loss_is_allocated_equally(optimise: bool) -> None:
+    statistics = SampleStatistics(loss=torch.full((5,), torch.nan), trace=torch.ones(5))
+    assert BernoulliAllocator(optimise=optimise).allocate(statistics, BUDGET).counts.tolist() == [[20] * 5]
+
+
+def test_half_of_an_odd_number_is_rounded_either_way() -> None:
+    # Average 5: four of eight pruned get 2.5, the others 7.5. Average 10 in pairs: 5 and 15, in multiples of two.
+    loss = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0])
+    for average, multiple in ((5, 1), (10, 2)):
+        budget = QueryBudget((average,), multiple=multiple)
+        allocation = BernoulliAllocator(p=1.0, optimise=False).allocate(SampleStatistics(loss=loss), budget)
+        units = allocation.counts[0] / multiple
+        assert set(units[:4].tolist()) <= {2.0, 3.0}
+        assert set(units[4:].tolist()) <= {7.0, 8.0}
+        assert float(units.sum()) == 8 * 5
+    with pytest.raises(SettingError, match=r"queries_per_sample = 5: must be a positive multiple of 2"):
+        QueryBudget((5,), multiple=2)
+
+
+@pytest.mark.parametrize(
+    ("min_queries", "budget", "expected"),
+    [
+        (7, QueryBudget((10,)), [7, 7, 13, 13]),
+        (7, QueryBudget((10,), multiple=2), [8, 8, 12, 12]),  # raised to the next pair
+        (1, QueryBudget((10,), minimum=9), [9, 9, 11, 11]),  # the budget's own minimum rules where it is higher
+        (10, QueryBudget((10,)), [10, 10, 10, 10]),
+        (1, QueryBudget((1,)), [1, 1, 1, 1]),
+    ],
+)
+def test_half_the_average_below_the_minimum_frees_less(
+    min_queries: int, budget: QueryBudget, expected: list[int]
+) -> None:
+    statistics = SampleStatistics(loss=torch.tensor([0.0, 0.0, 1.0, 1.0]))
+    allocator = BernoulliAllocator(p=1.0, optimise=False, min_queries=min_queries)
+    assert allocator.allocate(statistics, budget).counts.tolist() == [expected]
+
+
+def test_a_minimum_above_the_budget_is_refused() -> None:
+    with pytest.raises(SettingError, match=r"min_queries = 30.*Lower `min_queries`"):
+        BernoulliAllocator(optimise=False, min_queries=30).allocate(batch(), BUDGET)
+
+
+def test_scale_of_traces_changes_nothing() -> None:
+    statistics = batch(1)
+    assert statistics.trace is not None
+    counts = BernoulliAllocator().allocate(statistics, BUDGET).counts
+    for scale in (1e-200, 1e200):
+        scaled = SampleStatistics(loss=statistics.loss, trace=scale * statistics.trace.double())
+        assert torch.equal(BernoulliAllocator().allocate(scaled, BUDGET).counts, counts)
+
+
+def test_a_given_p_needs_nothing_but_the_loss() -> None:
+    allocator = BernoulliAllocator(optimise=False)
+    assert (allocator.requires, allocator.requests, allocator.learns) == (frozenset(), frozenset(), False)
+    statistics = batch()
+    bare = allocator.allocate(SampleStatistics(loss=statistics.loss), BUDGET)
+    other = BernoulliAllocator(optimise=False).allocate(statistics, BUDGET)
+    assert torch.equal(bare.counts, other.counts)
+    assert set(bare.diagnostics) == {"p", "pruned", "count_min", "count_max"}
+
+
+def test_an_optimised_p_needs_traces() -> None:
+    assert BernoulliAllocator().requests == {"trace", "trace_queries"}
+    assert not BernoulliAllocator().learns
+    with pytest.raises(SettingError, match=r"traces.source = 'pilots'.*strategy.pilots"):
+        BernoulliAllocator().allocate(SampleStatistics(loss=torch.rand(4)), BUDGET)
+
+
+def test_traces_are_learned_from_what_the_queries_showed() -> None:
+    chosen = TraceSettings(source="prediction", predictors=["loss"])
+    allocator, estimator = BernoulliAllocator(traces=chosen), TraceEstimator(chosen)
+    assert allocator.requests == estimator.requests
+    assert allocator.learns
+    for seed in range(3):
+        statistics = batch(seed)
+        assert statistics.trace is not None
+        allocation = allocator.allocate(SampleStatistics(loss=statistics.loss), BUDGET)
+        # At first the prediction knows of no difference between samples, so that pruning does not pay; then it does.
+        assert allocation.diagnostics["p"] < 0.1 if seed == 0 else allocation.diagnostics["p"] > 0.9
+        estimator.estimate(SampleStatistics(loss=statistics.loss).on_cpu(), sites=1)
+        observation = TraceObservation(trace=statistics.trace[None], queries=allocation.counts)
+        allocator.observe(observation)
+        estimator.observe(observation)
+    learned, expected = allocator.state_dict()["traces"], estimator.state_dict()
+    assert learned["names"] == expected["names"]
+    assert len(learned["seen"]) == 3
+    torch.testing.assert_close(learned["seen"], expected["seen"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"p": -0.1, "optimise": False}, r"p = -0.1: must lie between 0 and 1\. Write for example 0.5\.$"),
+        ({"p": 1.5}, r"p = 1.5: must lie between 0.01 and 0.99 where it is optimised\. Write for example 0.5\.$"),
+        ({"p": math.nan}, r"p = nan: must lie between .* Write for example 0.5\.$"),
+        ({"p": 1.0}, r"p = 1.0: must lie between 0.01 and 0.99 .* Write for example 0.5, or optimise: false\.$"),
+        ({"min_queries": 0}, r"min_queries = 0: must be at least 1. Write 1 or more."),
+        ({"draws": 1}, r"draws = 1: must be at least 2. Write 2 or more."),
+        ({"max_iterations": 0}, r"max_iterations = 0: must be at least 1. Write 1 or more."),
+        ({"seed": -1}, r"seed = -1: must be at least 0. Write 0 or more."),
+        ({"optimise": False, "draws": 8}, r"draws = 8: has no effect with optimise = False. Remove `draws`."),
+        ({"optimise": False, "max_iterations": 5}, r"max_iterations = 5: has no effect .* Remove `max_iterations`."),
+        (
+            {"optimise": False, "traces": TraceSettings()},
+            r"traces = TraceSettings\(.*has no effect .* Remove `traces`.",
+        ),
+        ({"traces": TraceSettings(source="pilots", window=3)}, r"traces.window = 3: has no effect .* Remove `window`."),
+    ],
+)
+def test_bad_settings_are_named_with_the_remedy(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        BernoulliAllocator(**arguments)
+
+
+STATISTIC = st.one_of(st.floats(-1e3, 1e3), st.sampled_from([0.0, 1e-300, 1e38, 1e308, math.inf, -math.inf, math.nan]))
+
+
+@given(
+    data=st.data(),
+    size=st.integers(1, 12),
+    optimise=st.booleans(),
+    multiple=st.sampled_from([1, 2, 3]),
+    min_queries=st.integers(1, 5),
+)
+@settings(deadline=None, max_examples=150)
+def test_counts_meet_the_budget_whatever_the_statistics(
+    data: st.DataObject, size: int, optimise: bool, multiple: int, min_queries: int
+) -> None:
+    def column() -> Tensor:
+        return torch.tensor(data.draw(st.lists(STATISTIC, min_size=size, max_size=size)), dtype=torch.float64)
+
+    allocator = BernoulliAllocator(p=data.draw(st.floats(0.01, 0.99)), optimise=optimise, min_queries=min_queries)
+    least = -(-min_queries // multiple)
+    budget = QueryBudget((data.draw(st.integers(least, 12)) * multiple, 6 * multiple), multiple)
+    for _ in range(2):
+        allocation = allocator.allocate(SampleStatistics(loss=column(), trace=column()), budget)
+        assert allocation.counts.dtype == torch.int64
+        assert allocation.counts.sum(dim=1).tolist() == [size * queries for queries in budget.queries_per_sample]
+        assert bool((allocation.counts % multiple == 0).all())
+        assert int(allocation.counts.min()) >= min_queries
+        assert all(math.isfinite(value) for value in allocation.diagnostics.values())

@@ -1,0 +1,414 @@
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from flops_lightning.allocators import (
+    CostAwareAllocator,
+    OptimalAllocator,
+    QueryBudget,
+    SampleStatistics,
+    TraceObservation,
+    TraceSettings,
+)
+from flops_lightning.allocators.cost_aware import cheapest_counts
+from flops_lightning.allocators.trace_estimator import TraceEstimator
+from flops_lightning.errors import SettingError
+
+D = torch.float64
+PILOTS = TraceSettings(source="pilots")
+BUDGET = QueryBudget((20, 20))
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=D, generator=torch.Generator().manual_seed(seed))
+
+
+def statistics(sites: int = 2, size: int = 12, *, seed: int = 0, **more: Any) -> SampleStatistics:
+    """A batch with exact traces, costs that fall from bottom to top, and scales of one."""
+    given_ = {
+        "trace": normal(sites, size, seed=seed).exp(),
+        "query_flops": torch.linspace(0.9, 0.2, sites, dtype=D),
+        "scale": torch.ones(sites, dtype=D),
+    }
+    return SampleStatistics(loss=torch.ones(size, dtype=D), **(given_ | more))
+
+
+def variance(trace: Tensor, counts: Tensor) -> float:
+    return float((trace / counts).sum())
+
+
+# The split itself
+
+
+class Table:
+    """A tiny problem, and every integer table that solves it."""
+
+    def __init__(self, draw: st.DrawFn) -> None:
+        value = st.one_of(st.floats(1e-3, 1e3), st.sampled_from([0.0, 1.0]))
+        self.variance = torch.tensor([[draw(value) for _ in range(2)] for _ in range(2)], dtype=D)
+        self.costs = torch.tensor([draw(st.sampled_from([1.0, 0.5, 0.3, 1e-4])) for _ in range(2)], dtype=D)
+        self.multiple = draw(st.sampled_from([1, 2]))
+        self.least = self.multiple * draw(st.integers(1, 2))
+        most = [self.least + self.multiple * draw(st.integers(0, 5)) for _ in range(2)]
+        self.most = torch.tensor(most, dtype=D)
+        self.total = float(self.costs.sum()) * 2 * self.least * draw(st.floats(1.0, 3.0))
+        one = [torch.arange(self.least, high + 1, self.multiple, dtype=D) for high in most for _ in range(2)]
+        self.tables = torch.cartesian_prod(*one).view(-1, 2, 2)
+
+    def counts(self) -> Tensor:
+        return cheapest_counts(
+            self.variance, self.costs, self.total, least=self.least, most=self.most, multiple=self.multiple
+        )
+
+    def best(self, total: float) -> float:
+        """Least J of all tables that cost at most this."""
+        cost = (self.costs[:, None] * self.tables).sum(dim=(1, 2))
+        values = (self.variance / self.tables).sum(dim=(1, 2))
+        return float(values[cost <= total * (1 + 1e-9)].min())
+
+
+tables = st.composite(Table)
+
+
+@given(tables())
+@settings(max_examples=200)
+def test_as_good_as_any_integer_table_that_costs_one_multiple_less(table: Table) -> None:
+    counts = table.counts()
+    assert counts.dtype == torch.int64
+    assert float((table.costs[:, None] * counts).sum()) <= table.total * (1 + 1e-9)
+    assert bool(((counts >= table.least) & (counts <= table.most[:, None]) & (counts % table.multiple == 0)).all())
+    reached, least = variance(table.variance, counts), float(table.costs.sum()) * 2 * table.least
+    assert reached >= table.best(table.total) * (1 - 1e-9)
+    # Spent by the ratio of what it saves to what it costs, each step is the best one; only the last may not fit.
+    reduced = max(least, table.total - table.multiple * float(table.costs.max()))
+    assert reached <= table.best(reduced) * (1 + 1e-9)
+
+
+@given(st.integers(0, 10_000), st.integers(1, 4), st.integers(1, 8))
+@settings(max_examples=60)
+def test_large_budgets_meet_the_conditions_of_the_optimum(seed: int, sites: int, size: int) -> None:
+    # At the optimum one more query saves as much for its cost everywhere: V / (c A^2) is the same, but at the bounds.
+    values = normal(sites, size, seed=seed).exp()
+    costs = torch.rand(sites, dtype=D, generator=torch.Generator().manual_seed(seed)) + 0.05
+    least, most = 8000, torch.full((sites,), 16000.0, dtype=D)
+    total = float(costs.sum()) * size * 10_000
+    counts = cheapest_counts(values, costs, total, least=least, most=most, multiple=1)
+    rate = values / (costs[:, None] * counts.square())
+    # What is left when the dearest site is not affordable any more goes to others, on top of their optimum.
+    slack = float(costs.max() / costs.min()) + 1
+    lowest, highest = counts <= least + slack, counts == most[:, None].long()
+    inside = ~(lowest | highest)
+    cost = float((costs[:, None] * counts).sum())
+    assert cost <= total * (1 + 1e-9)
+    if not bool(highest.all()):
+        assert cost > total - float(costs.max())
+    if bool(inside.any()):
+        price = rate[inside].median()
+        torch.testing.assert_close(rate[inside], price.expand(int(inside.sum())), rtol=4 * slack / least, atol=0.0)
+        assert bool((rate[lowest] <= price * 1.01).all())
+        assert bool((rate[highest] >= price * 0.99).all())
+
+
+def test_continuous_optimum_by_hand() -> None:
+    # sqrt(V / c) = 1, 2; 4, 2 at costs 4 and 1: with A = k times that, 4 k (1 + 2) + k (4 + 2) = 18 k.
+    values = torch.tensor([[4.0, 16.0], [16.0, 4.0]], dtype=D)
+    costs, most = torch.tensor([4.0, 1.0], dtype=D), torch.full((2,), 1e9, dtype=D)
+    assert cheapest_counts(values, costs, 180.0, least=1, most=most, multiple=1).tolist() == [[10, 20], [40, 20]]
+    # With two of them capped 4 k + 2 k = 70 is left: 11.7 and 23.3, rounded down and the rest spent where it can be.
+    capped = cheapest_counts(values, costs, 180.0, least=1, most=torch.tensor([20.0, 30.0]), multiple=1)
+    assert capped.tolist() == [[11, 20], [30, 26]]
+
+
+def test_samples_without_variance_cost_no_more_than_they_must() -> None:
+    values = torch.tensor([[0.0, 1.0]], dtype=D)
+    counts = cheapest_counts(values, torch.ones(1, dtype=D), 40.0, least=2, most=torch.tensor([30.0]), multiple=1)
+    assert counts.tolist() == [[2, 30]]
+
+
+# The allocator
+
+
+def test_one_site_is_the_neyman_allocation() -> None:
+    told = statistics(1, 32)
+    budget = QueryBudget((200,))
+    costly = CostAwareAllocator(traces=PILOTS).allocate(replace(told, scale=None), budget).counts
+    neyman = OptimalAllocator(traces=PILOTS).allocate(told, budget).counts
+    assert int((costly - neyman).abs().max()) <= 1
+    assert int(costly.sum()) == int(neyman.sum())
+
+
+def test_equal_costs_pool_the_samples_of_all_sites() -> None:
+    told = statistics(3, 10)
+    pooled = SampleStatistics(loss=torch.ones(30, dtype=D), trace=told.trace.flatten())  # type: ignore[union-attr]
+    allocator = CostAwareAllocator(traces=PILOTS, costs="given", given_costs=[1, 1, 1], max_queries=10_000)
+    counts = allocator.allocate(told, QueryBudget((100, 100, 100))).counts
+    neyman = OptimalAllocator(traces=PILOTS).allocate(pooled, QueryBudget((100,))).counts
+    assert int((counts.flatten() - neyman[0]).abs().max()) <= 1
+
+
+@given(
+    st.integers(0, 10_000),
+    st.integers(1, 3),
+    st.integers(1, 6),
+    st.sampled_from([1, 2]),
+    st.integers(0, 3),
+    st.sampled_from([0.0, 1.5, 1e-6]),
+    st.booleans(),
+)
+@settings(max_examples=80)
+def test_never_more_compute_than_the_budget(
+    seed: int, sites: int, size: int, multiple: int, minimum: int, compute: float, silent: bool
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    costs = 10.0 ** (-5.0 * torch.rand(sites, dtype=D, generator=generator))
+    trace = (3.0 * normal(sites, size, seed=seed)).exp() * (not silent)
+    own = multiple * torch.randint(2, 15, (sites,), generator=generator)
+    budget = QueryBudget(tuple(own.tolist()), multiple=multiple, minimum=minimum)
+    told = statistics(sites, size, trace=trace, query_flops=costs)
+    charged = costs.clamp_min(1e-4 * float(costs.max()))
+    total = float((charged * own).sum())
+    least = -(-max(minimum, 1) // multiple) * multiple
+    allocator = CostAwareAllocator(traces=PILOTS, compute=compute * total)
+    affordable = (compute or 1.0) * total >= float(charged.sum()) * least
+    if not affordable:
+        with pytest.raises(SettingError, match="does not pay for"):
+            allocator.allocate(told, budget)
+        return
+    allocation = allocator.allocate(told, budget)
+    counts, available = allocation.counts, (compute or 1.0) * total * size
+    spent = float((charged[:, None] * counts).sum())
+    assert spent <= available * (1 + 1e-9)
+    assert allocation.diagnostics["compute_used"] == pytest.approx(spent / available)
+    assert int(counts.min()) >= least
+    assert bool((counts % multiple == 0).all())
+    assert bool((counts <= (10 * own).clamp_min(least)[:, None]).all())
+    rival = own[:, None].repeat(1, size)
+    dearest = int(charged.argmax())
+    rival[dearest, int(trace[dearest].argmin())] -= multiple
+    if not compute and int(rival.min()) >= least:
+        # The module's own counts less one multiple at the dearest site are one of the tables to be beaten.
+        assert variance(trace, counts) <= variance(trace, rival) * (1 + 1e-9)
+
+
+def test_budget_that_pays_for_just_the_least_is_enough() -> None:
+    # 0.1 + 0.2 + 0.7 summed in different orders differ in the last digit.
+    for costs in itertools.permutations([0.1, 0.2, 0.7, 0.3]):
+        told = statistics(4, 7, query_flops=torch.tensor(costs, dtype=D))
+        allocator = CostAwareAllocator(traces=PILOTS, min_queries=3)
+        assert allocator.allocate(told, QueryBudget((3,) * 4)).counts.tolist() == [[3] * 7] * 4
+
+
+def test_remedy_of_too_little_compute_is_enough() -> None:
+    told = statistics(3, 5, query_flops=torch.tensor([0.91237, 0.55551, 0.111113], dtype=D))
+    with pytest.raises(SettingError, match=r"compute = 0.5: does not pay for 2 queries") as caught:
+        CostAwareAllocator(traces=PILOTS, compute=0.5, min_queries=2).allocate(told, QueryBudget((20,) * 3))
+    assert caught.value.remedy.startswith("Lower min_queries, or write at least ")
+    least = float(caught.value.remedy.split()[-1].rstrip("."))
+    enough = CostAwareAllocator(traces=PILOTS, compute=least, min_queries=2).allocate(told, QueryBudget((20,) * 3))
+    assert enough.counts.tolist() == [[2] * 5] * 3
+    assert least == pytest.approx(2 * (0.91237 + 0.55551 + 0.111113), rel=2e-3)
+
+
+def test_floor_cap_and_multiple() -> None:
+    told = statistics(2, 12, trace=(4.0 * normal(2, 12)).exp())
+    allocator = CostAwareAllocator(traces=PILOTS, min_queries=3, max_queries=51)
+    counts = allocator.allocate(told, QueryBudget((20, 20), multiple=2)).counts
+    assert (int(counts.min()), int(counts.max())) == (4, 50)
+    assert bool((counts % 2 == 0).all())
+    assert int(CostAwareAllocator(traces=PILOTS).allocate(told, QueryBudget((6, 6), minimum=3)).counts.min()) == 3
+    # The default cap is ten times a site's own budget.
+    lone = torch.full((2, 12), 1e-12, dtype=D)
+    lone[:, 0] = 1.0
+    counts = CostAwareAllocator(traces=PILOTS).allocate(replace(told, trace=lone), QueryBudget((6, 8))).counts
+    assert counts.amax(dim=1).tolist() == [60, 80]
+
+
+def test_costs_are_those_that_were_chosen() -> None:
+    told = statistics(query_flops=torch.tensor([0.9, 0.1], dtype=D), query_seconds=torch.tensor([0.3, 0.2], dtype=D))
+    given_ = {name: getattr(told, name).tolist() for name in ("query_flops", "query_seconds")}
+    counts = {}
+    for costs, name in (("flops", "query_flops"), ("measured", "query_seconds")):
+        allocator = CostAwareAllocator(traces=PILOTS, costs=costs)  # type: ignore[arg-type]
+        assert allocator.requests == {"trace", "trace_queries", "scale", name}
+        counts[costs] = allocator.allocate(told, BUDGET).counts
+        same = CostAwareAllocator(traces=PILOTS, costs="given", given_costs=given_[name])
+        assert same.requests == {"trace", "trace_queries", "scale"}
+        assert torch.equal(same.allocate(replace(told, **{name: None}), BUDGET).counts, counts[costs])
+    assert not torch.equal(counts["flops"], counts["measured"])
+    # Only the ratio of the costs matters.
+    scaled = CostAwareAllocator(traces=PILOTS, costs="given", given_costs=[7 * c for c in given_["query_flops"]])
+    assert torch.equal(scaled.allocate(told, BUDGET).counts, counts["flops"])
+
+
+def test_costs_of_zero() -> None:
+    told = statistics(query_flops=torch.tensor([1.0, 0.0], dtype=D))
+    floored = statistics(query_flops=torch.tensor([1.0, 1e-4], dtype=D))
+    free, cheap = (CostAwareAllocator(traces=PILOTS).allocate(each, BUDGET).counts for each in (told, floored))
+    assert torch.equal(free, cheap)
+    assert free[1].tolist() == [200] * 12  # capped
+    nothing = CostAwareAllocator(traces=PILOTS).allocate(statistics(query_flops=torch.zeros(2, dtype=D)), BUDGET)
+    ones = CostAwareAllocator(traces=PILOTS, costs="given", given_costs=[1, 1]).allocate(statistics(), BUDGET)
+    assert torch.equal(nothing.counts, ones.counts)
+
+
+def test_traces_are_compared_in_the_chosen_metric() -> None:
+    told = statistics(scale=torch.tensor([1.0, 9.0], dtype=D), preconditioned_scale=torch.tensor([4.0, 0.5], dtype=D))
+    assert told.trace is not None
+    for metric, name in (("parameters", "scale"), ("preconditioned", "preconditioned_scale")):
+        allocator = CostAwareAllocator(traces=PILOTS, metric=metric)  # type: ignore[arg-type]
+        assert name in allocator.requests
+        scale = getattr(told, name)
+        ready = replace(told, trace=told.trace * scale[:, None], scale=torch.ones(2, dtype=D))
+        plain = CostAwareAllocator(traces=PILOTS).allocate(ready, BUDGET)
+        allocation = allocator.allocate(told, BUDGET)
+        assert torch.equal(allocation.counts, plain.counts)
+        own = variance(ready.trace, torch.full((2, 12), 20.0))  # type: ignore[arg-type]
+        expected = variance(ready.trace, allocation.counts) / own  # type: ignore[arg-type]
+        assert allocation.diagnostics["J_over_J_own"] == pytest.approx(expected)
+
+
+def test_diagnostics() -> None:
+    allocation = CostAwareAllocator(traces=PILOTS).allocate(statistics(), BUDGET)
+    counts = allocation.counts.double()
+    expected = {
+        "queries_site0": float(counts[0].mean()),
+        "queries_site1": float(counts[1].mean()),
+        "count_min": float(counts.min()),
+        "count_max": float(counts.max()),
+    }
+    assert {name: allocation.diagnostics[name] for name in expected} == pytest.approx(expected)
+    assert set(allocation.diagnostics) == {*expected, "J_over_J_own", "compute_used"}
+
+
+@pytest.mark.parametrize("compute", [0.0, 11.0, 44.0])
+def test_nothing_to_choose_by_keeps_the_modules_own_split(compute: float) -> None:
+    told = statistics(trace=torch.zeros(2, 12, dtype=D), query_flops=torch.tensor([0.9, 0.2], dtype=D))
+    allocation = CostAwareAllocator(traces=PILOTS, compute=compute).allocate(told, QueryBudget((20, 20)))
+    # 20 (0.9 + 0.2) = 22 is what the own budgets cost.
+    queries = 20 * (compute or 22.0) / 22.0
+    assert allocation.counts.double().mean(dim=1).tolist() == pytest.approx([queries] * 2)
+    if not compute:
+        assert allocation.counts.tolist() == [[20] * 12] * 2
+    uneven = CostAwareAllocator(traces=PILOTS).allocate(told, QueryBudget((8, 30)))
+    assert uneven.counts.tolist() == [[8] * 12, [30] * 12]
+
+
+def test_pilots_that_are_reused_leave_less_to_do() -> None:
+    settings_ = TraceSettings(source="both", prior_strength=3.0)
+    told = statistics(
+        trace_queries=torch.tensor([[40.0], [0.0]]).expand(2, 12), predictors={"top_gradient": normal(12).exp()}
+    )
+    allocation = CostAwareAllocator(traces=settings_).allocate(told, BUDGET)
+    afresh = CostAwareAllocator(traces=settings_).allocate(replace(told, pilots_reused=False), BUDGET)
+    other = CostAwareAllocator(traces=settings_).allocate(replace(told, trace=told.trace * 7), BUDGET)  # type: ignore
+    assert allocation.pilot_weight is not None
+    assert other.pilot_weight is not None
+    assert torch.equal(allocation.pilot_weight, other.pilot_weight)  # fixed before the pilots are seen
+    assert afresh.pilot_weight is None
+    assert allocation.pilot_weight[1].tolist() == [0.0] * 12
+    assert allocation.diagnostics["queries_site0"] < afresh.diagnostics["queries_site0"]
+    # What is left to the other queries is Tr (1 - w)^2 / A.
+    left = TraceEstimator(settings_).estimate(told, sites=2).trace * (1 - allocation.pilot_weight).square()
+    assert told.query_flops is not None
+    total = float(told.query_flops.sum()) * 20 * 12
+    expected = cheapest_counts(left, told.query_flops, total, least=1, most=torch.full((2,), 200.0), multiple=1)
+    assert torch.equal(allocation.counts, expected)
+
+
+def test_learns_which_site_is_worth_its_cost() -> None:
+    # The upper site's queries cost a tenth and are ten times as noisy: sqrt(V / c) is ten times as large.
+    allocator = CostAwareAllocator(max_queries=1000)
+    for i in range(4):
+        known = normal(32, seed=i).exp()
+        told = SampleStatistics(
+            loss=torch.ones(32, dtype=D),
+            predictors={"top_gradient": known},
+            query_flops=torch.tensor([1.0, 0.1]),
+            scale=torch.ones(2),
+        )
+        counts = allocator.allocate(told, QueryBudget((50, 50))).counts
+        allocator.observe(TraceObservation(known * torch.tensor([[1.0], [10.0]]), counts.double()))
+    # 55 a sample of compute, at k (1 + 0.1 * 10): 27.5 and 275.
+    assert counts.double().mean(dim=1).tolist() == pytest.approx([27.5, 275.0], rel=0.02)
+    resumed = CostAwareAllocator(max_queries=1000)
+    resumed.load_state_dict(allocator.state_dict())
+    assert torch.equal(
+        resumed.allocate(told, QueryBudget((50, 50))).counts, allocator.allocate(told, QueryBudget((50, 50))).counts
+    )
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "setting", "message"),
+    [
+        ({"costs": "euros"}, "costs", "'euros': is not known. Choose one of flops, measured, given"),
+        ({"metric": "hessian"}, "metric", "'hessian': is not known. Choose one of parameters, preconditioned"),
+        ({"given_costs": [1]}, "given_costs", r"\[1\]: does not go with costs: flops"),
+        ({"costs": "given"}, "given_costs", r"\[\]: does not go with costs: given. Write one cost for each site"),
+        ({"costs": "given", "given_costs": [1, 0]}, "given_costs", r"\[1, 0\]: must be positive. Write for example 1"),
+        ({"costs": "given", "given_costs": [math.nan]}, "given_costs", "must be positive"),
+        ({"costs": "given", "given_costs": [math.inf]}, "given_costs", "must be positive"),
+        ({"compute": -1.0}, "compute", "-1.0: is no amount. Write 0"),
+        ({"compute": math.nan}, "compute", "nan: is no amount"),
+        ({"compute": math.inf}, "compute", "inf: is no amount"),
+        ({"min_queries": 0}, "min_queries", "0: must be at least 1. Write 1 or more"),
+        ({"max_queries": -1}, "max_queries", "-1: is below min_queries = 1. Write 0 or more"),
+        ({"min_queries": 5, "max_queries": 4}, "max_queries", "4: is below min_queries = 5"),
+        ({"traces": TraceSettings(window=0)}, "traces.window", "0: must be at least 1"),
+    ],
+)
+def test_settings_without_sense_are_refused(kwargs: dict[str, Any], setting: str, message: str) -> None:
+    with pytest.raises(SettingError, match=message) as caught:
+        CostAwareAllocator(**kwargs)
+    assert caught.value.setting == setting
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "changed", "setting", "message"),
+    [
+        ({}, {"query_flops": None}, "costs", "'flops': needs one cost for each of 2 sites, and .* returned none"),
+        ({"costs": "measured"}, {}, "costs", "'measured': needs one cost for each of 2 sites, and .* returned none"),
+        ({}, {"query_flops": torch.ones(3)}, "costs", "'flops': needs one cost for each of 2 sites, and there are 3"),
+        (
+            {"costs": "given", "given_costs": [1, 2, 3]},
+            {},
+            "costs",
+            "'given': needs one cost for each of 2 sites, and there are 3. Write costs: given and one number for each",
+        ),
+        ({}, {"query_flops": torch.tensor([1.0, math.nan])}, "costs", r"'flops': gave \[1.0, nan\], which is no cost"),
+        ({}, {"query_flops": torch.tensor([1.0, math.inf])}, "costs", r"'flops': gave \[1.0, inf\]"),
+        ({}, {"query_flops": torch.tensor([1.0, -1.0])}, "costs", r"'flops': gave \[1.0, -1.0\]"),
+        ({}, {"scale": None}, "metric", "'parameters': needs the statistic `scale` to compare 2 sites. Return it"),
+        ({"metric": "preconditioned"}, {}, "metric", "'preconditioned': needs the statistic `preconditioned_scale`"),
+        ({}, {"scale": torch.ones(3)}, "sample_statistics.scale", r"\(3,\): has no factor for each of 2 sites"),
+        (
+            {"traces": PILOTS},
+            {"trace": torch.tensor([[1.0] * 12, [math.nan] * 12], dtype=D)},
+            "traces.source",
+            "'pilots': 1 of 2 sites have pilots, and the others no traces to compare. Set `strategy.pilots` for every",
+        ),
+    ],
+)
+def test_statistics_that_do_not_fit_are_refused(
+    kwargs: dict[str, Any], changed: dict[str, Any], setting: str, message: str
+) -> None:
+    with pytest.raises(SettingError, match=message) as caught:
+        CostAwareAllocator(**kwargs).allocate(replace(statistics(), **changed), BUDGET)
+    assert caught.value.setting == setting
+
+
+def test_cap_below_what_the_estimator_needs_is_refused() -> None:
+    with pytest.raises(SettingError, match="max_queries = 3: is below 4, the least here") as caught:
+        CostAwareAllocator(traces=PILOTS, max_queries=3).allocate(statistics(), QueryBudget((20, 20), minimum=4))
+    assert caught.value.setting == "max_queries"

@@ -1,0 +1,237 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from flops_lightning.allocators.gamma_regression import LARGEST_EXPONENT, GammaRegression, fit_gamma
+
+D = torch.float64
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=D, generator=torch.Generator().manual_seed(seed))
+
+
+def chi_square(freedom: Tensor, seed: int = 0) -> Tensor:
+    """Independent chi^2 variables with the given whole numbers of degrees of freedom."""
+    squares = normal(*freedom.shape, int(freedom.max()), seed=seed).square()
+    return torch.where(torch.arange(squares.shape[-1]) < freedom[..., None], squares, 0.0).sum(dim=-1)
+
+
+def problem(seed: int = 0, *, sites: int = 2, n: int = 60, slope: float = 0.8, freedom: int = 3) -> dict[str, Any]:
+    """Features, gamma observations of ``exp(1 + slope x_0)``, and the settings of a fit."""
+    features, dof = normal(sites, n, 3, seed=seed), torch.full((sites, n), float(freedom), dtype=D)
+    mean = (1.0 + slope * features[..., 0]).exp()
+    observed = mean * chi_square(dof, seed + 1) / freedom
+    prior = torch.tensor([0.0, 1.0, 0.0], dtype=D)
+    return {"features": features, "observed": observed, "weights": dof, "prior": prior, "ridge": 0.01}
+
+
+def objective(case: dict[str, Any], site: int, coefficients: Tensor) -> Tensor:
+    """The objective over W as the docstring states it, one observation after the other, unobserved ones left out."""
+    x, y, w = (case[name][site] for name in ("features", "observed", "weights"))
+    x, y, w = x[w > 0], y[w > 0], w[w > 0]
+    centre = (w[:, None] * x).sum(dim=0) / w.sum()
+    spread = ((w[:, None] * (x - centre).square()).sum(dim=0) / w.sum()).sqrt()
+    spread = torch.where(spread > 1e-9, spread, 1.0)
+    log_mean = coefficients[0] + ((x - centre) / spread) @ coefficients[1:]
+    likelihood = (w * (y / log_mean.exp() + log_mean)).sum()
+    distance = (coefficients[1:] - case["prior"] * spread).square().sum()
+    return (likelihood + 0.5 * case["ridge"] * w.sum() * distance) / w.sum()
+
+
+def gradient(case: dict[str, Any], fit: GammaRegression, site: int) -> Tensor:
+    coefficients = fit.coefficients[site].clone().requires_grad_(True)
+    return torch.autograd.grad(objective(case, site, coefficients), coefficients)[0]
+
+
+@pytest.mark.parametrize(("n", "slope", "freedom"), [(60, 0.8, 3), (60, 3.0, 1), (8, 1.0, 1), (300, -2.0, 20)])
+def test_fit_is_the_minimiser_that_a_generic_optimiser_finds(n: int, slope: float, freedom: int) -> None:
+    case = problem(n=n, slope=slope, freedom=freedom)
+    fit = fit_gamma(**case)
+    for site in range(2):
+        found = torch.zeros(4, dtype=D, requires_grad=True)
+        with torch.no_grad():
+            found[0] = case["observed"][site].mean().log()
+        optimiser = torch.optim.LBFGS(
+            [found], max_iter=2000, tolerance_grad=1e-10, tolerance_change=1e-16, line_search_fn="strong_wolfe"
+        )
+
+        def closure(site: int = site, found: Tensor = found, optimiser: torch.optim.LBFGS = optimiser) -> Tensor:
+            optimiser.zero_grad()
+            value = objective(case, site, found)
+            value.backward()
+            return value
+
+        optimiser.step(closure)
+        torch.testing.assert_close(fit.coefficients[site], found.detach(), rtol=1e-6, atol=1e-6)
+
+
+@given(
+    st.integers(0, 10_000),
+    st.integers(1, 120),
+    st.sampled_from([0.0, 1.0, -3.0, 5.0]),
+    st.sampled_from([0.0, 20.0, -20.0, 100.0]),
+    st.sampled_from([0.0, 0.5, 0.95]),
+)
+@settings(max_examples=150)
+def test_fit_converges_from_bad_starts_and_with_outliers(
+    seed: int, n: int, slope: float, outlier: float, silent: float
+) -> None:
+    # The prior may be far off, one observation's features far out, and part of the estimates nil or missing.
+    case = problem(seed, n=n, slope=slope, freedom=1)
+    case["features"][:, 0] += outlier
+    case["observed"][torch.rand(2, n, generator=torch.Generator().manual_seed(seed)) < silent] = 0.0
+    case["weights"] = torch.randint(0, 6, (2, n), generator=torch.Generator().manual_seed(seed)).to(D)
+    fit = fit_gamma(**case)
+    predicted = fit.predict(case["features"]).log().abs()
+    assert bool(predicted.isfinite().all())
+    for site in range(2):
+        positive = (case["weights"] > 0) & (case["observed"] > 0)
+        # Where all but a few estimates are nil the minimum can lie beyond the smallest prediction.
+        if bool(positive[site].any()) and float(predicted[site].max()) < LARGEST_EXPONENT:
+            assert float(gradient(case, fit, site).abs().max()) < 1e-4
+
+
+def test_unbiased_where_least_squares_on_the_logarithm_is_not() -> None:
+    # The same trace for all, but half of the samples had 2 degrees of freedom and half 20, as the feature tells.
+    n = 20_000
+    freedom = torch.tensor([2.0, 20.0], dtype=D).repeat(n // 2)[None]
+    observed = 5.0 * chi_square(freedom) / freedom
+    features = (freedom == 20).to(D)[..., None]
+    fit = fit_gamma(features, observed, freedom, prior=torch.zeros(1, dtype=D), ridge=1e-9)
+    few, many = fit.predict(torch.tensor([[[0.0], [1.0]]], dtype=D))[0].log().tolist()
+    # The mean of n / 2 estimates with f degrees of freedom is off by a relative sqrt(2 / f / (n / 2)).
+    assert abs(few - math.log(5.0)) < 4 * math.sqrt(2 / 2 / (n / 2))
+    assert abs(many - math.log(5.0)) < 4 * math.sqrt(2 / 20 / (n / 2))
+
+    def logarithm_bias(f: int) -> float:  # E log(chi^2_f / f)
+        return float(torch.digamma(torch.tensor(f / 2))) - math.log(f / 2)
+
+    for each, f in ((observed[0, ::2], 2), (observed[0, 1::2], 20)):
+        logs = each.log()
+        assert abs(float(logs.mean()) - math.log(5.0) - logarithm_bias(f)) < 4 * float(logs.std()) / math.sqrt(n / 2)
+    assert math.exp(logarithm_bias(2)) < 0.6  # what least squares would starve the first half by
+
+
+def test_slope_and_mean_are_unbiased_with_one_degree_of_freedom() -> None:
+    case = problem(3, sites=200, n=100, slope=0.8, freedom=1)
+    fit = fit_gamma(**(case | {"ridge": 1e-9}))
+    slopes = (fit.coefficients[:, 1:] / fit.spread).T
+    for values, truth in zip(slopes, (0.8, 0.0, 0.0), strict=True):
+        assert abs(float(values.mean()) - truth) < 4 * float(values.std()) / math.sqrt(200)
+    # An intercept makes the fitted means add up to the observations, as in any regression with a log link.
+    ratio = case["observed"] / fit.predict(case["features"])
+    torch.testing.assert_close(ratio.mean(dim=1), torch.ones(200, dtype=D), rtol=1e-6, atol=0.0)
+
+
+def test_what_was_not_observed_has_no_influence() -> None:
+    case = problem()
+    without = fit_gamma(**(case | {name: case[name][:, 10:] for name in ("features", "observed", "weights")}))
+    for anything in (math.nan, math.inf, -1e30, 1e30):
+        spoiled = {name: case[name].clone() for name in ("features", "observed", "weights")}
+        spoiled["features"][:, :10] = anything
+        spoiled["observed"][:, :10] = anything
+        spoiled["weights"][:, :10] = 0.0
+        fit = fit_gamma(**(case | spoiled))
+        torch.testing.assert_close(fit.predict(case["features"]), without.predict(case["features"]), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("observed", [0.0, math.nan])
+def test_site_without_a_positive_observation_predicts_by_its_prior(observed: float) -> None:
+    case = problem()
+    case["observed"][1] = observed
+    case["weights"][1] = 0.0 if math.isnan(observed) else 3.0
+    predicted = fit_gamma(**case).predict(case["features"])
+    by_prior = (case["features"] @ case["prior"]).exp()
+    relative = predicted[1] / by_prior[1]
+    torch.testing.assert_close(relative, relative[:1].expand(60), rtol=1e-9, atol=0.0)
+    alone = fit_gamma(**(case | {name: case[name][:1] for name in ("features", "observed", "weights")}))
+    torch.testing.assert_close(predicted[:1], alone.predict(case["features"][:1]))
+
+
+def test_sites_do_not_influence_each_other() -> None:
+    case = problem(sites=3)
+    case["observed"][1] *= 1e9
+    together = fit_gamma(**case).predict(case["features"])
+    for site in range(3):
+        part = {name: case[name][site : site + 1] for name in ("features", "observed", "weights")}
+        alone = fit_gamma(**(case | part)).predict(part["features"])[0]
+        torch.testing.assert_close(together[site], alone, rtol=1e-6, atol=0.0)
+
+
+def test_constant_feature_changes_nothing_until_it_changes() -> None:
+    case = problem()
+    plain = fit_gamma(**case).predict(case["features"])
+    constant = torch.full_like(case["features"][..., :1], -13.8155)
+    features = torch.cat([case["features"], constant], dim=2)
+    fit = fit_gamma(**(case | {"features": features, "prior": torch.cat([case["prior"], torch.ones(1, dtype=D)])}))
+    torch.testing.assert_close(fit.predict(features), plain, rtol=1e-6, atol=0.0)
+    # Nothing was learned of it, so it acts by its prior slope of 1.
+    moved = torch.cat([case["features"], constant + 0.7], dim=2)
+    torch.testing.assert_close(fit.predict(moved), plain * math.exp(0.7), rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("factor", [1e12, 1e-12])
+def test_scale_of_the_traces_is_a_factor(factor: float) -> None:
+    case = problem()
+    plain = fit_gamma(**case).predict(case["features"])
+    scaled = fit_gamma(**(case | {"observed": factor * case["observed"]})).predict(case["features"])
+    torch.testing.assert_close(scaled, factor * plain, rtol=1e-9, atol=0.0)
+
+
+def test_units_of_features_change_nothing_where_the_prior_follows() -> None:
+    case = problem()
+    scale, shift = torch.tensor([1e3, 1e-3, 5.0], dtype=D), torch.tensor([7.0, -40.0, 0.1], dtype=D)
+    features = case["features"] * scale + shift
+    fit = fit_gamma(**(case | {"features": features, "prior": case["prior"] / scale}))
+    torch.testing.assert_close(fit.predict(features), fit_gamma(**case).predict(case["features"]), rtol=1e-6, atol=0.0)
+
+
+def test_ridge_is_relative_to_the_observations() -> None:
+    case = problem()
+    many = {name: torch.cat([case[name]] * 3, dim=1) for name in ("features", "observed", "weights")}
+    predicted = fit_gamma(**case).predict(case["features"])
+    torch.testing.assert_close(fit_gamma(**(case | many)).predict(case["features"]), predicted, rtol=1e-6, atol=0.0)
+    heavy = fit_gamma(**(case | {"weights": 7.0 * case["weights"]})).predict(case["features"])
+    torch.testing.assert_close(heavy, predicted, rtol=1e-6, atol=0.0)
+
+
+def test_strong_ridge_keeps_the_prior_slopes_and_fits_the_mean() -> None:
+    case = problem()
+    fit = fit_gamma(**(case | {"ridge": 1e9}))
+    torch.testing.assert_close(fit.coefficients[:, 1:] / fit.spread, case["prior"].expand(2, 3), rtol=0, atol=1e-6)
+    ratio = case["observed"] / fit.predict(case["features"])
+    torch.testing.assert_close(ratio.mean(dim=1), torch.ones(2, dtype=D), rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("ridge", [1e-2, 1e-15])
+def test_features_that_determine_each_other_share_a_slope(ridge: float) -> None:
+    case = problem(n=400) | {"prior": torch.zeros(3, dtype=D), "ridge": ridge}
+    case["features"][..., 2] = 2.0 * case["features"][..., 0]
+    fit = fit_gamma(**case)
+    single = case | {"features": case["features"][..., :2], "prior": torch.zeros(2, dtype=D), "ridge": ridge / 2}
+    # Two slopes of s / 2 each are penalised half as much as one of s; the second feature's ridge is next to nothing.
+    torch.testing.assert_close(fit.coefficients[:, 1], fit.coefficients[:, 3], rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(
+        fit.predict(case["features"]), fit_gamma(**single).predict(single["features"]), rtol=5e-3, atol=0.0
+    )
+
+
+def test_one_observation_of_one_feature() -> None:
+    features, observed = torch.tensor([[[2.0]]], dtype=D), torch.tensor([[3.0]], dtype=D)
+    fit = fit_gamma(features, observed, torch.ones(1, 1, dtype=D), prior=torch.ones(1, dtype=D), ridge=0.01)
+    predicted = fit.predict(torch.tensor([[[2.0], [3.0], [0.0]]], dtype=D))
+    torch.testing.assert_close(predicted, 3.0 * torch.tensor([[1.0, math.e, math.exp(-2.0)]], dtype=D))
+
+
+def test_predictions_stay_finite_far_out() -> None:
+    fit = fit_gamma(**problem(slope=3.0))
+    predicted = fit.predict(torch.full((2, 1, 3), 1e6, dtype=D))
+    assert bool((predicted.square().isfinite() & (predicted > 0)).all())

@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from flops_lightning.allocators.held_back import held_back_ratios
+from flops_lightning.allocators.objective import equal_objective, gain_optimal, objective, optimal_shares
+from flops_lightning.allocators.rounding import largest_remainder
+from flops_lightning.allocators.statistics import TraceObservation
+
+EXACTLY = {"rtol": 1e-12, "atol": 0.0}
+
+
+def traces(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).exp()
+
+
+def exact(trace: Tensor) -> TraceObservation:
+    return TraceObservation(trace, torch.full_like(trace, 1e7))
+
+
+def noisy(trace: Tensor, freedom: Tensor, generator: torch.Generator) -> Tensor:
+    """Unbiased estimates with so many degrees of freedom each: ``Tr chi^2_n / n``."""
+    draws = torch.randn(int(freedom.max()), *trace.shape, dtype=torch.float64, generator=generator).square()
+    counted = torch.arange(len(draws)).view(-1, *(1,) * trace.dim()) < freedom
+    return trace * (draws * counted).sum(dim=0) / freedom
+
+
+def test_known_traces_give_the_ratios_of_the_objectives() -> None:
+    trace, counts = traces(2, 6), torch.tensor([[1, 2, 3, 4, 5, 9], [7, 1, 1, 1, 1, 1]])
+    ratios = held_back_ratios(exact(trace), counts)
+    for i in range(2):
+        total = int(counts[i].sum())
+        used, equal = objective(trace[i], counts[i]), equal_objective(trace[i], total)
+        least = objective(trace[i], total * optimal_shares(trace[i]))
+        torch.testing.assert_close(ratios.over_equal[i], used / equal, **EXACTLY)
+        torch.testing.assert_close(ratios.over_optimal[i], used / least, rtol=1e-6, atol=0.0)
+    assert bool(ratios.seen.all())
+
+
+def test_the_best_and_the_equal_counts() -> None:
+    trace = traces(1, 50)
+    best = held_back_ratios(exact(trace), 1000 * optimal_shares(trace[0])[None])
+    torch.testing.assert_close(best.over_equal, 1 / gain_optimal(trace[0])[None], **EXACTLY)
+    torch.testing.assert_close(best.over_optimal, torch.ones(1).double(), rtol=1e-6, atol=0.0)
+    equal = held_back_ratios(exact(trace), torch.full((1, 50), 20))
+    torch.testing.assert_close(equal.over_equal, torch.ones(1).double(), **EXACTLY)
+
+
+def test_held_back_traces_tell_the_truth_where_those_that_made_the_counts_flatter() -> None:
+    batch, batches = 200, 300
+    trace = traces(batches, batch)
+    generator = torch.Generator().manual_seed(1)
+    guess = noisy(trace, torch.full_like(trace, 3.0), generator)
+    counts = torch.stack([largest_remainder(g.sqrt(), 20 * batch, minimum=2, multiple=1) for g in guess])
+    seen = TraceObservation(noisy(trace, counts - 1.0, generator), counts)
+    ratios = held_back_ratios(seen, counts)
+    truth = held_back_ratios(exact(trace), counts)
+
+    def off(estimate: Tensor, reference: Tensor) -> tuple[float, float]:
+        difference = estimate - reference
+        return float(difference.mean()), float(difference.std()) / math.sqrt(batches)
+
+    error, standard_error = off(ratios.over_equal, truth.over_equal)
+    assert abs(error) < 4 * standard_error
+    assert standard_error < 0.004
+    # Corrected to first order only: right to a percent.
+    error, standard_error = off(ratios.over_optimal, truth.over_optimal)
+    assert abs(error) < 0.01 * float(truth.over_optimal.mean()) + 4 * standard_error
+    by_their_own = held_back_ratios(exact(guess), counts)
+    assert float(by_their_own.over_equal.mean()) < float(truth.over_equal.mean()) - 0.1
+
+
+def test_reused_pilots_count_with_their_weight() -> None:
+    trace, counts = traces(2, 4), torch.tensor([[2, 4, 6, 4], [8, 8, 8, 8]])
+    pilots = torch.tensor([[4.0, 4.0, 4.0, 0.0], [0.0, 0.0, 0.0, 0.0]])  # the fourth sample lost its own
+    weight = torch.tensor([[0.1, 0.5, 0.3, 0.7], [0.0, 0.2, math.nan, 1.0]]).double()
+    ratios = held_back_ratios(exact(trace), counts, pilots=pilots, pilot_weight=weight)
+    w, n, a = weight[0, :3], 4.0, counts[0, :3]
+    variance = trace[0, :3] * (w**2 / n + (1 - w) ** 2 / a)
+    used = variance.sum() + trace[0, 3] / 4
+    torch.testing.assert_close(ratios.over_equal[0], used / (trace[0].sum() / (4.0 + n)), **EXACTLY)
+    torch.testing.assert_close(ratios.over_equal[1], torch.tensor(1.0).double(), **EXACTLY)
+
+
+def test_without_weights_pilots_count_with_their_share_of_the_budget() -> None:
+    trace, counts, pilots = traces(1, 4), torch.tensor([[6, 6, 6, 6]]), torch.full((1, 4), 2.0)
+    of_share = held_back_ratios(exact(trace), counts, pilots=pilots)
+    torch.testing.assert_close(of_share.over_equal, torch.ones(1).double(), **EXACTLY)
+    counts = torch.tensor([[2, 10, 10, 2]])
+    of_share = held_back_ratios(exact(trace), counts, pilots=pilots)
+    given = held_back_ratios(exact(trace), counts, pilots=pilots, pilot_weight=torch.full((1, 4), 2 / 8))
+    torch.testing.assert_close(of_share.over_equal, given.over_equal, **EXACTLY)
+
+
+def test_pilots_that_are_thrown_away_are_paid_all_the_same() -> None:
+    trace, counts, pilots = traces(1, 4), torch.tensor([[3, 3, 3, 3]]), torch.full((1, 4), 1.0)
+    ratios = held_back_ratios(exact(trace), counts, pilots=pilots, pilots_reused=False)
+    torch.testing.assert_close(ratios.over_equal, torch.full((1,), 4 / 3, dtype=torch.float64), **EXACTLY)
+
+
+def test_a_sample_left_with_its_pilots_is_worth_those() -> None:
+    trace, counts, pilots = traces(1, 3), torch.tensor([[0, 5, 7]]), torch.full((1, 3), 4.0)
+    ratios = held_back_ratios(exact(trace), counts, pilots=pilots, pilot_weight=torch.full((1, 3), 0.5))
+    used = trace[0, 0] / 4 + trace[0, 1] * (0.25 / 4 + 0.25 / 5) + trace[0, 2] * (0.25 / 4 + 0.25 / 7)
+    torch.testing.assert_close(ratios.over_equal[0], used / (trace[0].sum() / 8), **EXACTLY)
+
+
+def test_samples_that_show_no_trace_are_left_out() -> None:
+    trace, counts = traces(1, 5), torch.tensor([[1, 9, 12, 17, 1]])
+    hidden = trace.clone()
+    hidden[0, [0, 4]] = math.nan
+    ratios = held_back_ratios(exact(hidden), counts)
+    middle = trace[0, 1:4]
+    used = (middle / counts[0, 1:4]).sum()
+    assert ratios.seen.tolist() == [[False, True, True, True, False]]
+    # Against what they would have had in equal parts of everything, and against the best use of what they had.
+    torch.testing.assert_close(ratios.over_equal[0], used / (middle.sum() / 8.0), **EXACTLY)
+    torch.testing.assert_close(
+        ratios.over_optimal[0], used / objective(middle, 38 * optimal_shares(middle)), rtol=1e-6, atol=0
+    )
+
+
+def test_one_line_of_counts_serves_all_sites() -> None:
+    trace, counts = traces(3, 5), torch.tensor([[1, 2, 3, 4, 5]])
+    one, all_sites = held_back_ratios(exact(trace), counts), held_back_ratios(exact(trace), counts.expand(3, -1))
+    assert torch.equal(one.over_equal, all_sites.over_equal)
+    assert torch.equal(one.over_optimal, all_sites.over_optimal)
+
+
+def test_antithetic_pairs_are_one_degree_of_freedom_each() -> None:
+    generator, trace = torch.Generator().manual_seed(3), torch.ones(400, 60, dtype=torch.float64)
+    counts = torch.full((400, 60), 8)
+    seen = noisy(trace, counts / 2 - 1.0, generator)
+    of_pairs = held_back_ratios(TraceObservation(seen, counts, unit=2), counts).over_optimal
+    # Equal traces: there is nothing to gain, whatever the noise shows. The floor of the gain at 1 keeps it above.
+    assert abs(float(of_pairs.mean()) - 1.0) < 0.02
+    taken_for_singles = held_back_ratios(TraceObservation(seen, counts), counts).over_optimal
+    assert float(taken_for_singles.mean()) > 1.08
+
+
+def test_sites_with_nothing_to_compare_have_no_ratio() -> None:
+    trace = torch.stack([torch.zeros(3), torch.full((3,), math.nan), torch.ones(3)]).double()
+    ratios = held_back_ratios(exact(trace), torch.tensor([[2, 3, 4]]))
+    assert ratios.over_equal.isnan().tolist() == [True, True, False]
+    assert ratios.over_optimal.isnan().tolist() == [True, True, False]
+
+
+def test_a_noisy_sample_without_queries_makes_j_infinite() -> None:
+    ratios = held_back_ratios(exact(traces(1, 3)), torch.tensor([[0, 4, 5]]))
+    assert ratios.over_equal.tolist() == [math.inf]

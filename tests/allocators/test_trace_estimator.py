@@ -1,0 +1,618 @@
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flops_lightning.allocators.gamma_regression import fit_gamma
+from flops_lightning.allocators.statistics import QueryBudget, SampleStatistics, TraceObservation
+from flops_lightning.allocators.trace_estimator import (
+    START_PRIOR,
+    TraceEstimate,
+    TraceEstimator,
+    TraceSettings,
+    mean_over_sites,
+)
+from flops_lightning.errors import SettingError
+
+D = torch.float64
+NAN = math.nan
+
+
+def batch(seed: int = 0, *, size: int = 16, sites: int = 2, **more: Any) -> SampleStatistics:
+    generator = torch.Generator().manual_seed(seed)
+    loss = torch.randn(size, generator=generator, dtype=D).exp()
+    steep = torch.randn(size, generator=generator, dtype=D).exp()
+    per_site = torch.randn(sites, size, generator=generator, dtype=D).exp()
+    return SampleStatistics(loss=loss, predictors={"top_gradient": steep, "activation": per_site}, **more)
+
+
+def seen(seed: int = 0, *, size: int = 16, sites: int = 2, queries: int = 6, unit: int = 1) -> TraceObservation:
+    generator = torch.Generator().manual_seed(1000 + seed)
+    trace = torch.randn(sites, size, generator=generator, dtype=D).exp()
+    return TraceObservation(trace, torch.full((sites, size), float(queries), dtype=D), unit)
+
+
+def taught(settings: TraceSettings | None = None, *, batches: int = 3) -> TraceEstimator:
+    estimator = TraceEstimator(settings)
+    for i in range(batches):
+        estimator.estimate(batch(i, **PILOTS), sites=2)
+        estimator.observe(seen(i))
+    return estimator
+
+
+PILOTS: dict[str, Any] = {"trace": torch.linspace(0.5, 2.0, 16, dtype=D), "trace_queries": torch.full((16,), 4.0)}
+
+
+def assert_same(one: TraceEstimate, other: TraceEstimate) -> None:
+    for name in ("trace", "prediction", "usable", "pilots", "prior_strength"):
+        a, b = getattr(one, name), getattr(other, name)
+        assert (a is None) == (b is None)
+        assert a is None or torch.equal(a, b), name
+
+
+# Prediction
+
+
+def test_prediction_is_the_gamma_regression_on_what_was_seen() -> None:
+    estimator, settings = TraceEstimator(), TraceSettings()
+    features, traces, freedom = [], [], []
+    for i in range(4):
+        statistics, observation = batch(i), seen(i, queries=3 + i, unit=2 if i == 3 else 1)
+        estimator.estimate(statistics, sites=2)
+        estimator.observe(observation)
+        assert statistics.predictors is not None
+        columns = [statistics.loss.tanh().expand(2, -1), statistics.predictors["activation"].log()]
+        columns.append(statistics.predictors["top_gradient"].log().expand(2, -1))
+        features.append(torch.stack(columns, dim=2))
+        traces.append(observation.trace)
+        freedom.append(torch.full((2, 16), [2.0, 3.0, 4.0, 2.0][i], dtype=D))  # queries (or pairs) less one
+    prior = torch.tensor([0.0, 0.0, 1.0], dtype=D)
+    parts = [torch.cat(each, dim=1) for each in (features[:4], traces, freedom)]
+    fit = fit_gamma(*parts, prior=prior, ridge=settings.ridge)
+    estimate = estimator.estimate(batch(7), sites=2)
+    new = batch(7)
+    assert new.predictors is not None
+    columns = [new.loss.tanh().expand(2, -1), new.predictors["activation"].log()]
+    columns.append(new.predictors["top_gradient"].log().expand(2, -1))
+    expected = fit.predict(torch.stack(columns, dim=2))
+    torch.testing.assert_close(estimate.trace, expected, rtol=1e-5, atol=0.0)  # remembered in float32
+    torch.testing.assert_close(estimate.trace, estimate.prediction, rtol=1e-12, atol=0.0)
+
+
+@pytest.mark.parametrize(
+    ("offered", "steep"),
+    [
+        (("activation", "head_gradient", "output_gradient", "top_gradient"), "top_gradient"),
+        (("activation", "head_gradient", "output_gradient"), "head_gradient"),
+        (("activation", "output_gradient"), "output_gradient"),
+        (("activation",), None),
+        ((), None),
+    ],
+)
+def test_before_anything_is_learned_traces_follow_the_steepest_predictor(
+    offered: tuple[str, ...], steep: str | None
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    predictors = {name: torch.randn(8, generator=generator, dtype=D).exp() for name in offered}
+    statistics = SampleStatistics(loss=torch.linspace(0.0, 3.0, 8, dtype=D), predictors=predictors)
+    trace = TraceEstimator().estimate(statistics, sites=2).trace
+    expected = predictors[steep] if steep else torch.ones(8, dtype=D)
+    torch.testing.assert_close(trace / trace[:, :1], (expected / expected[0]).expand(2, -1), rtol=1e-9, atol=0.0)
+
+
+def test_no_predictors_at_all_leave_the_loss() -> None:
+    estimators = [TraceEstimator(), TraceEstimator(TraceSettings(predictors=["loss"]))]
+    for i in range(3):
+        for estimator, statistics in zip(estimators, (replace(batch(i), predictors=None), batch(i)), strict=True):
+            estimator.estimate(statistics, sites=2)
+            estimator.observe(seen(i))
+    assert_same(
+        estimators[0].estimate(replace(batch(9), predictors=None), sites=2), estimators[1].estimate(batch(9), sites=2)
+    )
+
+
+def test_only_the_named_predictors_enter() -> None:
+    estimators = [TraceEstimator(TraceSettings(predictors=["top_gradient"])) for _ in range(2)]
+    for i in (*range(3), 9):
+        statistics = batch(i)
+        assert statistics.predictors is not None
+        other = replace(statistics, predictors=statistics.predictors | {"activation": torch.rand(16, dtype=D)})
+        pair = [e.estimate(s, sites=2) for e, s in zip(estimators, (statistics, other), strict=True)]
+        for estimator in estimators:
+            estimator.observe(seen(i))
+    assert_same(*pair)
+
+
+def test_a_name_stands_for_all_that_begin_with_it_and_a_dot() -> None:
+    estimators = [TraceEstimator({"predictors": names}) for names in (["activation"], ["activation.0", "activation.1"])]
+    for i in (*range(3), 9):
+        statistics = batch(i)
+        assert statistics.predictors is not None
+        lines = statistics.predictors["activation"]
+        named = {"activation.0": lines[0], "activation.1": lines[1], "activations": lines[0].square()}
+        pair = [e.estimate(replace(statistics, predictors=named), sites=2) for e in estimators]
+        for estimator in estimators:
+            estimator.observe(seen(i))
+    assert_same(*pair)
+
+
+def test_window_forgets() -> None:
+    long, short = TraceEstimator(TraceSettings(window=3)), TraceEstimator(TraceSettings(window=3))
+    for i in range(8):
+        long.estimate(batch(i), sites=2)
+        long.observe(replace(seen(i), trace=seen(i).trace * (1e6 if i < 5 else 1.0)))
+        if i >= 5:
+            short.estimate(batch(i), sites=2)
+            short.observe(seen(i))
+    assert_same(long.estimate(batch(20), sites=2), short.estimate(batch(20), sites=2))
+
+
+def test_scale_of_the_traces_is_a_factor() -> None:
+    plain = taught().estimate(batch(9), sites=2).trace
+    for factor in (1e12, 1e-12):
+        estimator = TraceEstimator()
+        for i in range(3):
+            estimator.estimate(batch(i), sites=2)
+            estimator.observe(replace(seen(i), trace=seen(i).trace * factor))
+        scaled = estimator.estimate(batch(9), sites=2).trace
+        torch.testing.assert_close(scaled, factor * plain, rtol=1e-5, atol=0.0)
+
+
+def test_batches_of_different_sizes_are_remembered_together() -> None:
+    estimator, halves = TraceEstimator(), TraceEstimator()
+    whole, observation = batch(0, size=17), seen(0, size=17)
+    estimator.estimate(whole, sites=2)
+    estimator.observe(observation)
+    assert whole.predictors is not None
+    for part in (slice(0, 16), slice(16, 17)):  # the last batch of an epoch has one sample
+        named = {name: value[..., part] for name, value in whole.predictors.items()}
+        halves.estimate(SampleStatistics(loss=whole.loss[part], predictors=named), sites=2)
+        halves.observe(TraceObservation(observation.trace[:, part], observation.queries[:, part]))
+    for new in (batch(5), batch(5, size=1)):
+        one, other = estimator.estimate(new, sites=2), halves.estimate(new, sites=2)
+        torch.testing.assert_close(one.trace, other.trace, rtol=1e-9, atol=0.0)
+
+
+def test_observations_without_information_leave_no_mark() -> None:
+    reference = taught().estimate(batch(9), sites=2)
+    estimator = TraceEstimator()
+    estimator.observe(seen(0))  # of a batch never estimated
+    for i in range(3):
+        estimator.estimate(batch(i), sites=2)
+        estimator.observe(seen(0, size=15))
+        estimator.observe(seen(0, sites=3))
+        estimator.observe(seen(0, queries=1))
+        estimator.observe(seen(0, queries=2, unit=2))
+        estimator.observe(replace(seen(0), trace=torch.full((2, 16), NAN)))
+        estimator.observe(seen(i))
+    assert_same(estimator.estimate(batch(9), sites=2), reference)
+
+
+def test_lost_estimates_count_as_unobserved() -> None:
+    # Six samples lost their queries, at one site or both; the others count as if those had not been there.
+    lost = seen(0)
+    lost.trace[:, :4], lost.trace[1, :6], lost.queries[1, :6] = NAN, 0.0, 0.0
+    estimator = TraceEstimator()
+    estimator.estimate(batch(0), sites=2)
+    estimator.observe(lost)
+    statistics = batch(0)
+    assert statistics.predictors is not None
+    for site, kept in ((0, slice(4, 16)), (1, slice(6, 16))):
+        named = {name: value[..., kept] for name, value in statistics.predictors.items()}
+        other = TraceEstimator()
+        other.estimate(SampleStatistics(loss=statistics.loss[kept], predictors=named), sites=2)
+        other.observe(TraceObservation(lost.trace[:, kept].nan_to_num(1.0), lost.queries[:, kept].clamp_min(6.0)))
+        torch.testing.assert_close(
+            estimator.estimate(batch(9), sites=2).trace[site],
+            other.estimate(batch(9), sites=2).trace[site],
+            rtol=1e-9,
+            atol=0.0,
+        )
+
+
+def test_site_that_was_never_seen_keeps_the_first_prior_strength() -> None:
+    estimator = TraceEstimator()
+    for i in range(3):
+        estimator.estimate(batch(i), sites=2)
+        blind = seen(i)
+        blind.queries[1] = 0.0
+        estimator.observe(blind)
+    estimate = estimator.estimate(batch(9), sites=2)
+    assert float(estimate.prior_strength[1]) == START_PRIOR
+    assert float(estimate.prior_strength[0]) != START_PRIOR
+
+
+# Non-finite and zero statistics
+
+
+@pytest.mark.parametrize("bad", [NAN, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["loss", "top_gradient", "activation"])
+def test_samples_that_are_not_finite_touch_no_other(where: str, bad: float) -> None:
+    clean, spoiled = TraceEstimator(), TraceEstimator()
+    for i in (0, 1, 9):
+        statistics = batch(i)
+        assert statistics.predictors is not None
+        loss, predictors = statistics.loss.clone(), dict(statistics.predictors)
+        if where == "loss":
+            loss[3] = bad
+        else:
+            predictors[where] = predictors[where].clone()
+            predictors[where][..., 3] = bad
+        # Its queries may have survived all the same, but nothing is known that would explain what they show.
+        shown = seen(i)
+        shown.trace[:, 3] = 1e9
+        unseen = seen(i)
+        unseen.queries[:, 3] = 0.0
+        estimate = spoiled.estimate(SampleStatistics(loss=loss, predictors=predictors), sites=2)
+        reference = clean.estimate(statistics, sites=2)
+        spoiled.observe(shown)
+        clean.observe(unseen)
+    kept = torch.arange(16) != 3
+    assert estimate.usable.tolist() == kept.tolist()
+    assert estimate.trace[:, 3].tolist() == [0.0, 0.0]
+    torch.testing.assert_close(estimate.trace[:, kept], reference.trace[:, kept], rtol=1e-9, atol=0.0)
+
+
+def test_predictor_that_underflowed_counts_as_the_smallest_of_its_batch() -> None:
+    statistics = batch(0)
+    assert statistics.predictors is not None
+    steep = statistics.predictors["top_gradient"].clone()
+    results = []
+    for value in (0.0, float(steep[1:].min())):
+        steep[0] = value
+        named = statistics.predictors | {"top_gradient": steep.clone()}
+        results.append(taught().estimate(replace(statistics, predictors=named), sites=2))
+    assert_same(*results)
+    ones = replace(statistics, predictors=statistics.predictors | {"top_gradient": torch.ones(16, dtype=D)})
+    zeros = replace(statistics, predictors=statistics.predictors | {"top_gradient": torch.zeros(16, dtype=D)})
+    assert_same(taught().estimate(zeros, sites=2), taught().estimate(ones, sites=2))
+
+
+def test_traces_seen_as_zero_or_not_representable() -> None:
+    estimator = TraceEstimator()
+    estimator.estimate(batch(0), sites=2)
+    observation = seen(0)
+    observation.trace[0] = 0.0
+    observation.trace[1, 0] = 1e300  # beyond float32, in which it would be remembered
+    estimator.observe(observation)
+    other = TraceEstimator()
+    other.estimate(batch(0), sites=2)
+    observation.trace[1, 0] = NAN
+    other.observe(observation)
+    estimate = estimator.estimate(batch(1), sites=2)
+    assert bool(estimate.trace.isfinite().all())
+    assert_same(estimate, other.estimate(batch(1), sites=2))
+    # A site where all traces were nil still follows its prior.
+    statistics = batch(1)
+    assert statistics.predictors is not None
+    steep = statistics.predictors["top_gradient"]
+    torch.testing.assert_close(estimate.trace[0] / estimate.trace[0, 0], steep / steep[0], rtol=1e-9, atol=0.0)
+
+
+# Pilots
+
+
+def test_pilots_as_they_are() -> None:
+    per_site = torch.rand(2, 16, dtype=D, generator=torch.Generator().manual_seed(0)) + 0.1
+    for trace in (per_site[0], per_site):
+        estimator = TraceEstimator(TraceSettings(source="pilots"))
+        estimate = estimator.estimate(batch(0, trace=trace), sites=2)
+        torch.testing.assert_close(estimate.trace, trace.expand(2, -1), rtol=0.0, atol=0.0)
+        assert estimate.prediction is None
+        estimator.observe(seen(0))
+        assert_same(estimator.estimate(batch(0, trace=trace), sites=2), estimate)
+    assert not TraceEstimator(TraceSettings(source="pilots")).learns
+
+
+def test_sites_without_pilots_follow_those_with() -> None:
+    trace = torch.full((3, 4), NAN, dtype=D)
+    trace[0] = torch.tensor([1.0, 2.0, 3.0, 6.0])
+    trace[2] = 1e6 * torch.tensor([4.0, 2.0, 2.0, 0.0])
+    statistics = SampleStatistics(loss=torch.ones(4, dtype=D), trace=trace)
+    estimate = TraceEstimator(TraceSettings(source="pilots")).estimate(statistics, sites=3)
+    torch.testing.assert_close(estimate.trace[[0, 2]], trace[[0, 2]], rtol=0.0, atol=0.0)
+    # Each in units of its own mean, 3 and 2e6: (1/3 + 2) / 2, (2/3 + 1) / 2, (1 + 1) / 2, (2 + 0) / 2.
+    torch.testing.assert_close(estimate.trace[1], torch.tensor([7 / 6, 5 / 6, 1.0, 1.0], dtype=D))
+    assert bool(estimate.usable.all())
+
+
+def test_lost_pilots_follow_those_of_other_sites_at_the_scale_of_their_own() -> None:
+    trace = torch.tensor([[2e6, 1e6, NAN, NAN, 3e6], [1.0, 2.0, 4.0, NAN, 1.0]], dtype=D)
+    statistics = SampleStatistics(loss=torch.ones(5, dtype=D), trace=trace)
+    estimate = TraceEstimator(TraceSettings(source="pilots")).estimate(statistics, sites=2)
+    # At the second site the third sample has twice the mean of 2, and the mean of the first site is 2e6.
+    torch.testing.assert_close(estimate.trace[0], torch.tensor([2e6, 1e6, 4e6, 0.0, 3e6], dtype=D))
+    torch.testing.assert_close(estimate.trace[1], torch.tensor([1.0, 2.0, 4.0, 0.0, 1.0], dtype=D))
+    assert estimate.usable.tolist() == [True, True, True, False, True]  # nothing is known of the fourth
+
+
+@pytest.mark.parametrize("bad", [NAN, math.inf])
+def test_no_pilot_survived(bad: float) -> None:
+    statistics = SampleStatistics(loss=torch.ones(4, dtype=D), trace=torch.full((4,), bad, dtype=D))
+    estimate = TraceEstimator(TraceSettings(source="pilots")).estimate(statistics, sites=2)
+    assert estimate.trace.tolist() == [[0.0] * 4] * 2
+    assert not bool(estimate.usable.any())
+
+
+def test_mean_over_sites_by_hand() -> None:
+    trace = torch.tensor([[1.0, 3.0, NAN, 2.0], [NAN, NAN, NAN, NAN], [0.0, 0.0, NAN, 0.0], [10.0, 10.0, NAN, -1.0]])
+    # The third site says nothing. The last: 10, 10 and 0 in units of 20 / 3; the first: 1, 3, 2 in units of 2.
+    expected = torch.tensor([(0.5 + 1.5) / 2, (1.5 + 1.5) / 2, NAN, (1.0 + 0.0) / 2])
+    torch.testing.assert_close(mean_over_sites(trace), expected, equal_nan=True)
+    flat = torch.zeros(2, 3)
+    assert mean_over_sites(flat).tolist() == [0.0] * 3
+
+
+# Both
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5, 7.0])
+def test_shrinkage_is_the_stated_mean(strength: float) -> None:
+    settings = TraceSettings(source="both", prior_strength=strength)
+    pilots = torch.rand(2, 16, dtype=D, generator=torch.Generator().manual_seed(0)) + 0.1
+    number = torch.randint(0, 5, (2, 16), generator=torch.Generator().manual_seed(1)).to(D)
+    pilots[number == 0] = NAN
+    pilots[0, 5], number[0, 5] = NAN, 4.0  # all four were lost
+    estimator = taught(settings)
+    estimate = estimator.estimate(batch(9, trace=pilots, trace_queries=number), sites=2)
+    prediction = taught().estimate(batch(9), sites=2).trace
+    assert estimate.prediction is not None
+    torch.testing.assert_close(estimate.prediction, prediction, rtol=1e-12, atol=0.0)
+    nu = estimate.prior_strength
+    assert nu.tolist() == [strength] * 2 if strength else bool((nu != START_PRIOR).all())
+    for site in range(2):
+        for sample in range(16):
+            n, tr, pred = (float(x[site, sample]) for x in ((number - 1).clamp_min(0), pilots, prediction))
+            expected = pred if math.isnan(tr) else (float(nu[site]) * pred + n * tr) / (float(nu[site]) + n)
+            assert float(estimate.trace[site, sample]) == pytest.approx(expected, rel=1e-12)
+
+
+def test_first_prior_strength() -> None:
+    estimate = TraceEstimator(TraceSettings(source="both")).estimate(batch(0, **PILOTS), sites=2)
+    assert estimate.prediction is not None
+    expected = (START_PRIOR * estimate.prediction + 3.0 * PILOTS["trace"]) / (START_PRIOR + 3.0)
+    torch.testing.assert_close(estimate.trace, expected, rtol=1e-12, atol=0.0)
+
+
+def test_antithetic_pilots_are_worth_their_pairs() -> None:
+    budget = QueryBudget((20, 20), multiple=2)
+    statistics = batch(0, **PILOTS, budget=budget)  # four pilots: two pairs, one degree of freedom
+    estimate = TraceEstimator(TraceSettings(source="both")).estimate(statistics, sites=2)
+    assert estimate.prediction is not None
+    expected = (START_PRIOR * estimate.prediction + PILOTS["trace"]) / (START_PRIOR + 1.0)
+    torch.testing.assert_close(estimate.trace, expected, rtol=1e-12, atol=0.0)
+
+
+def test_without_a_window_traces_are_proportional_to_the_gradient_at_the_top() -> None:
+    estimator = TraceEstimator(TraceSettings(predictors=["top_gradient"], window=0))
+    assert not estimator.learns
+    assert estimator.requests == {"predictors.top_gradient"}
+    steep = torch.rand(9, dtype=D) + 0.1
+    statistics = SampleStatistics(loss=torch.rand(9, dtype=D), predictors={"top_gradient": steep})
+    for _ in range(2):  # what it is told in between changes nothing
+        trace = estimator.estimate(statistics, sites=2).trace
+        torch.testing.assert_close(trace / trace[:, :1], (steep / steep[0]).expand(2, -1))
+        estimator.observe(TraceObservation(torch.rand(2, 9), torch.full((2, 9), 20.0)))
+
+
+@pytest.mark.parametrize(("tau_squared", "freedom"), [(0.5, 9), (0.5, 2), (0.25, 19)])
+def test_learned_prior_strength_is_two_over_the_error_of_the_prediction(tau_squared: float, freedom: int) -> None:
+    # True traces scatter about the prediction as gamma variables of relative variance tau^2, estimates about these as
+    # chi^2; every site is an independent repetition.
+    sites, size, batches = 100, 200, 4
+    generator = torch.Generator().manual_seed(freedom)
+    with torch.random.fork_rng():
+        torch.manual_seed(freedom)
+        around = torch.distributions.Gamma(1.0 / tau_squared, 1.0 / tau_squared)
+        estimator = TraceEstimator(TraceSettings(predictors=["top_gradient"]))
+        for _ in range(batches):
+            steep = torch.randn(sites, size, generator=generator, dtype=D).exp()
+            statistics = SampleStatistics(loss=torch.rand(size, dtype=D), predictors={"top_gradient": steep})
+            estimator.estimate(statistics, sites=sites)
+            noise = torch.randn(freedom, sites, size, generator=generator, dtype=D).square().mean(dim=0)
+            trace = steep * around.sample(torch.Size((sites, size))).double() * noise
+            estimator.observe(TraceObservation(trace, torch.full_like(trace, freedom + 1.0)))
+    learned = 2.0 / estimator.estimate(statistics, sites=sites).prior_strength
+    standard_error = float(learned.std()) / math.sqrt(sites)
+    # Three coefficients fitted to 800 observations lower the scatter by about 3 / 800 of itself, and ratios above 10
+    # (with 2 degrees of freedom 2 in 10,000) are cut.
+    bias = 0.01 if freedom > 2 else 0.05
+    assert abs(float(learned.mean()) - tau_squared) < 4 * standard_error + bias * (tau_squared + 2 / freedom)
+
+
+# State
+
+
+@pytest.mark.parametrize("source", ["prediction", "both"])
+def test_state_survives_a_file(source: Any) -> None:
+    settings = TraceSettings(source=source)
+    estimator, file = taught(settings), io.BytesIO()
+    torch.save(estimator.state_dict(), file)
+    file.seek(0)
+    resumed = TraceEstimator(settings)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    for i in range(9, 12):
+        assert_same(resumed.estimate(batch(i, **PILOTS), sites=2), estimator.estimate(batch(i, **PILOTS), sites=2))
+        for each in (resumed, estimator):
+            each.observe(seen(i))
+
+
+def test_state_of_a_longer_window_keeps_the_last_batches() -> None:
+    resumed = TraceEstimator(TraceSettings(window=2))
+    resumed.load_state_dict(taught().state_dict())
+    reference = TraceEstimator(TraceSettings(window=2))
+    for i in (1, 2):
+        reference.estimate(batch(i), sites=2)
+        reference.observe(seen(i))
+    assert_same(resumed.estimate(batch(9), sites=2), reference.estimate(batch(9), sites=2))
+
+
+@pytest.mark.parametrize("change", ["fewer predictors", "another", "sites"])
+def test_what_no_longer_fits_is_forgotten(change: str) -> None:
+    statistics, sites = batch(9), 2
+    assert statistics.predictors is not None
+    if change == "fewer predictors":
+        statistics = replace(statistics, predictors={"top_gradient": statistics.predictors["top_gradient"]})
+    elif change == "another":
+        named = {("density" if name == "activation" else name): v for name, v in statistics.predictors.items()}
+        statistics = replace(statistics, predictors=named)
+    else:
+        statistics, sites = batch(9, sites=3), 3
+    resumed = TraceEstimator()
+    resumed.load_state_dict(taught().state_dict())
+    assert_same(resumed.estimate(statistics, sites=sites), TraceEstimator().estimate(statistics, sites=sites))
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "setting", "message"),
+    [
+        ({"source": "oracle"}, "traces.source", r"'oracle': is not known. Choose one of prediction, pilots, both"),
+        ({"window": -1}, "traces.window", "-1: is negative. Write for example 10"),
+        ({"ridge": 0.0}, "traces.ridge", "0.0: must be positive. Write for example 0.0"),
+        ({"ridge": NAN}, "traces.ridge", "nan: must be positive"),
+        ({"ridge": math.inf}, "traces.ridge", "inf: must be"),
+        ({"prior_strength": -1.0}, "traces.prior_strength", "-1.0: is no number of queries. Write 0"),
+        ({"prior_strength": math.inf}, "traces.prior_strength", "inf: is no number"),
+        ({"prior_strength": NAN}, "traces.prior_strength", "nan: is no number"),
+        ({"prior_strength": 2.0}, "traces.prior_strength", "2.0: has no effect with source: prediction. Remove"),
+        (
+            {"source": "pilots", "prior_strength": 2.0},
+            "traces.prior_strength",
+            "2.0: has no effect with source: pilots. Remove",
+        ),
+        ({"source": "pilots", "window": 5}, "traces.window", "5: has no effect with source: pilots. Remove `window`"),
+        ({"source": "pilots", "ridge": 1.0}, "traces.ridge", "1.0: has no effect with source: pilots. Remove `ridge`"),
+        (
+            {"source": "pilots", "predictors": ["loss"]},
+            "traces.predictors",
+            r"\['loss'\]: has no effect with source: pilots. Remove `predictors`",
+        ),
+    ],
+)
+def test_settings_without_sense_are_refused(settings: dict[str, Any], setting: str, message: str) -> None:
+    for made in (settings, TraceSettings(**settings)):
+        with pytest.raises(SettingError, match=message) as caught:
+            TraceEstimator(made)
+        assert caught.value.setting == setting
+
+
+@pytest.mark.parametrize(
+    ("settings", "statistics", "setting", "message"),
+    [
+        (
+            {"predictors": ["loss", "depth"]},
+            batch(0),
+            "traces.predictors",
+            r"'depth': is not among .*: \['activation', 'top_gradient'\]. Choose from these, or write \[loss\]",
+        ),
+        ({"predictors": ["depth"]}, replace(batch(0), predictors=None), "traces.predictors", r"returned: \[\]"),
+        ({"source": "pilots"}, batch(0), "traces.source", "'pilots': needs the statistic `trace`.*Set `strategy.pilot"),
+        ({"source": "both"}, batch(0), "traces.source", "'both': needs the statistic `trace`.*source: prediction"),
+        (
+            {"source": "both"},
+            batch(0, trace=torch.ones(16, dtype=D)),
+            "sample_statistics.trace_queries",
+            "None: is needed to weigh pilots",
+        ),
+        (
+            {"source": "pilots"},
+            batch(0, trace=torch.ones(3, 16, dtype=D)),
+            "sample_statistics.trace",
+            r"\(3, 16\): has no line for each of 2 sites. Return \(s, b\), or \(b,\)",
+        ),
+        (
+            {"source": "both"},
+            batch(0, trace=torch.ones(16, dtype=D), trace_queries=torch.ones(3, 16)),
+            "sample_statistics.trace_queries",
+            r"\(3, 16\): has no line for each of 2 sites",
+        ),
+        (
+            {},
+            batch(0, sites=3),
+            "sample_statistics.predictors.activation",
+            r"\(3, 16\): has no line for each of 2 sites",
+        ),
+    ],
+)
+def test_statistics_that_do_not_fit_are_refused(
+    settings: dict[str, Any], statistics: SampleStatistics, setting: str, message: str
+) -> None:
+    with pytest.raises(SettingError, match=message) as caught:
+        TraceEstimator(settings).estimate(statistics, sites=2)
+    assert caught.value.setting == setting
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        TraceSettings(),
+        TraceSettings(source="pilots"),
+        TraceSettings(source="both", window=2),
+        TraceSettings(source="both", ridge=1.0),
+        TraceSettings(source="both", predictors=["loss"]),
+        TraceSettings(source="both", prior_strength=1.0),
+    ],
+)
+def test_every_setting_has_an_effect(settings: TraceSettings) -> None:
+    plain = taught(TraceSettings(source="both")).estimate(batch(9, **PILOTS), sites=2).trace
+    other = taught(settings).estimate(batch(9, **PILOTS), sites=2).trace
+    assert float((other / plain).log().abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, {"predictors"}),
+        ({"predictors": ["loss"]}, set()),
+        ({"predictors": ["loss", "activation"]}, {"predictors.activation"}),
+        ({"source": "pilots"}, {"trace", "trace_queries"}),
+        ({"source": "both"}, {"trace", "trace_queries", "predictors"}),
+    ],
+)
+def test_only_what_is_read_is_requested(settings: dict[str, Any], expected: set[str]) -> None:
+    estimator = TraceEstimator(settings)
+    assert estimator.requests == expected
+    assert estimator.learns == (estimator.settings.source != "pilots")
+
+
+def test_combined_is_the_mean_over_the_sites() -> None:
+    trace = torch.tensor([[1.0, 3.0], [8.0, 0.0]], dtype=D)
+    statistics = SampleStatistics(loss=torch.ones(2, dtype=D), trace=trace)
+    estimate = TraceEstimator(TraceSettings(source="pilots")).estimate(statistics, sites=2)
+    torch.testing.assert_close(estimate.combined(), torch.tensor([(0.5 + 2.0) / 2, (1.5 + 0.0) / 2], dtype=D))
+
+
+def test_own_window_copies_what_it_was_given() -> None:
+    estimator = TraceEstimator()
+    statistics, observation = batch(0), seen(0)
+    estimator.estimate(statistics, sites=2)
+    estimator.observe(observation)
+    before = estimator.estimate(batch(9), sites=2)
+    statistics.loss.zero_()
+    observation.trace.zero_()
+    assert_same(estimator.estimate(batch(9), sites=2), before)
+
+
+def test_inputs_are_left_alone() -> None:
+    def values(statistics: SampleStatistics, observation: TraceObservation) -> list[Tensor]:
+        named = dict(statistics.predictors or {})
+        assert statistics.trace is not None
+        return [statistics.loss, statistics.trace, *named.values(), observation.trace, observation.queries]
+
+    statistics, observation = batch(0, **PILOTS), seen(0)
+    statistics.loss[0] = NAN
+    before = [each.clone() for each in values(statistics, observation)]
+    estimator = TraceEstimator(TraceSettings(source="both"))
+    estimator.estimate(statistics, sites=2)
+    estimator.observe(observation)
+    for one, other in zip(values(statistics, observation), before, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.0, atol=0.0, equal_nan=True)
