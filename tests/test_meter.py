@@ -85,7 +85,7 @@ def test_pilots(two_layers: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
     sites = [{"stages": ["0", "1"], "queries_per_sample": 10}, {"stages": ["2"]}]
     strategy = bound(two_layers, squared_error, sites, pilots=PilotSpec("0..1", 4))
     clean = strategy.clean_pass(*batch)
-    strategy.pilot_trace(clean)
+    strategy.pilot_traces(clean)
     assert strategy.meter.sites["0..1"] == SiteCount(16, 16, 0, 0, pytest.approx(16 * UPPER))
     strategy.estimate(clean)
     assert strategy.meter.sites["0..1"] == SiteCount(40, 16, 0, 0, pytest.approx(40 * UPPER + 4 * 3 * LOWER))

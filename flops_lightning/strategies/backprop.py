@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from flops_lightning.allocators.statistics import SampleStatistics
 from flops_lightning.errors import SettingError
 from flops_lightning.meter import CLEAN
 from flops_lightning.queries import CleanPass, LossFunction, at_least_float32, row_losses
@@ -66,17 +67,40 @@ class Backprop(ForwardGradientStrategy):
             f"draw {clean.draw}: backprop has one update group, nothing to refresh after {list(updated)}."
         )
 
-    def pilot_trace(self, clean: CleanPass) -> None:
+    def pilot_traces(self, clean: CleanPass) -> None:
         """None: backprop spends no queries."""
 
-    def estimate(self, clean: CleanPass, counts: Tensor | None = None, sites: Sequence[str] | None = None) -> Estimate:
+    def sample_statistics(
+        self, clean: CleanPass, names: Collection[str] = (), metric: Mapping[str, Tensor] | None = None
+    ) -> SampleStatistics:
+        """Not to be had: there are no queries to allocate.
+
+        Raises:
+            SettingError: always.
+        """
+        raise SettingError(
+            "trainer.callbacks", "QueryAllocatorCallback", f"{type(self).__name__} spends no queries "
+            f"(batch of {clean.batch_size}, wanted: {sorted(names)}, metric: {metric is not None}).",
+            "Remove the callback, or use a strategy with queries such as LikelihoodRatio.",
+        )  # fmt: skip
+
+    def estimate(
+        self,
+        clean: CleanPass,
+        counts: Tensor | None = None,
+        sites: Sequence[str] | None = None,
+        *,
+        pilot_weight: Tensor | None = None,
+        traces: bool = False,
+    ) -> Estimate:
         """Add the exact gradient to ``.grad``.
 
         Raises:
-            SettingError: counts were given.
+            SettingError: counts or pilot weights were given, or traces asked for.
         """
-        if counts is not None:
-            raise SettingError("counts", tuple(counts.shape), "backprop spends no queries.", "Remove the allocator.")
+        if counts is not None or pilot_weight is not None or traces:
+            given = None if counts is None else tuple(counts.shape)
+            raise SettingError("counts", given, "backprop spends no queries.", "Remove the allocator.")
         if sites:
             raise SettingError("sites", list(sites), "backprop has no sites.", "Leave `sites` out.")
         parameters = self.network.trainable()

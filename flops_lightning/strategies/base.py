@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flops_lightning.allocators.base import QueryBudget
+from flops_lightning.allocators.statistics import QueryBudget, SampleStatistics, TraceObservation
 from flops_lightning.errors import SettingError
 from flops_lightning.meter import QueryMeter
 from flops_lightning.queries import CleanPass, LossFunction
@@ -29,6 +29,8 @@ class Estimate:
         lost: Queries lost to non-finite losses, their antithetic partners included.
         silent_samples: (sample, site) pairs that contributed nothing because all their queries were lost.
         lost_batch: No query survived at any site: ``.grad`` was not touched and the step should be skipped.
+        observation: Traces seen in these queries, where they were asked for; NaN at sites that were not estimated and
+            where several layers were perturbed together.
     """
 
     loss: Tensor
@@ -37,6 +39,7 @@ class Estimate:
     lost: int = 0
     silent_samples: int = 0
     lost_batch: bool = False
+    observation: TraceObservation | None = None
 
 
 class ForwardGradientStrategy(ABC):
@@ -90,11 +93,31 @@ class ForwardGradientStrategy(ABC):
         """The clean pass after the parameters of the sites ``updated`` changed."""
 
     @abstractmethod
-    def pilot_trace(self, clean: CleanPass) -> Tensor | None:
-        """Spend the pilots on this batch and return ``(b,)`` traces; None where no pilots are configured."""
+    def pilot_traces(self, clean: CleanPass) -> TraceObservation | None:
+        """Spend the pilots on this batch and return what they tell of the traces; None where none are configured."""
 
     @abstractmethod
-    def estimate(self, clean: CleanPass, counts: Tensor | None = None, sites: Sequence[str] | None = None) -> Estimate:
+    def sample_statistics(
+        self, clean: CleanPass, names: Collection[str] = (), metric: Mapping[str, Tensor] | None = None
+    ) -> SampleStatistics:
+        """Spend the pilots, if any, and tell an allocator what is known of the samples before their queries.
+
+        Args:
+            clean: The batch's clean pass.
+            names: Fields of :class:`SampleStatistics` to fill beside those that cost nothing.
+            metric: Weights of the squared derivatives, by parameter name, for ``preconditioned_scale``.
+        """
+
+    @abstractmethod
+    def estimate(
+        self,
+        clean: CleanPass,
+        counts: Tensor | None = None,
+        sites: Sequence[str] | None = None,
+        *,
+        pilot_weight: Tensor | None = None,
+        traces: bool = False,
+    ) -> Estimate:
         """Add the gradient estimate to ``.grad`` of the sites' parameters.
 
         Args:
@@ -102,6 +125,9 @@ class ForwardGradientStrategy(ABC):
             counts: ``(s, b)`` or ``(b,)`` integer queries of each sample (at each site); None: the budget in equal
                 parts.
             sites: Names of the sites to estimate; None: all.
+            pilot_weight: ``(s, b)`` weights of reused pilots, chosen without a look at them; None: their share of the
+                budget.
+            traces: Also return the traces that these queries show.
         """
 
     def state_dict(self) -> dict[str, Any]:

@@ -112,6 +112,11 @@ class DeltaSums:
             self.noise[chunk.span].flatten(1).addmm_(by_life, z.flatten(1))
             self.weights[chunk.span] += by_sample.sum(1)
 
+    @property
+    def found(self) -> Tensor:
+        """``(b,)`` whether a sample has an estimate: a query that counts (leave-one-out: two)."""
+        return self.survivors > (0 if self.noise is None else 1)
+
     def delta(self) -> Tensor:
         """``(b, ...)`` mean over the surviving queries; zero for a sample without one (leave-one-out: two)."""
         n = _column(self.survivors, self.weighted)

@@ -15,7 +15,7 @@ Forward only through everything between a site and the loss. ``linear`` sites us
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flops_lightning.allocators.base import QueryBudget
+from flops_lightning.allocators.statistics import QueryBudget, SampleStatistics, TraceObservation
 from flops_lightning.errors import SettingError
 from flops_lightning.meter import CLEAN
 from flops_lightning.queries import CleanPass, LossFunction, clean_pass, refresh
@@ -38,11 +38,15 @@ from flops_lightning.strategies.base import (
 from flops_lightning.strategies.costs import SiteCosts, site_costs
 from flops_lightning.strategies.counts import check_counts, equal_counts
 from flops_lightning.strategies.delta import DeltaSums, Variant
+from flops_lightning.strategies.measured_costs import measured_costs
 from flops_lightning.strategies.pilots import PilotSpec, check_pilots, combine
 from flops_lightning.strategies.precision import warn_unresolved_sigma
+from flops_lightning.strategies.seen_traces import SeenTraces
 from flops_lightning.strategies.site_queries import SiteGradient, SiteQueries, parameter_space_input, sq_norm
+from flops_lightning.strategies.site_scales import SCALE_EVERY, site_scales
 from flops_lightning.strategies.site_specs import SiteSpec, read_specs
 from flops_lightning.strategies.sites import Site, resolve_sites
+from flops_lightning.strategies.trace_predictors import PREDICTORS, kept_for_predictors, trace_predictors
 
 UpdateOrder = Literal["simultaneous", "site_by_site"]
 
@@ -93,7 +97,12 @@ class LikelihoodRatio(ForwardGradientStrategy):
         self.seed = resolve_seed(seed)
         self._sites: tuple[Site, ...] = ()
         self._costs: SiteCosts | None = None
-        self._piloted: tuple[int, DeltaSums] | None = None
+        # Of the draw whose pilots they are; nothing is piloted at draw -1.
+        self._piloted: tuple[int, dict[str, DeltaSums]] = (-1, {})
+        # By name of the statistic: the draw at which they were estimated, and the scales.
+        self._scales: dict[str, tuple[int, list[float]]] = {}
+        self._seconds: list[float] = []
+        self._predicted: frozenset[str] = frozenset()
 
     def bind(self, network: StagedNetwork, loss: LossFunction) -> None:
         """Resolve sites and pilots.
@@ -104,8 +113,8 @@ class LikelihoodRatio(ForwardGradientStrategy):
         refuse_second_network(getattr(self, "network", None), network)
         self._sites = resolve_sites(network, self.specs)
         self.network, self.loss = network, loss
-        self._costs = self._piloted = None
-        unit = self._queries.unit
+        self._costs, self._piloted, self._scales, self._seconds = None, (-1, {}), {}, []
+        unit = self.site_queries.unit
         for site in self._sites:
             if site.queries_per_sample % unit:
                 raise SettingError(
@@ -130,7 +139,7 @@ class LikelihoodRatio(ForwardGradientStrategy):
         """Queries of a sample at each site, pilots taken off."""
         left = [s.queries_per_sample - (self.pilots.queries if self._is_pilot_site(s) else 0) for s in self._sites]
         return QueryBudget(
-            tuple(left), multiple=self._queries.unit, minimum=2 if self.variant == "leave_one_out" else 0
+            tuple(left), multiple=self.site_queries.unit, minimum=2 if self.variant == "leave_one_out" else 0
         )
 
     @property
@@ -149,6 +158,7 @@ class LikelihoodRatio(ForwardGradientStrategy):
         if self._costs is None:
             self._costs = site_costs(self.network, self._sites, inputs)
             warn_unresolved_sigma(self._sites, clean)
+        clean.activations.setdefault(0, inputs)  # not a copy: from it all that was not kept can be run again
         self.draw += 1
         self.meter.add(CLEAN, clean_passes=clean.batch_size, forward_equivalents=clean.batch_size)
         return clean
@@ -161,29 +171,129 @@ class LikelihoodRatio(ForwardGradientStrategy):
         return refresh(self.network, self.loss, clean, start, keep=self._kept, rows=self.chunk_rows)
 
     @torch.no_grad()
-    def pilot_trace(self, clean: CleanPass) -> Tensor | None:
-        """Spend the pilots and return ``(b,)`` traces of the covariance of one query's gradient at the pilot site.
+    def pilot_traces(self, clean: CleanPass) -> TraceObservation | None:
+        """Spend the pilots and return ``(s, b)`` traces of the covariance of one query's gradient, NaN elsewhere.
 
         In parameter space at a single ``nn.Linear`` (FLOPS, theorem 1), in activation space (a proxy) elsewhere.
         """
-        if not self.pilots.queries:
+        chosen = self.pilots.names(self._sites)
+        if not chosen:
             return None
-        site = next(site for site in self._sites if self._is_pilot_site(site))
-        counts = np.full(clean.batch_size, self.pilots.queries)
-        layer_input = parameter_space_input(self._queries, site, clean)
-        with self.network.evaluating():
-            sums = self._queries.sums(site, clean, counts, traces=True, layer_input=layer_input)
-        if sums is None:  # an empty batch
-            return clean.loss.new_zeros(0)
-        self._piloted = (clean.draw, sums)
-        queries = int(counts.sum())
-        cost = queries * self._known_costs.query[site.name]
-        lost = queries - int(sums.survivors.sum())
-        self.meter.add(site.name, queries=queries, pilots=queries, lost=lost, forward_equivalents=cost)
-        return sums.trace(sq_norm(site, layer_input, sums.weighted), self._queries.unit)
+        counts = np.zeros((len(self._sites), clean.batch_size), dtype=np.int64)
+        counts[[site.name in chosen for site in self._sites]] = self.pilots.queries
+        self._piloted = (clean.draw, {})
+        return self._look(clean, counts, kept=self._piloted[1])
 
     @torch.no_grad()
-    def estimate(self, clean: CleanPass, counts: Tensor | None = None, sites: Sequence[str] | None = None) -> Estimate:
+    def observe_traces(self, clean: CleanPass, counts: Tensor, *, first_query: int) -> TraceObservation:
+        """Spend queries on nothing but traces: how noisy the gradient of each sample is.
+
+        Args:
+            clean: The batch's clean pass.
+            counts: ``(s, b)`` or ``(b,)`` integer queries of each sample (at each site).
+            first_query: Index of their first query. What is looked at with others than those that made the counts or
+                the gradient is independent of both: take an index above all of theirs.
+
+        Raises:
+            SettingError: as :meth:`estimate`, about the counts.
+        """
+        table = check_counts(counts, self._sites, clean.batch_size, multiple=self.site_queries.unit, least=1)
+        return self._look(clean, table, first_query=first_query)
+
+    def _look(
+        self,
+        clean: CleanPass,
+        counts: NDArray[np.int64],
+        *,
+        first_query: int = 0,
+        kept: dict[str, DeltaSums] | None = None,
+    ) -> TraceObservation:
+        seen = SeenTraces.empty(len(self._sites), clean.loss)
+        for i, site in enumerate(self._sites):
+            if len(site.layers) > 1 or not counts[i].any():
+                continue
+            layer_input = parameter_space_input(self.site_queries, site, clean)
+            with self.network.evaluating():
+                sums = self.site_queries.sums(
+                    site, clean, counts[i], first_query=first_query, traces=True, layer_input=layer_input
+                )
+            if sums is None:
+                continue
+            if kept is not None:
+                kept[site.name] = sums
+            queries = int(counts[i].sum())
+            cost = queries * self._known_costs.query[site.name]
+            lost = queries - int(sums.survivors.sum())
+            self.meter.add(site.name, queries=queries, pilots=queries, lost=lost, forward_equivalents=cost)
+            seen.put(i, sums.trace(sq_norm(site, layer_input, sums.weighted), self.site_queries.unit), sums.survivors)
+        return seen.observation(self.site_queries.unit)
+
+    def sample_statistics(
+        self, clean: CleanPass, names: Collection[str] = (), metric: Mapping[str, Tensor] | None = None
+    ) -> SampleStatistics:
+        """Spend the pilots, if any, and tell what else is known of the samples.
+
+        Args:
+            clean: The batch's clean pass.
+            names: Fields of :class:`SampleStatistics` to fill beside loss, embedding, traces and budget.
+            metric: Weights of the squared derivatives for ``preconditioned_scale``.
+        """
+        wanted = {name.split(".")[1] for name in names if name.startswith("predictors.")} & set(PREDICTORS)
+        wanted |= set(PREDICTORS) if "predictors" in names else set()
+        self._predicted = frozenset(wanted)
+        pilots, sites = self.pilot_traces(clean), self._sites
+        filled: dict[str, Any] = {}
+        if wanted:
+            filled["predictors"] = trace_predictors(self.network, self.loss, sites, self._completed(clean), wanted)
+        if "query_flops" in names:
+            filled["query_flops"] = clean.loss.new_tensor([self._known_costs.query[site.name] for site in sites])
+        if "query_seconds" in names:
+            self._seconds = self._seconds or measured_costs(self.site_queries, sites, clean, self._known_costs)
+            filled["query_seconds"] = clean.loss.new_tensor(self._seconds)
+        for name, weights in (("scale", None), ("preconditioned_scale", metric)):
+            if name in names:
+                filled[name] = clean.loss.new_tensor(self._scale(name, clean, weights))
+        return SampleStatistics(
+            loss=clean.loss,
+            embedding=clean.embedding,
+            trace=None if pilots is None else pilots.trace,
+            trace_queries=None if pilots is None else pilots.queries,
+            pilots_reused=self.pilots.reuse,
+            budget=self.budget,
+            **filled,
+        )
+
+    def _completed(self, clean: CleanPass) -> CleanPass:
+        """With the activations that predictors read: at the first batch's clean pass nobody had asked for them."""
+        missing = self._kept - clean.activations.keys()
+        if not missing:
+            return clean
+        start = max(i for i in clean.activations if i <= min(missing))
+        self.meter.add(CLEAN, forward_equivalents=self._known_costs.from_stage[start] * clean.batch_size)
+        return refresh(self.network, self.loss, clean, start, keep=self._kept, rows=self.chunk_rows)
+
+    def _scale(self, name: str, clean: CleanPass, metric: Mapping[str, Tensor] | None) -> list[float]:
+        # It costs a local VJP and changes with the weights, slowly.
+        known = self._scales.get(name)
+        if known is None or clean.draw - known[0] >= SCALE_EVERY:
+            known = self._scales[name] = (
+                clean.draw,
+                site_scales(self.site_queries, self._sites, clean, metric).tolist(),
+            )
+            cost = sum(self._known_costs.gradient.values()) * clean.batch_size
+            self.meter.add(CLEAN, forward_equivalents=cost)
+        return known[1]
+
+    @torch.no_grad()
+    def estimate(
+        self,
+        clean: CleanPass,
+        counts: Tensor | None = None,
+        sites: Sequence[str] | None = None,
+        *,
+        pilot_weight: Tensor | None = None,
+        traces: bool = False,
+    ) -> Estimate:
         """Add the likelihood-ratio estimate to ``.grad``.
 
         Raises:
@@ -195,10 +305,14 @@ class LikelihoodRatio(ForwardGradientStrategy):
             table = equal_counts(self._sites, clean.batch_size, taken=taken)
         else:
             least = 2 if self.variant == "leave_one_out" else 1
-            table = check_counts(counts, self._sites, clean.batch_size, multiple=self._queries.unit, least=least)
+            table = check_counts(counts, self._sites, clean.batch_size, multiple=self.site_queries.unit, least=least)
+        weights = None if pilot_weight is None else pilot_weight.to(clean.loss).expand(len(self._sites), -1)
+        seen = SeenTraces.empty(len(self._sites), clean.loss) if traces else None
         chosen = self._chosen(sites)
         with self.network.evaluating():
-            results = [self._estimate_site(self._sites[i], clean, table[i]) for i in chosen]
+            results = [
+                self._estimate_site(i, clean, table[i], None if weights is None else weights[i], seen) for i in chosen
+            ]
         # The only transfer of the estimate, all sites at once: how many queries survived, and how many count.
         survivors, counting = torch.stack(
             [torch.stack([result.survivors, self._counting(self._sites[i], clean, result)])
@@ -225,21 +339,41 @@ class LikelihoodRatio(ForwardGradientStrategy):
             lost=int(table[chosen].sum() - survivors.sum()),
             silent_samples=silent,
             lost_batch=not counting.any(),
+            observation=None if seen is None else seen.observation(self.site_queries.unit),
         )
 
-    def _estimate_site(self, site: Site, clean: CleanPass, counts: NDArray[np.int64]) -> SiteGradient:
+    def _estimate_site(
+        self,
+        place: int,
+        clean: CleanPass,
+        counts: NDArray[np.int64],
+        pilot_weight: Tensor | None,
+        seen: SeenTraces | None,
+    ) -> SiteGradient:
+        site = self._sites[place]
         if len(site.layers) > 1:
-            return self._queries.joint(site, clean, counts)
+            return self.site_queries.joint(site, clean, counts)
         pilots = self._pilots_of(site, clean)
-        sums = self._queries.sums(site, clean, counts, first_query=self.pilots.queries if pilots else 0)
+        layer_input = None if seen is None else parameter_space_input(self.site_queries, site, clean)
+        sums = self.site_queries.sums(
+            site,
+            clean,
+            counts,
+            first_query=self.pilots.queries if pilots else 0,
+            traces=seen is not None,
+            layer_input=layer_input,
+        )
+        if seen is not None and sums is not None:
+            trace = sums.trace(sq_norm(site, layer_input, sums.weighted), self.site_queries.unit)
+            seen.put(place, trace, sums.survivors)
         reused = pilots if self.pilots.reuse else None
         if sums is None:
             sums, reused = reused, None
         if sums is None:
             return SiteGradient({}, torch.zeros_like(clean.loss), 0)
-        share = self.pilots.queries / site.queries_per_sample
-        delta = sums.delta() if reused is None else combine(reused, sums, share)
-        gradients = self._queries.gradient(site, clean, delta / clean.batch_size)
+        weight = self.pilots.queries / site.queries_per_sample if pilot_weight is None else pilot_weight
+        delta = sums.delta() if reused is None else combine(reused, sums, weight)
+        gradients = self.site_queries.gradient(site, clean, delta / clean.batch_size)
         survivors = sums.survivors if counts.any() else torch.zeros_like(clean.loss)
         return SiteGradient(gradients, survivors.to(clean.loss.dtype), int(counts.sum()))
 
@@ -264,13 +398,15 @@ class LikelihoodRatio(ForwardGradientStrategy):
         return [i for i, name in enumerate(names) if name in sites]
 
     @property
-    def _queries(self) -> SiteQueries:
+    def site_queries(self) -> SiteQueries:
+        """What runs the queries of a site, with these settings."""
         return SiteQueries(self.network, self.loss, self.variant, self.chunk_rows, self.seed, self.rank)
 
     @property
     def _kept(self) -> set[int]:
         """Indices of the activations that sites start from."""
-        return {i for site in self._sites for i in (site.first, site.start)}
+        entered = {i for site in self._sites for i in (site.first, site.start)}
+        return entered | kept_for_predictors(self.network, self._predicted)
 
     @property
     def _known_costs(self) -> SiteCosts:
@@ -279,16 +415,15 @@ class LikelihoodRatio(ForwardGradientStrategy):
         return self._costs
 
     def _is_pilot_site(self, site: Site) -> bool:
-        return bool(self.pilots.queries) and site.name == self.pilots.site
+        return site.name in self.pilots.names(self._sites)
 
     def _pilots_of(self, site: Site, clean: CleanPass) -> DeltaSums | None:
-        if self._piloted is None or self._piloted[0] != clean.draw or not self._is_pilot_site(site):
-            return None
-        return self._piloted[1]
+        return self._piloted[1].get(site.name) if self._piloted[0] == clean.draw else None
 
     def state_dict(self) -> dict[str, Any]:
-        """Draw counter, meter, and the seed of the noise."""
-        return {**super().state_dict(), "seed": self.seed}
+        """Draw counter, meter, the seed of the noise, and what was measured."""
+        measured = {"scales": {name: list(known) for name, known in self._scales.items()}, "seconds": self._seconds}
+        return {**super().state_dict(), "seed": self.seed, **measured}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned.
@@ -302,5 +437,7 @@ class LikelihoodRatio(ForwardGradientStrategy):
                 f"Leave the seed out, or write {state['seed']}.",
             )  # fmt: skip
         super().load_state_dict(state)
-        self._piloted = None
+        self._piloted = (-1, {})
+        self._scales = {name: (draw, scale) for name, (draw, scale) in state.get("scales", {}).items()}
+        self._seconds = list(state.get("seconds", []))
         self.seed = int(state["seed"])

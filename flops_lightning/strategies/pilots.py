@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -12,21 +12,32 @@ from flops_lightning.errors import SettingError
 from flops_lightning.strategies.delta import DeltaSums
 from flops_lightning.strategies.sites import Site
 
+LOWEST, DEEPEST = "lowest", "deepest"
+
 
 @dataclass
 class PilotSpec:
     """Setting: where pilots are spent and how many.
 
     Attributes:
-        site: Name of the site at which they are spent.
-        queries: Pilots of each sample, taken from that site's budget; 0: none.
-        reuse: Let them enter the gradient, with the weight ``queries / queries_per_sample`` fixed before they are seen
-            (an adaptive weight would bias the estimate).
+        sites: Names of the sites at which they are spent. ``lowest``: the site next to the input, as in the paper,
+            whose gradient is noisiest and whose queries cost most. ``deepest``: the site next to the loss, almost free.
+        queries: Pilots of each sample at each of these sites, taken from the site's budget; 0: none.
+        reuse: Let them enter the gradient, with a weight fixed before they are seen (one that depends on them would
+            bias the estimate): the allocator's ``pilot_weight``, or ``queries / queries_per_sample``.
     """
 
-    site: str = ""
+    sites: str | list[str] = field(default_factory=list)
     queries: int = 0
     reuse: bool = True
+
+    def names(self, sites: Sequence[Site]) -> list[str]:
+        """Names of the sites that get pilots, ``lowest`` and ``deepest`` resolved."""
+        if not self.queries:
+            return []
+        written = [self.sites] if isinstance(self.sites, str) else self.sites
+        ends = {LOWEST: sites[0].name, DEEPEST: sites[-1].name} if sites else {}
+        return list(dict.fromkeys(ends.get(name, name) for name in written))
 
 
 def check_pilots(pilots: PilotSpec, sites: Sequence[Site], *, unit: int, one_update: bool) -> None:
@@ -39,39 +50,46 @@ def check_pilots(pilots: PilotSpec, sites: Sequence[Site], *, unit: int, one_upd
         one_update: All sites are updated from the same losses.
 
     Raises:
-        SettingError: an unknown site, one that perturbs several layers together, a number of pilots that gives no
-            variance or leaves too little, or pilots that would be stale when reused.
+        SettingError: no site, an unknown one, one that perturbs several layers together, a number of pilots that gives
+            no variance or leaves too little, or pilots that would be stale when reused.
     """
-    names = [site.name for site in sites]
-    if pilots.site not in names:
-        raise SettingError("strategy.pilots.site", pilots.site, "is not a site.", f"Choose from {names}.")
-    site = sites[names.index(pilots.site)]
-    if len(site.layers) > 1:
-        raise SettingError(
-            "strategy.pilots.site", pilots.site, "perturbs several layers together.",
-            "Choose a block or group site, or a single layer.",
-        )  # fmt: skip
-    least, most = 2 * unit, site.queries_per_sample - 2
-    if not least <= pilots.queries <= most or pilots.queries % unit:
-        raise SettingError(
-            "strategy.pilots.queries", pilots.queries,
-            f"must be a multiple of {unit} from {least} to {most} (the site's budget is {site.queries_per_sample}).",
-            f"Write for example {least}, or 0 for none.",
-        )  # fmt: skip
-    if not one_update and pilots.reuse and site is not sites[-1]:
-        raise SettingError(
-            "strategy.pilots.reuse", True, "pilots of a lower site are stale once the sites above it were updated.",
-            f"Set reuse: false, or take the pilots at {names[-1]!r}.",
-        )  # fmt: skip
+    by_name = {site.name: site for site in sites}
+    chosen = pilots.names(sites)
+    for name in chosen or [""]:
+        if name not in by_name:
+            raise SettingError(
+                "strategy.pilots.sites", name, "is not a site.", f"Choose from {[*by_name, LOWEST, DEEPEST]}."
+            )
+        site = by_name[name]
+        if len(site.layers) > 1:
+            raise SettingError(
+                "strategy.pilots.sites", name, "perturbs several layers together.",
+                "Choose a block or group site, or a single layer.",
+            )  # fmt: skip
+        least, most = 2 * unit, site.queries_per_sample - 2
+        if not least <= pilots.queries <= most or pilots.queries % unit:
+            raise SettingError(
+                "strategy.pilots.queries", pilots.queries,
+                f"must be a multiple of {unit} from {least} to {most} (the budget of {name!r} is "
+                f"{site.queries_per_sample}).", f"Write for example {least}, or 0 for none.",
+            )  # fmt: skip
+        if not one_update and pilots.reuse and site is not sites[-1]:
+            raise SettingError(
+                "strategy.pilots.reuse", True, "pilots of a lower site are stale once the sites above it were updated.",
+                f"Set reuse: false, or take the pilots at {sites[-1].name!r} alone.",
+            )  # fmt: skip
 
 
-def combine(pilots: DeltaSums, rest: DeltaSums, share: float) -> Tensor:
-    """``alpha mean(pilots) + (1 - alpha) mean(rest)``, ``(b, ...)``: unbiased although the counts saw the pilots.
+def combine(pilots: DeltaSums, rest: DeltaSums, weight: Tensor | float) -> Tensor:
+    """``w mean(pilots) + (1 - w) mean(rest)``, ``(b, ...)``: unbiased although the counts saw the pilots.
 
-    ``alpha = share`` for every sample; one of the two takes all the weight where a sample lost all queries of the
-    other.
+    Args:
+        pilots: Sums over the pilots.
+        rest: Sums over the other queries.
+        weight: w, one for all samples or ``(b,)``, chosen without a look at the pilots. One of the two takes all the
+            weight where the other gives a sample no estimate: no query survived (leave-one-out: fewer than two).
     """
-    alpha = torch.full_like(rest.survivors, share)
-    alpha = torch.where(pilots.survivors > 0, alpha, 0.0)
-    alpha = torch.where(rest.survivors > 0, alpha, 1.0).view(-1, *(1,) * (rest.weighted.dim() - 1))
-    return alpha * pilots.delta() + (1 - alpha) * rest.delta()
+    w = torch.as_tensor(weight, dtype=rest.weighted.dtype, device=rest.weighted.device).expand_as(rest.survivors)
+    w = torch.where(pilots.found, w, 0.0)
+    w = torch.where(rest.found, w, 1.0).view(-1, *(1,) * (rest.weighted.dim() - 1))
+    return w * pilots.delta() + (1 - w) * rest.delta()

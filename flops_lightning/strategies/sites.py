@@ -61,7 +61,8 @@ class Site:
         return self.first if self.layers else self.last + 1
 
 
-RESERVED_NAMES = ("clean", "total", "lost", "per_second", "forward_equivalents")  # of the meter and of the logs
+# Of the meter, of the logs, and of the pilots' setting.
+RESERVED_NAMES = ("clean", "total", "lost", "per_second", "forward_equivalents", "lowest", "deepest")
 
 
 def resolve_sites(network: StagedNetwork, specs: Sequence[SiteSpec]) -> tuple[Site, ...]:
@@ -79,7 +80,7 @@ def resolve_sites(network: StagedNetwork, specs: Sequence[SiteSpec]) -> tuple[Si
     names = [site.name for site in sites]
     for name in names:
         if name in RESERVED_NAMES:
-            raise SettingError("strategy.sites", name, "is a name of the meter's own.", "Give the site another `name`.")
+            raise SettingError("strategy.sites", name, "has a meaning of its own.", "Give the site another `name`.")
         if names.count(name) > 1:
             raise SettingError("strategy.sites", name, "is the name of two sites.", "Give each a `name` of its own.")
     _check_ownership(network, sites)

@@ -50,6 +50,12 @@ def places_of(module: nn.Module, strategy: LikelihoodRatio, site: Site) -> list[
     return [Place(site.name, stage_output(module, stage), site.tokens)]
 
 
+def in_parameter_space(site: Site) -> bool:
+    """Whether traces of the site are those of its parameters' gradient: one ``nn.Linear`` whose weight is taught."""
+    linear = len(site.layers) == 1 and isinstance(site.layers[0].module, nn.Linear)
+    return linear and any(name.endswith("weight") for name in site.parameters)
+
+
 def reference_gradient(
     module: nn.Module,
     strategy: LikelihoodRatio,
@@ -60,6 +66,7 @@ def reference_gradient(
     *,
     draw: int = 0,
     pilots: int = 0,
+    pilot_weight: Sequence[float] | None = None,
 ) -> dict[str, Tensor]:
     """``(1 / B) sum_b J_b^T delta_b`` at one site, by parameter name.
 
@@ -72,6 +79,7 @@ def reference_gradient(
         counts: Queries of each sample after the pilots.
         draw: Draw counter of the batch.
         pilots: Queries of each sample that came before and share the mean with a fixed weight.
+        pilot_weight: The pilots' weight for each sample; None: their share of the site's budget.
     """
     places = places_of(module, strategy, site)
     module.eval()
@@ -86,10 +94,61 @@ def reference_gradient(
         delta = _delta(rows[pilots:], clean, place, site.sigma, strategy.variant)
         if pilots:
             early = _delta(rows[:pilots], clean, place, site.sigma, strategy.variant)
-            delta = _mixed(early, delta, pilots / site.queries_per_sample)
+            share = pilots / site.queries_per_sample if pilot_weight is None else pilot_weight[b]
+            delta = _mixed(early, delta, share)
         if delta is not None:
             _add_vjp(total, module, place, site.parameters, x[b : b + 1], delta)
     return {name: gradient / len(x) for name, gradient in total.items()}
+
+
+def reference_traces(
+    module: nn.Module,
+    strategy: LikelihoodRatio,
+    site: Site,
+    x: Tensor,
+    y: Tensor,
+    counts: Sequence[int],
+    *,
+    in_parameters: bool,
+    draw: int = 0,
+    pilots: int = 0,
+) -> Tensor:
+    """``(b,)`` traces of the covariance of one query's gradient at one site, NaN where there is no variance.
+
+    The gradient of every query (under antithetic: of every pair, whose trace counts twice) is built, and the sample
+    variance of each of its entries summed. Leave-one-out queries are centred by the clean loss here: with each other
+    they would not be independent.
+
+    Args:
+        module: The network itself.
+        strategy: Settings are read from it.
+        site: The site.
+        x: ``(b, ...)`` inputs.
+        y: ``(b, ...)`` targets.
+        counts: Queries of each sample after the pilots.
+        in_parameters: The gradient in the site's parameters, else in its activation.
+        draw: Draw counter of the batch.
+        pilots: Queries of each sample that came before and are left out.
+    """
+    (place,) = places_of(module, strategy, site)
+    variant = "baseline" if strategy.variant == "leave_one_out" else strategy.variant
+    unit = 2 if variant == "antithetic" else 1
+    found = []
+    for b, count in enumerate(counts):
+        clean = _loss(module, strategy.loss, x[b : b + 1], y[b : b + 1])
+        rows = queries_of_sample(module, strategy, site, x, y, b, pilots + count, draw=draw)[pilots:]
+        alive = _survivors(rows, clean, variant)
+        units = []
+        for i in range(0, len(alive), unit):
+            gradient = _delta(alive[i : i + unit], clean, place, site.sigma, variant)
+            if in_parameters:
+                total = {name: torch.zeros_like(p) for name, p in site.parameters.items()}
+                _add_vjp(total, module, place, site.parameters, x[b : b + 1], gradient)
+                gradient = torch.cat([g.flatten() for g in total.values()])
+            units.append(gradient.flatten())
+        spread = unit * torch.stack(units).var(0).sum() if len(units) > 1 else torch.tensor(math.nan)
+        found.append(spread.to(x))
+    return torch.stack(found)
 
 
 def queries_of_sample(

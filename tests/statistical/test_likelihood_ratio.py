@@ -152,7 +152,7 @@ def test_pilots_do_not_bias_though_the_counts_depend_on_them() -> None:
     found = []
     for _ in range(1000):
         clean = strategy.clean_pass(x, y)
-        trace = strategy.pilot_trace(clean)
+        trace = strategy.pilot_traces(clean).trace[1]
         strategy.estimate(clean, 1 + (60 * trace / trace.sum()).floor().long(), sites=["2"])
         grads = gradients(net)
         found.append(flat([grads["2.weight"], grads["2.bias"]]))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flops_lightning.strategies import PilotSpec
+from tests.reference.layouts import COUNTS, SIGMA, VIT_SITES, convolutional, vit_for
 from tests.reference.likelihood_ratio import assert_equals_reference, reference_gradient
 from tests.reference.networks import (
     TokenMean,
@@ -21,34 +22,12 @@ from tests.reference.networks import (
     tiny_vit,
 )
 
-SIGMA = {"sigma": 0.1}
-VIT_SITES: dict[str, list[dict[str, Any]]] = {
-    "group": [
-        {"stages": ["embed", "blocks.0"], **SIGMA},
-        {"stages": ["blocks.1", "blocks.2"], **SIGMA},
-        {"stages": ["pool", "head"], **SIGMA},
-    ],
-    "block": [{"stages": ["embed", "head"], "kind": "block", **SIGMA}],
-    "linear": [{"stages": ["embed", "head"], "kind": "linear", **SIGMA}],
-    "together": [
-        {"stages": ["embed", "blocks.1"], "kind": "linear", "together": True, **SIGMA},
-        {"stages": ["blocks.2", "head"], "kind": "linear", "together": True, **SIGMA},
-    ],
-}
-COUNTS = {"plain": [3, 0, 5, 2], "baseline": [3, 0, 5, 2], "leave_one_out": [3, 0, 5, 2], "antithetic": [4, 0, 6, 2]}
 CASES = [
     (variant, layout)
     for variant in COUNTS
     for layout in VIT_SITES
     if (variant, layout) != ("leave_one_out", "together")
 ]
-
-
-def vit_for(layout: str, **kwargs: Any) -> nn.Module:
-    vit = tiny_vit(**kwargs)
-    if layout in ("linear", "together"):
-        freeze(vit, "cls_token", "pos_embed", "reg_token")
-    return vit
 
 
 @pytest.mark.parametrize(("variant", "layout"), CASES)
@@ -89,7 +68,7 @@ def test_pilots_that_are_used_again(variant: str, stage: str, images: tuple[Tens
     ]
     strategy = bound(vit, cross_entropy, sites, variant=variant, chunk_rows=7, pilots=PilotSpec(stage, 4))
     clean = strategy.clean_pass(*images)
-    strategy.pilot_trace(clean)
+    strategy.pilot_traces(clean)
     counts = COUNTS[variant]
     strategy.estimate(clean, torch.tensor(counts))
     found = gradients(vit)
@@ -105,7 +84,7 @@ def test_pilots_that_are_not_used_again_leave_their_noise_alone(vit: nn.Module, 
     pilots = PilotSpec("blocks.0", 4, reuse=False)
     strategy = bound(vit, cross_entropy, sites, pilots=pilots)
     clean = strategy.clean_pass(*images)
-    strategy.pilot_trace(clean)
+    strategy.pilot_traces(clean)
     strategy.estimate(clean)
     found = gradients(vit)
     site = next(site for site in strategy.sites if site.name == "blocks.0")
@@ -119,7 +98,7 @@ def test_pilots_at_a_linear_layer(tokens_net: nn.Sequential, tokens: tuple[Tenso
     sites = [{"stages": ["0", "4"], "kind": "linear", "queries_per_sample": 10, **SIGMA}]
     strategy = bound(tokens_net, squared_error, sites, pilots=PilotSpec("2", 4))
     clean = strategy.clean_pass(*tokens)
-    strategy.pilot_trace(clean)
+    strategy.pilot_traces(clean)
     counts = [2, 6, 1, 0]
     strategy.estimate(clean, torch.tensor(counts))
     found = gradients(tokens_net)
@@ -137,21 +116,6 @@ def test_every_draw_and_rank_has_its_own_noise(tokens_net: nn.Sequential, tokens
         strategy.rank = rank
         for _ in range(2):
             assert_equals_reference(tokens_net, strategy, *tokens, counts)
-
-
-def convolutional() -> nn.Sequential:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        net = nn.Sequential(
-            nn.Conv2d(1, 4, 3, stride=2, padding=1),
-            nn.GroupNorm(2, 4, affine=False),
-            nn.Conv2d(4, 6, 3, padding=2, dilation=2, groups=2, bias=False),
-            nn.Flatten(2),
-            nn.LayerNorm((6, 16)),
-            TokenMean(),
-            nn.Linear(16, 5, bias=False),
-        )
-    return shaken(net)
 
 
 @pytest.mark.parametrize("layout", ["block", "linear", "together"])

@@ -93,9 +93,15 @@ def test_it_has_nothing_to_allocate(tokens_net: nn.Sequential, tokens: tuple[Ten
     strategy = bound_backprop(tokens_net, squared_error)
     clean = strategy.clean_pass(*tokens)
     assert (strategy.sites, strategy.budget, strategy.update_groups) == ((), None, ((),))
-    assert strategy.pilot_trace(clean) is None
+    assert strategy.pilot_traces(clean) is None
     with pytest.raises(SettingError, match=r"counts = \(4,\).*allocator"):
         strategy.estimate(clean, torch.full((4,), 2))
+    for more in ({"pilot_weight": torch.ones(4)}, {"traces": True}):
+        with pytest.raises(SettingError, match=r"spends no queries.*allocator"):
+            strategy.estimate(clean, **more)
+    with pytest.raises(SettingError, match=r"Backprop spends no queries .*batch of 4.*\['scale'\].*LikelihoodRatio"):
+        strategy.sample_statistics(clean, {"scale"})
+    assert set(gradients(tokens_net).values()) == {None}
     with pytest.raises(SettingError, match=r"sites = \['0'\]"):
         strategy.estimate(clean, sites=["0"])
     with pytest.raises(RuntimeError, match="one update group"):

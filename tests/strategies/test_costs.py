@@ -69,7 +69,7 @@ def test_autocast_does_not_reuse_weights_from_before_an_update() -> None:
 def test_mappings_are_taken_for_sites_and_pilots() -> None:
     network = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
     strategy = bound(
-        network, sites=[{"stages": ["0"]}, {"stages": ["2"], "name": "top"}], pilots={"site": "top", "queries": 4}
+        network, sites=[{"stages": ["0"]}, {"stages": ["2"], "name": "top"}], pilots={"sites": "top", "queries": 4}
     )
     assert [site.name for site in strategy.sites] == ["0", "top"]
     assert strategy.budget.queries_per_sample == (20, 16)

@@ -5,18 +5,16 @@ from __future__ import annotations
 import copy
 import gc
 import itertools
-import random
 import warnings
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from flops_lightning.errors import SettingError
 from flops_lightning.strategies import LikelihoodRatio, PilotSpec
+from tests.reference.footprint import everything
 from tests.reference.likelihood_ratio import assert_equals_reference, reference_gradient
 from tests.reference.networks import (
     TokenMean,
@@ -36,35 +34,6 @@ LAYOUTS: dict[str, list[dict[str, Any]]] = {
     "together": [{"stages": ["0", "4"], "kind": "linear", "together": True}],
 }
 TWO = [{"stages": ["0", "1"]}, {"stages": ["2", "4"]}]
-
-
-def hooks(module: nn.Module) -> dict[str, Any]:
-    kinds = [name for name in vars(module) if name.endswith("_hooks")]
-    found = {
-        f"{name}.{kind}": list(getattr(child, kind).values())
-        for name, child in module.named_modules()
-        for kind in kinds
-    }
-    found["global"] = [*torch_module._global_forward_hooks, *torch_module._global_forward_pre_hooks]
-    return found
-
-
-def random_states() -> tuple[Any, ...]:
-    return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()  # noqa: NPY002
-
-
-def everything(module: nn.Module) -> dict[str, Any]:
-    """All that an estimate must leave alone."""
-    return {
-        "hooks": hooks(module),
-        "modes": {name: child.training for name, child in module.named_modules()},
-        "requires_grad": {name: p.requires_grad for name, p in module.named_parameters()},
-        "pointers": {name: t.data_ptr() for name, t in module.state_dict().items()},
-        "values": {name: t.tolist() for name, t in module.state_dict().items()},
-        "attributes": {name: sorted(vars(child)) for name, child in module.named_modules()},
-        "random": random_states(),
-        "grad_enabled": torch.is_grad_enabled(),
-    }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -209,7 +178,7 @@ def test_memory_does_not_grow(tokens_net: nn.Sequential, tokens: tuple[Tensor, T
     def steps(number: int) -> tuple[int, int, int]:
         for _ in range(number):
             clean = strategy.clean_pass(*tokens)
-            strategy.pilot_trace(clean)
+            strategy.pilot_traces(clean)
             strategy.estimate(clean)
             gradients(tokens_net)
         gc.collect()
@@ -245,7 +214,7 @@ def test_stale_pilots_are_not_used_after_a_restart(tokens_net: nn.Sequential, to
     _, expected = estimated(fresh, *tokens)
     strategy = bound(tokens_net, squared_error, TWO, **settings)
     state = copy.deepcopy(strategy.state_dict())
-    strategy.pilot_trace(strategy.clean_pass(tokens[0].flip(0), tokens[1]))
+    strategy.pilot_traces(strategy.clean_pass(tokens[0].flip(0), tokens[1]))
     strategy.load_state_dict(state)
     _, found = estimated(strategy, *tokens)
     for name, gradient in expected.items():

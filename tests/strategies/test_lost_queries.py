@@ -248,21 +248,26 @@ def test_a_difference_too_large_for_float32_is_lost(tokens: tuple[Tensor, Tensor
 
 
 @SILENT
+@pytest.mark.parametrize(
+    ("variant", "pilots", "counts"),
+    [("baseline", 2, [1, 1, 2, 3]), ("leave_one_out", 2, [2, 2, 2, 3]), ("antithetic", 4, [2, 2, 4, 6])],
+)
 def test_the_weight_of_lost_pilots_goes_to_the_other_queries(
-    tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
+    variant: str, pilots: int, counts: list[int], tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
 ) -> None:
+    """And that of the others to the pilots; a lone leave-one-out query counts as lost."""
     x, y = tokens
     limit = float(tokens_net(x)[:, 0].detach().max()) + 0.1
-    site = {"stages": ["0", "4"], "kind": "block", "sigma": 1.0, "queries_per_sample": 5}
-    strategy = bound(tokens_net, brittle_loss(math.nan, limit), [site], pilots=PilotSpec("2", 2))
+    site = {"stages": ["0", "4"], "kind": "block", "sigma": 1.0, "queries_per_sample": 10}
+    strategy = bound(tokens_net, brittle_loss(math.nan, limit), [site], variant=variant, pilots=PilotSpec("2", pilots))
     some = {"trace": False, "no trace": False}
     for draw in range(8):
         clean = strategy.clean_pass(x, y)
-        trace = strategy.pilot_trace(clean)
-        strategy.estimate(clean, torch.tensor([1, 1, 2, 3]))
+        (trace,) = strategy.pilot_traces(clean).trace[[site.name == "2" for site in strategy.sites]]
+        strategy.estimate(clean, torch.tensor(counts))
         found = gradients(tokens_net)
         (place,) = [site for site in strategy.sites if site.name == "2"]
-        expected = reference_gradient(tokens_net, strategy, place, x, y, [1, 1, 2, 3], draw=draw, pilots=2)
+        expected = reference_gradient(tokens_net, strategy, place, x, y, counts, draw=draw, pilots=pilots)
         for name, gradient in expected.items():
             torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-9)
         some["trace"] |= bool(trace.isfinite().any())
@@ -277,7 +282,7 @@ def test_pilots_stand_in_for_a_site_that_lost_all_its_other_queries(
     site = {"stages": ["0", "4"], "kind": "block", "queries_per_sample": 6}
     strategy = bound(tokens_net, squared_error, [site], pilots=PilotSpec("2", 4))
     clean = strategy.clean_pass(*tokens)
-    strategy.pilot_trace(clean)
+    strategy.pilot_traces(clean)
     strategy.loss = lambda output, target: squared_error(output, target) * math.nan
     with warnings.catch_warnings():
         warnings.simplefilter("error")

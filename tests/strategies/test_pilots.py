@@ -22,8 +22,13 @@ def piloted(net: nn.Module, site: str, pilots: int = 4, **settings: Any) -> Like
     return bound(net, squared_error, sites, pilots=PilotSpec(site, pilots), **settings)
 
 
+def place_of(strategy: LikelihoodRatio) -> int:
+    """Index of the one site that has pilots."""
+    return [site.name for site in strategy.sites].index(strategy.pilots.sites)
+
+
 def site_of(strategy: LikelihoodRatio) -> Any:
-    return next(site for site in strategy.sites if site.name == strategy.pilots.site)
+    return strategy.sites[place_of(strategy)]
 
 
 def gradients_of_queries(
@@ -50,7 +55,12 @@ def test_the_trace_is_the_sample_variance_of_the_pilots(
 ) -> None:
     strategy = piloted(tokens_net, site, pilots=6, variant=variant, chunk_rows=8)
     clean = strategy.clean_pass(*tokens)
-    found = strategy.pilot_trace(clean)
+    seen = strategy.pilot_traces(clean)
+    assert seen.unit == (2 if variant == "antithetic" else 1)
+    places = torch.arange(len(strategy.sites)) == place_of(strategy)
+    assert seen.trace[~places].isnan().all(), "nothing was seen elsewhere"
+    assert torch.equal(seen.queries, 6.0 * places[:, None].expand(-1, 4))
+    (found,) = seen.trace[places]
     for b in range(4):
         rows = queries_of_sample(tokens_net, strategy, site_of(strategy), *tokens, b, 6)
         z = torch.stack([row.noise[site] for row in rows])
@@ -90,7 +100,8 @@ def true_trace(strategy: LikelihoodRatio, loss: Loss, x: Tensor, y: Tensor, b: i
 @pytest.mark.parametrize("variant", ["baseline", "antithetic"])
 def test_traces_are_unbiased(variant: str, site: str, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
     strategy = piloted(tokens_net, site, variant=variant, chunk_rows=1000)
-    found = torch.stack([strategy.pilot_trace(strategy.clean_pass(*tokens)) for _ in range(800)])
+    place = place_of(strategy)
+    found = torch.stack([strategy.pilot_traces(strategy.clean_pass(*tokens)).trace[place] for _ in range(800)])
     for b in range(4):
         truth, doubt = true_trace(strategy, squared_error, *tokens, b)
         error = (float(found[:, b].var()) / len(found) + doubt**2) ** 0.5
@@ -104,7 +115,7 @@ def test_pilots_are_paid_from_the_budget_of_their_site(
     strategy = piloted(tokens_net, "3", pilots=6)
     assert strategy.budget.queries_per_sample == (20, 20, 14, 20)
     clean = strategy.clean_pass(*tokens)
-    strategy.pilot_trace(clean)
+    strategy.pilot_traces(clean)
     estimate = strategy.estimate(clean)
     assert estimate.queries == 4 * (20 + 20 + 14 + 20)
     spent = {name: (count.queries, count.pilots) for name, count in strategy.meter.sites.items()}
@@ -120,7 +131,7 @@ def test_pilots_without_reuse_share_no_noise_with_the_rest(
     clean = strategy.clean_pass(*tokens)
     strategy.estimate(clean, torch.full((4,), 4))
     first = gradients(tokens_net)
-    strategy.pilot_trace(clean)
+    strategy.pilot_traces(clean)
     strategy.estimate(clean, torch.full((4,), 4))
     second = gradients(tokens_net)
     torch.testing.assert_close(first["4.weight"], second["4.weight"], rtol=0, atol=0)
@@ -129,7 +140,7 @@ def test_pilots_without_reuse_share_no_noise_with_the_rest(
 
 def test_without_pilots_there_is_no_trace(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
     strategy = bound(tokens_net, squared_error, [{"stages": ["0", "1"]}, {"stages": ["2", "4"]}])
-    assert strategy.pilot_trace(strategy.clean_pass(*tokens)) is None
+    assert strategy.pilot_traces(strategy.clean_pass(*tokens)) is None
 
 
 def test_a_batch_whose_pilots_were_not_drawn_gets_the_whole_budget(
@@ -141,28 +152,34 @@ def test_a_batch_whose_pilots_were_not_drawn_gets_the_whole_budget(
     plain.clean_pass(*tokens)
     _, expected = estimated(plain, *tokens)
     strategy = piloted(tokens_net, "3")
-    strategy.pilot_trace(strategy.clean_pass(*tokens))
+    strategy.pilot_traces(strategy.clean_pass(*tokens))
     _, found = estimated(strategy, *tokens)
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=0, atol=0)
 
 
 BLOCKS = [{"stages": ["0", "4"], "kind": "block", "queries_per_sample": 10}]
+UNEVEN = [{**BLOCKS[0], "stages": ["0", "3"]}, {**BLOCKS[0], "stages": ["4"], "queries_per_sample": 6}]
 JOINT = [{"stages": ["0", "4"], "kind": "linear", "together": True, "name": "all"}]
 
 
 @pytest.mark.parametrize(
     ("sites", "pilots", "settings", "setting", "problem"),
     [
-        (BLOCKS, PilotSpec("5", 4), {}, "site", r"'5': is not a site.*\['0', '2', '3', '4'\]"),
-        (BLOCKS, PilotSpec("", 4), {}, "site", "is not a site"),
-        (JOINT, PilotSpec("all", 4), {}, "site", "together"),
-        (BLOCKS, PilotSpec("2", 1), {}, "queries", r"from 2 to 8 .*is 10"),
+        (BLOCKS, PilotSpec("5", 4), {}, "sites", r"'5': is not a site.*\['0', '2', '3', '4', 'lowest', 'deepest'\]"),
+        (BLOCKS, PilotSpec(["2", "5"], 4), {}, "sites", r"'5': is not a site"),
+        (BLOCKS, PilotSpec("", 4), {}, "sites", "'': is not a site"),
+        (BLOCKS, PilotSpec([], 4), {}, "sites", "'': is not a site"),
+        (JOINT, PilotSpec("all", 4), {}, "sites", "together"),
+        (JOINT, PilotSpec("lowest", 4), {}, "sites", "'all': perturbs several layers together"),
+        (BLOCKS, PilotSpec("2", 1), {}, "queries", r"from 2 to 8 .*of '2' is 10"),
+        (UNEVEN, PilotSpec(["0", "4"], 6), {}, "queries", r"from 2 to 4 .*of '4' is 6"),
         (BLOCKS, PilotSpec("2", -2), {}, "queries", "from 2 to 8"),
         (BLOCKS, PilotSpec("2", 9), {}, "queries", "from 2 to 8"),
         (BLOCKS, PilotSpec("2", 2), {"variant": "antithetic"}, "queries", "multiple of 2 from 4 to 8"),
         (BLOCKS, PilotSpec("2", 5), {"variant": "antithetic"}, "queries", "multiple of 2 from 4 to 8"),
         (BLOCKS, PilotSpec("2", 4), {"update": "site_by_site"}, "reuse", r"stale.*reuse: false.*'4'"),
+        (BLOCKS, PilotSpec(["4", "2"], 4), {"update": "site_by_site"}, "reuse", r"stale.*reuse: false.*'4' alone"),
     ],
 )
 def test_settings_that_are_refused(
@@ -179,9 +196,22 @@ def test_settings_that_are_refused(
 
 
 @pytest.mark.parametrize(
-    "pilots", [PilotSpec("2", 2), PilotSpec("2", 8), PilotSpec("4", 4, reuse=True), PilotSpec("2", 4, reuse=False)]
+    ("pilots", "update", "budget"),
+    [
+        (PilotSpec("2", 2), "simultaneous", (10, 8, 10, 10)),
+        (PilotSpec("2", 8), "simultaneous", (10, 2, 10, 10)),
+        (PilotSpec(["0", "3"], 4), "simultaneous", (6, 10, 6, 10)),
+        (PilotSpec("lowest", 4), "simultaneous", (6, 10, 10, 10)),
+        (PilotSpec(["deepest", "4", "lowest"], 4), "simultaneous", (6, 10, 10, 6)),
+        (PilotSpec("4", 4), "site_by_site", (10, 10, 10, 6)),
+        (PilotSpec(["deepest"], 4), "site_by_site", (10, 10, 10, 6)),
+        (PilotSpec(["2", "4"], 4, reuse=False), "site_by_site", (10, 6, 10, 6)),
+        (PilotSpec("2", 0), "simultaneous", (10, 10, 10, 10)),
+    ],
 )
-def test_settings_that_are_not(pilots: PilotSpec, tokens_net: nn.Sequential) -> None:
-    update = "site_by_site" if not pilots.reuse or pilots.site == "4" else "simultaneous"
+def test_settings_that_are_not(
+    pilots: PilotSpec, update: str, budget: tuple[int, ...], tokens_net: nn.Sequential
+) -> None:
+    """``lowest`` is the site next to the input, ``deepest`` the one next to the loss; naming one twice is once."""
     strategy = bound(tokens_net, squared_error, BLOCKS, pilots=pilots, update=update)
-    assert sum(strategy.budget.queries_per_sample) == 40 - pilots.queries
+    assert strategy.budget.queries_per_sample == budget

@@ -170,9 +170,9 @@ def test_the_default_of_a_sequential_is_three_groups_and_a_head() -> None:
     assert [len(site.parameters) for site in sites] == [4, 4, 4, 2]
 
 
-@pytest.mark.parametrize("name", ["clean", "total", "forward_equivalents"])
-def test_names_of_the_meter_are_refused(tokens_net: nn.Sequential, name: str) -> None:
-    with pytest.raises(SettingError, match=f"'{name}': is a name of the meter's own"):
+@pytest.mark.parametrize("name", ["clean", "total", "forward_equivalents", "lowest", "deepest"])
+def test_names_with_a_meaning_of_their_own_are_refused(tokens_net: nn.Sequential, name: str) -> None:
+    with pytest.raises(SettingError, match=f"'{name}': has a meaning of its own.*another `name`"):
         resolved(tokens_net, {"stages": ["0"], "name": name}, {"stages": ["1", "4"]})
 
 

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from flops_lightning.strategies import LikelihoodRatio
+from flops_lightning.strategies.measured_costs import ROWS
+from tests.reference.layouts import TOKEN_SITES
+from tests.reference.networks import bound, gradients, squared_error, token_network
+
+
+def seconds_and_flops(strategy: LikelihoodRatio, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    statistics = strategy.sample_statistics(strategy.clean_pass(x, y), {"query_seconds", "query_flops"})
+    return statistics.query_seconds, statistics.query_flops
+
+
+@pytest.mark.parametrize(
+    ("layout", "variant"),
+    [*((layout, "baseline") for layout in TOKEN_SITES), ("block", "leave_one_out"), ("together", "antithetic")],
+)
+def test_the_dearest_site_costs_as_counted(
+    layout: str, variant: str, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
+) -> None:
+    """So seconds are in the unit of the counted costs, forward-equivalents; and no query is free."""
+    strategy = bound(tokens_net, squared_error, TOKEN_SITES[layout], variant=variant)
+    seconds, counted = seconds_and_flops(strategy, *tokens)
+    assert seconds.shape == counted.shape == (len(strategy.sites),)
+    assert (seconds > 0).all()
+    torch.testing.assert_close(seconds.max(), counted.max(), rtol=1e-12, atol=0)
+    assert [strategy.meter.sites.get(site.name) for site in strategy.sites] == [None] * len(strategy.sites), (
+        "timing is no training: it counts as nobody's queries"
+    )
+
+
+def test_the_order_is_that_of_the_suffixes() -> None:
+    """Above the lowest site lie eight wide layers, above the middle one half of them, above the top one nothing."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(8, 256), *(nn.Linear(256, 256) for _ in range(8)), nn.Linear(256, 2))
+    net[1:9].requires_grad_(False)
+    net[4].requires_grad_(True)
+    sites = [{"stages": ["0"]}, {"stages": ["1", "4"]}, {"stages": ["5", "9"], "kind": "block"}]
+    strategy = bound(net, squared_error, sites)
+    seconds, counted = seconds_and_flops(strategy, torch.ones(8, 8), torch.zeros(8, 2))
+    assert [site.name for site in strategy.sites] == ["0", "1..4", "9"]
+    assert counted.tolist() == sorted(counted.tolist(), reverse=True)
+    assert seconds[0] > 1.2 * seconds[1] > 1.2 * 1.2 * seconds[2]
+
+
+@pytest.mark.parametrize("batch", [1, 4, 2 * ROWS])
+def test_any_batch(batch: int, tokens: tuple[Tensor, Tensor]) -> None:
+    """About the same number of queries is timed whatever the batch, one of each sample at least."""
+    calls: list[int] = []
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        calls.append(len(output))
+        return squared_error(output, target)
+
+    x, y = (tensor[:1].repeat(batch, *(1,) * (tensor.dim() - 1)) for tensor in tokens)
+    strategy = bound(token_network(), loss, [{"stages": ["0", "1"]}, {"stages": ["2", "4"]}], variant="antithetic")
+    clean = strategy.clean_pass(x, y)
+    calls.clear()
+    strategy.sample_statistics(clean, {"query_seconds"})
+    assert sum(calls) == 2 * 4 * max(ROWS, 2 * batch)
+
+
+def test_it_is_measured_once_and_changes_no_estimate(
+    tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[dict[str, Any]] = []
+    for names in ({"query_seconds"}, set()):
+        strategy = bound(tokens_net, squared_error, TOKEN_SITES["block"])
+        clean = strategy.clean_pass(*tokens)
+        first = strategy.sample_statistics(clean, names).query_seconds
+        strategy.estimate(clean)
+        found.append(gradients(tokens_net))
+        if names:
+            monkeypatch.delattr("flops_lightning.strategies.likelihood_ratio.measured_costs")  # else a NameError
+            again = strategy.sample_statistics(strategy.clean_pass(*tokens), names).query_seconds
+            torch.testing.assert_close(again, first, rtol=0, atol=0)
+            monkeypatch.undo()
+    assert all(torch.equal(found[1][name], gradient) for name, gradient in found[0].items())
