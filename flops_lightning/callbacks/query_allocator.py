@@ -7,7 +7,15 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from flops_lightning.allocators import QueryAllocator, QueryBudget, SampleStatistics, SupportsQueryAllocation
+from flops_lightning.allocators import (
+    Allocation,
+    QueryAllocator,
+    QueryBudget,
+    SampleStatistics,
+    SupportsQueryAllocation,
+    SupportsTraceFeedback,
+)
+from flops_lightning.callbacks.allocation_monitor import AllocationMonitor
 from flops_lightning.errors import SettingError
 
 SIGNATURES = {
@@ -64,8 +72,14 @@ class QueryAllocatorCallback(Callback):
     mode dropout and the like are active during ``sample_statistics``: switch them off there if the losses should be
     clean.
 
-    The allocator's diagnostics are logged at every step as ``allocation/<name>``, and its state is saved in
-    checkpoints. In a distributed run every process allocates the budget of its own samples.
+    A module that also defines ``trace_observation()`` (:class:`SupportsTraceFeedback`) tells, after each step, which
+    traces its queries showed; allocators that predict traces learn from it. One that defines
+    ``request_statistics(names)`` hears, once, which statistics are read; one that defines
+    ``set_pilot_weights(weights)`` gets the weights of reused pilots.
+
+    The allocator's diagnostics are logged at every step as ``allocation/<name>``, together with what
+    :class:`AllocationMonitor` makes of the queries (see there); ``log=False`` turns all of it off. The allocator's
+    state is saved in checkpoints. In a distributed run every process allocates the budget of its own samples.
     """
 
     def __init__(
@@ -79,7 +93,7 @@ class QueryAllocatorCallback(Callback):
                 ``SampleStatistics.budget``.
             multiple: Counts come in multiples of this (2 where queries come in antithetic pairs). 1: no demand beyond
                 that of the module's own budget.
-            log: Whether to log the allocator's diagnostics.
+            log: Whether to log the allocator's diagnostics and to watch the allocation.
 
         Raises:
             SettingError: The budget cannot be met, or ``allocator`` is none (a class instead of an object, say).
@@ -93,7 +107,8 @@ class QueryAllocatorCallback(Callback):
         self.allocator = allocator
         self.queries_per_sample = queries_per_sample
         self.multiple = multiple
-        self._logs = log  # Lightning itself gives every callback a method `log`
+        self._monitor = AllocationMonitor() if log else None
+        self._last: tuple[SampleStatistics, Allocation] | None = None
 
     @property
     def state_key(self) -> str:
@@ -109,7 +124,7 @@ class QueryAllocatorCallback(Callback):
         self.allocator.load_state_dict(state_dict)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse, before anything is trained, a module without the protocol and a second allocator.
+        """Refuse, before anything is trained, a module without what the allocator needs and a second allocator.
 
         Raises:
             SettingError: As said, naming the methods to add.
@@ -124,6 +139,7 @@ class QueryAllocatorCallback(Callback):
                 "lacks what QueryAllocatorCallback needs to allocate queries.",
                 f"Add to the module: {'; '.join(missing)}.",
             )
+        self._request(pl_module)
         callbacks = cast("Any", trainer).callbacks  # an attribute that Lightning does not declare
         rivals = [type(each.allocator).__name__ for each in callbacks if isinstance(each, QueryAllocatorCallback)]
         if len(rivals) > 1:
@@ -150,9 +166,51 @@ class QueryAllocatorCallback(Callback):
         self.allocator.check(statistics)
         allocation = self.allocator.allocate(statistics, self._budget(statistics))
         module.set_query_counts(allocation.counts)
-        if self._logs and allocation.diagnostics:
-            named = {f"allocation/{name}": value for name, value in allocation.diagnostics.items()}
-            pl_module.log_dict(named, on_step=True, on_epoch=False, batch_size=len(statistics.loss))
+        if allocation.pilot_weight is not None:
+            hand_over = getattr(pl_module, "set_pilot_weights", None)
+            if not callable(hand_over):
+                raise SettingError(
+                    "allocator.traces.source", "both", f"weighs reused pilots, and {type(pl_module).__name__} has no "
+                    "method to take the weights.", "Add `def set_pilot_weights(self, weights: Tensor) -> None`, or "
+                    "return pilots_reused=False in the statistics.",
+                )  # fmt: skip
+            hand_over(allocation.pilot_weight)
+        self._last = (statistics, allocation)
+        if self._monitor is not None and allocation.diagnostics:
+            self._log(pl_module, allocation.diagnostics)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Let the allocator learn from the step's queries, and watch what the allocation was worth."""
+        if self._last is None:
+            return
+        (statistics, allocation), self._last = self._last, None
+        observation = pl_module.trace_observation() if isinstance(pl_module, SupportsTraceFeedback) else None
+        if observation is not None:
+            self.allocator.observe(observation)
+        # Counted over epochs, as the loggers count.
+        every: int = cast("Any", trainer).log_every_n_steps
+        if self._monitor is not None and every and (trainer.fit_loop.total_batch_idx + 1) % every == 0:
+            self._log(pl_module, self._monitor.watch(trainer, statistics, allocation, observation, batch))
+
+    def _log(self, pl_module: LightningModule, values: dict[str, float]) -> None:
+        # The batch size is of no consequence: nothing here is averaged over an epoch.
+        named = {f"allocation/{name}": value for name, value in values.items()}
+        pl_module.log_dict(named, on_step=True, on_epoch=False, batch_size=1)
+
+    def _request(self, pl_module: LightningModule) -> None:
+        feeds_back = isinstance(pl_module, SupportsTraceFeedback)
+        if self.allocator.learns and not feeds_back:
+            raise SettingError(
+                "allocator", type(self.allocator).__name__, "learns from each step's queries, and "
+                f"{type(pl_module).__name__} does not tell what they showed.",
+                "Add `def trace_observation(self) -> TraceObservation | None`, or write traces: {source: pilots}.",
+            )  # fmt: skip
+        request = getattr(pl_module, "request_statistics", None)
+        if callable(request):
+            watched = feeds_back and (self.allocator.learns or self._monitor is not None)
+            request(self.allocator.requests | frozenset({"observation"} if watched else ()))
 
     def _budget(self, statistics: SampleStatistics) -> QueryBudget:
         return resolve_budget(statistics.budget, queries_per_sample=self.queries_per_sample, multiple=self.multiple)

@@ -12,10 +12,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.nn import functional as F
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics.classification import MulticlassAccuracy
 
-from flops_lightning.allocators.base import SampleStatistics
+from flops_lightning.allocators.statistics import SampleStatistics, TraceObservation
 from flops_lightning.errors import LostQueriesError, SettingError
 from flops_lightning.queries import CleanPass
 from flops_lightning.staging import stage_network
@@ -30,6 +31,7 @@ from flops_lightning.tasks.optimisation import (
     build_schedule,
     clip_gradients,
     read_settings,
+    squared_step_sizes,
 )
 from flops_lightning.tasks.trainer_checks import check_trainer
 
@@ -117,6 +119,9 @@ class ForwardImageClassifier(pl.LightningModule):
         )
         self._clean: tuple[Tensor, CleanPass] | None = None
         self._counts: Tensor | None = None
+        self._pilot_weights: Tensor | None = None
+        self._requested: frozenset[str] = frozenset()
+        self._observation: TraceObservation | None = None
         self._skipped = 0
         self._last_step: tuple[float, int] | None = None
 
@@ -150,13 +155,36 @@ class ForwardImageClassifier(pl.LightningModule):
                 "trainer.callbacks", "QueryAllocatorCallback", f"{type(strategy).__name__} spends no queries.",
                 "Remove the callback, or use a strategy with queries such as LikelihoodRatio.",
             )  # fmt: skip
-        clean = self._clean_pass(batch)
-        trace = strategy.pilot_trace(clean)
-        return SampleStatistics(loss=clean.loss, embedding=clean.embedding, trace=trace, budget=strategy.budget)
+        metric = None
+        if "preconditioned_scale" in self._requested:
+            metric = squared_step_sizes(self._optimizer(), dict(self.backbone.named_parameters()))
+        return strategy.sample_statistics(self._clean_pass(batch), self._requested, metric)
 
     def set_query_counts(self, counts: Tensor) -> None:
         """Take the ``(s, b)`` counts of the batch whose statistics were asked for."""
         self._counts = counts
+
+    def set_pilot_weights(self, weights: Tensor) -> None:
+        """Take the ``(s, b)`` weights of that batch's pilots."""
+        self._pilot_weights = weights
+
+    def request_statistics(self, names: frozenset[str]) -> None:
+        """Take the names of the statistics that the allocator reads.
+
+        Raises:
+            SettingError: pilots are to be spent, and the allocator does not look at them.
+        """
+        pilots = getattr(self.strategy, "pilots", None)
+        if pilots is not None and pilots.queries and "trace" not in names:
+            raise SettingError(
+                "strategy.pilots.queries", pilots.queries, "the allocator does not read what pilots show.",
+                "Write 0, or let the allocator read it (traces: {source: both}, where it has traces).",
+            )  # fmt: skip
+        self._requested = names
+
+    def trace_observation(self) -> TraceObservation | None:
+        """Traces seen in the queries of the last step, where ``observation`` was requested."""
+        return self._observation
 
     def _clean_pass(self, batch: Batch) -> CleanPass:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
@@ -202,13 +230,14 @@ class ForwardImageClassifier(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Estimate the gradient from queries and step, once or (Algorithm 1) once for each site."""
         strategy = self._strategy()
-        clean, counts = self._clean_pass(batch), self._counts
-        self._clean = self._counts = None
+        clean, counts, weights = self._clean_pass(batch), self._counts, self._pilot_weights
+        self._clean = self._counts = self._pilot_weights = self._observation = None
+        watched = "observation" in self._requested
         self._check_pilots(counts)
         # Only the last of several updates counts as a step of the trainer.
-        counted, raw = self.optimizers(), self.optimizers(use_pl_optimizer=False)
+        counted, raw = self.optimizers(), self._optimizer()
         schedule = self.lr_schedulers()
-        if isinstance(counted, list) or isinstance(raw, list) or not isinstance(schedule, LRScheduler):
+        if isinstance(counted, list) or not isinstance(schedule, LRScheduler):
             raise TypeError("configure_optimizers gives one optimiser and one schedule.")
         groups = strategy.update_groups
         stepped = False
@@ -216,7 +245,8 @@ class ForwardImageClassifier(pl.LightningModule):
             if i:
                 clean = strategy.refresh(clean, groups[i - 1])
             counted.zero_grad()
-            estimate = strategy.estimate(clean, counts, names or None)
+            estimate = strategy.estimate(clean, counts, names or None, pilot_weight=weights, traces=watched)
+            self._observe(estimate)
             if not estimate.lost_batch:
                 norm = clip_gradients(self.backbone.named_parameters(), self.clip_settings)
                 self.log(f"grad_norm/{names[0] if len(groups) > 1 else 'all'}", norm)
@@ -230,6 +260,17 @@ class ForwardImageClassifier(pl.LightningModule):
         self._count_skipped(stepped)
         if stepped:
             schedule.step()
+
+    def _optimizer(self) -> Optimizer:
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError("configure_optimizers gives one optimiser.")
+        return optimizer
+
+    def _observe(self, estimate: Estimate) -> None:
+        # Where sites are updated one by one, each estimate fills its own lines.
+        seen, new = self._observation, estimate.observation
+        self._observation = new if seen is None or new is None else seen.joined(new)
 
     def _check_pilots(self, counts: Tensor | None) -> None:
         pilots = getattr(self.strategy, "pilots", None)

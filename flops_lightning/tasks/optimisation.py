@@ -142,6 +142,29 @@ def build_schedule(optimizer: Optimizer, settings: OptimizerSettings, total_step
     return LambdaLR(optimizer, factor)
 
 
+@torch.no_grad()
+def squared_step_sizes(optimizer: Optimizer, named: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """What the optimiser multiplies each squared derivative with: ``1 / (sqrt(v) + eps)^2`` under Adam.
+
+    Args:
+        optimizer: Adam, AdamW, or SGD (whose step is the gradient itself: ones).
+        named: Parameters by name.
+
+    Returns:
+        Weights shaped like the parameters, up to the square of the learning rate; ones before the first step.
+    """
+    weights = {}
+    for name, parameter in named.items():
+        state = optimizer.state.get(parameter, {})
+        if "exp_avg_sq" not in state:
+            weights[name] = torch.ones_like(parameter)
+            continue
+        group = next(group for group in optimizer.param_groups if any(p is parameter for p in group["params"]))
+        correction = 1.0 - group["betas"][1] ** float(state["step"])
+        weights[name] = ((state["exp_avg_sq"] / correction).sqrt() + group["eps"]).pow(-2)
+    return weights
+
+
 def clip_gradients(named_parameters: Iterable[tuple[str, nn.Parameter]], settings: ClipSettings) -> Tensor:
     """Clip in place and return the norm of the whole gradient before clipping."""
     named = [(name, p) for name, p in named_parameters if p.grad is not None]

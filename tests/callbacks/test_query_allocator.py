@@ -3,6 +3,7 @@ from __future__ import annotations
 import ast
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,15 @@ from flops_lightning.allocators import (
     Allocation,
     EqualAllocator,
     GaussianAllocator,
+    OptimalAllocator,
     QueryAllocator,
     QueryBudget,
     SampleStatistics,
+    TraceObservation,
+    TraceSettings,
 )
 from flops_lightning.allocators.threads import one_thread
-from flops_lightning.callbacks import QueryAllocatorCallback, query_allocator
+from flops_lightning.callbacks import QueryAllocatorCallback, allocation_monitor, query_allocator
 from flops_lightning.callbacks.query_allocator import resolve_budget
 from flops_lightning.errors import SettingError
 
@@ -81,6 +85,48 @@ class Foreign(Plain):
         super().training_step(batch)
 
 
+class Telling(Foreign):
+    """A module that also tells what its queries showed, except in the second step, and takes pilot weights."""
+
+    def __init__(self, budget: QueryBudget | None = None) -> None:
+        super().__init__(budget)
+        self.requested: list[frozenset[str]] = []
+        self.told: list[TraceObservation | None] = []
+        self.weights: list[Tensor] = []
+
+    def sample_statistics(self, batch: list[Tensor]) -> SampleStatistics:
+        statistics = super().sample_statistics(batch)
+        self.loss = statistics.loss
+        return replace(statistics, trace_queries=torch.full((BATCH,), 4), predictors={"size": statistics.loss + 1})
+
+    def request_statistics(self, names: frozenset[str]) -> None:
+        self.events.append("request")
+        self.requested.append(names)
+
+    def trace_observation(self) -> TraceObservation | None:
+        self.events.append("told")
+        seen = TraceObservation(self.loss[None] + 0.1, self.counts[-1].float())
+        self.told.append(None if len(self.told) == 1 else seen)
+        return self.told[-1]
+
+    def set_pilot_weights(self, weights: Tensor) -> None:
+        self.events.append("weights")
+        self.weights.append(weights)
+
+
+class Learning(EqualAllocator):
+    """Allocates equally, and remembers what it was taught."""
+
+    learns = True
+    requests = frozenset({"predictors.size"})
+
+    def __init__(self) -> None:
+        self.taught: list[TraceObservation] = []
+
+    def observe(self, observation: TraceObservation) -> None:
+        self.taught.append(observation)
+
+
 class Crash(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         if trainer.current_epoch == 1 and trainer.global_step == BATCHES + 2:
@@ -137,11 +183,129 @@ def test_statistics_are_taken_without_autograd_and_under_the_precision_of_the_ru
     assert module.modes == [(False, True)] * BATCHES
 
 
-def test_nothing_is_logged_if_asked() -> None:
+@pytest.mark.parametrize("kind", [Foreign, Telling], ids=["untold", "told"])
+def test_nothing_is_logged_if_asked(kind: type[Foreign]) -> None:
     callback = QueryAllocatorCallback(allocator=GaussianAllocator(), queries_per_sample=4, log=False)
-    trainer = make_trainer(callback)
-    trainer.fit(Foreign(), loader())
+    trainer = make_trainer(callback, log_every_n_steps=1)
+    trainer.fit(kind(), loader())
     assert not [name for name in trainer.logged_metrics if name.startswith("allocation/")]
+
+
+@pytest.mark.parametrize("log", [True, False])
+def test_a_module_hears_once_what_is_read_and_whether_to_tell(log: bool) -> None:
+    def requested(allocator: QueryAllocator) -> list[frozenset[str]]:
+        module = Telling()
+        make_trainer(QueryAllocatorCallback(allocator=allocator, queries_per_sample=4, log=log)).fit(module, loader())
+        assert module.events[0] == "request"
+        return module.requested
+
+    # To be watched is reason enough to tell; without that only allocators that learn ask for it.
+    watched = {"observation"} if log else set()
+    assert requested(EqualAllocator()) == [watched]
+    assert requested(GaussianAllocator()) == [{"trace", "trace_queries", "embedding"} | watched]
+    assert requested(Learning()) == [{"predictors.size", "observation"}]
+    assert requested(OptimalAllocator()) == [{"predictors", "observation"}]
+
+
+@pytest.mark.parametrize("log", [True, False])
+def test_what_a_step_showed_is_taught_before_the_next_allocation(log: bool) -> None:
+    module, allocator = Telling(), Learning()
+    make_trainer(QueryAllocatorCallback(allocator=allocator, queries_per_sample=4, log=log)).fit(module, loader())
+    assert module.events == ["request", *(["statistics", "counts", "step", "told"] * BATCHES)]
+    assert [id(each) for each in allocator.taught] == [id(each) for each in module.told if each is not None]
+    assert len(allocator.taught) == BATCHES - 1
+
+
+def test_a_learning_allocator_changes_its_counts() -> None:
+    def counts(telling: bool) -> list[Tensor]:
+        module = Telling()
+        if not telling:
+            module.trace_observation = lambda: None  # type: ignore[method-assign]
+        make_trainer(QueryAllocatorCallback(allocator=OptimalAllocator(), queries_per_sample=9)).fit(module, loader())
+        return module.counts
+
+    told, untold = counts(True), counts(False)
+    assert len(torch.cat(untold).unique()) == 1  # it knows of no difference between samples
+    assert torch.equal(told[0], untold[0])
+    assert all(len(row.unique()) > 1 for row in told[1:])
+
+
+def test_an_allocator_that_learns_refuses_a_module_that_does_not_tell() -> None:
+    class OnlyHears(Foreign):
+        def request_statistics(self, names: frozenset[str]) -> None:
+            raise AssertionError("never reached")
+
+    callback = QueryAllocatorCallback(allocator=OptimalAllocator(), queries_per_sample=4)
+    for module in (Foreign(), OnlyHears()):
+        with pytest.raises(SettingError, match=f"OptimalAllocator.*{type(module).__name__}") as caught:
+            make_trainer(callback).fit(module, loader())
+        assert "def trace_observation(self) -> TraceObservation" in caught.value.remedy
+        assert "traces: {source: pilots}" in caught.value.remedy
+        assert module.events == []
+    pilots = OptimalAllocator(traces=TraceSettings(source="pilots"))
+    make_trainer(QueryAllocatorCallback(allocator=pilots, queries_per_sample=4)).fit(module := Foreign(), loader())
+    assert len(module.counts) == BATCHES
+
+
+def test_weights_of_pilots_reach_the_module_with_the_counts() -> None:
+    module = Telling()
+    allocator = OptimalAllocator(traces=TraceSettings(source="both"))
+    make_trainer(QueryAllocatorCallback(allocator=allocator, queries_per_sample=6)).fit(module, loader())
+    assert module.events == ["request", *(["statistics", "counts", "weights", "step", "told"] * BATCHES)]
+    # n / (n + A), with the A that the prediction would give: of four pilots and six other queries on average.
+    expected = [4.0 / weights.double() - 4.0 for weights in module.weights]
+    assert [float(queries.sum()) for queries in expected] == pytest.approx([6.0 * BATCH] * BATCHES)
+
+
+def test_no_weights_no_call() -> None:
+    module = Telling()
+    make_trainer(QueryAllocatorCallback(allocator=GaussianAllocator(), queries_per_sample=6)).fit(module, loader())
+    assert module.weights == []
+    assert len(module.counts) == BATCHES
+
+
+def test_a_module_that_cannot_take_weights_is_told_how() -> None:
+    class Deaf(Telling):
+        set_pilot_weights = None  # type: ignore[assignment]
+
+    allocator = OptimalAllocator(traces=TraceSettings(source="both"))
+    callback = QueryAllocatorCallback(allocator=allocator, queries_per_sample=6)
+    with pytest.raises(SettingError, match=r"traces\.source.*Deaf") as caught:
+        make_trainer(callback).fit(Deaf(), loader())
+    assert "def set_pilot_weights(self, weights: Tensor) -> None" in caught.value.remedy
+    assert "pilots_reused=False" in caught.value.remedy
+
+
+def test_figures_of_the_queries_are_logged_at_the_steps_that_are_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[int] = []
+
+    def watch(self: object, trainer: pl.Trainer, *rest: object) -> dict[str, float]:
+        steps.append(trainer.global_step)
+        return {"figure": float(len(steps))}
+
+    monkeypatch.setattr(allocation_monitor.AllocationMonitor, "watch", watch)
+    trainer = make_trainer(
+        QueryAllocatorCallback(allocator=EqualAllocator(), queries_per_sample=4), log_every_n_steps=2
+    )
+    trainer.fit(Foreign(), loader())
+    assert steps == [2, 4]
+    assert {name: float(value) for name, value in trainer.logged_metrics.items()} == {"allocation/figure": 2.0}
+
+
+def test_what_is_watched_is_of_the_step_that_was_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, watched = Telling(), []
+    monkeypatch.setattr(
+        allocation_monitor.AllocationMonitor, "watch", lambda self, trainer, *given: watched.append(given) or {}
+    )
+    callback = QueryAllocatorCallback(allocator=GaussianAllocator(), queries_per_sample=4)
+    make_trainer(callback, log_every_n_steps=1).fit(module, loader())
+    (images,) = loader().dataset.tensors  # type: ignore[attr-defined]
+    for i, (statistics, allocation, observation, batch) in enumerate(watched):
+        assert allocation.counts is module.counts[i]
+        assert observation is module.told[i]
+        assert torch.equal(batch[0], images[i * BATCH : (i + 1) * BATCH])
+        assert torch.equal(statistics.embedding, batch[0])
+    assert len(watched) == BATCHES
 
 
 def run(folder: Path, *, crash: bool = False, resume: bool = False) -> tuple[Foreign, GaussianAllocator]:
@@ -286,11 +450,27 @@ def imported_modules(file: Path) -> set[str]:
 def test_callback_knows_no_task_and_allocators_know_no_lightning() -> None:
     package = Path(query_allocator.__file__).parents[1]
     allowed = ("flops_lightning.allocators", "flops_lightning.errors")
-    own = {name for name in imported_modules(package / "callbacks/query_allocator.py") if "flops_lightning" in name}
-    assert own == set(allowed)
+    for name in ("query_allocator", "allocation_monitor"):
+        own = {each for each in imported_modules(package / f"callbacks/{name}.py") if "flops_lightning" in each}
+        own.discard("flops_lightning.callbacks.allocation_monitor")
+        assert set(allowed) <= own
+        assert all(each.startswith(allowed) for each in own)
     files = list((package / "allocators").glob("*.py"))
     assert len(files) >= 9
     for file in files:
         names = imported_modules(file)
         assert not [name for name in names if name.startswith("lightning")]
         assert all(name.startswith(allowed) for name in names if name.startswith("flops_lightning"))
+
+
+@pytest.mark.parametrize(("every", "watched"), [(3, [3, 6, 9, 12]), (5, [5, 10]), (0, [])])
+def test_steps_to_watch_are_counted_over_epochs_as_the_loggers_do(
+    every: int, watched: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[int] = []
+    monkeypatch.setattr(
+        allocation_monitor.AllocationMonitor, "watch", lambda self, run, *rest: steps.append(run.global_step) or {}
+    )
+    callback = QueryAllocatorCallback(allocator=EqualAllocator(), queries_per_sample=4)
+    make_trainer(callback, max_epochs=3, log_every_n_steps=every).fit(Foreign(), loader())
+    assert steps == watched

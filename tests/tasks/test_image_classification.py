@@ -33,7 +33,7 @@ def allocator() -> QueryAllocatorCallback:
     return QueryAllocatorCallback(allocator=GaussianAllocator())
 
 
-PILOTED = {"queries": 8, "pilots": PilotSpec(site="head", queries=2)}
+PILOTED = {"queries": 8, "pilots": PilotSpec(sites="head", queries=2)}
 
 
 class TestTraining:

@@ -1,0 +1,189 @@
+"""What an allocation was worth, told from queries that it was not made from.
+
+The counts of a step are chosen from predictions and pilots; the queries then spent show traces that the counts did not
+know (held back). Every ``log_every_n_steps`` batches this gives, as ``allocation/<name>``:
+
+==================================  ====================================================================================
+``J_over_J_equal_seen``             J of the counts used over J of equal counts, both by the traces seen; the mean over
+                                    the sites. Below 1: the allocator lowers the variance of the gradient by so much.
+                                    The allocators' own ``J_over_J_equal`` is by the traces that they went by, and
+                                    flatters. Pilots count as queries; where they are reused, with their weight.
+``J_over_J_equal_seen_site<s>``     The same at each site, from bottom to top, where there are 2 to 8 of them.
+``J_over_J_optimal_seen``           J of the counts used over the least possible with as many queries, mean over the
+                                    sites: 1 is as good as can be. What noise in the traces adds to the apparent prize
+                                    is taken off.
+``seen_share``                      Share of the traces that were seen. A sample shows none at a site with fewer than
+                                    two queries (antithetic: pairs) there, and is left out of both sums of a ratio:
+                                    see :func:`held_back_ratios` for what this hides.
+``loss_trace_correlation``          Spearman's rank correlation over the batch of clean loss and trace seen, mean over
+                                    the sites: how far the loss alone, by which the Gaussian and the Bernoulli allocator
+                                    go, can tell noisy samples from others. Noise in the traces lowers this and the
+                                    next two.
+``pilot_trace_correlation``         The same of the pilots' trace and the trace seen, at the sites that have pilots.
+``pilot_rank_correlation``          The same of the pilots' traces at two sites, mean over all pairs of sites with
+                                    pilots: whether pilots at one site speak for another.
+==================================  ====================================================================================
+
+A figure that does not exist for a batch (nothing seen, all traces zero, a constant loss) is not logged. Ratios of one
+batch are noisy; look at their smoothed curve. They compare the split over samples at each site; what a split over sites
+gained is not in them.
+
+TensorBoard also gets, at the trainer's ``global_step``, the histogram of the counts at each site
+(``allocation/counts/<s>``) and, every tenth time, the images of the batch with the most and the fewest queries of all
+sites together (``allocation/most_queries``, ``allocation/fewest_queries``), the brightness of each stretched to 0..1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+from torch.nn import functional as F
+
+from flops_lightning.allocators import Allocation, SampleStatistics, TraceObservation
+from flops_lightning.allocators.held_back import held_back_ratios
+from flops_lightning.allocators.rank_correlation import rank_correlation
+from flops_lightning.allocators.threads import one_thread
+from flops_lightning.errors import SettingError
+
+PICTURES_EVERY = 10
+"""Watched steps from one set of pictures to the next."""
+IMAGES = 8
+"""Images of a picture."""
+SITES_SHOWN = 8
+"""Sites up to which each has a figure of its own."""
+GAP = 2
+"""Pixels between the images of a picture."""
+
+
+class AllocationMonitor:
+    """Figures and pictures of the allocations, for the logger of a run."""
+
+    def __init__(self) -> None:
+        """Nothing to choose."""
+        self._watched = 0
+
+    def watch(
+        self,
+        trainer: Trainer,
+        statistics: SampleStatistics,
+        allocation: Allocation,
+        observation: TraceObservation | None,
+        batch: Any,
+    ) -> dict[str, float]:
+        """Show counts and images in TensorBoard, where there is one, and return the figures worth logging.
+
+        Args:
+            trainer: Whose loggers and step.
+            statistics: What the allocator was told of the batch.
+            allocation: What it chose.
+            observation: What the queries of the step showed; None where the module does not tell.
+            batch: The batch; pictures are drawn of ``(images (b, c, h, w), ...)`` with one or three channels.
+
+        Raises:
+            SettingError: ``observation`` does not fit the counts.
+        """
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    self._show(logger.experiment, allocation.counts, batch, trainer.global_step)
+        self._watched += 1
+        return allocation_figures(statistics, allocation, observation)
+
+    def _show(self, writer: Any, counts: Tensor, batch: Any, step: int) -> None:
+        for site, line in enumerate(counts):
+            writer.add_histogram(f"allocation/counts/{site}", line, step, bins="auto")
+        if self._watched % PICTURES_EVERY == 0:
+            for name, picture in count_pictures(counts, batch).items():
+                writer.add_image(f"allocation/{name}", picture, step)
+
+
+@one_thread()
+def allocation_figures(
+    statistics: SampleStatistics, allocation: Allocation, observation: TraceObservation | None
+) -> dict[str, float]:
+    """The figures of one batch, by their names in the module's docstring; those that do not exist are left out.
+
+    Raises:
+        SettingError: ``observation`` does not fit the counts.
+    """
+    tables = _tables(statistics, allocation, observation)
+    values: dict[str, Tensor] = {}
+    pilot = tables.get("pilot")
+    if observation is not None:
+        seen = TraceObservation(tables["seen"], tables["queries"], observation.unit)
+        ratios = held_back_ratios(
+            seen,
+            allocation.counts,
+            pilots=tables.get("pilots"),
+            pilot_weight=allocation.pilot_weight,
+            pilots_reused=statistics.pilots_reused,
+        )
+        values["J_over_J_equal_seen"] = ratios.over_equal.nanmean()
+        if 2 <= len(ratios.over_equal) <= SITES_SHOWN:
+            values |= {f"J_over_J_equal_seen_site{i}": ratio for i, ratio in enumerate(ratios.over_equal)}
+        values["J_over_J_optimal_seen"] = ratios.over_optimal.nanmean()
+        values["seen_share"] = ratios.seen.double().mean()
+        values["loss_trace_correlation"] = rank_correlation(tables["loss"], seen.trace).nanmean()
+        if pilot is not None:
+            values["pilot_trace_correlation"] = rank_correlation(pilot, seen.trace).nanmean()
+    if pilot is not None and len(pilot) > 1:
+        pairs = [rank_correlation(pilot[i], pilot[i + 1 :]) for i in range(len(pilot) - 1)]
+        values["pilot_rank_correlation"] = torch.cat(pairs).nanmean()
+    names, numbers = list(values), torch.stack(list(values.values())).tolist() if values else []
+    return {name: number for name, number in zip(names, numbers, strict=True) if number == number}  # noqa: PLR0124
+
+
+def _tables(
+    statistics: SampleStatistics, allocation: Allocation, observation: TraceObservation | None
+) -> dict[str, Tensor]:
+    """What the figures are made of, ``(s, b)`` or ``(1, b)`` each, in float64 on the CPU, by one transfer."""
+    given = {"loss": statistics.loss, "pilot": statistics.trace, "pilots": statistics.trace_queries}
+    if observation is not None:
+        given |= {"seen": observation.trace, "queries": observation.queries}
+    device = statistics.loss.device
+    tables = {n: torch.atleast_2d(table.detach()).to(device) for n, table in given.items() if table is not None}
+    sites = len(tables["seen"]) if observation is not None else len(allocation.counts)
+    for name, table in (*tables.items(), ("counts", allocation.counts)):
+        if len(table) not in (1, sites) or table.shape[1] != len(statistics.loss):
+            raise SettingError(
+                "trace_observation", (sites, len(statistics.loss)), f"does not fit {name} of the shape "
+                f"{tuple(table.shape)}.", "Return (s, b): a line for each site, an entry for each sample.",
+            )  # fmt: skip
+    flat = torch.cat(list(tables.values())).cpu().double()
+    return dict(zip(tables, flat.split([len(table) for table in tables.values()]), strict=True))
+
+
+def count_pictures(counts: Tensor, batch: Any) -> dict[str, Tensor]:
+    """Pictures of the images that got the most and the fewest queries, in the order of their counts.
+
+    Args:
+        counts: ``(s, b)``.
+        batch: ``(images (b, c, h, w), ...)`` with one or three channels; there is no picture of anything else.
+
+    Returns:
+        ``most_queries`` and ``fewest_queries``, ``(c, h, w')`` on the CPU in 0..1, of up to eight images each and of no
+        image in common; empty where all counts are alike.
+    """
+    images = batch[0] if isinstance(batch, (tuple, list)) and batch else None
+    total = counts.sum(dim=0)
+    number = min(IMAGES, len(total) // 2)
+    if not isinstance(images, Tensor) or images.dim() != 4 or images.shape[1] not in (1, 3):
+        return {}
+    if len(images) != len(total) or int(total.min()) == int(total.max()):
+        return {}
+    order = total.argsort(descending=True, stable=True)
+    chosen = torch.cat([order[:number], order.flip(0)[:number]])
+    most, fewest = images[chosen.to(images.device)].detach().cpu().split(number)
+    return {"most_queries": image_row(most), "fewest_queries": image_row(fewest)}
+
+
+def image_row(images: Tensor) -> Tensor:
+    """``(c, h, w')`` row of ``(n, c, h, w)`` images, each stretched to 0..1 over all its channels, black in between."""
+    images = images.float().nan_to_num()
+    low, high = images.amin(dim=(1, 2, 3), keepdim=True), images.amax(dim=(1, 2, 3), keepdim=True)
+    stretched = torch.where(high > low, (images - low) / (high - low), 0.0)
+    return torch.cat(list(F.pad(stretched, (0, GAP))), dim=2)[:, :, :-GAP]

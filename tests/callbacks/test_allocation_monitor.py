@@ -1,0 +1,398 @@
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from flops_lightning.allocators import (
+    Allocation,
+    EqualAllocator,
+    GaussianAllocator,
+    QueryBudget,
+    SampleStatistics,
+    TraceObservation,
+    objective,
+)
+from flops_lightning.allocators.held_back import held_back_ratios
+from flops_lightning.allocators.rank_correlation import rank_correlation
+from flops_lightning.callbacks import QueryAllocatorCallback
+from flops_lightning.callbacks.allocation_monitor import (
+    IMAGES,
+    PICTURES_EVERY,
+    SITES_SHOWN,
+    allocation_figures,
+    count_pictures,
+    image_row,
+)
+from flops_lightning.errors import SettingError
+
+BATCH, STEPS, QUERIES = 6, PICTURES_EVERY + 2, 10
+
+
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).exp()
+
+
+def case(sites: int = 3, batch: int = 7) -> tuple[SampleStatistics, Allocation, TraceObservation]:
+    counts = torch.randint(2, 20, (sites, batch), generator=torch.Generator().manual_seed(1))
+    statistics = SampleStatistics(
+        loss=numbers(batch),
+        trace=numbers(sites, batch, seed=2),
+        trace_queries=torch.full((sites, batch), 4),
+    )
+    return statistics, Allocation(counts), TraceObservation(numbers(sites, batch, seed=3), counts.float())
+
+
+# -- figures -----------------------------------------------------------------------------------------------------------
+
+
+def test_figures_are_means_over_the_sites() -> None:
+    statistics, allocation, observation = case()
+    assert statistics.trace is not None
+    weight = torch.rand(3, 7)
+    for given in (allocation, replace(allocation, pilot_weight=weight)):
+        figures = allocation_figures(statistics, given, observation)
+        ratios = held_back_ratios(
+            observation, given.counts, pilots=statistics.trace_queries, pilot_weight=given.pilot_weight
+        )
+        pairs = [rank_correlation(statistics.trace[i], statistics.trace[j]) for i, j in ((0, 1), (0, 2), (1, 2))]
+        expected = {
+            "J_over_J_equal_seen": ratios.over_equal.mean(),
+            **{f"J_over_J_equal_seen_site{i}": ratios.over_equal[i] for i in range(3)},
+            "J_over_J_optimal_seen": ratios.over_optimal.mean(),
+            "seen_share": 1.0,
+            "loss_trace_correlation": rank_correlation(statistics.loss, observation.trace).mean(),
+            "pilot_trace_correlation": rank_correlation(statistics.trace, observation.trace).mean(),
+            "pilot_rank_correlation": torch.stack(pairs).mean(),
+        }
+        assert figures == pytest.approx({name: float(value) for name, value in expected.items()}, rel=1e-9)
+
+
+def test_without_pilots_it_is_the_ratio_of_the_objectives() -> None:
+    statistics, allocation, observation = case(sites=1)
+    statistics = replace(statistics, trace=None, trace_queries=None)
+    figures = allocation_figures(statistics, allocation, observation)
+    mean = allocation.counts.double().mean().expand(7)
+    expected = objective(observation.trace[0], allocation.counts[0]) / objective(observation.trace[0], mean)
+    assert figures["J_over_J_equal_seen"] == pytest.approx(float(expected), rel=1e-12)
+    assert set(figures) == {
+        *("J_over_J_equal_seen", "J_over_J_optimal_seen", "seen_share", "loss_trace_correlation"),
+    }
+
+
+def test_pilots_that_are_not_reused_only_cost() -> None:
+    statistics, allocation, observation = case(sites=1)
+    wasted = allocation_figures(replace(statistics, pilots_reused=False), allocation, observation)
+    without = allocation_figures(replace(statistics, trace=None, trace_queries=None), allocation, observation)
+    mean = float(allocation.counts.double().mean())
+    ratio = wasted["J_over_J_equal_seen"] / without["J_over_J_equal_seen"]
+    assert ratio == pytest.approx((mean + 4) / mean, rel=1e-9)
+
+
+def test_a_module_that_does_not_tell_leaves_what_the_pilots_say() -> None:
+    statistics, allocation, observation = case()
+    told = allocation_figures(statistics, allocation, observation)
+    untold = allocation_figures(statistics, allocation, None)
+    assert untold == {"pilot_rank_correlation": told["pilot_rank_correlation"]}
+    assert allocation_figures(replace(statistics, trace=None, trace_queries=None), allocation, None) == {}
+
+
+def test_many_sites_have_one_figure_together() -> None:
+    assert f"J_over_J_equal_seen_site{SITES_SHOWN - 1}" in allocation_figures(*case(sites=SITES_SHOWN))
+    figures = allocation_figures(*case(sites=SITES_SHOWN + 1))
+    assert not [name for name in figures if "_site" in name]
+    assert "J_over_J_equal_seen" in figures
+
+
+def test_one_pilot_trace_for_all_sites_is_compared_with_each() -> None:
+    statistics, allocation, observation = case()
+    assert statistics.trace is not None
+    assert statistics.trace_queries is not None
+    one = replace(statistics, trace=statistics.trace[0], trace_queries=statistics.trace_queries[0])
+    same = replace(statistics, trace=statistics.trace[:1].expand(3, -1))
+    expected = allocation_figures(same, allocation, observation)
+    assert expected.pop("pilot_rank_correlation") == 1.0
+    assert allocation_figures(one, allocation, observation) == expected
+
+
+def test_sites_without_pilots_take_no_part_in_what_pilots_say() -> None:
+    statistics, allocation, observation = case()
+    assert statistics.trace is not None
+    trace = statistics.trace.clone()
+    trace[1] = math.nan
+    queries = torch.tensor([4, 0, 4])[:, None].expand(3, 7)
+    figures = allocation_figures(replace(statistics, trace=trace, trace_queries=queries), allocation, observation)
+    assert figures["pilot_rank_correlation"] == pytest.approx(float(rank_correlation(trace[0], trace[2])))
+    each = rank_correlation(trace, observation.trace)
+    assert figures["pilot_trace_correlation"] == pytest.approx(float(each[[0, 2]].mean()))
+
+
+def test_what_was_not_seen_is_told() -> None:
+    statistics, allocation, observation = case()
+    trace = observation.trace.clone()
+    trace[0, :2] = math.nan
+    figures = allocation_figures(statistics, allocation, replace(observation, trace=trace))
+    assert figures["seen_share"] == pytest.approx(19 / 21)
+    each = rank_correlation(statistics.loss, trace)
+    assert figures["loss_trace_correlation"] == pytest.approx(float(each.mean()))
+    assert not math.isnan(float(each[0]))
+
+
+def test_a_loss_that_is_not_finite_takes_no_part() -> None:
+    statistics, allocation, observation = case()
+    loss = statistics.loss.clone()
+    loss[0], loss[5] = math.inf, math.nan
+    figures = allocation_figures(replace(statistics, loss=loss), allocation, observation)
+    kept = [1, 2, 3, 4, 6]
+    expected = rank_correlation(loss[kept], observation.trace[:, kept]).mean()
+    assert figures["loss_trace_correlation"] == pytest.approx(float(expected))
+
+
+def test_a_figure_that_does_not_exist_is_left_out() -> None:
+    statistics, allocation, observation = case()
+    nothing = replace(observation, trace=torch.full((3, 7), math.nan))
+    assert set(allocation_figures(statistics, allocation, nothing)) == {"seen_share", "pilot_rank_correlation"}
+    flat = replace(observation, trace=torch.zeros(3, 7))
+    assert set(allocation_figures(statistics, allocation, flat)) == {"seen_share", "pilot_rank_correlation"}
+    one = allocation_figures(*case(sites=1, batch=1))
+    # One sample gets what there is: this is equal, and the best.
+    expected = {"J_over_J_equal_seen": 1.0, "J_over_J_optimal_seen": 1.0, "seen_share": 1.0}
+    assert one == pytest.approx(expected, abs=1e-6)
+
+
+def test_samples_without_queries_show_nothing() -> None:
+    statistics, allocation, observation = case(sites=1)
+    statistics = replace(statistics, trace=None, trace_queries=None)
+    counts, trace = allocation.counts.clone(), observation.trace.clone()
+    counts[0, 2], trace[0, 2] = 0, math.nan
+    figures = allocation_figures(statistics, Allocation(counts), TraceObservation(trace, counts.float()))
+    kept = [0, 1, 3, 4, 5, 6]
+    mean = counts.double().mean().expand(6)
+    expected = objective(trace[0, kept], counts[0, kept]) / objective(trace[0, kept], mean)
+    assert figures["J_over_J_equal_seen"] == pytest.approx(float(expected))
+
+
+def test_an_observation_of_another_shape_is_refused() -> None:
+    statistics, allocation, observation = case()
+    two = TraceObservation(observation.trace[:2], observation.queries[:2])
+    with pytest.raises(SettingError, match=r"trace_observation.*\(3, 7\)"):
+        allocation_figures(statistics, allocation, two)
+    short = TraceObservation(observation.trace[:, :5], observation.queries[:, :5])
+    with pytest.raises(SettingError, match=r"\(3, 5\)"):
+        allocation_figures(statistics, allocation, short)
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------------
+
+
+def shaded(batch: int, channels: int = 1) -> Tensor:
+    """Images of 2 x 2 pixels from 0 to 1, whose second pixel is their index over 100."""
+    images = torch.zeros(batch, channels, 2, 2)
+    images[:, :, 0, 1], images[:, :, 1, 1] = torch.arange(batch)[:, None] / 100, 1.0
+    return images
+
+
+def shown(picture: Tensor) -> list[int]:
+    return (picture[0, 0, 1::4] * 100).round().int().tolist()
+
+
+def test_pictures_show_the_samples_with_most_and_fewest_queries_in_order() -> None:
+    counts = torch.tensor([[3, 9, 1, 4, 5, 2], [0, 0, 0, 0, 0, 9]])
+    pictures = count_pictures(counts, (shaded(6), torch.zeros(6)))
+    assert {name: shown(picture) for name, picture in pictures.items()} == {
+        "most_queries": [5, 1, 4],
+        "fewest_queries": [2, 0, 3],
+    }
+    many = count_pictures(torch.arange(40)[None], [shaded(40, channels=3)])
+    assert shown(many["most_queries"]) == list(range(39, 39 - IMAGES, -1))
+    assert shown(many["fewest_queries"]) == list(range(IMAGES))
+    assert many["most_queries"].shape == (3, 2, 4 * IMAGES - 2)
+
+
+def test_images_are_stretched_to_the_range_of_the_display() -> None:
+    images = torch.tensor([[-3.0, 1.0], [5.0, 5.0], [math.nan, 8.0], [0.0, 0.5]]).view(4, 1, 1, 2)
+    assert image_row(images)[0, 0].tolist() == [0, 1, *(0, 0), 0, 0, *(0, 0), 0, 1, *(0, 0), 0, 1]
+    channels = torch.tensor([[[[10.0]], [[30.0]], [[15.0]]]])
+    assert image_row(channels).flatten().tolist() == [0.0, 1.0, 0.25]
+    assert image_row(torch.tensor([[[[0, 255]]]], dtype=torch.uint8)).flatten().tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        None,
+        {"images": shaded(3)},
+        [],
+        shaded(3),
+        (torch.zeros(3, 5), torch.zeros(3)),
+        (shaded(3, channels=2), torch.zeros(3)),
+        (shaded(4), torch.zeros(4)),
+        ("images", torch.zeros(3)),
+    ],
+)
+def test_there_are_no_pictures_of_other_batches(batch: Any) -> None:
+    assert count_pictures(torch.tensor([[1, 2, 3]]), batch) == {}
+
+
+def test_there_are_no_pictures_of_counts_that_are_alike() -> None:
+    assert count_pictures(torch.full((2, 4), 5), (shaded(4),)) == {}
+    assert count_pictures(torch.tensor([[7]]), (shaded(1),)) == {}
+
+
+# -- in a run ----------------------------------------------------------------------------------------------------------
+
+
+class Module(pl.LightningModule):
+    """Trains on images, with two sites whose traces it makes up, and remembers what it told and was told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.layer = nn.Linear(4, 1)
+        self.told: list[SampleStatistics] = []
+        self.counts: list[Tensor] = []
+        self.seen: list[TraceObservation] = []
+
+    def sample_statistics(self, batch: list[Tensor]) -> SampleStatistics:
+        loss = self.layer(batch[0].flatten(1))[:, 0].square()
+        trace = torch.stack([loss.tanh() + 0.1, loss + 0.1])
+        statistics = SampleStatistics(
+            loss=loss, embedding=batch[0].flatten(1), trace=trace, budget=QueryBudget((QUERIES, QUERIES))
+        )
+        self.told.append(statistics)
+        return statistics
+
+    def set_query_counts(self, counts: Tensor) -> None:
+        self.counts.append(counts)
+
+    def request_statistics(self, names: frozenset[str]) -> None:
+        self.requested = names
+
+    def trace_observation(self) -> TraceObservation:
+        self.seen.append(TraceObservation(numbers(2, BATCH, seed=len(self.seen)), self.counts[-1].float()))
+        return self.seen[-1]
+
+    def training_step(self, batch: list[Tensor]) -> None:
+        self.layer.weight.grad = torch.ones_like(self.layer.weight)
+        self.optimizers().step()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.layer.parameters(), lr=0.01)
+
+
+class Lambdas(pl.Callback):
+    """Remembers the Gaussian allocator's parameters after every step."""
+
+    def __init__(self, allocator: GaussianAllocator) -> None:
+        self.allocator = allocator
+        self.values: list[dict[str, float]] = []
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.values.append(dict(vars(self.allocator.parameters)))
+
+
+@pytest.fixture(autouse=True)
+def _quiet(caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        caplog.set_level(logging.ERROR, logger=name)
+
+
+def fit(module: Module, *callbacks: pl.Callback, logger: Any, images: Tensor | None = None, every: int = 1) -> None:
+    images = numbers(BATCH * STEPS, 1, 2, 2) if images is None else images
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=1,
+        log_every_n_steps=every,
+        logger=logger,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=list(callbacks),
+    )
+    trainer.fit(module, DataLoader(TensorDataset(images), batch_size=BATCH))
+
+
+def events(folder: Path) -> Any:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    guidance = {"scalars": 0, "histograms": 0, "images": 0}
+    (file,) = folder.rglob("events.out.tfevents.*")
+    return EventAccumulator(str(file), size_guidance=guidance).Reload()
+
+
+def test_lambda_figures_counts_and_pictures_arrive_in_tensorboard(tmp_path: Path) -> None:
+    module, allocator = Module(), GaussianAllocator()
+    watched = Lambdas(allocator)
+    logger = TensorBoardLogger(tmp_path)
+    fit(module, QueryAllocatorCallback(allocator=allocator), watched, logger=logger)
+    log = events(tmp_path)
+
+    for name in ("beta0", "beta1", "sigma", "gamma"):
+        logged = [event.value for event in log.Scalars(f"allocation/{name}")]
+        assert logged == pytest.approx([values[name] for values in watched.values], rel=1e-6)
+        assert len(logged) == STEPS
+    for i, (told, counts, seen) in enumerate(zip(module.told, module.counts, module.seen, strict=True)):
+        for name, value in allocation_figures(told, Allocation(counts), seen).items():
+            assert log.Scalars(f"allocation/{name}")[i].value == pytest.approx(value, rel=1e-5)
+    for site in range(2):
+        histograms = log.Histograms(f"allocation/counts/{site}")
+        assert [event.step for event in histograms] == list(range(1, STEPS + 1))
+        for event, counts in zip(histograms, module.counts, strict=True):
+            drawn = event.histogram_value
+            assert (drawn.num, drawn.sum) == (BATCH, QUERIES * BATCH)
+            assert (drawn.min, drawn.max) == (int(counts[site].min()), int(counts[site].max()))
+    for name in ("most_queries", "fewest_queries"):
+        pictures = log.Images(f"allocation/{name}")
+        assert [picture.step for picture in pictures] == [1, 1 + PICTURES_EVERY]
+        assert {(picture.height, picture.width) for picture in pictures} == {(2, 3 * 2 + 2 * 2)}
+
+
+def test_other_loggers_get_the_figures(tmp_path: Path) -> None:
+    module = Module()
+    fit(module, QueryAllocatorCallback(allocator=EqualAllocator()), logger=CSVLogger(tmp_path))
+    (file,) = tmp_path.rglob("metrics.csv")
+    head, *lines = file.read_text().splitlines()
+    equal = head.split(",").index("allocation/J_over_J_equal_seen")
+    assert [float(line.split(",")[equal]) for line in lines] == pytest.approx([1.0] * STEPS)
+    assert "counts" not in head
+
+
+def test_only_steps_that_are_logged_are_watched(tmp_path: Path) -> None:
+    module = Module()
+    fit(module, QueryAllocatorCallback(allocator=EqualAllocator()), logger=TensorBoardLogger(tmp_path), every=5)
+    log = events(tmp_path)
+    assert [event.step for event in log.Histograms("allocation/counts/0")] == [5, 10]
+    assert len(log.Scalars("allocation/J_over_J_equal_seen")) == 2
+
+
+def test_a_batch_without_images_gets_no_pictures(tmp_path: Path) -> None:
+    callback = QueryAllocatorCallback(allocator=GaussianAllocator())
+    fit(Module(), callback, logger=TensorBoardLogger(tmp_path), images=numbers(BATCH * 2, 4))
+    tags = events(tmp_path).Tags()
+    assert tags["images"] == []
+    assert sorted(tags["histograms"]) == ["allocation/counts/0", "allocation/counts/1"]
+
+
+def test_nothing_is_watched_if_asked(tmp_path: Path) -> None:
+    module = Module()
+    callback = QueryAllocatorCallback(allocator=GaussianAllocator(), log=False)
+    fit(module, callback, logger=TensorBoardLogger(tmp_path))
+    tags = events(tmp_path).Tags()
+    assert not [tag for kind in ("scalars", "histograms", "images") for tag in tags[kind] if "allocation" in tag]
+    assert len(module.counts) == STEPS
+
+
+def test_only_the_first_process_shows_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pl.Trainer, "is_global_zero", False)
+    fit(Module(), QueryAllocatorCallback(allocator=EqualAllocator()), logger=TensorBoardLogger(tmp_path))
+    assert events(tmp_path).Tags()["histograms"] == []
