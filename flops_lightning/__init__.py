@@ -10,9 +10,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from flops_lightning.allocators import EqualAllocator, GaussianAllocator, QueryAllocator
+    from flops_lightning.allocators import (
+        BernoulliAllocator,
+        CostAwareAllocator,
+        EqualAllocator,
+        GaussianAllocator,
+        OptimalAllocator,
+        QueryAllocator,
+    )
     from flops_lightning.callbacks import QueryAllocatorCallback
-    from flops_lightning.datamodules import DigitsDataModule
+    from flops_lightning.datamodules import CIFAR10DataModule, DigitsDataModule
     from flops_lightning.staging import Stage, StagedNetwork, stage_network
     from flops_lightning.strategies import Backprop, ForwardGradientStrategy, LikelihoodRatio, SiteSpec
     from flops_lightning.tasks import ForwardImageClassifier
@@ -21,12 +28,16 @@ __version__ = "0.1.0.dev0"
 
 _HOMES = {
     "Backprop": "strategies",
+    "BernoulliAllocator": "allocators",
+    "CIFAR10DataModule": "datamodules",
+    "CostAwareAllocator": "allocators",
     "DigitsDataModule": "datamodules",
     "EqualAllocator": "allocators",
     "ForwardGradientStrategy": "strategies",
     "ForwardImageClassifier": "tasks",
     "GaussianAllocator": "allocators",
     "LikelihoodRatio": "strategies",
+    "OptimalAllocator": "allocators",
     "QueryAllocator": "allocators",
     "QueryAllocatorCallback": "callbacks",
     "SiteSpec": "strategies",
@@ -37,12 +48,16 @@ _HOMES = {
 
 __all__ = [
     "Backprop",
+    "BernoulliAllocator",
+    "CIFAR10DataModule",
+    "CostAwareAllocator",
     "DigitsDataModule",
     "EqualAllocator",
     "ForwardGradientStrategy",
     "ForwardImageClassifier",
     "GaussianAllocator",
     "LikelihoodRatio",
+    "OptimalAllocator",
     "QueryAllocator",
     "QueryAllocatorCallback",
     "SiteSpec",

@@ -172,7 +172,7 @@ class FlopsCLI(LightningCLI):
     @property
     def _settings(self) -> Namespace:
         """What was parsed for the command at hand."""
-        return self.config[str(self.subcommand)]
+        return self.config[str(self.subcommand)] if self.subcommand else self.config
 
     def _run_name(self) -> str:
         """The names of the configuration files, as in ``vit_tiny_digits+equal``, or that of the model's class."""
@@ -194,6 +194,32 @@ def _is_no_advertisement(record: logging.LogRecord) -> bool:
     return "Tip: For seamless cloud" not in record.getMessage()
 
 
+_CLI: dict[str, Any] = {
+    "subclass_mode_model": True,
+    "subclass_mode_data": True,
+    "seed_everything_default": 0,
+    "trainer_defaults": {"default_root_dir": RUNS},
+    "auto_configure_optimizers": False,  # the task configures its optimiser; a second way would override it
+}
+_PARSER = {"exit_on_error": False, "allow_abbrev": False}  # an abbreviation would hide a misspelt setting
+
+
+def build(args: Sequence[str]) -> FlopsCLI:
+    """Seed everything and build model, data and trainer of a configuration without running it.
+
+    Args:
+        args: As after ``fit``: ``["--config", "configs/vit_tiny_digits.yaml", ...]``.
+
+    Returns:
+        The command line, with the attributes ``model``, ``datamodule`` and ``trainer``.
+
+    Raises:
+        UsageError: The parser, or a class, refused the arguments.
+        SettingError: A setting does not fit.
+    """
+    return FlopsCLI(LightningModule, LightningDataModule, run=False, parser_kwargs=_PARSER, args=list(args), **_CLI)
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line.
 
@@ -203,25 +229,20 @@ def main(args: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: With code 0 after ``--help``, 2 after a mistake in the settings, 130 after Ctrl-C.
     """
-    per_command = {"exit_on_error": False, "allow_abbrev": False}  # an abbreviation would hide a misspelt setting
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
     try:
         FlopsCLI(
             LightningModule,
             LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            seed_everything_default=0,
-            trainer_defaults={"default_root_dir": RUNS},
             save_config_kwargs={"overwrite": True},
-            auto_configure_optimizers=False,  # the task configures its optimiser; a second way would override it
             parser_kwargs={
                 "description": "Train networks with forward passes only. Start with: "
                 "python main.py fit --config configs/vit_tiny_digits.yaml",
-                **per_command,
-                **{subcommand: dict(per_command) for subcommand in LightningCLI.subcommands()},
+                **_PARSER,
+                **{subcommand: dict(_PARSER) for subcommand in LightningCLI.subcommands()},
             },
             args=list(sys.argv[1:] if args is None else args),
+            **_CLI,
         )
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)

@@ -16,8 +16,9 @@ LAYERS = [
     {"errors"},
     {"meter", "noise", "queries", "staging"},
     {"allocators", "strategies"},
-    {"benchmarks", "callbacks", "datamodules", "studies", "tasks"},
+    {"benchmarks", "callbacks", "datamodules", "tasks"},
     {"cli", "cli_errors", "cli_places", "cli_usage"},
+    {"studies"},
 ]
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
 WITHOUT_LIGHTNING = LAYERS[0] | LAYERS[1] | LAYERS[2]
