@@ -423,7 +423,7 @@ class LikelihoodRatio(ForwardGradientStrategy):
     def state_dict(self) -> dict[str, Any]:
         """Draw counter, meter, the seed of the noise, and what was measured."""
         measured = {"scales": {name: list(known) for name, known in self._scales.items()}, "seconds": self._seconds}
-        return {**super().state_dict(), "seed": self.seed, **measured}
+        return {**super().state_dict(), "seed": self.seed, "predictors": sorted(self._predicted), **measured}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned.
@@ -440,4 +440,5 @@ class LikelihoodRatio(ForwardGradientStrategy):
         self._piloted = (-1, {})
         self._scales = {name: (draw, scale) for name, (draw, scale) in state.get("scales", {}).items()}
         self._seconds = list(state.get("seconds", []))
+        self._predicted = frozenset(state.get("predictors", []))
         self.seed = int(state["seed"])

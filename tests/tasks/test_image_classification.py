@@ -16,7 +16,13 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Single
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from flops_lightning.allocators import EqualAllocator, GaussianAllocator
+from flops_lightning.allocators import (
+    CostAwareAllocator,
+    EqualAllocator,
+    GaussianAllocator,
+    OptimalAllocator,
+    TraceSettings,
+)
 from flops_lightning.callbacks import QueryAllocatorCallback
 from flops_lightning.errors import LostQueriesError, SettingError
 from flops_lightning.strategies import Backprop, PilotSpec
@@ -137,19 +143,25 @@ class TestLostQueries:
 
 
 class TestCheckpoints:
-    @pytest.mark.parametrize("strategy", ["lr", "site_by_site", "backprop"])
+    @pytest.mark.parametrize("strategy", ["lr", "optimal", "cost_aware", "site_by_site", "backprop"])
     def test_resuming_equals_the_uninterrupted_run(
         self, make_task: Any, make_trainer: Any, digits: Any, tmp_path: Any, strategy: str
     ) -> None:
         def task() -> ForwardImageClassifier:
             made = {
                 "lr": lambda: two_sites(**PILOTED),
+                "optimal": lambda: two_sites(**PILOTED),
+                "cost_aware": lambda: two_sites(queries=8),
                 "site_by_site": lambda: two_sites(queries=8, update="site_by_site"),
                 "backprop": Backprop,
             }
             return make_task(strategy=made[strategy](), optimizer=OptimizerSettings(lr=1e-3, schedule="cosine"))
 
         def callbacks() -> list[pl.Callback]:
+            if strategy == "optimal":
+                return [QueryAllocatorCallback(allocator=OptimalAllocator(traces=TraceSettings(source="both")))]
+            if strategy == "cost_aware":
+                return [QueryAllocatorCallback(allocator=CostAwareAllocator(metric="preconditioned"))]
             return [allocator()] if strategy == "lr" else []
 
         whole = task()
@@ -414,3 +426,20 @@ def test_a_checkpoint_of_another_network_is_refused(
     wider = make_task(model_kwargs={**MODEL["model_kwargs"], "embed_dim": 32})
     with pytest.raises(SettingError, match=r"ckpt_path = 'backbone.cls_token': is \(1, 1, 16\) in the checkpoint and"):
         make_trainer().test(wider, digits, ckpt_path=tmp_path / "run.ckpt", verbose=False)
+
+
+def test_pilots_that_the_allocator_ignores_are_refused(make_task: Any, make_trainer: Any, digits: Any) -> None:
+    task = make_task(strategy=two_sites(**PILOTED))
+    with pytest.raises(SettingError, match=r"strategy.pilots.queries = 2: the allocator does not read.*Write 0, or"):
+        make_trainer(callbacks=[QueryAllocatorCallback(allocator=OptimalAllocator())]).fit(task, digits)
+
+
+def test_traces_are_watched_only_on_request(make_task: Any, make_trainer: Any, digits: Any) -> None:
+    silent = QueryAllocatorCallback(allocator=EqualAllocator(), log=False)
+    for callback, watched in ((silent, False), (QueryAllocatorCallback(allocator=OptimalAllocator(), log=False), True)):
+        task = make_task(strategy=two_sites(queries=8))
+        make_trainer(callbacks=[callback]).fit(task, digits)
+        observation = task.trace_observation()
+        assert (observation is not None) is watched
+        if observation is not None:
+            assert bool((observation.trace[observation.queries > 1] >= 0).all())
