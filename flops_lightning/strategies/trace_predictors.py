@@ -42,8 +42,9 @@ def trace_predictors(
         ``output_gradient`` ``(b,)``: squared norm of the loss's derivative in the network's output (``p - y`` under
         cross-entropy). ``head_gradient`` ``(b,)``: the same in the input of the last stage. ``top_gradient`` ``(b,)``:
         the same in the input of the final norm and pooling. ``activation.<stage>`` ``(b,)``: mean square of the clean
-        activation that enters a stage at which a site begins or ends, at the tokens that the head reads; with
-        normalisation layers the derivative falls as the activation grows.
+        activation that enters a stage at which a site begins or ends, at the tokens that the head reads; and
+        ``activation.<stage>.all`` ``(b,)`` over all tokens, where these are not all. With normalisation layers the
+        derivative falls as the activation grows.
     """
     last, found = len(network) - 1, dict[str, Tensor]()
     starts = {"output_gradient": last + 1, "head_gradient": last, "top_gradient": head_start(network)}
@@ -53,7 +54,10 @@ def trace_predictors(
     if "activation" in names:
         tokens = network.stages[head_start(network)].reads
         for i in sorted({site.first if site.layers else site.last + 1 for site in sites} - {0, len(network)}):
-            found[f"activation.{network.stages[i].name}"] = _mean_square(clean.activations[i], tokens)
+            h, name = clean.activations[i], f"activation.{network.stages[i].name}"
+            found[name] = _mean_square(h, tokens)
+            if tokens is not None and h.dim() > 2:
+                found[f"{name}.all"] = _mean_square(h, None)
     return found
 
 

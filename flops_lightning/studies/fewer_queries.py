@@ -55,13 +55,13 @@ class Problem:
 
 PROBLEMS: Mapping[str, Problem] = {
     "digits": Problem(
-        ("configs/vit_tiny_digits.yaml",), (5e-4, 1e-3, 2e-3), (0.5, 0.2, 0.1), 0.9,
+        ("configs/vit_tiny_digits.yaml",), (1e-3, 2e-3, 4e-3), (0.5, 0.2, 0.1), 0.9,
         ("--trainer.val_check_interval", "5"),
     ),
     "cifar10": Problem(
-        ("configs/vit_micro_cifar10.yaml",), (5e-4, 1e-3, 2e-3), (1.4, 1.2, 1.1), 0.55,
+        ("configs/vit_micro_cifar10.yaml",), (1e-3, 2e-3), (1.4, 1.2, 1.1), 0.55,
         (
-            "--trainer.val_check_interval", "10", "--trainer.max_epochs", "3", "--data.init_args.batch_size", "32",
+            "--trainer.val_check_interval", "10", "--trainer.max_epochs", "1", "--data.init_args.batch_size", "32",
             "--data.init_args.images_per_class", "200", "--data.init_args.val_images", "300",
             "--data.init_args.test_images", "500",
         ),

@@ -349,7 +349,7 @@ def test_pilots_used_again_with_a_weight_fixed_before_leave_the_slope_at_one(
     """One weight for all samples, their share of the budget; or for each the one that the prediction gives it."""
     allocator = OptimalAllocator(traces=TraceSettings(source=weighing.source, prior_strength=weighing.prior_strength))
     found, traces, counts = slope_draws(allocator, kind, pilots=pilots, draws=draws)
-    assert correlation(traces, counts) > 0.3, "the counts saw the pilots"
+    assert correlation(traces, counts) > 0.1, "the counts saw the pilots"
     assert_unbiased(found, true_gradient(kind))
 
 

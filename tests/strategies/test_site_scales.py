@@ -191,7 +191,9 @@ def test_what_was_measured_survives_a_checkpoint(
 
     first = fresh()
     metric = random_metric(first.network.module)
-    before = first.sample_statistics(first.clean_pass(*tokens), names, metric)
+    for _ in range(3):
+        first.clean_pass(*tokens)
+    before = first.sample_statistics(first.clean_pass(*tokens), {*names, "predictors"}, metric)
     file = io.BytesIO()
     torch.save(first.state_dict(), file)
     file.seek(0)
@@ -201,25 +203,27 @@ def test_what_was_measured_survives_a_checkpoint(
     with monkeypatch.context() as patch:
         for measured in ("site_scales", "measured_costs"):
             patch.delattr(f"flops_lightning.strategies.likelihood_ratio.{measured}")  # else a NameError
-        after = resumed.sample_statistics(resumed.clean_pass(*tokens), names, metric)
+        after = resumed.sample_statistics(resumed.clean_pass(*tokens), {*names, "predictors"}, metric)
+    first.sample_statistics(first.clean_pass(*tokens), {*names, "predictors"}, metric)
+    assert resumed.meter.state_dict() == first.meter.state_dict(), "nothing had to run again"
     for name in names:
         torch.testing.assert_close(getattr(after, name), getattr(before, name), rtol=0, atol=0)
-    for strategy in (first, resumed):
-        while strategy.draw < SCALE_EVERY:
-            strategy.clean_pass(*tokens)
-    anew = [each.sample_statistics(each.clean_pass(*tokens), {"scale"}).scale for each in (first, resumed)]
-    torch.testing.assert_close(*anew, rtol=0, atol=0)
-    assert (anew[0] != before.scale).all()
+    for name, value in before.predictors.items():
+        torch.testing.assert_close(after.predictors[name], value, rtol=0, atol=0)
+    for draw in range(5, 3 + SCALE_EVERY + 1):
+        scales = [each.sample_statistics(each.clean_pass(*tokens), {"scale"}).scale for each in (first, resumed)]
+        assert torch.equal(*scales)
+        assert torch.equal(scales[0], before.scale) == (draw < 3 + SCALE_EVERY), "as old as it was"
 
 
 def test_a_checkpoint_from_before_there_were_scales(tokens: tuple[Tensor, Tensor]) -> None:
     strategy = bound(token_network(), squared_error, TOKEN_SITES["block"])
-    strategy.sample_statistics(strategy.clean_pass(*tokens), {"scale", "query_seconds"})
+    strategy.sample_statistics(strategy.clean_pass(*tokens), {"scale", "query_seconds", "predictors"})
     state: dict[str, Any] = {
         key: value for key, value in strategy.state_dict().items() if key in ("draw", "meter", "seed")
     }
     strategy.load_state_dict(state)
-    assert strategy.state_dict() == {**state, "scales": {}, "seconds": []}
+    assert strategy.state_dict() == {**state, "scales": {}, "seconds": [], "predictors": []}
 
 
 def test_a_scale_leaves_no_gradient(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:

@@ -54,16 +54,20 @@ def gradient_sq_norm(module: nn.Module, loss: Loss, x: Tensor, y: Tensor, entere
 def mean_squares(strategy: LikelihoodRatio, x: Tensor, tokens: slice | None) -> dict[str, Tensor]:
     """``(b,)`` mean square of what enters each inner stage at which a site begins (a layer's) or which follows a site.
 
-    Of the tokens that the head reads, as long as there are tokens.
+    Of the tokens that the head reads, as long as there are tokens, and where these are not all also of all.
     """
     found = {}
     for site in strategy.sites:
         i = site.first if site.layers else site.last + 1
         if 0 < i < len(strategy.network):
             h = strategy.network.run(x.clone(), 0, i).detach()
-            h = h if tokens is None or h.dim() == 2 else h[:, tokens]
             name = f"activation.{strategy.network.stages[i].name}"
-            found[name] = torch.stack([sample.square().mean() for sample in h])
+            everything = torch.stack([sample.square().mean() for sample in h])
+            if tokens is None or h.dim() == 2:
+                found[name] = everything
+            else:
+                found[name] = torch.stack([sample[tokens].square().mean() for sample in h])
+                found[f"{name}.all"] = everything
     return found
 
 
