@@ -162,7 +162,7 @@ class BernoulliAllocator(QueryAllocator):
         minimum = max(self.min_queries, budget.minimum)
         for total in totals:
             check_budget(total, batch_size, minimum=minimum, multiple=budget.multiple)
-        usable, loss, trace = self._usable(statistics, sites=len(totals))
+        usable, loss, trace = self._usable(statistics, budget)
         least = -(-minimum // budget.multiple) * budget.multiple
         left = [total - least * int((~usable).sum()) for total in totals]
         pruned, optimum = self._draw(loss[usable], None if trace is None else trace[usable], left[0], least)
@@ -183,14 +183,15 @@ class BernoulliAllocator(QueryAllocator):
         }
         return Allocation(counts, values if trace is None else values | self._of_optimum(trace, counts[0], optimum))
 
-    def _usable(self, statistics: SampleStatistics, *, sites: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _usable(self, statistics: SampleStatistics, budget: QueryBudget) -> tuple[Tensor, Tensor, Tensor | None]:
         # Which samples' statistics are finite, (b,) bool, the losses, and where p is optimised the traces over their
         # maximum, with those of the others at zero.
         if not self.optimise:
             loss = SampleStatistics(loss=statistics.loss).on_cpu().loss
             return loss.isfinite(), loss, None
         statistics = replace(statistics, embedding=None).on_cpu()
-        estimate = self._traces.estimate(statistics, sites=sites)
+        sites = len(budget.queries_per_sample)
+        estimate = self._traces.estimate(statistics, sites=sites, unit=budget.multiple)
         trace = torch.where(estimate.usable, estimate.combined(), 0.0)
         return estimate.usable, statistics.loss, trace / trace.max().clamp_min(torch.finfo(torch.float64).tiny)
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from flops_lightning.allocators.base import Allocation, QueryAllocator
-from flops_lightning.allocators.optimal import diagnostics, pilot_weight
+from flops_lightning.allocators.optimal import diagnostics
 from flops_lightning.allocators.statistics import QueryBudget, SampleStatistics, TraceObservation
 from flops_lightning.allocators.threads import one_thread
-from flops_lightning.allocators.trace_estimator import TraceEstimator, TraceSettings
+from flops_lightning.allocators.trace_estimator import TraceEstimate, TraceEstimator, TraceSettings
 from flops_lightning.errors import SettingError
 
 Costs = Literal["flops", "measured", "given"]
@@ -94,6 +95,11 @@ class CostAwareAllocator(QueryAllocator):
         self.costs, self.given_costs, self.compute = costs, given_costs, compute
         self.metric, self.min_queries, self.max_queries = metric, min_queries, max_queries
         self._traces = TraceEstimator(traces)
+        settings = self._traces.settings
+        if settings.source != "pilots" and not settings.window:
+            raise SettingError(
+                "traces.window", 0, "leaves unknown how traces of one site compare with another's.", "Write 1 or more."
+            )
 
     @property
     def requests(self) -> frozenset[str]:
@@ -125,13 +131,10 @@ class CostAwareAllocator(QueryAllocator):
         sites, batch_size = len(budget.queries_per_sample), len(statistics.loss)
         own = torch.tensor(budget.queries_per_sample, dtype=torch.float64)
         costs = self._site_costs(statistics, sites)
-        estimate = self._traces.estimate(statistics, sites=sites)
+        estimate = self._traces.estimate(statistics, sites=sites, unit=budget.multiple)
         if estimate.prediction is None:
             self._check_pilots(estimate.pilots)
-        weight = pilot_weight(estimate, [q * batch_size for q in budget.queries_per_sample], floor=budget.multiple)
-        variance = estimate.trace * self._scales(statistics, sites)[:, None]
-        if weight is not None:
-            variance = variance * (1.0 - weight).square()
+        scales = self._scales(statistics, sites)[:, None]
         multiple = budget.multiple
         least = -(-max(self.min_queries, budget.minimum) // multiple) * multiple
         if 0 < self.max_queries < least:
@@ -147,9 +150,16 @@ class CostAwareAllocator(QueryAllocator):
                 # Four digits may round down by half a thousandth.
                 f"Lower min_queries, or write at least {1.0005 * float(costs.sum()) * least:.4g}.",
             )  # fmt: skip
-        if not bool((variance > 0).any()):  # nothing to choose by: the module's own split, scaled to the compute
-            variance = (own.square() * costs)[:, None].expand(-1, batch_size)
-        counts = cheapest_counts(variance, costs, total, least=least, most=most, multiple=multiple)
+        cheapest = partial(cheapest_counts, costs=costs, total=total, least=least, most=most, multiple=multiple)
+        weight = None
+        if estimate.prediction is not None and estimate.pilots_reused and bool((estimate.pilots > 0).any()):
+            # As in OptimalAllocator: by the counts that the prediction alone would give.
+            expected = cheapest(self._variance(estimate.prediction, estimate, scales, own, costs))
+            weight = estimate.pilots / (estimate.pilots + expected)
+        variance = self._variance(estimate.trace, estimate, scales, own, costs)
+        if weight is not None:
+            variance = variance * (1.0 - weight).square()
+        counts = cheapest(variance)
         equal = float((variance.sum(dim=1) / own).sum())
         values = diagnostics(estimate, counts) | {
             "J_over_J_own": float((variance / counts).sum()) / equal if equal > 0 else 1.0,
@@ -158,6 +168,19 @@ class CostAwareAllocator(QueryAllocator):
         del values["J_over_J_equal"]  # of each site by itself: says nothing where their sums are not fixed
         values |= {f"queries_site{i}": float(line.double().mean()) for i, line in enumerate(counts)}
         return Allocation(counts, values, weight)
+
+    def _variance(self, trace: Tensor, estimate: TraceEstimate, scales: Tensor, own: Tensor, costs: Tensor) -> Tensor:
+        """``(s, b)`` V of :func:`cheapest_counts`: traces in units of the parameters.
+
+        Where nothing tells how large they are at one site beside another (a prediction before anything was learned, or
+        traces that are all zero) sites keep the share of their own budgets, which V ~ own^2 cost gives.
+        """
+        variance = trace * scales
+        if estimate.calibrated and bool((variance > 0).any()):
+            return variance
+        root = trace.sqrt()
+        root = torch.where(root.sum(dim=1, keepdim=True) > 0, root, 1.0)
+        return (root / root.mean(dim=1, keepdim=True)).square() * (own.square() * costs)[:, None]
 
     def state_dict(self) -> dict[str, Any]:
         """What the trace estimator remembers."""

@@ -184,7 +184,7 @@ class GaussianAllocator(QueryAllocator):
         minimum = max(self.min_queries, budget.minimum)
         for total in totals:
             check_budget(total, len(statistics.loss), minimum=minimum, multiple=budget.multiple)
-        usable, trace = self._usable_traces(statistics, sites=len(totals))
+        usable, trace = self._usable_traces(statistics, budget)
         generator = torch.Generator().manual_seed(_stream_seed(self.seed, self._batches))
         self._batches += 1
         shares, optimum = usable.double(), None
@@ -235,10 +235,11 @@ class GaussianAllocator(QueryAllocator):
         correlation = problem.correlation(optimum.coordinates)
         return make_draws(problem, optimum.coordinates, correlation, normal)[0], optimum
 
-    def _usable_traces(self, statistics: SampleStatistics, *, sites: int) -> tuple[Tensor, Tensor]:
+    def _usable_traces(self, statistics: SampleStatistics, budget: QueryBudget) -> tuple[Tensor, Tensor]:
         # Which samples' statistics are finite, (b,) bool, and the traces over their maximum, with those of the others
         # at zero: their scale does not matter, and squares and sums of the largest must not overflow.
-        estimate = self._traces.estimate(statistics, sites=sites)
+        sites = len(budget.queries_per_sample)
+        estimate = self._traces.estimate(statistics, sites=sites, unit=budget.multiple)
         usable, trace = estimate.usable, estimate.combined()
         if statistics.embedding is not None:
             usable = usable & statistics.embedding.isfinite().all(dim=1)

@@ -74,7 +74,7 @@ class OptimalAllocator(QueryAllocator):
         statistics = statistics.on_cpu()
         batch_size, minimum = len(statistics.loss), max(self.min_queries, budget.minimum)
         totals = [queries * batch_size for queries in budget.queries_per_sample]
-        estimate = self._traces.estimate(statistics, sites=len(totals))
+        estimate = self._traces.estimate(statistics, sites=len(totals), unit=budget.multiple)
         weight = pilot_weight(estimate, totals, floor=max(minimum, budget.multiple))
         shares = estimate.trace.sqrt() if weight is None else estimate.trace.sqrt() * (1.0 - weight)
         counts = torch.stack(

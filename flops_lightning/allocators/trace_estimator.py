@@ -69,6 +69,16 @@ class TraceSettings:
             raise SettingError("traces.ridge", self.ridge, "must be positive.", "Write for example 0.001.")
         if not 0 <= self.prior_strength < float("inf"):
             raise SettingError("traces.prior_strength", self.prior_strength, "is no number of queries.", "Write 0.")
+        if isinstance(self.predictors, str):
+            raise SettingError("traces.predictors", self.predictors, "is no list.", f"Write [{self.predictors}].")
+        if not self.window and self.source != "pilots":
+            if self.predictors and not set(self.predictors) & set(STEEP):
+                raise SettingError(
+                    "traces.predictors", self.predictors, "say nothing with window: 0, where only gradients count.",
+                    f"Add one of {', '.join(STEEP)}, or write a larger window.",
+                )  # fmt: skip
+            if self.ridge != TraceSettings.ridge:
+                raise SettingError("traces.ridge", self.ridge, "has no effect with window: 0.", "Remove `ridge`.")
         idle = TraceSettings(self.source)
         for name in ("predictors", "window", "ridge"):
             if self.source == "pilots" and getattr(self, name) != getattr(idle, name):
@@ -92,6 +102,7 @@ class TraceEstimate:
         pilots: ``(s, b)`` pilots taken.
         prior_strength: ``(s,)`` nu of each site.
         pilots_reused: Whether the pilots enter the gradient.
+        calibrated: Whether traces of different sites are on the same scale; not before a prediction has learned.
     """
 
     trace: Tensor
@@ -100,6 +111,7 @@ class TraceEstimate:
     pilots: Tensor
     prior_strength: Tensor
     pilots_reused: bool = True
+    calibrated: bool = True
 
     def combined(self) -> Tensor:
         """``(b,)`` one trace a sample: the mean over the sites, each in units of its own mean over the batch."""
@@ -115,7 +127,12 @@ class TraceEstimator:
         Raises:
             SettingError: a value out of range, unknown or without effect.
         """
-        self.settings = TraceSettings(**settings) if isinstance(settings, Mapping) else settings or TraceSettings()
+        try:
+            self.settings = TraceSettings(**settings) if isinstance(settings, Mapping) else settings or TraceSettings()
+        except TypeError as error:
+            raise SettingError("traces", settings, f"{error}.", "See TraceSettings.") from error
+        if not isinstance(self.settings, TraceSettings):
+            raise SettingError("traces", settings, "are no settings.", 'Write for example {"source": "prediction"}.')
         self.settings.check()
         # Of each batch: features (s, n, f), traces (s, n), degrees of freedom (s, n).
         self._seen: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=self.settings.window)
@@ -141,12 +158,13 @@ class TraceEstimator:
             predictors if self._predicts else ()
         )
 
-    def estimate(self, statistics: SampleStatistics, *, sites: int) -> TraceEstimate:
+    def estimate(self, statistics: SampleStatistics, *, sites: int, unit: int = 1) -> TraceEstimate:
         """Traces of a batch.
 
         Args:
             statistics: Of the batch, in float64 on the CPU.
             sites: Number of sites ``s``.
+            unit: Queries that are independent of others only together (2 in antithetic pairs).
 
         Raises:
             SettingError: the traces or a named predictor are missing.
@@ -165,12 +183,14 @@ class TraceEstimator:
             trace = torch.where(pilot.isfinite(), pilot, mean_over_sites(pilot) * _level(pilot))
             usable &= trace.isfinite().all(dim=0)
         else:
-            unit = statistics.budget.multiple if statistics.budget else 1
             nu, n = strength[:, None], torch.where(pilot.isfinite(), queries / unit - 1.0, 0.0).clamp_min(0.0)
-            trace = (nu * prediction + n * torch.where(n > 0, pilot, 0.0)) / (nu + n)
+            # Before it learned it tells the samples of a site from each other, and not how large its traces are.
+            level = prediction if self._seen else _levelled(prediction, pilot)
+            trace = (nu * level + n * torch.where(n > 0, pilot, 0.0)) / (nu + n)
         trace = torch.where(usable, trace.nan_to_num(0.0).clamp_min(0.0), 0.0)
         prediction = None if prediction is None else torch.where(usable, prediction, 0.0)
-        return TraceEstimate(trace, prediction, usable, queries, strength, statistics.pilots_reused)
+        calibrated = prediction is None or bool(self._seen)
+        return TraceEstimate(trace, prediction, usable, queries, strength, statistics.pilots_reused, calibrated)
 
     def observe(self, observation: TraceObservation) -> None:
         """Remember what the queries of the batch last estimated showed."""
@@ -206,7 +226,7 @@ class TraceEstimator:
             if not any(each == name or each.startswith(f"{name}.") for each in offered):
                 raise SettingError(
                     "traces.predictors", name, "is not among the predictors that `sample_statistics` returned: "
-                    f"{sorted(offered)}.", "Choose from these, or write [loss].",
+                    f"{sorted(offered)}.", f"Choose from {[*STEEP, 'activation', 'loss']}.",
                 )  # fmt: skip
         names = ("tanh(loss)", *(chosen if self.settings.predictors else sorted(offered)))
         if names != self._names or any(len(features) != sites for features, _, _ in self._seen):
@@ -277,6 +297,13 @@ def _check_lines(name: str, value: Tensor, sites: int) -> None:
             f"sample_statistics.{name}", tuple(value.shape), f"has no line for each of {sites} sites.",
             "Return (s, b), or (b,) for all sites alike.",
         )  # fmt: skip
+
+
+def _levelled(prediction: Tensor, pilot: Tensor) -> Tensor:
+    # With the pilots' mean at each site that has any.
+    known = pilot.isfinite()
+    means = [torch.where(known, x, 0.0).clamp_min(0.0).sum(dim=1, keepdim=True) for x in (pilot, prediction)]
+    return torch.where((means[0] > 0) & (means[1] > 0), prediction * means[0] / means[1], prediction)
 
 
 def _log(value: Tensor) -> Tensor:

@@ -236,7 +236,8 @@ class LikelihoodRatio(ForwardGradientStrategy):
         Args:
             clean: The batch's clean pass.
             names: Fields of :class:`SampleStatistics` to fill beside loss, embedding, traces and budget.
-            metric: Weights of the squared derivatives for ``preconditioned_scale``.
+            metric: Weights of the squared derivatives for ``preconditioned_scale``; None while the optimiser has none,
+                where it is ``scale``.
         """
         wanted = {name.split(".")[1] for name in names if name.startswith("predictors.")} & set(PREDICTORS)
         wanted |= set(PREDICTORS) if "predictors" in names else set()
@@ -252,7 +253,7 @@ class LikelihoodRatio(ForwardGradientStrategy):
             filled["query_seconds"] = clean.loss.new_tensor(self._seconds)
         for name, weights in (("scale", None), ("preconditioned_scale", metric)):
             if name in names:
-                filled[name] = clean.loss.new_tensor(self._scale(name, clean, weights))
+                filled[name] = clean.loss.new_tensor(self._scale(name if weights else "scale", clean, weights))
         return SampleStatistics(
             loss=clean.loss,
             embedding=clean.embedding,

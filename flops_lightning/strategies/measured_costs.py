@@ -26,7 +26,7 @@ def measured_costs(queries: SiteQueries, sites: Sequence[Site], clean: CleanPass
 
     Everything that a query is made of is timed: its noise, its suffix and its sums; the median of a few repetitions
     after one to warm up. The unit is that of the counted costs: the slowest query costs as much as the dearest one was
-    counted. Unlike counted costs these differ from run to run.
+    counted. Unlike counted costs these differ from run to run. What the timing costs, once a run, is not metered.
     """
     each = max(1, ROWS // max(1, clean.batch_size) // queries.unit) * queries.unit
     counts = np.full(clean.batch_size, each, dtype=np.int64)

@@ -13,6 +13,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
+from flops_lightning.errors import SettingError
 from flops_lightning.queries import CleanPass, LossFunction, at_least_float32, row_losses
 from flops_lightning.staging import StagedNetwork
 from flops_lightning.strategies.sites import Site
@@ -45,11 +46,14 @@ def trace_predictors(
         activation that enters a stage at which a site begins or ends, at the tokens that the head reads; and
         ``activation.<stage>.all`` ``(b,)`` over all tokens, where these are not all. With normalisation layers the
         derivative falls as the activation grows.
+
+    Raises:
+        SettingError: a gradient is wanted, and loss or head are not differentiable.
     """
     last, found = len(network) - 1, dict[str, Tensor]()
     starts = {"output_gradient": last + 1, "head_gradient": last, "top_gradient": head_start(network)}
     for name, start in starts.items():
-        if name in names:
+        if name in names and start > 0:  # through the whole network it would be backpropagation by another name
             found[name] = _gradient_sq_norm(network, loss, clean, start)
     if "activation" in names:
         tokens = network.stages[head_start(network)].reads
@@ -74,8 +78,14 @@ def _gradient_sq_norm(network: StagedNetwork, loss: LossFunction, clean: CleanPa
     with network.evaluating(), torch.enable_grad():
         h = h.clone().requires_grad_(True)
         # A clone of it is run: a stage may work in place, and a leaf may not be changed.
-        losses = row_losses(loss, network.run(h.clone(), start), clean.targets)
-        (gradient,) = torch.autograd.grad(losses.sum(), h)
+        try:
+            losses = row_losses(loss, network.run(h.clone(), start), clean.targets)
+            (gradient,) = torch.autograd.grad(losses.sum(), h)
+        except RuntimeError as error:  # the loss, or the head, is a black box
+            raise SettingError(
+                "traces.predictors", "*_gradient", f"cannot be had, the loss is not differentiable: {error}.",
+                "Write predictors: [loss, activation].",
+            ) from error  # fmt: skip
     return at_least_float32(gradient).flatten(1).square().sum(1)
 
 

@@ -55,7 +55,7 @@ class Problem:
 
 PROBLEMS: Mapping[str, Problem] = {
     "digits": Problem(
-        ("configs/vit_tiny_digits.yaml",), (1e-3, 2e-3, 4e-3), (0.5, 0.2, 0.1), 0.9,
+        ("configs/vit_tiny_digits.yaml",), (1e-3, 2e-3, 4e-3), (0.5, 0.1, 0.05, 0.03), 0.9,
         ("--trainer.val_check_interval", "5"),
     ),
     "cifar10": Problem(

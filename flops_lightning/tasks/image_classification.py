@@ -157,7 +157,7 @@ class ForwardImageClassifier(pl.LightningModule):
             )  # fmt: skip
         metric = None
         if "preconditioned_scale" in self._requested:
-            metric = squared_step_sizes(self._optimizer(), dict(self.backbone.named_parameters()))
+            metric = squared_step_sizes(self._optimizer(), dict(self.backbone.named_parameters())) or None
         return strategy.sample_statistics(self._clean_pass(batch), self._requested, metric)
 
     def set_query_counts(self, counts: Tensor) -> None:

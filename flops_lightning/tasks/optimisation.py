@@ -147,17 +147,25 @@ def squared_step_sizes(optimizer: Optimizer, named: Mapping[str, nn.Parameter]) 
     """What the optimiser multiplies each squared derivative with: ``1 / (sqrt(v) + eps)^2`` under Adam.
 
     Args:
-        optimizer: Adam, AdamW, or SGD (whose step is the gradient itself: ones).
+        optimizer: Adam or AdamW.
         named: Parameters by name.
 
     Returns:
-        Weights shaped like the parameters, up to the square of the learning rate; ones before the first step.
+        Weights shaped like the parameters that have been stepped, up to the square of the learning rate; none before
+        the first step.
+
+    Raises:
+        SettingError: the optimiser does not scale the gradient by its mean square.
     """
+    if not isinstance(optimizer, torch.optim.Adam):  # AdamW is one
+        raise SettingError(
+            "allocator.metric", "preconditioned", f"{type(optimizer).__name__} does not precondition.",
+            "Write metric: parameters, or take adam.",
+        )  # fmt: skip
     weights = {}
     for name, parameter in named.items():
         state = optimizer.state.get(parameter, {})
         if "exp_avg_sq" not in state:
-            weights[name] = torch.ones_like(parameter)
             continue
         group = next(group for group in optimizer.param_groups if any(p is parameter for p in group["params"]))
         correction = 1.0 - group["betas"][1] ** float(state["step"])

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flops_lightning.allocators import (
+    Allocation,
     CostAwareAllocator,
     OptimalAllocator,
     QueryBudget,
@@ -307,9 +308,19 @@ def test_pilots_that_are_reused_leave_less_to_do() -> None:
     told = statistics(
         trace_queries=torch.tensor([[40.0], [0.0]]).expand(2, 12), predictors={"top_gradient": normal(12).exp()}
     )
-    allocation = CostAwareAllocator(traces=settings_).allocate(told, BUDGET)
-    afresh = CostAwareAllocator(traces=settings_).allocate(replace(told, pilots_reused=False), BUDGET)
-    other = CostAwareAllocator(traces=settings_).allocate(replace(told, trace=told.trace * 7), BUDGET)  # type: ignore
+    seen = TraceObservation(normal(2, 12, seed=5).exp(), torch.full((2, 12), 20.0))
+    estimator = TraceEstimator(settings_)
+    estimator.estimate(told.on_cpu(), sites=2)
+    estimator.observe(seen)
+
+    def allocate(changed: SampleStatistics) -> Allocation:
+        allocator = CostAwareAllocator(traces=settings_)
+        allocator.allocate(told, BUDGET)
+        allocator.observe(seen)
+        return allocator.allocate(changed, BUDGET)
+
+    allocation, afresh = allocate(told), allocate(replace(told, pilots_reused=False))
+    other = allocate(replace(told, trace=told.trace * 7))  # type: ignore[operator]
     assert allocation.pilot_weight is not None
     assert other.pilot_weight is not None
     assert torch.equal(allocation.pilot_weight, other.pilot_weight)  # fixed before the pilots are seen
@@ -317,11 +328,23 @@ def test_pilots_that_are_reused_leave_less_to_do() -> None:
     assert allocation.pilot_weight[1].tolist() == [0.0] * 12
     assert allocation.diagnostics["queries_site0"] < afresh.diagnostics["queries_site0"]
     # What is left to the other queries is Tr (1 - w)^2 / A.
-    left = TraceEstimator(settings_).estimate(told, sites=2).trace * (1 - allocation.pilot_weight).square()
+    estimate = estimator.estimate(told.on_cpu(), sites=2)
+    assert estimate.prediction is not None
     assert told.query_flops is not None
     total = float(told.query_flops.sum()) * 20 * 12
-    expected = cheapest_counts(left, told.query_flops, total, least=1, most=torch.full((2,), 200.0), multiple=1)
-    assert torch.equal(allocation.counts, expected)
+    settled = {"costs": told.query_flops, "total": total, "least": 1, "most": torch.full((2,), 200.0), "multiple": 1}
+    alone = cheapest_counts(estimate.prediction, **settled)
+    torch.testing.assert_close(allocation.pilot_weight, estimate.pilots / (estimate.pilots + alone))
+    left = estimate.trace * (1 - allocation.pilot_weight).square()
+    assert torch.equal(allocation.counts, cheapest_counts(left, **settled))
+
+
+def test_before_anything_is_learned_sites_keep_their_own_queries() -> None:
+    told = statistics(predictors={"top_gradient": normal(12).exp()}, scale=torch.tensor([100.0, 1.0]))
+    counts = CostAwareAllocator().allocate(told, BUDGET).counts
+    average = counts.double().mean(dim=1)
+    torch.testing.assert_close(average, torch.tensor(BUDGET.queries_per_sample).double(), atol=0.5, rtol=0.0)
+    assert int(counts[0].max()) > 2 * int(counts[0].min())  # and split them by the prediction
 
 
 def test_learns_which_site_is_worth_its_cost() -> None:
@@ -365,7 +388,7 @@ def test_learns_which_site_is_worth_its_cost() -> None:
         ({"min_queries": 0}, "min_queries", "0: must be at least 1. Write 1 or more"),
         ({"max_queries": -1}, "max_queries", "-1: is below min_queries = 1. Write 0 or more"),
         ({"min_queries": 5, "max_queries": 4}, "max_queries", "4: is below min_queries = 5"),
-        ({"traces": TraceSettings(window=0)}, "traces.window", "0: must be at least 1"),
+        ({"traces": TraceSettings(window=0)}, "traces.window", "0: leaves unknown"),
     ],
 )
 def test_settings_without_sense_are_refused(kwargs: dict[str, Any], setting: str, message: str) -> None:

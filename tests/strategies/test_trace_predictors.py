@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flops_lightning.strategies import LikelihoodRatio
+from flops_lightning.errors import SettingError
+from flops_lightning.staging import stage_network
+from flops_lightning.strategies import LikelihoodRatio, SiteSpec
 from tests.reference.layouts import TOKEN_SITES, VIT_SITES, vit_for
 from tests.reference.networks import (
     Loss,
@@ -198,3 +200,15 @@ def test_under_autocast_weights_keep_their_graph(images: tuple[Tensor, Tensor]) 
     for name, value in exact.items():
         assert found[name].dtype == torch.float32
         torch.testing.assert_close(found[name], value, rtol=0.1, atol=0)
+
+
+def test_a_loss_without_derivative_is_refused_with_the_remedy(tokens_net: nn.Sequential, tokens: Any) -> None:
+    sites = [SiteSpec(stages=["0", "3"], name="body"), SiteSpec(stages=["4"], name="last")]
+    strategy = LikelihoodRatio(sites=sites, seed=0)
+    strategy.bind(stage_network(tokens_net), lambda output, target: (output > target).double().flatten(1).mean(1))
+    clean = strategy.clean_pass(*tokens)
+    with pytest.raises(SettingError, match=r"not differentiable.*Write predictors: \[loss, activation\]"):
+        strategy.sample_statistics(clean, {"predictors"})
+    names = strategy.sample_statistics(clean, {"predictors.activation"}).predictors
+    assert names is not None
+    assert set(names) == {"activation.4"}

@@ -14,6 +14,7 @@ from flops_lightning.tasks.optimisation import (
     build_schedule,
     clip_gradients,
     lr_factor,
+    squared_step_sizes,
 )
 
 
@@ -57,3 +58,24 @@ def test_clipping_keeps_directions_and_bounds_norms() -> None:
         original = torch.cat([g.flatten() for n, g in before.items() if part in n])
         assert float(clipped.norm()) == pytest.approx(bound, rel=1e-4)
         assert float(torch.cosine_similarity(clipped, original, dim=0)) == pytest.approx(1.0)
+
+
+def test_squared_step_sizes_are_those_of_the_step() -> None:
+    layer = torch.nn.Linear(3, 2, dtype=torch.float64)
+    optimizer = build_optimizer(layer, OptimizerSettings(lr=1.0))
+    assert squared_step_sizes(optimizer, dict(layer.named_parameters())) == {}
+    layer(torch.randn(5, 3, dtype=torch.float64)).square().sum().backward()
+    before = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    optimizer.step()
+    sizes = squared_step_sizes(optimizer, dict(layer.named_parameters()))
+    for name, parameter in layer.named_parameters():
+        # The first step of Adam has no memory of another gradient.
+        assert parameter.grad is not None
+        torch.testing.assert_close((parameter - before[name]).square(), sizes[name] * parameter.grad.square())
+
+
+def test_only_adam_preconditions() -> None:
+    layer = torch.nn.Linear(3, 2)
+    optimizer = build_optimizer(layer, OptimizerSettings(name="sgd"))
+    with pytest.raises(SettingError, match=r"allocator.metric = 'preconditioned': SGD does not precondition"):
+        squared_step_sizes(optimizer, dict(layer.named_parameters()))
