@@ -59,7 +59,7 @@ PROBLEMS: Mapping[str, Problem] = {
         ("--trainer.val_check_interval", "5"),
     ),
     "cifar10": Problem(
-        ("configs/vit_micro_cifar10.yaml",), (1e-3, 2e-3), (1.4, 1.2, 1.1), 0.55,
+        ("configs/vit_micro_cifar10.yaml",), (1e-3, 2e-3), (1.6, 1.4, 1.3), 0.5,
         (
             "--trainer.val_check_interval", "10", "--trainer.max_epochs", "1", "--data.init_args.batch_size", "32",
             "--data.init_args.images_per_class", "200", "--data.init_args.val_images", "300",
