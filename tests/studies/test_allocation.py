@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,23 @@ def test_tables_of_a_short_run(tmp_path: Path, few_cases: None) -> None:
         elif row["allocator"] != "cost-aware":  # at equal queries of each site nothing beats exact traces, noise apart
             assert float(row["gain"]) < 1.5 * float(row["gain_optimal"])
     assert {row["site"] for row in tables["allocation_sites"]} == {"lower", "middle", "top", "head"}
+
+
+def test_the_plot(tmp_path: Path, few_cases: None) -> None:
+    pytest.importorskip("matplotlib")
+    study(tmp_path)
+    assert (tmp_path / "allocation.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "allocation.png").stat().st_size > 10_000
+
+
+def test_without_matplotlib_the_tables_are_there(
+    tmp_path: Path, few_cases: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert study(tmp_path)["allocation"]
+    assert 'no plot: matplotlib = None: is not installed; the tables are written. Run pip install "matplotlib' in (
+        capsys.readouterr().out
+    )
 
 
 def test_an_interrupted_study_goes_on_and_ends_the_same(
