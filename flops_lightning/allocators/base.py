@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,7 +49,7 @@ class QueryAllocator(ABC):
         """Whether :meth:`observe` makes use of the traces seen in each step's own queries."""
         return False
 
-    def observe(self, observation: TraceObservation) -> None:  # noqa: B027
+    def observe(self, observation: TraceObservation) -> None:  # noqa: B027 - most learn nothing
         """Learn from the queries that the last allocation was spent on; does nothing unless :attr:`learns`."""
 
     @abstractmethod
@@ -118,3 +119,8 @@ class SupportsTraceFeedback(Protocol):
 def equal_shares(batch_size: int) -> Tensor:
     """``(b,)`` float64 shares that are all the same."""
     return torch.full((batch_size,), 1.0 / batch_size, dtype=torch.float64)
+
+
+def batch_generator(seed: int, batch: int) -> torch.Generator:
+    """The random numbers of one batch, a function of the allocator's seed and of the number of batches before."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, batch)).generate_state(1)[0]))

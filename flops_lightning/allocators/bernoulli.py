@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from flops_lightning.allocators.base import Allocation, QueryAllocator
+from flops_lightning.allocators.base import Allocation, QueryAllocator, batch_generator
 from flops_lightning.allocators.bernoulli_optimisation import (
     LEAST_P,
     Optimum,
@@ -19,7 +18,7 @@ from flops_lightning.allocators.bernoulli_optimisation import (
     pruned_allocation,
 )
 from flops_lightning.allocators.objective import equal_objective, objective
-from flops_lightning.allocators.rounding import check_budget, largest_remainder
+from flops_lightning.allocators.rounding import check_budget, next_multiple, round_at_sites
 from flops_lightning.allocators.statistics import QueryBudget, SampleStatistics, TraceObservation
 from flops_lightning.allocators.threads import one_thread
 from flops_lightning.allocators.trace_estimator import TraceEstimator, TraceSettings
@@ -163,18 +162,13 @@ class BernoulliAllocator(QueryAllocator):
         for total in totals:
             check_budget(total, batch_size, minimum=minimum, multiple=budget.multiple)
         usable, loss, trace = self._usable(statistics, budget)
-        least = -(-minimum // budget.multiple) * budget.multiple
+        least = next_multiple(minimum, budget.multiple)
         left = [total - least * int((~usable).sum()) for total in totals]
         pruned, optimum = self._draw(loss[usable], None if trace is None else trace[usable], left[0], least)
         shares = torch.zeros(len(totals), batch_size, dtype=torch.float64)
         if len(pruned):
             shares[:, usable] = torch.stack([pruned_allocation(pruned, queries, floor=least) for queries in left])
-        counts = torch.stack(
-            [
-                largest_remainder(share, total, minimum=minimum, multiple=budget.multiple)
-                for share, total in zip(shares, totals, strict=True)
-            ]
-        )
+        counts = round_at_sites(shares, totals, minimum=minimum, multiple=budget.multiple)
         values = {
             "p": self._last_p,
             "pruned": int(pruned.sum()) / batch_size,
@@ -197,8 +191,7 @@ class BernoulliAllocator(QueryAllocator):
 
     def _draw(self, loss: Tensor, trace: Tensor | None, total: float, floor: float) -> tuple[Tensor, Optimum | None]:
         # Which of the usable samples are pruned. `total` and `floor` are those of the first site.
-        seed = np.random.SeedSequence((self.seed, self._batches)).generate_state(1)[0]
-        generator = torch.Generator().manual_seed(int(seed))
+        generator = batch_generator(self.seed, self._batches)
         self._batches += 1
         below, optimum = below_mean(loss), None
         uniform = torch.rand(len(loss), dtype=torch.float64, generator=generator)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from flops_lightning.allocators.base import Allocation, QueryAllocator
-from flops_lightning.allocators.optimal import diagnostics
+from flops_lightning.allocators.optimal import count_diagnostics
+from flops_lightning.allocators.rounding import next_multiple
 from flops_lightning.allocators.statistics import QueryBudget, SampleStatistics, TraceObservation
 from flops_lightning.allocators.threads import one_thread
 from flops_lightning.allocators.trace_estimator import TraceEstimate, TraceEstimator, TraceSettings
@@ -136,7 +137,7 @@ class CostAwareAllocator(QueryAllocator):
             self._check_pilots(estimate.pilots)
         scales = self._scales(statistics, sites)[:, None]
         multiple = budget.multiple
-        least = -(-max(self.min_queries, budget.minimum) // multiple) * multiple
+        least = next_multiple(max(self.min_queries, budget.minimum), multiple)
         if 0 < self.max_queries < least:
             raise SettingError(
                 "max_queries", self.max_queries, f"is below {least}, the least here.", "Write 0 or more."
@@ -152,7 +153,7 @@ class CostAwareAllocator(QueryAllocator):
             )  # fmt: skip
         cheapest = partial(cheapest_counts, costs=costs, total=total, least=least, most=most, multiple=multiple)
         weight = None
-        if estimate.prediction is not None and estimate.pilots_reused and bool((estimate.pilots > 0).any()):
+        if estimate.prediction is not None and estimate.weighs_pilots:
             # As in OptimalAllocator: by the counts that the prediction alone would give.
             expected = cheapest(self._variance(estimate.prediction, estimate, scales, own, costs))
             weight = estimate.pilots / (estimate.pilots + expected)
@@ -161,11 +162,10 @@ class CostAwareAllocator(QueryAllocator):
             variance = variance * (1.0 - weight).square()
         counts = cheapest(variance)
         equal = float((variance.sum(dim=1) / own).sum())
-        values = diagnostics(estimate, counts) | {
+        values = count_diagnostics(estimate, counts) | {
             "J_over_J_own": float((variance / counts).sum()) / equal if equal > 0 else 1.0,
             "compute_used": float((costs[:, None] * counts).sum()) / total,
         }
-        del values["J_over_J_equal"]  # of each site by itself: says nothing where their sums are not fixed
         values |= {f"queries_site{i}": float(line.double().mean()) for i, line in enumerate(counts)}
         return Allocation(counts, values, weight)
 

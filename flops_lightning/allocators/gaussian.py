@@ -6,17 +6,16 @@ import math
 from dataclasses import astuple, replace
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from flops_lightning.allocators.base import Allocation, QueryAllocator
+from flops_lightning.allocators.base import Allocation, QueryAllocator, batch_generator
 from flops_lightning.allocators.correlation import Covariance, embedding_distance
 from flops_lightning.allocators.gaussian_objective import AllocationProblem, make_draws
 from flops_lightning.allocators.gaussian_optimisation import Optimum, descend, search
 from flops_lightning.allocators.gaussian_parameters import GaussianParameters, from_coordinates, to_coordinates
 from flops_lightning.allocators.objective import equal_objective, objective
-from flops_lightning.allocators.rounding import check_budget, largest_remainder
+from flops_lightning.allocators.rounding import check_budget, next_multiple, round_at_sites
 from flops_lightning.allocators.statistics import QueryBudget, SampleStatistics, TraceObservation
 from flops_lightning.allocators.threads import one_thread
 from flops_lightning.allocators.trace_estimator import TraceEstimator, TraceSettings
@@ -185,12 +184,12 @@ class GaussianAllocator(QueryAllocator):
         for total in totals:
             check_budget(total, len(statistics.loss), minimum=minimum, multiple=budget.multiple)
         usable, trace = self._usable_traces(statistics, budget)
-        generator = torch.Generator().manual_seed(_stream_seed(self.seed, self._batches))
+        generator = batch_generator(self.seed, self._batches)
         self._batches += 1
         shares, optimum = usable.double(), None
         if bool((trace > 0).any()):
             shares[usable], optimum = self._draw(statistics, usable, trace[usable], budget, generator)
-        counts = torch.stack([largest_remainder(shares, t, minimum=minimum, multiple=budget.multiple) for t in totals])
+        counts = round_at_sites(shares.expand(len(totals), -1), totals, minimum=minimum, multiple=budget.multiple)
         return Allocation(counts=counts, diagnostics=self._diagnostics(trace, counts[0], optimum))
 
     def _draw(
@@ -202,7 +201,7 @@ class GaussianAllocator(QueryAllocator):
         generator: torch.Generator,
     ) -> tuple[Tensor, Optimum | None]:
         queries = budget.queries_per_sample[0]
-        least = -(-max(self.min_queries, budget.minimum) // budget.multiple) * budget.multiple
+        least = next_multiple(max(self.min_queries, budget.minimum), budget.multiple)
         feature = statistics.loss[usable].tanh()
         centre, spread = float(feature.mean()), float(feature.std(correction=0))
         if spread < CONSTANT_FEATURE:  # equal or saturated losses: there is no slope to learn, and none is remembered
@@ -259,7 +258,3 @@ class GaussianAllocator(QueryAllocator):
         if self._parameters is not None:
             values |= {name: float(value) for name, value in vars(self._parameters).items()}
         return values
-
-
-def _stream_seed(seed: int, batch: int) -> int:
-    return int(np.random.SeedSequence((seed, batch)).generate_state(1)[0])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flops_lightning.allocators.base import Allocation, QueryAllocator
 from flops_lightning.allocators.objective import equal_objective, objective
-from flops_lightning.allocators.rounding import largest_remainder, water_fill
+from flops_lightning.allocators.rounding import round_at_sites, water_fill
 from flops_lightning.allocators.statistics import QueryBudget, SampleStatistics, TraceObservation
 from flops_lightning.allocators.threads import one_thread
 from flops_lightning.allocators.trace_estimator import TraceEstimate, TraceEstimator, TraceSettings
@@ -77,12 +77,7 @@ class OptimalAllocator(QueryAllocator):
         estimate = self._traces.estimate(statistics, sites=len(totals), unit=budget.multiple)
         weight = pilot_weight(estimate, totals, floor=max(minimum, budget.multiple))
         shares = estimate.trace.sqrt() if weight is None else estimate.trace.sqrt() * (1.0 - weight)
-        counts = torch.stack(
-            [
-                largest_remainder(share, total, minimum=minimum, multiple=budget.multiple)
-                for share, total in zip(shares, totals, strict=True)
-            ]
-        )
+        counts = round_at_sites(shares, totals, minimum=minimum, multiple=budget.multiple)
         return Allocation(counts, diagnostics(estimate, counts), weight)
 
     def state_dict(self) -> dict[str, Any]:
@@ -99,7 +94,7 @@ def pilot_weight(estimate: TraceEstimate, totals: list[int], *, floor: int) -> T
 
     None without a prediction or without reused pilots: the share of the pilots in the budget is then the weight.
     """
-    if estimate.prediction is None or not estimate.pilots_reused or not bool((estimate.pilots > 0).any()):
+    if estimate.prediction is None or not estimate.weighs_pilots:
         return None
     shares = estimate.prediction.sqrt()
     expected = torch.stack(
@@ -115,11 +110,12 @@ def diagnostics(estimate: TraceEstimate, counts: Tensor) -> dict[str, float]:
         for trace, count in zip(estimate.trace, counts, strict=True)
         if float(trace.sum()) > 0 and int(count.sum()) > 0
     ]
-    values = {
-        "J_over_J_equal": sum(ratios) / len(ratios) if ratios else 1.0,
-        "count_min": float(counts.min()),
-        "count_max": float(counts.max()),
-    }
+    return {"J_over_J_equal": sum(ratios) / len(ratios) if ratios else 1.0} | count_diagnostics(estimate, counts)
+
+
+def count_diagnostics(estimate: TraceEstimate, counts: Tensor) -> dict[str, float]:
+    """Those of them that hold whatever the sums of the counts."""
+    values = {"count_min": float(counts.min()), "count_max": float(counts.max())}
     if estimate.prediction is not None:
         values["prior_strength"] = float(estimate.prior_strength.mean())
     return values

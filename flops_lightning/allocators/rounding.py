@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -46,6 +48,11 @@ def water_fill(shares: Tensor, total: float, *, floor: float = 0.0) -> Tensor:
     return (scale * positive).clamp_min(floor)
 
 
+def next_multiple(number: int, multiple: int) -> int:
+    """``number`` raised to the next multiple."""
+    return -(-number // multiple) * multiple
+
+
 def check_budget(total: int, batch_size: int, *, minimum: int, multiple: int) -> None:
     """Refuse a budget that no allocation can meet.
 
@@ -60,7 +67,7 @@ def check_budget(total: int, batch_size: int, *, minimum: int, multiple: int) ->
             f"{total} queries for {batch_size} samples cannot be split in multiples of {multiple}.",
             f"Make it a multiple of {multiple}.",
         )
-    least = -(-minimum // multiple) * multiple
+    least = next_multiple(minimum, multiple)
     if total < batch_size * least:
         raise SettingError(
             "min_queries",
@@ -90,10 +97,26 @@ def largest_remainder(shares: Tensor, total: int, *, minimum: int, multiple: int
         SettingError: As :func:`check_budget`.
     """
     check_budget(total, len(shares), minimum=minimum, multiple=multiple)
-    units, floor = total // multiple, -(-minimum // multiple)
+    units, floor = total // multiple, next_multiple(minimum, multiple) // multiple
     parts = water_fill(shares, units, floor=floor)
     counts = parts.floor().long()
     left = units - int(counts.sum())
     order = (parts - counts).argsort(descending=True, stable=True)
     counts[order[:left]] += 1
     return counts * multiple
+
+
+def round_at_sites(shares: Tensor, totals: Sequence[int], *, minimum: int, multiple: int) -> Tensor:
+    """:func:`largest_remainder` at each site.
+
+    Args:
+        shares: ``(s, b)`` finite relative shares.
+        totals: Sum of each site's counts.
+        minimum: Least count of a sample; raised to the next multiple of ``multiple``.
+        multiple: Every count is a multiple of this.
+
+    Returns:
+        ``(s, b)`` int64 counts, line ``s`` with the sum ``totals[s]``.
+    """
+    lines = zip(shares, totals, strict=True)
+    return torch.stack([largest_remainder(share, n, minimum=minimum, multiple=multiple) for share, n in lines])

@@ -117,6 +117,11 @@ class TraceEstimate:
         """``(b,)`` one trace a sample: the mean over the sites, each in units of its own mean over the batch."""
         return mean_over_sites(self.trace)
 
+    @property
+    def weighs_pilots(self) -> bool:
+        """Whether there are reused pilots, and a prediction by which to weigh them without a look at them."""
+        return self.prediction is not None and self.pilots_reused and bool((self.pilots > 0).any())
+
 
 class TraceEstimator:
     """Estimates the traces of each batch, and learns from what its queries showed."""
@@ -221,13 +226,14 @@ class TraceEstimator:
         """``(s, b, f)`` features: tanh(loss) and the logarithms of the predictors."""
         offered = dict(statistics.predictors or {})
         wanted = [name for name in self.settings.predictors if name != "loss"]
-        chosen = dict.fromkeys(each for name in wanted for each in offered if f"{each}.".startswith(f"{name}."))
+        meant = {name: [each for each in offered if f"{each}.".startswith(f"{name}.")] for name in wanted}
         for name in wanted:
-            if not any(each == name or each.startswith(f"{name}.") for each in offered):
+            if not meant[name]:
                 raise SettingError(
                     "traces.predictors", name, "is not among the predictors that `sample_statistics` returned: "
                     f"{sorted(offered)}.", f"Choose from {[*STEEP, 'activation', 'loss']}.",
                 )  # fmt: skip
+        chosen = dict.fromkeys(each for name in wanted for each in meant[name])
         names = ("tanh(loss)", *(chosen if self.settings.predictors else sorted(offered)))
         if names != self._names or any(len(features) != sites for features, _, _ in self._seen):
             self._seen.clear()

@@ -35,6 +35,7 @@ sites together (``allocation/most_queries``, ``allocation/fewest_queries``), the
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -134,7 +135,7 @@ def allocation_figures(
         pairs = [rank_correlation(pilot[i], pilot[i + 1 :]) for i in range(len(pilot) - 1)]
         values["pilot_rank_correlation"] = torch.cat(pairs).nanmean()
     names, numbers = list(values), torch.stack(list(values.values())).tolist() if values else []
-    return {name: number for name, number in zip(names, numbers, strict=True) if number == number}  # noqa: PLR0124
+    return {name: number for name, number in zip(names, numbers, strict=True) if not math.isnan(number)}
 
 
 def _tables(

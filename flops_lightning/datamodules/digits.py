@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from flops_lightning.datamodules.base import ImageDataModule
+from flops_lightning.datamodules.splits import check_split_seed
 from flops_lightning.errors import SettingError
 
 # Share of the 1797 images: 1257 to train, 180 to validate, 360 to test.
@@ -54,8 +55,7 @@ class DigitsDataModule(ImageDataModule):
         super().__init__(batch_size=batch_size, num_workers=num_workers)
         if not math.isfinite(rotation):
             raise SettingError("data.rotation", rotation, "is not an angle.", "Give degrees, for example 40.")
-        if not 0 <= split_seed < 2**32:
-            raise SettingError("data.split_seed", split_seed, "is not a seed.", "Use a number from 0 to 2**32 - 1.")
+        check_split_seed(split_seed)
         self.rotation = rotation
         self.split_seed = split_seed
 

@@ -212,11 +212,8 @@ class LikelihoodRatio(ForwardGradientStrategy):
         for i, site in enumerate(self._sites):
             if len(site.layers) > 1 or not counts[i].any():
                 continue
-            layer_input = parameter_space_input(self.site_queries, site, clean)
             with self.network.evaluating():
-                sums = self.site_queries.sums(
-                    site, clean, counts[i], first_query=first_query, traces=True, layer_input=layer_input
-                )
+                sums, _ = self._traced_sums(i, clean, counts[i], first_query=first_query, seen=seen)
             if sums is None:
                 continue
             if kept is not None:
@@ -225,8 +222,18 @@ class LikelihoodRatio(ForwardGradientStrategy):
             cost = queries * self._known_costs.query[site.name]
             lost = queries - int(sums.survivors.sum())
             self.meter.add(site.name, queries=queries, pilots=queries, lost=lost, forward_equivalents=cost)
-            seen.put(i, sums.trace(sq_norm(site, layer_input, sums.weighted), self.site_queries.unit), sums.survivors)
         return seen.observation(self.site_queries.unit)
+
+    def _traced_sums(
+        self, place: int, clean: CleanPass, counts: NDArray[np.int64], *, first_query: int, seen: SeenTraces
+    ) -> tuple[DeltaSums | None, Tensor | None]:
+        """Run a site's queries and note their traces; also the layer's clean input, where that took it."""
+        site, queries = self._sites[place], self.site_queries
+        layer_input = parameter_space_input(queries, site, clean)
+        sums = queries.sums(site, clean, counts, first_query=first_query, traces=True, layer_input=layer_input)
+        if sums is not None:
+            seen.put(place, sums.trace(sq_norm(site, layer_input, sums.weighted), queries.unit), sums.survivors)
+        return sums, layer_input
 
     def sample_statistics(
         self, clean: CleanPass, names: Collection[str] = (), metric: Mapping[str, Tensor] | None = None
@@ -355,18 +362,11 @@ class LikelihoodRatio(ForwardGradientStrategy):
         if len(site.layers) > 1:
             return self.site_queries.joint(site, clean, counts)
         pilots = self._pilots_of(site, clean)
-        layer_input = None if seen is None else parameter_space_input(self.site_queries, site, clean)
-        sums = self.site_queries.sums(
-            site,
-            clean,
-            counts,
-            first_query=self.pilots.queries if pilots else 0,
-            traces=seen is not None,
-            layer_input=layer_input,
-        )
-        if seen is not None and sums is not None:
-            trace = sums.trace(sq_norm(site, layer_input, sums.weighted), self.site_queries.unit)
-            seen.put(place, trace, sums.survivors)
+        first, layer_input = self.pilots.queries if pilots else 0, None
+        if seen is None:
+            sums = self.site_queries.sums(site, clean, counts, first_query=first)
+        else:
+            sums, layer_input = self._traced_sums(place, clean, counts, first_query=first, seen=seen)
         reused = pilots if self.pilots.reuse else None
         if sums is None:
             sums, reused = reused, None
@@ -374,7 +374,7 @@ class LikelihoodRatio(ForwardGradientStrategy):
             return SiteGradient({}, torch.zeros_like(clean.loss), 0)
         weight = self.pilots.queries / site.queries_per_sample if pilot_weight is None else pilot_weight
         delta = sums.delta() if reused is None else combine(reused, sums, weight)
-        gradients = self.site_queries.gradient(site, clean, delta / clean.batch_size)
+        gradients = self.site_queries.gradient(site, clean, delta / clean.batch_size, layer_input)
         survivors = sums.survivors if counts.any() else torch.zeros_like(clean.loss)
         return SiteGradient(gradients, survivors.to(clean.loss.dtype), int(counts.sum()))
 
@@ -384,7 +384,7 @@ class LikelihoodRatio(ForwardGradientStrategy):
         least = 1 if self.variant == "leave_one_out" else 0
         counting = torch.where(result.survivors > least, result.survivors, 0)
         if pilots is not None and self.pilots.reuse:
-            counting = counting + torch.where(pilots.survivors > least, pilots.survivors, 0)
+            counting = counting + torch.where(pilots.found, pilots.survivors, 0)
         return counting
 
     def _chosen(self, sites: Sequence[str] | None) -> list[int]:

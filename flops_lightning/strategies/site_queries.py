@@ -96,11 +96,20 @@ class SiteQueries:
             sums.add(chunk, perturbation.z, weights, alive, norms, self.unit)
         return sums
 
-    def gradient(self, site: Site, clean: CleanPass, delta: Tensor) -> dict[str, Tensor]:
-        """``sum_b J_b^T delta_b`` by parameter name: closed form at a single layer, local VJP at a block or group."""
+    def gradient(
+        self, site: Site, clean: CleanPass, delta: Tensor, layer_input: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """``sum_b J_b^T delta_b`` by parameter name: closed form at a single layer, local VJP at a block or group.
+
+        Args:
+            site: The site.
+            clean: The batch's clean pass.
+            delta: ``(b, ...)`` gradient with respect to the site's active output.
+            layer_input: ``(b, ..., i)`` clean input of the layer, where the caller has it; None: it is fetched.
+        """
         if not site.layers:
             return local_vjp(self.network, site, clean, delta, rows=self.chunk_rows)
-        x = clean_layer_input(self.network, site, clean, rows=self.chunk_rows)
+        x = clean_layer_input(self.network, site, clean, rows=self.chunk_rows) if layer_input is None else layer_input
         return _trained(site, site.layers[0].name, layer_gradient(site.layers[0].module, x, delta))
 
     def joint(self, site: Site, clean: CleanPass, counts: NDArray[np.int64]) -> SiteGradient:
@@ -145,10 +154,15 @@ class SiteQueries:
 
 def parameter_space_input(queries: SiteQueries, site: Site, clean: CleanPass) -> Tensor | None:
     """Clean input of a site that trains the weight of one ``nn.Linear``: traces are exact there; None elsewhere."""
-    layer = site.layers[0] if len(site.layers) == 1 else None
-    if layer is not None and isinstance(layer.module, nn.Linear) and f"{layer.name}.weight" in site.parameters:
+    if in_parameter_space(site):
         return clean_layer_input(queries.network, site, clean, rows=queries.chunk_rows)
     return None
+
+
+def in_parameter_space(site: Site) -> bool:
+    """Whether traces at the site are those of its parameters' gradient: it trains the weight of one ``nn.Linear``."""
+    layer = site.layers[0] if len(site.layers) == 1 else None
+    return layer is not None and isinstance(layer.module, nn.Linear) and f"{layer.name}.weight" in site.parameters
 
 
 def sq_norm(site: Site, x: Tensor | None, delta: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from flops_lightning.errors import SettingError
 from flops_lightning.noise import NoiseKey, row_seeds, standard_normal
 from flops_lightning.queries import CleanPass
 from flops_lightning.strategies.perturbation import clean_layer_input
-from flops_lightning.strategies.site_queries import SiteQueries, parameter_space_input, sq_norm
+from flops_lightning.strategies.site_queries import SiteQueries, in_parameter_space, sq_norm
 from flops_lightning.strategies.sites import Site
 
 SCALE_EVERY = 20
@@ -46,19 +46,18 @@ def site_scales(
                 "strategy.sites", site.name, "perturbs several layers together, whose traces are not known.",
                 "Use together: false, or an allocator that does not compare sites.",
             )  # fmt: skip
-        z = _probe(queries, site, clean)
-        gradient = queries.gradient(site, clean, z)
+        x = clean_layer_input(queries.network, site, clean, rows=queries.chunk_rows) if site.layers else None
+        z = _probe(queries, site, clean, x)
+        gradient = queries.gradient(site, clean, z, x)
         weighted = [g.square() * metric[name] if metric else g.square() for name, g in gradient.items()]
-        norm = sq_norm(site, parameter_space_input(queries, site, clean), z).sum()
+        norm = sq_norm(site, x if in_parameter_space(site) else None, z).sum()
         scales.append(torch.stack([w.sum() for w in weighted]).sum() / norm)
     return torch.stack(scales)
 
 
-def _probe(queries: SiteQueries, site: Site, clean: CleanPass) -> Tensor:
-    if site.layers:
-        (target,) = site.layers
-        x = clean_layer_input(queries.network, site, clean, rows=queries.chunk_rows)
-        like = target.module(x)
+def _probe(queries: SiteQueries, site: Site, clean: CleanPass, layer_input: Tensor | None) -> Tensor:
+    if layer_input is not None:
+        like = site.layers[0].module(layer_input)
     else:
         like = clean.activations[site.last + 1]
         like = like if site.tokens is None else like[:, site.tokens]

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from flops_lightning.allocators import Allocation, QueryAllocator, QueryBudget, SampleStatistics
+from flops_lightning.allocators import Allocation, QueryAllocator, QueryBudget, SampleStatistics, TraceObservation
 from flops_lightning.allocators.rank_correlation import rank_correlation
 from flops_lightning.errors import SettingError
 from flops_lightning.queries import CleanPass
@@ -101,6 +101,17 @@ class Run:
         self.optimizer: Optimizer = build_optimizer(self.task.backbone, self.task.optimizer_settings)
         self.schedule: LRScheduler = build_schedule(self.optimizer, self.task.optimizer_settings, self.steps)
         self.task.train()
+        self._piloted: dict[tuple[int, str, int], TraceObservation] = {}
+
+    def pilots(self, clean: CleanPass, where: str, number: int) -> TraceObservation:
+        """Traces of so many pilots at the ``lowest`` or ``deepest`` site or at ``all``; spent once a batch."""
+        key = (clean.draw, where, number)
+        if key not in self._piloted:
+            self._piloted = {kept: seen for kept, seen in self._piloted.items() if kept[0] == clean.draw}
+            counts = torch.zeros(len(self.strategy.sites), clean.batch_size, dtype=torch.int64)
+            counts[{"lowest": slice(0, 1), "deepest": slice(-1, None), "all": slice(None)}[where]] = number
+            self._piloted[key] = self.strategy.observe_traces(clean, counts, first_query=PILOTS)
+        return self._piloted[key]
 
     def batches(self, start: int) -> Iterator[tuple[int, list[Tensor]]]:
         """Steps from ``start`` on, with the batches of the seed's order."""
@@ -134,24 +145,15 @@ class Run:
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs."""
-        parts: dict[str, Any] = {
-            "task": self.task,
-            "optimizer": self.optimizer,
-            "schedule": self.schedule,
-            "strategy": self.strategy,
-        }
-        return {name: part.state_dict() for name, part in parts.items()}
+        return {name: part.state_dict() for name, part in self._parts().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
-        parts: dict[str, Any] = {
-            "task": self.task,
-            "optimizer": self.optimizer,
-            "schedule": self.schedule,
-            "strategy": self.strategy,
-        }
-        for name, part in parts.items():
+        for name, part in self._parts().items():
             part.load_state_dict(state[name])
+
+    def _parts(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("task", "optimizer", "schedule", "strategy")}
 
 
 class Spectators:
@@ -181,9 +183,8 @@ class Spectators:
         pilots = torch.zeros(len(sites), clean.batch_size, dtype=torch.int64)
         number = case.pilot_queries(self.queries, unit=self.unit, minimum=self.minimum)
         if number:
-            chosen = {"lowest": slice(0, 1), "deepest": slice(-1, None), "all": slice(None)}[case.pilots]
-            pilots[chosen] = number
-            seen = self.run.strategy.observe_traces(clean, pilots, first_query=PILOTS)
+            seen = self.run.pilots(clean, case.pilots, number)
+            pilots[seen.trace.isfinite().any(dim=1).cpu()] = number
             statistics = replace(statistics, trace=seen.trace, trace_queries=seen.queries)
         left = tuple(self.queries - int(line.max()) for line in pilots)
         budget = QueryBudget(left, multiple=self.unit, minimum=self.minimum)
