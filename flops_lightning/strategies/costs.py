@@ -53,7 +53,7 @@ def site_costs(network: StagedNetwork, sites: Sequence[Site], inputs: Tensor) ->
             query[site.name] = from_stage[site.start]
             gradient[site.name] = 3 * inside
             if site.layers:
-                joint = len(site.layers) > 1
+                joint = site.together
                 query[site.name] += inside if joint else 0.0
                 gradient[site.name] = 0.0 if joint else by_stage[site.first] / full
             elif site.narrow:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flops_lightning.errors import SettingError
-from flops_lightning.strategies.delta import DeltaSums
+from flops_lightning.strategies.engine import Queried
 from flops_lightning.strategies.sites import Site
 
 LOWEST, DEEPEST = "lowest", "deepest"
@@ -61,7 +61,7 @@ def check_pilots(pilots: PilotSpec, sites: Sequence[Site], *, unit: int, one_upd
                 "strategy.pilots.sites", name, "is not a site.", f"Choose from {[*by_name, LOWEST, DEEPEST]}."
             )
         site = by_name[name]
-        if len(site.layers) > 1:
+        if site.together:
             raise SettingError(
                 "strategy.pilots.sites", name, "perturbs several layers together.",
                 "Choose a block or group site, or a single layer.",
@@ -80,16 +80,17 @@ def check_pilots(pilots: PilotSpec, sites: Sequence[Site], *, unit: int, one_upd
             )  # fmt: skip
 
 
-def combine(pilots: DeltaSums, rest: DeltaSums, weight: Tensor | float) -> Tensor:
-    """``w mean(pilots) + (1 - w) mean(rest)``, ``(b, ...)``: unbiased although the counts saw the pilots.
+def pilot_share(pilots: Queried, rest: Queried, weight: Tensor | float) -> Tensor:
+    """``(b,)`` share ``w`` of the pilots in ``w mean(pilots) + (1 - w) mean(rest)``.
+
+    The sum is unbiased although the counts of the rest saw the pilots.
 
     Args:
-        pilots: Sums over the pilots.
-        rest: Sums over the other queries.
+        pilots: What the pilots showed.
+        rest: What the other queries showed.
         weight: w, one for all samples or ``(b,)``, chosen without a look at the pilots. One of the two takes all the
             weight where the other gives a sample no estimate: no query survived (leave-one-out: fewer than two).
     """
-    w = torch.as_tensor(weight, dtype=rest.weighted.dtype, device=rest.weighted.device).expand_as(rest.survivors)
+    w = torch.as_tensor(weight, dtype=rest.survivors.dtype, device=rest.survivors.device).expand_as(rest.survivors)
     w = torch.where(pilots.found, w, 0.0)
-    w = torch.where(rest.found, w, 1.0).view(-1, *(1,) * (rest.weighted.dim() - 1))
-    return w * pilots.delta() + (1 - w) * rest.delta()
+    return torch.where(rest.found, w, 1.0)

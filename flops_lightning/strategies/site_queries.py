@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,24 +16,41 @@ from flops_lightning.staging import StagedNetwork
 from flops_lightning.strategies.base import summed
 from flops_lightning.strategies.closed_form import layer_gradient, linear_gradient_sq_norm
 from flops_lightning.strategies.delta import DeltaSums, Variant, query_weights
+from flops_lightning.strategies.engine import SiteGradient
 from flops_lightning.strategies.local_vjp import local_vjp
 from flops_lightning.strategies.perturbation import Perturbation, chunk_noise, clean_layer_input, perturbed_losses
 from flops_lightning.strategies.sites import Site
 
 
 @dataclass(frozen=True, eq=False)
-class SiteGradient:
-    """Gradient estimate of one site.
+class QueriedOutput:
+    """What queries with noise at a site's output showed.
 
     Attributes:
-        gradients: By parameter name.
-        survivors: ``(b,)`` queries that count.
-        queries: Queries that ran, repetitions after a loss included.
+        site: Where.
+        sums: Sums over the queries of each sample.
+        unit: Rows in an independent unit.
+        layer_input: ``(b, ..., i)`` clean input of the layer, where traces are taken in parameter space.
     """
 
-    gradients: dict[str, Tensor]
-    survivors: Tensor
-    queries: int
+    site: Site
+    sums: DeltaSums
+    unit: int
+    layer_input: Tensor | None = None
+
+    @property
+    def survivors(self) -> Tensor:
+        """``(b,)`` queries that count."""
+        return self.sums.survivors
+
+    @property
+    def found(self) -> Tensor:
+        """``(b,)`` whether a sample has an estimate."""
+        return self.sums.found
+
+    def trace(self) -> Tensor:
+        """``(b,)`` unbiased trace of the covariance of one query's gradient; NaN with fewer than two units."""
+        return self.sums.trace(sq_norm(self.site, self.layer_input, self.sums.weighted), self.unit)
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +112,22 @@ class SiteQueries:
                 norms = sq_norm(site, x, perturbation.z)
             sums.add(chunk, perturbation.z, weights, alive, norms, self.unit)
         return sums
+
+    def query(
+        self, site: Site, clean: CleanPass, counts: NDArray[np.int64], *, first_query: int = 0, traces: bool = False
+    ) -> QueriedOutput | None:
+        """Run queries at the output of a block, a group or a single layer; see :class:`QueryEngine`."""
+        x = parameter_space_input(self, site, clean) if traces and counts.any() else None
+        sums = self.sums(site, clean, counts, first_query=first_query, traces=traces, layer_input=x)
+        return None if sums is None else QueriedOutput(site, sums, self.unit, x)
+
+    def mixed_gradient(
+        self, site: Site, clean: CleanPass, parts: Sequence[tuple[QueriedOutput, Tensor]]
+    ) -> dict[str, Tensor]:
+        """``1/B sum_b J_b^T sum_parts share_b delta_b`` by parameter name."""
+        deltas = [share.view(-1, *(1,) * (part.sums.weighted.dim() - 1)) * part.sums.delta() for part, share in parts]
+        layer_input = next((part.layer_input for part, _ in parts if part.layer_input is not None), None)
+        return self.gradient(site, clean, torch.stack(deltas).sum(0) / clean.batch_size, layer_input)
 
     def gradient(
         self, site: Site, clean: CleanPass, delta: Tensor, layer_input: Tensor | None = None

@@ -20,9 +20,6 @@ from flops_lightning.strategies.perturbation import clean_layer_input
 from flops_lightning.strategies.site_queries import SiteQueries, in_parameter_space, sq_norm
 from flops_lightning.strategies.sites import Site
 
-SCALE_EVERY = 20
-"""Batches after which a scale is estimated anew."""
-
 
 @torch.no_grad()
 def site_scales(
@@ -41,7 +38,7 @@ def site_scales(
     """
     scales = []
     for site in sites:
-        if len(site.layers) > 1:
+        if site.together:
             raise SettingError(
                 "strategy.sites", site.name, "perturbs several layers together, whose traces are not known.",
                 "Use together: false, or an allocator that does not compare sites.",

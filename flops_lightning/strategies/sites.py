@@ -60,6 +60,11 @@ class Site:
         """Index of the stage at which a query's forward pass starts."""
         return self.first if self.layers else self.last + 1
 
+    @property
+    def together(self) -> bool:
+        """Whether several layers are perturbed in one query."""
+        return len(self.layers) > 1
+
 
 # Of the meter, of the logs, and of the pilots' setting.
 RESERVED_NAMES = ("clean", "total", "lost", "per_second", "forward_equivalents", "lowest", "deepest")

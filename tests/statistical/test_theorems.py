@@ -33,8 +33,9 @@ from flops_lightning.allocators import (
     water_fill,
 )
 from flops_lightning.noise import NoiseKey, row_seeds
-from flops_lightning.strategies import LikelihoodRatio, PilotSpec, likelihood_ratio, perturbation
+from flops_lightning.strategies import LikelihoodRatio, PilotSpec, perturbation, query_strategy
 from flops_lightning.strategies.delta import DeltaSums
+from flops_lightning.strategies.site_queries import QueriedOutput
 from tests.reference.networks import autograd_gradient, bound, gradients, squared_error, token_network
 from tests.reference.smoothed import Sampled, assert_unbiased, estimates, flat
 
@@ -360,11 +361,10 @@ def test_pilots_pooled_with_the_rest_bias_the_slope(
 ) -> None:
     """A sample whose pilots happen to be small gets few other queries, and its pilots then weigh more."""
 
-    def pooled(early: DeltaSums, rest: DeltaSums, _: Any) -> Tensor:
-        number = (early.survivors + rest.survivors).view(-1, *(1,) * (rest.weighted.dim() - 1))
-        return (early.weighted + rest.weighted) / number
+    def pooled(early: QueriedOutput, rest: QueriedOutput, _: Any) -> Tensor:
+        return early.survivors / (early.survivors + rest.survivors)
 
-    monkeypatch.setattr(likelihood_ratio, "combine", pooled)
+    monkeypatch.setattr(query_strategy, "pilot_share", pooled)
     allocator = OptimalAllocator(traces=TraceSettings(source="pilots"))
     found, _, _ = slope_draws(allocator, kind, pilots=pilots, draws=draws)
     truth = true_gradient(kind).mean

@@ -17,7 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from flops_lightning.errors import SettingError
 from flops_lightning.queries import CleanPass
 from flops_lightning.strategies import LikelihoodRatio, Site
-from flops_lightning.strategies.site_scales import SCALE_EVERY, site_scales
+from flops_lightning.strategies.sample_facts import SCALE_EVERY
+from flops_lightning.strategies.site_scales import site_scales
 from tests.reference.layouts import TOKEN_SITES
 from tests.reference.likelihood_ratio import in_parameter_space
 from tests.reference.networks import bound, cross_entropy, freeze, gradients, squared_error, tiny_vit, token_network
@@ -201,8 +202,8 @@ def test_what_was_measured_survives_a_checkpoint(
     resumed.load_state_dict(torch.load(file, weights_only=True))
     assert resumed.state_dict() == first.state_dict()
     with monkeypatch.context() as patch:
-        for measured in ("site_scales", "measured_costs"):
-            patch.delattr(f"flops_lightning.strategies.likelihood_ratio.{measured}")  # else a NameError
+        patch.delattr("flops_lightning.strategies.likelihood_ratio.site_scales")  # else a NameError
+        patch.delattr("flops_lightning.strategies.query_strategy.measured_costs")
         after = resumed.sample_statistics(resumed.clean_pass(*tokens), {*names, "predictors"}, metric)
     first.sample_statistics(first.clean_pass(*tokens), {*names, "predictors"}, metric)
     assert resumed.meter.state_dict() == first.meter.state_dict(), "nothing had to run again"

@@ -1,0 +1,80 @@
+"""What runs the queries of one site: the part of a strategy that knows where noise enters and what follows from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from flops_lightning.queries import CleanPass
+from flops_lightning.strategies.sites import Site
+
+
+@dataclass(frozen=True, eq=False)
+class SiteGradient:
+    """Gradient estimate of one site.
+
+    Attributes:
+        gradients: By parameter name.
+        survivors: ``(b,)`` queries that count.
+        queries: Queries that ran, repetitions after a loss included.
+    """
+
+    gradients: dict[str, Tensor]
+    survivors: Tensor
+    queries: int
+
+
+class Queried(Protocol):
+    """What the queries of a site showed, sample by sample."""
+
+    @property
+    def survivors(self) -> Tensor:
+        """``(b,)`` queries with finite losses (and finite antithetic partners)."""
+
+    @property
+    def found(self) -> Tensor:
+        """``(b,)`` whether they give an estimate of the sample's gradient."""
+
+    def trace(self) -> Tensor:
+        """``(b,)`` trace of the covariance of one query's gradient, NaN where it is not known."""
+
+
+Q = TypeVar("Q", bound=Queried)
+
+
+class QueryEngine(Protocol[Q]):
+    """Runs the queries of a site; holds no state of its own."""
+
+    @property
+    def unit(self) -> int:
+        """Rows that are independent of others only together: 2 in antithetic pairs, else 1."""
+
+    def query(
+        self, site: Site, clean: CleanPass, counts: NDArray[np.int64], *, first_query: int = 0, traces: bool = False
+    ) -> Q | None:
+        """Run queries.
+
+        Args:
+            site: Where.
+            clean: The batch's clean pass.
+            counts: ``(b,)`` queries of each sample.
+            first_query: Index of the first of them (those before it were pilots).
+            traces: Also gather what :meth:`Queried.trace` needs.
+
+        Returns:
+            What they showed; None where no sample has a query.
+        """
+
+    def mixed_gradient(self, site: Site, clean: CleanPass, parts: Sequence[tuple[Q, Tensor]]) -> dict[str, Tensor]:
+        """``1/B sum_b sum_parts share_b g_b`` by parameter name, ``g_b`` the mean gradient of a part's queries.
+
+        Args:
+            site: Where the queries ran.
+            clean: The batch's clean pass.
+            parts: What queries showed, and its ``(b,)`` shares of each sample's estimate.
+        """
