@@ -56,6 +56,8 @@ def site_costs(network: StagedNetwork, sites: Sequence[Site], inputs: Tensor) ->
                 joint = site.together
                 query[site.name] += inside if joint else 0.0
                 gradient[site.name] = 0.0 if joint else by_stage[site.first] / full
+            elif site.in_parameters:
+                gradient[site.name] = 0.0  # directions are drawn again, nothing runs
             elif site.narrow:
                 rows = activations[site.start][:, site.tokens]
                 query[site.name] = flops(partial(network.run, start=site.start), rows)[0] / full

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from flops_lightning.queries import CleanPass
 from flops_lightning.strategies.sites import Site
@@ -18,10 +19,13 @@ RESOLVED_STEPS = 32
 def warn_unresolved_sigma(sites: Sequence[Site], clean: CleanPass) -> None:
     """Warn at every site whose sigma is below what the precision resolves, and name a workable value.
 
-    The rounding step is the machine epsilon of the dtype in which the suffix computes times the RMS of the activation.
+    The rounding step is the machine epsilon of the dtype in which the suffix computes times the RMS of what is
+    perturbed, the activation or the parameters.
     """
     for site in sites:
-        h = clean.activations[site.start]
+        if not site.sigma:  # exact derivatives
+            continue
+        h = parameters_of(site) if site.in_parameters else clean.activations[site.start]
         device = h.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
         if not dtype.is_floating_point:
@@ -33,6 +37,11 @@ def warn_unresolved_sigma(sites: Sequence[Site], clean: CleanPass) -> None:
                 f"Write {_rounded_up(least):g} or more, or use a higher precision.",
                 RuntimeWarning, stacklevel=3,
             )  # fmt: skip
+
+
+def parameters_of(site: Site) -> Tensor:
+    """All parameters of a site in one vector."""
+    return torch.cat([p.detach().flatten() for p in site.parameters.values()])
 
 
 def _rounded_up(value: float) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Generic, Literal, get_args
 
 import numpy as np
@@ -89,6 +90,9 @@ class QueryStrategy(ForwardGradientStrategy, Generic[Q]):
         self._piloted: tuple[int, dict[str, Q]] = (-1, {})
         self._facts = SampleFacts()
 
+    passes_per_query: float = 1.0
+    """What a query costs, in forward passes of its suffix."""
+
     # -- what a strategy adds ------------------------------------------------------------------------------------------
 
     @property
@@ -116,9 +120,8 @@ class QueryStrategy(ForwardGradientStrategy, Generic[Q]):
         self._sites = self.resolve_sites(network)
         self.network, self.loss = network, loss
         self._costs, self._piloted, self._facts = None, (-1, {}), SampleFacts()
-        unit = self.engine.unit
         for site in self._sites:
-            if site.queries_per_sample % unit:
+            if site.queries_per_sample % self.unit:
                 raise SettingError(
                     "strategy.sites.queries_per_sample", site.queries_per_sample,
                     f"is odd at site {site.name!r}, antithetic queries come in pairs.", "Write an even number.",
@@ -129,7 +132,7 @@ class QueryStrategy(ForwardGradientStrategy, Generic[Q]):
                     "whose inputs differ from query to query.", "Use variant: baseline, or together: false.",
                 )  # fmt: skip
         if self.pilots.queries:
-            check_pilots(self.pilots, self._sites, unit=unit, one_update=self.update == "simultaneous")
+            check_pilots(self.pilots, self._sites, unit=self.unit, one_update=self.update == "simultaneous")
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -137,10 +140,15 @@ class QueryStrategy(ForwardGradientStrategy, Generic[Q]):
         return self._sites
 
     @property
+    def unit(self) -> int:
+        """Queries that are independent of others only together: 2 in antithetic pairs, else 1."""
+        return 2 if self.variant == "antithetic" else 1
+
+    @property
     def budget(self) -> QueryBudget:
         """Queries of a sample at each site, pilots taken off."""
         left = [s.queries_per_sample - (self.pilots.queries if self._is_pilot_site(s) else 0) for s in self._sites]
-        return QueryBudget(tuple(left), multiple=self.engine.unit, minimum=2 if self.variant == "leave_one_out" else 0)
+        return QueryBudget(tuple(left), multiple=self.unit, minimum=2 if self.variant == "leave_one_out" else 0)
 
     @property
     def update_groups(self) -> tuple[tuple[str, ...], ...]:
@@ -156,7 +164,9 @@ class QueryStrategy(ForwardGradientStrategy, Generic[Q]):
             self.network, self.loss, inputs, targets, keep=self._kept, draw=self.draw, rows=self.chunk_rows
         )
         if self._costs is None:
-            self._costs = site_costs(self.network, self._sites, inputs)
+            counted = site_costs(self.network, self._sites, inputs)
+            dearer = {name: cost * self.passes_per_query for name, cost in counted.query.items()}
+            self._costs = replace(counted, query=dearer)
             warn_unresolved_sigma(self._sites, clean)
         clean.activations.setdefault(0, inputs)  # not a copy: from it all that was not kept can be run again
         self.draw += 1
@@ -193,7 +203,7 @@ class QueryStrategy(ForwardGradientStrategy, Generic[Q]):
         Raises:
             SettingError: as :meth:`estimate`, about the counts.
         """
-        table = check_counts(counts, self._sites, clean.batch_size, multiple=self.engine.unit, least=1)
+        table = check_counts(counts, self._sites, clean.batch_size, multiple=self.unit, least=1)
         return self._look(clean, table, first_query=first_query)
 
     def _look(
@@ -214,7 +224,7 @@ class QueryStrategy(ForwardGradientStrategy, Generic[Q]):
             cost = queries * self._known_costs.query[site.name]
             lost = queries - int(queried.survivors.sum())
             self.meter.add(site.name, queries=queries, pilots=queries, lost=lost, forward_equivalents=cost)
-        return seen.observation(self.engine.unit)
+        return seen.observation(self.unit)
 
     def sample_statistics(
         self, clean: CleanPass, names: Collection[str] = (), metric: Mapping[str, Tensor] | None = None
@@ -268,7 +278,7 @@ class QueryStrategy(ForwardGradientStrategy, Generic[Q]):
             table = equal_counts(self._sites, clean.batch_size, taken=taken)
         else:
             least = 2 if self.variant == "leave_one_out" else 1
-            table = check_counts(counts, self._sites, clean.batch_size, multiple=self.engine.unit, least=least)
+            table = check_counts(counts, self._sites, clean.batch_size, multiple=self.unit, least=least)
         weights = None if pilot_weight is None else pilot_weight.to(clean.loss).expand(len(self._sites), -1)
         seen = SeenTraces.empty(len(self._sites), clean.loss) if traces else None
         chosen = self._chosen(sites)
@@ -302,7 +312,7 @@ class QueryStrategy(ForwardGradientStrategy, Generic[Q]):
             lost=int(table[chosen].sum() - survivors.sum()),
             silent_samples=silent,
             lost_batch=not counting.any(),
-            observation=None if seen is None else seen.observation(self.engine.unit),
+            observation=None if seen is None else seen.observation(self.unit),
         )
 
     def estimate_site(
@@ -349,7 +359,7 @@ class QueryStrategy(ForwardGradientStrategy, Generic[Q]):
             self.spend(site, clean, counts)
 
         with self.network.evaluating():
-            return measured_costs(spend, self._sites, clean, self._known_costs, unit=self.engine.unit)
+            return measured_costs(spend, self._sites, clean, self._known_costs, unit=self.unit)
 
     def _chosen(self, sites: Sequence[str] | None) -> list[int]:
         names = [site.name for site in self._sites]

@@ -1,4 +1,4 @@
-"""What a strategy tells an allocator of samples and sites beside losses and pilots, and what of it is kept for later."""
+"""What a strategy tells an allocator of samples and sites beside losses and pilots, and what it keeps of that."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -43,6 +43,7 @@ class Site:
         narrow: The suffix may be run on these tokens alone.
         layers: For ``linear`` sites the perturbed modules; empty for ``block`` and ``group`` sites, whose noise enters
             at the output of stage ``last``.
+        in_parameters: Noise enters the parameters themselves instead.
     """
 
     name: str
@@ -54,11 +55,12 @@ class Site:
     tokens: slice | None = None
     narrow: bool = False
     layers: tuple[LayerTarget, ...] = ()
+    in_parameters: bool = False
 
     @property
     def start(self) -> int:
         """Index of the stage at which a query's forward pass starts."""
-        return self.first if self.layers else self.last + 1
+        return self.first if self.layers or self.in_parameters else self.last + 1
 
     @property
     def together(self) -> bool:
@@ -70,8 +72,15 @@ class Site:
 RESERVED_NAMES = ("clean", "total", "lost", "per_second", "forward_equivalents", "lowest", "deepest")
 
 
-def resolve_sites(network: StagedNetwork, specs: Sequence[SiteSpec]) -> tuple[Site, ...]:
+def resolve_sites(
+    network: StagedNetwork, specs: Sequence[SiteSpec], *, in_parameters: bool = False
+) -> tuple[Site, ...]:
     """Resolve settings against a network, bottom to top.
+
+    Args:
+        network: The network.
+        specs: The settings; none: the paper's layout.
+        in_parameters: Noise enters the parameters of a site instead of its output.
 
     Raises:
         SettingError: an unknown stage or an empty range, a sigma that is not positive, fewer than two queries, a group
@@ -80,7 +89,10 @@ def resolve_sites(network: StagedNetwork, specs: Sequence[SiteSpec]) -> tuple[Si
     """
     sites: list[Site] = []
     for i, spec in enumerate(specs or default_specs(network)):
-        sites += _resolve(network, spec, f"strategy.sites[{i}]")
+        setting = f"strategy.sites[{i}]"
+        if in_parameters:
+            _check_parameter_spec(spec, setting)
+        sites += _resolve(network, spec, setting, in_parameters=in_parameters)
     sites.sort(key=lambda site: (site.last, site.first))
     names = [site.name for site in sites]
     for name in names:
@@ -92,7 +104,19 @@ def resolve_sites(network: StagedNetwork, specs: Sequence[SiteSpec]) -> tuple[Si
     return tuple(sites)
 
 
-def _resolve(network: StagedNetwork, spec: SiteSpec, setting: str) -> list[Site]:
+def _check_parameter_spec(spec: SiteSpec, setting: str) -> None:
+    if spec.kind == "linear":
+        raise SettingError(
+            f"{setting}.kind", spec.kind, "is noise at the output of layers; this strategy perturbs parameters.",
+            "Write kind: block or group, or use LikelihoodRatio.",
+        )  # fmt: skip
+    if not spec.active_tokens:
+        raise SettingError(
+            f"{setting}.active_tokens", False, "has no effect where parameters are perturbed.", "Leave it out."
+        )
+
+
+def _resolve(network: StagedNetwork, spec: SiteSpec, setting: str, *, in_parameters: bool) -> list[Site]:
     if not (spec.sigma > 0 and math.isfinite(spec.sigma)):
         raise SettingError(
             f"{setting}.sigma", spec.sigma, "the noise needs a positive width.", "Write for example 0.01."
@@ -122,12 +146,16 @@ def _resolve(network: StagedNetwork, spec: SiteSpec, setting: str) -> list[Site]
         names = [spec.name or "..".join(dict.fromkeys(spec.stages))]
     if not ranges:
         raise _nothing_to_learn(setting, spec)
-    if len(network) > 1 and (first, last) == (0, len(network) - 1) and spec.kind == "group":
+    whole = len(network) > 1 and (first, last) == (0, len(network) - 1)
+    if whole and spec.kind == "group" and not in_parameters:
         raise SettingError(
             f"{setting}.stages", spec.stages, "a group over the whole network is backpropagation by another name.",
             "Cut it into several groups, or use strategy Backprop.",
         )  # fmt: skip
-    return [_boundary_site(network, spec, name, a, b) for name, (a, b) in zip(names, ranges, strict=True)]
+    sites = [_boundary_site(network, spec, name, a, b) for name, (a, b) in zip(names, ranges, strict=True)]
+    if in_parameters:
+        return [replace(site, tokens=None, narrow=False, in_parameters=True) for site in sites]
+    return sites
 
 
 def _range(network: StagedNetwork, spec: SiteSpec, setting: str) -> tuple[int, int]:

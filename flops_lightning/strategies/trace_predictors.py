@@ -57,7 +57,7 @@ def trace_predictors(
             found[name] = _gradient_sq_norm(network, loss, clean, start)
     if "activation" in names:
         tokens = network.stages[head_start(network)].reads
-        for i in sorted({site.first if site.layers else site.last + 1 for site in sites} - {0, len(network)}):
+        for i in sorted({site.start for site in sites} - {0, len(network)}):
             h, name = clean.activations[i], f"activation.{network.stages[i].name}"
             found[name] = _mean_square(h, tokens)
             if tokens is not None and h.dim() > 2:

@@ -1,0 +1,293 @@
+"""The ``factored`` noise layout: every row has its own low-rank direction on every linear and convolution.
+
+Rows stay one plain batched forward pass with a small product beside each layer (:mod:`row_layers`), and directions
+are independent across samples and queries, which is what FLOPS, theorem 1 (its eq. 20) assumes. Biases, the
+parameters of norms and all others get a dense direction a row.
+
+``guided`` draws the input factors in the span of the layer's own clean inputs (AGZO, arXiv 2601.17261), where the
+sample's gradient lies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from flops_lightning.errors import SettingError
+from flops_lightning.noise import NoiseKey, row_seeds, standard_normal
+from flops_lightning.queries import Chunk, CleanPass, LossFunction, RowPlan, row_losses
+from flops_lightning.staging import StagedNetwork
+from flops_lightning.strategies.activation_guided import input_basis
+from flops_lightning.strategies.base import summed
+from flops_lightning.strategies.parameter_queries import Evaluated
+from flops_lightning.strategies.replaced_parameters import ReplacedParameters
+from flops_lightning.strategies.row_directions import (
+    RowDirection,
+    accumulate,
+    direction_size,
+    has_row_directions,
+    row_direction,
+    sq_norm,
+)
+from flops_lightning.strategies.row_layers import moved_output
+from flops_lightning.strategies.sites import Site
+
+Bases = dict[str, Tensor]
+"""``(b, m, i)`` by name of the layer."""
+Directions = dict[str, RowDirection]
+"""By name of the layer, or of a parameter without one (its ``weight``)."""
+
+
+@dataclass(eq=False)
+class _Now:
+    """What the hooks of the layers read while a stage runs."""
+
+    directions: Directions = field(default_factory=dict)
+    sigma: Tensor = field(default_factory=lambda: torch.zeros(()))
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedLayer:
+    """A layer and which of its parameters a site teaches (leaf names)."""
+
+    name: str
+    module: nn.Module
+    trained: frozenset[str]
+
+    @property
+    def has_matrix(self) -> bool:
+        """Whether its weight gets a low-rank direction."""
+        return "weight" in self.trained and isinstance(self.module, (nn.Linear, nn.Conv2d))
+
+
+@dataclass(frozen=True, eq=False)
+class SiteParts:
+    """How a site's parameters are moved.
+
+    Attributes:
+        layers: In the order of the network.
+        others: Names of the parameters that belong to no such layer (class token, position embedding, prompts, ...), by
+            stage. They get a dense direction a row, and their stage is run row by row (``torch.func.vmap``).
+    """
+
+    layers: list[TrainedLayer]
+    others: dict[int, list[str]]
+
+
+def site_parts(network: StagedNetwork, site: Site) -> SiteParts:
+    """The layers of a site with directions by row, and its other parameters.
+
+    Raises:
+        SettingError: two layers share a parameter.
+    """
+    layers: list[TrainedLayer] = []
+    owners = dict.fromkeys(site.parameters, 0)
+    for stage in range(site.first, site.last + 1):
+        for name, module in network.modules_of(stage):
+            own = dict(module.named_parameters(recurse=False))
+            mine = {leaf for leaf, p in own.items() if any(p is q for q in site.parameters.values())}
+            if not mine or not has_row_directions(module):
+                continue
+            layers.append(TrainedLayer(name, module, frozenset(mine)))
+            for full, parameter in site.parameters.items():
+                owners[full] += sum(own[leaf] is parameter for leaf in mine)
+    tied = [name for name, count in owners.items() if count > 1]
+    if tied:
+        raise SettingError(
+            "strategy.layout", "factored", f"moves layers one by one, and {tied[0]!r} belongs to two.",
+            f"Freeze it (freeze: {tied[:4]}), or write layout: shared.",
+        )  # fmt: skip
+    others: dict[int, list[str]] = {}
+    for name in (name for name, count in owners.items() if not count):
+        stage = next(i for i in range(site.first, site.last + 1) if network.stages[i].owns(name))
+        others.setdefault(stage, []).append(name)
+    return SiteParts(layers, others)
+
+
+@dataclass(frozen=True, eq=False)
+class FactoredDirections:
+    """Lays factored directions over rows; see :class:`DirectionLayout`.
+
+    Attributes:
+        network: The staged network.
+        replaced: Runs its stages with other parameters.
+        parts: The parts of each site, by its name.
+        loss: One loss a row.
+        key: Seed and rank of the noise.
+        unit: 2: rows ``2p`` and ``2p + 1`` of a sample take ``+D_p`` and ``-D_p``.
+        rank: Largest rank ``K`` of a direction.
+        guided: Input factors in the span of the layer's inputs.
+        span: Guided: only so many leading directions of the span (biased); 0: all of it.
+        chunk_rows: Upper bound of samples in the pass that fetches the inputs.
+        forward_mode: Derivatives along the directions instead of losses.
+    """
+
+    network: StagedNetwork
+    replaced: ReplacedParameters
+    parts: dict[str, SiteParts]
+    loss: LossFunction
+    key: NoiseKey
+    unit: int
+    rank: int
+    guided: bool
+    span: int
+    chunk_rows: int
+    forward_mode: bool = False
+
+    def evaluate(self, site: Site, clean: CleanPass, plan: RowPlan, *, traces: bool) -> Evaluated:
+        """Run chunk by chunk."""
+        bases = self._bases(site, clean) if self.guided else {}
+        losses, norms = [], []
+        for chunk in plan:
+            index = torch.from_numpy(chunk.samples).to(clean.loss.device)
+            directions = self._directions(site, clean, chunk, index, bases)
+            losses.append(self._run(site, clean, chunk, index, directions)[: chunk.rows])
+            if traces:
+                norms.append(torch.stack([sq_norm(d) for d in directions.values()]).sum(0)[: chunk.rows])
+        return Evaluated(torch.cat(losses), torch.cat(norms) if norms else 1.0, bases)
+
+    def _run(self, site: Site, clean: CleanPass, chunk: Chunk, index: Tensor, directions: Directions) -> Tensor:
+        h = clean.activations[site.first].index_select(0, index)
+        targets, signs = clean.targets.index_select(0, index), self._signs(chunk, clean.loss)
+
+        def losses(sigma: Tensor) -> Tensor:
+            output = self.network.run(self._moved(site, h, directions, sigma), site.last + 1)
+            return row_losses(self.loss, output, targets)
+
+        if self.forward_mode:
+            zero = torch.zeros_like(signs)
+            with sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward derivative
+                return torch.func.jvp(losses, (zero,), (signs,))[1]
+        return losses(site.sigma * signs)
+
+    def _signs(self, chunk: Chunk, like: Tensor) -> Tensor:
+        return torch.from_numpy(1.0 - 2.0 * (chunk.queries % self.unit)).to(like)
+
+    def _moved(self, site: Site, h: Tensor, directions: Directions, sigma: Tensor) -> Tensor:
+        """Output of the site at the rows' own parameters, ``sigma`` ``(r,)``."""
+        others = self.parts[site.name].others
+        with self._hooks(site) as now:
+            for i in range(site.first, site.last + 1):
+                if i in others:
+                    h = self._row_by_row(i, h, directions, sigma, others[i], now)
+                else:
+                    now.directions, now.sigma = directions, sigma
+                    h = self.network.run(h, i, i + 1)
+        return h
+
+    def _row_by_row(
+        self, stage: int, h: Tensor, directions: Directions, sigma: Tensor, names: list[str], now: _Now
+    ) -> Tensor:
+        def run(one: Tensor, own: dict[str, dict[str, Tensor]], width: Tensor) -> Tensor:
+            now.directions = {
+                name: RowDirection(**{leaf: part[None] for leaf, part in parts.items()}) for name, parts in own.items()
+            }
+            now.sigma = width[None]
+            values = {name: self.network.module.get_parameter(name) + width * own[name]["weight"] for name in names}
+            return self.replaced.run(stage, one[None], values)[0]
+
+        parts = {name: {leaf: p for leaf, p in vars(d).items() if p is not None} for name, d in directions.items()}
+        output: Tensor = torch.func.vmap(run)(h, parts, sigma)
+        return output
+
+    @contextmanager
+    def _hooks(self, site: Site) -> Iterator[_Now]:
+        """Layers answer with their moved outputs while the context lasts; each must run once."""
+        ran: dict[str, int] = {}
+        now = _Now()
+
+        def hook_of(layer: TrainedLayer) -> Any:
+            def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+                ran[layer.name] = ran.get(layer.name, 0) + 1
+                return moved_output(module, args[0], output, now.directions[layer.name], now.sigma)
+
+            return hook
+
+        layers = self.parts[site.name].layers
+        handles = [layer.module.register_forward_hook(hook_of(layer)) for layer in layers]
+        try:
+            yield now
+        finally:
+            for handle in handles:
+                handle.remove()
+        wrong = [layer.name for layer in layers if ran.get(layer.name) != 1]
+        if wrong:
+            raise SettingError(
+                "strategy.layout", "factored", f"{wrong[0]} did not run exactly once in the forward pass.",
+                "Freeze it, or write layout: shared.",
+            )  # fmt: skip
+
+    def _directions(self, site: Site, clean: CleanPass, chunk: Chunk, index: Tensor, bases: Bases) -> Directions:
+        """One drawing a row for the whole site; the rows of an antithetic pair share it."""
+        layers = self.parts[site.name].layers
+        others = [name for names in self.parts[site.name].others.values() for name in names]
+        sizes = [
+            direction_size(each.module, each.trained, self.rank, basis_size=bases[each.name].shape[1])
+            if each.name in bases
+            else direction_size(each.module, each.trained, self.rank)
+            for each in layers
+        ]
+        key = replace(self.key, draw=clean.draw, site=site.name)
+        first = slice(None, None, self.unit)
+        seeds = row_seeds(key, chunk.samples[first], chunk.queries[first] // self.unit)
+        sizes += [site.parameters[name].numel() for name in others]
+        like = next(iter(site.parameters.values()))
+        flat = standard_normal(seeds, (sum(sizes),), device=like.device, dtype=like.dtype)
+        flat = flat.repeat_interleave(self.unit, 0) if self.unit > 1 else flat
+        directions, parts = {}, flat.split(sizes, 1)
+        for layer, part in zip(layers, parts, strict=False):
+            basis = bases[layer.name].index_select(0, index) if layer.name in bases else None
+            directions[layer.name] = row_direction(layer.module, layer.trained, self.rank, part, basis)
+        for name, part in zip(others, parts[len(layers) :], strict=True):
+            directions[name] = RowDirection(weight=part.view(-1, *site.parameters[name].shape))
+        return directions
+
+    def gradient(
+        self, site: Site, clean: CleanPass, plan: RowPlan, coefficients: Tensor, kept: Any
+    ) -> dict[str, Tensor]:
+        """``sum_r c_r D_r`` by parameter name, one product a layer and chunk."""
+        total: dict[str, Tensor] = {}
+        start = 0
+        for chunk in plan:
+            index = torch.from_numpy(chunk.samples).to(coefficients.device)
+            signed = coefficients[start : start + chunk.rows] * self._signs(chunk, coefficients)[: chunk.rows]
+            signed = torch.nn.functional.pad(signed, (0, len(chunk.samples) - chunk.rows))
+            directions = self._directions(site, clean, chunk, index, kept)
+            sums = {
+                f"{layer.name}.{leaf}": gradient
+                for layer in self.parts[site.name].layers
+                for leaf, gradient in accumulate(layer.module, directions[layer.name], signed).items()
+            }
+            for name in (name for names in self.parts[site.name].others.values() for name in names):
+                dense = directions[name].dense()
+                sums[name] = torch.tensordot(signed.to(dense.dtype), dense, dims=1)
+            total = summed([total, sums])
+            start += chunk.rows
+        return total
+
+    @torch.no_grad()
+    def _bases(self, site: Site, clean: CleanPass) -> Bases:
+        """Bases of the spans of all samples' inputs; costs one clean pass through the site."""
+        found: dict[str, list[Tensor]] = {}
+
+        def hook_of(layer: TrainedLayer) -> Any:
+            def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+                found.setdefault(layer.name, []).append(input_basis(module, args[0], self.span))
+
+            return hook
+
+        layers = [layer for layer in self.parts[site.name].layers if layer.has_matrix]
+        handles = [layer.module.register_forward_pre_hook(hook_of(layer)) for layer in layers]
+        try:
+            for index in clean.stand_ins().split(self.chunk_rows):
+                self.network.run(clean.activations[site.first].index_select(0, index), site.first, site.last + 1)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return {name: torch.cat(parts) for name, parts in found.items()}

@@ -1,0 +1,127 @@
+"""Forward gradients: exact directional derivatives instead of differences of losses (Baydin et al., 2022).
+
+For a direction ``z`` with ``E z z^T = I`` the estimate is ``(dL_b . z) z``, unbiased without any sigma (Silver et al.,
+2021). The derivative comes with the forward pass by ``torch.func.jvp``, at about the price of two passes and without
+stored activations; network and loss must be differentiable. ``ForwardMode`` perturbs activities (Ren et al., 2022): the
+parameters' gradient follows as for :class:`LikelihoodRatio`. ``WeightForwardMode`` perturbs weights, as
+:class:`EvolutionStrategies` does.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+
+from flops_lightning.queries import LossFunction
+from flops_lightning.staging import StagedNetwork
+from flops_lightning.strategies.likelihood_ratio import LikelihoodRatio
+from flops_lightning.strategies.parameter_perturbation import Layout, ParameterPerturbation
+from flops_lightning.strategies.pilots import PilotSpec
+from flops_lightning.strategies.query_strategy import UpdateOrder
+from flops_lightning.strategies.site_queries import SiteQueries
+from flops_lightning.strategies.site_specs import SiteSpec
+from flops_lightning.strategies.sites import Site
+
+PASSES = 2.0
+"""Forward passes that a pass with a tangent costs, about."""
+
+
+class ForwardMode(LikelihoodRatio):
+    """Forward gradients with directions in the activity at the output of sites."""
+
+    passes_per_query = PASSES
+
+    def __init__(
+        self,
+        *,
+        sites: Sequence[SiteSpec] = (),
+        update: UpdateOrder = "simultaneous",
+        pilots: PilotSpec | None = None,
+        chunk_rows: int = 256,
+        seed: int | None = None,
+    ) -> None:
+        """Keep the settings; they meet the network in :meth:`bind`.
+
+        Args:
+            sites: Where directions enter, as for ``LikelihoodRatio``; ``sigma`` has no effect.
+            update: See :class:`QueryStrategy`.
+            pilots: Queries spent before the allocation.
+            chunk_rows: Upper bound of the rows in one forward pass; never changes the estimate.
+            seed: Seed of all directions; None: the seed of ``seed_everything``.
+
+        Raises:
+            SettingError: an unknown update, or fewer than two rows in a chunk.
+        """
+        super().__init__(sites=sites, update=update, pilots=pilots, chunk_rows=chunk_rows, seed=seed)
+        _warn_of_sigma(self.specs)
+
+    def bind(self, network: StagedNetwork, loss: LossFunction) -> None:
+        """Resolve sites; their directions have no width."""
+        super().bind(network, loss)
+        self._sites = _without_width(self._sites)
+
+    @property
+    def site_queries(self) -> SiteQueries:
+        """What runs the queries of a site, with these settings."""
+        return replace(super().site_queries, forward_mode=True)
+
+
+class WeightForwardMode(ParameterPerturbation):
+    """Forward gradients with directions in the weights of sites."""
+
+    passes_per_query = PASSES
+    forward_mode = True
+
+    def __init__(
+        self,
+        *,
+        sites: Sequence[SiteSpec] = (),
+        layout: Layout = "shared",
+        rank: int = 1,
+        activation_guided: bool = False,
+        span: int = 0,
+        update: UpdateOrder = "simultaneous",
+        pilots: PilotSpec | None = None,
+        chunk_rows: int = 256,
+        seed: int | None = None,
+    ) -> None:
+        """Keep the settings; they meet the network in :meth:`bind`.
+
+        Args:
+            sites: Stages whose parameters get directions together, as for ``EvolutionStrategies``; ``sigma`` has no
+                effect.
+            layout: ``shared`` or ``factored``, see ``EvolutionStrategies``.
+            rank: Rank of the factored directions.
+            activation_guided: Draw the input factors in the span of the layer's own inputs (``factored`` only).
+            span: So many leading directions of that span (biased); 0: all of it.
+            update: See :class:`QueryStrategy`.
+            pilots: Queries spent before the allocation.
+            chunk_rows: Upper bound of the rows in one forward pass; never changes the estimate.
+            seed: Seed of all directions; None: the seed of ``seed_everything``.
+
+        Raises:
+            SettingError: an unknown word, or a setting without effect.
+        """
+        super().__init__(
+            sites=sites, layout=layout, rank=rank, activation_guided=activation_guided, span=span, update=update,
+            pilots=pilots, chunk_rows=chunk_rows, seed=seed,
+        )  # fmt: skip
+        _warn_of_sigma(self.specs)
+
+    def bind(self, network: StagedNetwork, loss: LossFunction) -> None:
+        """Resolve sites; their directions have no width."""
+        super().bind(network, loss)
+        self._sites = _without_width(self._sites)
+
+
+def _without_width(sites: Sequence[Site]) -> tuple[Site, ...]:
+    return tuple(replace(site, sigma=0.0) for site in sites)
+
+
+def _warn_of_sigma(specs: Sequence[SiteSpec]) -> None:
+    for i, spec in enumerate(specs):
+        if spec.sigma != SiteSpec.sigma:
+            warnings.warn(
+                f"strategy.sites[{i}].sigma = {spec.sigma:g} has no effect: derivatives are exact.", stacklevel=3
+            )

@@ -1,0 +1,212 @@
+"""``MeZO``: two queries a step, all parameters at once, directions replayed from seeds (Malladi et al., NeurIPS 2023).
+
+With one direction ``z ~ N(0, I)`` over all trainable parameters for the whole batch::
+
+    grad = [L(theta + sigma z) - L(theta - sigma z)] z / (2 sigma)        L = 1 / B  sum_b L_b
+
+One scalar a step; with ``queries = n`` the mean over ``n / 2`` directions (n-SPSA, the paper's "Mezo (n-SPSA)"). It is
+:class:`SPSA` with shared noise on one site that is the whole network, without a clean pass and without an allocator.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flops_lightning.allocators.statistics import SampleStatistics
+from flops_lightning.errors import SettingError
+from flops_lightning.noise import NoiseKey
+from flops_lightning.queries import CleanPass, LossFunction, plan_rows
+from flops_lightning.staging import StagedNetwork
+from flops_lightning.strategies.base import (
+    Estimate,
+    ForwardGradientStrategy,
+    add_gradients,
+    refuse_second_network,
+    resolve_seed,
+)
+from flops_lightning.strategies.precision import warn_unresolved_sigma
+from flops_lightning.strategies.query_strategy import refuse_other_seed
+from flops_lightning.strategies.replaced_parameters import ReplacedParameters
+from flops_lightning.strategies.shared_directions import SharedDirections
+from flops_lightning.strategies.site_specs import SiteSpec
+from flops_lightning.strategies.sites import Site, resolve_sites
+
+SITE = "all"
+
+
+class MeZO(ForwardGradientStrategy):
+    """Memory-efficient zeroth-order estimates; no autograd anywhere.
+
+    Memory stays at that of inference: directions are drawn stage by stage and drawn again for the gradient. There is no
+    unperturbed pass either: loss and output that are reported are those under the first direction (the mean of both
+    signs, and the output under ``+z``).
+    """
+
+    def __init__(
+        self, *, sigma: float = 1e-3, queries: int = 2, chunk_rows: int = 256, seed: int | None = None
+    ) -> None:
+        """Keep the settings; they meet the network in :meth:`bind`.
+
+        Args:
+            sigma: Standard deviation of the noise on every parameter.
+            queries: Queries of every sample and step, in antithetic pairs; 2 in the original.
+            chunk_rows: Upper bound of the rows in one forward pass; never changes the estimate.
+            seed: Seed of all noise; None: the seed of ``seed_everything``.
+
+        Raises:
+            SettingError: queries that make no pairs, or fewer than one row in a chunk.
+        """
+        super().__init__()
+        if queries < 2 or queries % 2:
+            raise SettingError("strategy.queries", queries, "make no pairs.", "Write an even number, 2 or more.")
+        if chunk_rows < 1:
+            raise SettingError("strategy.chunk_rows", chunk_rows, "is too small.", "Write 1 or more, for example 256.")
+        self.sigma = sigma
+        self.queries = queries
+        self.chunk_rows = chunk_rows
+        self._seed_given = seed is not None
+        self.seed = resolve_seed(seed)
+        self._sites: tuple[Site, ...] = ()
+
+    def bind(self, network: StagedNetwork, loss: LossFunction) -> None:
+        """Take all trainable parameters.
+
+        Raises:
+            SettingError: there is none, or sigma is not positive.
+        """
+        refuse_second_network(getattr(self, "network", None), network)
+        if not network.trainable():
+            raise SettingError("freeze", list(network.frozen()), "leaves nothing to train.", "Freeze less.")
+        ends = [network.stages[0].name, network.stages[-1].name]
+        spec = SiteSpec(stages=ends, sigma=self.sigma, queries_per_sample=self.queries, name=SITE)
+        self._sites = resolve_sites(network, [spec], in_parameters=True)
+        self.network, self.loss = network, loss
+        self._replaced = ReplacedParameters(network)
+        self._warned = False
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """One: the whole network."""
+        return self._sites
+
+    @property
+    def budget(self) -> None:
+        """None: every sample shares the same directions, and there is nothing to allocate."""
+        return
+
+    @property
+    def update_groups(self) -> tuple[tuple[str, ...], ...]:
+        """One step with all parameters."""
+        return ((SITE,),)
+
+    def clean_pass(self, inputs: Tensor, targets: Tensor) -> CleanPass:
+        """Take the batch; nothing is run, and losses are not known."""
+        unknown = torch.full((len(inputs),), torch.nan, device=inputs.device)
+        clean = CleanPass(targets, {0: inputs}, unknown[:, None], unknown, unknown[:, None], self.draw)
+        if not self._warned:
+            warn_unresolved_sigma(self._sites, clean)
+            self._warned = True
+        self.draw += 1
+        return clean
+
+    def refresh(self, clean: CleanPass, updated: Sequence[str]) -> CleanPass:
+        """Not needed: there is a single step."""
+        raise RuntimeError(f"draw {clean.draw}: MeZO has one update group, nothing to refresh after {list(updated)}.")
+
+    def pilot_traces(self, clean: CleanPass) -> None:
+        """None: there is nothing to allocate."""
+
+    def sample_statistics(
+        self, clean: CleanPass, names: Collection[str] = (), metric: Mapping[str, Tensor] | None = None
+    ) -> SampleStatistics:
+        """Not to be had: there is nothing to allocate.
+
+        Raises:
+            SettingError: always.
+        """
+        raise SettingError(
+            "trainer.callbacks", "QueryAllocatorCallback",
+            f"MeZO gives all {clean.batch_size} samples the same directions (wanted: {sorted(names)}, metric: "
+            f"{metric is not None}).", "Remove the callback, or use SPSA.",
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def estimate(
+        self,
+        clean: CleanPass,
+        counts: Tensor | None = None,
+        sites: Sequence[str] | None = None,
+        *,
+        pilot_weight: Tensor | None = None,
+        traces: bool = False,
+    ) -> Estimate:
+        """Add the estimate to ``.grad``.
+
+        Raises:
+            SettingError: counts or pilot weights were given, or traces asked for.
+        """
+        if counts is not None or pilot_weight is not None or traces:
+            given = None if counts is None else tuple(counts.shape)
+            raise SettingError("counts", given, "all samples share MeZO's directions.", "Remove the allocator.")
+        if sites is not None and list(sites) != [SITE]:
+            raise SettingError("sites", list(sites), f"MeZO has the site {SITE!r} alone.", "Leave `sites` out.")
+        (site,) = self._sites
+        first_outputs: list[Tensor] = []
+        chunks = -(-clean.batch_size // self.chunk_rows)
+
+        def loss(output: Tensor, targets: Tensor) -> Tensor:
+            if len(first_outputs) < 2 * chunks:  # the first direction's, + and - in turn
+                first_outputs.append(output)
+            return self.loss(output, targets)
+
+        key = NoiseKey(self.seed, 0, "", self.rank)
+        layout = SharedDirections(self.network, self._replaced, loss, key, 2, self.chunk_rows)
+        plan = plan_rows(np.full(clean.batch_size, self.queries), self.chunk_rows, multiple=2)
+        with self.network.evaluating():
+            losses = layout.evaluate(site, clean, plan, traces=False).losses.view(clean.batch_size, -1, 2)
+        slopes = (losses[..., 0] - losses[..., 1]) / (2 * self.sigma)
+        alive = torch.isfinite(slopes)
+        pairs = alive.sum(1, keepdim=True)
+        slopes = torch.where(alive, slopes, 0.0) / pairs.clamp(min=1) / clean.batch_size
+        coefficients = torch.stack((slopes, torch.zeros_like(slopes)), dim=-1).flatten()
+        gradients = layout.gradient(site, clean, plan, coefficients, None)
+        survivors = pairs[:, 0].cpu()
+        spent, lost = self.queries * clean.batch_size, self.queries * clean.batch_size - 2 * int(survivors.sum())
+        self.meter.add(SITE, queries=spent, lost=lost, forward_equivalents=spent)
+        silent = int((survivors == 0).sum())
+        if silent < clean.batch_size:
+            add_gradients(site.parameters, gradients)
+        if silent:
+            warnings.warn(
+                f"{silent} samples lost every query to non-finite losses and contribute nothing to this step. A "
+                "smaller sigma or learning rate, or a higher precision, keeps losses finite.",
+                RuntimeWarning, stacklevel=3,
+            )  # fmt: skip
+        return Estimate(
+            loss=losses[:, 0].mean(1),
+            output=torch.cat(first_outputs[::2]),
+            queries=spent,
+            lost=lost,
+            silent_samples=silent,
+            lost_batch=silent == clean.batch_size,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Draw counter, meter and the seed of the noise."""
+        return {**super().state_dict(), "seed": self.seed}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned.
+
+        Raises:
+            SettingError: another seed was given explicitly.
+        """
+        refuse_other_seed(self.seed, state["seed"], given=self._seed_given)
+        super().load_state_dict(state)
+        self.seed = int(state["seed"])

@@ -1,0 +1,124 @@
+"""What evolution strategies, SPSA and forward gradients in the weights have in common: noise in the parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from flops_lightning.errors import SettingError
+from flops_lightning.noise import NoiseKey
+from flops_lightning.queries import CleanPass, LossFunction
+from flops_lightning.staging import StagedNetwork
+from flops_lightning.strategies.delta import Variant
+from flops_lightning.strategies.factored_directions import FactoredDirections, SiteParts, site_parts
+from flops_lightning.strategies.parameter_queries import DirectionLayout, ParameterQueries, QueriedParameters
+from flops_lightning.strategies.pilots import PilotSpec
+from flops_lightning.strategies.query_strategy import QueryStrategy, UpdateOrder, check_choice
+from flops_lightning.strategies.replaced_parameters import ReplacedParameters
+from flops_lightning.strategies.shared_directions import SharedDirections
+from flops_lightning.strategies.site_specs import SiteSpec, default_specs
+from flops_lightning.strategies.sites import Site, resolve_sites
+
+Layout = Literal["shared", "factored"]
+
+
+class ParameterPerturbation(QueryStrategy[QueriedParameters]):
+    """Gradient estimates from forward passes with noise in the parameters of sites.
+
+    A query at a site runs the site itself and everything above it: what lies below is reused from the clean pass.
+    """
+
+    forward_mode = False
+
+    def __init__(
+        self,
+        *,
+        sites: Sequence[SiteSpec] = (),
+        sigma: float = 0.0,
+        variant: Variant = "baseline",
+        layout: Layout = "shared",
+        rank: int = 1,
+        activation_guided: bool = False,
+        span: int = 0,
+        update: UpdateOrder = "simultaneous",
+        pilots: PilotSpec | None = None,
+        chunk_rows: int = 256,
+        seed: int | None = None,
+    ) -> None:
+        """Keep the settings; see the subclasses.
+
+        Raises:
+            SettingError: an unknown layout, or a setting that the layout does not use.
+        """
+        super().__init__(sites=sites, variant=variant, update=update, pilots=pilots, chunk_rows=chunk_rows, seed=seed)
+        if not (sigma >= 0 and math.isfinite(sigma)):
+            raise SettingError("strategy.sigma", sigma, "is no width.", "Write for example 1.0e-3, or 0.")
+        self.sigma = sigma
+        check_choice("strategy.layout", layout, get_args(Layout))
+        for name, value, unused, needs in (
+            ("rank", rank, 1, layout == "factored"),
+            ("activation_guided", activation_guided, False, layout == "factored"),
+            ("span", span, 0, activation_guided),
+        ):
+            if value != unused and not needs:
+                remedy = "activation_guided: true" if name == "span" else "layout: factored"
+                raise SettingError(f"strategy.{name}", value, "has no effect here.", f"Remove it, or write {remedy}.")
+        if rank < 1:
+            raise SettingError("strategy.rank", rank, "is no rank.", "Write 1 or more.")
+        if span < 0:
+            raise SettingError("strategy.span", span, "is negative.", "Write 0 for the whole span.")
+        self.layout: Layout = layout
+        self.rank_of_directions = rank
+        self.activation_guided = activation_guided
+        self.span = span
+        self._replaced: ReplacedParameters | None = None
+        self._parts: dict[str, SiteParts] = {}
+
+    def bind(self, network: StagedNetwork, loss: LossFunction) -> None:
+        """Resolve sites and, in the factored layout, their layers.
+
+        Raises:
+            SettingError: see :func:`resolve_sites`, :func:`check_pilots` and :func:`site_parts`.
+        """
+        super().bind(network, loss)
+        self._replaced = ReplacedParameters(network)
+        if self.layout == "factored":
+            self._parts = {site.name: site_parts(network, site) for site in self.sites}
+
+    def resolve_sites(self, network: StagedNetwork) -> tuple[Site, ...]:
+        """Blocks and groups of stages, whose parameters are perturbed."""
+        specs = self.specs or tuple(default_specs(network))
+        specs = tuple(replace(spec, sigma=self.sigma) for spec in specs) if self.sigma else specs
+        return resolve_sites(network, specs, in_parameters=True)
+
+    @property
+    def engine(self) -> ParameterQueries:
+        """What runs the queries of a site, with these settings."""
+        return ParameterQueries(self._direction_layout, self.variant, self.chunk_rows, self.forward_mode)
+
+    @property
+    def _direction_layout(self) -> DirectionLayout:
+        key = NoiseKey(self.seed, 0, "", self.rank)
+        if self._replaced is None:
+            raise RuntimeError("bind(network, loss) must come first.")
+        if self.layout == "factored":
+            return FactoredDirections(
+                self.network, self._replaced, self._parts, self.loss, key, self.unit, self.rank_of_directions,
+                self.activation_guided, self.span, self.chunk_rows, self.forward_mode,
+            )  # fmt: skip
+        return SharedDirections(
+            self.network, self._replaced, self.loss, key, self.unit, self.chunk_rows, self.forward_mode
+        )  # fmt: skip
+
+    def site_scales(self, clean: CleanPass, metric: Mapping[str, Tensor] | None) -> list[float]:
+        """Traces are those of the parameters' gradient: 1, or the mean weight, since directions are isotropic."""
+        del clean
+        if not metric:
+            return [1.0] * len(self.sites)
+        weights = [torch.cat([metric[name].flatten() for name in site.parameters]) for site in self.sites]
+        return [float(each.mean()) for each in weights]

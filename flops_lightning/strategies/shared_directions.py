@@ -1,0 +1,118 @@
+"""The ``shared`` noise layout: one dense direction for each query index, used by every sample that has such a query.
+
+Directions are drawn again from their keys instead of being kept, one stage at a time, so memory stays near that of
+inference: one stage's parameters (two copies in antithetic pairs) beside the activations. Parameters are never written.
+
+Estimates of samples with the same query index are dependent: the variance of the batch's gradient is *not* the
+``1/B^2 sum_b Tr_b / A_b`` of FLOPS, theorem 1 (its eq. 20 assumes independence); it has in addition the covariances
+between samples, ``1/B^2 sum_{b != c} min(A_b, A_c) / (A_b A_c) Cov_bc``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from flops_lightning.noise import NoiseKey, row_seeds, standard_normal
+from flops_lightning.queries import CleanPass, LossFunction, RowPlan, row_losses
+from flops_lightning.staging import StagedNetwork
+from flops_lightning.strategies.parameter_queries import Evaluated
+from flops_lightning.strategies.replaced_parameters import ReplacedParameters
+from flops_lightning.strategies.sites import Site
+
+
+@dataclass(frozen=True, eq=False)
+class SharedDirections:
+    """Lays shared directions over rows; see :class:`DirectionLayout`.
+
+    Attributes:
+        network: The staged network.
+        replaced: Runs its stages with other parameters.
+        loss: One loss a row.
+        key: Seed and rank of the noise.
+        unit: 2: rows ``2p`` and ``2p + 1`` of a sample take ``+z_p`` and ``-z_p``.
+        chunk_rows: Upper bound of rows in one forward pass.
+        forward_mode: Derivatives along the directions (``torch.func.jvp``) instead of losses.
+    """
+
+    network: StagedNetwork
+    replaced: ReplacedParameters
+    loss: LossFunction
+    key: NoiseKey
+    unit: int
+    chunk_rows: int
+    forward_mode: bool = False
+
+    def evaluate(self, site: Site, clean: CleanPass, plan: RowPlan, *, traces: bool) -> Evaluated:
+        """Run direction by direction, all its samples in chunks, both signs of a pair stage by stage."""
+        del traces  # what they take is known without a look at the directions
+        losses = clean.loss.new_empty(len(plan.samples))
+        direction, sample = plan.queries // self.unit, torch.from_numpy(plan.samples).to(clean.loss.device)
+        for p in np.unique(direction):
+            rows = np.flatnonzero(direction == p)[:: self.unit]
+            for some in np.split(rows, range(self.chunk_rows, len(rows), self.chunk_rows)):
+                at = torch.from_numpy(some).to(sample.device)
+                for offset, values in enumerate(self._run(site, clean, sample[at], int(p))):
+                    losses[at + offset] = values.to(losses.dtype)
+        return Evaluated(losses, sum(p.numel() for p in site.parameters.values()) + 2)
+
+    def _run(self, site: Site, clean: CleanPass, index: Tensor, direction: int) -> Sequence[Tensor]:
+        targets = clean.targets.index_select(0, index)
+        h = clean.activations[site.first].index_select(0, index)
+        if self.forward_mode:
+
+            def losses(sigma: Tensor) -> Tensor:
+                (moved,) = self._moved(site, clean.draw, [h], direction, [sigma])
+                return row_losses(self.loss, moved, targets)
+
+            zero = torch.zeros((), dtype=h.dtype if h.is_floating_point() else clean.loss.dtype, device=h.device)
+            with sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward derivative
+                return [torch.func.jvp(losses, (zero,), (torch.ones_like(zero),))[1]]
+        sigmas = [site.sigma, -site.sigma][: self.unit]
+        streams = [h, *(h.clone() for _ in sigmas[1:])]  # a stage may work in place
+        return [
+            row_losses(self.loss, output, targets)
+            for output in self._moved(site, clean.draw, streams, direction, sigmas)
+        ]
+
+    def _moved(
+        self, site: Site, draw: int, streams: list[Tensor], direction: int, sigmas: Sequence[float | Tensor]
+    ) -> list[Tensor]:
+        """Outputs of the network at ``theta + sigma z`` for every sigma; each stage's ``z`` is drawn once."""
+        for i in range(site.first, site.last + 1):
+            own = {name: p for name, p in site.parameters.items() if self.network.stages[i].owns(name)}
+            noise = {name: self._noise(site, draw, name, p, direction) for name, p in own.items()}
+            for k, sigma in enumerate(sigmas):
+                values = {name: (p.detach() + sigma * noise[name]).to(p.dtype) for name, p in own.items()}
+                streams[k] = self.replaced.run(i, streams[k], values)
+        return [self.network.run(h, site.last + 1) for h in streams]
+
+    def _noise(self, site: Site, draw: int, name: str, like: Tensor, direction: int) -> Tensor:
+        key = replace(self.key, draw=draw, site=f"{site.name}/{name}")
+        seeds = row_seeds(key, np.zeros(1, dtype=np.int64), np.array([direction]))
+        return standard_normal(seeds, tuple(like.shape), device=like.device, dtype=like.dtype)[0]
+
+    def gradient(
+        self, site: Site, clean: CleanPass, plan: RowPlan, coefficients: Tensor, kept: Any
+    ) -> dict[str, Tensor]:
+        """``sum_p s_p z_p``, ``s_p`` the signed sum of the coefficients of all rows with direction p."""
+        del kept
+        directions, place = np.unique(plan.queries // self.unit, return_inverse=True)
+        signs = torch.from_numpy(1.0 - 2.0 * (plan.queries % self.unit)).to(coefficients)
+        by_direction = coefficients.new_zeros(len(directions)).index_add_(
+            0, torch.from_numpy(place).to(coefficients.device), coefficients * signs
+        )
+        gradients = {}
+        for name, parameter in site.parameters.items():
+            total = torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
+            for p, scalar in zip(directions, by_direction, strict=True):
+                z = self._noise(site, clean.draw, name, parameter, int(p))
+                total.addcmul_(z, scalar.to(z.dtype))
+            gradients[name] = total
+        return gradients
