@@ -21,7 +21,18 @@ if TYPE_CHECKING:
     from flops_lightning.callbacks import QueryAllocatorCallback
     from flops_lightning.datamodules import CIFAR10DataModule, DigitsDataModule
     from flops_lightning.staging import Stage, StagedNetwork, stage_network
-    from flops_lightning.strategies import Backprop, ForwardGradientStrategy, LikelihoodRatio, SiteSpec
+    from flops_lightning.strategies import (
+        SPSA,
+        Backprop,
+        CoordinateFiniteDifferences,
+        EvolutionStrategies,
+        ForwardGradientStrategy,
+        ForwardMode,
+        LikelihoodRatio,
+        MeZO,
+        SiteSpec,
+        WeightForwardMode,
+    )
     from flops_lightning.tasks import ForwardImageClassifier
 
 __version__ = "0.1.0.dev0"
@@ -30,39 +41,51 @@ _HOMES = {
     "Backprop": "strategies",
     "BernoulliAllocator": "allocators",
     "CIFAR10DataModule": "datamodules",
+    "CoordinateFiniteDifferences": "strategies",
     "CostAwareAllocator": "allocators",
     "DigitsDataModule": "datamodules",
     "EqualAllocator": "allocators",
+    "EvolutionStrategies": "strategies",
     "ForwardGradientStrategy": "strategies",
     "ForwardImageClassifier": "tasks",
+    "ForwardMode": "strategies",
     "GaussianAllocator": "allocators",
     "LikelihoodRatio": "strategies",
+    "MeZO": "strategies",
     "OptimalAllocator": "allocators",
     "QueryAllocator": "allocators",
     "QueryAllocatorCallback": "callbacks",
+    "SPSA": "strategies",
     "SiteSpec": "strategies",
     "Stage": "staging",
     "StagedNetwork": "staging",
+    "WeightForwardMode": "strategies",
     "stage_network": "staging",
 }
 
 __all__ = [
+    "SPSA",
     "Backprop",
     "BernoulliAllocator",
     "CIFAR10DataModule",
+    "CoordinateFiniteDifferences",
     "CostAwareAllocator",
     "DigitsDataModule",
     "EqualAllocator",
+    "EvolutionStrategies",
     "ForwardGradientStrategy",
     "ForwardImageClassifier",
+    "ForwardMode",
     "GaussianAllocator",
     "LikelihoodRatio",
+    "MeZO",
     "OptimalAllocator",
     "QueryAllocator",
     "QueryAllocatorCallback",
     "SiteSpec",
     "Stage",
     "StagedNetwork",
+    "WeightForwardMode",
     "__version__",
     "stage_network",
 ]

@@ -1,0 +1,326 @@
+"""``CoordinateFiniteDifferences``: DeepZero (Chen et al., ICLR 2024, arXiv 2310.02025) as a strategy.
+
+At each step a random mask of coordinates ``j`` is measured, one after the other, on the whole batch (CGE, eq. 2)::
+
+    forward:  g_j = [L(theta + step e_j) - L(theta)] / step
+    central:  g_j = [L(theta + step e_j) - L(theta - step e_j)] / (2 step)
+
+and every other coordinate gets zero. What lies below the stage that owns the coordinate is not run again (the paper's
+feature reuse). Which coordinates: ``coordinate_masks.py``; how dense in which layer: ``zo_grasp.py``.
+
+Strictly forward: no autograd anywhere.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from flops_lightning.allocators.statistics import SampleStatistics
+from flops_lightning.errors import SettingError
+from flops_lightning.meter import CLEAN
+from flops_lightning.queries import CleanPass, LossFunction, clean_pass
+from flops_lightning.staging import StagedNetwork
+from flops_lightning.strategies.base import (
+    Estimate,
+    ForwardGradientStrategy,
+    add_gradients,
+    refuse_second_network,
+    resolve_seed,
+)
+from flops_lightning.strategies.coordinate_masks import Masks, draw_masks, inclusion_probabilities
+from flops_lightning.strategies.coordinate_probes import EVALUATIONS, CoordinateProbes, Scheme
+from flops_lightning.strategies.costs import site_costs
+from flops_lightning.strategies.precision import RESOLVED_STEPS
+from flops_lightning.strategies.replaced_parameters import ReplacedParameters
+from flops_lightning.strategies.sites import Site
+from flops_lightning.strategies.zo_grasp import kept_ratios, zo_grasp_scores
+
+Ratios = Literal["zo_grasp", "uniform"]
+
+COORDINATES, ZO_GRASP = "coordinates", "zo_grasp"  # names in the meter
+
+
+class CoordinateFiniteDifferences(ForwardGradientStrategy):
+    """Coordinate-wise finite differences under a random mask.
+
+    The estimate is the **masked** gradient: right at the coordinates of the mask, zero elsewhere, and so on average
+    each entry's derivative times its probability of being measured. ``rescale`` divides by this probability, which
+    makes the estimate unbiased for the whole gradient (as ``step -> 0``), and as noisy as a small mask has to be.
+
+    A coordinate costs a forward pass of the batch from its stage on, so a step costs at most ``coordinates`` of them
+    (twice that when central). All samples are needed at every coordinate: there is nothing to allocate.
+
+    Masks do not depend on the rank, so ranks with the same ratios measure the same coordinates, each on its own samples
+    (ZO-GraSP's ratios are found on a rank's own first batch).
+    """
+
+    def __init__(
+        self,
+        *,
+        coordinates: int = 80,
+        step: float = 1e-3,
+        scheme: Scheme = "forward",
+        ratios: Ratios = "zo_grasp",
+        keep: float = 0.1,
+        grasp_queries: int = 192,
+        resample_every: int = 1,
+        rescale: bool = False,
+        chunk_rows: int = 256,
+        seed: int | None = None,
+    ) -> None:
+        """Keep the settings; they meet the network in :meth:`bind`.
+
+        Args:
+            coordinates: Coordinates measured in a step.
+            step: How far a coordinate is moved, in units of the parameter.
+            scheme: ``forward`` (one query of each sample for a coordinate, bias of first order in the step) or
+                ``central`` (two, second order).
+            ratios: How the mask is spread over the tensors: ``zo_grasp`` (by their share of the weights that survive
+                ZO-GraSP, found once on the first batch) or ``uniform`` (all coordinates alike).
+            keep: Part of all weights that survives ZO-GraSP, 0 to 1 (DeepZero: 0.1). Raised where the mask is larger.
+            grasp_queries: Directions of ZO-GraSP's gradient estimates (DeepZero's code: 192).
+            resample_every: Steps for which a mask is kept.
+            rescale: Divide each derivative by the probability of its coordinate.
+            chunk_rows: Upper bound of the rows in one forward pass; bounds the memory, never changes the estimate.
+            seed: Seed of the masks and of ZO-GraSP's directions; None: the seed of ``seed_everything``.
+
+        Raises:
+            SettingError: an unknown scheme or ratios, a number out of its range.
+        """
+        super().__init__()
+        for name, value, choices in (("scheme", scheme, get_args(Scheme)), ("ratios", ratios, get_args(Ratios))):
+            if value not in choices:
+                raise SettingError(f"strategy.{name}", value, "is not known.", f"Choose from {list(choices)}.")
+        for name, number in (
+            ("coordinates", coordinates), ("grasp_queries", grasp_queries), ("resample_every", resample_every),
+            ("chunk_rows", chunk_rows),
+        ):  # fmt: skip
+            if number < 1:
+                raise SettingError(f"strategy.{name}", number, "is too small.", "Write 1 or more.")
+        if not (step > 0 and math.isfinite(step)):
+            raise SettingError("strategy.step", step, "is no positive length.", "Write for example 0.001.")
+        if not 0 < keep <= 1:
+            raise SettingError("strategy.keep", keep, "is no part of the weights.", "Write for example 0.1.")
+        self.coordinates, self.step, self.keep, self.grasp_queries = coordinates, step, keep, grasp_queries
+        self.scheme: Scheme = scheme
+        self.ratios: Ratios = ratios
+        self.resample_every, self.rescale, self.chunk_rows = resample_every, rescale, chunk_rows
+        self._seed_given = seed is not None
+        self.seed = resolve_seed(seed)
+        self._stage_of: dict[str, int] = {}
+        self._from_stage: tuple[float, ...] = ()
+        self._found_ratios: dict[str, float] | None = None
+
+    def bind(self, network: StagedNetwork, loss: LossFunction) -> None:
+        """Find the stage of each parameter.
+
+        Raises:
+            SettingError: the network has fewer trainable weights than the mask has coordinates.
+        """
+        refuse_second_network(getattr(self, "network", None), network)
+        entries = sum(p.numel() for p in network.trainable().values())
+        if not entries:
+            raise SettingError("freeze", list(network.frozen()), "leaves nothing to train.", "Freeze less.")
+        if entries < self.coordinates:
+            raise SettingError(
+                "strategy.coordinates", self.coordinates, f"there are {entries} trainable weights.",
+                f"Write {entries} or less, or freeze less.",
+            )  # fmt: skip
+        self.network, self.loss, self._replaced = network, loss, ReplacedParameters(network)
+        names = [name for name, _ in network.module.named_parameters()]
+        self._stage_of = {name: i for i, s in enumerate(network.stages) for name in names if s.owns(name)}
+        self._from_stage, self._found_ratios = (), None
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """None: there is nothing to allocate; the meter counts under ``coordinates`` and ``zo_grasp``."""
+        return ()
+
+    @property
+    def budget(self) -> None:
+        """None: every sample is needed at every coordinate."""
+        return
+
+    @property
+    def update_groups(self) -> tuple[tuple[str, ...], ...]:
+        """One step with all parameters."""
+        return ((),)
+
+    def clean_pass(self, inputs: Tensor, targets: Tensor) -> CleanPass:
+        """Run the batch unperturbed, keep what the masked coordinates start from, and advance the draw counter."""
+        if not self._stage_of:
+            raise RuntimeError("bind(network, loss) must come before the first clean_pass.")
+        names = self.network.trainable() if self._ratios is None else self._masks(self.draw)
+        keep = {self._stage_of[name] for name in names}
+        clean = clean_pass(self.network, self.loss, inputs, targets, keep=keep, draw=self.draw, rows=self.chunk_rows)
+        if not self._from_stage:
+            self._from_stage = site_costs(self.network, (), inputs).from_stage
+            self._warn_unresolved_step(inputs.device.type)
+        clean.activations.setdefault(0, inputs)
+        self.draw += 1
+        self.meter.add(CLEAN, clean_passes=clean.batch_size, forward_equivalents=clean.batch_size)
+        return clean
+
+    def refresh(self, clean: CleanPass, updated: Sequence[str]) -> CleanPass:
+        """Not needed: there is a single step."""
+        raise RuntimeError(f"draw {clean.draw}: there is one update group, nothing to refresh after {list(updated)}.")
+
+    def pilot_traces(self, clean: CleanPass) -> None:
+        """None: there is nothing to allocate."""
+
+    def sample_statistics(
+        self, clean: CleanPass, names: Collection[str] = (), metric: Mapping[str, Tensor] | None = None
+    ) -> SampleStatistics:
+        """Not to be had: there is nothing to allocate.
+
+        Raises:
+            SettingError: always.
+        """
+        raise SettingError(
+            "trainer.callbacks", "QueryAllocatorCallback", f"{type(self).__name__} measures every coordinate on every "
+            f"sample (batch of {clean.batch_size}, wanted: {sorted(names)}, metric: {metric is not None}).",
+            "Remove the callback, or use a strategy whose samples have queries of their own such as LikelihoodRatio.",
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def estimate(
+        self,
+        clean: CleanPass,
+        counts: Tensor | None = None,
+        sites: Sequence[str] | None = None,
+        *,
+        pilot_weight: Tensor | None = None,
+        traces: bool = False,
+    ) -> Estimate:
+        """Add the masked gradient to ``.grad``; zeros outside of the mask.
+
+        A query with a non-finite loss removes its sample from that coordinate's mean (central: with its partner): the
+        term has weight zero, and the others keep theirs.
+
+        Raises:
+            SettingError: counts or pilot weights were given, or traces asked for.
+        """
+        if counts is not None or pilot_weight is not None or traces:
+            given = None if counts is None else tuple(counts.shape)
+            raise SettingError(
+                "counts", given, "every sample is needed at every coordinate, so samples have no counts or traces of "
+                "their own.", "Remove the allocator.",
+            )  # fmt: skip
+        if sites:
+            raise SettingError("sites", list(sites), "coordinates have no sites.", "Leave `sites` out.")
+        if not bool(torch.isfinite(clean.loss).any()):
+            # Nothing can be learned from it, least of all the ratios of the whole run.
+            return Estimate(clean.loss, clean.output, 0, silent_samples=clean.batch_size, lost_batch=True)
+        with self.network.evaluating():
+            if self._ratios is None:
+                self._found_ratios = self._find_ratios(clean)
+            masks = self._masks(clean.draw)
+            slopes = self._probes.slopes(clean, masks, step=self.step, scheme=self.scheme)
+        used = torch.isfinite(torch.cat(list(slopes.values())))
+        survivors, counting = torch.stack([used.sum(), used.any(0).sum()]).tolist()  # the only transfer
+        evaluations = EVALUATIONS[self.scheme]
+        queries = used.numel() * evaluations
+        lost, silent = queries - survivors * evaluations, clean.batch_size - counting
+        cost = sum(len(masks[name]) * self._from_stage[self._stage_of[name]] for name in masks)
+        cost *= evaluations * clean.batch_size
+        self.meter.add(COORDINATES, queries=queries, lost=lost, forward_equivalents=cost)
+        if survivors:
+            add_gradients(self.network.trainable(), self._gradients(masks, slopes))
+        if silent:
+            warnings.warn(
+                f"{silent} samples lost every query to non-finite losses and contribute nothing to this step. A "
+                "smaller learning rate, or a higher precision, keeps losses finite.",
+                RuntimeWarning, stacklevel=3,  # past the decorator
+            )  # fmt: skip
+        return Estimate(clean.loss, clean.output, queries, lost, silent, lost_batch=not survivors)
+
+    def _gradients(self, masks: Masks, slopes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        gradients = {}
+        probabilities = self._probabilities() if self.rescale else {}
+        for name, parameter in self.network.trainable().items():
+            flat = torch.zeros(parameter.numel(), dtype=parameter.dtype, device=parameter.device)
+            if name in masks:
+                rows = slopes[name]
+                mean = torch.where(torch.isfinite(rows), rows, 0).mean(1) / probabilities.get(name, 1.0)
+                flat[torch.from_numpy(masks[name]).to(flat.device)] = mean.to(flat.dtype)
+            gradients[name] = flat.view(parameter.shape)
+        return gradients
+
+    def _find_ratios(self, clean: CleanPass) -> dict[str, float]:
+        parameters = {name: p.detach() for name, p in self.network.trainable().items()}
+        found = zo_grasp_scores(
+            lambda values: self._probes.losses_at(clean, values), parameters, clean.loss,
+            queries=self.grasp_queries, step=self.step, seed=self.seed,
+        )  # fmt: skip
+        self.meter.add(ZO_GRASP, queries=found.queries, lost=found.lost, forward_equivalents=found.queries)
+        entries = sum(p.numel() for p in parameters.values())
+        return kept_ratios(found.scores, max(self.coordinates, round(self.keep * entries)))
+
+    @property
+    def _probes(self) -> CoordinateProbes:
+        return CoordinateProbes(self.network, self.loss, self._replaced, self._stage_of, self.chunk_rows)
+
+    # -- masks ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def _ratios(self) -> dict[str, float] | None:
+        """Relative density of each tensor; None as long as ZO-GraSP has not been run."""
+        return dict.fromkeys(self.network.trainable(), 1.0) if self.ratios == "uniform" else self._found_ratios
+
+    def _sizes(self) -> dict[str, int]:
+        return {name: p.numel() for name, p in self.network.trainable().items()}
+
+    def _probabilities(self) -> dict[str, float]:
+        ratios, sizes = self._ratios, self._sizes()
+        if ratios is None:
+            raise RuntimeError("the ratios are found in the first estimate.")
+        if ratios.keys() != sizes.keys():
+            raise SettingError(
+                "freeze", sorted(ratios.keys() ^ sizes.keys()), "was trained when ZO-GraSP was run and is not now, or "
+                "the other way round.", "Freeze the same parameters as then, or write ratios: uniform.",
+            )  # fmt: skip
+        return inclusion_probabilities(sizes, ratios, self.coordinates)
+
+    def _masks(self, draw: int) -> Masks:
+        return draw_masks(self._sizes(), self._probabilities(), seed=self.seed, draw=draw // self.resample_every)
+
+    def _warn_unresolved_step(self, device: str) -> None:
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        needed = {}
+        for name, p in self.network.trainable().items():
+            rounding = torch.finfo(autocast or p.dtype).eps * float(p.detach().float().square().mean().sqrt())
+            needed[name] = RESOLVED_STEPS * rounding
+        worst = max(needed, key=needed.__getitem__)
+        if self.step < needed[worst]:
+            warnings.warn(
+                f"strategy.step = {self.step:g} is below what the precision resolves at {worst!r}. Write "
+                f"{2 * needed[worst]:.1g} or more, or use a higher precision.",
+                RuntimeWarning, stacklevel=3,
+            )  # fmt: skip
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Draw counter, meter, the seed of the masks, and the ratios that ZO-GraSP found."""
+        return {**super().state_dict(), "seed": self.seed, "ratios": self._found_ratios}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned.
+
+        Raises:
+            SettingError: another seed was given explicitly.
+        """
+        if self._seed_given and self.seed != state["seed"]:
+            raise SettingError(
+                "strategy.seed", self.seed, f"the run to be resumed draws its masks from {state['seed']}.",
+                f"Leave the seed out, or write {state['seed']}.",
+            )  # fmt: skip
+        super().load_state_dict(state)
+        self.seed = int(state["seed"])
+        self._found_ratios = None if state["ratios"] is None else dict(state["ratios"])

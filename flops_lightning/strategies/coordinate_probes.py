@@ -1,0 +1,105 @@
+"""Losses of a batch at parameters that differ from the network's, and the finite differences they give."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from flops_lightning.queries import CleanPass, LossFunction, row_losses
+from flops_lightning.staging import StagedNetwork
+from flops_lightning.strategies.coordinate_masks import Masks
+from flops_lightning.strategies.replaced_parameters import ReplacedParameters
+from flops_lightning.strategies.zo_grasp import Values
+
+Scheme = Literal["forward", "central"]
+
+EVALUATIONS: dict[Scheme, int] = {"forward": 1, "central": 2}
+"""Passes of the batch for each coordinate, the clean one left out."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One entry of a flattened parameter, and how far it is moved."""
+
+    name: str
+    index: int
+    move: float
+
+
+@dataclass(frozen=True, eq=False)
+class CoordinateProbes:
+    """Runs a network with moved parameters, without writing to them.
+
+    Attributes:
+        network: The network, in eval mode while this runs.
+        loss: Its loss, one value a row.
+        replaced: Runs its stages with other values.
+        stage_of: Index of the stage that owns each parameter.
+        chunk_rows: Upper bound of the rows in one forward pass.
+    """
+
+    network: StagedNetwork
+    loss: LossFunction
+    replaced: ReplacedParameters
+    stage_of: Mapping[str, int]
+    chunk_rows: int
+
+    def slopes(self, clean: CleanPass, masks: Masks, *, step: float, scheme: Scheme) -> dict[str, Tensor]:
+        """``(n, b)`` finite differences of each sample's loss at the ``n`` masked coordinates of each tensor.
+
+        They are not finite where a loss is not.
+        """
+        moves = (step, -step) if scheme == "central" else (step,)
+        found: dict[str, Tensor] = {}
+        for stage in range(len(self.network)):
+            here = {name: index.tolist() for name, index in masks.items() if self.stage_of[name] == stage}
+            if not here:
+                continue
+            probes = [Probe(name, i, move) for name, indices in here.items() for i in indices for move in moves]
+            losses = self._probe_losses(clean, stage, probes).unflatten(0, (-1, len(moves)))
+            other, width = (losses[:, 1], 2 * step) if scheme == "central" else (clean.loss, step)
+            parts = ((losses[:, 0] - other) / width).split([len(indices) for indices in here.values()])
+            found |= dict(zip(here, parts, strict=True))
+        return found
+
+    def _probe_losses(self, clean: CleanPass, stage: int, probes: Sequence[Probe]) -> Tensor:
+        """``(n, b)`` losses, one line for each probe of a stage.
+
+        The rows of several probes share one pass through the stages above as far as ``chunk_rows`` allows.
+        """
+        trainable = self.network.trainable()
+        copies = {p.name: trainable[p.name].clone(memory_format=torch.contiguous_format) for p in probes}
+        together = max(1, self.chunk_rows // clean.batch_size)
+        lines = []
+        for start in range(0, len(probes), together):
+            pack = probes[start : start + together]
+            losses = []
+            for x, y in zip(
+                clean.activations[stage].split(self.chunk_rows), clean.targets.split(self.chunk_rows), strict=True
+            ):
+                h = torch.cat([self._moved_output(stage, x, copies[probe.name], probe) for probe in pack])
+                output = self.network.run(h, stage + 1)
+                losses.append(row_losses(self.loss, output, torch.cat([y] * len(pack))).unflatten(0, (len(pack), -1)))
+            lines.append(torch.cat(losses, dim=1))
+        return torch.cat(lines)
+
+    def _moved_output(self, stage: int, x: Tensor, copy: Tensor, probe: Probe) -> Tensor:
+        entry = copy.view(-1)[probe.index]
+        before = entry.clone()
+        entry += probe.move
+        output = self.replaced.run(stage, x.clone(), {probe.name: copy})  # the stage may work in place
+        entry.copy_(before)
+        return output
+
+    def losses_at(self, clean: CleanPass, values: Values) -> Tensor:
+        """``(b,)`` losses of the batch with every trainable parameter at ``values(name)``, held a stage at a time."""
+        trainable = self.network.trainable()
+        chunks = [x.clone() for x in clean.activations[0].split(self.chunk_rows)]  # the first stage may work in place
+        for stage in range(len(self.network)):
+            moved = {name: values(name) for name in trainable if self.stage_of[name] == stage}
+            chunks = [self.replaced.run(stage, x, moved) for x in chunks]
+        return row_losses(self.loss, torch.cat(chunks), clean.targets)

@@ -1,0 +1,546 @@
+from __future__ import annotations
+
+import copy
+import io
+import math
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from flops_lightning.errors import SettingError
+from flops_lightning.staging import stage_network
+from flops_lightning.strategies import CoordinateFiniteDifferences, coordinate_finite_differences
+from flops_lightning.strategies.coordinate_masks import Masks, draw_masks, inclusion_probabilities
+from flops_lightning.strategies.coordinate_probes import CoordinateProbes, Probe
+from tests.reference.footprint import everything
+from tests.reference.networks import (
+    Loss,
+    TokenMean,
+    autograd_gradient,
+    cross_entropy,
+    freeze,
+    gradients,
+    shaken,
+    squared_error,
+    tiny_vit,
+    token_network,
+)
+
+SILENT = pytest.mark.filterwarnings("ignore:.*lost every query")
+
+
+def bound(module: nn.Module, loss: Loss, **settings: Any) -> CoordinateFiniteDifferences:
+    defaults = {"coordinates": 20, "step": 1e-5, "ratios": "uniform", "grasp_queries": 6, "seed": 7}
+    strategy = CoordinateFiniteDifferences(**{**defaults, **settings})
+    strategy.bind(stage_network(module), loss)
+    return strategy
+
+
+def sizes(module: nn.Module) -> dict[str, int]:
+    return {name: p.numel() for name, p in module.named_parameters() if p.requires_grad}
+
+
+def all_of(module: nn.Module) -> int:
+    return sum(sizes(module).values())
+
+
+def uniform_masks(module: nn.Module, strategy: CoordinateFiniteDifferences, draw: int = 0) -> Masks:
+    probabilities = inclusion_probabilities(sizes(module), dict.fromkeys(sizes(module), 1.0), strategy.coordinates)
+    return draw_masks(sizes(module), probabilities, seed=strategy.seed, draw=draw)
+
+
+def masked(gradient: dict[str, Tensor], masks: Masks) -> dict[str, Tensor]:
+    """The gradient at the coordinates of the masks, zeros elsewhere."""
+    found = {name: torch.zeros_like(g, memory_format=torch.contiguous_format) for name, g in gradient.items()}
+    for name, index in masks.items():
+        found[name].view(-1)[index] = gradient[name].reshape(-1)[index]
+    return found
+
+
+def reference(
+    module: nn.Module, loss: Loss, x: Tensor, y: Tensor, masks: Masks, *, step: float, scheme: str
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Slow and obvious: a copy of the network for every coordinate, one sample at a time; and ``(n, b)`` lost terms."""
+    gradient = {name: torch.zeros_like(p) for name, p in module.named_parameters()}
+    lost = []
+
+    def loss_of(name: str, i: int, move: float, sample: int) -> float:
+        moved = copy.deepcopy(module).eval()
+        with torch.no_grad():
+            moved.get_parameter(name).view(-1)[i] += move
+            return float(loss(moved(x[sample : sample + 1]), y[sample : sample + 1]))
+
+    for name, index in masks.items():
+        for i in index.tolist():
+            lower = -step if scheme == "central" else 0.0
+            terms = [
+                (loss_of(name, i, step, b) - loss_of(name, i, lower, b)) / (step - lower) / len(x)
+                for b in range(len(x))
+            ]
+            gradient[name].view(-1)[i] = sum(t for t in terms if math.isfinite(t))
+            lost.append([not math.isfinite(t) for t in terms])
+    return gradient, torch.tensor(lost)
+
+
+def assert_close(found: dict[str, Tensor | None], expected: dict[str, Tensor], atol: float) -> None:
+    assert {name for name, g in found.items() if g is not None} == set(expected)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+# -- the gradient ------------------------------------------------------------------------------------------------------
+
+
+def check_masked_gradient(
+    module: nn.Module, loss: Loss, x: Tensor, y: Tensor, *, step: float = 1e-5, **settings: Any
+) -> None:
+    """Central differences are right to the square of the step (times a sixth of a third derivative, of order 100), and
+    to the rounding of losses (of order 100, a few bits) divided by it.
+    """
+    strategy = bound(module, loss, scheme="central", step=step, **settings)
+    strategy.estimate(strategy.clean_pass(x, y))
+    found = gradients(module)
+    expected = masked(autograd_gradient(module, loss, x, y), uniform_masks(module, strategy))
+    assert_close(found, expected, atol=100 * step**2 + 1e-13 / step)
+
+
+def test_it_is_autograd_s_gradient_where_the_mask_is_and_zero_elsewhere(
+    vit: nn.Module, images: tuple[Tensor, Tensor]
+) -> None:
+    check_masked_gradient(vit, cross_entropy, *images, coordinates=300)
+
+
+def test_every_parameter_of_a_vit_is_reached(images: tuple[Tensor, Tensor]) -> None:
+    """Class token, positions, norms, biases: the whole gradient, when everything is measured."""
+    vit = tiny_vit(depth=1, embed_dim=4, num_heads=2, mlp_ratio=1.0)
+    freeze(vit, "blocks.0.norm1.weight")
+    check_masked_gradient(vit, cross_entropy, *images, coordinates=all_of(vit))
+
+
+def test_weights_tied_within_a_stage_are_moved_together(tokens: tuple[Tensor, Tensor]) -> None:
+    inner = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
+    net = shaken(nn.Sequential(inner, nn.Sequential(TokenMean(), nn.Linear(3, 2))))
+    inner[2].weight = inner[0].weight
+    check_masked_gradient(net, squared_error, *tokens, coordinates=all_of(net))
+
+
+def test_a_parameter_that_is_not_contiguous_is_measured_in_its_own_order(tokens: tuple[Tensor, Tensor]) -> None:
+    net = token_network()
+    net[0].weight = nn.Parameter(net[0].weight.detach().T.contiguous().T)
+    check_masked_gradient(net, squared_error, *tokens, coordinates=all_of(net))
+
+
+@pytest.mark.parametrize(("scheme", "order"), [("forward", 1), ("central", 2)])
+def test_the_error_falls_with_the_order_of_the_scheme(
+    scheme: str, order: int, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
+) -> None:
+    exact, errors = autograd_gradient(tokens_net, squared_error, *tokens), []
+    for step in (1e-2, 5e-3):
+        strategy = bound(tokens_net, squared_error, scheme=scheme, step=step, coordinates=all_of(tokens_net))
+        strategy.estimate(strategy.clean_pass(*tokens))
+        found = gradients(tokens_net)
+        errors.append(math.sqrt(sum(float((found[name] - g).square().sum()) for name, g in exact.items())))
+    assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.02)
+
+
+@pytest.mark.parametrize("scheme", ["forward", "central"])
+def test_it_equals_the_slow_reference_at_large_steps(
+    scheme: str, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
+) -> None:
+    tokens_net.insert(1, nn.Dropout(0.5))
+    tokens_net.train()
+    strategy = bound(tokens_net, squared_error, scheme=scheme, step=0.3)
+    strategy.estimate(strategy.clean_pass(*tokens))
+    found = gradients(tokens_net)
+    masks = uniform_masks(tokens_net, strategy)
+    expected, _ = reference(tokens_net, squared_error, *tokens, masks, step=0.3, scheme=scheme)
+    assert_close(found, expected, atol=1e-12)
+
+
+def test_rescaled_it_is_unbiased_for_the_whole_gradient(tokens: tuple[Tensor, Tensor]) -> None:
+    """Entry ``j`` is in the mask with probability ``p_j``: its estimate has the variance ``g_j^2 (1 - p_j) / p_j``."""
+    torch.manual_seed(0)
+    net = shaken(nn.Sequential(nn.Sequential(nn.Linear(3, 2), TokenMean()), nn.Linear(2, 2)))
+    strategy = bound(
+        net, squared_error, ratios="zo_grasp", keep=0.8, coordinates=7, rescale=True, scheme="central", step=1e-4
+    )
+    draws, total = 1500, {name: torch.zeros_like(p) for name, p in net.named_parameters()}
+    for _ in range(draws):
+        strategy.estimate(strategy.clean_pass(*tokens))
+        for name, gradient in gradients(net).items():
+            total[name] += gradient
+    probabilities = inclusion_probabilities(sizes(net), strategy.state_dict()["ratios"], 7)
+    assert len(set(probabilities.values())) > 2
+    exact = autograd_gradient(net, squared_error, *tokens)
+    variance = sum(float(g.square().sum()) * (1 - probabilities[n]) / probabilities[n] for n, g in exact.items())
+    norm = math.sqrt(sum(float(g.square().sum()) for g in exact.values()))
+    error = math.sqrt(variance / draws)
+    assert error < 0.05 * norm
+    distance = math.sqrt(sum(float((total[n] / draws - g).square().sum()) for n, g in exact.items()))
+    assert distance < 2 * error
+
+
+def test_rescaling_divides_by_the_probability(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+    found = []
+    for rescale in (False, True):
+        strategy = bound(tokens_net, squared_error, rescale=rescale)
+        strategy.estimate(strategy.clean_pass(*tokens))
+        found.append(gradients(tokens_net))
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient * all_of(tokens_net) / 20)
+
+
+@pytest.mark.parametrize("scheme", ["forward", "central"])
+@pytest.mark.parametrize("chunk_rows", [1, 3, 4, 9])
+def test_the_chunk_size_changes_nothing(
+    chunk_rows: int, scheme: str, vit: nn.Module, images: tuple[Tensor, Tensor]
+) -> None:
+    found = []
+    for rows in (chunk_rows, 256):
+        strategy = bound(vit, cross_entropy, scheme=scheme, step=1e-3, chunk_rows=rows, ratios="zo_grasp")
+        strategy.estimate(strategy.clean_pass(*images))
+        found.append((gradients(vit), strategy.state_dict()))
+    assert_close(found[0][0], found[1][0], atol=1e-11)
+    assert found[0][1] == found[1][1]
+
+
+def test_it_adds_to_grad_and_fills_every_parameter(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+    strategy = bound(tokens_net, squared_error, coordinates=3)
+    clean = strategy.clean_pass(*tokens)
+    for _ in range(2):
+        strategy.estimate(clean)
+    twice = gradients(tokens_net)
+    strategy.estimate(clean)
+    for name, gradient in gradients(tokens_net).items():
+        torch.testing.assert_close(twice[name], 2 * gradient)
+    assert sum(int((gradient != 0).sum()) for gradient in twice.values()) == 3
+
+
+# -- what it leaves alone ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", ["forward", "central"])
+def test_it_leaves_no_trace(scheme: str, tokens: tuple[Tensor, Tensor]) -> None:
+    """Parameters keep their bits and their place, inputs survive stages that work in place."""
+    net = token_network()
+    net[1] = nn.ReLU(inplace=True)
+    net.insert(0, nn.Hardtanh(-1.0, 1.0, inplace=True))
+    strategy = bound(net, squared_error, ratios="zo_grasp", scheme=scheme)
+    before, x = everything(net), tokens[0].clone()
+    clean = strategy.clean_pass(*tokens)
+    activations = {i: h.clone() for i, h in clean.activations.items()}
+    strategy.estimate(clean)
+    gradients(net)
+    assert everything(net) == before
+    torch.testing.assert_close(tokens[0], x, rtol=0, atol=0)
+    for i, h in activations.items():
+        torch.testing.assert_close(clean.activations[i], h, rtol=0, atol=0)
+
+
+def test_what_lies_below_is_not_run_again(vit: nn.Module, images: tuple[Tensor, Tensor]) -> None:
+    freeze(vit, *[name for name in sizes(vit) if not name.startswith(("blocks.2", "head"))])
+    strategy = bound(vit, cross_entropy)
+    clean = strategy.clean_pass(*images)
+    calls = []
+    for i, block in enumerate(vit.blocks):
+        block.register_forward_hook(lambda *_, i=i: calls.append(i))
+    strategy.estimate(clean)
+    assert set(calls) == {2}
+    assert set(clean.activations) <= {0, 3, 5, 6}
+
+
+# -- masks -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_mask_has_its_size_and_each_entry_its_probability() -> None:
+    entries = {"a": 40, "b": 3, "c": 1, "d": 16}
+    probabilities = inclusion_probabilities(entries, {"a": 0.5, "b": 1.0, "c": 0.1, "d": 0.05}, 6)
+    assert sum(probabilities[name] * size for name, size in entries.items()) == pytest.approx(6)
+    draws, found = 4000, {name: torch.zeros(size) for name, size in entries.items()}
+    for draw in range(draws):
+        masks = draw_masks(entries, probabilities, seed=3, draw=draw)
+        assert sum(len(index) for index in masks.values()) == 6
+        for name, index in masks.items():
+            assert abs(len(index) - probabilities[name] * entries[name]) < 1
+            assert (index[1:] > index[:-1]).all()
+            found[name][index] += 1
+    for name, p in probabilities.items():
+        error = math.sqrt(p * (1 - p) / draws)
+        assert ((found[name] / draws - p).abs() < 4.5 * error).all(), name
+
+
+def test_a_full_mask_has_everything() -> None:
+    entries = {"a": 7, "b": 1, "c": 3}
+    probabilities = inclusion_probabilities(entries, dict.fromkeys(entries, 0.3), 11)
+    for draw in range(50):
+        masks = draw_masks(entries, probabilities, seed=0, draw=draw)
+        assert {name: index.tolist() for name, index in masks.items()} == {
+            n: list(range(k)) for n, k in entries.items()
+        }
+
+
+def measured(module: nn.Module) -> dict[str, list[int]]:
+    return {name: g.flatten().nonzero().flatten().tolist() for name, g in gradients(module).items()}
+
+
+def test_a_mask_lasts_as_long_as_it_should(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+    strategy = bound(tokens_net, squared_error, resample_every=2)
+    found = []
+    for _ in range(4):
+        strategy.estimate(strategy.clean_pass(*tokens))
+        found.append(measured(tokens_net))
+    assert found[0] == found[1] != found[2] == found[3]
+
+
+def test_ranks_measure_the_same_coordinates(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+    found = []
+    for rank in range(2):
+        strategy = bound(tokens_net, squared_error)
+        strategy.rank = rank
+        strategy.estimate(strategy.clean_pass(*tokens))
+        found.append(measured(tokens_net))
+    assert found[0] == found[1]
+
+
+# -- lost queries ------------------------------------------------------------------------------------------------------
+
+
+def brittle(output: Tensor, target: Tensor) -> Tensor:
+    return torch.where(output[:, 0] > 0.28, math.nan, squared_error(output, target))
+
+
+@SILENT
+@pytest.mark.parametrize("scheme", ["forward", "central"])
+def test_lost_terms_have_weight_zero(scheme: str, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+    strategy = bound(tokens_net, brittle, step=0.3, scheme=scheme, coordinates=30)
+    estimate = strategy.estimate(strategy.clean_pass(*tokens))
+    found = gradients(tokens_net)
+    masks = uniform_masks(tokens_net, strategy)
+    expected, lost = reference(tokens_net, brittle, *tokens, masks, step=0.3, scheme=scheme)
+    assert 0 < lost.sum() < lost.numel()
+    assert_close(found, expected, atol=1e-12)
+    evaluations = 2 if scheme == "central" else 1
+    assert estimate.lost == int(lost.sum()) * evaluations == strategy.meter.sites["coordinates"].lost
+    assert estimate.silent_samples == int(lost.all(0).sum())
+    assert estimate.queries == 30 * 4 * evaluations
+    assert not estimate.lost_batch
+
+
+def test_a_sample_without_a_finite_loss_contributes_nothing(
+    tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
+) -> None:
+    x, y = tokens[0].clone(), tokens[1]
+    x[2, 1, 0] = math.nan
+    strategy = bound(tokens_net, squared_error, scheme="central", coordinates=all_of(tokens_net), ratios="zo_grasp")
+    clean = strategy.clean_pass(x, y)
+    with pytest.warns(RuntimeWarning, match="1 samples lost every query"):
+        estimate = strategy.estimate(clean)
+    rest = torch.tensor([0, 1, 3])
+    exact = autograd_gradient(tokens_net, squared_error, x[rest], y[rest])
+    assert_close(gradients(tokens_net), {name: g * 3 / 4 for name, g in exact.items()}, atol=1e-8)
+    assert (estimate.silent_samples, estimate.lost) == (1, 2 * all_of(tokens_net))
+
+
+def test_a_lost_batch_touches_no_gradient_and_no_ratio(
+    tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
+) -> None:
+    strategy = bound(tokens_net, squared_error, ratios="zo_grasp")
+    estimate = strategy.estimate(strategy.clean_pass(tokens[0] * math.nan, tokens[1]))
+    assert (estimate.lost_batch, estimate.silent_samples, strategy.draw) == (True, 4, 1)
+    assert set(gradients(tokens_net).values()) == {None}
+    assert strategy.state_dict()["ratios"] is None
+    assert not strategy.estimate(strategy.clean_pass(*tokens)).lost_batch
+    assert set(strategy.state_dict()["ratios"]) == set(sizes(tokens_net))
+
+
+@SILENT
+def test_a_batch_that_loses_all_its_moved_losses_touches_no_gradient(
+    tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
+) -> None:
+    clean_output = tokens_net(tokens[0]).detach()
+
+    def exact_only(output: Tensor, target: Tensor) -> Tensor:
+        rows = clean_output.repeat(len(output) // 4, 1)
+        return torch.where((output == rows).all(1), 1.0, math.inf).double()
+
+    freeze(tokens_net, *[name for name in sizes(tokens_net) if name != "4.bias"])
+    strategy = bound(tokens_net, exact_only, coordinates=2)
+    estimate = strategy.estimate(strategy.clean_pass(*tokens))
+    assert (estimate.lost_batch, estimate.lost, estimate.silent_samples) == (True, 8, 4)
+    assert set(gradients(tokens_net).values()) == {None}
+
+
+# -- checkpoints, meter, settings --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ratios", ["zo_grasp", "uniform"])
+def test_a_resumed_run_measures_the_same_coordinates(
+    ratios: str, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
+) -> None:
+    whole = bound(tokens_net, squared_error, ratios=ratios)
+    expected = []
+    for step in range(4):
+        whole.estimate(whole.clean_pass(*tokens))
+        expected.append(gradients(tokens_net))
+        if step == 1:
+            file = io.BytesIO()
+            torch.save(whole.state_dict(), file)
+    file.seek(0)
+    resumed = bound(tokens_net, squared_error, ratios=ratios, seed=None)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    for step in (2, 3):
+        resumed.estimate(resumed.clean_pass(*tokens))
+        assert_close(gradients(tokens_net), expected[step], atol=0)
+    assert resumed.state_dict() == whole.state_dict()
+
+
+def test_another_seed_is_refused_on_resuming(tokens_net: nn.Sequential) -> None:
+    state = bound(tokens_net, squared_error, seed=1).state_dict()
+    with pytest.raises(SettingError, match=r"strategy.seed = 2.*masks from 1"):
+        bound(tokens_net, squared_error, seed=2).load_state_dict(state)
+
+
+@pytest.mark.parametrize(("scheme", "evaluations"), [("forward", 1), ("central", 2)])
+def test_what_it_pays(scheme: str, evaluations: int, vit: nn.Module, images: tuple[Tensor, Tensor]) -> None:
+    """Positions cost the whole network, the head a vanishing part of it; ZO-GraSP is paid once."""
+    strategy = bound(vit, cross_entropy, scheme=scheme, ratios="zo_grasp", grasp_queries=3)
+    for _ in range(2):
+        estimate = strategy.estimate(strategy.clean_pass(*images))
+    sites = strategy.meter.sites
+    assert estimate.queries == 4 * 20 * evaluations
+    assert (sites["coordinates"].queries, sites["zo_grasp"].queries) == (2 * 4 * 20 * evaluations, 4 * 7)
+    assert (sites["zo_grasp"].forward_equivalents, sites["clean"].clean_passes) == (28, 8)
+    costs = []
+    for part in ("pos_embed", "head"):
+        alone = tiny_vit()
+        freeze(alone, *[name for name in sizes(alone) if not name.startswith(part)])
+        strategy = bound(alone, cross_entropy, scheme=scheme)
+        strategy.estimate(strategy.clean_pass(*images))
+        costs.append(strategy.meter.sites["coordinates"].forward_equivalents)
+    assert costs[0] == pytest.approx(4 * 20 * evaluations)
+    assert costs[1] < 0.01 * costs[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"coordinates": 0}, "strategy.coordinates = 0.*1 or more"),
+        ({"grasp_queries": 0}, "strategy.grasp_queries = 0"),
+        ({"resample_every": 0}, "strategy.resample_every = 0"),
+        ({"chunk_rows": 0}, "strategy.chunk_rows = 0"),
+        ({"step": 0.0}, "strategy.step = 0.0.*0.001"),
+        ({"step": math.inf}, "strategy.step = inf"),
+        ({"step": math.nan}, "strategy.step = nan"),
+        ({"keep": 0.0}, "strategy.keep = 0.0"),
+        ({"keep": 1.5}, "strategy.keep = 1.5"),
+        ({"scheme": "backward"}, "strategy.scheme = 'backward'.*central"),
+        ({"ratios": "grasp"}, "strategy.ratios = 'grasp'.*zo_grasp"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        CoordinateFiniteDifferences(**settings)
+
+
+def test_a_mask_larger_than_the_network_is_refused(tokens_net: nn.Sequential) -> None:
+    with pytest.raises(SettingError, match=rf"coordinates = 1000.*Write {all_of(tokens_net)} or less"):
+        bound(tokens_net, squared_error, coordinates=1000)
+    tokens_net.requires_grad_(False)
+    with pytest.raises(SettingError, match="Freeze less"):
+        bound(tokens_net, squared_error)
+
+
+def test_other_parameters_than_zo_grasp_s_are_refused(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+    strategy = bound(tokens_net, squared_error, ratios="zo_grasp")
+    strategy.estimate(strategy.clean_pass(*tokens))
+    freeze(tokens_net, "4.bias")
+    with pytest.raises(SettingError, match=r"freeze = \['4.bias'\].*ratios: uniform"):
+        strategy.clean_pass(*tokens)
+
+
+def test_a_step_that_the_precision_does_not_resolve_is_reported(tokens: tuple[Tensor, Tensor]) -> None:
+    """At the tensor with the largest weights, and what is proposed instead is enough."""
+    net = token_network().bfloat16()
+    x = tokens[0].bfloat16()
+    largest = max(net.parameters(), key=lambda p: float(p.detach().square().mean()))
+    needed = 32 * torch.finfo(torch.bfloat16).eps * float(largest.detach().float().square().mean().sqrt())
+    strategy = bound(net, squared_error, step=1e-3)
+    with pytest.warns(RuntimeWarning, match=r"strategy.step = 0.001 is below .* '3.0.weight'") as caught:
+        strategy.clean_pass(x, tokens[1])
+    proposed = float(re.findall(r"Write ([\d.]+) or more", str(caught[0].message))[0])
+    assert needed <= proposed < 3 * needed
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bound(net, squared_error, step=proposed).clean_pass(x, tokens[1])
+
+
+def test_it_has_nothing_to_allocate(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+    strategy = bound(tokens_net, squared_error)
+    clean = strategy.clean_pass(*tokens)
+    assert (strategy.sites, strategy.budget, strategy.update_groups) == ((), None, ((),))
+    assert strategy.pilot_traces(clean) is None
+    with pytest.raises(SettingError, match=r"counts = \(4,\).*every sample is needed at every coordinate"):
+        strategy.estimate(clean, torch.full((4,), 2))
+    for more in ({"pilot_weight": torch.ones(4)}, {"traces": True}):
+        with pytest.raises(SettingError, match="every sample is needed"):
+            strategy.estimate(clean, **more)
+    with pytest.raises(SettingError, match=r"measures every coordinate on every sample .*batch of 4.*LikelihoodRatio"):
+        strategy.sample_statistics(clean, {"scale"})
+    with pytest.raises(SettingError, match=r"sites = \['0'\]"):
+        strategy.estimate(clean, sites=["0"])
+    with pytest.raises(RuntimeError, match="one update group"):
+        strategy.refresh(clean, [])
+    with pytest.raises(RuntimeError, match="bind"):
+        CoordinateFiniteDifferences().clean_pass(*tokens)
+    assert set(gradients(tokens_net).values()) == {None}
+
+
+# -- planted faults ----------------------------------------------------------------------------------------------------
+
+
+def never_restore(monkeypatch: pytest.MonkeyPatch) -> None:
+    def moved(self: CoordinateProbes, stage: int, x: Tensor, copied: Tensor, probe: Probe) -> Tensor:
+        copied.view(-1)[probe.index] += probe.move
+        return self.replaced.run(stage, x, {probe.name: copied})
+
+    monkeypatch.setattr(CoordinateProbes, "_moved_output", moved)
+
+
+def start_one_stage_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = CoordinateProbes.slopes
+
+    def late(self: CoordinateProbes, clean: Any, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        rolled = {i: h.roll(1, 0) if i else h for i, h in clean.activations.items()}
+        return whole(self, replace(clean, activations=rolled), *args, **kwargs)
+
+    monkeypatch.setattr(CoordinateProbes, "slopes", late)
+
+
+def neighbouring_coordinates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        coordinate_finite_differences,
+        "draw_masks",
+        lambda entries, *args, **kwargs: {
+            name: (index + 1) % entries[name] for name, index in draw_masks(entries, *args, **kwargs).items()
+        },
+    )
+
+
+@pytest.mark.parametrize("fault", [never_restore, start_one_stage_late, neighbouring_coordinates])
+def test_planted_faults_are_caught(
+    fault: Callable[[pytest.MonkeyPatch], None],
+    monkeypatch: pytest.MonkeyPatch,
+    tokens_net: nn.Sequential,
+    tokens: tuple[Tensor, Tensor],
+) -> None:
+    # A step that is large beside the tolerance, or what is not restored would hide in it.
+    check_masked_gradient(tokens_net, squared_error, *tokens, step=1e-4)
+    fault(monkeypatch)
+    with pytest.raises(AssertionError, match="not close"):
+        check_masked_gradient(tokens_net, squared_error, *tokens, step=1e-4)
