@@ -12,7 +12,9 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from torch import nn
 
+from flops_lightning.callbacks.peak_memory import peak_memory
 from flops_lightning.callbacks.query_allocator import QueryAllocatorCallback
+from flops_lightning.strategies.base import ForwardGradientStrategy
 from flops_lightning.tasks.image_classification import ForwardImageClassifier
 
 FILE_NAME = "summary.json"
@@ -23,9 +25,10 @@ SITES_SHOWN = 6
 class RunSummary(pl.Callback):
     """Test before and after training; print the comparison and write it to ``summary.json`` in the run's folder.
 
-    Keys: ``start_accuracy``, ``test_accuracy``, ``queries``, ``queries_per_sample`` (of a step, all sites together),
-    ``queries_by_site``, ``forward_equivalents``, ``lost_queries``, ``train_seconds``, ``strategy``, ``allocator``,
-    ``seed``.
+    Keys: ``start_accuracy``, ``test_accuracy``, ``steps``, ``samples`` (trained on, once each epoch), ``queries``,
+    ``queries_per_sample`` (``queries / samples``), ``queries_by_site``, ``forward_equivalents``, ``lost_queries``,
+    ``train_seconds`` (validation included, the two tests left out), ``peak_memory_mb`` and ``peak_memory_of`` (see
+    :func:`peak_memory`), ``strategy``, ``allocator``, ``seed``.
     """
 
     def __init__(self, *, export_weights: bool = True) -> None:
@@ -36,17 +39,23 @@ class RunSummary(pl.Callback):
         """
         self.export_weights = export_weights
         self._start_accuracy: float | None = None
+        self._samples = 0
         self._seconds = 0.0
         self._since = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """What the summary of a resumed run needs of the run's beginning."""
         elapsed = time.monotonic() - self._since if self._since else 0.0
-        return {"start_accuracy": self._start_accuracy, "seconds": self._seconds + elapsed}
+        return {
+            "start_accuracy": self._start_accuracy,
+            "samples": self._samples,
+            "seconds": self._seconds + elapsed,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
         self._start_accuracy, self._seconds = state_dict["start_accuracy"], state_dict["seconds"]
+        self._samples = state_dict["samples"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Test before the first step, then start the clock."""
@@ -54,6 +63,13 @@ class RunSummary(pl.Callback):
             self._start_accuracy = _test_accuracy(trainer, pl_module)
             rank_zero_info(f"test accuracy at the start: {_percent(self._start_accuracy)}")
         self._since = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count samples; the meter's clean passes do not, since some strategies make none."""
+        if isinstance(pl_module, ForwardImageClassifier):
+            self._samples += len(batch[1])
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop the clock, test, print and write."""
@@ -67,18 +83,22 @@ class RunSummary(pl.Callback):
     def _report(self, trainer: pl.Trainer, task: ForwardImageClassifier, accuracy: float | None) -> None:
         assert task.strategy is not None
         meter = task.strategy.meter
-        total, clean = meter.total(), meter.sites.get("clean")
-        samples = clean.clean_passes if clean else 0
+        total = meter.total()
+        peak, where = peak_memory(task.device)
         allocators = [c for c in trainer.callbacks if isinstance(c, QueryAllocatorCallback)]  # type: ignore[attr-defined]
         summary = {
             "start_accuracy": self._start_accuracy,
             "test_accuracy": accuracy,
+            "steps": trainer.global_step,
+            "samples": self._samples,
             "queries": total.queries,
-            "queries_per_sample": round(total.queries / max(1, samples), 3),
-            "queries_by_site": {site.name: meter.sites[site.name].queries for site in task.strategy.sites},
+            "queries_per_sample": round(total.queries / max(1, self._samples), 3),
+            "queries_by_site": _queries_by_site(task.strategy),
             "forward_equivalents": round(total.forward_equivalents, 1),
             "lost_queries": total.lost,
             "train_seconds": round(self._seconds, 2),
+            "peak_memory_mb": peak,
+            "peak_memory_of": where,
             "strategy": type(task.strategy).__name__,
             "allocator": type(allocators[0].allocator).__name__ if allocators else "none",
             "seed": torch.initial_seed(),
@@ -93,6 +113,12 @@ class RunSummary(pl.Callback):
             task.export_weights(str(folder / WEIGHTS_NAME))
         curves = f"\nlook at the curves   tensorboard --logdir {folder.parent}" if trainer.log_dir else ""
         rank_zero_info(_text(summary) + f"\nwritten to           {folder}" + curves)
+
+
+def _queries_by_site(strategy: ForwardGradientStrategy) -> dict[str, int]:
+    """Queries of the sites from bottom to top, then of whatever else was paid for."""
+    paid = {name: count.queries for name, count in strategy.meter.sites.items() if count.queries}
+    return {name: paid.get(name, 0) for name in (*(site.name for site in strategy.sites), *paid)}
 
 
 def _text(summary: dict[str, Any]) -> str:

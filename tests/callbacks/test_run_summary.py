@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +15,29 @@ from safetensors.torch import load_file
 from flops_lightning.allocators import EqualAllocator
 from flops_lightning.callbacks import QueryAllocatorCallback, RunSummary
 from flops_lightning.datamodules import DigitsDataModule
-from flops_lightning.strategies import LikelihoodRatio, SiteSpec
+from flops_lightning.strategies import (
+    Backprop,
+    CoordinateFiniteDifferences,
+    ForwardGradientStrategy,
+    LikelihoodRatio,
+    MeZO,
+    SiteSpec,
+)
 from flops_lightning.tasks import ForwardImageClassifier
 
 KWARGS = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2}
 KEYS = {
     "start_accuracy",
     "test_accuracy",
+    "steps",
+    "samples",
     "queries",
     "queries_per_sample",
     "forward_equivalents",
     "lost_queries",
     "train_seconds",
+    "peak_memory_mb",
+    "peak_memory_of",
     "strategy",
     "allocator",
 }
@@ -38,16 +51,20 @@ def accuracy(model: torch.nn.Module, data: DigitsDataModule) -> float:
     return float(torch.cat(hits).float().mean())
 
 
-def run(folder: Path, callbacks: list[pl.Callback], **settings: Any) -> tuple[ForwardImageClassifier, float]:
+def run(
+    folder: Path, callbacks: list[pl.Callback], strategy: ForwardGradientStrategy | None = None, **settings: Any
+) -> tuple[ForwardImageClassifier, float]:
     pl.seed_everything(0, verbose=False)
     sites = [SiteSpec(stages=["embed", "blocks.1"]), SiteSpec(stages=["pool", "head"], name="head")]
+    strategy = LikelihoodRatio(sites=sites) if strategy is None else strategy
     task = ForwardImageClassifier(
-        model_name="vit_tiny_patch16_224", num_classes=10, model_kwargs=KWARGS, strategy=LikelihoodRatio(sites=sites)
+        model_name="vit_tiny_patch16_224", num_classes=10, model_kwargs=KWARGS, strategy=strategy
     )
     start = accuracy(task, DigitsDataModule())
+    usual = {"limit_train_batches": 3, "max_epochs": 1, "enable_checkpointing": False}
     trainer = pl.Trainer(
         accelerator="cpu", logger=False, default_root_dir=folder, callbacks=callbacks, enable_progress_bar=False,
-        enable_checkpointing=False, limit_train_batches=3, limit_val_batches=0, max_epochs=1, **settings,
+        limit_val_batches=0, **{**usual, **settings},
     )  # fmt: skip
     trainer.fit(task, DigitsDataModule(batch_size=32))
     return task, start
@@ -61,12 +78,57 @@ def test_summary_says_what_happened(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert summary["test_accuracy"] == pytest.approx(accuracy(task, DigitsDataModule()))
     assert summary["queries"] == 3 * 32 * 40
     assert summary["queries_per_sample"] == 40
+    assert (summary["steps"], summary["samples"]) == (3, 3 * 32)
     assert summary["queries_by_site"] == {"embed..blocks.1": 3 * 32 * 20, "head": 3 * 32 * 20}
     assert summary["forward_equivalents"] == pytest.approx(task.strategy.meter.total().forward_equivalents, abs=0.1)
     assert summary["lost_queries"] == 0
     assert summary["strategy"] == "LikelihoodRatio"
     assert summary["allocator"] == "EqualAllocator"
     assert 0 < summary["train_seconds"] < 60
+
+
+@pytest.mark.parametrize(
+    ("strategy", "by_site"),
+    [
+        (MeZO(queries=2), {"all": 2}),  # makes no clean pass
+        (CoordinateFiniteDifferences(coordinates=5, ratios="uniform"), {"coordinates": 5}),  # has no sites
+        (Backprop(), {}),
+    ],
+)
+def test_queries_of_a_sample_are_counted_by_samples_whatever_the_strategy_runs(
+    strategy: ForwardGradientStrategy, by_site: dict[str, int], tmp_path: Path
+) -> None:
+    run(tmp_path, [RunSummary()], strategy)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["samples"] == 3 * 32
+    assert summary["queries_per_sample"] == sum(by_site.values())
+    assert summary["queries_by_site"] == {site: queries * 3 * 32 for site, queries in by_site.items()}
+
+
+def test_an_epoch_counts_the_samples_of_its_last_smaller_batch(tmp_path: Path) -> None:
+    run(tmp_path, [RunSummary()], MeZO(), limit_train_batches=1.0)
+    data = DigitsDataModule()
+    data.setup("fit")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["samples"] == len(data.train_set)
+    assert summary["queries_per_sample"] == 2
+
+
+def test_the_memory_of_a_process_is_that_of_its_high_water_mark() -> None:
+    code = (
+        "import torch; from flops_lightning.callbacks.peak_memory import peak_memory as peak\n"
+        "cpu = torch.device('cpu'); before = peak(cpu)[0]; held = torch.ones(2**26); full = peak(cpu)[0]\n"
+        "del held; print(before, full, peak(cpu)[0], peak(cpu)[1])"
+    )
+    # Started from a process that holds more: what the parent once held is not the child's.
+    held = torch.ones(2**27)
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    del held
+    before, full, after, where = answer.stdout.split()
+    assert where == "process"
+    assert float(full) - float(before) == pytest.approx(256, abs=8)  # 2^26 float32
+    assert float(after) == pytest.approx(float(full), abs=8)
+    assert float(before) > 100  # torch itself
 
 
 def test_exported_weights_are_timms(tmp_path: Path) -> None:
