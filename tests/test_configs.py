@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from pathlib import Path
@@ -15,12 +16,13 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
-from flops_lightning.cli import main
+from flops_lightning.cli import build, main
 from flops_lightning.datamodules import CIFAR10DataModule
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml"))
-OVERLAYS = [path for path in CONFIGS if path.startswith(("configs/digits/", "configs/allocators/"))]
+METHODS = [path for path in CONFIGS if path.startswith("configs/method/")]
+OVERLAYS = [path for path in CONFIGS if path.startswith(("configs/digits/", "configs/allocators/", "configs/targets/"))]
 QUICKSTART = "configs/vit_tiny_digits.yaml"
 CIFAR10 = "configs/vit_micro_cifar10.yaml"
 
@@ -39,7 +41,8 @@ def run(configs: list[str], folder: Path, *extra: str) -> dict[str, Any]:
 
 def test_there_are_configurations() -> None:
     assert {QUICKSTART, CIFAR10, "configs/vit_tiny_digits_upright.yaml"} < set(CONFIGS)
-    assert len(OVERLAYS) == 9
+    assert len(OVERLAYS) == 15
+    assert {Path(path).stem for path in METHODS} == set(STRATEGIES)
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +66,10 @@ def cifar10(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("path", CONFIGS)
+@pytest.mark.parametrize("path", [path for path in CONFIGS if path not in METHODS])
 def test_every_configuration_runs(path: str, tmp_path: Path, cifar10: list[str]) -> None:
+    if path.endswith("lora.yaml"):
+        pytest.importorskip("peft")
     configs = [QUICKSTART, path] if path in OVERLAYS else [path]
     limits = ("--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1", "--trainer.max_epochs=1")
     summary = run(configs, tmp_path, *limits, *(cifar10 if path == CIFAR10 else ()))
@@ -76,6 +81,74 @@ def test_every_configuration_runs(path: str, tmp_path: Path, cifar10: list[str])
         assert summary["queries"] == pytest.approx(summary["queries_per_sample"] * 2 * 64, abs=0.1)
     else:
         assert summary["queries"] == 0
+
+
+STRATEGIES = {
+    "bp": ("Backprop", "none", 0),
+    "lr": ("LikelihoodRatio", "EqualAllocator", 20),
+    "ops_lr": ("LikelihoodRatio", "OptimalAllocator", 20),
+    "es": ("EvolutionStrategies", "EqualAllocator", 20),
+    "spsa": ("SPSA", "EqualAllocator", 20),
+    "ops_spsa": ("SPSA", "OptimalAllocator", 20),
+    "spsa_guided": ("SPSA", "EqualAllocator", 20),
+    "mezo": ("MeZO", "none", 2),
+    "mezo_nspsa": ("MeZO", "none", 80),
+    "deepzero_spsa": ("SPSA", "EqualAllocator", 20),
+    "deepzero_cge": ("CoordinateFiniteDifferences", "none", 80),
+    "forward_mode": ("ForwardMode", "EqualAllocator", 20),
+}
+"""Of each method overlay: strategy, allocator, and queries of a sample and step, at each site where there are some."""
+BASES = {QUICKSTART: {"lower", "middle", "top", "head"}, CIFAR10: {"block4", "block5", "head"}}
+"""Configurations that the methods are put on, with their sites."""
+SMALL = ("--data.init_args.batch_size=4", "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=0")
+
+
+@pytest.mark.filterwarnings("ignore:.*has no effect. derivatives are exact:UserWarning")
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("method", STRATEGIES)
+def test_every_method_runs_on_every_configuration(method: str, base: str, tmp_path: Path, cifar10: list[str]) -> None:
+    grasp = ("--model.init_args.strategy.init_args.grasp_queries=3",) if method == "deepzero_cge" else ()
+    extra = (*SMALL, *grasp, *(cifar10 if base == CIFAR10 else ()))
+    summary = run([base, f"configs/method/{method}.yaml"], tmp_path, "--trainer.max_epochs=1", *extra)
+    strategy, allocator, queries = STRATEGIES[method]
+    assert (summary["strategy"], summary["allocator"]) == (strategy, allocator)
+    assert (summary["samples"], summary["lost_queries"]) == (2 * 4, 0)
+    if allocator == "none":
+        once = {"zo_grasp": (2 * 3 + 1) * 4} if method == "deepzero_cge" else {}
+        name = {"MeZO": "all", "CoordinateFiniteDifferences": "coordinates", "Backprop": ""}[strategy]
+        assert summary["queries_by_site"] == ({name: queries * 2 * 4, **once} if name else {})
+    else:  # all of the configuration's sites, each with its queries, and no pilots
+        assert summary["queries_by_site"] == dict.fromkeys(BASES[base], queries * 2 * 4)
+
+
+@pytest.mark.filterwarnings("ignore:.*has no effect. derivatives are exact:UserWarning")
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("method", STRATEGIES)
+def test_a_method_takes_its_own_settings_and_the_sites_and_nothing_else(
+    method: str, base: str, cifar10: list[str]
+) -> None:
+    path = f"configs/method/{method}.yaml"
+    cli = build(["--config", base, "--config", path, *(cifar10 if base == CIFAR10 else ())])
+    strategy = yaml.safe_load(Path(path).read_text())["model"]["init_args"]["strategy"]
+    own = strategy.get("init_args", {})
+    inherited = yaml.safe_load(Path(base).read_text())["model"]["init_args"]["strategy"]["init_args"]
+    parsed = cli.config["model"]["init_args"]["strategy"]
+    assert parsed["class_path"] == strategy["class_path"]
+    known = inspect.signature(type(cli.model.strategy)).parameters
+    given = parsed["init_args"].as_dict() if "init_args" in parsed else {}
+    assert own.keys() <= given.keys()
+    for name, value in given.items():
+        if name == "pilots":
+            assert value["queries"] == 0
+        elif name == "sites":
+            assert [site["name"] for site in value] == [site["name"] for site in inherited["sites"]]
+        else:
+            assert value == own.get(name, inherited.get(name, known[name].default)), name
+    left_out = inherited.keys() - given.keys()
+    assert left_out <= ({"sites", "pilots"} if "sites" not in known else set()) | (inherited.keys() - known.keys())
+    widths = {site.sigma for site in cli.model.strategy.sites}
+    expected = {"ForwardMode": {0.0}, "LikelihoodRatio": {0.03}}.get(STRATEGIES[method][0], {1e-3})
+    assert widths <= expected
 
 
 def test_every_configuration_opens_with_what_it_is_and_how_to_launch_it() -> None:

@@ -13,8 +13,8 @@ import flops_lightning
 PACKAGE = Path(flops_lightning.__file__).parent
 # From the ground up: a module may import from its own layer and from those below.
 LAYERS = [
-    {"errors"},
-    {"meter", "noise", "queries", "staging"},
+    {"errors", "objectives"},
+    {"meter", "noise", "noise_kinds", "queries", "staging"},
     {"allocators", "strategies"},
     {"benchmarks", "callbacks", "datamodules", "tasks"},
     {"cli", "cli_errors", "cli_places", "cli_usage"},

@@ -52,11 +52,20 @@ class Backprop(ForwardGradientStrategy):
         return ((),)
 
     def clean_pass(self, inputs: Tensor, targets: Tensor) -> CleanPass:
-        """Run the batch and keep its graph for :meth:`estimate`."""
+        """Run the batch and keep its graph for :meth:`estimate`.
+
+        Raises:
+            SettingError: the loss has no derivative.
+        """
         with self.network.evaluating(), torch.enable_grad():
             embedding = self.network.run(inputs, 0, len(self.network) - 1)
             output = at_least_float32(self.network.run(embedding, len(self.network) - 1))
             loss = row_losses(self.loss, output, targets)
+        if not loss.requires_grad:
+            raise SettingError(
+                "loss", getattr(self.loss, "__name__", type(self.loss).__name__), "has no derivative.",
+                "Use a strategy that needs none, such as LikelihoodRatio, or a loss such as cross-entropy.",
+            )  # fmt: skip
         self.draw += 1
         self.meter.add(CLEAN, clean_passes=len(loss), forward_equivalents=len(loss))
         return CleanPass(targets, {0: inputs}, output, loss, embedding.detach().flatten(1), self.draw - 1)

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from flops_lightning.errors import SettingError
+from flops_lightning.tasks.parameter_efficient import ADDED, plain_weights
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
@@ -80,9 +81,15 @@ def load_weights(backbone: nn.Module, path: str) -> None:
     if shapes:
         raise SettingError(
             "checkpoint", path, f"has {len(shapes)} tensors of another shape: {shapes[0]}.",
-            "Give the `model_name` and `model_kwargs` (img_size, patch_size, depth, ...) it was trained with.",
+            "Give the `model_name` and `model_kwargs` (img_size, depth, reg_tokens, ...) it was trained with.",
         )  # fmt: skip
     result = backbone.load_state_dict({k: v for k, v in state.items() if k not in head}, strict=False)
+    added = [name for name in result.unexpected_keys if any(part in name for part in ADDED)]
+    if added:
+        raise SettingError(
+            "checkpoint", path, f"is of a run with LoRA or prompts and holds them apart: {added[0]}.",
+            "Give that run's model.safetensors (export_weights), where they are part of the network.",
+        )  # fmt: skip
     missing = [name for name in result.missing_keys if name not in head]
     if missing or result.unexpected_keys:
         raise SettingError(
@@ -117,8 +124,8 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def save_weights(backbone: nn.Module, path: str | Path) -> None:
-    """Write the weights under timm's own names as safetensors (or, by another suffix, with ``torch.save``)."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
+    """Write :func:`plain_weights` as safetensors (or, by another suffix, with ``torch.save``)."""
+    state = {name: tensor.cpu().contiguous() for name, tensor in plain_weights(backbone).items()}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".safetensors":

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -18,7 +19,8 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from flops_lightning.allocators.statistics import SampleStatistics, TraceObservation
 from flops_lightning.errors import LostQueriesError, SettingError
-from flops_lightning.queries import CleanPass
+from flops_lightning.objectives import Objective, dotted_path, find_objective
+from flops_lightning.queries import CleanPass, row_losses
 from flops_lightning.staging import stage_network
 from flops_lightning.strategies.base import Estimate, ForwardGradientStrategy
 from flops_lightning.tasks.backbone import check_images, create_backbone, load_weights, save_weights
@@ -33,6 +35,7 @@ from flops_lightning.tasks.optimisation import (
     read_settings,
     squared_step_sizes,
 )
+from flops_lightning.tasks.parameter_efficient import TargetSettings, apply_target, check_target_learns
 from flops_lightning.tasks.trainer_checks import check_trainer
 
 Batch = tuple[Tensor, Tensor]
@@ -56,9 +59,11 @@ class ForwardImageClassifier(pl.LightningModule):
         model_kwargs: Mapping[str, Any] | None = None,
         pretrained: bool = False,
         checkpoint: str = "",
+        target: TargetSettings | None = None,
         freeze: Sequence[str] = (),
         optimizer: OptimizerSettings | None = None,
         clip: ClipSettings | None = None,
+        loss: str | Objective | None = None,
         label_smoothing: float = 0.0,
         max_skipped_steps: int = 10,
     ) -> None:
@@ -71,10 +76,13 @@ class ForwardImageClassifier(pl.LightningModule):
             model_kwargs: Further arguments of ``timm.create_model`` (``img_size``, ``in_chans``, ``depth``, ...).
             pretrained: Start from timm's weights.
             checkpoint: Start from a local file instead (safetensors, or a plain ``torch.save``).
+            target: Which parameters learn: all, or the few of a parameter-efficient target.
             freeze: Shell patterns of parameters that are not trained, for example ``["pos_embed", "blocks.0.*"]``.
             optimizer: Optimiser and schedule.
             clip: Gradient clipping.
-            label_smoothing: Label smoothing of the cross-entropy, 0 to below 1.
+            loss: What is minimised: a function ``(logits (r, c), target (r,)) -> (r,)`` or its dotted path, for example
+                ``flops_lightning.objectives.zero_one_error``; None: cross-entropy. It needs no derivative.
+            label_smoothing: Label smoothing of that cross-entropy, 0 to below 1.
             max_skipped_steps: Steps in a row that may lose all their queries before the run stops.
 
         Raises:
@@ -83,23 +91,33 @@ class ForwardImageClassifier(pl.LightningModule):
         super().__init__()
         if not 0 <= label_smoothing < 1:
             raise SettingError("label_smoothing", label_smoothing, "is not in [0, 1).", "Write for example 0.1.")
+        if label_smoothing and loss is not None:
+            raise SettingError(
+                "label_smoothing", label_smoothing, "has no effect on a `loss` of your own.", "Remove one of the two."
+            )
         if max_skipped_steps < 0:
             raise SettingError("max_skipped_steps", max_skipped_steps, "is negative.", "Write 0 or more.")
         if pretrained and checkpoint:
             raise SettingError("pretrained", True, "`checkpoint` is given as well.", "Choose one of the two.")
         self.optimizer_settings = read_settings("optimizer", OptimizerSettings, optimizer)
         self.clip_settings = read_settings("clip", ClipSettings, clip)
+        self.target_settings = read_settings("target", TargetSettings, target)
         self.optimizer_settings.check()
         self.clip_settings.check()
+        self.target_settings.check()
+        self.objective = find_objective(loss) if isinstance(loss, str) else loss
+        patterns = [freeze] if isinstance(freeze, str) else list(freeze)
         # Plain values only, so that checkpoints load with weights_only=True. The start weights are in the state_dict.
         self.save_hyperparameters(
             {
                 "model_name": model_name,
                 "num_classes": num_classes,
                 "model_kwargs": dict(model_kwargs or {}),
-                "freeze": [freeze] if isinstance(freeze, str) else list(freeze),
+                "target": asdict(self.target_settings),
+                "freeze": patterns,
                 "optimizer": asdict(self.optimizer_settings),
                 "clip": asdict(self.clip_settings),
+                "loss": None if self.objective is None else dotted_path(self.objective),
                 "label_smoothing": label_smoothing,
                 "max_skipped_steps": max_skipped_steps,
             }
@@ -107,7 +125,9 @@ class ForwardImageClassifier(pl.LightningModule):
         self.backbone = create_backbone(model_name, model_kwargs or {}, num_classes=num_classes, pretrained=pretrained)
         if checkpoint:
             load_weights(self.backbone, checkpoint)
-        freeze_parameters(self.backbone, [freeze] if isinstance(freeze, str) else freeze)
+        apply_target(self.backbone, self.target_settings)
+        freeze_parameters(self.backbone, patterns)
+        check_target_learns(self.backbone, self.target_settings.kind, patterns)
         self.label_smoothing = label_smoothing
         self.max_skipped_steps = max_skipped_steps
         self.network = stage_network(self.backbone)
@@ -134,11 +154,27 @@ class ForwardImageClassifier(pl.LightningModule):
         return logits
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """``(b,)`` cross-entropies."""
+        """``(b,)`` losses: those of the setting ``loss``, or cross-entropies."""
+        if self.objective is not None:
+            return self.objective(logits, labels)
         return F.cross_entropy(logits, labels, reduction="none", label_smoothing=self.label_smoothing)
 
+    @contextmanager
+    def _loss_named(self) -> Iterator[None]:
+        # To the strategy the loss is a method of this class; the user knows it by the name given in the settings.
+        try:
+            yield
+        except SettingError as error:
+            if error.setting != "loss" or self.objective is None:
+                raise
+            raise SettingError("loss", dotted_path(self.objective), error.problem, error.remedy) from error
+
     def export_weights(self, path: str) -> None:
-        """Write the backbone's weights under timm's names, for use without this package."""
+        """Write the backbone's weights under timm's names, for use without this package.
+
+        LoRA is merged into the weights; visual prompts are written as register tokens, so that the file is that of the
+        same timm model with ``reg_tokens`` raised by their number.
+        """
         save_weights(self.backbone, path)
 
     # -- what the allocator's callback asks for ------------------------------------------------------------------------
@@ -192,7 +228,8 @@ class ForwardImageClassifier(pl.LightningModule):
         images, labels = batch
         if self._clean is None or self._clean[0] is not images:
             check_images(self.backbone, images)
-            self._clean = (images, self._strategy().clean_pass(images, labels))
+            with self._loss_named():
+                self._clean = (images, self._strategy().clean_pass(images, labels))
         return self._clean[1]
 
     def _strategy(self) -> ForwardGradientStrategy:
@@ -223,7 +260,7 @@ class ForwardImageClassifier(pl.LightningModule):
 
     def _bind_anew(self, strategy: ForwardGradientStrategy) -> None:
         # A head replaced or parameters frozen since the task was made would go unnoticed otherwise.
-        owned = {id(p) for site in strategy.sites for p in site.parameters.values()}
+        owned = {id(p) for site in (*strategy.sites, *strategy.exact_sites) for p in site.parameters.values()}
         if strategy.sites and owned != {id(p) for p in self.network.trainable().values()}:
             strategy.bind(self.network, self.loss)
 
@@ -325,7 +362,9 @@ class ForwardImageClassifier(pl.LightningModule):
         images, labels = batch
         logits = self(images)
         accuracy(logits, labels)
-        self.log(f"{stage}/loss", self.loss(logits, labels).mean(), batch_size=len(labels))
+        with self._loss_named():
+            losses = row_losses(self.loss, logits, labels)
+        self.log(f"{stage}/loss", losses.mean(), batch_size=len(labels))
         self.log(f"{stage}/accuracy", accuracy, prog_bar=True, batch_size=len(labels))
 
     def predict_step(self, batch: Batch | Tensor, batch_idx: int) -> dict[str, Tensor]:

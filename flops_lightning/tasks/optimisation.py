@@ -14,10 +14,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from flops_lightning.errors import SettingError
+from flops_lightning.tasks.parameter_efficient import TargetSettings
 
 OptimizerName = Literal["adam", "adamw", "sgd"]
 ScheduleName = Literal["constant", "cosine"]
-S = TypeVar("S", "OptimizerSettings", "ClipSettings")
+S = TypeVar("S", "OptimizerSettings", "ClipSettings", TargetSettings)
 
 
 @dataclass

@@ -25,6 +25,7 @@ from flops_lightning.allocators import (
 )
 from flops_lightning.callbacks import QueryAllocatorCallback
 from flops_lightning.errors import LostQueriesError, SettingError
+from flops_lightning.objectives import cross_entropy, zero_one_error
 from flops_lightning.strategies import Backprop, PilotSpec
 from flops_lightning.tasks import ClipSettings, ForwardImageClassifier, OptimizerSettings
 from flops_lightning.tasks.trainer_checks import check_trainer
@@ -231,6 +232,8 @@ def test_copies_and_pickles_keep_their_stages(make_task: Any) -> None:
         ({"pretrained": True, "checkpoint": "x.ckpt"}, "pretrained = True: `checkpoint` is given as well"),
         ({"freeze": ["blocks.9.*"]}, r"freeze = 'blocks.9.\*': matches no parameter. Write a pattern"),
         ({"label_smoothing": 1.0}, "label_smoothing = 1.0"),
+        ({"loss": zero_one_error, "label_smoothing": 0.1}, "label_smoothing = 0.1: has no effect on a `loss`"),
+        ({"loss": "flops_lightning.objectives.zero_won"}, "loss = '.*zero_won': cannot be imported .*dotted path"),
         ({"max_skipped_steps": -1}, "max_skipped_steps = -1"),
         ({"optimizer": OptimizerSettings(lr=0.0)}, "optimizer.lr = 0.0: must be positive"),
         ({"optimizer": OptimizerSettings(name="adam", momentum=0.9)}, "optimizer.momentum = 0.9: adam has no"),
@@ -443,3 +446,65 @@ def test_traces_are_watched_only_on_request(make_task: Any, make_trainer: Any, d
         assert (observation is not None) is watched
         if observation is not None:
             assert bool((observation.trace[observation.queries > 1] >= 0).all())
+
+
+class TestLoss:
+    @pytest.mark.parametrize("loss", [zero_one_error, "flops_lightning.objectives.zero_one_error"])
+    def test_it_is_what_is_minimised_and_reported(
+        self, make_task: Any, make_trainer: Any, digits: Any, tmp_path: Any, loss: Any
+    ) -> None:
+        task = make_task(loss=loss)
+        trainer = make_trainer()
+        trainer.fit(task, digits)
+        trainer.save_checkpoint(tmp_path / "run.ckpt")
+        loaded = ForwardImageClassifier.load_from_checkpoint(tmp_path / "run.ckpt", weights_only=True)
+        assert loaded.objective is zero_one_error
+        (metrics,) = make_trainer().test(loaded, digits, verbose=False)
+        assert metrics["test/loss"] == pytest.approx(1.0 - metrics["test/accuracy"])
+        predicted = make_trainer().predict(loaded, digits)
+        expected = make_trainer().predict(task, digits)
+        assert all(torch.equal(a["label"], b["label"]) for a, b in zip(predicted, expected, strict=True))
+
+    def test_cross_entropy_named_is_cross_entropy_by_default(
+        self, make_task: Any, make_trainer: Any, digits: Any
+    ) -> None:
+        ends = []
+        for loss in (None, cross_entropy):
+            task = make_task(loss=loss)
+            make_trainer().fit(task, digits)
+            ends.append(parameters(task))
+        assert torch.equal(*ends)
+
+    def test_a_loss_without_a_path_must_be_given_again(
+        self, make_task: Any, make_trainer: Any, digits: Any, tmp_path: Any
+    ) -> None:
+        def hinge(logits: Tensor, labels: Tensor) -> Tensor:
+            own = logits.gather(1, labels[:, None])
+            return (logits - own + 1).clamp_min(0).sum(1)
+
+        trainer = make_trainer()
+        trainer.fit(make_task(loss=hinge), digits)
+        trainer.save_checkpoint(tmp_path / "run.ckpt")
+        with pytest.raises(SettingError, match=r"loss = '.*hinge\(\.\.\.\)': cannot be imported .*give the function"):
+            ForwardImageClassifier.load_from_checkpoint(tmp_path / "run.ckpt", weights_only=True)
+        again = ForwardImageClassifier.load_from_checkpoint(tmp_path / "run.ckpt", weights_only=True, loss=hinge)
+        assert again.objective is hinge
+
+    def test_a_loss_that_reduces_is_named(self, make_task: Any, make_trainer: Any, digits: Any) -> None:
+        message = (
+            r"loss = 'torch.nn.functional.cross_entropy': returned the shape \(\) for 32 rows. Return one loss a row"
+        )
+        for run in ("fit", "validate"):
+            with pytest.raises(SettingError, match=message):
+                getattr(make_trainer(limit_val_batches=1 if run == "validate" else 0), run)(
+                    make_task(loss="torch.nn.functional.cross_entropy"), digits
+                )
+
+    def test_backprop_on_steps_names_the_loss_and_the_remedy(
+        self, make_task: Any, make_trainer: Any, digits: Any
+    ) -> None:
+        message = (
+            r"loss = 'flops_lightning.objectives.zero_one_error': has no derivative. Use a strategy that needs none"
+        )
+        with pytest.raises(SettingError, match=message):
+            make_trainer().fit(make_task(loss=zero_one_error, strategy=Backprop()), digits)

@@ -1,0 +1,61 @@
+"""Losses ``(logits (r, c), target (r,)) -> (r,)``, to be named in a configuration by their dotted path.
+
+Forward learning only evaluates a loss, so it need not have a derivative. Noise smooths it: what is descended is the
+expectation of the loss under the noise, and its gradient vanishes where no perturbation changes the loss. A loss that
+takes steps therefore wants a sigma at which perturbed outputs cross them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pkgutil import resolve_name
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from flops_lightning.errors import SettingError
+
+Objective = Callable[[Tensor, Tensor], Tensor]
+"""``(logits (r, c), target (r,)) -> (r,)``: one loss a row, no reduction."""
+
+
+def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """``(r,)`` negative log-probabilities of the target class, in nats."""
+    return F.cross_entropy(logits, target, reduction="none")
+
+
+def zero_one_error(logits: Tensor, target: Tensor) -> Tensor:
+    """``(r,)`` 1 where the largest logit is not the target's, else 0; its mean is the error rate. No derivative."""
+    return (logits.argmax(dim=1) != target).to(logits.dtype)
+
+
+def find_objective(path: str) -> Objective:
+    """The function of a dotted path.
+
+    Raises:
+        SettingError: there is none.
+    """
+    try:
+        found: Any = resolve_name(path)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise SettingError(
+            "loss", path, f"cannot be imported ({error}).",
+            "Write the dotted path of a function, for example flops_lightning.objectives.zero_one_error, or give the "
+            "function itself.",
+        ) from error  # fmt: skip
+    if not callable(found) or isinstance(found, type):
+        raise SettingError(
+            "loss", path, "is no function.", "Write the path of a function (logits (r, c), target (r,)) -> (r,)."
+        )
+    return found
+
+
+def dotted_path(objective: Objective) -> str:
+    """What :func:`find_objective` finds it by; with ``(...)`` at the end if it cannot, as for lambdas and objects."""
+    named = objective if hasattr(objective, "__qualname__") else type(objective)
+    path = f"{named.__module__}.{named.__qualname__}"
+    try:
+        return path if resolve_name(path) is objective else f"{path}(...)"
+    except (ImportError, AttributeError, ValueError):
+        return f"{path}(...)"

@@ -1,0 +1,372 @@
+"""What each target trains, and that what it adds folds into plain timm weights."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import pickle
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from flops_lightning.cli import build
+from flops_lightning.errors import SettingError
+from flops_lightning.staging import stage_network
+from flops_lightning.strategies import Backprop, LikelihoodRatio
+from flops_lightning.tasks import ForwardImageClassifier, OptimizerSettings, TargetSettings
+from flops_lightning.tasks.parameter_efficient import PROMPT, VisualPrompt, apply_target, plain_weights
+from tests.reference.networks import (
+    autograd_gradient,
+    bound,
+    cross_entropy,
+    gradients,
+    shaken,
+    squared_error,
+    tiny_vit,
+)
+from tests.reference.smoothed import assert_unbiased, estimates, true_gradients
+from tests.tasks.conftest import MODEL
+
+ROOT = Path(__file__).parents[2]
+needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
+KINDS = ["bias", "norm", "head", pytest.param("lora", marks=needs_peft), "visual_prompt"]
+ADAPTED = ("attn.qkv", "attn.proj")
+
+
+def made(kind: str, **settings: Any) -> nn.Module:
+    """A float64 ViT with a target, every parameter moved from special values such as LoRA's zeros."""
+    vit = tiny_vit(**settings.pop("vit", {}))
+    apply_target(vit, TargetSettings(kind=kind, **settings))
+    return shaken(vit)
+
+
+def trained(module: nn.Module) -> set[str]:
+    return {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def outputs(module: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return module.eval()(x)
+
+
+class TestWhatLearns:
+    def test_everything(self) -> None:
+        vit = tiny_vit()
+        apply_target(vit, TargetSettings())
+        assert trained(vit) == {name for name, _ in vit.named_parameters()}
+
+    def test_biases(self) -> None:
+        per_block = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+        blocks = {f"blocks.{i}.{name}.bias" for i in range(3) for name in per_block}
+        assert trained(made("bias")) == blocks | {"patch_embed.proj.bias", "norm.bias", "head.bias", "head.weight"}
+        assert trained(made("bias", head=False)) == blocks | {"patch_embed.proj.bias", "norm.bias"}
+
+    def test_norms(self) -> None:
+        vit = made("norm", vit={"pre_norm": True, "qk_norm": True})
+        names = ["norm_pre", "norm"]
+        names += [f"blocks.{i}.{name}" for i in range(3) for name in ("norm1", "norm2", "attn.q_norm", "attn.k_norm")]
+        norms = {f"{name}.{leaf}" for name in names for leaf in ("weight", "bias")}
+        assert trained(vit) == norms | {"head.weight", "head.bias"}
+
+    def test_the_head(self) -> None:
+        assert trained(made("head")) == {"head.weight", "head.bias"}
+
+    @needs_peft
+    def test_low_rank_additions(self) -> None:
+        vit = made("lora", rank=2)
+        layers = [f"blocks.{i}.{name}.lora_{part}.default" for i in range(3) for name in ADAPTED for part in "AB"]
+        assert trained(vit) == {f"{name}.weight" for name in layers} | {"head.weight", "head.bias"}
+        assert all(type(vit.get_submodule(name)) is nn.Linear for name in layers)
+        assert vit.get_parameter("blocks.1.attn.qkv.lora_A.default.weight").shape == (2, 16)
+        assert vit.get_parameter("blocks.1.attn.qkv.lora_B.default.weight").shape == (48, 2)
+
+    @needs_peft
+    def test_low_rank_additions_where_the_patterns_say(self) -> None:
+        vit = made("lora", modules=["blocks.2.mlp.*", "patch_embed.*"], head=False)
+        layers = ("patch_embed.proj", "blocks.2.mlp.fc1", "blocks.2.mlp.fc2")
+        assert trained(vit) == {f"{name}.lora_{part}.default.weight" for name in layers for part in "AB"}
+
+    def test_prompts(self) -> None:
+        vit = made("visual_prompt", tokens=3)
+        assert trained(vit) == {PROMPT, "head.weight", "head.bias"}
+        assert vit.get_parameter(PROMPT).shape == (1, 3, 16)
+
+    def test_all_but_the_head(self) -> None:
+        vit = tiny_vit()
+        everything = trained(vit)
+        apply_target(vit, TargetSettings(head=False))
+        assert trained(vit) == everything - {"head.weight", "head.bias"}
+
+
+class TestStart:
+    @needs_peft
+    def test_low_rank_additions_start_as_nothing(self, images: tuple[Tensor, Tensor]) -> None:
+        vit = tiny_vit()
+        before = outputs(vit, images[0])
+        apply_target(vit, TargetSettings(kind="lora"))
+        assert torch.equal(outputs(vit, images[0]), before)
+
+    def test_prompts_stand_between_class_token_and_patches(self) -> None:
+        module = VisualPrompt(nn.Identity(), tokens=2, prefix=1, width=3, std=1.0)
+        x = torch.randn(4, 6, 3)
+        out = module(x)
+        assert torch.equal(out[:, :1], x[:, :1])
+        assert torch.equal(out[:, 3:], x[:, 1:])
+        assert all(torch.equal(each, module.tokens[0]) for each in out[:, 1:3])
+
+    def test_prompts_have_the_width_of_glorot_s_rule(self) -> None:
+        vit = tiny_vit(embed_dim=64)
+        apply_target(vit, TargetSettings(kind="visual_prompt", tokens=200))
+        expected = (2 / (16 + 64)) ** 0.5
+        error = expected / (2 * 200 * 64) ** 0.5
+        assert float(vit.get_parameter(PROMPT).detach().std()) == pytest.approx(expected, abs=4 * error)
+
+
+POOLINGS = [
+    {},
+    {"global_pool": "avg"},
+    {"global_pool": "max", "pre_norm": True},
+    {"global_pool": "avg", "class_token": False},
+    {"global_pool": "map", "reg_tokens": 2},
+    {"global_pool": "avg", "reg_tokens": 2, "no_embed_class": True},
+    {"pos_embed": "none", "pre_norm": True, "reg_tokens": 1},
+]
+
+
+class TestPlainWeights:
+    @pytest.mark.parametrize("settings", POOLINGS, ids=str)
+    def test_prompts_are_timm_s_register_tokens(self, settings: dict[str, Any], images: tuple[Tensor, Tensor]) -> None:
+        vit = made("visual_prompt", tokens=3, vit=settings)
+        plain = tiny_vit(**{**settings, "reg_tokens": settings.get("reg_tokens", 0) + 3})
+        plain.load_state_dict(plain_weights(vit))
+        torch.testing.assert_close(outputs(plain, images[0]), outputs(vit, images[0]))
+        # The stages agree with the network, and so do the tokens that the pooling is said to read.
+        staged = stage_network(vit)
+        torch.testing.assert_close(staged.run(images[0]), outputs(vit, images[0]))
+        assert staged.stages[-2].reads == stage_network(plain).stages[-2].reads
+
+    def test_pooling_over_patches_leaves_prompts_out(self, images: tuple[Tensor, Tensor]) -> None:
+        vit = made("visual_prompt", tokens=3, vit={"global_pool": "avg"})
+        tokens = vit.forward_features(images[0])
+        assert tokens.shape[1] == 1 + 3 + 4
+        torch.testing.assert_close(vit.pool(tokens), tokens[:, 4:].mean(1))
+
+    @needs_peft
+    def test_low_rank_additions_merge(self, images: tuple[Tensor, Tensor]) -> None:
+        vit = made("lora", modules=["patch_embed.proj", "blocks.*.attn.*", "blocks.*.mlp.*"], alpha=3.0)
+        before = {name: tensor.clone() for name, tensor in vit.state_dict().items()}
+        plain = tiny_vit()
+        untouched = outputs(plain, images[0])
+        plain.load_state_dict(plain_weights(vit))
+        torch.testing.assert_close(outputs(plain, images[0]), outputs(vit, images[0]))
+        assert not torch.allclose(outputs(plain, images[0]), untouched)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in vit.state_dict().items())
+
+    @pytest.mark.parametrize("kind", ["bias", "norm", "head"])
+    def test_others_are_plain_already(self, kind: str) -> None:
+        vit = made(kind)
+        plain = plain_weights(vit)
+        assert plain.keys() == vit.state_dict().keys()
+        assert all(torch.equal(plain[name], tensor) for name, tensor in vit.state_dict().items())
+
+
+LAYOUTS: dict[str, list[dict[str, Any]]] = {
+    "group": [{"stages": ["2", "3"]}],
+    "linear": [{"stages": ["2"], "kind": "linear"}],
+}
+
+
+class TestLearning:
+    @staticmethod
+    def check(
+        module: nn.Module, sites: list[dict[str, Any]], tokens: tuple[Tensor, Tensor], *, draws: int = 150
+    ) -> set[str]:
+        """Compare the estimates of all sites with autograd; the names of the parameters that they taught."""
+        strategy = bound(module, squared_error, [{**site, "sigma": 0.2} for site in sites], chunk_rows=1000)
+        problem = tokens[0], tokens[1] + 6  # far from what the network says, so that the gradient is steep
+        truth = true_gradients(strategy, *problem)
+        for site, estimate in estimates(strategy, *problem, torch.tensor([500, 900, 500, 300]), draws=draws).items():
+            assert_unbiased(estimate, truth[site])
+        return {name for site in strategy.sites for name in site.parameters}
+
+    @needs_peft
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_both_kinds_of_site_teach_low_rank_additions(
+        self, layout: str, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
+    ) -> None:
+        apply_target(tokens_net, TargetSettings(kind="lora", rank=2, modules=["2"]))
+        shaken(tokens_net, scale=0.5)
+        taught = self.check(tokens_net, LAYOUTS[layout], tokens)
+        assert taught == {"2.lora_A.default.weight", "2.lora_B.default.weight"}
+
+    def test_a_block_site_teaches_prompts(self, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+        prompt = VisualPrompt(nn.Identity(), tokens=2, prefix=1, width=3, std=1.0)
+        net = shaken(nn.Sequential(prompt, *tokens_net))
+        for name, parameter in net.named_parameters():
+            parameter.requires_grad_(name == "0.tokens")
+        assert self.check(net, [{"stages": ["0"]}], tokens) == {"0.tokens"}
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_the_default_sites_own_what_learns(self, kind: str) -> None:
+        vit = made(kind)
+        strategy = LikelihoodRatio()
+        strategy.bind(stage_network(vit), cross_entropy)
+        assert {name for site in strategy.sites for name in site.parameters} == trained(vit)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_backprop_gives_gradients_to_what_learns(self, kind: str, images: tuple[Tensor, Tensor]) -> None:
+        vit = made(kind)
+        strategy = Backprop()
+        strategy.bind(stage_network(vit), cross_entropy)
+        strategy.estimate(strategy.clean_pass(*images))
+        found, expected = gradients(vit), autograd_gradient(vit, cross_entropy, *images)
+        assert {name for name, gradient in found.items() if gradient is not None} == trained(vit)
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient)
+
+
+def parameters(task: ForwardImageClassifier) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in task.backbone.named_parameters()}
+
+
+class TestTask:
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_only_the_target_moves_and_the_checkpoint_comes_back(
+        self, make_task: Any, make_trainer: Any, digits: Any, tmp_path: Path, kind: str
+    ) -> None:
+        settings = {"target": TargetSettings(kind=kind), "optimizer": OptimizerSettings(lr=0.01)}
+        task = make_task(strategy=LikelihoodRatio(seed=0), **settings)
+        before, learns = parameters(task), trained(task.backbone)
+        trainer = make_trainer()
+        trainer.fit(task, digits)
+        assert {name for name, p in parameters(task).items() if not torch.equal(p, before[name])} == learns
+        trainer.save_checkpoint(tmp_path / "run.ckpt")
+        loaded = ForwardImageClassifier.load_from_checkpoint(tmp_path / "run.ckpt", weights_only=True)
+        assert loaded.target_settings == task.target_settings
+        assert trained(loaded.backbone) == learns
+        x = torch.randn(3, 1, 8, 8)
+        assert torch.equal(outputs(loaded, x), outputs(task, x))
+        assert make_trainer().test(loaded, digits, verbose=False) == make_trainer().test(task, digits, verbose=False)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_start_weights_in_and_plain_weights_out(self, make_task: Any, tmp_path: Path, kind: str) -> None:
+        plain = make_task(strategy=None)
+        plain.export_weights(str(tmp_path / "start.safetensors"))
+        start = {"checkpoint": str(tmp_path / "start.safetensors"), "strategy": None}
+        task = make_task(**start, target={"kind": kind})
+        kept = {name: task.backbone.get_parameter(name) for name in ("cls_token", "head.weight", "norm.weight")}
+        assert all(torch.equal(p, plain.backbone.get_parameter(name)) for name, p in kept.items())
+        for parameter in task.network.trainable().values():
+            parameter.data += 0.1 * torch.randn(parameter.shape)
+        file = tmp_path / "end.safetensors"
+        task.export_weights(str(file))
+        more = {"reg_tokens": 8} if kind == "visual_prompt" else {}
+        timm_model = timm.create_model(MODEL["model_name"], num_classes=10, **MODEL["model_kwargs"], **more)
+        timm_model.load_state_dict(load_file(file))
+        again = make_task(strategy=None, checkpoint=str(file), model_kwargs={**MODEL["model_kwargs"], **more})
+        x = torch.randn(3, 1, 8, 8)
+        expected = outputs(task, x)
+        torch.testing.assert_close(outputs(timm_model, x), expected)
+        torch.testing.assert_close(outputs(again, x), expected)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_copies_and_pickles(self, make_task: Any, kind: str) -> None:
+        task = make_task(target=TargetSettings(kind=kind), strategy=LikelihoodRatio())
+        x = torch.randn(2, 1, 8, 8)
+        for twin in (copy.deepcopy(task), pickle.loads(pickle.dumps(task))):
+            assert torch.equal(outputs(twin, x), outputs(task, x))
+            assert trained(twin.backbone) == trained(task.backbone)
+
+    def test_freeze_takes_away(self, make_task: Any) -> None:
+        task = make_task(target=TargetSettings(kind="bias"), freeze=["blocks.*", "head.*"], strategy=None)
+        assert trained(task.backbone) == {"patch_embed.proj.bias", "norm.bias"}
+
+    def test_without_a_target_nothing_changes(self, make_task: Any) -> None:
+        plain, named = make_task(), make_task(target=TargetSettings(kind="all"))
+        assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), named.parameters(), strict=True))
+        assert trained(named.backbone) == trained(plain.backbone)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_overlay_trains_as_many_parameters_as_it_says(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    overlay = Path("configs/targets") / f"{kind}.yaml"
+    task = build(["--config", "configs/vit_tiny_digits.yaml", "--config", str(overlay)]).model
+    (said,) = re.findall(r"expect: +([\d,]+) .*parameters learn", overlay.read_text())
+    assert sum(p.numel() for p in task.network.trainable().values()) == int(said.replace(",", ""))
+    assert {name for site in task.strategy.sites for name in site.parameters} == trained(task.backbone)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kind": "adapter"}, r"target.kind = 'adapter': is not known. Choose from \['all', 'bias'"),
+        ({"kind": "head", "head": False}, "target.head = False: leaves nothing to train"),
+        ({"kind": "bias", "rank": 2}, "target.rank = 2: has no effect with kind: bias. Remove it"),
+        ({"kind": "visual_prompt", "alpha": 2.0}, "target.alpha = 2.0: has no effect with kind: visual_prompt"),
+        ({"kind": "norm", "modules": ["*"]}, r"target.modules = \['\*'\]: has no effect with kind: norm"),
+        ({"kind": "lora", "tokens": 3}, "target.tokens = 3: has no effect with kind: lora"),
+        ({"kind": "lora", "rank": 0}, "target.rank = 0: is no positive integer. Write for example 4"),
+        ({"kind": "lora", "alpha": 0.0}, "target.alpha = 0.0: must be positive"),
+        ({"kind": "lora", "modules": []}, "target.modules = .*: is no list of patterns"),
+        ({"kind": "lora", "modules": "blocks.*"}, "target.modules = .*: is no list of patterns"),
+        ({"kind": "visual_prompt", "tokens": 0}, "target.tokens = 0: is no positive integer"),
+        ({"kinds": "bias"}, "target = .*kinds.*See TargetSettings"),
+    ],
+)
+def test_bad_settings_name_themselves_and_the_remedy(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        ForwardImageClassifier(**MODEL, target=settings)
+
+
+@needs_peft
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"modules": ["blocks.9.*"]}, r"target.modules = 'blocks.9.\*': matches no linear .*patch_embed.proj"),
+        ({"modules": ["head"]}, "target.modules = 'head': matches no linear or convolution module outside the head"),
+        ({"rank": 17}, "target.rank = 17: blocks.0.attn.qkv has no more than rank 16. Write 16 or less"),
+    ],
+)
+def test_bad_settings_of_lora(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        ForwardImageClassifier(**MODEL, target=TargetSettings(kind="lora", **settings))
+
+
+def test_lora_without_peft_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(SettingError, match=r'target.kind = .lora.: needs the package peft .*"flops-lightning\[peft\]"'):
+        ForwardImageClassifier(**MODEL, target=TargetSettings(kind="lora"))
+
+
+def test_a_target_that_freeze_takes_away_whole_is_refused(make_task: Any) -> None:
+    with pytest.raises(SettingError, match=r"freeze = .*leaves nothing of target.kind = 'visual_prompt'.*freeze: \[\]"):
+        make_task(target=TargetSettings(kind="visual_prompt"), freeze=["norm_pre.*"], strategy=None)
+
+
+def test_networks_without_what_the_target_trains_are_refused() -> None:
+    vit = tiny_vit(qkv_bias=False, norm_layer=nn.Identity)
+    with pytest.raises(SettingError, match=r"target.kind = 'norm': VisionTransformer has no such parameters"):
+        apply_target(vit, TargetSettings(kind="norm"))
+    with pytest.raises(SettingError, match=r"target.kind = 'visual_prompt': ResNet is no ViT"):
+        apply_target(timm.create_model("resnet18"), TargetSettings(kind="visual_prompt"))
+
+
+def test_prompts_in_a_network_that_resizes_its_positions_are_refused() -> None:
+    with pytest.raises(SettingError, match=r"target.kind = 'visual_prompt': .*dynamic_img_size out"):
+        apply_target(tiny_vit(dynamic_img_size=True), TargetSettings(kind="visual_prompt"))
+
+
+@pytest.mark.parametrize("kind", [pytest.param("lora", marks=needs_peft), "visual_prompt"])
+def test_a_run_with_additions_is_no_start_for_a_plain_network(make_task: Any, tmp_path: Path, kind: str) -> None:
+    task = make_task(target=TargetSettings(kind=kind), strategy=None)
+    torch.save({"state_dict": task.state_dict()}, tmp_path / "run.ckpt")
+    with pytest.raises(SettingError, match=r"checkpoint = .*holds them apart.*Give that run's model.safetensors"):
+        make_task(checkpoint=str(tmp_path / "run.ckpt"), strategy=None)
