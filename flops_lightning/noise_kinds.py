@@ -7,8 +7,9 @@ them, and every row is a function of its key alone (:mod:`flops_lightning.noise`
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -73,6 +74,22 @@ class NoiseSpec:
                     f"{setting}.orthogonal", True, f"orthogonal directions are not {value}.",
                     f"Write {name}: {needed}, or orthogonal: false.",
                 )  # fmt: skip
+
+
+def read_noise(noise: NoiseSpec | Mapping[str, Any] | None, setting: str = "strategy.noise") -> NoiseSpec:
+    """The setting as it comes from Python, a plain mapping allowed; None: dense Gaussian noise.
+
+    Raises:
+        SettingError: neither a NoiseSpec nor a mapping of its settings, or one that :meth:`NoiseSpec.check` refuses.
+    """
+    try:
+        spec = NoiseSpec(**noise) if isinstance(noise, Mapping) else noise or NoiseSpec()
+    except TypeError as error:
+        raise SettingError(setting, noise, f"{error}.", "See NoiseSpec.") from error
+    if not isinstance(spec, NoiseSpec):
+        raise SettingError(setting, noise, "is not a NoiseSpec.", "Write for example NoiseSpec(layout='factored').")
+    spec.check(setting)
+    return spec
 
 
 def tokens_and_features(shape: tuple[int, ...]) -> tuple[int, int]:

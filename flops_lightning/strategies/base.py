@@ -75,6 +75,11 @@ class ForwardGradientStrategy(ABC):
         """Sites from bottom to top; empty for a strategy without queries."""
 
     @property
+    def exact_sites(self) -> tuple[Site, ...]:
+        """Sites above these whose gradient is exact and costs no query: they have no budget, counts or traces."""
+        return ()
+
+    @property
     @abstractmethod
     def budget(self) -> QueryBudget | None:
         """What an allocator may split, one entry per site, pilots taken off; None for a strategy without queries."""
@@ -82,7 +87,7 @@ class ForwardGradientStrategy(ABC):
     @property
     @abstractmethod
     def update_groups(self) -> tuple[tuple[str, ...], ...]:
-        """Names of the sites to be estimated before each optimiser step, in order."""
+        """Names of the sites, exact ones included, to be estimated before each optimiser step, in order."""
 
     @abstractmethod
     def clean_pass(self, inputs: Tensor, targets: Tensor) -> CleanPass:

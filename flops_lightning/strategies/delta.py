@@ -22,12 +22,13 @@ import torch
 from torch import Tensor
 
 from flops_lightning.queries import Chunk
+from flops_lightning.strategies.site_widths import by_token
 
 Variant = Literal["plain", "baseline", "leave_one_out", "antithetic"]
 
 
 def query_weights(
-    losses: Tensor, clean: Tensor, real: Tensor, *, sigma: float, variant: Variant
+    losses: Tensor, clean: Tensor, real: Tensor, *, sigma: float | Tensor, variant: Variant
 ) -> tuple[Tensor, Tensor]:
     """Weights of the rows' noise, and which rows count.
 
@@ -71,6 +72,9 @@ class DeltaSums:
         squares: ``(b,)`` sum over units (queries, or antithetic pairs) of the squared norm of the unit's gradient.
         noise: ``(b, ...)`` ``sum_q z_q`` (``leave_one_out`` only).
         weights: ``(b,)`` ``sum_q w_q`` (``leave_one_out`` only).
+        token_squares: ``(b, t)`` as ``squares``, of the unit's ``delta`` at each token, where they are asked for.
+        slopes: ``(b,)`` ``sum_q (L_q - L_clean) (||z_q||^2 - d)``, where they are asked for: the likelihood-ratio
+            derivative of the sample's smoothed loss in log sigma, times its queries.
     """
 
     weighted: Tensor
@@ -78,17 +82,42 @@ class DeltaSums:
     squares: Tensor
     noise: Tensor | None = None
     weights: Tensor | None = None
+    token_squares: Tensor | None = None
+    slopes: Tensor | None = None
 
     @classmethod
-    def empty(cls, batch_size: int, like: Tensor, *, variant: Variant) -> DeltaSums:
-        """Zeros for rows of noise shaped like those of ``like`` ``(r, ...)``."""
-        lines = like.new_zeros(batch_size, *like.shape[1:])
-        vector = like.new_zeros(batch_size)
-        if variant != "leave_one_out":
-            return cls(lines, vector, vector.clone())
-        return cls(lines, vector, vector.clone(), lines.clone(), vector.clone())
+    def empty(
+        cls, batch_size: int, like: Tensor, *, variant: Variant, tokens: bool = False, slopes: bool = False
+    ) -> DeltaSums:
+        """Zeros for rows of noise shaped like those of ``like`` ``(r, ...)``.
 
-    def add(self, chunk: Chunk, z: Tensor, weights: Tensor, alive: Tensor, sq_norms: Tensor | None, unit: int) -> None:
+        Args:
+            batch_size: Number of samples ``b``.
+            like: Noise of some rows.
+            variant: The control variate.
+            tokens: Sum the squares of each token as well, where there is more than one.
+            slopes: Sum the derivatives in log sigma as well.
+        """
+        sums = cls(like.new_zeros(batch_size, *like.shape[1:]), like.new_zeros(batch_size), like.new_zeros(batch_size))
+        if variant == "leave_one_out":
+            sums.noise, sums.weights = torch.zeros_like(sums.weighted), torch.zeros_like(sums.survivors)
+        number = by_token(like[:1]).shape[1]
+        if tokens and number > 1:
+            sums.token_squares = like.new_zeros(batch_size, number)
+        if slopes:
+            sums.slopes = torch.zeros_like(sums.survivors)
+        return sums
+
+    def add(
+        self,
+        chunk: Chunk,
+        z: Tensor,
+        weights: Tensor,
+        alive: Tensor,
+        sq_norms: Tensor | None,
+        unit: int,
+        slopes: Tensor | None = None,
+    ) -> None:
         """Add one chunk.
 
         Args:
@@ -98,16 +127,23 @@ class DeltaSums:
             alive: ``(r,)`` rows that count.
             sq_norms: ``(r,)`` squared norm of the gradient that each row's ``z`` stands for; None: no traces wanted.
             unit: Rows in an independent unit: 2 for antithetic pairs, else 1.
+            slopes: ``(r,)`` terms of :attr:`slopes`, zero on rows that do not count; None: not wanted.
         """
         weights, alive = weights.to(z.dtype), alive.to(z.dtype)
         by_sample = spread(chunk, weights)
         self.weighted[chunk.span].flatten(1).addmm_(by_sample, z.flatten(1))
         by_life = spread(chunk, alive)
         self.survivors[chunk.span] += by_life.sum(1)
-        if sq_norms is not None:
+        if sq_norms is not None or self.token_squares is not None:
             signs = torch.tensor([1.0, -1.0], dtype=z.dtype, device=z.device)[:unit]
-            per_unit = (weights.view(-1, unit) * signs).mean(1).square() * sq_norms.view(-1, unit)[:, 0]
-            self.squares[chunk.span] += spread(chunk, per_unit.repeat_interleave(unit) / unit).sum(1)
+            # Rows of a unit have the same norms, so each brings its share of the unit's square.
+            per_row = (weights.view(-1, unit) * signs).mean(1).square().repeat_interleave(unit) / unit
+            if sq_norms is not None:
+                self.squares[chunk.span] += spread(chunk, per_row * sq_norms).sum(1)
+            if self.token_squares is not None:
+                self.token_squares[chunk.span].addmm_(spread(chunk, per_row), by_token(z).square().sum(2))
+        if self.slopes is not None and slopes is not None:
+            self.slopes[chunk.span] += spread(chunk, slopes.to(z.dtype)).sum(1)
         if self.noise is not None and self.weights is not None:
             self.noise[chunk.span].flatten(1).addmm_(by_life, z.flatten(1))
             self.weights[chunk.span] += by_sample.sum(1)
@@ -142,6 +178,29 @@ class DeltaSums:
         n = self.survivors / unit
         scatter = self.squares - sum_sq_norm / unit**2 / n.clamp(min=1)
         return torch.where(n > 1, unit * scatter / (n - 1).clamp(min=1), torch.nan)
+
+    def token_mean_squares(self, unit: int) -> Tensor:
+        """``(b, t)`` unbiased ``||E delta_t||^2``: the mean product of the ``delta`` of two different units.
+
+        ``(||sum_u g_ut||^2 - sum_u ||g_ut||^2) / (n (n - 1))`` over ``n`` independent units; it may be negative.
+
+        Args:
+            unit: Rows in a unit.
+
+        Returns:
+            NaN for samples with fewer than two units.
+        """
+        if self.token_squares is None:
+            raise TypeError("the squares of each token were not asked for.")
+        n = (self.survivors / unit)[:, None]
+        products = by_token(self.weighted).square().sum(2) / unit**2 - self.token_squares
+        return torch.where(n > 1, products / (n * (n - 1)).clamp(min=1), torch.nan)
+
+    def slope(self) -> Tensor:
+        """Derivative of the batch's mean smoothed loss in log sigma; a sample without queries counts as flat."""
+        if self.slopes is None:
+            raise TypeError("derivatives in log sigma were not asked for.")
+        return (self.slopes / self.survivors.clamp(min=1)).mean()
 
 
 def _column(vector: Tensor, like: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 
+from flops_lightning.noise_kinds import NoiseSpec
 from flops_lightning.queries import LossFunction
 from flops_lightning.staging import StagedNetwork
 from flops_lightning.strategies.likelihood_ratio import LikelihoodRatio
@@ -38,6 +39,7 @@ class ForwardMode(LikelihoodRatio):
         sites: Sequence[SiteSpec] = (),
         update: UpdateOrder = "simultaneous",
         pilots: PilotSpec | None = None,
+        noise: NoiseSpec | None = None,
         chunk_rows: int = 256,
         seed: int | None = None,
     ) -> None:
@@ -47,13 +49,16 @@ class ForwardMode(LikelihoodRatio):
             sites: Where directions enter, as for ``LikelihoodRatio``; ``sigma`` has no effect.
             update: See :class:`QueryStrategy`.
             pilots: Queries spent before the allocation.
+            noise: Kind of directions; None: dense and Gaussian. All kinds are unbiased here. Orthogonal ones give the
+                exact gradient with as many queries as a site has features at all its tokens, up to 32.
             chunk_rows: Upper bound of the rows in one forward pass; never changes the estimate.
             seed: Seed of all directions; None: the seed of ``seed_everything``.
 
         Raises:
-            SettingError: an unknown update, or fewer than two rows in a chunk.
+            SettingError: an unknown update or kind of noise, orthogonal noise with pilots, or fewer than two rows in a
+                chunk.
         """
-        super().__init__(sites=sites, update=update, pilots=pilots, chunk_rows=chunk_rows, seed=seed)
+        super().__init__(sites=sites, update=update, pilots=pilots, noise=noise, chunk_rows=chunk_rows, seed=seed)
         _warn_of_sigma(self.specs)
 
     def bind(self, network: StagedNetwork, loss: LossFunction) -> None:

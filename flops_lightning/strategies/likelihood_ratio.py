@@ -6,27 +6,41 @@ queries::
     delta_b = 1 / A_b  sum_q (L_b(h_b + sigma z_q) - c_bq) z_q / sigma        grad = 1 / B  sum_b J_b^T delta_b
 
 The weights ``(L - c) / sigma`` and the sums over queries are in ``delta.py``, the loop over chunks in
-``site_queries.py``, ``J^T delta`` in ``closed_form.py`` and ``local_vjp.py``.
+``site_queries.py``, ``J^T delta`` in ``closed_form.py`` and ``local_vjp.py``. Noise of other kinds is in
+``noise_kinds.py``; widths that are learned are in ``token_sigma.py`` and ``learned_sigma.py``.
 
 Forward only through everything between a site and the loss. ``linear`` sites use no autograd at all; ``block`` and
-``group`` sites use a local VJP inside the site, never through its suffix.
+``group`` sites use a local VJP inside the site, never through its suffix. The exact head (an option, ``exact_head.py``)
+differentiates the loss function in the logits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flops_lightning.queries import CleanPass
+from flops_lightning.noise_kinds import NoiseSpec, read_noise
+from flops_lightning.queries import CleanPass, LossFunction
+from flops_lightning.staging import StagedNetwork
+from flops_lightning.strategies.delta import Variant
 from flops_lightning.strategies.engine import SiteGradient
-from flops_lightning.strategies.query_strategy import QueryStrategy
+from flops_lightning.strategies.exact_head import check_exact_head, find_exact_head, output_gradient
+from flops_lightning.strategies.learned_sigma import LearnedSigma
+from flops_lightning.strategies.noise_checks import check_learnable, check_noise, check_tokens
+from flops_lightning.strategies.perturbation import noise_shapes
+from flops_lightning.strategies.pilots import PilotSpec
+from flops_lightning.strategies.query_strategy import QueryStrategy, UpdateOrder
 from flops_lightning.strategies.seen_traces import SeenTraces
 from flops_lightning.strategies.site_queries import QueriedOutput, SiteQueries
 from flops_lightning.strategies.site_scales import site_scales
+from flops_lightning.strategies.site_specs import SiteSpec
+from flops_lightning.strategies.site_widths import SiteWidth
 from flops_lightning.strategies.sites import Site
+from flops_lightning.strategies.token_sigma import TokenSigma
 
 
 class LikelihoodRatio(QueryStrategy[QueriedOutput]):
@@ -36,6 +50,87 @@ class LikelihoodRatio(QueryStrategy[QueriedOutput]):
     respect to the activation (a proxy) elsewhere, and not known where layers are perturbed together.
     """
 
+    def __init__(
+        self,
+        *,
+        sites: Sequence[SiteSpec] = (),
+        variant: Variant = "baseline",
+        update: UpdateOrder = "simultaneous",
+        pilots: PilotSpec | None = None,
+        noise: NoiseSpec | None = None,
+        token_sigma: bool = False,
+        learn_sigma: float = 0.0,
+        exact_head: bool = False,
+        chunk_rows: int = 256,
+        seed: int | None = None,
+    ) -> None:
+        """Keep the settings; they meet the network in :meth:`bind`.
+
+        Args:
+            sites: Where noise enters; empty: the paper's layout (three groups and the head).
+            variant: The control variate: ``plain`` (none), ``baseline`` (clean loss), ``leave_one_out``,
+                ``antithetic``.
+            update: All sites from the same network and one optimiser step, or one step for each site, from the top
+                down, with new losses in between (FLOPS, algorithm 1).
+            pilots: Queries spent before the allocation.
+            noise: Kind of noise; None: dense and Gaussian.
+            token_sigma: Learn from each step's queries how wide the noise of later steps should be at each token of a
+                site (or position of a feature map): ``sigma_t ~ ||delta_t||^(-1/2)``, mean square sigma^2. It lowers
+                the variance where tokens differ in their gradients. Sites with one token are left as they are. It needs
+                batches of two samples or more.
+            learn_sigma: Learning rate of log sigma, one a site, for steps of Adam against the derivative of the
+                *smoothed* loss; sigma stays within a factor of 10 of the one that was set. 0: sigma is fixed. Good for
+                losses that take steps (the 0-1 error) and flat regions, where a sigma that reaches the next step is not
+                known beforehand. It is not the sigma of least variance or bias: noise raises a convex loss, so there
+                sigma tends to shrink, down to its bound.
+            exact_head: Where the loss has a derivative: the site that ends the network (noise at the logits) spends no
+                query. The derivative of the loss in the logits is taken by autograd of the loss alone, ``p - y`` under
+                cross-entropy, and what follows from it as from an estimate (``(p - y) x^T`` at a linear layer). The
+                site's own ``sigma`` and ``queries_per_sample`` are not used then, and allocators do not see it.
+            chunk_rows: Upper bound of the rows in one forward pass; bounds the memory, never changes the estimate.
+            seed: Seed of all noise; None: the seed of ``seed_everything``.
+
+        Raises:
+            SettingError: an unknown word, a value out of its range, or settings that do not go together.
+        """
+        super().__init__(sites=sites, variant=variant, update=update, pilots=pilots, chunk_rows=chunk_rows, seed=seed)
+        self.noise = read_noise(noise)
+        self.token_sigma, self.learn_sigma, self.exact_head = token_sigma, learn_sigma, exact_head
+        check_noise(self.noise, self.pilots, token_sigma=token_sigma, learn_sigma=learn_sigma)
+        self._tokens = TokenSigma() if token_sigma else None
+        self._sigmas = LearnedSigma(learn_sigma) if learn_sigma else None
+        self._widths: dict[str, SiteWidth] = {}
+        self._head: Site | None = None
+
+    def bind(self, network: StagedNetwork, loss: LossFunction) -> None:
+        """Resolve sites, pilots and the exact head.
+
+        Raises:
+            SettingError: see :meth:`QueryStrategy.bind` and :func:`find_exact_head`; or widths that are to be learned
+                where layers are perturbed together, or from single queries.
+        """
+        every = super().resolve_sites(network)
+        one_update = self.update == "simultaneous"
+        self._head = find_exact_head(network, every, self.pilots, one_update=one_update) if self.exact_head else None
+        queried = self.resolve_sites(network)
+        check_learnable(queried, self.unit, token_sigma=self.token_sigma, learn_sigma=self.learn_sigma)
+        super().bind(network, loss)
+
+    def resolve_sites(self, network: StagedNetwork) -> tuple[Site, ...]:
+        """The sites of a network that spend queries."""
+        head = None if self._head is None else self._head.name
+        return tuple(site for site in super().resolve_sites(network) if site.name != head)
+
+    @property
+    def exact_sites(self) -> tuple[Site, ...]:
+        """The exact head, if there is one."""
+        return () if self._head is None else (self._head,)
+
+    @property
+    def widths(self) -> Mapping[str, SiteWidth]:
+        """Present width of the noise at each site: what was set, and what was learned before this batch."""
+        return {site.name: self.site_queries.width(site) for site in self.sites}
+
     @property
     def engine(self) -> SiteQueries:
         """What runs the queries of a site, with these settings."""
@@ -44,11 +139,66 @@ class LikelihoodRatio(QueryStrategy[QueriedOutput]):
     @property
     def site_queries(self) -> SiteQueries:
         """The same, by its own name."""
-        return SiteQueries(self.network, self.loss, self.variant, self.chunk_rows, self.seed, self.rank)
+        return SiteQueries(
+            self.network, self.loss, self.variant, self.chunk_rows, self.seed, self.rank, noise=self.noise,
+            widths=self._widths, token_squares=self.token_sigma, slopes=bool(self.learn_sigma),
+        )  # fmt: skip
+
+    def clean_pass(self, inputs: Tensor, targets: Tensor) -> CleanPass:
+        """Run the batch unperturbed; from here on the widths are those that earlier batches taught.
+
+        Raises:
+            SettingError: at the first batch: no site has the tokens that a setting is about, or the exact head is none.
+        """
+        first = self._costs is None
+        self._take_widths()
+        clean = super().clean_pass(inputs, targets)
+        if first:
+            if self.token_sigma or self.noise.layout == "factored":
+                shapes = [s for site in self.sites for s in noise_shapes(self.network, self.loss, site, clean)]
+                check_tokens(shapes, self.noise, token_sigma=self.token_sigma)
+            if self._head is not None:
+                check_exact_head(self.network, self.loss, self._head, clean)
+        return clean
+
+    def _take_widths(self) -> None:
+        # What earlier batches taught, fixed for this one: noise whose width knew of its own queries would bias them.
+        for site in self.sites if self._tokens or self._sigmas else ():
+            sigma = self._sigmas.sigma(site) if self._sigmas else site.sigma
+            self._widths[site.name] = SiteWidth(sigma, self._tokens.widths(site.name) if self._tokens else None)
+
+    def learn(self, site: Site, queried: QueriedOutput) -> None:
+        """Learn widths for the batches that follow."""
+        if self._tokens is not None and queried.sums.token_squares is not None:
+            self._tokens.observe(site.name, queried.sums.token_mean_squares(queried.unit))
+        if self._sigmas is not None:
+            self._sigmas.step(site, queried.sums.slope())
+
+    def state_dict(self) -> dict[str, Any]:
+        """See :meth:`QueryStrategy.state_dict`; and the widths that were learned."""
+        learned = {"token_sigma": self._tokens, "learned_sigma": self._sigmas}
+        return super().state_dict() | {name: part.state_dict() for name, part in learned.items() if part is not None}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned; widths that were not learned there start as they were set.
+
+        Raises:
+            SettingError: see :meth:`QueryStrategy.load_state_dict`.
+        """
+        super().load_state_dict(state)
+        for name, part in (("token_sigma", self._tokens), ("learned_sigma", self._sigmas)):
+            if part is not None:
+                part.load_state_dict(state.get(name, {}))
+        self._take_widths()
 
     def site_scales(self, clean: CleanPass, metric: Mapping[str, Tensor] | None) -> list[float]:
         """By one local VJP of a random direction at each site (Hutchinson's estimator)."""
         return site_scales(self.site_queries, self.sites, clean, metric).tolist()
+
+    def exact_gradient(self, site: Site, clean: CleanPass) -> dict[str, Tensor]:
+        """From the derivative of the loss in the network's output."""
+        delta = output_gradient(self.loss, clean) / clean.batch_size
+        return self.site_queries.gradient(site, clean, delta)
 
     def estimate_site(
         self,

@@ -9,11 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flops_lightning.errors import SettingError
-from flops_lightning.noise import NoiseKey, row_seeds, standard_normal
+from flops_lightning.noise import NoiseKey
+from flops_lightning.noise_kinds import NoiseSpec, draw_noise
 from flops_lightning.queries import Chunk, CleanPass, LossFunction, row_losses
 from flops_lightning.staging import StagedNetwork
+from flops_lightning.strategies.site_widths import SiteWidth
 from flops_lightning.strategies.sites import LayerTarget, Site
 
 
@@ -23,7 +26,9 @@ class Perturbation:
 
     Attributes:
         layer: The perturbed layer, None at the output of a block or group.
-        z: ``(r, ...)`` noise, ``z ~ N(0, I)`` (the activation moved by ``sigma z``).
+        z: ``(r, ...)`` noise, ``E z z^T = I`` (the activation moved by ``sigma z``). With relative widths ``r_t`` of
+            tokens it is the noise over ``r_t`` (the activation moved by ``sigma r_t^2 z``), so that weights times it
+            estimate the gradient.
         x: ``(r, ..., i)`` each row's own input of the layer at the active tokens; None without a layer.
     """
 
@@ -36,17 +41,17 @@ DrawNoise = Callable[[str, tuple[int, ...], Tensor], Tensor]
 """``(name of the layer or "", shape of a row, tensor with the device and dtype) -> (r, *shape)``."""
 
 
-def chunk_noise(key: NoiseKey, chunk: Chunk, *, antithetic: bool) -> DrawNoise:
+def chunk_noise(key: NoiseKey, chunk: Chunk, *, antithetic: bool, spec: NoiseSpec) -> DrawNoise:
     """Noise of a chunk's rows; antithetic: rows ``2p`` and ``2p + 1`` of a sample get ``+z_p`` and ``-z_p``."""
 
     def draw(layer: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
         placed = replace(key, site=f"{key.site}/{layer}") if layer else key
         if not antithetic:
-            return standard_normal(
-                row_seeds(placed, chunk.samples, chunk.queries), shape, device=like.device, dtype=like.dtype
-            )
-        seeds = row_seeds(placed, chunk.samples[::2], chunk.queries[::2] // 2)
-        z = standard_normal(seeds, shape, device=like.device, dtype=like.dtype)
+            return draw_noise(
+                spec, placed, chunk.samples, chunk.queries, shape, device=like.device, dtype=like.dtype
+            )  # fmt: skip
+        samples, pairs = chunk.samples[::2], chunk.queries[::2] // 2
+        z = draw_noise(spec, placed, samples, pairs, shape, device=like.device, dtype=like.dtype)
         return torch.stack((z, -z), dim=1).flatten(0, 1)
 
     return draw
@@ -59,14 +64,20 @@ def boundary_activation(site: Site, clean: CleanPass) -> Tensor:
 
 
 def perturbed_losses(
-    network: StagedNetwork, loss: LossFunction, site: Site, clean: CleanPass, index: Tensor, draw: DrawNoise
+    network: StagedNetwork,
+    loss: LossFunction,
+    site: Site,
+    clean: CleanPass,
+    index: Tensor,
+    draw: DrawNoise,
+    width: SiteWidth,
 ) -> tuple[Tensor, list[Perturbation]]:
     """``(r,)`` losses of a chunk's rows, ``index`` ``(r,)`` their samples, and the noise that made them.
 
-    Call it in eval mode and without autograd.
+    Call it in eval mode and without autograd. The width's ``sigma`` may be a tensor that carries a tangent.
     """
     if site.layers:
-        with injected(site.layers, site.sigma, draw) as perturbations:
+        with injected(site.layers, width, draw) as perturbations:
             output = network.run(clean.activations[site.start].index_select(0, index), site.start)
         for target in site.layers:
             if sum(p.layer is target for p in perturbations) != 1:
@@ -77,16 +88,45 @@ def perturbed_losses(
     else:
         h = boundary_activation(site, clean).index_select(0, index)
         active = h if site.tokens is None or site.narrow else h[:, site.tokens]
-        z = draw("", tuple(active.shape[1:]), active)
+        step, z = width.scaled(draw("", tuple(active.shape[1:]), active))
         perturbations = [Perturbation(None, z)]
-        active.add_(z, alpha=site.sigma)
-        output = network.run(h, site.start)
+        output = network.run(moved(h, step, None if site.narrow else site.tokens, width.sigma), site.start)
     return row_losses(loss, output, clean.targets.index_select(0, index)), perturbations
 
 
+def directional_derivatives(
+    network: StagedNetwork, loss: LossFunction, site: Site, clean: CleanPass, index: Tensor, draw: DrawNoise
+) -> tuple[Tensor, list[Perturbation]]:
+    """``(r,)`` derivatives of the rows' losses in sigma at 0, exact (forward mode), and the noise that made them."""
+    layers: list[LayerTarget | None] = []
+
+    def losses(sigma: Tensor) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
+        values, perturbations = perturbed_losses(network, loss, site, clean, index, draw, SiteWidth(sigma))
+        layers.extend(p.layer for p in perturbations)
+        return values, [(p.z,) if p.x is None else (p.z, p.x) for p in perturbations]
+
+    zero = clean.loss.new_zeros(())
+    with sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward derivative
+        # Its annotation leaves out what `has_aux` adds.
+        found: Any = torch.func.jvp(losses, (zero,), (torch.ones_like(zero),), has_aux=True)
+    _, derivatives, noise = found
+    return derivatives, [Perturbation(layer, *parts) for layer, parts in zip(layers, noise, strict=True)]
+
+
+def moved(h: Tensor, z: Tensor, tokens: slice | None, sigma: float | Tensor) -> Tensor:
+    """``h + sigma z`` at ``tokens`` (None: all); overwrites ``h`` where sigma is a number."""
+    if isinstance(sigma, Tensor):
+        noise = z if tokens is None else torch.zeros_like(h)
+        if tokens is not None:
+            noise[:, tokens] = z
+        return h + (sigma * noise).to(h.dtype)
+    (h if tokens is None else h[:, tokens]).add_(z, alpha=sigma)
+    return h
+
+
 @contextmanager
-def injected(layers: Sequence[LayerTarget], sigma: float, draw: DrawNoise) -> Iterator[list[Perturbation]]:
-    """Add ``sigma z`` to the outputs of ``layers`` while the context lasts; the hooks are gone afterwards."""
+def injected(layers: Sequence[LayerTarget], width: SiteWidth, draw: DrawNoise) -> Iterator[list[Perturbation]]:
+    """Add noise of this width to the outputs of ``layers`` while the context lasts; the hooks are gone afterwards."""
     perturbations: list[Perturbation] = []
 
     def hook_of(target: LayerTarget) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
@@ -97,11 +137,9 @@ def injected(layers: Sequence[LayerTarget], sigma: float, draw: DrawNoise) -> It
                     "Teach its stage with kind: block.",
                 )  # fmt: skip
             tokens = slice(None) if target.tokens is None else target.tokens
-            z = draw(target.name, tuple(output[:, tokens].shape[1:]), output)
+            step, z = width.scaled(draw(target.name, tuple(output[:, tokens].shape[1:]), output))
             perturbations.append(Perturbation(target, z, args[0][:, tokens].clone()))  # may be overwritten later
-            output = output.clone()
-            output[:, tokens] += sigma * z
-            return output
+            return moved(output.clone(), step, target.tokens, width.sigma)
 
         return hook
 
@@ -111,6 +149,20 @@ def injected(layers: Sequence[LayerTarget], sigma: float, draw: DrawNoise) -> It
     finally:
         for handle in handles:
             handle.remove()
+
+
+@torch.no_grad()
+def noise_shapes(network: StagedNetwork, loss: LossFunction, site: Site, clean: CleanPass) -> list[tuple[int, ...]]:
+    """Shapes of a row of noise at a site, one for each of its layers; costs one row."""
+    shapes: list[tuple[int, ...]] = []
+
+    def silent(_: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        shapes.append(shape)
+        return like.new_zeros(len(like), *shape)
+
+    with network.evaluating():
+        perturbed_losses(network, loss, site, clean, clean.stand_ins()[:1], silent, SiteWidth(1.0))
+    return shapes
 
 
 @torch.no_grad()

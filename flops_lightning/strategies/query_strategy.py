@@ -153,7 +153,7 @@ class QueryStrategy(ForwardGradientStrategy, Generic[Q]):
     @property
     def update_groups(self) -> tuple[tuple[str, ...], ...]:
         """All sites at once, or one after the other from the top, so that the activations below stay valid."""
-        names = tuple(site.name for site in self._sites)
+        names = tuple(site.name for site in (*self._sites, *self.exact_sites))
         return (names,) if self.update == "simultaneous" else tuple((name,) for name in reversed(names))
 
     def clean_pass(self, inputs: Tensor, targets: Tensor) -> CleanPass:
@@ -163,19 +163,20 @@ class QueryStrategy(ForwardGradientStrategy, Generic[Q]):
         clean = clean_pass(
             self.network, self.loss, inputs, targets, keep=self._kept, draw=self.draw, rows=self.chunk_rows
         )
+        clean.activations.setdefault(0, inputs)  # not a copy: from it all that was not kept can be run again
         if self._costs is None:
             counted = site_costs(self.network, self._sites, inputs)
             dearer = {name: cost * self.passes_per_query for name, cost in counted.query.items()}
             self._costs = replace(counted, query=dearer)
             warn_unresolved_sigma(self._sites, clean)
-        clean.activations.setdefault(0, inputs)  # not a copy: from it all that was not kept can be run again
         self.draw += 1
         self.meter.add(CLEAN, clean_passes=clean.batch_size, forward_equivalents=clean.batch_size)
         return clean
 
     def refresh(self, clean: CleanPass, updated: Sequence[str]) -> CleanPass:
         """The clean pass after the parameters of ``updated`` changed: their prefix is kept, the rest runs again."""
-        start = min(self._sites[i].first for i in self._chosen(updated))
+        queried, exact = self._chosen(updated)
+        start = min(site.first for site in (*(self._sites[i] for i in queried), *exact))
         self.meter.add(CLEAN, forward_equivalents=self._known_costs.from_stage[start] * clean.batch_size)
         return refresh(self.network, self.loss, clean, start, keep=self._kept, rows=self.chunk_rows)
 
@@ -281,16 +282,19 @@ class QueryStrategy(ForwardGradientStrategy, Generic[Q]):
             table = check_counts(counts, self._sites, clean.batch_size, multiple=self.unit, least=least)
         weights = None if pilot_weight is None else pilot_weight.to(clean.loss).expand(len(self._sites), -1)
         seen = SeenTraces.empty(len(self._sites), clean.loss) if traces else None
-        chosen = self._chosen(sites)
+        chosen, exact = self._chosen(sites)
         with self.network.evaluating():
             results = [
                 self.estimate_site(i, clean, table[i], None if weights is None else weights[i], seen) for i in chosen
             ]
-        # The only transfer of the estimate, all sites at once: how many queries survived, and how many count.
-        survivors, counting = torch.stack(
-            [torch.stack([result.survivors, self._counting(self._sites[i], clean, result)])
-             for i, result in zip(chosen, results, strict=True)], dim=1,
+        # The only transfer of the estimate, all sites at once: how many queries survived, how many count, and for which
+        # samples there are losses at all.
+        finite = torch.isfinite(clean.loss).to(clean.loss)
+        *lines, known = torch.stack(
+            [line for i, result in zip(chosen, results, strict=True)
+             for line in (result.survivors, self._counting(self._sites[i], clean, result))] + [finite],
         ).cpu().numpy()  # fmt: skip
+        survivors, counting = (np.array(lines[k::2]).reshape(len(chosen), clean.batch_size) for k in (0, 1))
         for i, result, alive, used in zip(chosen, results, survivors, counting, strict=True):
             site, costs = self._sites[i], self._known_costs
             cost = result.queries * costs.query[site.name] + clean.batch_size * costs.gradient[site.name]
@@ -298,6 +302,10 @@ class QueryStrategy(ForwardGradientStrategy, Generic[Q]):
             self.meter.add(site.name, queries=result.queries, lost=lost, forward_equivalents=cost)
             if used.any():
                 add_gradients(site.parameters, result.gradients)
+        for site in exact if known.any() else ():
+            add_gradients(site.parameters, self.exact_gradient(site, clean))
+            inside = self._known_costs.from_stage[site.first]
+            self.meter.add(site.name, forward_equivalents=clean.batch_size * (1 if site.layers else 3) * inside)
         silent = int(((counting == 0) & (table[chosen] > 0)).sum())
         if silent:
             warnings.warn(
@@ -311,7 +319,7 @@ class QueryStrategy(ForwardGradientStrategy, Generic[Q]):
             queries=sum(result.queries for result in results),
             lost=int(table[chosen].sum() - survivors.sum()),
             silent_samples=silent,
-            lost_batch=not counting.any(),
+            lost_batch=not counting.any() and not (exact and known.any()),
             observation=None if seen is None else seen.observation(self.unit),
         )
 
@@ -328,6 +336,8 @@ class QueryStrategy(ForwardGradientStrategy, Generic[Q]):
         pilots = self._pilots_of(site, clean)
         first = self.pilots.queries if pilots else 0
         rest = engine.query(site, clean, counts, first_query=first, traces=seen is not None)
+        if rest is not None:
+            self.learn(site, rest)
         if rest is not None and seen is not None:
             seen.put(place, rest.trace(), rest.survivors)
         reused = pilots if self.pilots.reuse else None
@@ -340,6 +350,13 @@ class QueryStrategy(ForwardGradientStrategy, Generic[Q]):
         gradients = engine.mixed_gradient(site, clean, parts) if parts else {}
         survivors = torch.zeros_like(clean.loss) if rest is None else rest.survivors.to(clean.loss.dtype)
         return SiteGradient(gradients, survivors, int(counts.sum()))
+
+    def exact_gradient(self, site: Site, clean: CleanPass) -> dict[str, Tensor]:
+        """Gradient of one of :attr:`exact_sites` by parameter name."""
+        raise TypeError(f"{site.name} spends queries in {type(self).__name__} ({clean.batch_size} samples).")
+
+    def learn(self, site: Site, queried: Q) -> None:
+        """Learn from a step's own queries, for the steps that follow."""
 
     def spend(self, site: Site, clean: CleanPass, counts: NDArray[np.int64]) -> None:
         """Run queries of a site, to time them."""
@@ -361,22 +378,24 @@ class QueryStrategy(ForwardGradientStrategy, Generic[Q]):
         with self.network.evaluating():
             return measured_costs(spend, self._sites, clean, self._known_costs, unit=self.unit)
 
-    def _chosen(self, sites: Sequence[str] | None) -> list[int]:
-        names = [site.name for site in self._sites]
-        if sites is None:
-            return list(range(len(names)))
-        for name in sites:
+    def _chosen(self, sites: Sequence[str] | None) -> tuple[list[int], list[Site]]:
+        """Places of the sites with these names that spend queries, and those that are exact."""
+        names = [site.name for site in (*self._sites, *self.exact_sites)]
+        for name in sites or ():
             if name not in names:
                 raise SettingError("sites", name, "is not a site.", f"Choose from {names}.")
-        if not sites:
+        if sites is not None and not sites:
             raise SettingError("sites", [], "names no site.", f"Choose from {names}, or leave it out for all.")
-        return [i for i, name in enumerate(names) if name in sites]
+        chosen = names if sites is None else sites
+        queried = [i for i, site in enumerate(self._sites) if site.name in chosen]
+        return queried, [site for site in self.exact_sites if site.name in chosen]
 
     @property
     def _kept(self) -> set[int]:
         """Indices of the activations that sites start from."""
         entered = {i for site in self._sites for i in (site.first, site.start)}
-        return entered | self._facts.kept(self.network)
+        entered |= {site.first for site in self.exact_sites}
+        return (entered | self._facts.kept(self.network)) - {0}  # the inputs are there anyway
 
     @property
     def _known_costs(self) -> SiteCosts:

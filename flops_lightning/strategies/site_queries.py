@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from flops_lightning.noise import NoiseKey
+from flops_lightning.noise_kinds import NoiseSpec
 from flops_lightning.queries import Chunk, CleanPass, LossFunction, RowPlan, drop_rows, plan_rows
 from flops_lightning.staging import StagedNetwork
 from flops_lightning.strategies.base import summed
@@ -18,7 +19,14 @@ from flops_lightning.strategies.closed_form import layer_gradient, linear_gradie
 from flops_lightning.strategies.delta import DeltaSums, Variant, query_weights
 from flops_lightning.strategies.engine import SiteGradient
 from flops_lightning.strategies.local_vjp import local_vjp
-from flops_lightning.strategies.perturbation import Perturbation, chunk_noise, clean_layer_input, perturbed_losses
+from flops_lightning.strategies.perturbation import (
+    Perturbation,
+    chunk_noise,
+    clean_layer_input,
+    directional_derivatives,
+    perturbed_losses,
+)
+from flops_lightning.strategies.site_widths import SiteWidth
 from flops_lightning.strategies.sites import Site
 
 
@@ -64,6 +72,11 @@ class SiteQueries:
         chunk_rows: Upper bound of rows in one forward pass.
         seed: Seed of all noise.
         rank: Rank of the process.
+        forward_mode: Take exact directional derivatives instead of differences of losses.
+        noise: Kind of noise.
+        widths: Widths of the noise by site's name; a site that is missing has its own sigma at all tokens.
+        token_squares: Also sum what tells how much each token of a site matters.
+        slopes: Also sum the derivatives of the smoothed loss in log sigma.
     """
 
     network: StagedNetwork
@@ -72,6 +85,15 @@ class SiteQueries:
     chunk_rows: int
     seed: int
     rank: int
+    forward_mode: bool = False
+    noise: NoiseSpec = field(default_factory=NoiseSpec)
+    widths: Mapping[str, SiteWidth] = field(default_factory=dict)
+    token_squares: bool = False
+    slopes: bool = False
+
+    def width(self, site: Site) -> SiteWidth:
+        """Present width of the noise at a site."""
+        return self.widths.get(site.name) or SiteWidth(site.sigma)
 
     @property
     def unit(self) -> int:
@@ -104,14 +126,26 @@ class SiteQueries:
         sums: DeltaSums | None = None
         for chunk in plan_rows(counts, self.chunk_rows, first_query=first_query, multiple=self.unit):
             weights, alive, (perturbation,), index = self._run(site, clean, chunk)
+            z = perturbation.z
             if sums is None:
-                sums = DeltaSums.empty(clean.batch_size, perturbation.z, variant=self.variant)
+                sums = DeltaSums.empty(
+                    clean.batch_size, z, variant=self.variant, tokens=self.token_squares, slopes=self.slopes
+                )
             norms = None
             if traces:
                 x = None if layer_input is None else layer_input.index_select(0, index)
-                norms = sq_norm(site, x, perturbation.z)
-            sums.add(chunk, perturbation.z, weights, alive, norms, self.unit)
+                norms = sq_norm(site, x, z)
+            slopes = self._slopes(site, z, weights, alive, clean.loss[index]) if self.slopes else None
+            sums.add(chunk, z, weights, alive, norms, self.unit, slopes)
         return sums
+
+    def _slopes(self, site: Site, z: Tensor, weights: Tensor, alive: Tensor, clean: Tensor) -> Tensor:
+        """``(r,)`` ``(L - L_clean) (||z||^2 - d)``, zero on rows that do not count."""
+        width = self.width(site)
+        change = weights * width.sigma
+        if self.variant == "plain":  # its weights have no control variate
+            change = change - torch.where(alive, clean, 0.0)
+        return change * (width.unscaled(z).flatten(1).square().sum(1) - z[0].numel())
 
     def query(
         self, site: Site, clean: CleanPass, counts: NDArray[np.int64], *, first_query: int = 0, traces: bool = False
@@ -177,11 +211,17 @@ class SiteQueries:
         return gradients, torch.cat(alive_rows).cpu().numpy()
 
     def _run(self, site: Site, clean: CleanPass, chunk: Chunk) -> tuple[Tensor, Tensor, list[Perturbation], Tensor]:
-        draw = chunk_noise(NoiseKey(self.seed, clean.draw, site.name, self.rank), chunk, antithetic=self.unit > 1)
+        key = NoiseKey(self.seed, clean.draw, site.name, self.rank)
+        draw = chunk_noise(key, chunk, antithetic=self.unit > 1, spec=self.noise)
         index = torch.from_numpy(chunk.samples).to(clean.loss.device, non_blocking=True)
-        losses, perturbations = perturbed_losses(self.network, self.loss, site, clean, index, draw)
-        real = torch.arange(len(losses), device=losses.device) < chunk.rows
-        weights, alive = query_weights(losses, clean.loss[index], real, sigma=site.sigma, variant=self.variant)
+        real = torch.arange(len(index), device=index.device) < chunk.rows
+        if self.forward_mode:
+            weights, perturbations = directional_derivatives(self.network, self.loss, site, clean, index, draw)
+            alive = torch.isfinite(weights) & torch.isfinite(clean.loss[index]) & real
+            return torch.where(alive, weights, 0.0), alive, perturbations, index
+        width = self.width(site)
+        losses, perturbations = perturbed_losses(self.network, self.loss, site, clean, index, draw, width)
+        weights, alive = query_weights(losses, clean.loss[index], real, sigma=width.sigma, variant=self.variant)
         return weights, alive, perturbations, index
 
 

@@ -44,7 +44,8 @@ def site_scales(
                 "Use together: false, or an allocator that does not compare sites.",
             )  # fmt: skip
         x = clean_layer_input(queries.network, site, clean, rows=queries.chunk_rows) if site.layers else None
-        z = _probe(queries, site, clean, x)
+        # As queries weight it: by the tokens' relative widths, where they differ.
+        z = queries.width(site).scaled(_probe(queries, site, clean, x))[1]
         gradient = queries.gradient(site, clean, z, x)
         weighted = [g.square() * metric[name] if metric else g.square() for name, g in gradient.items()]
         norm = sq_norm(site, x if in_parameter_space(site) else None, z).sum()

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flops_lightning.noise import NoiseKey, row_seeds, standard_normal
+from flops_lightning.noise import NoiseKey
+from flops_lightning.noise_kinds import draw_noise
 from flops_lightning.strategies import LikelihoodRatio, Site
 from tests.reference.networks import Loss, estimated, stage_output
 
@@ -82,6 +83,7 @@ def reference_gradient(
         pilot_weight: The pilots' weight for each sample; None: their share of the site's budget.
     """
     places = places_of(module, strategy, site)
+    sigma = strategy.widths[site.name].sigma
     module.eval()
     total = {name: torch.zeros_like(p) for name, p in site.parameters.items()}
     for b in range(len(x)):
@@ -91,9 +93,9 @@ def reference_gradient(
             _add_rows(total, site, places, rows, clean, strategy.variant)
             continue
         (place,) = places
-        delta = _delta(rows[pilots:], clean, place, site.sigma, strategy.variant)
+        delta = _delta(rows[pilots:], clean, place, sigma, strategy.variant)
         if pilots:
-            early = _delta(rows[:pilots], clean, place, site.sigma, strategy.variant)
+            early = _delta(rows[:pilots], clean, place, sigma, strategy.variant)
             share = pilots / site.queries_per_sample if pilot_weight is None else pilot_weight[b]
             delta = _mixed(early, delta, share)
         if delta is not None:
@@ -140,7 +142,7 @@ def reference_traces(
         alive = _survivors(rows, clean, variant)
         units = []
         for i in range(0, len(alive), unit):
-            gradient = _delta(alive[i : i + unit], clean, place, site.sigma, variant)
+            gradient = _delta(alive[i : i + unit], clean, place, strategy.widths[site.name].sigma, variant)
             if in_parameters:
                 total = {name: torch.zeros_like(p) for name, p in site.parameters.items()}
                 _add_vjp(total, module, place, site.parameters, x[b : b + 1], gradient)
@@ -205,9 +207,10 @@ def _query(
         def move(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             site_key = f"{site.name}/{place.name}" if site.layers else site.name
             z = _noise(site_key, place.active(output)[0].shape, strategy, b, q, draw)
-            noise[place.name], inputs[place.name] = z, args[0].detach().clone()
+            r = _relative_width(strategy, site, z)
+            noise[place.name], inputs[place.name] = z / r, args[0].detach().clone()
             moved = output.clone()
-            place.active(moved)[0] += site.sigma * z
+            place.active(moved)[0] += strategy.widths[site.name].sigma * r * z
             return moved
 
         return move
@@ -223,9 +226,23 @@ def _query(
 def _noise(site_key: str, shape: torch.Size, strategy: LikelihoodRatio, b: int, q: int, draw: int) -> Tensor:
     key = NoiseKey(strategy.seed, draw, site_key, strategy.rank)
     antithetic = strategy.variant == "antithetic"
-    seeds = row_seeds(key, np.array([b]), np.array([q // 2 if antithetic else q]))
-    z = standard_normal(seeds, tuple(shape), device=torch.device("cpu"), dtype=torch.float64)[0]
+    row = np.array([b]), np.array([q // 2 if antithetic else q])
+    z = draw_noise(strategy.noise, key, *row, tuple(shape), device=torch.device("cpu"), dtype=torch.float64)[0]
     return -z if antithetic and q % 2 == 1 else z
+
+
+def _relative_width(strategy: LikelihoodRatio, site: Site, z: Tensor) -> Tensor:
+    """Beside the noise ``z`` of a row, ``(t, d)`` or a feature map ``(c, h, w)``, the relative width of each token."""
+    relative = strategy.widths[site.name].relative
+    if relative is None:
+        return torch.ones_like(z)
+    spread = torch.empty_like(z)
+    for t, width in enumerate(relative.tolist()):
+        if z.dim() == 2:
+            spread[t] = width
+        else:
+            spread[:, t // z.shape[2], t % z.shape[2]] = width
+    return spread
 
 
 def _delta(rows: list[Query], clean: float, place: Place, sigma: float, variant: str) -> Tensor | None:

@@ -94,7 +94,7 @@ def true_gradients(
     }
 
 
-def assert_unbiased(estimate: Sampled, truth: Sampled) -> None:
+def assert_unbiased(estimate: Sampled, truth: Sampled, *, largest_error: float = LARGEST_ERROR) -> None:
     """The regression of the estimate on the truth has slope 1, and no single entry is off.
 
     The slope ``<estimate, g> / <g, g>`` is taken for each draw; its standard error comes from their scatter.
@@ -104,7 +104,7 @@ def assert_unbiased(estimate: Sampled, truth: Sampled) -> None:
     doubt = (truth.draws @ g / g.square().sum()).std() / len(truth.draws) ** 0.5
     error = float((slopes.var() / len(slopes) + doubt**2).sqrt())
     slope = float(slopes.mean())
-    assert error <= LARGEST_ERROR * max(1, abs(slope)), f"too noisy to tell: slope {slope:.3f}, error {error:.3f}"
+    assert error <= largest_error * max(1, abs(slope)), f"too noisy to tell: slope {slope:.3f}, error {error:.3f}"
     assert abs(slope - 1) < 4 * error, f"slope {slope:.3f} with standard error {error:.3f}"
     # Entries that are zero by symmetry (the bias of a key under softmax) have rounding errors for a standard error.
     scatter = (estimate.error.square() + truth.error.square()).sqrt() + 1e-9 * g.abs().max()

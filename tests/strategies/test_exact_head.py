@@ -1,0 +1,333 @@
+"""The exact head: autograd's gradient of the head's parameters, for no query, and out of the allocators' sight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from flops_lightning.allocators import CostAwareAllocator, EqualAllocator, OptimalAllocator, QueryAllocator
+from flops_lightning.callbacks import QueryAllocatorCallback
+from flops_lightning.errors import SettingError
+from flops_lightning.objectives import zero_one_error
+from flops_lightning.staging import Stage, StagedNetwork
+from flops_lightning.strategies import LikelihoodRatio, PilotSpec, SiteSpec, exact_head
+from flops_lightning.tasks import ForwardImageClassifier
+from tests.reference.footprint import everything
+from tests.reference.layouts import vit_for
+from tests.reference.networks import (
+    TokenMean,
+    autograd_gradient,
+    bound,
+    cross_entropy,
+    estimated,
+    gradients,
+    shaken,
+    squared_error,
+    tiny_vit,
+)
+
+BODY = {"stages": ["embed", "blocks.2"]}
+LAYOUTS: dict[str, list[dict[str, Any]]] = {
+    "group": [BODY, {"stages": ["pool", "head"], "name": "head"}],
+    "block": [{"stages": ["embed", "head"], "kind": "block"}],
+    "linear": [{"stages": ["embed", "head"], "kind": "linear"}],
+    "default": [],
+}
+TOKENS = [{"stages": ["0", "1"]}, {"stages": ["2", "4"]}]
+
+
+def head_of(strategy: LikelihoodRatio) -> Any:
+    (head,) = strategy.exact_sites
+    return head
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("variant", ["plain", "baseline", "leave_one_out", "antithetic"])
+def test_the_heads_gradient_is_autograds(variant: str, layout: str, images: tuple[Tensor, Tensor]) -> None:
+    vit = vit_for(layout)
+    strategy = bound(vit, cross_entropy, LAYOUTS[layout], variant=variant, exact_head=True)
+    _, found = estimated(strategy, *images)
+    truth = autograd_gradient(vit, cross_entropy, *images)
+    names = set(head_of(strategy).parameters)
+    assert names == {"norm.weight", "norm.bias", "head.weight", "head.bias"} - (
+        set() if layout in ("group", "default") else {"norm.weight", "norm.bias"}
+    )
+    for name in names:
+        torch.testing.assert_close(found[name], truth[name], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_all_other_sites_are_estimated_as_without_it(layout: str, images: tuple[Tensor, Tensor]) -> None:
+    vit = vit_for(layout)
+    _, expected = estimated(bound(vit, cross_entropy, LAYOUTS[layout]), *images)
+    strategy = bound(vit, cross_entropy, LAYOUTS[layout], exact_head=True)
+    _, found = estimated(strategy, *images)
+    for site in strategy.sites:
+        for name in site.parameters:
+            torch.testing.assert_close(found[name], expected[name], rtol=0, atol=0)
+    taught = {name for site in (*strategy.sites, *strategy.exact_sites) for name in site.parameters}
+    assert taught == set(strategy.network.trainable())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_it_spends_no_queries(layout: str, images: tuple[Tensor, Tensor]) -> None:
+    strategy = bound(vit_for(layout), cross_entropy, LAYOUTS[layout], exact_head=True)
+    clean, _ = estimated(strategy, *images)
+    head, meter = head_of(strategy), strategy.meter
+    assert meter.sites[head.name].queries == 0
+    assert meter.total().queries == 20 * 4 * len(strategy.sites)
+    assert strategy.budget.queries_per_sample == (20,) * len(strategy.sites)
+    assert strategy.pilots.names(strategy.sites) == []
+    inside = strategy._costs.from_stage[head.first]  # a local VJP, or the layer's pass again
+    factor = 1 if head.layers else 3
+    assert meter.sites[head.name].forward_equivalents == pytest.approx(4 * factor * inside)
+    observed = strategy.estimate(clean, traces=True).observation
+    assert observed.trace.shape == (len(strategy.sites), 4)
+
+
+def test_nothing_of_the_network_is_differentiated_at_a_linear_head(
+    tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
+) -> None:
+    """Only the loss sees a tensor that requires a gradient."""
+    seen: list[bool] = []
+    for stage in tokens_net:
+        stage.register_forward_hook(lambda _, args, output: seen.append(output.requires_grad))
+    asked: list[bool] = []
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        asked.append(output.requires_grad)
+        return squared_error(output, target)
+
+    sites = [{"stages": ["0", "4"], "kind": "linear"}]
+    strategy = bound(tokens_net, loss, sites, exact_head=True)
+    before = everything(tokens_net)
+    before["hooks"] = None
+    strategy.estimate(strategy.clean_pass(*tokens))
+    assert True in asked
+    assert not any(seen)
+    after = everything(tokens_net)
+    after["hooks"] = None
+    assert after == before
+
+
+def forget_the_batch(patch: pytest.MonkeyPatch) -> None:
+    whole = LikelihoodRatio.exact_gradient
+    patch.setattr(
+        LikelihoodRatio,
+        "exact_gradient",
+        lambda s, site, clean: {n: g * clean.batch_size for n, g in whole(s, site, clean).items()},
+    )
+
+
+def look_beside_the_logits(patch: pytest.MonkeyPatch) -> None:
+    """The derivative at logits that moved by a thousandth."""
+    whole = exact_head.row_losses
+    patch.setattr(exact_head, "row_losses", lambda loss, output, targets: whole(loss, output * 1.001, targets))
+
+
+@pytest.mark.parametrize("fault", [forget_the_batch, look_beside_the_logits])
+def test_planted_faults_are_caught(
+    fault: Callable[[pytest.MonkeyPatch], None], images: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fault(monkeypatch)
+    with pytest.raises(AssertionError, match="not close"):
+        test_the_heads_gradient_is_autograds("baseline", "group", images)
+
+
+def test_site_by_site_the_head_goes_first(images: tuple[Tensor, Tensor]) -> None:
+    vit = tiny_vit().eval()
+    sites = [{"stages": ["embed", "blocks.0"]}, {"stages": ["blocks.1", "blocks.2"]}, LAYOUTS["group"][1]]
+    strategy = bound(vit, cross_entropy, sites, update="site_by_site", exact_head=True)
+    assert strategy.update_groups == (("head",), ("blocks.1..blocks.2",), ("embed..blocks.0",))
+    clean = strategy.clean_pass(*images)
+    counts = torch.tensor([[2, 0, 1, 3], [1, 1, 4, 0]])
+    estimate = strategy.estimate(clean, counts, ["head"], traces=True)
+    assert (estimate.queries, estimate.lost_batch, estimate.observation.trace.isnan().all()) == (0, False, True)
+    found = gradients(vit)
+    truth = autograd_gradient(vit, cross_entropy, *images)
+    assert {name for name, gradient in found.items() if gradient is not None} == set(head_of(strategy).parameters)
+    with torch.no_grad():
+        for name, parameter in head_of(strategy).parameters.items():
+            torch.testing.assert_close(found[name], truth[name], rtol=1e-10, atol=1e-12)
+            parameter.sub_(0.1 * found[name])
+    clean = strategy.refresh(clean, ["head"])
+    torch.testing.assert_close(clean.output, vit(images[0]).detach())
+    estimate = strategy.estimate(clean, counts, ["blocks.1..blocks.2"])
+    assert estimate.queries == 6
+    assert gradients(vit)["head.weight"] is None
+
+
+def test_a_sample_without_a_loss_contributes_nothing(images: tuple[Tensor, Tensor]) -> None:
+    x, y = images
+    vit = tiny_vit()
+    strategy = bound(vit, cross_entropy, LAYOUTS["group"], exact_head=True)
+    broken = x.clone()
+    broken[1] = float("nan")
+    with pytest.warns(RuntimeWarning, match="lost every query"):
+        _, found = estimated(strategy, broken, y)
+    rest = [0, 2, 3]
+    truth = autograd_gradient(vit, cross_entropy, x[rest], y[rest])
+    for name in head_of(strategy).parameters:
+        torch.testing.assert_close(found[name], truth[name] * 3 / 4, rtol=1e-10, atol=1e-12)
+    clean = strategy.clean_pass(torch.full_like(x, float("nan")), y)
+    with pytest.warns(RuntimeWarning, match="lost every query"):
+        assert strategy.estimate(clean).lost_batch
+    assert set(gradients(vit).values()) == {None}
+
+
+def test_only_the_trained_parameters_of_the_head_get_a_gradient(images: tuple[Tensor, Tensor]) -> None:
+    vit = tiny_vit()
+    vit.norm.weight.requires_grad_(False)
+    vit.head.bias.requires_grad_(False)
+    strategy = bound(vit, cross_entropy, LAYOUTS["group"], exact_head=True)
+    _, found = estimated(strategy, *images)
+    assert found["norm.weight"] is None
+    assert found["head.bias"] is None
+    truth = autograd_gradient(vit, cross_entropy, *images)
+    torch.testing.assert_close(found["norm.bias"], truth["norm.bias"], rtol=1e-10, atol=1e-12)
+
+
+# In a task
+
+
+IMAGES, LABELS = torch.randn(24, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(24) % 5
+MODEL = {
+    "model_name": "vit_tiny_patch16_224",
+    "model_kwargs": {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 3, "num_heads": 2},
+    "num_classes": 5,
+}
+
+
+def fitted(tmp_path: Any, allocator: QueryAllocator, **settings: Any) -> ForwardImageClassifier:
+    pl.seed_everything(0, verbose=False)
+    sites = [
+        SiteSpec(name="body", stages=["embed", "blocks.1"], queries_per_sample=4),
+        SiteSpec(name="top", stages=["blocks.2"], queries_per_sample=4),
+        SiteSpec(name="head", stages=["pool", "head"]),
+    ]
+    strategy = LikelihoodRatio(sites=sites, exact_head=True, token_sigma=True, learn_sigma=0.01, **settings)
+    task = ForwardImageClassifier(**MODEL, strategy=strategy)
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path, max_epochs=2, log_every_n_steps=1,
+        callbacks=[QueryAllocatorCallback(allocator=allocator)],
+    )  # fmt: skip
+    trainer.fit(task, DataLoader(TensorDataset(IMAGES, LABELS), batch_size=8))
+    return task
+
+
+@pytest.mark.parametrize(
+    ("allocator", "settings"),
+    [
+        (EqualAllocator, {}),
+        (OptimalAllocator, {}),
+        (OptimalAllocator, {"update": "site_by_site"}),
+        (CostAwareAllocator, {}),
+    ],
+)
+def test_a_task_trains_with_every_allocator(
+    tmp_path: Any, allocator: Any, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    binds: list[Any] = []
+    bind = LikelihoodRatio.bind
+    monkeypatch.setattr(LikelihoodRatio, "bind", lambda *args: (binds.append(args), bind(*args)))
+    task = fitted(tmp_path, allocator(), **settings)
+    meter = task.strategy.meter
+    assert meter.sites["head"].queries == 0
+    if allocator is not CostAwareAllocator:
+        assert {meter.sites[name].queries for name in ("body", "top")} == {4 * 24 * 2}
+    assert len(binds) == 1, "the parameters of the head are known to be taught"
+    assert all(width.sigma != SiteSpec.sigma for width in task.strategy.widths.values())
+    assert task.strategy.widths["body"].relative.shape == (5,)
+
+
+def test_pilots_of_the_deepest_site_are_those_below_the_head(tmp_path: Any) -> None:
+    pilots = PilotSpec("deepest", 2)
+    from flops_lightning.allocators import GaussianAllocator
+
+    task = fitted(tmp_path, GaussianAllocator(), pilots=pilots)
+    assert task.strategy.meter.sites["top"].pilots == 2 * 24 * 2
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("sites", "settings", "message"),
+    [
+        (
+            [{"stages": ["0", "4"], "kind": "linear", "together": True}], {},
+            r"exact_head = True: site '0..4' perturbs the last layer together with others",
+        ),
+        (TOKENS, {"pilots": PilotSpec("2..4", 4)}, r"pilots.sites = '2..4': spends no queries, its gradient is exact"),
+        (
+            TOKENS, {"pilots": PilotSpec("deepest", 4), "update": "site_by_site"},
+            r"pilots.reuse = True: pilots are stale once the exact head above them was updated",
+        ),
+    ],
+)  # fmt: skip
+def test_settings_that_are_refused(
+    sites: list[dict[str, Any]], settings: dict[str, Any], message: str, tokens_net: nn.Sequential
+) -> None:
+    with pytest.raises(SettingError, match=message):
+        bound(tokens_net, squared_error, sites, exact_head=True, **settings)
+
+
+def test_a_network_whose_end_is_not_taught_is_refused(tokens_net: nn.Sequential) -> None:
+    tokens_net[4].requires_grad_(False)
+    with pytest.raises(SettingError, match=r"exact_head = True: no site has its noise at the network's output.*'4'"):
+        bound(tokens_net, squared_error, [{"stages": ["0", "3"]}], exact_head=True)
+
+
+def test_a_head_alone_is_refused(tokens_net: nn.Sequential) -> None:
+    for layer in tokens_net[:4]:
+        layer.requires_grad_(False)
+    with pytest.raises(SettingError, match=r"exact_head = True: leaves no site for queries.*Backprop"):
+        bound(tokens_net, squared_error, [{"stages": ["4"]}], exact_head=True)
+
+
+def test_a_layer_below_the_output_is_no_head() -> None:
+    last = nn.Sequential(nn.Linear(3, 3), nn.GELU(), nn.Linear(3, 2))
+    net = shaken(nn.Sequential(nn.Linear(3, 3), TokenMean(), last))
+    with pytest.raises(SettingError, match=r"no site has its noise at the network's output"):
+        bound(net, squared_error, [{"stages": ["0", "2"], "kind": "linear"}], exact_head=True)
+
+
+def test_a_layer_whose_output_is_changed_afterwards_is_no_head(tokens: tuple[Tensor, Tensor]) -> None:
+    """A stage written by hand may do more than its one member does."""
+    net = shaken(nn.ModuleDict({"body": nn.Linear(3, 3), "head": nn.Linear(3, 2)}))
+    stages = (
+        Stage("body", lambda x: net["body"](x).mean(1), ("body",)),
+        Stage("head", lambda x: net["head"](x).softmax(1), ("head",)),
+    )
+    strategy = LikelihoodRatio(sites=[SiteSpec(["body", "head"], kind="linear")], exact_head=True)
+    strategy.bind(StagedNetwork(net, stages), squared_error)
+    with pytest.raises(SettingError, match=r"exact_head = True: the output of 'head' is not that of the network"):
+        strategy.clean_pass(*tokens)
+
+
+def through_numpy(output: Tensor, target: Tensor) -> Tensor:
+    return torch.from_numpy(output.numpy()).logsumexp(1)
+
+
+@pytest.mark.parametrize("loss", [zero_one_error, through_numpy])
+def test_a_loss_without_a_derivative_is_refused(loss: Any, images: tuple[Tensor, Tensor]) -> None:
+    strategy = bound(tiny_vit(), loss, LAYOUTS["group"], exact_head=True)
+    with pytest.raises(SettingError, match=rf"loss = '{loss.__name__}': has no derivative.*Write exact_head: false"):
+        strategy.clean_pass(*images)
+
+
+def test_a_task_names_the_loss_that_has_no_derivative(tmp_path: Any) -> None:
+    sites = [SiteSpec(name="body", stages=["embed", "blocks.2"]), SiteSpec(name="head", stages=["pool", "head"])]
+    task = ForwardImageClassifier(
+        **MODEL, strategy=LikelihoodRatio(sites=sites, exact_head=True, seed=0),
+        loss="flops_lightning.objectives.zero_one_error",
+    )  # fmt: skip
+    with pytest.raises(SettingError, match=r"loss = 'flops_lightning.objectives.zero_one_error': has no derivative"):
+        task.sample_statistics((IMAGES[:4], LABELS[:4]))

@@ -1,0 +1,244 @@
+"""The derivative of the smoothed loss in log sigma, against closed forms, and the steps that follow from it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor, nn
+
+from flops_lightning.errors import SettingError
+from flops_lightning.noise_kinds import NoiseSpec
+from flops_lightning.strategies import LikelihoodRatio, PilotSpec
+from flops_lightning.strategies.learned_sigma import RANGE, LearnedSigma
+from flops_lightning.strategies.site_queries import SiteQueries
+from flops_lightning.strategies.site_widths import SiteWidth
+from tests.reference.layouts import COUNTS, TOKEN_SITES
+from tests.reference.likelihood_ratio import assert_equals_reference
+from tests.reference.networks import Loss, bound, estimated, gradients, squared_error
+
+VARIANTS = ("plain", "baseline", "leave_one_out", "antithetic")
+every_variant = pytest.mark.parametrize("variant", VARIANTS)
+SITE = {"stages": ["0"], "sigma": 0.5}
+
+
+class Shift(nn.Module):
+    """``h + p``."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.p = nn.Parameter(torch.zeros(shape, dtype=torch.float64))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + self.p
+
+
+def half_square(output: Tensor, target: Tensor) -> Tensor:
+    """``||h - y||^2 / 2``; smoothed ``(||h - y||^2 + d sigma^2) / 2``, with the derivative ``d sigma^2``."""
+    return 0.5 * (output - target).square().flatten(1).sum(1)
+
+
+def below(output: Tensor, target: Tensor) -> Tensor:
+    """1 where the first feature is below the target; smoothed ``Phi((y - h) / sigma)``."""
+    return (output[:, 0] < target).to(output.dtype)
+
+
+def strategy_on(loss: Loss, *shape: int, **settings: Any) -> LikelihoodRatio:
+    return bound(nn.Sequential(Shift(*shape), nn.Identity()), loss, [SITE], **{"learn_sigma": 0.05, **settings})
+
+
+def slopes(strategy: LikelihoodRatio, x: Tensor, y: Tensor, *, draws: int) -> Tensor:
+    """``(k,)`` derivatives from fresh queries; sigma stays."""
+    counts = torch.tensor([400, 1000, 200, 600]).numpy()
+    found = []
+    for _ in range(draws):
+        clean = strategy.clean_pass(x, y)
+        sums = strategy.site_queries.sums(strategy.sites[0], clean, counts)
+        found.append(sums.slope())
+    return torch.stack(found)
+
+
+def assert_slope(found: Tensor, expected: float) -> None:
+    mean, error = float(found.mean()), float(found.std()) / len(found) ** 0.5
+    assert error < 0.02 * abs(expected), f"too noisy to tell: {mean:.4f} with the error {error:.4f}"
+    assert abs(mean - expected) < 4 * error, f"slope {mean:.4f}, expected {expected:.4f}, error {error:.4f}"
+
+
+def check_quadratic(variant: str, **settings: Any) -> None:
+    x = 0.2 * torch.randn(4, 3, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    strategy = strategy_on(half_square, 3, 2, variant=variant, chunk_rows=1000, **settings)
+    if strategy.token_sigma:
+        tokens = {"mean": torch.tensor([1.0, 16.0, 81.0]), "error": torch.zeros(3), "mass": torch.ones(())}
+        strategy._tokens.load_state_dict({"0": tokens})
+    assert_slope(slopes(strategy, x, torch.zeros_like(x), draws=60), 6 * 0.5**2)
+
+
+@every_variant
+def test_of_a_quadratic(variant: str) -> None:
+    check_quadratic(variant)
+
+
+@every_variant
+def test_with_tokens_of_different_widths(variant: str) -> None:
+    """Their mean square is 1, so the smoothed quadratic is the same."""
+    check_quadratic(variant, token_sigma=True)
+
+
+@every_variant
+def test_of_a_loss_that_takes_steps(variant: str) -> None:
+    """``d/dlog(sigma) Phi(u) = -u phi(u)`` at ``u = (y - h) / sigma``, mean over the batch."""
+    x = torch.tensor([[0.3], [0.4], [0.5], [0.6]], dtype=torch.float64).expand(4, 3).contiguous()
+    u = [(0.0 - float(h)) / 0.5 for h in x[:, 0]]
+    expected = sum(-v * stats.norm.pdf(v) for v in u) / 4
+    strategy = strategy_on(below, 3, variant=variant, chunk_rows=1000)
+    assert_slope(slopes(strategy, x, torch.zeros(4, dtype=torch.float64), draws=150), expected)
+
+
+def forget_the_dimension(patch: pytest.MonkeyPatch) -> None:
+    whole = SiteQueries._slopes
+
+    def shifted(self: SiteQueries, site: Any, z: Tensor, weights: Tensor, *rest: Tensor) -> Tensor:
+        return whole(self, site, z, weights, *rest) + 0.1 * weights * site.sigma * z[0].numel()
+
+    patch.setattr(SiteQueries, "_slopes", shifted)
+
+
+def take_the_direction_for_the_noise(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(SiteWidth, "unscaled", lambda _, direction: direction)
+
+
+@pytest.mark.parametrize("fault", [forget_the_dimension, take_the_direction_for_the_noise])
+def test_planted_faults_are_caught(fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    fault(monkeypatch)
+    with pytest.raises(AssertionError, match=r"^(slope|too noisy)"):
+        check_quadratic("baseline", token_sigma=True)
+
+
+# Steps
+
+
+def test_the_steps_are_those_of_adam(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(4, 3, dtype=torch.float64)
+    strategy = strategy_on(half_square, 3, learn_sigma=0.03)
+    seen: list[Tensor] = []
+    step = LearnedSigma.step
+    monkeypatch.setattr(LearnedSigma, "step", lambda s, site, slope: (seen.append(slope), step(s, site, slope)))
+    used = []
+    for _ in range(6):
+        estimated(strategy, x, torch.zeros_like(x), torch.tensor([3, 0, 5, 2]))
+        used.append(strategy.widths["0"].sigma)
+    by_hand = torch.tensor(math.log(0.5), dtype=torch.float64, requires_grad=True)
+    adam = torch.optim.Adam([by_hand], lr=0.03)
+    for sigma, slope in zip(used, seen, strict=True):
+        assert sigma == pytest.approx(float(by_hand.exp()), rel=1e-12)
+        by_hand.grad = slope
+        adam.step()
+    assert len({*used}) == 6
+
+
+def test_sigma_never_sees_the_queries_that_it_is_for() -> None:
+    """It changes with a batch's clean pass and stays for all that is estimated from it."""
+    x = torch.randn(4, 3, dtype=torch.float64)
+    strategy = strategy_on(half_square, 3)
+    clean = strategy.clean_pass(x, torch.zeros_like(x))
+    strategy.estimate(clean)
+    once = gradients(strategy.network.module)["0.p"]
+    strategy.estimate(clean)
+    torch.testing.assert_close(gradients(strategy.network.module)["0.p"], once, rtol=0, atol=0)
+    assert strategy.widths["0"].sigma == 0.5
+    strategy.clean_pass(x, torch.zeros_like(x))
+    assert strategy.widths["0"].sigma != 0.5
+
+
+@pytest.mark.parametrize(("loss", "expected"), [(half_square, 0.5 / RANGE), (below, 0.5 * RANGE)])
+def test_sigma_goes_where_the_smoothed_loss_is_low_and_stops_at_its_bounds(loss: Loss, expected: float) -> None:
+    """A quadratic likes none; samples on the wrong side of a step like as much as they can get."""
+    x = torch.full((4, 2), -1.0, dtype=torch.float64)
+    y = torch.zeros(4, dtype=torch.float64) if loss is below else x.clone()
+    strategy = strategy_on(loss, 2, learn_sigma=0.2)
+    for _ in range(40):
+        estimated(strategy, x, y)
+    assert strategy.widths["0"].sigma == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("layout", ["group", "block", "linear"])
+@every_variant
+def test_the_estimate_is_that_of_the_present_sigma(
+    variant: str, layout: str, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
+) -> None:
+    strategy = bound(tokens_net, squared_error, TOKEN_SITES[layout], variant=variant, learn_sigma=0.2, chunk_rows=6)
+    for _ in range(2):
+        estimated(strategy, *tokens)
+    assert_equals_reference(tokens_net, strategy, *tokens, torch.tensor(COUNTS[variant]))
+    assert all(abs(width.sigma / 0.5 - 1) > 0.05 for width in strategy.widths.values())
+
+
+def test_the_size_of_a_chunk_changes_nothing(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+    found = []
+    for rows in (256, 5):
+        strategy = bound(tokens_net, squared_error, TOKEN_SITES["block"], learn_sigma=0.1, chunk_rows=rows)
+        for _ in range(3):
+            estimated(strategy, *tokens, torch.tensor([3, 0, 41, 7]))
+        found.append([width.sigma for width in strategy.widths.values()])
+    assert found[0] == pytest.approx(found[1], rel=1e-12)
+
+
+def test_lost_queries_teach_nothing() -> None:
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        value = half_square(output, target)
+        return torch.where(target[:, 0] > 0, math.nan, value)
+
+    x = torch.randn(4, 3, dtype=torch.float64)
+    y = torch.zeros_like(x)
+    y[1:, 0] = 1.0
+    strategy = strategy_on(loss, 3, pilots=PilotSpec())
+    with pytest.warns(RuntimeWarning, match="lost every query"):
+        estimated(strategy, x, y)
+    alone = strategy_on(half_square, 3)
+    estimated(alone, x[:1], y[:1])
+    clean = strategy.clean_pass(x, y)
+    alone.clean_pass(x[:1], y[:1])
+    assert clean.loss.isnan().sum() == 3
+    # Adam's first step has the length of its rate whatever the slope, if it has one.
+    assert strategy.widths["0"].sigma == pytest.approx(alone.widths["0"].sigma, rel=1e-6)
+
+
+def test_a_resumed_run_goes_on_alike(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor], tmp_path: Any) -> None:
+    settings: dict[str, Any] = {"learn_sigma": 0.1, "seed": 3}
+    strategy = bound(tokens_net, squared_error, TOKEN_SITES["block"], **settings)
+    for _ in range(3):
+        estimated(strategy, *tokens)
+    torch.save(strategy.state_dict(), tmp_path / "state.pt")
+    resumed = bound(tokens_net, squared_error, TOKEN_SITES["block"], **settings)
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for _ in range(3):
+        _, expected = estimated(strategy, *tokens)
+        _, found = estimated(resumed, *tokens)
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, rtol=0, atol=0)
+    assert [w.sigma for w in resumed.widths.values()] == [w.sigma for w in strategy.widths.values()]
+
+
+# Settings
+
+
+@pytest.mark.parametrize("rate", [-0.1, math.inf, math.nan])
+def test_rates_that_are_refused(rate: float) -> None:
+    with pytest.raises(SettingError, match=r"strategy.learn_sigma = .*is no learning rate. Write 0"):
+        LikelihoodRatio(learn_sigma=rate)
+
+
+@pytest.mark.parametrize(
+    "noise", [NoiseSpec(distribution="rademacher"), NoiseSpec(layout="factored"), NoiseSpec(orthogonal=True)]
+)
+def test_other_noise_is_refused(noise: NoiseSpec) -> None:
+    with pytest.raises(SettingError, match=r"strategy.learn_sigma = 0.1: needs dense Gaussian noise"):
+        LikelihoodRatio(learn_sigma=0.1, noise=noise)
+
+
+def test_layers_perturbed_together_are_refused(tokens_net: nn.Sequential) -> None:
+    with pytest.raises(SettingError, match=r"strategy.learn_sigma = 0.1: cannot be learned at '0..4'.*together: false"):
+        bound(tokens_net, squared_error, TOKEN_SITES["together"], learn_sigma=0.1)

@@ -1,0 +1,229 @@
+"""Kinds of noise at sites of every kind: what each estimates, exactly and on average, and where it is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from flops_lightning.errors import SettingError
+from flops_lightning.noise import NoiseKey, row_seeds, standard_normal
+from flops_lightning.noise_kinds import NoiseSpec
+from flops_lightning.strategies import ForwardMode, LikelihoodRatio, PilotSpec, SiteSpec, perturbation
+from tests.reference.layouts import COUNTS, TOKEN_SITES, VIT_SITES, convolutional, vit_for
+from tests.reference.likelihood_ratio import assert_equals_reference, reference_traces
+from tests.reference.networks import (
+    autograd_gradient,
+    bound,
+    cross_entropy,
+    estimated,
+    gradients,
+    squared_error,
+    stage_network,
+    token_network,
+)
+from tests.reference.smoothed import Sampled, assert_unbiased, estimates, flat
+
+KINDS = {
+    "rademacher": NoiseSpec(distribution="rademacher"),
+    "factored": NoiseSpec(layout="factored"),
+    "factored_rademacher": NoiseSpec(distribution="rademacher", layout="factored"),
+    "orthogonal": NoiseSpec(orthogonal=True),
+}
+CONVOLUTIONS = [{"stages": ["0", "6"], "kind": "linear", "sigma": 0.1}]
+every_kind = pytest.mark.parametrize("kind", KINDS)
+SIGMA = 1e-3
+
+
+@every_kind
+@pytest.mark.parametrize(
+    ("variant", "layout"),
+    [
+        *(("baseline", layout) for layout in VIT_SITES),
+        *((v, "block") for v in ("plain", "leave_one_out", "antithetic")),
+    ],
+)
+def test_equals_the_reference(kind: str, variant: str, layout: str, images: tuple[Tensor, Tensor]) -> None:
+    vit = vit_for(layout)
+    strategy = bound(vit, cross_entropy, VIT_SITES[layout], variant=variant, chunk_rows=6, noise=KINDS[kind])
+    base = torch.tensor(COUNTS[variant])
+    table = torch.stack([base.roll(s) for s in range(len(strategy.sites))])
+    assert_equals_reference(vit, strategy, *images, table)
+
+
+@every_kind
+@pytest.mark.parametrize("variant", ["baseline", "antithetic"])
+def test_feature_maps(kind: str, variant: str, images: tuple[Tensor, Tensor]) -> None:
+    net = convolutional()
+    strategy = bound(net, cross_entropy, CONVOLUTIONS, variant=variant, chunk_rows=6, noise=KINDS[kind])
+    assert_equals_reference(net, strategy, *images, torch.tensor(COUNTS[variant]))
+
+
+@every_kind
+@pytest.mark.parametrize("layout", TOKEN_SITES)
+def test_the_size_of_a_chunk_changes_nothing(
+    kind: str, layout: str, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
+) -> None:
+    counts = torch.tensor([3, 0, 41, 7])
+    whole, cut = (
+        estimated(
+            bound(tokens_net, squared_error, TOKEN_SITES[layout], noise=KINDS[kind], chunk_rows=n), *tokens, counts
+        )
+        for n in (256, 5)
+    )
+    for name, gradient in whole[1].items():
+        torch.testing.assert_close(cut[1][name], gradient)
+
+
+def test_gaussian_noise_is_what_it_was(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+    """Drawn from the keys by ``standard_normal``, to the last bit."""
+    strategy = bound(tokens_net, squared_error, [{"stages": ["0", "4"], "kind": "block"}], seed=3)
+    seen: dict[str, Tensor] = {}
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        seen["output"] = output.clone()
+        return squared_error(output, target)
+
+    strategy.loss = loss
+    clean = strategy.clean_pass(*tokens)
+    strategy.estimate(clean, torch.tensor([2, 0, 0, 1]), sites=["4"])
+    key, rows = NoiseKey(3, 0, "4"), (np.array([0, 0, 3]), np.array([0, 1, 0]))
+    z = standard_normal(row_seeds(key, *rows), (2,), device=torch.device("cpu"), dtype=torch.float64)
+    moved = clean.output[[0, 0, 3]].add(z, alpha=SiteSpec.sigma)
+    torch.testing.assert_close(seen["output"], moved, rtol=0, atol=0)
+
+
+# On average
+
+
+def shifted(output: Tensor, target: Tensor) -> Tensor:
+    """Squared error less an offset: `plain` estimates are as noisy as the loss is large."""
+    return squared_error(output, target[:, :-1]) - target[:, -1]
+
+
+def problem() -> tuple[nn.Module, Tensor, Tensor]:
+    """3 tokens, 4 samples; clean losses of +- sigma."""
+    net, generator = token_network(), torch.Generator().manual_seed(2)
+    x = torch.randn(4, 3, 3, generator=generator, dtype=torch.float64)
+    y = 2 + torch.randn(4, 2, generator=generator, dtype=torch.float64)
+    offset = squared_error(net(x), y).detach() - SIGMA * torch.tensor([1.0, -1.0, 1.0, -1.0])
+    return net, x, torch.cat([y, offset[:, None]], dim=1)
+
+
+def check(kind: str, variant: str, layout: str, *, draws: int = 16) -> None:
+    net, x, y = problem()
+    sites = [{**site, "sigma": SIGMA} for site in TOKEN_SITES[layout]]
+    strategy = bound(net, shifted, sites, variant=variant, chunk_rows=1000, noise=KINDS[kind])
+    counts = torch.tensor([300, 640, 300, 60])
+    truth = autograd_gradient(net, shifted, x, y)
+    for site, estimate in zip(strategy.sites, estimates(strategy, x, y, counts, draws=draws).values(), strict=True):
+        assert_unbiased(estimate, Sampled(flat([truth[name] for name in site.parameters]).repeat(2, 1)))
+
+
+CASES = [
+    *(("baseline", layout) for layout in TOKEN_SITES),
+    *((variant, "group") for variant in ("plain", "leave_one_out", "antithetic")),
+]
+
+
+@every_kind
+@pytest.mark.parametrize(("variant", "layout"), CASES)
+def test_unbiased(kind: str, variant: str, layout: str) -> None:
+    check(kind, variant, layout)
+
+
+@pytest.mark.parametrize("layout", ["group", "linear", "together"])
+def test_noise_of_the_wrong_scale_is_caught(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A planted fault: directions a tenth too short."""
+    draw = perturbation.draw_noise
+
+    def shrunk(*args: Any, **kwargs: Any) -> Tensor:
+        return 0.9 * draw(*args, **kwargs)
+
+    monkeypatch.setattr(perturbation, "draw_noise", shrunk)
+    with pytest.raises(AssertionError, match=r"^slope"):
+        check("factored", "baseline", layout)
+
+
+@every_kind
+def test_traces(kind: str, images: tuple[Tensor, Tensor]) -> None:
+    """Summed from each query's gradient, whatever the noise."""
+    vit = vit_for("block")
+    strategy = bound(vit, cross_entropy, VIT_SITES["block"], noise=KINDS[kind], chunk_rows=7)
+    counts = torch.tensor([5, 8, 2, 4])
+    clean = strategy.clean_pass(*images)
+    seen = strategy.estimate(clean, counts, traces=True).observation
+    gradients(vit)
+    for i, site in enumerate(strategy.sites):
+        expected = reference_traces(vit, strategy, site, *images, counts.tolist(), in_parameters=False)
+        torch.testing.assert_close(seen.trace[i], expected, rtol=1e-8, atol=1e-12)
+
+
+# Forward mode: no sigma, hence every isotropic kind is unbiased, and orthogonal directions are a basis
+
+
+@every_kind
+def test_forward_mode_is_unbiased(kind: str) -> None:
+    net, x, y = problem()
+    sites = [SiteSpec(**{k: v for k, v in site.items() if k != "sigma"}) for site in TOKEN_SITES["group"]]
+    strategy = ForwardMode(sites=sites, noise=KINDS[kind], seed=7, chunk_rows=1000)
+    strategy.bind(stage_network(net), shifted)
+    truth = autograd_gradient(net, shifted, x, y)
+    found = estimates(strategy, x, y, torch.tensor([300, 640, 300, 60]), draws=12)
+    for site, estimate in zip(strategy.sites, found.values(), strict=True):
+        assert_unbiased(estimate, Sampled(flat([truth[name] for name in site.parameters]).repeat(2, 1)))
+
+
+@pytest.mark.parametrize("layout", ["group", "block", "linear"])
+def test_forward_mode_with_a_basis_of_directions_is_exact(
+    layout: str, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
+) -> None:
+    """12 features at 3 tokens of the first layer, 9 of the third, 3 and 2 above: 36 queries are whole bases of each."""
+    sites = [SiteSpec(**{k: v for k, v in site.items() if k != "sigma"}) for site in TOKEN_SITES[layout]]
+    strategy = ForwardMode(sites=sites, noise=NoiseSpec(orthogonal=True), seed=7)
+    strategy.bind(stage_network(tokens_net), squared_error)
+    _, found = estimated(strategy, *tokens, torch.tensor([36, 36, 72, 36]))
+    for name, gradient in autograd_gradient(tokens_net, squared_error, *tokens).items():
+        torch.testing.assert_close(found[name], gradient)
+
+
+# Settings
+
+
+@pytest.mark.parametrize("strategy", [LikelihoodRatio, ForwardMode])
+def test_a_plain_mapping_is_accepted(strategy: type[LikelihoodRatio]) -> None:
+    assert strategy(noise={"distribution": "rademacher"}).noise == NoiseSpec(distribution="rademacher")
+    assert strategy().noise == NoiseSpec()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"noise": {"distribution": "cauchy"}}, r"strategy.noise.distribution = 'cauchy': is unknown"),
+        ({"noise": {"shape": "dense"}}, r"strategy.noise = {'shape': 'dense'}: .*'shape'.*See NoiseSpec"),
+        ({"noise": "rademacher"}, r"strategy.noise = 'rademacher': is not a NoiseSpec"),
+        (
+            {"noise": {"orthogonal": True}, "pilots": PilotSpec("deepest", 4)},
+            r"strategy.pilots.queries = 4: orthogonal queries depend on the pilots",
+        ),
+    ],
+)
+def test_settings_that_are_refused(settings: dict[str, Any], message: str) -> None:
+    for strategy in (LikelihoodRatio, ForwardMode):
+        with pytest.raises(SettingError, match=message):
+            strategy(**settings)
+
+
+@pytest.mark.parametrize("kind", ["factored", "factored_rademacher"])
+def test_factored_noise_wants_tokens_somewhere(kind: str, tokens: tuple[Tensor, Tensor]) -> None:
+    flat_net = nn.Sequential(nn.Flatten(), nn.Linear(9, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    sites = [{"stages": ["1"]}, {"stages": ["3"], "kind": "linear"}]
+    strategy = bound(flat_net, squared_error, sites, noise=KINDS[kind])
+    with pytest.raises(SettingError, match=r"noise.layout = 'factored': no site has more than one token.*Write dense"):
+        strategy.clean_pass(*tokens)
+    # One site with tokens is enough.
+    net, x, y = problem()
+    assert estimated(bound(net, shifted, TOKEN_SITES["linear"], noise=KINDS[kind]), x, y)[0].batch_size == 4

@@ -1,0 +1,438 @@
+"""Relative widths of tokens: how they are learned, what they save, and that they bias nothing."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from flops_lightning.errors import SettingError
+from flops_lightning.strategies import LikelihoodRatio, PilotSpec, site_queries
+from flops_lightning.strategies.delta import DeltaSums
+from flops_lightning.strategies.site_widths import SiteWidth
+from flops_lightning.strategies.token_sigma import HALF_LIFE, LIMIT, Running, TokenSigma
+from tests.reference.layouts import COUNTS, convolutional, vit_for
+from tests.reference.likelihood_ratio import assert_equals_reference, reference_gradient, reference_traces
+from tests.reference.networks import (
+    TokenMean,
+    autograd_gradient,
+    bound,
+    cross_entropy,
+    estimated,
+    gradients,
+    shaken,
+    squared_error,
+)
+from tests.reference.smoothed import Sampled, assert_unbiased, flat
+
+SITES: dict[str, list[dict[str, Any]]] = {
+    "group": [{"stages": ["embed", "blocks.0"]}, {"stages": ["blocks.1", "blocks.2"]}, {"stages": ["pool", "head"]}],
+    "block": [{"stages": ["embed", "head"], "kind": "block"}],
+    "linear": [{"stages": ["embed", "head"], "kind": "linear", "modules": ["*.fc1", "*.proj", "head", "norm", "*.norm?",
+                "*.qkv", "*.fc2"]}],
+}  # fmt: skip
+CONVOLUTIONS = [{"stages": ["0", "6"], "kind": "linear", "sigma": 0.1}]
+
+
+class OwnTokens(nn.Module):
+    """``h + p`` with a parameter ``(t, d)`` of its own at every token: the Jacobian is the identity."""
+
+    def __init__(self, tokens: int, features: int) -> None:
+        super().__init__()
+        self.p = nn.Parameter(torch.zeros(tokens, features, dtype=torch.float64))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + self.p
+
+
+def linear_loss(output: Tensor, target: Tensor) -> Tensor:
+    """``(b,)`` inner products: the derivative at every token is the target's."""
+    return (output * target).flatten(1).sum(1)
+
+
+def uneven_problem(tokens: int = 8, features: int = 16, batch: int = 4) -> tuple[nn.Sequential, Tensor, Tensor, Tensor]:
+    """Tokens whose derivatives differ by factors of two, and ``(t,)`` their mean squared norms over the batch."""
+    x = torch.randn(batch, tokens, features, dtype=torch.float64)
+    g = torch.randn(batch, tokens, features, dtype=torch.float64) * 2.0 ** torch.arange(tokens)[:, None]
+    return nn.Sequential(OwnTokens(tokens, features), nn.Identity()), x, g, g.square().sum(2).mean(0)
+
+
+def taught(strategy: LikelihoodRatio, x: Tensor, y: Tensor, *, steps: int, counts: Tensor | None = None) -> None:
+    """Some steps that teach the widths and leave the parameters."""
+    for _ in range(steps):
+        estimated(strategy, x, y, counts)
+
+
+# The running average
+
+
+def test_the_average_is_exponential_and_corrected_for_its_start() -> None:
+    generator = torch.Generator().manual_seed(0)
+    steps = torch.rand(5, 6, 3, generator=generator, dtype=torch.float64)
+    running = Running.empty(steps[0, 0])
+    for step in steps:
+        running = running.seen(step)
+    weights = torch.tensor([0.5 ** ((4 - i) / HALF_LIFE) for i in range(5)], dtype=torch.float64)
+    weights /= weights.sum()
+    torch.testing.assert_close(running.mean / running.mass, (weights[:, None] * steps.mean(1)).sum(0))
+    expected = (weights.square()[:, None] * steps.var(1) / 6).sum(0)
+    torch.testing.assert_close(running.error / running.mass**2, expected)
+
+
+def test_what_is_seen_counts_half_after_a_half_life() -> None:
+    one, other = torch.ones(2, 3, dtype=torch.float64), torch.zeros(2, 3, dtype=torch.float64)
+    running = Running.empty(one[0])
+    for _ in range(1000):
+        running = running.seen(one)
+    for _ in range(HALF_LIFE):
+        running = running.seen(other)
+    torch.testing.assert_close(running.mean, torch.full((3,), 0.5, dtype=torch.float64))
+
+
+def test_samples_without_two_queries_are_left_out() -> None:
+    squares = torch.tensor([[1.0, 2.0], [torch.nan, torch.nan], [3.0, 6.0]])
+    running = Running.empty(squares[0]).seen(squares)
+    torch.testing.assert_close(running.mean / running.mass, torch.tensor([2.0, 4.0]))
+    again = running.seen(squares[:2])  # a single sample has no standard error
+    torch.testing.assert_close(torch.stack([*again.mean, *again.error]), torch.stack([*running.mean, *running.error]))
+    assert again.mass == running.mass
+
+
+def settled(rho: Tensor, error: Tensor) -> Running:
+    return Running(rho, error.square(), torch.ones(()))
+
+
+def test_widths_are_the_fourth_root_of_the_inverse() -> None:
+    rho = torch.tensor([1.0, 16.0, 81.0])
+    r = settled(rho, torch.zeros(3)).widths()
+    torch.testing.assert_close(r / r[0], torch.tensor([1.0, 1 / 2, 1 / 3]))
+    torch.testing.assert_close(r.square().mean(), torch.tensor(1.0))
+
+
+def test_widths_are_limited() -> None:
+    r = settled(torch.tensor([1e-12, 1.0, 1.0]), torch.zeros(3)).widths()
+    torch.testing.assert_close(r[0] / r[1], torch.tensor(LIMIT * (3 / 2) ** 0.25))
+
+
+def test_a_token_is_not_taken_to_matter_less_than_the_error_tells() -> None:
+    r = settled(torch.tensor([-0.3, 0.1, 1.0]), torch.tensor([0.2, 0.2, 0.2])).widths()
+    torch.testing.assert_close(r / r[2], torch.tensor([0.2, 0.2, 1.0]) ** -0.25)
+
+
+@pytest.mark.parametrize("squares", [torch.zeros(4, 3), torch.full((4, 3), torch.nan), torch.ones(1, 3)])
+def test_without_knowledge_all_tokens_are_alike(squares: Tensor) -> None:
+    torch.testing.assert_close(Running.empty(squares[0]).seen(squares).widths(), torch.ones(3))
+
+
+def test_what_counts_was_chosen_for_noise_alone() -> None:
+    """Estimates that are nothing but noise, many tokens: the widths they give cost next to nothing."""
+    generator = torch.Generator().manual_seed(0)
+    running = Running.empty(torch.zeros(200))
+    for _ in range(60):
+        running = running.seen(1 + 200 * torch.randn(64, 200, generator=generator))
+    r = running.widths()
+    assert float(r.square().mean() * r.pow(-2).mean()) < 1.1
+
+
+# The engine
+
+
+@pytest.mark.parametrize(
+    ("variant", "layout"),
+    [*(("baseline", layout) for layout in SITES), *((v, "group") for v in ("plain", "leave_one_out", "antithetic"))],
+)
+def test_equals_the_reference(variant: str, layout: str, images: tuple[Tensor, Tensor]) -> None:
+    vit = vit_for(layout)
+    sites = [{**site, "sigma": 0.1} for site in SITES[layout]]
+    strategy = bound(vit, cross_entropy, sites, variant=variant, chunk_rows=6, token_sigma=True)
+    taught(strategy, *images, steps=3)
+    base = torch.tensor(COUNTS[variant])
+    table = torch.stack([base.roll(s) for s in range(len(strategy.sites))])
+    assert_equals_reference(vit, strategy, *images, table)
+    widths = [strategy.widths[site.name].relative for site in strategy.sites]
+    assert float(widths[0].max() / widths[0].min()) > 1.1
+    assert widths[-1] is None, "the head sees one token"
+
+
+@pytest.mark.parametrize("variant", ["baseline", "antithetic"])
+def test_positions_of_feature_maps(variant: str, images: tuple[Tensor, Tensor]) -> None:
+    net = convolutional()
+    strategy = bound(net, cross_entropy, CONVOLUTIONS, variant=variant, chunk_rows=6, token_sigma=True)
+    taught(strategy, *images, steps=3)
+    assert_equals_reference(net, strategy, *images, torch.tensor(COUNTS[variant]))
+    first = strategy.widths["0"].relative
+    assert first.shape == (16,), "4 x 4 positions"
+    assert float(first.max() / first.min()) > 1.1
+
+
+@pytest.mark.parametrize(("layout", "in_parameters"), [("block", False), ("linear", True)])
+@pytest.mark.parametrize("variant", ["baseline", "antithetic"])
+def test_traces(variant: str, layout: str, in_parameters: bool, images: tuple[Tensor, Tensor]) -> None:
+    vit = vit_for(layout)
+    sites = [{**site, "sigma": 0.1} for site in SITES[layout]]
+    strategy = bound(vit, cross_entropy, sites, variant=variant, chunk_rows=6, token_sigma=True)
+    taught(strategy, *images, steps=2)
+    counts, draw = torch.tensor([4, 8, 6, 4]), strategy.draw
+    seen = strategy.estimate(strategy.clean_pass(*images), counts, traces=True).observation
+    gradients(vit)
+    for i, site in enumerate(strategy.sites):
+        exact = in_parameters and isinstance(site.layers[0].module, nn.Linear)
+        expected = reference_traces(vit, strategy, site, *images, counts.tolist(), in_parameters=exact, draw=draw)
+        torch.testing.assert_close(seen.trace[i], expected, rtol=1e-7, atol=1e-12)
+
+
+def test_pilots_have_the_widths_of_their_step(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+    sites = [{"stages": ["0", "1"]}, {"stages": ["2", "4"]}]
+    strategy = bound(tokens_net, squared_error, sites, pilots=PilotSpec("0..1", 4), token_sigma=True)
+    taught(strategy, *tokens, steps=3)
+    draw, counts = strategy.draw, torch.tensor([3, 0, 5, 2])
+    clean = strategy.clean_pass(*tokens)
+    strategy.pilot_traces(clean)
+    strategy.estimate(clean, counts, sites=["0..1"])
+    found = gradients(tokens_net)
+    expected = reference_gradient(
+        tokens_net, strategy, strategy.sites[0], *tokens, counts.tolist(), draw=draw, pilots=4
+    )  # fmt: skip
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-9)
+
+
+def test_the_size_of_a_chunk_changes_neither_estimate_nor_widths(images: tuple[Tensor, Tensor]) -> None:
+    found = []
+    for rows in (256, 5):
+        strategy = bound(vit_for("block"), cross_entropy, SITES["block"], chunk_rows=rows, token_sigma=True)
+        taught(strategy, *images, steps=3, counts=torch.tensor([3, 0, 41, 7]))
+        grads = estimated(strategy, *images, torch.tensor([7, 2, 3, 0]))[1]
+        found.append((grads, {name: width.relative for name, width in strategy.widths.items()}))
+    for name, gradient in found[0][0].items():
+        torch.testing.assert_close(found[1][0][name], gradient)
+    for name, relative in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], relative)
+
+
+def test_widths_never_see_the_queries_that_they_are_for(
+    tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
+) -> None:
+    """They change with a batch's clean pass and stay for all that is estimated from it."""
+    strategy = bound(tokens_net, squared_error, [{"stages": ["0", "4"], "kind": "block"}], token_sigma=True)
+    clean = strategy.clean_pass(*tokens)
+    assert all(width.relative is None for width in strategy.widths.values())
+    strategy.estimate(clean)
+    once = gradients(tokens_net)
+    assert all(width.relative is None for width in strategy.widths.values())
+    strategy.estimate(clean)
+    for name, gradient in gradients(tokens_net).items():
+        torch.testing.assert_close(gradient, once[name], rtol=0, atol=0)
+    strategy.clean_pass(*tokens)
+    assert {name for name, width in strategy.widths.items() if width.relative is not None} == {"0", "2"}
+
+
+def test_scales_weigh_tokens_as_queries_do() -> None:
+    """One token teaches a bias, the other nothing; of a query's squared ``delta`` the first has ``1 / r^2``."""
+
+    class First(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = nn.Parameter(torch.zeros(3000, dtype=torch.float64))
+
+        def forward(self, h: Tensor) -> Tensor:
+            return h + torch.stack([self.bias, torch.zeros_like(self.bias)])
+
+    net = nn.Sequential(First(), nn.Identity())
+    x = torch.randn(4, 2, 3000, dtype=torch.float64)
+    strategy = bound(net, linear_loss, [{"stages": ["0"]}], token_sigma=True)
+    strategy._tokens.load_state_dict({"0": vars(settled(torch.tensor([1.0, 256.0]), torch.zeros(2)))})
+    clean = strategy.clean_pass(x, x)
+    r = strategy.widths["0"].relative
+    share = float(r[0] ** -2 / r.pow(-2).sum())
+    assert strategy.site_scales(clean, None)[0] == pytest.approx(share, rel=0.06)
+    assert share == pytest.approx(1 / 17, rel=1e-6)
+
+
+# On average
+
+
+@pytest.mark.parametrize("variant", ["plain", "baseline", "leave_one_out", "antithetic"])
+def test_mean_squares_are_unbiased(variant: str) -> None:
+    net, _, g, _ = uneven_problem(tokens=4, batch=3)
+    assert_mean_squares(bound(net, linear_loss, [{"stages": ["0"]}], token_sigma=True, variant=variant), g)
+
+
+def test_products_of_a_query_with_itself_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A planted fault: half of the squares is left in."""
+    whole = DeltaSums.token_mean_squares
+
+    def biased(sums: DeltaSums, unit: int) -> Tensor:
+        sums.token_squares = 0.5 * sums.token_squares
+        return whole(sums, unit)
+
+    monkeypatch.setattr(DeltaSums, "token_mean_squares", biased)
+    with pytest.raises(AssertionError, match="standard errors"):
+        test_mean_squares_are_unbiased("baseline")
+
+
+def assert_mean_squares(strategy: LikelihoodRatio, g: Tensor) -> None:
+    found, counts = [], torch.tensor([40, 90, 60]).numpy()
+    for _ in range(200):
+        clean = strategy.clean_pass(torch.zeros_like(g), g)  # clean losses of 0, or `plain` would be noise
+        sums = strategy.site_queries.sums(strategy.sites[0], clean, counts)
+        found.append(sums.token_mean_squares(strategy.unit))
+    draws, truth = torch.stack(found), g.square().sum(2)
+    deviation = (draws.mean(0) - truth).abs() / (draws.std(0) / len(draws) ** 0.5)
+    assert float(deviation.max()) < 4, "standard errors"
+
+
+def check(variant: str, *, layout: str = "block", draws: int = 30) -> None:
+    """Estimates with widths that go on being learned, against autograd."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = shaken(
+            nn.Sequential(nn.Linear(3, 4), nn.Tanh(), OwnTokens(3, 4), nn.LayerNorm(4), TokenMean(), nn.Linear(4, 2))
+        )
+        x = torch.randn(4, 3, 3, dtype=torch.float64) * torch.tensor([0.2, 1.0, 4.0])[:, None]
+        y = 2 + torch.randn(4, 2, dtype=torch.float64)
+    clean = squared_error(net(x), y).detach()
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        return squared_error(output, target[:, :2]) - target[:, 2]
+
+    y = torch.cat([y, (clean - 1e-3)[:, None]], dim=1)
+    sites = [{"stages": ["0", "3"], "kind": layout, "sigma": 1e-3}, {"stages": ["5"], "sigma": 1e-3}]
+    if layout == "linear":
+        net[2].p.requires_grad_(False)
+    strategy = bound(net, loss, sites, variant=variant, token_sigma=True, chunk_rows=1000)
+    truth = autograd_gradient(net, loss, x, y)
+    counts = torch.tensor([300, 640, 300, 60])
+    taught(strategy, x, y, steps=2, counts=counts)
+    found = [estimated(strategy, x, y, counts)[1] for _ in range(draws)]
+    r = strategy.widths["0"].relative
+    assert float(r.max() / r.min()) > 1.2, "else it would be the same as with equal widths"
+    for site in strategy.sites:
+        rows = torch.stack([flat([grads[name] for name in site.parameters]) for grads in found])
+        exact = flat([truth[name] for name in site.parameters])
+        assert_unbiased(Sampled(rows), Sampled(exact.repeat(2, 1)))
+
+
+@pytest.mark.parametrize("layout", ["block", "linear"])
+@pytest.mark.parametrize("variant", ["plain", "baseline", "leave_one_out", "antithetic"])
+def test_unbiased(variant: str, layout: str) -> None:
+    check(variant, layout=layout)
+
+
+@pytest.mark.parametrize("variant", ["baseline", "antithetic"])
+def test_widths_left_in_the_gradient_are_caught(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A planted fault: the noise that moved the activation is taken for the direction of the gradient."""
+    whole = SiteWidth.scaled
+    monkeypatch.setattr(SiteWidth, "scaled", lambda width, z: (whole(width, z)[0],) * 2)
+    with pytest.raises(AssertionError, match=r"^(slope|an entry)"):
+        check(variant)
+
+
+def variance(strategy: LikelihoodRatio, x: Tensor, y: Tensor, *, draws: int) -> float:
+    """Sum over the parameters of the variance of the gradient estimate."""
+    found = [flat(list(estimated(strategy, x, y)[1].values())) for _ in range(draws)]
+    return float(torch.stack(found).var(0).sum())
+
+
+def test_the_variance_falls_as_theory_says() -> None:
+    """``T sum rho / (sum sqrt(rho))^2``, but for the share 1 / d that does not depend on the widths."""
+    net, x, g, rho = uneven_problem()
+    features = g.shape[2]
+    uniform = features * len(rho) * rho.sum() + rho.sum()
+    best = features * rho.sqrt().sum().square() + rho.sum()
+    theory = float(uniform / best)
+    assert theory > 2.5
+    site = {"stages": ["0"], "queries_per_sample": 40}
+    equal = variance(bound(net, linear_loss, [site]), x, g, draws=250)
+    oracle = bound(net, linear_loss, [site], token_sigma=True)
+    oracle._tokens.load_state_dict({"0": vars(settled(rho, torch.zeros_like(rho)))})
+    oracle._tokens.observe = lambda *_: None  # the widths stay
+    assert equal / variance(oracle, x, g, draws=250) == pytest.approx(theory, rel=0.06)
+    learned = bound(net, linear_loss, [site], token_sigma=True)
+    taught(learned, x, g, steps=3 * HALF_LIFE)
+    ratio = equal / variance(learned, x, g, draws=250)
+    assert 0.85 * theory < ratio < 1.06 * theory
+
+
+# State
+
+
+def test_a_resumed_run_goes_on_alike(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor], tmp_path: Any) -> None:
+    settings: dict[str, Any] = {"token_sigma": True, "seed": 3}
+    sites = [{"stages": ["0", "4"], "kind": "block"}]
+    strategy = bound(tokens_net, squared_error, sites, **settings)
+    taught(strategy, *tokens, steps=4)
+    torch.save(strategy.state_dict(), tmp_path / "state.pt")
+    resumed = bound(tokens_net, squared_error, sites, **settings)
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for _ in range(3):
+        _, expected = estimated(strategy, *tokens)
+        _, found = estimated(resumed, *tokens)
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, rtol=0, atol=0)
+    assert strategy.state_dict()["token_sigma"].keys() == {"0", "2"}
+
+
+def test_a_state_without_widths_starts_with_equal_ones(
+    tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
+) -> None:
+    sites = [{"stages": ["0", "4"], "kind": "block"}]
+    before = bound(tokens_net, squared_error, sites)
+    estimated(before, *tokens)
+    strategy = bound(tokens_net, squared_error, sites, token_sigma=True)
+    taught(strategy, *tokens, steps=2)
+    strategy.load_state_dict(copy.deepcopy(before.state_dict()))
+    assert all(width.relative is None for width in strategy.widths.values())
+
+
+def test_another_number_of_tokens_is_refused() -> None:
+    tokens = TokenSigma()
+    tokens.observe("body", torch.ones(2, 5))
+    with pytest.raises(SettingError, match=r"token_sigma = True: site 'body' has 7 tokens, and had 5"):
+        tokens.observe("body", torch.ones(2, 7))
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "sites", "message"),
+    [
+        ({"noise": {"orthogonal": True}}, [], r"token_sigma = True: learns from products of independent queries"),
+        (
+            {},
+            [{"stages": ["0", "4"], "kind": "linear", "together": True}],
+            r"token_sigma = True: cannot be learned at '0..4'",
+        ),
+        (
+            {"variant": "antithetic"},
+            [{"stages": ["0", "4"], "kind": "block", "queries_per_sample": 2}],
+            r"token_sigma = True: learns from pairs of independent queries.*Raise queries_per_sample to 4",
+        ),
+    ],
+)
+def test_settings_that_are_refused(
+    settings: dict[str, Any], sites: list[dict[str, Any]], message: str, tokens_net: nn.Sequential
+) -> None:
+    with pytest.raises(SettingError, match=message):
+        bound(tokens_net, squared_error, sites, token_sigma=True, **settings)
+
+
+def test_sites_without_tokens_are_refused(tokens: tuple[Tensor, Tensor]) -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(9, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    strategy = bound(net, squared_error, [{"stages": ["1"]}, {"stages": ["3"]}], token_sigma=True)
+    with pytest.raises(SettingError, match=r"token_sigma = True: no site has more than one token. Write false"):
+        strategy.clean_pass(*tokens)
+
+
+def test_without_the_setting_no_square_of_a_token_is_summed(
+    tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[DeltaSums] = []
+    empty = DeltaSums.empty
+    monkeypatch.setattr(site_queries.DeltaSums, "empty", lambda *a, **k: made.append(empty(*a, **k)) or made[-1])
+    estimated(bound(tokens_net, squared_error, [{"stages": ["0", "4"], "kind": "block"}]), *tokens)
+    assert [(sums.token_squares, sums.slopes) for sums in made] == [(None, None)] * 4
