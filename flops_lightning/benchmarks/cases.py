@@ -51,6 +51,22 @@ def tiny_digits_vit() -> nn.Module:
     )
 
 
+def vit_micro() -> nn.Module:
+    """The ViT of ``configs/vit_micro_cifar10.yaml``: 65 tokens of width 192, 6 blocks, images of 32x32 pixels."""
+    import timm
+
+    return timm.create_model(
+        "vit_tiny_patch16_224",
+        num_classes=10,
+        img_size=32,
+        patch_size=4,
+        depth=6,
+        num_heads=6,
+        mlp_ratio=2.0,
+        pre_norm=True,
+    )
+
+
 def vit_tiny() -> nn.Module:
     """ViT-Tiny/16 at 224 pixels: 197 tokens of width 192, 12 blocks."""
     import timm
@@ -60,6 +76,9 @@ def vit_tiny() -> nn.Module:
 
 DIGITS = Case(
     "tiny ViT, digits 8x8", tiny_digits_vit, (1, 8, 8), 10, batch=64, queries=20, chunk_rows=128, rounds=15
+)  # fmt: skip
+VIT_MICRO = Case(
+    "ViT-Micro/4, 32 px", vit_micro, (3, 32, 32), 10, batch=64, queries=20, chunk_rows=64, rounds=5
 )  # fmt: skip
 VIT_TINY = Case(
     "ViT-Tiny/16, 224 px", vit_tiny, (3, 224, 224), 1000, batch=4, queries=20, chunk_rows=8, rounds=5
