@@ -10,6 +10,7 @@ sample's gradient lies.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -84,27 +85,27 @@ def site_parts(network: StagedNetwork, site: Site) -> SiteParts:
     """The layers of a site with directions by row, and its other parameters.
 
     Raises:
-        SettingError: two layers share a parameter.
+        SettingError: a layer shares a parameter with another module.
     """
     layers: list[TrainedLayer] = []
-    owners = dict.fromkeys(site.parameters, 0)
+    rest = list(site.parameters)
+    holders = Counter(id(p) for module in network.module.modules() for p in module.parameters(recurse=False))
     for stage in range(site.first, site.last + 1):
         for name, module in network.modules_of(stage):
             own = dict(module.named_parameters(recurse=False))
-            mine = {leaf for leaf, p in own.items() if any(p is q for q in site.parameters.values())}
+            mine = {leaf: full for leaf, p in own.items() for full, q in site.parameters.items() if p is q}
             if not mine or not has_row_directions(module):
                 continue
+            tied = [full for leaf, full in mine.items() if holders[id(own[leaf])] > 1]
+            if tied:
+                raise SettingError(
+                    "strategy.layout", "factored", f"moves layers one by one, and {tied[0]!r} belongs to two modules.",
+                    f"Freeze it (freeze: {tied}), or write layout: shared.",
+                )  # fmt: skip
             layers.append(TrainedLayer(name, module, frozenset(mine)))
-            for full, parameter in site.parameters.items():
-                owners[full] += sum(own[leaf] is parameter for leaf in mine)
-    tied = [name for name, count in owners.items() if count > 1]
-    if tied:
-        raise SettingError(
-            "strategy.layout", "factored", f"moves layers one by one, and {tied[0]!r} belongs to two.",
-            f"Freeze it (freeze: {tied[:4]}), or write layout: shared.",
-        )  # fmt: skip
+            rest = [full for full in rest if full not in mine.values()]
     others: dict[int, list[str]] = {}
-    for name in (name for name, count in owners.items() if not count):
+    for name in rest:
         stage = next(i for i in range(site.first, site.last + 1) if network.stages[i].owns(name))
         others.setdefault(stage, []).append(name)
     return SiteParts(layers, others)
@@ -157,7 +158,8 @@ class FactoredDirections:
         targets, signs = clean.targets.index_select(0, index), self._signs(chunk, clean.loss)
 
         def losses(sigma: Tensor) -> Tensor:
-            output = self.network.run(self._moved(site, h, directions, sigma), site.last + 1)
+            # A copy made here, since a stage may work in place, and only on what the derivative knows of.
+            output = self.network.run(self._moved(site, h.clone(), directions, sigma), site.last + 1)
             return row_losses(self.loss, output, targets)
 
         if self.forward_mode:
@@ -205,7 +207,8 @@ class FactoredDirections:
         def hook_of(layer: TrainedLayer) -> Any:
             def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
                 ran[layer.name] = ran.get(layer.name, 0) + 1
-                return moved_output(module, args[0], output, now.directions[layer.name], now.sigma)
+                x = _layer_input(layer.name, args, len(now.sigma))
+                return moved_output(module, x, output, now.directions[layer.name], now.sigma)
 
             return hook
 
@@ -278,7 +281,8 @@ class FactoredDirections:
 
         def hook_of(layer: TrainedLayer) -> Any:
             def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-                found.setdefault(layer.name, []).append(input_basis(module, args[0], self.span))
+                x = _layer_input(layer.name, args, len(index))
+                found.setdefault(layer.name, []).append(_oriented(input_basis(module, x, self.span)))
 
             return hook
 
@@ -291,3 +295,27 @@ class FactoredDirections:
             for handle in handles:
                 handle.remove()
         return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def _layer_input(layer: str, args: tuple[Any, ...], rows: int) -> Tensor:
+    """The input of a layer, one line a row.
+
+    Raises:
+        SettingError: the layer is called by keyword, or its first dimension is not that of the rows.
+    """
+    if not args or len(args[0]) != rows:
+        raise SettingError(
+            "strategy.layout", "factored", f"{layer} is called by keyword, or its first dimension is not the batch.",
+            "Freeze it, or write layout: shared.",
+        )  # fmt: skip
+    x: Tensor = args[0]
+    return x
+
+
+def _oriented(basis: Tensor) -> Tensor:
+    """The basis ``(b, m, i)`` with signs of its own: an eigenvector has either, and rounding chooses.
+
+    The last bits of a layer's input depend on how many samples ran beside it; directions must not.
+    """
+    compass = torch.arange(1, basis.shape[2] + 1, dtype=basis.dtype, device=basis.device).sin()
+    return torch.where((basis @ compass < 0)[:, :, None], -basis, basis)

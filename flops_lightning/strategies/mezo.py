@@ -10,6 +10,7 @@ One scalar a step; with ``queries = n`` the mean over ``n / 2`` directions (n-SP
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -60,9 +61,13 @@ class MeZO(ForwardGradientStrategy):
             seed: Seed of all noise; None: the seed of ``seed_everything``.
 
         Raises:
-            SettingError: queries that make no pairs, or fewer than one row in a chunk.
+            SettingError: a sigma that is not positive, queries that make no pairs, or fewer than one row in a chunk.
         """
         super().__init__()
+        if not (sigma > 0 and math.isfinite(sigma)):
+            raise SettingError(
+                "strategy.sigma", sigma, "the noise needs a positive width.", "Write for example 1.0e-3."
+            )
         if queries < 2 or queries % 2:
             raise SettingError("strategy.queries", queries, "make no pairs.", "Write an even number, 2 or more.")
         if chunk_rows < 1:
@@ -78,7 +83,7 @@ class MeZO(ForwardGradientStrategy):
         """Take all trainable parameters.
 
         Raises:
-            SettingError: there is none, or sigma is not positive.
+            SettingError: there is none.
         """
         refuse_second_network(getattr(self, "network", None), network)
         if not network.trainable():
@@ -107,7 +112,8 @@ class MeZO(ForwardGradientStrategy):
 
     def clean_pass(self, inputs: Tensor, targets: Tensor) -> CleanPass:
         """Take the batch; nothing is run, and losses are not known."""
-        unknown = torch.full((len(inputs),), torch.nan, device=inputs.device)
+        dtype = torch.promote_types(next(iter(self._sites[0].parameters.values())).dtype, torch.float32)
+        unknown = torch.full((len(inputs),), torch.nan, dtype=dtype, device=inputs.device)
         clean = CleanPass(targets, {0: inputs}, unknown[:, None], unknown, unknown[:, None], self.draw)
         if not self._warned:
             warn_unresolved_sigma(self._sites, clean)

@@ -83,12 +83,22 @@ class ParameterPerturbation(QueryStrategy[QueriedParameters]):
         """Resolve sites and, in the factored layout, their layers.
 
         Raises:
-            SettingError: see :func:`resolve_sites`, :func:`check_pilots` and :func:`site_parts`.
+            SettingError: see :func:`resolve_sites`, :func:`check_pilots` and :func:`site_parts`; or a guided
+                convolution of several groups.
         """
         super().bind(network, loss)
         self._replaced = ReplacedParameters(network)
         if self.layout == "factored":
             self._parts = {site.name: site_parts(network, site) for site in self.sites}
+            self._check_guided()
+
+    def _check_guided(self) -> None:
+        for layer in (layer for parts in self._parts.values() for layer in parts.layers if self.activation_guided):
+            if layer.has_matrix and getattr(layer.module, "groups", 1) > 1:
+                raise SettingError(
+                    "strategy.activation_guided", True, f"{layer.name} is a convolution of several groups, each with "
+                    "inputs of its own.", f"Freeze {layer.name!r}, or write activation_guided: false.",
+                )  # fmt: skip
 
     def resolve_sites(self, network: StagedNetwork) -> tuple[Site, ...]:
         """Blocks and groups of stages, whose parameters are perturbed."""

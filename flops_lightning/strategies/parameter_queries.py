@@ -88,10 +88,11 @@ class QueriedParameters:
         """``(b,)`` trace of the covariance of one query's gradient (of a pair's, times 2); NaN without a query.
 
         Exact on average where the loss is linear over sigma; curvature and, without a control variate, the loss itself
-        make it too small by a share of the order of one over the number of parameters.
+        make it too small by a share of the order of one over the number of parameters. A sum that is negative, as it
+        may be of few factored directions shorter than 1, counts as 0.
         """
         n = self.survivors / self.unit
-        return torch.where(n > 0, self.unit * self.squares / n.clamp(min=1), torch.nan)
+        return torch.where(n > 0, self.unit * self.squares.clamp(min=0) / n.clamp(min=1), torch.nan)
 
     def coefficients(self, share: Tensor) -> Tensor:
         """``(R,)`` coefficients of directions in ``1/B sum_b share_b g_b``, ``g_b`` the mean of a sample's queries."""
@@ -129,7 +130,8 @@ class ParameterQueries:
         self, site: Site, clean: CleanPass, counts: NDArray[np.int64], *, first_query: int = 0, traces: bool = False
     ) -> QueriedParameters | None:
         """Run queries; see :class:`QueryEngine`."""
-        plan = plan_rows(counts, self.chunk_rows, first_query=first_query, multiple=self.unit)
+        first = -(-first_query // self.unit) * self.unit  # a pair starts at an even index
+        plan = plan_rows(counts, self.chunk_rows, first_query=first, multiple=self.unit)
         if not len(plan.samples):
             return None
         run = self.layout.evaluate(site, clean, plan, traces=traces)

@@ -10,13 +10,13 @@ between samples, ``1/B^2 sum_{b != c} min(A_b, A_c) / (A_b A_c) Cov_bc``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flops_lightning.noise import NoiseKey, row_seeds, standard_normal
@@ -64,18 +64,20 @@ class SharedDirections:
 
     def _run(self, site: Site, clean: CleanPass, index: Tensor, direction: int) -> Sequence[Tensor]:
         targets = clean.targets.index_select(0, index)
-        h = clean.activations[site.first].index_select(0, index)
+        entering = clean.activations[site.first]
         if self.forward_mode:
 
             def losses(sigma: Tensor) -> Tensor:
-                (moved,) = self._moved(site, clean.draw, [h], direction, [sigma])
+                streams = [entering.index_select(0, index)]
+                (moved,) = self._moved(site, clean.draw, streams, direction, [sigma])
                 return row_losses(self.loss, moved, targets)
 
-            zero = torch.zeros((), dtype=h.dtype if h.is_floating_point() else clean.loss.dtype, device=h.device)
+            zero = clean.loss.new_zeros(())
             with sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward derivative
                 return [torch.func.jvp(losses, (zero,), (torch.ones_like(zero),))[1]]
         sigmas = [site.sigma, -site.sigma][: self.unit]
-        streams = [h, *(h.clone() for _ in sigmas[1:])]  # a stage may work in place
+        # A copy for each, since a stage may work in place; nothing else holds them while the stages above run.
+        streams = [entering.index_select(0, index) for _ in sigmas]
         return [
             row_losses(self.loss, output, targets)
             for output in self._moved(site, clean.draw, streams, direction, sigmas)
@@ -86,17 +88,24 @@ class SharedDirections:
     ) -> list[Tensor]:
         """Outputs of the network at ``theta + sigma z`` for every sigma; each stage's ``z`` is drawn once."""
         for i in range(site.first, site.last + 1):
-            own = {name: p for name, p in site.parameters.items() if self.network.stages[i].owns(name)}
-            noise = {name: self._noise(site, draw, name, p, direction) for name, p in own.items()}
+            own = self._own(site, i)
+            noise = _split(self._noise(site, draw, i, own, direction), own) if own else {}
             for k, sigma in enumerate(sigmas):
                 values = {name: (p.detach() + sigma * noise[name]).to(p.dtype) for name, p in own.items()}
                 streams[k] = self.replaced.run(i, streams[k], values)
         return [self.network.run(h, site.last + 1) for h in streams]
 
-    def _noise(self, site: Site, draw: int, name: str, like: Tensor, direction: int) -> Tensor:
-        key = replace(self.key, draw=draw, site=f"{site.name}/{name}")
+    def _own(self, site: Site, stage: int) -> dict[str, nn.Parameter]:
+        """Parameters of one stage that the site teaches."""
+        return {name: p for name, p in site.parameters.items() if self.network.stages[stage].owns(name)}
+
+    def _noise(self, site: Site, draw: int, stage: int, own: Mapping[str, nn.Parameter], direction: int) -> Tensor:
+        """``(n,)`` one drawing for all parameters of a stage: seeding a generator costs as much as small tensors do."""
+        key = replace(self.key, draw=draw, site=f"{site.name}/{self.network.stages[stage].name}")
         seeds = row_seeds(key, np.zeros(1, dtype=np.int64), np.array([direction]))
-        return standard_normal(seeds, tuple(like.shape), device=like.device, dtype=like.dtype)[0]
+        first = next(iter(own.values()))
+        size = sum(p.numel() for p in own.values())
+        return standard_normal(seeds, (size,), device=first.device, dtype=first.dtype)[0]
 
     def gradient(
         self, site: Site, clean: CleanPass, plan: RowPlan, coefficients: Tensor, kept: Any
@@ -108,11 +117,20 @@ class SharedDirections:
         by_direction = coefficients.new_zeros(len(directions)).index_add_(
             0, torch.from_numpy(place).to(coefficients.device), coefficients * signs
         )
-        gradients = {}
-        for name, parameter in site.parameters.items():
-            total = torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
-            for p, scalar in zip(directions, by_direction, strict=True):
-                z = self._noise(site, clean.draw, name, parameter, int(p))
-                total.addcmul_(z, scalar.to(z.dtype))
-            gradients[name] = total
+        gradients: dict[str, Tensor] = {}
+        for i in range(site.first, site.last + 1):
+            own = self._own(site, i)
+            if own:
+                total: Tensor | None = None
+                for p, scalar in zip(directions, by_direction, strict=True):
+                    z = self._noise(site, clean.draw, i, own, int(p))
+                    total = z.mul_(scalar) if total is None else total.addcmul_(z, scalar.to(z.dtype))
+                if total is not None:
+                    gradients |= _split(total, own)
         return gradients
+
+
+def _split(flat: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Views of ``flat``, shaped like the tensors by name."""
+    parts = flat.split([tensor.numel() for tensor in like.values()])
+    return {name: part.view(tensor.shape) for (name, tensor), part in zip(like.items(), parts, strict=True)}

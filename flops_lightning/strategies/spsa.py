@@ -56,6 +56,7 @@ class SPSA(ParameterPerturbation):
             SettingError: an unknown word, or a setting without effect.
         """
         super().__init__(
-            sites=sites, sigma=sigma, variant="antithetic", layout=layout, rank=rank, activation_guided=activation_guided,
-            span=span, update=update, pilots=pilots, chunk_rows=chunk_rows, seed=seed,
+            sites=sites, sigma=sigma, variant="antithetic", layout=layout, rank=rank,
+            activation_guided=activation_guided, span=span, update=update, pilots=pilots, chunk_rows=chunk_rows,
+            seed=seed,
         )  # fmt: skip

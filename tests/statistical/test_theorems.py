@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from flops_lightning import noise_kinds
 from flops_lightning.allocators import (
     BernoulliAllocator,
     EqualAllocator,
@@ -33,10 +34,17 @@ from flops_lightning.allocators import (
     water_fill,
 )
 from flops_lightning.noise import NoiseKey, row_seeds
-from flops_lightning.strategies import LikelihoodRatio, PilotSpec, perturbation, query_strategy
+from flops_lightning.strategies import (
+    SPSA,
+    EvolutionStrategies,
+    LikelihoodRatio,
+    PilotSpec,
+    query_strategy,
+)
 from flops_lightning.strategies.delta import DeltaSums
 from flops_lightning.strategies.site_queries import QueriedOutput
-from tests.reference.networks import autograd_gradient, bound, gradients, squared_error, token_network
+from tests.reference.networks import autograd_gradient, gradients, squared_error, token_network
+from tests.reference.parameter_perturbation import bound
 from tests.reference.smoothed import Sampled, assert_unbiased, estimates, flat
 
 LONG = [pytest.mark.statistical_heavy, pytest.mark.timeout(1500)]
@@ -51,7 +59,9 @@ class Measured(NamedTuple):
     error: float
 
 
-def taught(kind: str, *, batch: int = 12, **settings: Any) -> tuple[LikelihoodRatio, Tensor, Tensor]:
+def taught(
+    kind: str, *, batch: int = 12, strategy: type[Any] = LikelihoodRatio, **settings: Any
+) -> tuple[Any, Tensor, Tensor]:
     """A strategy that teaches one layer of a tiny network, and samples whose gradients point about the same way."""
     net = token_network()
     net.requires_grad_(False)
@@ -61,7 +71,7 @@ def taught(kind: str, *, batch: int = 12, **settings: Any) -> tuple[LikelihoodRa
     away = torch.linspace(0.5, 4.0, batch, dtype=torch.float64)[:, None]
     y = net(x).detach() + away * (1 + 0.3 * torch.randn(batch, 2, generator=generator, dtype=torch.float64))
     site = {"stages": [SITE], "kind": kind, "sigma": 1e-3, "queries_per_sample": 8}
-    return bound(net, squared_error, [site], chunk_rows=400, **settings), x, y
+    return bound(strategy, net, squared_error, [site], chunk_rows=400, **settings), x, y
 
 
 # Theorem 1
@@ -90,9 +100,9 @@ def predicted_variance(traces: Sampled, counts: Tensor) -> Measured:
     )
 
 
-def ratio_to_theorem_1(variant: str, counts: Tensor, *, draws: int, queries: int) -> Measured:
-    """Total variance of the estimator's gradient over that which its traces predict."""
-    strategy, x, y = taught("linear", variant=variant)
+def ratio_to_theorem_1(settings: dict[str, Any], counts: Tensor, *, draws: int, queries: int) -> Measured:
+    """Total variance of an estimator's gradient over that which its traces predict; settings as for ``taught``."""
+    strategy, x, y = taught(**settings)
     predicted = predicted_variance(traces_of(strategy, x, y, queries=queries), counts)
     (gradient,) = estimates(strategy, x, y, counts, draws=draws).values()
     found = total_variance(gradient.draws)
@@ -101,47 +111,94 @@ def ratio_to_theorem_1(variant: str, counts: Tensor, *, draws: int, queries: int
 
 
 UNEVEN = torch.tensor([2, 4, 20, 2, 6, 2, 30, 2, 8, 10, 4, 6])
+FEW = torch.tensor([2, 4, 10, 2, 6, 2, 8, 2, 4, 4, 4, 6])
+"""Fewer: directions that are shared are run one by one."""
 
 
-def share_directions(monkeypatch: pytest.MonkeyPatch) -> None:
+def share_directions(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Query ``q`` of every sample gets the same direction."""
 
     def first_sample_s(key: NoiseKey, samples: np.ndarray, directions: np.ndarray) -> list[int]:
         return row_seeds(key, np.zeros_like(samples), directions)
 
-    monkeypatch.setattr(perturbation, "row_seeds", first_sample_s)
+    monkeypatch.setattr(noise_kinds, "row_seeds", first_sample_s)
+    return {"kind": "linear"}
 
 
-def average_expanded_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def average_expanded_rows(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Every query weighs the same, whatever the number of its sample's queries."""
     monkeypatch.setattr(DeltaSums, "delta", lambda sums: sums.weighted / sums.survivors.sum() * len(sums.survivors))
+    return {"kind": "linear"}
 
 
-DEPENDENT_SAMPLES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {"one direction for all": share_directions}
+SHARED: dict[str, dict[str, Any]] = {
+    "ES": {"kind": "block", "strategy": EvolutionStrategies},
+    "SPSA": {"kind": "block", "strategy": SPSA},
+}
+DEPENDENT_SAMPLES: dict[str, Callable[[pytest.MonkeyPatch], dict[str, Any]]] = {
+    "one direction for all": share_directions,
+    "layout: shared": lambda _: SHARED["ES"],
+    "layout: shared, in pairs": lambda _: SHARED["SPSA"],
+}
 """Noise under which samples are not independent. The step from the paper's eq. 19 to 20 fails for it, and so must the
-theorem; a noise layout of this kind that a strategy offers belongs here, as what turns it on."""
+theorem; a noise layout of this kind that a strategy offers belongs here, as the settings (and the fault) that turn it
+on."""
+INDEPENDENT_SAMPLES: dict[str, dict[str, Any]] = {
+    **{variant: {"kind": "linear", "variant": variant} for variant in ("plain", "baseline", "antithetic")},
+    "ES, factored": {"kind": "block", "strategy": EvolutionStrategies, "layout": "factored"},
+    "SPSA, factored": {"kind": "block", "strategy": SPSA, "layout": "factored"},
+    "SPSA, guided": {"kind": "block", "strategy": SPSA, "layout": "factored", "activation_guided": True, "rank": 2},
+}
 
 
-@pytest.mark.parametrize("variant", ["plain", "baseline", "antithetic"])
+@pytest.mark.parametrize("name", INDEPENDENT_SAMPLES)
 @pytest.mark.parametrize(
     ("draws", "queries", "largest_error"),
     [(1000, 400, 0.06), pytest.param(40000, 20000, 0.01, marks=LONG)],
 )
-def test_theorem_1(draws: int, queries: int, largest_error: float, variant: str) -> None:
-    """In parameter space at a linear site, for uneven counts; antithetic queries count as pairs, whose trace doubles.
+def test_theorem_1(draws: int, queries: int, largest_error: float, name: str) -> None:
+    """In parameter space, for uneven counts; antithetic queries count as pairs, whose trace doubles.
 
     Leave-one-out queries are centred with each other, so they are not independent and the theorem is not about them.
     """
-    ratio = ratio_to_theorem_1(variant, UNEVEN, draws=draws, queries=queries)
+    ratio = ratio_to_theorem_1(INDEPENDENT_SAMPLES[name], UNEVEN, draws=draws, queries=queries)
     assert ratio.error < largest_error, "too noisy to tell"
     assert abs(ratio.value - 1) < 4 * ratio.error, ratio
 
 
 @pytest.mark.parametrize("breach", [*DEPENDENT_SAMPLES.values(), average_expanded_rows])
-def test_theorem_1_is_broken_by(breach: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    breach(monkeypatch)
-    ratio = ratio_to_theorem_1("baseline", UNEVEN, draws=400, queries=400)
+def test_theorem_1_is_broken_by(
+    breach: Callable[[pytest.MonkeyPatch], dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = breach(monkeypatch)
+    many = settings["kind"] == "linear"
+    counts, draws, queries = (UNEVEN, 400, 400) if many else (FEW, 250, 40)
+    ratio = ratio_to_theorem_1(settings, counts, draws=draws, queries=queries)
     assert abs(ratio.value - 1) > 5 * ratio.error, ratio
+
+
+@pytest.mark.parametrize("name", SHARED)
+@pytest.mark.parametrize(("draws", "largest_error"), [(250, 0.12), pytest.param(10000, 0.02, marks=LONG)])
+def test_shared_directions_add_the_covariances_between_samples(draws: int, largest_error: float, name: str) -> None:
+    """``1 / B^2 sum_bc min(A_b, A_c) / (A_b A_c) Cov_bc``, the terms of theorem 1 being those with b = c.
+
+    Where the loss is linear over sigma, ``Cov_bc = E[(g_b . z) (g_c . z) ||z||^2] - g_b . g_c = (d + 1) g_b . g_c``,
+    and twice that for pairs.
+    """
+    strategy, x, y = taught(**SHARED[name])
+    module = strategy.network.module
+    g = torch.stack(
+        [flat([*autograd_gradient(module, squared_error, x[b : b + 1], y[b : b + 1]).values()]) for b in range(12)]
+    )
+    covariances = strategy.unit * (g.shape[1] + 1) * g @ g.mT
+    together = torch.minimum(FEW[:, None], FEW) / (FEW[:, None] * FEW)
+    expected = float((together * covariances).sum()) / len(x) ** 2
+    theorem = float((covariances.diagonal() / FEW).sum()) / len(x) ** 2
+    (gradient,) = estimates(strategy, x, y, FEW, draws=draws).values()
+    found = total_variance(gradient.draws)
+    assert found.error < largest_error * found.value, "too noisy to tell"
+    assert abs(found.value - expected) < 4 * found.error, (found, expected)
+    assert found.value - theorem > 5 * found.error, (found, theorem)
 
 
 # Theorem 2

@@ -1,0 +1,395 @@
+"""Noise in the parameters (ES, SPSA, MeZO, forward gradients in the weights), as slowly and obviously as possible.
+
+One sample and one query at a time, the whole network for each of them, with a whole set of moved parameters: every
+direction is a full matrix. Only the normal numbers are shared with the library: they are drawn from the same keys.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from flops_lightning.noise import NoiseKey, row_seeds, standard_normal
+from flops_lightning.staging import stage_network
+from flops_lightning.strategies import Site, SiteSpec
+from tests.reference.networks import Loss, estimated
+from tests.reference.smoothed import flat
+
+Direction = dict[str, Tensor]
+"""By parameter name, shaped like the parameter."""
+
+
+@dataclass(frozen=True)
+class Query:
+    """What one pass with moved parameters gave.
+
+    Attributes:
+        loss: In forward mode the derivative of the loss along the direction.
+        direction: All entries in one vector; the minus row of an antithetic pair has ``-D``.
+    """
+
+    loss: float
+    direction: Tensor
+
+
+def bound(kind: type[Any], module: nn.Module, loss: Loss, sites: Sequence[dict[str, Any]], **settings: Any) -> Any:
+    """A strategy of a class, bound to a network; sites as keyword dictionaries."""
+    strategy = kind(sites=[SiteSpec(**site) for site in sites], **{"seed": 7, **settings})
+    strategy.bind(stage_network(module), loss)
+    return strategy
+
+
+# Directions
+
+
+def direction_of(module: nn.Module, strategy: Any, site: Site, x: Tensor, b: int, index: int, draw: int) -> Direction:
+    """The direction with an index (of a query, or of an antithetic pair) of sample ``b``."""
+    if getattr(strategy, "layout", "shared") == "factored":
+        return _factored(module, strategy, site, x[b : b + 1], b, index, draw)
+    found = {}
+    for stage in strategy.network.stages:
+        own = {name: p for name, p in site.parameters.items() if stage.owns(name)}
+        size = sum(p.numel() for p in own.values())
+        flat = _normals(strategy, f"{site.name}/{stage.name}", 0, index, size, draw) if own else torch.empty(0)
+        for (name, p), part in zip(own.items(), flat.split([p.numel() for p in own.values()]), strict=True):
+            found[name] = part.view(p.shape)
+    return {name: found[name] for name in site.parameters}
+
+
+def _normals(strategy: Any, site: str, sample: int, index: int, size: int, draw: int) -> Tensor:
+    seeds = row_seeds(NoiseKey(strategy.seed, draw, site, strategy.rank), np.array([sample]), np.array([index]))
+    return standard_normal(seeds, (size,), device=torch.device("cpu"), dtype=torch.float64)[0]
+
+
+def _factored(module: nn.Module, strategy: Any, site: Site, x: Tensor, b: int, index: int, draw: int) -> Direction:
+    numbers = numbers_of(module, strategy, site, x)
+    flat = _normals(strategy, site.name, b, index, numbers.size, draw)
+    return {name: part.matrix() for name, part in numbers.directions(flat).items()}
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A factored direction of one parameter, ``sum_k a_k b_k^T / sqrt(K)``, or a dense one."""
+
+    shape: torch.Size
+    a: Tensor | None = None
+    b: Tensor | None = None
+    dense: Tensor | None = None
+
+    def matrix(self) -> Tensor:
+        if self.dense is not None:
+            return self.dense.view(self.shape)
+        terms = [torch.outer(a_k, b_k) for a_k, b_k in zip(self.a, self.b, strict=True)]
+        return (sum(terms) / math.sqrt(len(terms))).view(self.shape)
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """How the normal numbers of a row of a site, in one line, make its directions.
+
+    Attributes:
+        shapes: What is drawn, in order: by parameter and part (``b``, ``a``, or nothing for a dense direction).
+        bases: ``(m, i)`` by layer, where input factors are drawn in the span of one sample's inputs.
+        parameters: The site's.
+    """
+
+    shapes: dict[tuple[str, str], tuple[int, ...]]
+    bases: dict[str, Tensor]
+    parameters: dict[str, nn.Parameter]
+
+    @property
+    def size(self) -> int:
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    def directions(self, flat: Tensor) -> dict[str, Factors]:
+        parts = flat.split([math.prod(shape) for shape in self.shapes.values()])
+        drawn = {key: part.view(shape) for (key, shape), part in zip(self.shapes.items(), parts, strict=True)}
+        return {name: self._factors(name, p, drawn) for name, p in self.parameters.items()}
+
+    def _factors(self, name: str, p: Tensor, drawn: dict[tuple[str, str], Tensor]) -> Factors:
+        if (name, "") in drawn:
+            return Factors(p.shape, dense=drawn[name, ""])
+        basis = self.bases.get(name.rpartition(".")[0], torch.eye(p[0].numel(), dtype=p.dtype))
+        # A side that is not drawn has as many factors as entries: each factor is one of them, of length sqrt(K).
+        a, b = drawn.get((name, "a")), drawn.get((name, "b"))
+        b = math.sqrt(len(basis)) * torch.eye(len(basis), dtype=p.dtype) if b is None else b
+        a = math.sqrt(len(p)) * torch.eye(len(p), dtype=p.dtype) if a is None else a
+        return Factors(p.shape, a, b @ basis)
+
+
+def numbers_of(module: nn.Module, strategy: Any, site: Site, x: Tensor) -> Numbers:
+    """For one sample ``(1, ...)``: layer by layer input factors, output factors and bias, then what is no layer's."""
+    layers = _layers(module, strategy, site)
+    bases = _bases(module, layers, x, strategy.span) if strategy.activation_guided else {}
+    shapes: dict[tuple[str, str], tuple[int, ...]] = {}
+    for layer in layers:
+        shapes |= _shapes_of_layer(module.get_submodule(layer), layer, site, strategy.rank_of_directions, bases)
+    for name in _parameters_of_no_layer(strategy, site, layers):
+        shapes[name, ""] = tuple(site.parameters[name].shape)
+    return Numbers(shapes, bases, site.parameters)
+
+
+def _layers(module: nn.Module, strategy: Any, site: Site) -> list[str]:
+    """Names of the layers whose parameters the site teaches, stage by stage."""
+    kinds = ("Linear", "Conv2d", "LayerNorm", "GroupNorm")
+    return [
+        name
+        for stage in strategy.network.stages[site.first : site.last + 1]
+        for name, layer in module.named_modules()
+        if type(layer).__name__ in kinds and stage.owns(name) and _taught(site, name)
+    ]
+
+
+def _taught(site: Site, layer: str) -> list[str]:
+    return [leaf for leaf in ("weight", "bias") if f"{layer}.{leaf}" in site.parameters]
+
+
+def _parameters_of_no_layer(strategy: Any, site: Site, layers: Sequence[str]) -> list[str]:
+    """Names in the order of the network's parameters, but those of one stage next to each other."""
+    rest = [name for name in site.parameters if name.rpartition(".")[0] not in layers]
+    stages = {name: next(i for i, stage in enumerate(strategy.network.stages) if stage.owns(name)) for name in rest}
+    return [name for stage in dict.fromkeys(stages.values()) for name in rest if stages[name] == stage]
+
+
+def _shapes_of_layer(
+    layer: nn.Module, name: str, site: Site, rank: int, bases: dict[str, Tensor]
+) -> dict[tuple[str, str], tuple[int, ...]]:
+    shapes: dict[tuple[str, str], tuple[int, ...]] = {}
+    for leaf in _taught(site, name):
+        full, parameter = f"{name}.{leaf}", site.parameters[f"{name}.{leaf}"]
+        if leaf == "bias" or not isinstance(layer, (nn.Linear, nn.Conv2d)):
+            shapes[full, ""] = tuple(parameter.shape)
+            continue
+        outputs, inputs = parameter.flatten(1).shape
+        inputs = len(bases[name]) if name in bases else inputs
+        factors = min(rank, outputs, inputs)
+        if factors < inputs:
+            shapes[full, "b"] = (factors, inputs)
+        if factors < outputs or factors == inputs:
+            shapes[full, "a"] = (factors, outputs)
+    return shapes
+
+
+def _bases(module: nn.Module, layers: Sequence[str], x: Tensor, span: int) -> dict[str, Tensor]:
+    """``(m, i)`` basis of the span of one sample's clean inputs at each linear and convolution."""
+    found: dict[str, Tensor] = {}
+
+    def keeper(name: str) -> Any:
+        def keep(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+            found[name] = _basis(_vectors(layer, args[0]), span)
+
+        return keep
+
+    matrices = [name for name in layers if isinstance(module.get_submodule(name), (nn.Linear, nn.Conv2d))]
+    handles = [module.get_submodule(name).register_forward_pre_hook(keeper(name)) for name in matrices]
+    with torch.no_grad():
+        module(x.clone())
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def _vectors(layer: nn.Module, x: Tensor) -> Tensor:
+    """``(t, i)`` what the rows of the layer's weight are multiplied with, for a batch of one."""
+    if isinstance(layer, nn.Conv2d):
+        return F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)[0].mT
+    return x.reshape(-1, x.shape[-1])
+
+
+def _basis(vectors: Tensor, span: int) -> Tensor:
+    """The right singular vectors, the largest first, zeros beyond the rank; turned so that ``sum_k v_k sin k > 0``."""
+    if not vectors.isfinite().all():
+        return torch.zeros_like(vectors[: min(span or len(vectors[0]), len(vectors[0]))])
+    _, lengths, basis = torch.linalg.svd(vectors, full_matrices=False)
+    lengths, basis = lengths[: span or None], basis[: span or None]
+    basis = torch.where((lengths > 1e-5 * lengths[0])[:, None], basis, 0.0)
+    signs = (basis @ torch.arange(1, basis.shape[1] + 1, dtype=basis.dtype).sin()).sign()
+    return basis * signs[:, None]
+
+
+# Queries and their gradients
+
+
+def queries_of_sample(
+    module: nn.Module, strategy: Any, site: Site, x: Tensor, y: Tensor, b: int, count: int, *, draw: int = 0
+) -> list[Query]:
+    """The first queries of one sample."""
+    module.eval()
+    unit, found = unit_of(strategy), []
+    for q in range(count):
+        d = direction_of(module, strategy, site, x, b, q // unit, draw)
+        d = {name: -part for name, part in d.items()} if q % unit else d
+        run = _derivative if getattr(strategy, "forward_mode", False) else _loss
+        found.append(Query(run(module, strategy.loss, x[b : b + 1], y[b : b + 1], d, site.sigma), flat([*d.values()])))
+    return found
+
+
+def unit_of(strategy: Any) -> int:
+    """Queries that share a direction; MeZO has nothing but pairs."""
+    return int(getattr(strategy, "unit", 2))
+
+
+def _loss(module: nn.Module, loss: Loss, x: Tensor, y: Tensor, d: Direction, sigma: float) -> float:
+    """At ``theta + sigma D``."""
+    moved = {name: p + sigma * d[name] if name in d else p for name, p in module.named_parameters()}
+    with torch.no_grad():
+        return loss(functional_call(module, moved, (x.clone(),)), y).item()  # the network may work in place
+
+
+def _derivative(module: nn.Module, loss: Loss, x: Tensor, y: Tensor, d: Direction, _: float) -> float:
+    """Along ``D``, from the whole gradient."""
+    parameters = dict(module.named_parameters())
+    with torch.enable_grad():
+        value = loss(module(x.clone()), y).sum()
+    found = torch.autograd.grad(value, [parameters[name] for name in d], allow_unused=True)
+    return sum(float((g * d[name]).sum()) for name, g in zip(d, found, strict=True) if g is not None)
+
+
+def reference_gradient(
+    module: nn.Module,
+    strategy: Any,
+    site: Site,
+    x: Tensor,
+    y: Tensor,
+    counts: Sequence[int],
+    *,
+    draw: int = 0,
+    pilots: int = 0,
+    pilot_weight: Sequence[float] | None = None,
+) -> Direction:
+    """``(1 / B) sum_b g_b`` at one site, by parameter name.
+
+    Args:
+        module: The network itself, which is run as a whole.
+        strategy: Settings are read from it, nothing is computed with it.
+        site: The site.
+        x: ``(b, ...)`` inputs.
+        y: ``(b, ...)`` targets.
+        counts: Queries of each sample after the pilots.
+        draw: Draw counter of the batch.
+        pilots: Queries of each sample that came before and share the mean with a fixed weight.
+        pilot_weight: The pilots' weight for each sample; None: their share of the site's budget.
+    """
+    total = torch.zeros_like(flat([*site.parameters.values()]))
+    for b, count in enumerate(counts):
+        clean = _loss(module.eval(), strategy.loss, x[b : b + 1], y[b : b + 1], {}, 0.0)
+        rows = queries_of_sample(module, strategy, site, x, y, b, pilots + count, draw=draw)
+        gradient = _gradient_of_sample(rows[pilots:], clean, strategy, site)
+        if pilots:
+            early = _gradient_of_sample(rows[:pilots], clean, strategy, site)
+            share = pilots / site.queries_per_sample if pilot_weight is None else pilot_weight[b]
+            gradient = _mixed(early, gradient, share)
+        if gradient is not None:
+            total += gradient / len(x)
+    parts = total.split([p.numel() for p in site.parameters.values()])
+    return {name: part.view(p.shape) for (name, p), part in zip(site.parameters.items(), parts, strict=True)}
+
+
+def reference_traces(
+    module: nn.Module, strategy: Any, site: Site, x: Tensor, y: Tensor, counts: Sequence[int]
+) -> Tensor:
+    """``(b,)`` mean of ``w^2 (||D||^2 - 1)`` over the units that count, at least 0, times 2 for pairs; NaN without one.
+
+    Leave-one-out weights are taken less the clean loss; a shared direction counts with the mean of its squared norm
+    under its weight, ``d + 2``.
+    """
+    unit, traces = unit_of(strategy), []
+    for b, count in enumerate(counts):
+        clean = _loss(module.eval(), strategy.loss, x[b : b + 1], y[b : b + 1], {}, 0.0)
+        alive = _survivors(queries_of_sample(module, strategy, site, x, y, b, count), clean, strategy)
+        terms = []
+        for rows in (alive[i : i + unit] for i in range(0, len(alive), unit)):
+            d = rows[0].direction
+            norm = len(d) + 2 if strategy.layout == "shared" else float(d.square().sum())
+            terms.append(unit * _weight(rows, rows, clean, strategy, site) ** 2 * (norm - 1))
+        traces.append(max(sum(terms), 0.0) / len(terms) if terms else math.nan)
+    return torch.tensor(traces, dtype=torch.float64)
+
+
+def surviving_queries(
+    module: nn.Module, strategy: Any, site: Site, x: Tensor, y: Tensor, counts: Sequence[int]
+) -> list[int]:
+    """How many queries of each sample count, in a strategy's first draw."""
+    found = []
+    for b, count in enumerate(counts):
+        clean = _loss(module.eval(), strategy.loss, x[b : b + 1], y[b : b + 1], {}, 0.0)
+        found.append(len(_survivors(queries_of_sample(module, strategy, site, x, y, b, count), clean, strategy)))
+    return found
+
+
+def assert_equals_reference(
+    module: nn.Module, strategy: Any, x: Tensor, y: Tensor, table: Tensor, **reference: Any
+) -> None:
+    """Compare every gradient of one estimate with the slow one."""
+    draw = strategy.draw
+    _, found = estimated(strategy, x.clone(), y, table)  # the network may work in place
+    assert_gradients(module, strategy, x, y, table, found, draw=draw, **reference)
+
+
+def assert_gradients(
+    module: nn.Module,
+    strategy: Any,
+    x: Tensor,
+    y: Tensor,
+    table: Tensor,
+    found: dict[str, Tensor | None],
+    **reference: Any,
+) -> None:
+    """Compare gradients that were found with the slow ones."""
+    found = dict(found)
+    for site, counts in zip(strategy.sites, table.expand(len(strategy.sites), -1).tolist(), strict=True):
+        for name, gradient in reference_gradient(module, strategy, site, x, y, counts, **reference).items():
+            actual = found.pop(name)
+            if actual is None:  # the site lost everything and left `.grad` alone
+                assert not gradient.any(), name
+            else:
+                torch.testing.assert_close(actual, gradient, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+    assert all(gradient is None for gradient in found.values()), "a parameter without a site got a gradient"
+
+
+def _gradient_of_sample(rows: list[Query], clean: float, strategy: Any, site: Site) -> Tensor | None:
+    """``g_b`` of one sample, or None if no query survived."""
+    alive, unit = _survivors(rows, clean, strategy), unit_of(strategy)
+    if _variant(strategy) == "leave_one_out" and len(alive) == 1:
+        return None  # no other query to centre it with
+    units = [alive[i : i + unit] for i in range(0, len(alive), unit)]
+    terms = [_weight(pair, alive, clean, strategy, site) * pair[0].direction for pair in units]
+    return torch.stack(terms).mean(0) if terms else None
+
+
+def _weight(unit: list[Query], alive: list[Query], clean: float, strategy: Any, site: Site) -> float:
+    """The scalar that a unit's direction is multiplied with."""
+    if getattr(strategy, "forward_mode", False):
+        return unit[0].loss
+    if len(unit) == 2:
+        return (unit[0].loss - unit[1].loss) / (2 * site.sigma)
+    others = [row.loss for row in alive if row is not unit[0]]
+    control = {"plain": 0.0, "baseline": clean, "leave_one_out": sum(others) / len(others) if others else clean}
+    return (unit[0].loss - control[_variant(strategy)]) / site.sigma
+
+
+def _variant(strategy: Any) -> str:
+    return str(getattr(strategy, "variant", "antithetic"))
+
+
+def _survivors(rows: list[Query], clean: float, strategy: Any) -> list[Query]:
+    lost = [not math.isfinite(row.loss) for row in rows]
+    if hasattr(strategy, "variant"):  # MeZO knows no clean loss
+        lost = [gone or not math.isfinite(clean) for gone in lost]
+    if unit_of(strategy) == 2:
+        lost = [lost[q - q % 2] or lost[q - q % 2 + 1] for q in range(len(rows))]
+    return [row for row, gone in zip(rows, lost, strict=True) if not gone]
+
+
+def _mixed(early: Tensor | None, late: Tensor | None, share: float) -> Tensor | None:
+    if early is None or late is None:
+        return late if early is None else early
+    return share * early + (1 - share) * late

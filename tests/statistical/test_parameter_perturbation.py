@@ -1,0 +1,407 @@
+"""Unbiased: noise in the parameters and forward gradients, every layout against autograd; their traces; pilots; faults.
+
+With dense noise of width sigma an estimate is unbiased for the gradient of the smoothed loss ``E[L(theta + sigma z)]``.
+With factored noise ``D = sum_k a_k b_k^T / sqrt(K)`` Stein's lemma holds in ``a`` for any ``b``, so the expectation is
+``E[grad L(theta + sigma D) sum_k b_k b_k^T / K]``, which is the gradient itself as sigma goes to 0. Guided factors lie
+in the span of the sample's inputs, and ``E b b^T`` is the projection onto it, which leaves its gradient alone.
+
+The light tier, with standard errors of 3 to 7 %, sees a fault that changes the size of an estimate by a third; the
+heavy one, with 0.5 % at most, one of 2 %.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from flops_lightning.staging import stage_network
+from flops_lightning.strategies import (
+    SPSA,
+    EvolutionStrategies,
+    ForwardMode,
+    MeZO,
+    PilotSpec,
+    Site,
+    WeightForwardMode,
+    factored_directions,
+    parameter_queries,
+    query_strategy,
+)
+from flops_lightning.strategies.parameter_queries import QueriedParameters
+from tests.reference.networks import autograd_gradient, freeze, gradients, squared_error, token_network
+from tests.reference.parameter_perturbation import Factors, Numbers, bound, numbers_of
+from tests.reference.smoothed import Sampled, assert_unbiased, estimates, flat
+
+
+class Tier(NamedTuple):
+    """How often what the light tier does is repeated, and the largest standard error of a slope."""
+
+    times: int
+    largest_error: float
+
+
+LIGHT = Tier(1, 0.075)
+HEAVY = pytest.param(Tier(75, 0.005), marks=[pytest.mark.statistical_heavy, pytest.mark.timeout(3000)], id="heavy")
+TIERS = [pytest.param(LIGHT, id="light"), HEAVY]
+
+STRATEGIES: dict[str, tuple[type[Any], dict[str, Any]]] = {
+    "plain": (EvolutionStrategies, {"variant": "plain"}),
+    "baseline": (EvolutionStrategies, {"variant": "baseline"}),
+    "leave_one_out": (EvolutionStrategies, {"variant": "leave_one_out"}),
+    "spsa": (SPSA, {}),
+    "forward": (WeightForwardMode, {}),
+}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "shared": {},
+    "factored": {"layout": "factored"},
+    "guided": {"layout": "factored", "activation_guided": True},
+    "factored, rank 2": {"layout": "factored", "rank": 2},
+    "guided, rank 2": {"layout": "factored", "activation_guided": True, "rank": 2},
+}
+THREE = [{"stages": ["0", "1"]}, {"stages": ["2", "3"]}, {"stages": ["4"]}]
+# Uneven, and in step with the samples' shares of the gradient, so that weighting samples by their counts shows.
+COUNTS = torch.tensor([30, 64, 30, 6])
+COUNTS_SHARED = torch.tensor([24, 32, 24, 16])
+
+
+def shifted_squared_error(output: Tensor, target: Tensor) -> Tensor:
+    """Squared error less an offset in the last column of the target: small losses, or `plain` would need a day."""
+    return squared_error(output, target[:, :-1]) - target[:, -1]
+
+
+def problem(*, only: str = "") -> tuple[nn.Module, Tensor, Tensor]:
+    """A network on 3 tokens, 4 samples, and targets that leave clean losses of +-0.3.
+
+    Args:
+        only: Freeze all but this layer: shared directions are run one by one, and many are needed.
+    """
+    net = token_network()
+    freeze(net, *(name for name, _ in net.named_parameters() if only and not name.startswith(only + ".")))
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(4, 3, 3, generator=generator, dtype=torch.float64)
+    y = 2 + torch.randn(4, 2, generator=generator, dtype=torch.float64)
+    offset = squared_error(net(x), y).detach() - torch.tensor([0.3, -0.2, 0.2, -0.3])
+    return net, x, torch.cat([y, offset[:, None]], dim=1)
+
+
+def taught(strategy: str, layout: str, *, sigma: float, **more: Any) -> tuple[Any, Tensor, Tensor]:
+    kind, settings = STRATEGIES[strategy]
+    only = "" if layout != "shared" else "4" if strategy == "forward" else "2"
+    net, x, y = problem(only=only)
+    sites = [{"stages": [only]}] if only else THREE
+    width = {} if strategy == "forward" else {"sigma": sigma}
+    sites = [{**site, **width} for site in sites]
+    return bound(kind, net, shifted_squared_error, sites, chunk_rows=1000, **settings, **LAYOUTS[layout], **more), x, y
+
+
+# What estimates should be on average
+
+
+def smoothed_gradient(strategy: Any, x: Tensor, y: Tensor, site: Site, *, copies: int, draws: int) -> Sampled:
+    """``(1/B) sum_b E[grad L_b(theta + sigma D) sum_k b_k b_k^T / K]`` by autograd, with noise of its own."""
+    module = strategy.network.module.eval()
+    generator = torch.Generator().manual_seed(12345)
+    total = torch.zeros(draws, sum(p.numel() for p in site.parameters.values()), dtype=x.dtype)
+    for b in range(len(x)):
+        numbers = numbers_of_layout(strategy, site, x[b : b + 1])
+
+        def loss(moved: dict[str, Tensor], b: int = b) -> Tensor:
+            return strategy.loss(functional_call(module, moved, (x[b : b + 1],)), y[b : b + 1]).sum()
+
+        def term(normals: Tensor, numbers: Numbers = numbers, loss: Any = loss) -> Tensor:
+            directions = numbers.directions(normals)
+            moved = {name: p + site.sigma * directions[name].matrix() for name, p in site.parameters.items()}
+            found = torch.func.grad(loss)(moved)
+            return flat([projected(found[name], directions[name]) for name in site.parameters])
+
+        for draw in range(draws):
+            normals = torch.randn(copies, numbers.size, generator=generator, dtype=x.dtype)
+            total[draw] += torch.func.vmap(term)(normals).mean(0).detach() / len(x)
+    return Sampled(total)
+
+
+def numbers_of_layout(strategy: Any, site: Site, x: Tensor) -> Numbers:
+    if getattr(strategy, "layout", "shared") == "factored":
+        return numbers_of(strategy.network.module, strategy, site, x)
+    return Numbers({(name, ""): tuple(p.shape) for name, p in site.parameters.items()}, {}, site.parameters)
+
+
+def projected(gradient: Tensor, direction: Factors) -> Tensor:
+    if direction.b is None:
+        return gradient
+    return (gradient.flatten(1) @ direction.b.mT @ direction.b / len(direction.b)).view(gradient.shape)
+
+
+@cache
+def wide_truth(layout: str, times: int) -> list[Sampled]:
+    """By site, the same for all variants."""
+    strategy, x, y = taught("baseline", layout, sigma=WIDE)
+    sites = strategy.sites
+    return [smoothed_gradient(strategy, x, y, site, copies=1000, draws=10 * min(times, 10)) for site in sites]
+
+
+WIDE, NARROW = 0.3, 1e-4
+
+
+def exact(strategy: Any, x: Tensor, y: Tensor) -> list[Sampled]:
+    """By site, where the smoothed loss is the loss."""
+    truth = autograd_gradient(strategy.network.module, strategy.loss, x, y)
+    return [Sampled(flat([truth[name] for name in site.parameters]).repeat(2, 1)) for site in strategy.sites]
+
+
+def check(strategy: Any, x: Tensor, y: Tensor, truth: list[Sampled], tier: Tier, *, more: int = 1) -> None:
+    shared = getattr(strategy, "layout", "") == "shared"
+    counts, times = (COUNTS_SHARED, 3 * tier.times // 2) if shared else (COUNTS, tier.times)
+    found = estimates(strategy, x, y, counts * strategy.unit * more, draws=20 * times)
+    for estimate, expected in zip(found.values(), truth, strict=True):
+        judge(estimate, expected, tier)
+
+
+def judge(estimate: Sampled, truth: Sampled, tier: Tier) -> None:
+    g = truth.mean
+    slopes = estimate.draws @ g / g.square().sum()
+    print(f"slope {slopes.mean():.4f} +- {slopes.std() / len(slopes) ** 0.5:.4f}")  # shown with -s
+    assert_unbiased(estimate, truth, largest_error=tier.largest_error)
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("layout", ["shared", "factored", "guided"])
+@pytest.mark.parametrize("strategy", ["plain", "baseline", "leave_one_out", "spsa"])
+def test_wide_noise(strategy: str, layout: str, tier: Tier) -> None:
+    check(*taught(strategy, layout, sigma=WIDE), wide_truth(layout, tier.times), tier)
+
+
+@pytest.mark.parametrize("layout", ["shared", "factored", "guided"])
+def test_wide_noise_smooths(layout: str) -> None:
+    """Else the tests with wide noise would say no more than those with narrow noise."""
+    strategy, x, y = taught("baseline", layout, sigma=WIDE)
+    differ = []
+    for smoothed, plain in zip(wide_truth(layout, 1), exact(strategy, x, y), strict=True):
+        slope = float(smoothed.mean @ plain.mean / plain.mean.square().sum())
+        doubt = float((smoothed.draws @ plain.mean / plain.mean.square().sum()).std()) / len(smoothed.draws) ** 0.5
+        differ.append(abs(slope - 1) > 5 * doubt + 0.02)
+    assert any(differ)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "layout"),
+    [*(("baseline", layout) for layout in LAYOUTS), *(("spsa", layout) for layout in ("shared", "factored", "guided"))],
+)
+def test_narrow_noise(strategy: str, layout: str) -> None:
+    chosen, x, y = taught(strategy, layout, sigma=NARROW)
+    check(chosen, x, y, exact(chosen, x, y), LIGHT)
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_forward_gradients_in_the_weights(layout: str, tier: Tier) -> None:
+    chosen, x, y = taught("forward", layout, sigma=0.0)
+    check(chosen, x, y, exact(chosen, x, y), tier)
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("kind", ["group", "block", "linear", "together"])
+def test_forward_gradients_in_the_activity(kind: str, tier: Tier) -> None:
+    sites = {
+        "group": THREE,
+        "block": [{"stages": ["0", "4"], "kind": "block"}],
+        "linear": [{"stages": ["0", "4"], "kind": "linear"}],
+        "together": [{"stages": ["0", "4"], "kind": "linear", "together": True}],
+    }
+    net, x, y = problem()
+    strategy = bound(ForwardMode, net, shifted_squared_error, sites[kind], chunk_rows=1000)
+    check(strategy, x, y, exact(strategy, x, y), tier, more=10 if kind == "together" else 1)
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("queries", [2, 10])
+def test_mezo(queries: int, tier: Tier) -> None:
+    net, x, y = problem(only="2")
+    strategy = MeZO(sigma=WIDE, queries=queries, seed=7)
+    strategy.bind(stage_network(net), shifted_squared_error)
+    (site,) = strategy.sites
+    truth = smoothed_gradient(strategy, x, y, site, copies=1000, draws=10 * min(tier.times, 10))
+    (found,) = estimates(strategy, x, y, None, draws=1600 * (3 * tier.times // 2) // queries).values()
+    judge(found, truth, tier)
+
+
+def test_a_capped_span_gives_the_projected_gradient() -> None:
+    """Biased, as documented: onto the leading direction of each sample's inputs."""
+    net, x, y = problem(only="2")
+    freeze(net, "2.bias")
+    strategy = bound(
+        SPSA, net, shifted_squared_error, [{"stages": ["2"], "sigma": NARROW}], chunk_rows=1000, layout="factored",
+        activation_guided=True, span=1,
+    )  # fmt: skip
+    inputs, parts = net[:2](x).detach(), []
+    for b in range(4):
+        gradient = autograd_gradient(net, strategy.loss, x[b : b + 1], y[b : b + 1])["2.weight"]
+        leading = torch.linalg.svd(inputs[b]).Vh[0]
+        parts.append(gradient @ torch.outer(leading, leading))
+    truth = torch.stack(parts).mean(0).flatten()
+    (whole,) = exact(strategy, x, y)
+    assert (truth - whole.mean).norm() > 0.05 * whole.mean.norm()
+    check(strategy, x, y, [Sampled(truth.repeat(2, 1))], LIGHT)
+
+
+# Traces
+
+
+def queries_of_one(strategy: str, layout: str, **more: Any) -> tuple[Any, Tensor, Tensor]:
+    """One sample, one site, linear over sigma."""
+    net, x, y = problem(only="2")
+    kind, settings = STRATEGIES[strategy]
+    width = {} if strategy == "forward" else {"sigma": NARROW}
+    site = [{"stages": ["2"], **width}]
+    chosen = bound(kind, net, squared_error, site, chunk_rows=1000, **settings, **LAYOUTS[layout], **more)
+    return chosen, x[:1], y[:1, :2]
+
+
+def total_variance(draws: Tensor) -> tuple[float, float]:
+    """Trace of the covariance of ``(k, n)`` draws, and its standard error."""
+    squares = (draws - draws.mean(0)).square().sum(1)
+    return float(squares.sum() / (len(draws) - 1)), float(squares.std() / len(draws) ** 0.5)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "layout"),
+    [*(("baseline", layout) for layout in LAYOUTS), ("spsa", "shared"), ("spsa", "guided"), ("forward", "guided")],
+)
+def test_traces_are_the_variance_of_single_queries(strategy: str, layout: str) -> None:
+    """Times the number of queries (pairs count twice), whatever the directions; and both are the closed form."""
+    chosen, x, y = queries_of_one(strategy, layout)
+    few, many = (each * chosen.unit for each in ((4, 60) if layout == "shared" else (32, 700)))
+    (found,) = estimates(chosen, x, y, torch.tensor([few]), draws=300).values()
+    variance, error = (few * value for value in total_variance(found.draws))
+    clean = chosen.clean_pass(x, y)
+    traces = Sampled(
+        torch.stack(
+            [chosen.observe_traces(clean, torch.tensor([many]), first_query=many * i).trace[0] for i in range(15)]
+        )
+    )
+    trace, doubt = float(traces.mean), float(traces.error)
+    assert max(error, doubt) < 0.1 * variance, "too noisy to tell"
+    expected = closed_form_trace(chosen, x, y)
+    assert abs(trace - variance) < 4 * (error**2 + doubt**2) ** 0.5
+    assert abs(trace - expected) < 4 * doubt
+    assert abs(variance - expected) < 4 * error
+
+
+def closed_form_trace(strategy: Any, x: Tensor, y: Tensor) -> float:
+    """``sum_p E[(G_p . D_p)^2 (||D_p||^2 + d - d_p)] - ||G||^2`` over parameters p, pairs doubled.
+
+    A dense part has ``E[(G . D)^2 ||D||^2] = ||G||^2 (d + 2)``; one of rank K ``||G||^2 [(o + 2)(m + 2) + (K - 1)(o m +
+    2)] / K``, ``m`` the dimensions in which the input factor is drawn, whose directions have ``E ||D||^2 = o m``.
+    """
+    (site,) = strategy.sites
+    gradient = autograd_gradient(strategy.network.module, strategy.loss, x, y)
+    numbers = numbers_of_layout(strategy, site, x)
+    moments, sizes, norms = {}, {}, {}
+    for name, p in site.parameters.items():
+        norms[name] = float(gradient[name].square().sum())
+        if (name, "a") not in numbers.shapes:
+            sizes[name], moments[name] = p.numel(), p.numel() + 2
+            continue
+        k, o = numbers.shapes[name, "a"]
+        m = numbers.shapes.get((name, "b"), (k, k))[1]
+        sizes[name], moments[name] = o * m, ((o + 2) * (m + 2) + (k - 1) * (o * m + 2)) / k
+    whole = sum(sizes.values())
+    trace = sum(norms[n] * (moments[n] + whole - sizes[n] - 1) for n in norms)
+    return trace * {1: 1.0, 2: 2.0}[strategy.unit]
+
+
+# Pilots
+
+
+def with_pilots(layout: str, *, draws: int) -> tuple[Sampled, Sampled]:
+    """Estimates whose counts follow the pilots that they use again, and the gradient."""
+    net, x, y = problem(only="2")
+    site = {"stages": ["2"], "sigma": NARROW, "queries_per_sample": 20}
+    strategy = bound(
+        SPSA, net, shifted_squared_error, [site], chunk_rows=1000, pilots=PilotSpec("lowest", 4), **LAYOUTS[layout]
+    )
+    found = []
+    for _ in range(draws):
+        clean = strategy.clean_pass(x, y)
+        trace = strategy.pilot_traces(clean).trace[0]
+        strategy.estimate(clean, 2 + 2 * (30 * trace / trace.sum()).floor().long())
+        grads = gradients(net)
+        found.append(flat([grads[name] for name in strategy.sites[0].parameters]))
+    return Sampled(torch.stack(found)), exact(strategy, x, y)[0]
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("layout", ["factored", "guided"])
+def test_pilots_do_not_bias_though_the_counts_depend_on_them(layout: str, tier: Tier) -> None:
+    """Their weight is fixed before they are seen, so they may decide the counts and still be used."""
+    judge(*with_pilots(layout, draws=400 if tier == LIGHT else 15000), tier)
+
+
+def test_pilots_pooled_with_the_rest_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sample whose pilots happen to be small gets few other queries, and its pilots then weigh more."""
+
+    def pooled(early: QueriedParameters, rest: QueriedParameters, _: Any) -> Tensor:
+        return early.survivors / (early.survivors + rest.survivors)
+
+    monkeypatch.setattr(query_strategy, "pilot_share", pooled)
+    with pytest.raises(AssertionError, match=r"^slope 0\.[5-9]"):
+        judge(*with_pilots("factored", draws=400), LIGHT)
+
+
+# Faults to plant
+
+
+def average_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(QueriedParameters, "coefficients", lambda self, _: self.weights / self.survivors.sum())
+
+
+def change_weights(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor], Tensor]) -> None:
+    whole = parameter_queries.query_weights
+
+    def changed(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        weights, alive = whole(*args, **kwargs)
+        return change(weights), alive
+
+    monkeypatch.setattr(parameter_queries, "query_weights", changed)
+
+
+def forget_the_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    change_weights(monkeypatch, lambda weights: 2 * weights)
+
+
+def cross_the_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss of -D comes from another sample of the chunk."""
+
+    def crossed(weights: Tensor) -> Tensor:
+        plus, minus = weights.view(-1, 2).unbind(1)
+        return torch.stack([plus, minus.roll(len(minus) // 2)], dim=1).flatten()
+
+    change_weights(monkeypatch, crossed)
+
+
+def forget_the_root_of_the_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the sum of the directions, though not where they are added."""
+    whole = factored_directions.accumulate
+    monkeypatch.setattr(
+        factored_directions,
+        "accumulate",
+        lambda *args: {leaf: g * (2**0.5 if leaf == "weight" else 1.0) for leaf, g in whole(*args).items()},
+    )
+
+
+@pytest.mark.parametrize("layout", ["factored, rank 2", "guided, rank 2"])
+@pytest.mark.parametrize("fault", [average_rows, forget_the_half, cross_the_pairs, forget_the_root_of_the_rank])
+def test_planted_faults_are_caught(
+    fault: Callable[[pytest.MonkeyPatch], None], layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen, x, y = taught("spsa", layout, sigma=NARROW)
+    truth = exact(chosen, x, y)
+    fault(monkeypatch)
+    with pytest.raises(AssertionError, match=r"^slope"):
+        check(chosen, x, y, truth, Tier(3, 1.0))

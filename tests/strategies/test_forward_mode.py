@@ -1,0 +1,336 @@
+"""Forward gradients with directions in the activity (and what both kinds share): exact derivatives, no width.
+
+Directions in the weights are compared with the slow reference in ``test_parameter_perturbation.py``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from flops_lightning.noise import NoiseKey, row_seeds, standard_normal
+from flops_lightning.strategies import (
+    EvolutionStrategies,
+    ForwardMode,
+    LikelihoodRatio,
+    PilotSpec,
+    Site,
+    WeightForwardMode,
+)
+from tests.reference.footprint import everything
+from tests.reference.layouts import VIT_SITES, convolutional, vit_for
+from tests.reference.likelihood_ratio import Place, places_of
+from tests.reference.networks import cross_entropy, estimated, gradients, squared_error
+from tests.reference.parameter_perturbation import bound
+
+KINDS: dict[str, dict[str, Any]] = {
+    "group": {},
+    "block": {"kind": "block"},
+    "linear": {"kind": "linear"},
+    "together": {"kind": "linear", "together": True},
+}
+COUNTS = torch.tensor([3, 0, 5, 2])
+
+
+def over(first: str, last: str, kind: str) -> list[dict[str, Any]]:
+    """One range of stages; groups may not span the whole network."""
+    if kind == "group":
+        return [{"stages": [first]}, {"stages": [str(int(first) + 1), last]}]
+    return [{"stages": [first, last], **KINDS[kind]}]
+
+
+def without_width(sites: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in site.items() if name != "sigma"} for site in sites]
+
+
+# The slow reference
+
+
+def reference_gradient(
+    module: nn.Module, strategy: Any, site: Site, x: Tensor, y: Tensor, counts: Sequence[int], *, draw: int
+) -> dict[str, Tensor]:
+    """``1/B sum_b J_b^T [1/A_b sum_q (dL_b . z_q) z_q]``, the whole gradient by autograd, one sample at a time."""
+    module.eval()
+    total = {name: torch.zeros_like(p) for name, p in site.parameters.items()}
+    places = places_of(module, strategy, site)
+    for b, count in enumerate(counts):
+        outputs = activity(module, places, x[b : b + 1])
+        loss = strategy.loss(outputs.pop("the network's"), y[b : b + 1]).sum()
+        slopes = torch.autograd.grad(loss, list(outputs.values()), retain_graph=True)
+        delta = {place.name: torch.zeros_like(place.active(outputs[place.name])[0]) for place in places}
+        for q in range(count):
+            z = {name: direction(strategy, site, name, part.shape, b, q, draw) for name, part in delta.items()}
+            along = sum((place.active(g)[0] * z[place.name]).sum() for place, g in zip(places, slopes, strict=True))
+            delta = {name: part + along * z[name] / count for name, part in delta.items()}
+        for place in places:
+            taught = {n: p for n, p in site.parameters.items() if not site.layers or n.startswith(place.name + ".")}
+            found = torch.autograd.grad(
+                place.active(outputs[place.name])[0], list(taught.values()), delta[place.name].detach(),
+                retain_graph=True, allow_unused=True,
+            )  # fmt: skip
+            for name, gradient in zip(taught, found, strict=True):
+                if gradient is not None:
+                    total[name] += gradient / len(x)
+    return total
+
+
+def activity(module: nn.Module, places: Sequence[Place], x: Tensor) -> dict[str, Tensor]:
+    """Clean outputs of the places and of the network, with their graph."""
+    outputs: dict[str, Tensor] = {}
+
+    def keeper(name: str) -> Callable[..., Tensor]:
+        def keep(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
+            outputs[name] = output.clone()
+            return outputs[name]
+
+        return keep
+
+    handles = [place.module.register_forward_hook(keeper(place.name)) for place in places]
+    output = module(x)
+    for handle in handles:
+        handle.remove()
+    return {**outputs, "the network's": output}
+
+
+def direction(strategy: Any, site: Site, place: str, shape: torch.Size, b: int, q: int, draw: int) -> Tensor:
+    key = NoiseKey(strategy.seed, draw, f"{site.name}/{place}" if site.layers else site.name, strategy.rank)
+    seeds = row_seeds(key, np.array([b]), np.array([q]))
+    return standard_normal(seeds, tuple(shape), device=torch.device("cpu"), dtype=torch.float64)[0]
+
+
+def assert_equals_reference(module: nn.Module, strategy: Any, x: Tensor, y: Tensor, table: Tensor) -> None:
+    draw = strategy.draw
+    _, found = estimated(strategy, x, y, table)
+    for site, counts in zip(strategy.sites, table.expand(len(strategy.sites), -1).tolist(), strict=True):
+        for name, gradient in reference_gradient(module, strategy, site, x, y, counts, draw=draw).items():
+            torch.testing.assert_close(found.pop(name), gradient, rtol=1e-9, atol=1e-9)
+    assert all(gradient is None for gradient in found.values())
+
+
+@pytest.mark.parametrize("layout", VIT_SITES)
+def test_vit(layout: str, images: tuple[Tensor, Tensor]) -> None:
+    vit = vit_for(layout)
+    strategy = bound(ForwardMode, vit, cross_entropy, without_width(VIT_SITES[layout]), chunk_rows=4)
+    table = torch.stack([COUNTS.roll(s) for s in range(len(strategy.sites))])
+    assert_equals_reference(vit, strategy, *images, table)
+
+
+@pytest.mark.parametrize("layout", ["group", "together"])
+def test_mean_of_patch_tokens_with_register_tokens(layout: str, images: tuple[Tensor, Tensor]) -> None:
+    vit = vit_for(layout, global_pool="avg", reg_tokens=2)
+    strategy = bound(ForwardMode, vit, cross_entropy, without_width(VIT_SITES[layout]), chunk_rows=6)
+    assert_equals_reference(vit, strategy, *images, COUNTS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("batch", [1, 3, 4])
+def test_tokens(batch: int, kind: str, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+    strategy = bound(ForwardMode, tokens_net, squared_error, over("0", "4", kind), chunk_rows=3)
+    x, y = tokens
+    for rank in (0, 2):
+        strategy.rank = rank
+        assert_equals_reference(tokens_net, strategy, x[:batch], y[:batch], COUNTS[:batch])
+
+
+@pytest.mark.parametrize("kind", ["block", "linear", "together"])
+def test_convolutions(kind: str, images: tuple[Tensor, Tensor]) -> None:
+    net = convolutional()
+    strategy = bound(ForwardMode, net, cross_entropy, over("0", "6", kind), chunk_rows=3)
+    assert_equals_reference(net, strategy, *images, COUNTS)
+
+
+# Against differences of losses
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_the_likelihood_ratio_as_sigma_goes_to_0(
+    kind: str, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
+) -> None:
+    sites = over("0", "4", kind)
+    _, found = estimated(bound(ForwardMode, tokens_net, squared_error, sites), *tokens, COUNTS)
+    narrow = [{**site, "sigma": 1e-7} for site in sites]
+    _, expected = estimated(bound(LikelihoodRatio, tokens_net, squared_error, narrow), *tokens, COUNTS)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-5)
+
+
+LAYOUTS = [{}, {"layout": "factored", "rank": 2}, {"layout": "factored", "activation_guided": True}]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_in_the_weights_it_is_evolution_strategies_as_sigma_goes_to_0(
+    layout: dict[str, Any], tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
+) -> None:
+    sites = over("0", "4", "group")
+    _, found = estimated(bound(WeightForwardMode, tokens_net, squared_error, sites, **layout), *tokens, COUNTS)
+    narrow = bound(EvolutionStrategies, tokens_net, squared_error, sites, sigma=1e-7, **layout)
+    _, expected = estimated(narrow, *tokens, COUNTS)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-5)
+
+
+def zero_one_error(output: Tensor, target: Tensor) -> Tensor:
+    return (output.argmax(1) != target).to(output)
+
+
+@pytest.mark.parametrize("kind", [ForwardMode, WeightForwardMode])
+def test_a_loss_of_steps_has_no_slope(
+    kind: type[Any], tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
+) -> None:
+    """Smoothing is what noise of some width adds; without it the 0-1 error teaches nothing."""
+    x, y = tokens[0], torch.tensor([0, 1, 0, 1])
+    _, found = estimated(bound(kind, tokens_net, zero_one_error, over("0", "4", "group")), x, y)
+    assert all((gradient == 0).all() for gradient in found.values())
+    wide = bound(EvolutionStrategies, tokens_net, zero_one_error, over("0", "4", "group"), sigma=1.0)
+    assert estimated(wide, x, y)[1]["4.weight"].abs().max() > 0
+
+
+# What both kinds share
+
+BOTH: list[tuple[type[Any], dict[str, Any], str]] = [
+    *((ForwardMode, {}, kind) for kind in KINDS),
+    *((WeightForwardMode, layout, "group") for layout in LAYOUTS),
+]
+
+
+@pytest.mark.parametrize(("kind", "settings", "sites"), BOTH)
+def test_a_width_has_no_effect_and_is_warned_of(
+    kind: type[Any], settings: dict[str, Any], sites: str, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
+) -> None:
+    chosen = over("0", "4", sites)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, expected = estimated(bound(kind, tokens_net, squared_error, chosen, **settings), *tokens, COUNTS)
+    with pytest.warns(UserWarning, match=r"sites\[.\].sigma = 3 has no effect: derivatives are exact"):
+        wide = bound(kind, tokens_net, squared_error, [{**site, "sigma": 3.0} for site in chosen], **settings)
+    for name, gradient in estimated(wide, *tokens, COUNTS)[1].items():
+        torch.testing.assert_close(gradient, expected[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("kind", "settings", "sites"), BOTH)
+def test_the_chunks_change_nothing(
+    kind: type[Any], settings: dict[str, Any], sites: str, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
+) -> None:
+    found = [
+        estimated(
+            bound(kind, tokens_net, squared_error, over("0", "4", sites), chunk_rows=rows, **settings), *tokens, COUNTS
+        )[1]
+        for rows in (64, 2, 3, 7)
+    ]
+    for other in found[1:]:
+        for name, gradient in found[0].items():
+            torch.testing.assert_close(other[name], gradient, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("kind", "settings", "sites"), BOTH)
+def test_the_network_stays_as_it_was(
+    kind: type[Any], settings: dict[str, Any], sites: str, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
+) -> None:
+    """Also after an error in the middle."""
+    calls, fail_at = itertools.count(1), 0
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        if next(calls) == fail_at:
+            raise ArithmeticError
+        return squared_error(output, target)
+
+    net = tokens_net.append(nn.Dropout(0.5)).train()
+    net[3].eval()
+    strategy = bound(kind, net, loss, over("0", "4", sites), chunk_rows=16, **settings)
+    clean, before = strategy.clean_pass(*tokens), everything(net)
+    for at in (1, 2, 3):
+        calls, fail_at = itertools.count(1), at
+        with pytest.raises(ArithmeticError):
+            strategy.estimate(clean)
+        assert everything(net) == before
+        assert all(p.grad is None for p in net.parameters())
+    strategy.estimate(clean)
+    assert not any(gradient.requires_grad for gradient in gradients(net).values())
+    assert everything(net) == before
+
+
+@pytest.mark.parametrize(("kind", "settings", "sites"), BOTH)
+@pytest.mark.filterwarnings("ignore:.*lost every query")
+def test_a_sample_without_a_finite_derivative_contributes_nothing(
+    kind: type[Any], settings: dict[str, Any], sites: str, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
+) -> None:
+    """Its loss is finite, but has no slope: the root of zero."""
+    x, y = tokens
+    y = y.clone()
+    y[2] = tokens_net.eval()(x).detach()[2]
+
+    def distance(output: Tensor, target: Tensor) -> Tensor:
+        return squared_error(output, target).sqrt()
+
+    strategy = bound(kind, tokens_net, distance, over("0", "4", sites), **settings)
+    clean = strategy.clean_pass(x, y)
+    assert clean.loss.isfinite().all()
+    estimate = strategy.estimate(clean, torch.full((4,), 4))
+    found = gradients(tokens_net)
+    assert (estimate.lost, estimate.silent_samples) == (4 * len(strategy.sites), len(strategy.sites))
+    strategy.estimate(clean, torch.tensor([4, 4, 0, 4]))
+    for name, gradient in gradients(tokens_net).items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("kind", "settings", "sites"), [case for case in BOTH if case[2] != "together"])
+def test_pilots_and_a_resumed_run(
+    kind: type[Any], settings: dict[str, Any], sites: str, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
+) -> None:
+    def start() -> Any:
+        return bound(
+            kind, tokens_net, squared_error, over("0", "4", sites), pilots=PilotSpec("lowest", 4), seed=3, **settings
+        )
+
+    def step(strategy: Any) -> dict[str, Tensor | None]:
+        clean = strategy.clean_pass(*tokens)
+        trace = strategy.pilot_traces(clean).trace[0]
+        assert (trace > 0).all()
+        strategy.estimate(clean, torch.tensor([2, 4, 6, 2]))
+        return gradients(tokens_net)
+
+    first = start()
+    step(first)
+    state = first.state_dict()
+    second = step(first)
+    resumed = start()
+    resumed.load_state_dict(state)
+    for name, gradient in step(resumed).items():
+        torch.testing.assert_close(gradient, second[name], rtol=0, atol=0)
+
+
+def test_a_pass_with_a_tangent_costs_two(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+    def cost_of_a_query(kind: type[Any]) -> dict[str, float]:
+        """What two queries more of every sample add; the local VJP is paid once."""
+        spent = []
+        for count in (2, 4):
+            strategy = bound(kind, tokens_net, squared_error, over("0", "4", "block"))
+            estimated(strategy, *tokens, torch.full((4,), count))
+            spent.append([strategy.meter.sites[site.name].forward_equivalents for site in strategy.sites])
+        return {site.name: (b - a) / 8 for site, a, b in zip(strategy.sites, *spent, strict=True)}
+
+    one, two = cost_of_a_query(LikelihoodRatio), cost_of_a_query(ForwardMode)
+    assert one["0"] > one["2"] > 0
+    assert two == pytest.approx({name: 2 * spent for name, spent in one.items()})
+
+
+def test_a_planted_fault_is_caught(
+    tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A direction of length one instead of one with unit variance."""
+    strategy = bound(ForwardMode, tokens_net, squared_error, over("0", "4", "block"))
+    whole = torch.func.jvp
+
+    def shortened(function: Any, primals: Any, tangents: Any, **settings: Any) -> Any:
+        return whole(function, primals, tuple(0.5 * t for t in tangents), **settings)
+
+    monkeypatch.setattr(torch.func, "jvp", shortened)
+    with pytest.raises(AssertionError, match="not close"):
+        assert_equals_reference(tokens_net, strategy, *tokens, COUNTS)

@@ -1,0 +1,366 @@
+"""MeZO against the slow reference and against SPSA, what a step costs, what it leaves alone, and refusals."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from flops_lightning.errors import SettingError
+from flops_lightning.staging import stage_network
+from flops_lightning.strategies import SPSA, MeZO
+from flops_lightning.strategies.shared_directions import SharedDirections
+from tests.reference.footprint import everything
+from tests.reference.layouts import convolutional
+from tests.reference.networks import (
+    TokenMean,
+    cross_entropy,
+    freeze,
+    gradients,
+    shaken,
+    squared_error,
+    tiny_vit,
+    token_network,
+)
+from tests.reference.parameter_perturbation import assert_gradients, bound
+
+SILENT = pytest.mark.filterwarnings("ignore:.*lost every query")
+
+
+def mezo(module: nn.Module, loss: Any, **settings: Any) -> MeZO:
+    strategy = MeZO(**{"seed": 7, "sigma": 0.1, **settings})
+    strategy.bind(stage_network(module), loss)
+    return strategy
+
+
+def assert_equals_reference(strategy: MeZO, x: Tensor, y: Tensor) -> None:
+    module, draw = strategy.network.module, strategy.draw
+    estimate = strategy.estimate(strategy.clean_pass(x.clone(), y))
+    assert estimate.queries == len(x) * strategy.queries
+    assert_gradients(module, strategy, x, y, torch.full((len(x),), strategy.queries), gradients(module), draw=draw)
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 3, 256])
+@pytest.mark.parametrize("queries", [2, 6])
+@pytest.mark.parametrize("batch", [1, 3, 4])
+def test_tokens(
+    batch: int, queries: int, chunk_rows: int, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
+) -> None:
+    strategy = mezo(tokens_net, squared_error, queries=queries, chunk_rows=chunk_rows)
+    x, y = tokens
+    for _ in range(2):
+        assert_equals_reference(strategy, x[:batch], y[:batch])
+    strategy.rank = 2
+    assert_equals_reference(strategy, x[:batch], y[:batch])
+    assert strategy.draw == 3
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"global_pool": "map", "reg_tokens": 2, "init_values": 0.5}])
+def test_vit(kwargs: dict[str, Any], images: tuple[Tensor, Tensor]) -> None:
+    vit = tiny_vit(**kwargs)
+    freeze(vit, "blocks.0.attn.qkv.weight", "blocks.1.norm1.bias")
+    assert_equals_reference(mezo(vit, cross_entropy, queries=4), *images)
+
+
+def test_convolutions(images: tuple[Tensor, Tensor]) -> None:
+    assert_equals_reference(mezo(convolutional(), cross_entropy, queries=4, chunk_rows=3), *images)
+
+
+def test_integer_inputs_and_stages_that_work_in_place(tokens: tuple[Tensor, Tensor]) -> None:
+    net = shaken(nn.Sequential(nn.Embedding(10, 3), nn.SiLU(inplace=True), TokenMean(), nn.Linear(3, 2)))
+    assert_equals_reference(mezo(net, squared_error), torch.tensor([[1, 2], [2, 9], [0, 0], [3, 1]]), tokens[1])
+
+
+@pytest.mark.parametrize("queries", [2, 6])
+def test_it_is_spsa_on_the_whole_network(
+    queries: int, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
+) -> None:
+    site = {"stages": ["0", "4"], "name": "all", "sigma": 0.1, "queries_per_sample": queries}
+    spsa = bound(SPSA, tokens_net, squared_error, [site])
+    spsa.estimate(spsa.clean_pass(*tokens))
+    expected = gradients(tokens_net)
+    strategy = mezo(tokens_net, squared_error, queries=queries)
+    strategy.estimate(strategy.clean_pass(*tokens))
+    for name, gradient in gradients(tokens_net).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-12, atol=1e-12)
+
+
+def test_a_step_is_two_forward_passes_and_one_scalar(tokens: tuple[Tensor, Tensor]) -> None:
+    """Nothing is run unperturbed, and the gradient of all parameters is one number times the direction."""
+    net, (x, y) = token_network(), tokens
+    rows: dict[int, list[int]] = {i: [] for i in range(len(net))}
+    for i, stage in enumerate(net):
+        stage.register_forward_hook(lambda _, args, __, i=i: rows[i].append(len(args[0])))
+    strategy = mezo(net, squared_error)
+    clean = strategy.clean_pass(x, y)
+    assert clean.loss.isnan().all()
+    assert rows == {i: [] for i in rows}
+    first = strategy.estimate(clean)
+    assert rows == {i: [4, 4] for i in rows}
+    spent = strategy.meter.total()
+    assert (spent.queries, spent.clean_passes, spent.forward_equivalents) == (8, 0, 8)
+    once = gradients(net)
+    strategy.loss = lambda output, target: 3 * squared_error(output, target)
+    strategy.estimate(clean)
+    for name, gradient in gradients(net).items():
+        torch.testing.assert_close(gradient, 3 * once[name], rtol=1e-12, atol=1e-12)
+    assert first.observation is None
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 3, 256])
+def test_the_result_reports_the_first_direction(
+    chunk_rows: int, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
+) -> None:
+    """The mean loss of both signs, and the output under the plus sign: near the clean ones for a small sigma."""
+    x, y = tokens
+    strategy = mezo(tokens_net, squared_error, queries=4, chunk_rows=chunk_rows, sigma=1e-7)
+    estimate = strategy.estimate(strategy.clean_pass(x, y))
+    torch.testing.assert_close(estimate.output, tokens_net(x).detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(estimate.loss, squared_error(tokens_net(x), y).detach(), rtol=1e-10, atol=1e-10)
+    wide = mezo(tokens_net, squared_error, queries=4, chunk_rows=chunk_rows)
+    found = wide.estimate(wide.clean_pass(x, y))
+    alone = mezo(tokens_net, squared_error)
+    expected = alone.estimate(alone.clean_pass(x, y))
+    torch.testing.assert_close(found.output, expected.output, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.loss, expected.loss, rtol=1e-12, atol=1e-12)
+
+
+def test_every_step_and_rank_has_its_own_direction(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+    strategy, found = mezo(tokens_net, squared_error), []
+    for rank in (0, 1):
+        strategy.rank = rank
+        for _ in range(2):
+            strategy.estimate(strategy.clean_pass(*tokens))
+            found.append(gradients(tokens_net)["2.weight"].flatten())
+    for one, other in itertools.combinations(found, 2):
+        assert abs(torch.cosine_similarity(one, other, dim=0)) < 0.99
+
+
+# What a step leaves alone
+
+
+def test_the_network_stays_as_it_was(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+    """Not `+ sigma z, - 2 sigma z, + sigma z` in place, which drifts: bit by bit, in the same memory."""
+    net = tokens_net.append(nn.Dropout(0.5)).train()
+    net[3].eval()
+    net[2].register_forward_hook(lambda *_: None)
+    strategy = mezo(net, squared_error)
+    before = everything(net)
+    strategy.estimate(strategy.clean_pass(*tokens))
+    assert not any(gradient.requires_grad for gradient in gradients(net).values())
+    assert everything(net) == before
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+@pytest.mark.parametrize("where", ["loss", "stage"])
+def test_so_it_does_where_a_step_fails(
+    where: str, at: int, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
+) -> None:
+    calls = itertools.count(1)
+
+    def fails(here: str) -> None:
+        if here == where and next(calls) == at:
+            raise ArithmeticError
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        fails("loss")
+        return squared_error(output, target)
+
+    tokens_net[2].register_forward_hook(lambda *_: fails("stage"))
+    strategy = mezo(tokens_net.train(), loss, queries=4)
+    before = everything(tokens_net)
+    with pytest.raises(ArithmeticError):
+        strategy.estimate(strategy.clean_pass(*tokens))
+    assert everything(tokens_net) == before
+    assert all(p.grad is None for p in tokens_net.parameters())
+
+
+def test_estimates_add_up_in_grad(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+    strategy = mezo(tokens_net, squared_error)
+    clean = strategy.clean_pass(*tokens)
+    strategy.estimate(clean)
+    alone = {name: gradient.clone() for name, gradient in gradients(tokens_net).items()}
+    strategy.estimate(clean)
+    strategy.estimate(clean, sites=["all"])
+    for name, gradient in gradients(tokens_net).items():
+        torch.testing.assert_close(gradient, 2 * alone[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_losses_are_compared_in_float32_at_least(
+    dtype: torch.dtype, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
+) -> None:
+    net = tokens_net.to(dtype)
+    strategy = mezo(net, squared_error, sigma=0.5)
+    estimate = strategy.estimate(strategy.clean_pass(tokens[0].to(dtype), tokens[1].to(dtype)))
+    assert estimate.loss.dtype == estimate.output.dtype == torch.float32
+    assert {p.grad.dtype for p in net.parameters()} == {dtype}
+
+
+def test_a_resumed_run_goes_on_with_the_same_directions(
+    tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
+) -> None:
+    def step(strategy: MeZO) -> dict[str, Tensor | None]:
+        strategy.estimate(strategy.clean_pass(*tokens))
+        return gradients(tokens_net)
+
+    strategy = mezo(tokens_net, squared_error, seed=3)
+    step(strategy)
+    state = copy.deepcopy(strategy.state_dict())
+    second = step(strategy)
+    with pytest.raises(SettingError, match=r"strategy.seed = 99: .* noise from 3. Leave the seed out, or write 3"):
+        mezo(tokens_net, squared_error, seed=99).load_state_dict(state)
+    resumed = mezo(tokens_net, squared_error, seed=None)
+    resumed.load_state_dict(state)
+    for name, gradient in step(resumed).items():
+        torch.testing.assert_close(gradient, second[name], rtol=0, atol=0)
+    assert resumed.meter.state_dict() == strategy.meter.state_dict()
+
+
+# Lost queries
+
+
+@SILENT
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_pairs_without_finite_losses(bad: float, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+    """Dropped together; the rest of the sample's queries divides by what survived."""
+    limit = float(tokens_net(tokens[0])[:, 0].detach().max()) + 0.1
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        return torch.where(output[:, 0] > limit, bad, squared_error(output, target))
+
+    strategy = mezo(tokens_net, loss, queries=10, sigma=0.5)
+    assert_equals_reference(strategy, *tokens)
+    lost = strategy.meter.total().lost
+    assert 0 < lost < 40
+    assert lost % 2 == 0
+
+
+def test_a_sample_that_loses_every_query_contributes_nothing(
+    tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
+) -> None:
+    x, y = tokens[0].clone(), tokens[1]
+    x[2, 1, 0] = math.nan
+    strategy = mezo(tokens_net, squared_error, queries=4)
+    with pytest.warns(RuntimeWarning, match=r"^1 samples lost every query.*sigma"):
+        estimate = strategy.estimate(strategy.clean_pass(x, y))
+    assert (estimate.lost, estimate.silent_samples, estimate.lost_batch) == (4, 1, False)
+    x[2] = 0.0
+    assert_gradients(tokens_net, strategy, x, y, torch.tensor([4, 4, 0, 4]), gradients(tokens_net), draw=0)
+
+
+def test_a_lost_batch_touches_no_gradient(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+    strategy = mezo(tokens_net, lambda output, target: squared_error(output, target) * math.nan)
+    before = tokens_net[0].weight.grad = torch.ones_like(tokens_net[0].weight)
+    with pytest.warns(RuntimeWarning, match="4 samples lost every query"):
+        estimate = strategy.estimate(strategy.clean_pass(*tokens))
+    assert estimate.lost_batch
+    assert estimate.lost == 8
+    assert tokens_net[0].weight.grad is before
+    assert (before == 1).all()
+    assert all(p.grad is None for name, p in tokens_net.named_parameters() if name != "0.weight")
+    assert strategy.draw == 1, "the next batch must draw another direction"
+
+
+# Faults to plant
+
+
+@pytest.mark.parametrize("fault", ["the same sign", "the gradient's noise in another order"])
+def test_planted_faults_are_caught(
+    fault: str, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strategy = mezo(tokens_net, squared_error, queries=4)
+    if fault == "the same sign":
+        moved = SharedDirections._moved
+
+        def unsigned(self: Any, site: Any, draw: int, streams: Any, direction: int, sigmas: Any) -> Any:
+            return moved(self, site, draw, streams, direction, [abs(sigma) for sigma in sigmas])
+
+        monkeypatch.setattr(SharedDirections, "_moved", unsigned)
+    else:
+        whole = SharedDirections.gradient
+
+        def reversed_(self: Any, site: Any, clean: Any, plan: Any, *rest: Any) -> Any:
+            queries = plan.queries.max() - plan.queries
+            return whole(self, site, clean, type(plan)(plan.samples, queries, plan.chunk_rows), *rest)
+
+        monkeypatch.setattr(SharedDirections, "gradient", reversed_)
+    with pytest.raises(AssertionError, match="not close"):
+        assert_equals_reference(strategy, *tokens)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"queries": 3}, r"queries = 3: make no pairs.*even number"),
+        ({"queries": 0}, r"queries = 0: make no pairs"),
+        ({"sigma": 0.0}, r"sigma = 0.0: .*positive width"),
+        ({"sigma": -1e-3}, r"sigma = -0.001: .*positive width"),
+        ({"sigma": math.nan}, r"sigma = nan: .*positive width"),
+        ({"sigma": math.inf}, r"sigma = inf: .*positive width"),
+        ({"chunk_rows": 0}, r"chunk_rows = 0: is too small"),
+    ],
+)
+def test_settings_that_are_refused(settings: dict[str, Any], problem: str) -> None:
+    with pytest.raises(SettingError, match=r"^strategy\." + problem):
+        MeZO(**settings)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"counts": torch.full((4,), 2)}, {"pilot_weight": torch.full((1, 4), 0.5)}, {"traces": True}],
+)
+def test_there_is_nothing_to_allocate(
+    asked: dict[str, Any], tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
+) -> None:
+    strategy = mezo(tokens_net, squared_error)
+    clean = strategy.clean_pass(*tokens)
+    with pytest.raises(SettingError, match=r"all samples share MeZO's directions\. Remove the allocator"):
+        strategy.estimate(clean, **asked)
+    assert all(p.grad is None for p in tokens_net.parameters())
+
+
+def test_there_is_one_site_and_one_update(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+    strategy = mezo(tokens_net, squared_error)
+    clean = strategy.clean_pass(*tokens)
+    with pytest.raises(SettingError, match="Remove the callback, or use SPSA"):
+        strategy.sample_statistics(clean)
+    with pytest.raises(SettingError, match=r"'typo'.*MeZO has the site 'all' alone"):
+        strategy.estimate(clean, sites=["typo"])
+    with pytest.raises(RuntimeError, match="nothing to refresh"):
+        strategy.refresh(clean, ["all"])
+    assert strategy.pilot_traces(clean) is None
+    assert strategy.budget is None
+    assert strategy.update_groups == (("all",),)
+
+
+def test_a_network_without_trainable_parameters_is_refused(tokens_net: nn.Sequential) -> None:
+    with pytest.raises(SettingError, match=r"^freeze = .*leaves nothing to train"):
+        mezo(tokens_net.requires_grad_(False), squared_error)
+
+
+@pytest.mark.parametrize(("sigma", "warned"), [(1e-2, False), (1e-7, True)])
+def test_a_sigma_below_the_precision_is_warned_of_once(
+    sigma: float, warned: bool, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
+) -> None:
+    strategy = mezo(tokens_net.float(), squared_error, sigma=sigma)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            strategy.clean_pass(tokens[0].float(), tokens[1].float())
+    assert ["sigma = 1e-07" in str(each.message) for each in caught] == [True] * warned
+
+
+def test_the_seed_is_that_of_seed_everything() -> None:
+    torch.manual_seed(1234)
+    assert MeZO().seed == 1234
+    assert MeZO(seed=5).seed == 5

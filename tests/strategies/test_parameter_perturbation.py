@@ -1,0 +1,1007 @@
+"""Noise in the parameters: ES, SPSA and forward gradients in the weights, in every noise layout.
+
+Equality with the slow reference in float64, what an estimate must leave alone, what it must not depend on, lost
+queries, pilots, faults that must be caught, and refusals. Whether the estimates are unbiased is in ``statistical/``.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from flops_lightning.errors import SettingError
+from flops_lightning.strategies import SPSA, EvolutionStrategies, PilotSpec, WeightForwardMode, parameter_queries
+from flops_lightning.strategies.factored_directions import FactoredDirections
+from flops_lightning.strategies.parameter_queries import QueriedParameters
+from flops_lightning.strategies.shared_directions import SharedDirections
+from tests.reference.footprint import everything
+from tests.reference.layouts import SIGMA, TOKEN_SITES, VIT_SITES, convolutional
+from tests.reference.networks import (
+    TokenMean,
+    cross_entropy,
+    estimated,
+    freeze,
+    gradients,
+    shaken,
+    squared_error,
+    tiny_vit,
+    token_network,
+)
+from tests.reference.parameter_perturbation import (
+    assert_equals_reference,
+    assert_gradients,
+    bound,
+    reference_traces,
+    surviving_queries,
+)
+
+STRATEGIES: dict[str, tuple[type[Any], dict[str, Any]]] = {
+    "plain": (EvolutionStrategies, {"variant": "plain"}),
+    "baseline": (EvolutionStrategies, {"variant": "baseline"}),
+    "leave_one_out": (EvolutionStrategies, {"variant": "leave_one_out"}),
+    "spsa": (SPSA, {}),
+    "forward": (WeightForwardMode, {}),
+}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "shared": {},
+    "factored": {"layout": "factored"},
+    "guided": {"layout": "factored", "activation_guided": True},
+}
+RANKS: dict[str, dict[str, Any]] = {
+    "rank 3": {"layout": "factored", "rank": 3},
+    "guided, rank 2": {"layout": "factored", "activation_guided": True, "rank": 2},
+    "guided, a span of 2": {"layout": "factored", "activation_guided": True, "span": 2},
+}
+ALL = [(strategy, layout) for strategy in STRATEGIES for layout in LAYOUTS]
+SOME = [("baseline", "shared"), ("spsa", "shared"), ("leave_one_out", "factored"), ("spsa", "guided")]
+TWO = [{"stages": ["0", "1"], "sigma": 0.5}, {"stages": ["2", "4"], "sigma": 0.5}]
+WHOLE = [{"stages": ["0", "4"], "sigma": 0.5}]
+SILENT = pytest.mark.filterwarnings("ignore:.*lost every query")
+pytestmark = pytest.mark.filterwarnings("ignore:.*has no effect. derivatives are exact")  # sigma, set for all
+
+
+def perturbing(
+    strategy: str, layout: str, module: nn.Module, sites: list[dict[str, Any]], loss: Any = squared_error, **more: Any
+) -> Any:
+    kind, settings = STRATEGIES[strategy]
+    layouts = LAYOUTS | RANKS
+    return bound(kind, module, loss, sites, **{"chunk_rows": 4, **settings, **layouts[layout], **more})
+
+
+def uneven(strategy: str) -> Tensor:
+    return torch.tensor([4, 0, 6, 2] if strategy == "spsa" else [3, 0, 5, 2])
+
+
+def equal(found: dict[str, Tensor | None], expected: dict[str, Tensor | None], *, tolerance: float = 0.0) -> None:
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=tolerance, atol=tolerance)
+
+
+# The slow reference
+
+
+@pytest.mark.parametrize(("strategy", "layout"), ALL)
+def test_vit(strategy: str, layout: str, vit: nn.Module, images: tuple[Tensor, Tensor]) -> None:
+    """Class token and position embedding belong to no layer, and are taught as well."""
+    chosen = perturbing(strategy, layout, vit, VIT_SITES["group"], cross_entropy)
+    assert {"cls_token", "pos_embed"} < set(chosen.sites[0].parameters)
+    # Counts of its own for every site: each must read its own line of the table.
+    table = torch.stack([uneven(strategy).roll(s) for s in range(len(chosen.sites))])
+    assert_equals_reference(vit, chosen, *images, table)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS | RANKS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_tokens(strategy: str, layout: str, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+    chosen = perturbing(strategy, layout, tokens_net, TOKEN_SITES["block"])
+    table = torch.stack([uneven(strategy).roll(s) for s in range(len(chosen.sites))])
+    assert_equals_reference(tokens_net, chosen, *tokens, table)
+
+
+@pytest.mark.parametrize("layout", ["shared", "factored", "rank 3"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_convolutions(strategy: str, layout: str, images: tuple[Tensor, Tensor]) -> None:
+    net = convolutional()
+    chosen = perturbing(strategy, layout, net, [{"stages": ["0", "6"], **SIGMA}], cross_entropy)
+    assert_equals_reference(net, chosen, *images, uneven(strategy))
+
+
+@pytest.mark.parametrize("layout", ["guided", "guided, rank 2", "guided, a span of 2"])
+def test_guided_convolutions(layout: str, images: tuple[Tensor, Tensor]) -> None:
+    net = shaken(
+        nn.Sequential(
+            nn.Conv2d(1, 3, 3, stride=2, padding=1), nn.GroupNorm(1, 3), nn.Tanh(), nn.Conv2d(3, 2, 2, dilation=2),
+            nn.Flatten(), nn.Linear(8, 5),
+        )
+    )  # fmt: skip
+    assert_equals_reference(
+        net, perturbing("spsa", layout, net, [{"stages": ["0", "5"], **SIGMA}], cross_entropy), *images, uneven("spsa")
+    )
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(("strategy", "layout"), SOME)
+def test_odd_batches(strategy: str, layout: str, batch: int, tokens: tuple[Tensor, Tensor]) -> None:
+    """Of any size, and the last of an epoch may be smaller than those before it."""
+    net, (x, y) = token_network(), tokens
+    chosen = perturbing(strategy, layout, net, TWO)
+    estimated(chosen, x, y)
+    assert_equals_reference(net, chosen, x[:batch], y[:batch], torch.tensor([2, 4, 6][:batch]))
+
+
+class Prompted(nn.Module):
+    """Prompt tokens of its own before those of the input, as in visual prompt tuning."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prompt = nn.Parameter(torch.zeros(1, 2, 3))
+        self.layer = nn.Linear(3, 3)
+        self.scale = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * self.layer(torch.cat([self.prompt.expand(len(x), -1, -1), x], dim=1))
+
+
+class Attention(nn.Module):
+    """Its weights are parameters of its own, read by no layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(3, 1, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.attention(x, x, x, need_weights=False)[0]
+
+
+class Transposed(nn.Module):
+    """A convolution that has no row directions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.ConvTranspose1d(3, 3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.convolution(x.mT).mT
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("stage", [Prompted, Attention, Transposed])
+def test_parameters_that_belong_to_no_layer(stage: type[nn.Module], layout: str, tokens: tuple[Tensor, Tensor]) -> None:
+    net = shaken(nn.Sequential(nn.Linear(3, 3), stage(), TokenMean(), nn.Linear(3, 2)))
+    for sites in ([{"stages": ["0", "3"], **SIGMA}], [{"stages": ["0", "1"], **SIGMA}, {"stages": ["3"], **SIGMA}]):
+        assert_equals_reference(net, perturbing("spsa", layout, net, sites), *tokens, uneven("spsa"))
+
+
+@pytest.mark.parametrize("layout", ["factored", "guided"])
+@pytest.mark.parametrize("kwargs", [{"init_values": 0.5, "qk_norm": True}, {"global_pool": "map", "reg_tokens": 2}])
+def test_vits_with_more_of_them(kwargs: dict[str, Any], layout: str, images: tuple[Tensor, Tensor]) -> None:
+    vit = tiny_vit(depth=2, **kwargs)
+    chosen = perturbing("spsa", layout, vit, [{"stages": ["embed", "head"], **SIGMA}], cross_entropy)
+    assert_equals_reference(vit, chosen, *images, uneven("spsa"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_integer_inputs(layout: str, tokens: tuple[Tensor, Tensor]) -> None:
+    net = shaken(nn.Sequential(nn.Embedding(10, 3), nn.Linear(3, 3), TokenMean(), nn.Linear(3, 2)))
+    x = torch.tensor([[1, 2], [2, 9], [0, 0], [3, 1]])
+    for strategy in ("spsa", "forward"):
+        chosen = perturbing(strategy, layout, net, [{"stages": ["0", "3"], **SIGMA}])
+        assert_equals_reference(net, chosen, x, tokens[1], uneven("spsa"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("leaf", ["weight", "bias"])
+def test_a_layer_of_which_only_one_parameter_is_trained(
+    leaf: str, layout: str, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
+) -> None:
+    """As in BitFit, which trains biases alone."""
+    freeze(tokens_net, *(f"{layer}.{leaf}" for layer in ("0", "2", "3.0", "4")))
+    assert_equals_reference(tokens_net, perturbing("spsa", layout, tokens_net, TWO), *tokens, uneven("spsa"))
+
+
+class InPlaceResidual(nn.Module):
+    """Adds to its input in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():  # where autograd would refuse the overwritten input
+            return x + self.layer(x)
+        x += self.layer(x)
+        return x
+
+
+@pytest.mark.parametrize("first", [InPlaceResidual, lambda: nn.Sequential(nn.SiLU(inplace=True), nn.Linear(3, 3))])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("strategy", ["baseline", "spsa", "forward"])
+def test_stages_that_work_in_place(
+    strategy: str, layout: str, first: Callable[[], nn.Module], tokens: tuple[Tensor, Tensor]
+) -> None:
+    """Neither the batch, nor what is kept of the clean pass, nor the other sign of a pair may change."""
+    net = shaken(nn.Sequential(first(), InPlaceResidual(), TokenMean(), nn.Linear(3, 2)))
+    for sites in ([{"stages": ["0", "3"], **SIGMA}], [{"stages": ["0"], **SIGMA}, {"stages": ["1", "3"], **SIGMA}]):
+        assert_equals_reference(net, perturbing(strategy, layout, net, sites), *tokens, uneven("spsa"))
+
+
+STAGES: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(3, 3),
+    "norm": lambda: nn.LayerNorm(3),
+    "tanh": nn.Tanh,
+    "nested": lambda: nn.Sequential(nn.Linear(3, 4), nn.SiLU(inplace=True), nn.Linear(4, 3, bias=False)),
+    "dropout": lambda: nn.Dropout(0.5),
+    "brittle": lambda: nn.Threshold(-1.5, math.nan),
+    "in place": InPlaceResidual,
+    "prompts": Prompted,
+    "attention": Attention,
+    "transposed": Transposed,
+}
+
+
+@st.composite
+def anything(draw: st.DrawFn) -> tuple[Any, list[list[int]]]:
+    """A strategy bound to a network of one to four stages and a head, some parameters frozen, and counts."""
+    strategy, layout = draw(st.sampled_from(sorted(STRATEGIES))), draw(st.sampled_from(sorted(LAYOUTS | RANKS)))
+    # Forward mode has no derivative of fused attention, and the reference none through what works in place.
+    stages = sorted(set(STAGES) - ({"attention", "in place", "nested"} if strategy == "forward" else set()))
+    chosen = draw(st.lists(st.sampled_from(stages), min_size=1, max_size=4))
+    torch.manual_seed(draw(st.integers(0, 99)))
+    net = shaken(nn.Sequential(*(STAGES[stage]() for stage in chosen), TokenMean(), nn.Linear(3, 2)))
+    for parameter in list(net.parameters())[:-1]:
+        parameter.requires_grad_(draw(st.integers(0, 4)) > 0)
+    cuts = sorted({0, len(net), *draw(st.lists(st.integers(1, len(net) - 1), max_size=2))})
+    sites = [
+        {"stages": [str(a), str(b - 1)], "sigma": 0.3, "kind": draw(st.sampled_from(["group", "block"]))}
+        for a, b in itertools.pairwise(cuts)
+        if any(p.requires_grad for p in net[a:b].parameters())
+    ]
+    bound_ = perturbing(strategy, layout, net.train(draw(st.booleans())), sites, chunk_rows=draw(st.integers(2, 9)))
+    count = st.sampled_from([0, 2, 4] if strategy in ("spsa", "leave_one_out") else [0, 1, 2, 3])
+    batch = draw(st.integers(1, 3))
+    return bound_, [[draw(count) for _ in range(batch)] for _ in bound_.sites]
+
+
+@SILENT
+@settings(max_examples=40)
+@given(case=anything())
+def test_any_network(case: tuple[Any, list[list[int]]]) -> None:
+    """On networks, sites and counts that nobody thought of."""
+    strategy, table = case
+    x, y = (torch.randn(len(table[0]), *shape, dtype=torch.float64) for shape in ((2, 3), (2,)))
+    assert_equals_reference(strategy.network.module, strategy, x, y, torch.tensor(table))
+
+
+@pytest.mark.parametrize(("strategy", "layout"), ALL)
+def test_traces(strategy: str, layout: str, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+    chosen = perturbing(strategy, layout, tokens_net, TWO)
+    clean = chosen.clean_pass(*tokens)
+    seen = chosen.estimate(clean, uneven(strategy), traces=True).observation
+    for site, found, queries in zip(chosen.sites, seen.trace, seen.queries, strict=True):
+        expected = reference_traces(tokens_net, chosen, site, *tokens, uneven(strategy).tolist())
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9, equal_nan=True)
+        assert torch.equal(queries, uneven(strategy).double())
+    assert seen.unit == (2 if strategy == "spsa" else 1)
+
+
+# What an estimate depends on, and what not
+
+
+def assert_chunks_change_nothing(
+    strategy: str, layout: str, module: nn.Module, sites: list[dict[str, Any]], loss: Any, x: Tensor, y: Tensor
+) -> None:
+    found = []
+    for rows in (64, 2, 3, 5):
+        chosen = perturbing(strategy, layout, module, sites, loss, chunk_rows=rows)
+        clean = chosen.clean_pass(x, y)
+        trace = chosen.estimate(clean, torch.tensor([4, 2, 6, 0]), traces=True).observation.trace
+        found.append({"trace": trace, **gradients(module)})
+    for other in found[1:]:
+        for name, gradient in found[0].items():
+            torch.testing.assert_close(other[name], gradient, rtol=1e-8, atol=1e-10, equal_nan=True)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS | RANKS)
+@pytest.mark.parametrize("strategy", ["leave_one_out", "spsa", "forward"])
+def test_the_chunks_change_nothing(
+    strategy: str, layout: str, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
+) -> None:
+    """Also where a chunk holds fewer rows than the batch samples."""
+    assert_chunks_change_nothing(strategy, layout, tokens_net, TWO, squared_error, *tokens)
+
+
+@pytest.mark.parametrize("layout", ["shared", "guided"])
+def test_the_chunks_of_a_vit_change_nothing(layout: str, vit: nn.Module, images: tuple[Tensor, Tensor]) -> None:
+    """Rounding differs with the size of a batch, and chooses the signs of the eigenvectors of a sample's inputs."""
+    sites = [{"stages": ["embed", "blocks.1"], **SIGMA}, {"stages": ["blocks.2", "head"], **SIGMA}]
+    assert_chunks_change_nothing("spsa", layout, vit, sites, cross_entropy, *images)
+
+
+@pytest.mark.parametrize(("strategy", "layout"), ALL)
+def test_the_counts_of_other_samples_change_nothing(
+    strategy: str, layout: str, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
+) -> None:
+    counts = torch.tensor([4, 2, 6, 0])
+    _, whole = estimated(perturbing(strategy, layout, tokens_net, TWO), *tokens, counts)
+    alone = [
+        estimated(perturbing(strategy, layout, tokens_net, TWO), *tokens, counts * torch.eye(4, dtype=torch.long)[b])[1]
+        for b in range(3)
+    ]
+    for name, gradient in whole.items():
+        torch.testing.assert_close(sum(part[name] for part in alone), gradient, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("strategy", "layout"), SOME)
+def test_every_draw_and_rank_has_its_own_directions(
+    strategy: str, layout: str, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
+) -> None:
+    chosen = perturbing(strategy, layout, tokens_net, TWO)
+    found = []
+    for rank in (0, 3):
+        chosen.rank = rank
+        for _ in range(2):
+            assert_equals_reference(tokens_net, chosen, *tokens, uneven(strategy))
+            found.append(estimated(chosen, *tokens)[1]["0.weight"])
+    assert chosen.draw == 8
+    for one, other in itertools.combinations(found, 2):
+        assert (one - other).norm() > 0.1 * one.norm()
+
+
+def test_what_shares_a_direction(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+    """Shared: the samples of one query index, so equal samples have equal gradients. Factored: none."""
+    x, y = (tensor[:1].expand(3, *tensor.shape[1:]) for tensor in tokens)
+    found = {}
+    for layout in ("shared", "factored"):
+        parts = [torch.eye(3, dtype=torch.long)[b] * 2 for b in range(3)]
+        found[layout] = [
+            estimated(perturbing("spsa", layout, tokens_net, TWO), x, y, counts)[1]["2.weight"] for counts in parts
+        ]
+    for b in (1, 2):
+        torch.testing.assert_close(found["shared"][b], found["shared"][0], rtol=1e-12, atol=1e-12)
+        assert (found["factored"][b] - found["factored"][0]).norm() > 0.1 * found["factored"][0].norm()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_pairs_that_start_at_an_odd_index(
+    layout: str, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
+) -> None:
+    """A caller may name any index above those used so far; partners stay together."""
+    chosen = perturbing("spsa", layout, tokens_net, TWO)
+    clean, counts = chosen.clean_pass(*tokens), torch.full((4,), 4)
+    odd, even = (chosen.observe_traces(clean, counts, first_query=first).trace for first in (101, 102))
+    torch.testing.assert_close(odd, even, rtol=0, atol=0)
+
+
+def test_a_width_for_all_sites(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+    _, expected = estimated(bound(SPSA, tokens_net, squared_error, TWO), *tokens)
+    sites = [{**site, "sigma": 0.01} for site in TWO]
+    _, found = estimated(bound(SPSA, tokens_net, squared_error, sites, sigma=0.5), *tokens)
+    equal(found, expected)
+
+
+@pytest.mark.parametrize(("strategy", "layout"), ALL)
+def test_a_resumed_run_goes_on_with_the_same_directions(
+    strategy: str, layout: str, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
+) -> None:
+    """Pilots and their weights included."""
+    settings = {"pilots": PilotSpec("lowest", 4)}
+    weights, counts = torch.tensor([0.1, 0.5, 0.3, 0.9]), torch.tensor([2, 4, 6, 2])
+
+    def step(chosen: Any) -> dict[str, Tensor | None]:
+        clean = chosen.clean_pass(*tokens)
+        chosen.pilot_traces(clean)
+        chosen.estimate(clean, counts, pilot_weight=weights)
+        return gradients(tokens_net)
+
+    first = perturbing(strategy, layout, tokens_net, TWO, seed=3, **settings)
+    step(first)
+    state = copy.deepcopy(first.state_dict())
+    second = step(first)
+    with pytest.raises(SettingError, match=r"strategy.seed = 99: .* noise from 3"):
+        perturbing(strategy, layout, tokens_net, TWO, seed=99).load_state_dict(state)
+    resumed = perturbing(strategy, layout, tokens_net, TWO, seed=None, **settings)
+    resumed.load_state_dict(state)
+    equal(step(resumed), second)
+    assert resumed.meter.state_dict() == first.meter.state_dict()
+
+
+# What an estimate leaves alone
+
+
+def network_with_habits() -> nn.Sequential:
+    """Modes that differ, a hook, a frozen parameter, dropout, and a parameter of no layer."""
+    norm = nn.Sequential(nn.LayerNorm(3), nn.Dropout(0.5))
+    net = shaken(nn.Sequential(nn.Linear(3, 3), Prompted(), norm, TokenMean(), nn.Linear(3, 2))).train()
+    net[2][0].eval()
+    net[0].bias.requires_grad_(False)
+    net[4].register_forward_hook(lambda *_: None)
+    return net
+
+
+HABITUAL = [{"stages": ["0", "1"], **SIGMA}, {"stages": ["2", "4"], **SIGMA}]
+
+
+@pytest.mark.parametrize(("strategy", "layout"), ALL)
+def test_the_network_stays_as_it_was(strategy: str, layout: str, tokens: tuple[Tensor, Tensor]) -> None:
+    """Bit by bit and in the same memory; hooks, modes and generators too."""
+    net = network_with_habits()
+    chosen = perturbing(strategy, layout, net, HABITUAL)
+    before = everything(net)
+    clean, found = estimated(chosen, *tokens)
+    assert everything(net) == before
+    assert found.pop("0.bias") is None
+    assert not any(gradient.requires_grad for gradient in found.values())
+    assert not clean.loss.requires_grad
+
+
+@pytest.mark.parametrize("where", ["loss", "stage"])
+@pytest.mark.parametrize(("strategy", "layout"), ALL)
+def test_so_it_does_where_an_estimate_fails(
+    strategy: str, layout: str, where: str, tokens: tuple[Tensor, Tensor]
+) -> None:
+    net = network_with_habits()
+    fail_at = 10**9
+    calls = itertools.count(1)
+
+    def fails(at: str) -> None:
+        if at == where and next(calls) == fail_at:
+            raise ArithmeticError
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        fails("loss")
+        return squared_error(output, target)
+
+    net[1].register_forward_hook(lambda *_: fails("stage"))  # inside the site, its parameters replaced
+    chosen = perturbing(strategy, layout, net, HABITUAL, loss)
+    for at in range(2, 5):
+        fail_at = 10**9
+        clean = chosen.clean_pass(*tokens)
+        before, calls, fail_at = everything(net), itertools.count(1), at
+        with pytest.raises(ArithmeticError):
+            chosen.estimate(clean)
+        assert everything(net) == before
+        assert all(p.grad is None for p in net.parameters())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_dropout_is_off_in_queries(layout: str, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+    dropped = copy.deepcopy(tokens_net)
+    dropped[1] = nn.Sequential(nn.Tanh(), nn.Dropout(0.5))
+    expected, found = (
+        estimated(perturbing("spsa", layout, net.train(), TWO), *tokens)[1] for net in (tokens_net, dropped)
+    )
+    equal(found, expected)
+
+
+def test_estimates_add_up_in_grad(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+    chosen = perturbing("spsa", "factored", tokens_net, TWO)
+    clean, alone = estimated(chosen, *tokens)
+    for parameter in tokens_net.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    chosen.estimate(clean)
+    chosen.estimate(clean, sites=["0..1"])
+    for name, gradient in gradients(tokens_net).items():
+        times = 2 if name in chosen.sites[0].parameters else 1
+        torch.testing.assert_close(gradient, 1 + times * alone[name])
+
+
+# Site by site, pilots
+
+
+@pytest.mark.parametrize(("strategy", "layout"), SOME)
+def test_site_by_site_each_site_sees_the_updates_above_it(
+    strategy: str, layout: str, vit: nn.Module, images: tuple[Tensor, Tensor]
+) -> None:
+    """FLOPS, algorithm 1: after each update the next site's queries start from a clean pass as if made anew."""
+    chosen = perturbing(strategy, layout, vit.eval(), VIT_SITES["group"], cross_entropy, update="site_by_site")
+    counts = uneven(strategy)
+    clean = chosen.clean_pass(*images)
+    assert chosen.update_groups == tuple((site.name,) for site in reversed(chosen.sites))
+    for (name,) in chosen.update_groups:
+        chosen.estimate(clean, counts, sites=[name])
+        found = gradients(vit)
+        (site,) = [site for site in chosen.sites if site.name == name]
+        only = copy.copy(chosen)
+        only._sites = (site,)
+        assert_gradients(vit, only, *images, counts, found, draw=0)
+        with torch.no_grad():
+            for key, parameter in site.parameters.items():
+                parameter.sub_(0.05 * found[key] / found[key].norm())
+        clean = chosen.refresh(clean, [name])
+        torch.testing.assert_close(clean.loss, cross_entropy(vit(images[0]), images[1]).detach())
+
+
+@pytest.mark.parametrize("weights", [None, [0.1, 0.5, 0.3, 0.9]])
+@pytest.mark.parametrize(("strategy", "layout"), ALL)
+def test_pilots_that_are_used_again(
+    strategy: str, layout: str, weights: list[float] | None, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
+) -> None:
+    sites = [{**TWO[0], "queries_per_sample": 10}, TWO[1]]
+    chosen = perturbing(strategy, layout, tokens_net, sites, pilots=PilotSpec("lowest", 4))
+    clean = chosen.clean_pass(*tokens)
+    trace = chosen.pilot_traces(clean).trace
+    expected = reference_traces(tokens_net, chosen, chosen.sites[0], *tokens, [4] * 4)
+    torch.testing.assert_close(trace[0], expected, rtol=1e-9, atol=1e-9)
+    assert trace[1].isnan().all(), "nothing was seen there"
+    counts = torch.tensor([2, 4, 6, 0])
+    chosen.estimate(clean, counts, pilot_weight=None if weights is None else torch.tensor(weights, dtype=torch.float64))
+    found, (lower, upper) = gradients(tokens_net), chosen.sites
+    for site, pilots in ((lower, 4), (upper, 0)):
+        only = copy.copy(chosen)
+        only._sites = (site,)
+        part = {name: found[name] for name in site.parameters}
+        assert_gradients(
+            tokens_net, only, *tokens, counts, part, draw=0, pilots=pilots, pilot_weight=weights if pilots else None
+        )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_pilots_that_are_not_used_again_leave_their_noise_alone(
+    layout: str, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
+) -> None:
+    """Of ten queries the last six make the gradient."""
+
+    def found(counts: list[int] | None, **pilots: Any) -> Tensor:
+        chosen = perturbing("spsa", layout, tokens_net, [{**WHOLE[0], "queries_per_sample": 10}], **pilots)
+        clean = chosen.clean_pass(*tokens)
+        chosen.pilot_traces(clean)
+        chosen.estimate(clean, None if counts is None else torch.tensor(counts))
+        return gradients(tokens_net)["2.weight"]
+
+    rest = found(None, pilots=PilotSpec("lowest", 4, reuse=False))
+    expected = (10 * found([10] * 4) - 4 * found([4] * 4)) / 6
+    torch.testing.assert_close(rest, expected, rtol=1e-9, atol=1e-9)
+
+
+# Lost queries
+
+
+def brittle_loss(bad: float, limit: float) -> Any:
+    """Squared error that is `bad` where the first output exceeds a limit."""
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        return torch.where(output[:, 0] > limit, bad, squared_error(output, target))
+
+    return loss
+
+
+@SILENT
+@pytest.mark.parametrize("bad", [math.nan, -math.inf])
+@pytest.mark.parametrize(("strategy", "layout"), [case for case in ALL if case[0] != "forward"])
+def test_rows_without_a_finite_loss(
+    strategy: str, layout: str, bad: float, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
+) -> None:
+    """Dropped, with their antithetic partners; the rest divides by what survived."""
+    limit = float(tokens_net(tokens[0])[:, 0].detach().max()) + 1e-3
+    chosen = perturbing(strategy, layout, tokens_net, TWO, brittle_loss(bad, limit))
+    counts = torch.tensor([6, 0, 10, 4])
+    alive = [surviving_queries(tokens_net, chosen, site, *tokens, counts.tolist()) for site in chosen.sites]
+    lost = [20 - sum(each) for each in alive]
+    assert 0 < sum(lost) < 40, "the test needs lost rows and survivors"
+    assert_equals_reference(tokens_net, chosen, *tokens, counts)
+    assert [chosen.meter.sites[site.name].lost for site in chosen.sites] == lost
+    chosen.draw = 0
+    seen = chosen.estimate(chosen.clean_pass(*tokens), counts, traces=True).observation
+    for site, trace, queries, survivors in zip(chosen.sites, seen.trace, seen.queries, alive, strict=True):
+        expected = reference_traces(tokens_net, chosen, site, *tokens, counts.tolist())
+        torch.testing.assert_close(trace, expected, rtol=1e-9, atol=1e-9, equal_nan=True)
+        assert queries.tolist() == survivors
+
+
+@SILENT
+@pytest.mark.parametrize(("strategy", "layout"), ALL)
+def test_a_sample_without_a_finite_clean_loss_contributes_nothing(
+    strategy: str, layout: str, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
+) -> None:
+    """Its activations are not finite either, and must not reach the others."""
+    x, y = tokens[0].clone(), tokens[1]
+    x[2, 1, 0] = math.nan
+    chosen = perturbing(strategy, layout, tokens_net, TWO)
+    estimate = chosen.estimate(chosen.clean_pass(x, y), torch.tensor([6, 0, 10, 4]))
+    assert (estimate.lost, estimate.silent_samples) == (20, 2)
+    x[2] = 0.0
+    assert_gradients(tokens_net, chosen, x, y, torch.tensor([6, 0, 0, 4]), gradients(tokens_net), draw=0)
+
+
+@pytest.mark.parametrize(("strategy", "layout"), ALL)
+def test_a_lost_batch_touches_no_gradient(
+    strategy: str, layout: str, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
+) -> None:
+    chosen = perturbing(strategy, layout, tokens_net, TWO)
+    before = tokens_net[0].weight.grad = torch.ones_like(tokens_net[0].weight)
+    clean = chosen.clean_pass(*tokens)
+    chosen.loss = lambda output, target: squared_error(output, target) * math.nan
+    with pytest.warns(RuntimeWarning, match=r"^8 \(sample, site\) pairs lost every query.*sigma"):
+        estimate = chosen.estimate(clean)
+    assert estimate.lost_batch
+    assert estimate.lost == 160
+    assert tokens_net[0].weight.grad is before
+    assert (before == 1).all()
+    assert all(p.grad is None for name, p in tokens_net.named_parameters() if name != "0.weight")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_lone_leave_one_out_survivor_is_silent(
+    layout: str, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
+) -> None:
+    """There is nothing to centre it with."""
+    chosen = perturbing("leave_one_out", layout, tokens_net, WHOLE, chunk_rows=64)
+    clean = chosen.clean_pass(*tokens)
+    lost = iter([[False] * 4, [True, False, True, False]] if layout == "shared" else [[False, True] * 2 + [False] * 4])
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        return torch.where(torch.tensor(next(lost)), math.nan, squared_error(output, target))
+
+    chosen.loss = loss
+    with pytest.warns(RuntimeWarning, match=r"^2 \(sample, site\) pairs"):
+        estimate = chosen.estimate(clean, torch.tensor([2, 2, 2, 2]))
+    assert (estimate.silent_samples, estimate.lost) == (2, 2)
+    assert all(gradient.isfinite().all() for gradient in gradients(tokens_net).values())
+
+
+@SILENT
+@pytest.mark.parametrize(
+    ("strategy", "layout"), [("leave_one_out", "shared"), ("spsa", "factored"), ("spsa", "guided")]
+)
+def test_the_weight_of_lost_pilots_goes_to_the_other_queries(
+    strategy: str, layout: str, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
+) -> None:
+    """And that of the others to the pilots."""
+    x, y = tokens
+    limit = float(tokens_net(x)[:, 0].detach().max()) + 0.1
+    sites = [{"stages": ["0", "4"], "sigma": 1.0, "queries_per_sample": 10}]
+    chosen = perturbing(
+        strategy, layout, tokens_net, sites, brittle_loss(math.nan, limit), pilots=PilotSpec("lowest", 4)
+    )
+    counts, some = torch.tensor([2, 2, 4, 6]), set()
+    for draw in range(8):
+        clean = chosen.clean_pass(x, y)
+        (survivors,) = chosen.pilot_traces(clean).queries
+        some |= set((survivors > (1 if strategy == "leave_one_out" else 0)).tolist())
+        chosen.estimate(clean, counts)
+        assert_gradients(tokens_net, chosen, x, y, counts, gradients(tokens_net), draw=draw, pilots=4)
+    assert some == {True, False}, "the test needs samples that lose all pilots and samples that do not"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_pilots_stand_in_for_a_site_that_lost_all_its_other_queries(
+    layout: str, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
+) -> None:
+    chosen = perturbing("spsa", layout, tokens_net, WHOLE, pilots=PilotSpec("lowest", 4))
+    clean = chosen.clean_pass(*tokens)
+    chosen.pilot_traces(clean)
+    chosen.loss = lambda output, target: squared_error(output, target) * math.nan
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        estimate = chosen.estimate(clean)
+    assert (estimate.lost, estimate.silent_samples, estimate.lost_batch) == (64, 0, False)
+    chosen.loss = squared_error
+    assert_gradients(tokens_net, chosen, *tokens, torch.full((4,), 4), gradients(tokens_net), draw=0)
+
+
+# Costs, scales, precision
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("strategy", "passes"), [("spsa", 1), ("baseline", 1), ("forward", 2)])
+def test_a_query_costs_its_site_and_all_above_it(
+    strategy: str, passes: int, layout: str, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
+) -> None:
+    """Twice that with a tangent."""
+    chosen = perturbing(strategy, layout, tokens_net, TWO)
+    estimated(chosen, *tokens, torch.full((4,), 2))
+    products = {"0": 3 * 3 * 4, "2": 3 * 4 * 3, "4": 3 * 2}
+    share = (products["2"] + products["4"]) / sum(products.values())
+    costs = {name: count.forward_equivalents for name, count in chosen.meter.sites.items()}
+    assert costs == pytest.approx({"clean": 4, "0..1": 8 * passes, "2..4": 8 * passes * share})
+
+
+def test_scales_are_the_mean_weights(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+    """Traces are in the parameters' own units, and directions the same in all of them."""
+    chosen = perturbing("spsa", "factored", tokens_net, TWO)
+    metric = {name: torch.rand_like(p) for name, p in tokens_net.named_parameters()}
+    clean = chosen.clean_pass(*tokens)
+    statistics = chosen.sample_statistics(clean, {"scale", "preconditioned_scale"}, metric)
+    assert statistics.scale.tolist() == [1.0, 1.0]
+    means = [torch.cat([metric[name].flatten() for name in site.parameters]).mean() for site in chosen.sites]
+    torch.testing.assert_close(statistics.preconditioned_scale, torch.stack(means).detach())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("strategy", ["baseline", "spsa", "forward"])
+def test_bfloat16_rounds_the_layers_and_nothing_else(
+    strategy: str, layout: str, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
+) -> None:
+    """Directions, losses and their differences stay in float32: the estimate is off by a few per cent at most."""
+    net = tokens_net.float()
+    x, y = (tensor.float() for tensor in tokens)
+    counts = torch.full((4,), 50)
+    _, exact = estimated(perturbing(strategy, layout, net, TWO, chunk_rows=100), x, y, counts)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        clean, rounded = estimated(perturbing(strategy, layout, net, TWO, chunk_rows=100), x, y, counts)
+    assert clean.loss.dtype == torch.float32
+    for name, gradient in exact.items():
+        assert rounded[name].dtype == torch.float32
+        assert (rounded[name] - gradient).norm() < 0.08 * gradient.norm(), name
+
+
+@pytest.mark.parametrize(("strategy", "sigma", "warned"), [("spsa", 1e-7, True), ("spsa", 1e-2, False)])
+def test_a_sigma_below_the_precision_is_warned_of(
+    strategy: str, sigma: float, warned: bool, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
+) -> None:
+    chosen = perturbing(strategy, "shared", tokens_net.float(), [{**TWO[0], "sigma": sigma}, TWO[1]])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        chosen.clean_pass(tokens[0].float(), tokens[1].float())
+    assert ["sigma = 1e-07 at site '0..1'" in str(each.message) for each in caught] == [True] * warned
+
+
+# Faults to plant
+
+
+def keep_the_sign_of_the_minus_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = SharedDirections._moved
+
+    def unsigned(self: Any, site: Any, draw: int, streams: Any, direction: int, sigmas: Any) -> Any:
+        return moved(self, site, draw, streams, direction, [abs(sigma) for sigma in sigmas])
+
+    monkeypatch.setattr(SharedDirections, "_moved", unsigned)
+    monkeypatch.setattr(FactoredDirections, "_signs", lambda _, chunk, like: like.new_ones(len(chunk.queries)))
+
+
+def forget_the_batch_in_the_divisor(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = QueriedParameters.coefficients
+    monkeypatch.setattr(QueriedParameters, "coefficients", lambda self, share: whole(self, share) * len(self.survivors))
+
+
+def average_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(QueriedParameters, "coefficients", lambda self, _: self.weights / self.survivors.sum())
+
+
+def draw_the_gradient_s_noise_in_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    for layout in (SharedDirections, FactoredDirections):
+
+        def reversed_(self: Any, site: Any, clean: Any, plan: Any, *rest: Any, whole: Any = layout.gradient) -> Any:
+            queries = plan.queries.max() - plan.queries
+            return whole(self, site, clean, type(plan)(plan.samples, queries, plan.chunk_rows), *rest)
+
+        monkeypatch.setattr(layout, "gradient", reversed_)
+
+
+def change_weights(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor, float], Tensor]) -> None:
+    whole = parameter_queries.query_weights
+
+    def changed(losses: Tensor, *args: Any, sigma: float, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        weights, alive = whole(losses, *args, sigma=sigma, **kwargs)
+        return change(weights, sigma), alive
+
+    monkeypatch.setattr(parameter_queries, "query_weights", changed)
+
+
+def drop_sigma(monkeypatch: pytest.MonkeyPatch) -> None:
+    change_weights(monkeypatch, lambda weights, sigma: weights * sigma)
+
+
+def forget_the_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    change_weights(monkeypatch, lambda weights, _: 2 * weights)
+
+
+def cross_the_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss of -D comes from another sample or query."""
+
+    def crossed(weights: Tensor, _: float) -> Tensor:
+        plus, minus = weights.view(-1, 2).unbind(1)
+        return torch.stack([plus, minus.roll(1)], dim=1).flatten()
+
+    change_weights(monkeypatch, crossed)
+
+
+FAULTS: list[Callable[[pytest.MonkeyPatch], None]] = [
+    keep_the_sign_of_the_minus_row,
+    forget_the_batch_in_the_divisor,
+    average_rows,
+    draw_the_gradient_s_noise_in_another_order,
+    drop_sigma,
+    forget_the_half,
+    cross_the_pairs,
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_caught(
+    fault: Callable[[pytest.MonkeyPatch], None],
+    layout: str,
+    tokens_net: nn.Sequential,
+    tokens: tuple[Tensor, Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chosen = perturbing("spsa", layout, tokens_net, TWO)
+    fault(monkeypatch)
+    with pytest.raises(AssertionError, match="not close"):
+        assert_equals_reference(tokens_net, chosen, *tokens, uneven("spsa"))
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "problem"),
+    [
+        (EvolutionStrategies, {"variant": "antithetic"}, r"variant = 'antithetic': is SPSA\."),
+        (EvolutionStrategies, {"variant": "base"}, r"variant = 'base': is not known"),
+        (SPSA, {"update": "both"}, r"update = 'both'"),
+        (SPSA, {"layout": "dense"}, r"layout = 'dense': is not known.*'shared', 'factored'"),
+        (SPSA, {"chunk_rows": 1}, r"chunk_rows = 1"),
+        (SPSA, {"rank": 2}, r"rank = 2: has no effect here.*layout: factored"),
+        (SPSA, {"layout": "factored", "rank": 0}, r"rank = 0: is no rank"),
+        (SPSA, {"activation_guided": True}, r"activation_guided = True: has no effect here.*layout: factored"),
+        (SPSA, {"span": 2}, r"span = 2: has no effect here.*activation_guided: true"),
+        (SPSA, {"layout": "factored", "span": 2}, r"span = 2: has no effect here.*activation_guided: true"),
+        (SPSA, {"layout": "factored", "activation_guided": True, "span": -1}, r"span = -1: is negative"),
+        (SPSA, {"sigma": -1.0}, r"sigma = -1.0: is no width"),
+        (EvolutionStrategies, {"sigma": math.nan}, r"sigma = nan: is no width"),
+        (EvolutionStrategies, {"sigma": math.inf}, r"sigma = inf: is no width"),
+        (WeightForwardMode, {"rank": 2}, r"rank = 2: has no effect here"),
+        (WeightForwardMode, {"layout": "dense"}, r"layout = 'dense'"),
+    ],
+)
+def test_settings_that_are_refused(kind: type[Any], settings: dict[str, Any], problem: str) -> None:
+    with pytest.raises(SettingError, match=r"^strategy\." + problem):
+        kind(**settings)
+
+
+@pytest.mark.parametrize(
+    ("site", "setting", "problem"),
+    [
+        ({"kind": "linear"}, "kind", r"noise at the output of layers.*block or group.*LikelihoodRatio"),
+        ({"active_tokens": False}, "active_tokens", r"no effect where parameters are perturbed"),
+        ({"modules": ["2"]}, "kind", r"takes neither `modules` nor `together`"),
+        ({"sigma": 0.0}, "sigma", r"positive width"),
+        ({"sigma": math.nan}, "sigma", r"positive width"),
+        ({"queries_per_sample": 1}, "queries_per_sample", r"two queries or more"),
+        ({"stages": ["9"]}, "stages", r"not a stage of this network"),
+    ],
+)
+@pytest.mark.parametrize("strategy", ["baseline", "spsa", "forward"])
+def test_sites_that_are_refused(
+    strategy: str, site: dict[str, Any], setting: str, problem: str, tokens_net: nn.Sequential
+) -> None:
+    with pytest.raises(SettingError, match=problem) as error:
+        perturbing(strategy, "shared", tokens_net, [{**WHOLE[0], **site}])
+    assert error.value.setting == f"strategy.sites[0].{setting}"
+
+
+def test_an_odd_budget_in_pairs_is_refused(tokens_net: nn.Sequential) -> None:
+    with pytest.raises(SettingError, match=r"queries_per_sample = 5: is odd at site '0\.\.4'.*even"):
+        perturbing("spsa", "shared", tokens_net, [{**WHOLE[0], "queries_per_sample": 5}])
+
+
+@pytest.mark.parametrize(
+    ("strategy", "counts", "problem"),
+    [
+        ("spsa", torch.tensor([2, 3, 2, 2]), "multiples of 2"),
+        ("leave_one_out", torch.tensor([2, 1, 2, 2]), "no others to be compared with"),
+        ("baseline", torch.tensor([2.0, 2.0, 2.0, 2.0]), "integer"),
+        ("baseline", torch.full((3, 4), 2), r"\(3, 4\)"),
+    ],
+)
+def test_counts_that_are_refused(
+    strategy: str, counts: Tensor, problem: str, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
+) -> None:
+    chosen = perturbing(strategy, "factored", tokens_net, TWO)
+    with pytest.raises(SettingError, match=problem):
+        chosen.estimate(chosen.clean_pass(*tokens), counts)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_whole_network_may_be_one_group(
+    layout: str, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
+) -> None:
+    """Unlike at the output of sites, where that would be backpropagation by another name."""
+    chosen = perturbing("spsa", layout, tokens_net, WHOLE)
+    (site,) = chosen.sites
+    assert set(site.parameters) == {name for name, _ in tokens_net.named_parameters()}
+    assert_equals_reference(tokens_net, chosen, *tokens, uneven("spsa"))
+
+
+class OddlyCalled(nn.Module):
+    """Calls its layer twice, by keyword, with the tokens first, or uses its weights alone."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3, 3)
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "tokens first":
+            return self.inner(x.transpose(0, 1)).transpose(0, 1)
+        if self.how == "keyword":
+            return self.inner(input=x)
+        if self.how == "weights":
+            return nn.functional.linear(x, self.inner.weight, self.inner.bias)
+        return self.inner(self.inner(x))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("how", "problem"),
+    [
+        ("twice", "0.inner did not run exactly once"),
+        ("weights", "0.inner did not run exactly once"),
+        ("keyword", "0.inner is called by keyword"),
+        ("tokens first", "0.inner .*its first dimension is not the batch"),
+    ],
+)
+def test_a_layer_that_is_called_oddly(how: str, problem: str, layout: str, tokens: tuple[Tensor, Tensor]) -> None:
+    """The shared layout replaces parameters and minds nothing; the factored one moves the outputs of layers."""
+    net = shaken(nn.Sequential(OddlyCalled(how), TokenMean(), nn.Linear(3, 2)))
+    chosen = perturbing("spsa", layout, net, [{"stages": ["0", "2"], **SIGMA}])
+    if layout == "shared":
+        assert_equals_reference(net, chosen, *tokens, uneven("spsa"))
+        return
+    clean = chosen.clean_pass(*tokens)
+    with pytest.raises(SettingError, match=rf"strategy.layout = 'factored': {problem}.*layout: shared"):
+        chosen.estimate(clean)
+    assert all(p.grad is None for p in net.parameters())
+
+
+class Tied(nn.Module):
+    """Two modules with one weight, whose first name is that of either."""
+
+    def __init__(self, first: str) -> None:
+        super().__init__()
+        for kind in ("embedding", "layer") if first == "embedding" else ("layer", "embedding"):
+            self.add_module(kind, nn.Embedding(5, 3) if kind == "embedding" else nn.Linear(3, 5, bias=False))
+        self.get_submodule("layer" if first == "embedding" else "embedding").weight = self.get_submodule(first).weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.embedding(x)).mean(1)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("first", ["embedding", "layer"])
+def test_tied_weights_within_a_stage(first: str, layout: str, tokens: tuple[Tensor, Tensor]) -> None:
+    net = shaken(nn.Sequential(Tied(first), nn.Linear(5, 2)))
+    sites = [{"stages": ["0", "1"], **SIGMA}]
+    if layout == "shared":
+        x = torch.tensor([[1, 2], [2, 4], [0, 0], [3, 1]])
+        for strategy in ("spsa", "forward"):
+            assert_equals_reference(net, perturbing(strategy, layout, net, sites), x, tokens[1], uneven("spsa"))
+        return
+    with pytest.raises(SettingError, match=rf"'0.{first}.weight' belongs to two modules.*layout: shared"):
+        perturbing("spsa", layout, net, sites)
+
+
+def test_two_linears_with_one_weight(tokens: tuple[Tensor, Tensor]) -> None:
+    stage = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
+    stage[2].weight = stage[0].weight
+    net = shaken(nn.Sequential(stage, TokenMean(), nn.Linear(3, 2)))
+    sites = [{"stages": ["0", "2"], **SIGMA}]
+    assert_equals_reference(net, perturbing("spsa", "shared", net, sites), *tokens, uneven("spsa"))
+    with pytest.raises(SettingError, match=r"'0.0.weight' belongs to two modules.*freeze: \['0.0.weight'\]"):
+        perturbing("spsa", "factored", net, sites)
+
+
+def test_a_guided_convolution_of_several_groups_is_refused() -> None:
+    net = convolutional()
+    with pytest.raises(SettingError, match=r"activation_guided = True: 2 is a convolution of several groups"):
+        perturbing("spsa", "guided", net, [{"stages": ["0", "6"], **SIGMA}])
+
+
+def test_a_second_network_is_refused(tokens_net: nn.Sequential, vit: nn.Module) -> None:
+    from flops_lightning.staging import stage_network
+
+    chosen = perturbing("spsa", "factored", tokens_net, WHOLE)
+    with pytest.raises(SettingError, match="already serves another network"):
+        chosen.bind(stage_network(vit), squared_error)
