@@ -183,14 +183,9 @@ class ForwardImageClassifier(pl.LightningModule):
         """Run the clean pass and the pilots; ``training_step`` reuses both.
 
         Raises:
-            SettingError: the strategy spends no queries.
+            SettingError: the strategy has nothing to allocate; it says why.
         """
         strategy = self._strategy()
-        if strategy.budget is None:
-            raise SettingError(
-                "trainer.callbacks", "QueryAllocatorCallback", f"{type(strategy).__name__} spends no queries.",
-                "Remove the callback, or use a strategy with queries such as LikelihoodRatio.",
-            )  # fmt: skip
         metric = None
         if "preconditioned_scale" in self._requested:
             metric = squared_step_sizes(self._optimizer(), dict(self.backbone.named_parameters())) or None
