@@ -2,54 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from flops_lightning.allocators.statistics import SampleStatistics
 from flops_lightning.errors import SettingError
 from flops_lightning.meter import CLEAN
 from flops_lightning.queries import CleanPass, LossFunction, at_least_float32, row_losses
 from flops_lightning.staging import StagedNetwork
-from flops_lightning.strategies.base import (
-    Estimate,
-    ForwardGradientStrategy,
-    add_gradients,
-    refuse_second_network,
-)
-from flops_lightning.strategies.sites import Site
+from flops_lightning.strategies.base import Estimate, add_gradients
+from flops_lightning.strategies.whole_batch import WholeBatchStrategy
 
 
-class Backprop(ForwardGradientStrategy):
+class Backprop(WholeBatchStrategy):
     """Reverse-mode gradient of the mean loss, in eval mode like the queries (no dropout), so that objectives agree."""
+
+    why = "spends no queries"
 
     def bind(self, network: StagedNetwork, loss: LossFunction) -> None:
         """Keep network and loss.
 
         Raises:
-            SettingError: the network has no trainable parameter.
+            SettingError: see :meth:`check_network`.
         """
-        if not network.trainable():
-            raise SettingError("freeze", list(network.frozen()), "leaves nothing to train.", "Freeze less.")
-        refuse_second_network(getattr(self, "network", None), network)
+        self.check_network(network)
         self.network, self.loss = network, loss
-
-    @property
-    def sites(self) -> tuple[Site, ...]:
-        """None: backprop spends no queries."""
-        return ()
-
-    @property
-    def budget(self) -> None:
-        """None: there is nothing to allocate."""
-        return
-
-    @property
-    def update_groups(self) -> tuple[tuple[str, ...], ...]:
-        """One step with all parameters."""
-        return ((),)
 
     def clean_pass(self, inputs: Tensor, targets: Tensor) -> CleanPass:
         """Run the batch and keep its graph for :meth:`estimate`.
@@ -70,29 +49,6 @@ class Backprop(ForwardGradientStrategy):
         self.meter.add(CLEAN, clean_passes=len(loss), forward_equivalents=len(loss))
         return CleanPass(targets, {0: inputs}, output, loss, embedding.detach().flatten(1), self.draw - 1)
 
-    def refresh(self, clean: CleanPass, updated: Sequence[str]) -> CleanPass:
-        """Not needed: there is a single step."""
-        raise RuntimeError(
-            f"draw {clean.draw}: backprop has one update group, nothing to refresh after {list(updated)}."
-        )
-
-    def pilot_traces(self, clean: CleanPass) -> None:
-        """None: backprop spends no queries."""
-
-    def sample_statistics(
-        self, clean: CleanPass, names: Collection[str] = (), metric: Mapping[str, Tensor] | None = None
-    ) -> SampleStatistics:
-        """Not to be had: there are no queries to allocate.
-
-        Raises:
-            SettingError: always.
-        """
-        raise SettingError(
-            "trainer.callbacks", "QueryAllocatorCallback", f"{type(self).__name__} spends no queries "
-            f"(batch of {clean.batch_size}, wanted: {sorted(names)}, metric: {metric is not None}).",
-            "Remove the callback, or use a strategy with queries such as LikelihoodRatio.",
-        )  # fmt: skip
-
     def estimate(
         self,
         clean: CleanPass,
@@ -105,13 +61,9 @@ class Backprop(ForwardGradientStrategy):
         """Add the exact gradient to ``.grad``.
 
         Raises:
-            SettingError: counts or pilot weights were given, or traces asked for.
+            SettingError: see :meth:`refuse_allocation`.
         """
-        if counts is not None or pilot_weight is not None or traces:
-            given = None if counts is None else tuple(counts.shape)
-            raise SettingError("counts", given, "backprop spends no queries.", "Remove the allocator.")
-        if sites:
-            raise SettingError("sites", list(sites), "backprop has no sites.", "Leave `sites` out.")
+        self.refuse_allocation(counts, sites, pilot_weight, traces=traces)
         parameters = self.network.trainable()
         finite = torch.isfinite(clean.loss.detach())
         detached = replace(clean, loss=clean.loss.detach(), output=clean.output.detach())

@@ -15,22 +15,19 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from flops_lightning.allocators.statistics import SampleStatistics
 from flops_lightning.errors import SettingError
 from flops_lightning.meter import CLEAN
 from flops_lightning.queries import CleanPass, LossFunction, clean_pass
 from flops_lightning.staging import StagedNetwork
 from flops_lightning.strategies.base import (
     Estimate,
-    ForwardGradientStrategy,
     add_gradients,
-    refuse_second_network,
     resolve_seed,
 )
 from flops_lightning.strategies.coordinate_masks import Masks, draw_masks, inclusion_probabilities
@@ -38,7 +35,7 @@ from flops_lightning.strategies.coordinate_probes import EVALUATIONS, Coordinate
 from flops_lightning.strategies.costs import site_costs
 from flops_lightning.strategies.precision import RESOLVED_STEPS
 from flops_lightning.strategies.replaced_parameters import ReplacedParameters
-from flops_lightning.strategies.sites import Site
+from flops_lightning.strategies.whole_batch import WholeBatchStrategy
 from flops_lightning.strategies.zo_grasp import kept_ratios, zo_grasp_scores
 
 Ratios = Literal["zo_grasp", "uniform"]
@@ -46,7 +43,7 @@ Ratios = Literal["zo_grasp", "uniform"]
 COORDINATES, ZO_GRASP = "coordinates", "zo_grasp"  # names in the meter
 
 
-class CoordinateFiniteDifferences(ForwardGradientStrategy):
+class CoordinateFiniteDifferences(WholeBatchStrategy):
     """Coordinate-wise finite differences under a random mask.
 
     The estimate is the **masked** gradient: right at the coordinates of the mask, zero elsewhere, and so on average
@@ -59,6 +56,8 @@ class CoordinateFiniteDifferences(ForwardGradientStrategy):
     Masks do not depend on the rank, so ranks with the same ratios measure the same coordinates, each on its own samples
     (ZO-GraSP's ratios are found on a rank's own first batch).
     """
+
+    why = "measures every coordinate on every sample"
 
     def __init__(
         self,
@@ -123,10 +122,8 @@ class CoordinateFiniteDifferences(ForwardGradientStrategy):
         Raises:
             SettingError: the network has fewer trainable weights than the mask has coordinates.
         """
-        refuse_second_network(getattr(self, "network", None), network)
+        self.check_network(network)
         entries = sum(p.numel() for p in network.trainable().values())
-        if not entries:
-            raise SettingError("freeze", list(network.frozen()), "leaves nothing to train.", "Freeze less.")
         if entries < self.coordinates:
             raise SettingError(
                 "strategy.coordinates", self.coordinates, f"there are {entries} trainable weights.",
@@ -136,21 +133,6 @@ class CoordinateFiniteDifferences(ForwardGradientStrategy):
         names = [name for name, _ in network.module.named_parameters()]
         self._stage_of = {name: i for i, s in enumerate(network.stages) for name in names if s.owns(name)}
         self._from_stage, self._found_ratios = (), None
-
-    @property
-    def sites(self) -> tuple[Site, ...]:
-        """None: there is nothing to allocate; the meter counts under ``coordinates`` and ``zo_grasp``."""
-        return ()
-
-    @property
-    def budget(self) -> None:
-        """None: every sample is needed at every coordinate."""
-        return
-
-    @property
-    def update_groups(self) -> tuple[tuple[str, ...], ...]:
-        """One step with all parameters."""
-        return ((),)
 
     def clean_pass(self, inputs: Tensor, targets: Tensor) -> CleanPass:
         """Run the batch unperturbed, keep what the masked coordinates start from, and advance the draw counter."""
@@ -166,27 +148,6 @@ class CoordinateFiniteDifferences(ForwardGradientStrategy):
         self.draw += 1
         self.meter.add(CLEAN, clean_passes=clean.batch_size, forward_equivalents=clean.batch_size)
         return clean
-
-    def refresh(self, clean: CleanPass, updated: Sequence[str]) -> CleanPass:
-        """Not needed: there is a single step."""
-        raise RuntimeError(f"draw {clean.draw}: there is one update group, nothing to refresh after {list(updated)}.")
-
-    def pilot_traces(self, clean: CleanPass) -> None:
-        """None: there is nothing to allocate."""
-
-    def sample_statistics(
-        self, clean: CleanPass, names: Collection[str] = (), metric: Mapping[str, Tensor] | None = None
-    ) -> SampleStatistics:
-        """Not to be had: there is nothing to allocate.
-
-        Raises:
-            SettingError: always.
-        """
-        raise SettingError(
-            "trainer.callbacks", "QueryAllocatorCallback", f"{type(self).__name__} measures every coordinate on every "
-            f"sample (batch of {clean.batch_size}, wanted: {sorted(names)}, metric: {metric is not None}).",
-            "Remove the callback, or use a strategy whose samples have queries of their own such as LikelihoodRatio.",
-        )  # fmt: skip
 
     @torch.no_grad()
     def estimate(
@@ -204,16 +165,9 @@ class CoordinateFiniteDifferences(ForwardGradientStrategy):
         term has weight zero, and the others keep theirs.
 
         Raises:
-            SettingError: counts or pilot weights were given, or traces asked for.
+            SettingError: see :meth:`refuse_allocation`.
         """
-        if counts is not None or pilot_weight is not None or traces:
-            given = None if counts is None else tuple(counts.shape)
-            raise SettingError(
-                "counts", given, "every sample is needed at every coordinate, so samples have no counts or traces of "
-                "their own.", "Remove the allocator.",
-            )  # fmt: skip
-        if sites:
-            raise SettingError("sites", list(sites), "coordinates have no sites.", "Leave `sites` out.")
+        self.refuse_allocation(counts, sites, pilot_weight, traces=traces)
         if not bool(torch.isfinite(clean.loss).any()):
             # Nothing can be learned from it, least of all the ratios of the whole run.
             return Estimate(clean.loss, clean.output, 0, silent_samples=clean.batch_size, lost_batch=True)

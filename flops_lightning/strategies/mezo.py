@@ -12,23 +12,20 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from flops_lightning.allocators.statistics import SampleStatistics
 from flops_lightning.errors import SettingError
 from flops_lightning.noise import NoiseKey
 from flops_lightning.queries import CleanPass, LossFunction, plan_rows
 from flops_lightning.staging import StagedNetwork
 from flops_lightning.strategies.base import (
     Estimate,
-    ForwardGradientStrategy,
     add_gradients,
-    refuse_second_network,
     resolve_seed,
 )
 from flops_lightning.strategies.precision import warn_unresolved_sigma
@@ -37,17 +34,21 @@ from flops_lightning.strategies.replaced_parameters import ReplacedParameters
 from flops_lightning.strategies.shared_directions import SharedDirections
 from flops_lightning.strategies.site_specs import SiteSpec
 from flops_lightning.strategies.sites import Site, resolve_sites
+from flops_lightning.strategies.whole_batch import WholeBatchStrategy
 
 SITE = "all"
 
 
-class MeZO(ForwardGradientStrategy):
+class MeZO(WholeBatchStrategy):
     """Memory-efficient zeroth-order estimates; no autograd anywhere.
 
     Memory stays at that of inference: directions are drawn stage by stage and drawn again for the gradient. There is no
     unperturbed pass either: loss and output that are reported are those under the first direction (the mean of both
     signs, and the output under ``+z``).
     """
+
+    why = "gives all samples the same directions"
+    instead = "SPSA"
 
     def __init__(
         self, *, sigma: float = 1e-3, queries: int = 2, chunk_rows: int = 256, seed: int | None = None
@@ -83,11 +84,9 @@ class MeZO(ForwardGradientStrategy):
         """Take all trainable parameters.
 
         Raises:
-            SettingError: there is none.
+            SettingError: see :meth:`check_network`.
         """
-        refuse_second_network(getattr(self, "network", None), network)
-        if not network.trainable():
-            raise SettingError("freeze", list(network.frozen()), "leaves nothing to train.", "Freeze less.")
+        self.check_network(network)
         ends = [network.stages[0].name, network.stages[-1].name]
         spec = SiteSpec(stages=ends, sigma=self.sigma, queries_per_sample=self.queries, name=SITE)
         self._sites = resolve_sites(network, [spec], in_parameters=True)
@@ -100,16 +99,6 @@ class MeZO(ForwardGradientStrategy):
         """One: the whole network."""
         return self._sites
 
-    @property
-    def budget(self) -> None:
-        """None: every sample shares the same directions, and there is nothing to allocate."""
-        return
-
-    @property
-    def update_groups(self) -> tuple[tuple[str, ...], ...]:
-        """One step with all parameters."""
-        return ((SITE,),)
-
     def clean_pass(self, inputs: Tensor, targets: Tensor) -> CleanPass:
         """Take the batch; nothing is run, and losses are not known."""
         dtype = torch.promote_types(next(iter(self._sites[0].parameters.values())).dtype, torch.float32)
@@ -120,27 +109,6 @@ class MeZO(ForwardGradientStrategy):
             self._warned = True
         self.draw += 1
         return clean
-
-    def refresh(self, clean: CleanPass, updated: Sequence[str]) -> CleanPass:
-        """Not needed: there is a single step."""
-        raise RuntimeError(f"draw {clean.draw}: MeZO has one update group, nothing to refresh after {list(updated)}.")
-
-    def pilot_traces(self, clean: CleanPass) -> None:
-        """None: there is nothing to allocate."""
-
-    def sample_statistics(
-        self, clean: CleanPass, names: Collection[str] = (), metric: Mapping[str, Tensor] | None = None
-    ) -> SampleStatistics:
-        """Not to be had: there is nothing to allocate.
-
-        Raises:
-            SettingError: always.
-        """
-        raise SettingError(
-            "trainer.callbacks", "QueryAllocatorCallback",
-            f"MeZO gives all {clean.batch_size} samples the same directions (wanted: {sorted(names)}, metric: "
-            f"{metric is not None}).", "Remove the callback, or use SPSA.",
-        )  # fmt: skip
 
     @torch.no_grad()
     def estimate(
@@ -155,13 +123,9 @@ class MeZO(ForwardGradientStrategy):
         """Add the estimate to ``.grad``.
 
         Raises:
-            SettingError: counts or pilot weights were given, or traces asked for.
+            SettingError: see :meth:`refuse_allocation`.
         """
-        if counts is not None or pilot_weight is not None or traces:
-            given = None if counts is None else tuple(counts.shape)
-            raise SettingError("counts", given, "all samples share MeZO's directions.", "Remove the allocator.")
-        if sites is not None and list(sites) != [SITE]:
-            raise SettingError("sites", list(sites), f"MeZO has the site {SITE!r} alone.", "Leave `sites` out.")
+        self.refuse_allocation(counts, sites, pilot_weight, traces=traces)
         (site,) = self._sites
         first_outputs: list[Tensor] = []
         chunks = -(-clean.batch_size // self.chunk_rows)

@@ -47,7 +47,7 @@ class Tier(NamedTuple):
 
 
 LIGHT = Tier(1, 0.075)
-HEAVY = pytest.param(Tier(75, 0.005), marks=[pytest.mark.statistical_heavy, pytest.mark.timeout(3000)], id="heavy")
+HEAVY = pytest.param(Tier(120, 0.005), marks=[pytest.mark.statistical_heavy, pytest.mark.timeout(3000)], id="heavy")
 TIERS = [pytest.param(LIGHT, id="light"), HEAVY]
 
 STRATEGIES: dict[str, tuple[type[Any], dict[str, Any]]] = {
@@ -143,7 +143,7 @@ def wide_truth(layout: str, times: int) -> list[Sampled]:
     """By site, the same for all variants."""
     strategy, x, y = taught("baseline", layout, sigma=WIDE)
     sites = strategy.sites
-    return [smoothed_gradient(strategy, x, y, site, copies=1000, draws=10 * min(times, 10)) for site in sites]
+    return [smoothed_gradient(strategy, x, y, site, copies=1000, draws=10 * min(times, 30)) for site in sites]
 
 
 WIDE, NARROW = 0.3, 1e-4
@@ -226,7 +226,7 @@ def test_mezo(queries: int, tier: Tier) -> None:
     strategy = MeZO(sigma=WIDE, queries=queries, seed=7)
     strategy.bind(stage_network(net), shifted_squared_error)
     (site,) = strategy.sites
-    truth = smoothed_gradient(strategy, x, y, site, copies=1000, draws=10 * min(tier.times, 10))
+    truth = smoothed_gradient(strategy, x, y, site, copies=1000, draws=10 * min(tier.times, 30))
     (found,) = estimates(strategy, x, y, None, draws=1600 * (3 * tier.times // 2) // queries).values()
     judge(found, truth, tier)
 
@@ -340,7 +340,7 @@ def with_pilots(layout: str, *, draws: int) -> tuple[Sampled, Sampled]:
 @pytest.mark.parametrize("layout", ["factored", "guided"])
 def test_pilots_do_not_bias_though_the_counts_depend_on_them(layout: str, tier: Tier) -> None:
     """Their weight is fixed before they are seen, so they may decide the counts and still be used."""
-    judge(*with_pilots(layout, draws=400 if tier == LIGHT else 15000), tier)
+    judge(*with_pilots(layout, draws=300 if tier == LIGHT else 12000), tier)
 
 
 def test_pilots_pooled_with_the_rest_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,7 +351,7 @@ def test_pilots_pooled_with_the_rest_do(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(query_strategy, "pilot_share", pooled)
     with pytest.raises(AssertionError, match=r"^slope 0\.[5-9]"):
-        judge(*with_pilots("factored", draws=400), LIGHT)
+        judge(*with_pilots("factored", draws=300), LIGHT)
 
 
 # Faults to plant

@@ -485,10 +485,10 @@ def test_it_has_nothing_to_allocate(tokens_net: nn.Sequential, tokens: tuple[Ten
     clean = strategy.clean_pass(*tokens)
     assert (strategy.sites, strategy.budget, strategy.update_groups) == ((), None, ((),))
     assert strategy.pilot_traces(clean) is None
-    with pytest.raises(SettingError, match=r"counts = \(4,\).*every sample is needed at every coordinate"):
+    with pytest.raises(SettingError, match=r"counts = \(4,\).*measures every coordinate on every sample"):
         strategy.estimate(clean, torch.full((4,), 2))
     for more in ({"pilot_weight": torch.ones(4)}, {"traces": True}):
-        with pytest.raises(SettingError, match="every sample is needed"):
+        with pytest.raises(SettingError, match="measures every coordinate on every sample"):
             strategy.estimate(clean, **more)
     with pytest.raises(SettingError, match=r"measures every coordinate on every sample .*batch of 4.*LikelihoodRatio"):
         strategy.sample_statistics(clean, {"scale"})

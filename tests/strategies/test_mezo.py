@@ -324,7 +324,7 @@ def test_there_is_nothing_to_allocate(
 ) -> None:
     strategy = mezo(tokens_net, squared_error)
     clean = strategy.clean_pass(*tokens)
-    with pytest.raises(SettingError, match=r"all samples share MeZO's directions\. Remove the allocator"):
+    with pytest.raises(SettingError, match=r"MeZO gives all samples the same directions\. Remove the allocator"):
         strategy.estimate(clean, **asked)
     assert all(p.grad is None for p in tokens_net.parameters())
 

@@ -1,0 +1,88 @@
+"""Strategies that treat a batch as a whole: no counts by sample, so nothing to allocate, no pilots and one step."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+from torch import Tensor
+
+from flops_lightning.allocators.statistics import SampleStatistics
+from flops_lightning.errors import SettingError
+from flops_lightning.queries import CleanPass
+from flops_lightning.staging import StagedNetwork
+from flops_lightning.strategies.base import ForwardGradientStrategy, refuse_second_network
+from flops_lightning.strategies.sites import Site
+
+
+class WholeBatchStrategy(ForwardGradientStrategy):
+    """Answers the questions about samples and sites for strategies that have none.
+
+    Attributes:
+        why: Why there is nothing to allocate: what follows the strategy's name in a sentence.
+        instead: What to use for allocation.
+    """
+
+    why: str
+    instead: str = "a strategy whose samples have queries of their own such as LikelihoodRatio"
+
+    def check_network(self, network: StagedNetwork) -> None:
+        """Refuse a network that cannot be bound.
+
+        Raises:
+            SettingError: it has no trainable parameter, or another one is bound.
+        """
+        if not network.trainable():
+            raise SettingError("freeze", list(network.frozen()), "leaves nothing to train.", "Freeze less.")
+        refuse_second_network(getattr(self, "network", None), network)
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """None."""
+        return ()
+
+    @property
+    def budget(self) -> None:
+        """None: there is nothing to allocate."""
+        return
+
+    @property
+    def update_groups(self) -> tuple[tuple[str, ...], ...]:
+        """One step with all parameters."""
+        return (tuple(site.name for site in self.sites),)
+
+    def refresh(self, clean: CleanPass, updated: Sequence[str]) -> CleanPass:
+        """Not needed: there is a single step."""
+        raise RuntimeError(f"draw {clean.draw}: there is one update group, nothing to refresh after {list(updated)}.")
+
+    def pilot_traces(self, clean: CleanPass) -> None:
+        """None: there is nothing to allocate."""
+
+    def sample_statistics(
+        self, clean: CleanPass, names: Collection[str] = (), metric: Mapping[str, Tensor] | None = None
+    ) -> SampleStatistics:
+        """Not to be had: there is nothing to allocate.
+
+        Raises:
+            SettingError: always.
+        """
+        raise SettingError(
+            "trainer.callbacks", "QueryAllocatorCallback", f"{type(self).__name__} {self.why} (batch of "
+            f"{clean.batch_size}, wanted: {sorted(names)}, metric: {metric is not None}).",
+            f"Remove the callback, or use {self.instead}.",
+        )  # fmt: skip
+
+    def refuse_allocation(
+        self, counts: Tensor | None, sites: Sequence[str] | None, pilot_weight: Tensor | None, *, traces: bool
+    ) -> None:
+        """Check the arguments of ``estimate``.
+
+        Raises:
+            SettingError: counts or pilot weights were given, traces asked for, or other sites than there are.
+        """
+        if counts is not None or pilot_weight is not None or traces:
+            given = None if counts is None else tuple(counts.shape)
+            raise SettingError("counts", given, f"{type(self).__name__} {self.why}.", "Remove the allocator.")
+        names = [site.name for site in self.sites]
+        if sites and list(sites) != names:
+            own = f"has the site {names[0]!r} alone" if names else "has no sites"
+            raise SettingError("sites", list(sites), f"{type(self).__name__} {own}.", "Leave `sites` out.")
