@@ -169,7 +169,7 @@ def refused(capsys):
             "data = nowhere.Data: No module named 'nowhere'. Correct",
         ),
         (["fit", "-c", "given.yaml", "--model.optimizer.lrr", "1"], "model.optimizer.lrr is not a setting. Did you"),
-        (["fit", "-c", "given.yaml", "--model.strategy.sigma", "1"], "model.strategy.sigma is not a setting. Choose"),
+        (["fit", "-c", "given.yaml", "--model.strategy.tempo", "1"], "model.strategy.tempo is not a setting. Choose"),
         (["fit", "-c", "given.yaml", "--ckpt_path", "gone.ckpt"], "ckpt_path = 'gone.ckpt': is not a file."),
         (["test", "-c", "given.yaml", "--ckpt_path", "best"], "ckpt_path = 'best': this process has trained nothing"),
         (["fit", "-c", "given.yaml", "--model.init_args.strat.x=3"], "--model.init_args.strat.x is not a setting."),

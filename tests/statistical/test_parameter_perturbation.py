@@ -276,8 +276,8 @@ def total_variance(draws: Tensor) -> tuple[float, float]:
 def test_traces_are_the_variance_of_single_queries(strategy: str, layout: str) -> None:
     """Times the number of queries (pairs count twice), whatever the directions; and both are the closed form."""
     chosen, x, y = queries_of_one(strategy, layout)
-    few, many = (each * chosen.unit for each in ((4, 60) if layout == "shared" else (32, 700)))
-    (found,) = estimates(chosen, x, y, torch.tensor([few]), draws=300).values()
+    few, many = (each * chosen.unit for each in ((4, 60) if layout == "shared" else (32, 500)))
+    (found,) = estimates(chosen, x, y, torch.tensor([few]), draws=200).values()
     variance, error = (few * value for value in total_variance(found.draws))
     clean = chosen.clean_pass(x, y)
     traces = Sampled(
@@ -286,7 +286,7 @@ def test_traces_are_the_variance_of_single_queries(strategy: str, layout: str) -
         )
     )
     trace, doubt = float(traces.mean), float(traces.error)
-    assert max(error, doubt) < 0.1 * variance, "too noisy to tell"
+    assert max(error, doubt) < 0.12 * variance, "too noisy to tell"
     expected = closed_form_trace(chosen, x, y)
     assert abs(trace - variance) < 4 * (error**2 + doubt**2) ** 0.5
     assert abs(trace - expected) < 4 * doubt
@@ -404,4 +404,4 @@ def test_planted_faults_are_caught(
     truth = exact(chosen, x, y)
     fault(monkeypatch)
     with pytest.raises(AssertionError, match=r"^slope"):
-        check(chosen, x, y, truth, Tier(3, 1.0))
+        check(chosen, x, y, truth, Tier(2, 1.0))
