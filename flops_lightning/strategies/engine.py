@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -19,12 +19,13 @@ class SiteGradient:
     """Gradient estimate of one site.
 
     Attributes:
-        gradients: By parameter name.
+        gradients: By parameter name, when called. Directions that are drawn again are drawn then, after the queries of
+            all sites: until then their gradients take no memory beside the activations.
         survivors: ``(b,)`` queries that count.
         queries: Queries that ran, repetitions after a loss included.
     """
 
-    gradients: dict[str, Tensor]
+    gradients: Callable[[], Mapping[str, Tensor]]
     survivors: Tensor
     queries: int
 
@@ -39,6 +40,10 @@ class Queried(Protocol):
     @property
     def found(self) -> Tensor:
         """``(b,)`` whether they give an estimate of the sample's gradient."""
+
+    @property
+    def small(self) -> bool:
+        """Whether it holds no more than a few numbers a query, so that its gradient can be made late."""
 
     def trace(self) -> Tensor:
         """``(b,)`` trace of the covariance of one query's gradient, NaN where it is not known."""

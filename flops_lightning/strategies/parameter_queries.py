@@ -84,6 +84,11 @@ class QueriedParameters:
         """``(b,)`` whether a sample has an estimate: a query that counts (leave-one-out: two)."""
         return self.survivors > (1 if self.centred else 0)
 
+    @property
+    def small(self) -> bool:
+        """Whether losses are all that is kept (activation-guided directions need their bases too)."""
+        return not self.kept
+
     def trace(self) -> Tensor:
         """``(b,)`` trace of the covariance of one query's gradient (of a pair's, times 2); NaN without a query.
 

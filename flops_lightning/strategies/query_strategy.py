@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Generic, Literal, get_args
 
 import numpy as np
@@ -301,7 +302,7 @@ class QueryStrategy(ForwardGradientStrategy, Generic[Q]):
             lost = int(table[i].sum() - alive.sum())
             self.meter.add(site.name, queries=result.queries, lost=lost, forward_equivalents=cost)
             if used.any():
-                add_gradients(site.parameters, result.gradients)
+                add_gradients(site.parameters, result.gradients())
         for site in exact if known.any() else ():
             add_gradients(site.parameters, self.exact_gradient(site, clean))
             inside = self._known_costs.from_stage[site.first]
@@ -347,9 +348,11 @@ class QueryStrategy(ForwardGradientStrategy, Generic[Q]):
             weight = self.pilots.queries / site.queries_per_sample if pilot_weight is None else pilot_weight
             share = pilot_share(reused, rest, weight)
             parts = [(reused, share), (rest, 1 - share)]
-        gradients = engine.mixed_gradient(site, clean, parts) if parts else {}
+        late: Callable[[], Mapping[str, Tensor]] = partial(engine.mixed_gradient, site, clean, parts) if parts else dict
+        if not all(queried.small for queried, _ in parts):
+            late = partial(dict, late())
         survivors = torch.zeros_like(clean.loss) if rest is None else rest.survivors.to(clean.loss.dtype)
-        return SiteGradient(gradients, survivors, int(counts.sum()))
+        return SiteGradient(late, survivors, int(counts.sum()))
 
     def exact_gradient(self, site: Site, clean: CleanPass) -> dict[str, Tensor]:
         """Gradient of one of :attr:`exact_sites` by parameter name."""

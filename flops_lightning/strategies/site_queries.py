@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -55,6 +56,11 @@ class QueriedOutput:
     def found(self) -> Tensor:
         """``(b,)`` whether a sample has an estimate."""
         return self.sums.found
+
+    @property
+    def small(self) -> bool:
+        """Not: sums at a site's output are often larger than the gradient of its parameters."""
+        return False
 
     def trace(self) -> Tensor:
         """``(b,)`` unbiased trace of the covariance of one query's gradient; NaN with fewer than two units."""
@@ -191,11 +197,11 @@ class SiteQueries:
             spent += len(plan.samples)
             gradients, alive = self._joint_pass(site, clean, plan, counts)
             if alive.all():
-                return SiteGradient(gradients, torch.from_numpy(counts).to(clean.loss), spent)
+                return SiteGradient(partial(dict, gradients), torch.from_numpy(counts).to(clean.loss), spent)
             plan = drop_rows(plan, ~alive)
             counts = np.bincount(plan.samples, minlength=clean.batch_size)
         nothing = {name: torch.zeros_like(p) for name, p in site.parameters.items()}
-        return SiteGradient(nothing, torch.zeros_like(clean.loss), spent)
+        return SiteGradient(partial(dict, nothing), torch.zeros_like(clean.loss), spent)
 
     def _joint_pass(
         self, site: Site, clean: CleanPass, plan: RowPlan, counts: NDArray[np.int64]
