@@ -1,5 +1,7 @@
 """Losses ``(logits (r, c), target (r,)) -> (r,)``, to be named in a configuration by their dotted path.
 
+Where images are mixed (``data.mixup_alpha``, ``data.cutmix_alpha``) targets are probabilities ``(r, c)`` instead.
+
 Forward learning only evaluates a loss, so it need not have a derivative. Noise smooths it: what is descended is the
 expectation of the loss under the noise, and its gradient vanishes where no perturbation changes the loss. A loss that
 takes steps therefore wants a sigma at which perturbed outputs cross them.
@@ -11,23 +13,42 @@ from collections.abc import Callable
 from pkgutil import resolve_name
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from flops_lightning.errors import SettingError
 
 Objective = Callable[[Tensor, Tensor], Tensor]
-"""``(logits (r, c), target (r,)) -> (r,)``: one loss a row, no reduction."""
+"""``(logits (r, c), target (r,) or (r, c)) -> (r,)``: one loss a row, no reduction."""
 
 
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """``(r,)`` negative log-probabilities of the target class, in nats."""
+    """``(r,)`` negative log-probabilities of the target class, in nats; their mean under targets ``(r, c)``."""
     return F.cross_entropy(logits, target, reduction="none")
 
 
 def zero_one_error(logits: Tensor, target: Tensor) -> Tensor:
-    """``(r,)`` 1 where the largest logit is not the target's, else 0; its mean is the error rate. No derivative."""
-    return (logits.argmax(dim=1) != target).to(logits.dtype)
+    """``(r,)`` 1 where the largest logit is not the target's, else 0; its mean is the error rate. No derivative.
+
+    NaN where a logit is.
+
+    Raises:
+        SettingError: targets are probabilities.
+    """
+    if target.dim() > 1:
+        raise SettingError(
+            "loss", "flops_lightning.objectives.zero_one_error", "has no meaning for targets that are probabilities.",
+            "Write data.mixup_alpha: 0 and data.cutmix_alpha: 0, or leave the loss out for cross-entropy.",
+        )  # fmt: skip
+    wrong = (logits.argmax(dim=1) != target).to(logits.dtype)
+    # argmax takes a NaN for the largest, so that a network whose weights are none any more would go on unnoticed.
+    return wrong.masked_fill(logits.isnan().any(dim=1), torch.nan)
+
+
+def most_probable(target: Tensor) -> Tensor:
+    """``(r,)`` labels: those given, or the most probable classes where targets are probabilities ``(r, c)``."""
+    return target.argmax(dim=1) if target.dim() > 1 else target
 
 
 def find_objective(path: str) -> Objective:

@@ -13,11 +13,11 @@ import flops_lightning
 PACKAGE = Path(flops_lightning.__file__).parent
 # From the ground up: a module may import from its own layer and from those below.
 LAYERS = [
-    {"errors", "objectives"},
-    {"meter", "noise", "noise_kinds", "queries", "staging"},
+    {"errors", "kept_settings", "objectives"},
+    {"distributed", "meter", "noise", "noise_kinds", "process_memory", "queries", "staging"},
     {"allocators", "strategies"},
-    {"benchmarks", "callbacks", "datamodules", "tasks"},
-    {"cli", "cli_errors", "cli_places", "cli_usage"},
+    {"benchmarks", "callbacks", "checkpoint_io", "datamodules", "planning", "tasks"},
+    {"cli", "cli_errors", "cli_places", "cli_resume", "cli_usage"},
     {"studies"},
 ]
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}

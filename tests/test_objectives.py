@@ -30,6 +30,26 @@ def test_values_by_hand() -> None:
     assert cross_entropy(LOGITS, target).tolist() == pytest.approx(expected, rel=1e-5)
 
 
+def test_logits_that_are_no_numbers_have_no_error() -> None:
+    """The largest of them would be the first NaN: a network of NaN would read every image of class 0 right."""
+    logits = LOGITS.clone()
+    logits[0, 0], logits[1] = torch.nan, torch.nan
+    losses = zero_one_error(logits, torch.tensor([0, 0, 2]))
+    assert losses.isnan().tolist() == [True, True, False]
+    assert losses[2] == 0
+    assert zero_one_error(torch.tensor([[-torch.inf, 1.0]]), torch.tensor([1])).tolist() == [0.0]
+
+
+def test_a_network_of_nan_loses_its_batch() -> None:
+    strategy, network, points, labels = problem(sigma=1.0)
+    with torch.no_grad():
+        network[0].weight.fill_(torch.nan)  # type: ignore[operator, union-attr]
+    with pytest.warns(RuntimeWarning, match="lost every query"):
+        estimate = strategy.estimate(strategy.clean_pass(points, labels))
+    assert estimate.lost_batch
+    assert network[0].bias.grad is None
+
+
 def test_it_keeps_the_precision_of_the_logits() -> None:
     assert zero_one_error(LOGITS.double(), torch.tensor([0, 2, 2])).dtype == torch.float64
 

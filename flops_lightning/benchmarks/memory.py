@@ -22,6 +22,7 @@ import torch
 
 from flops_lightning.benchmarks.cases import VIT_TINY
 from flops_lightning.benchmarks.measurement import row_cross_entropy
+from flops_lightning.process_memory import held
 from flops_lightning.staging import StagedNetwork, stage_network
 from flops_lightning.strategies import (
     SPSA,
@@ -68,7 +69,7 @@ def run(name: str, batch: int) -> float:
     torch.set_num_threads(1)
     VIT_TINY.build()  # libraries are no part of a step
     gc.collect()
-    before = _held("VmRSS")
+    before = held("VmRSS") or 0.0
     torch.manual_seed(0)
     network = stage_network(VIT_TINY.build().to(device).eval())
     inputs = torch.randn(batch, *VIT_TINY.image, device=device)
@@ -85,12 +86,7 @@ def run(name: str, batch: int) -> float:
             strategy.estimate(strategy.clean_pass(inputs, targets))
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    return _held("VmHWM") - before
-
-
-def _held(field: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) / 1024
+    return (held("VmHWM") or 0.0) - before
 
 
 def table(peaks: dict[str, list[float]], batch: int) -> str:
@@ -116,7 +112,7 @@ def main(args: Sequence[str] | None = None) -> None:
     if options.one:
         print(run(options.one, options.batch))
         return
-    if not torch.cuda.is_available() and not Path("/proc/self/status").is_file():
+    if not torch.cuda.is_available() and held("VmHWM") is None:
         parser.error("peak memory is read from /proc, which this system does not have.")
     # Freed blocks go back at once instead of staying with the process.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flops_lightning.errors import SettingError
 from flops_lightning.noise import NoiseKey
 from flops_lightning.noise_kinds import NoiseSpec, draw_noise
 from flops_lightning.queries import Chunk, CleanPass, LossFunction, row_losses
 from flops_lightning.staging import StagedNetwork
+from flops_lightning.strategies.forward_derivatives import plain_attention
 from flops_lightning.strategies.site_widths import SiteWidth
 from flops_lightning.strategies.sites import LayerTarget, Site
 
@@ -106,7 +106,7 @@ def directional_derivatives(
         return values, [(p.z,) if p.x is None else (p.z, p.x) for p in perturbations]
 
     zero = clean.loss.new_zeros(())
-    with sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward derivative
+    with plain_attention():
         # Its annotation leaves out what `has_aux` adds.
         found: Any = torch.func.jvp(losses, (zero,), (torch.ones_like(zero),), has_aux=True)
     _, derivatives, noise = found

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +39,21 @@ class PilotSpec:
         written = [self.sites] if isinstance(self.sites, str) else self.sites
         ends = {LOWEST: sites[0].name, DEEPEST: sites[-1].name} if sites else {}
         return list(dict.fromkeys(ends.get(name, name) for name in written))
+
+
+def read_pilots(pilots: PilotSpec | Mapping[str, Any] | None) -> PilotSpec:
+    """The setting as it comes from Python, a plain mapping allowed; None: no pilots.
+
+    Raises:
+        SettingError: neither a PilotSpec nor a mapping of its settings.
+    """
+    try:
+        spec = PilotSpec(**pilots) if isinstance(pilots, Mapping) else pilots or PilotSpec()
+    except TypeError as error:
+        raise SettingError("strategy.pilots", pilots, f"{error}.", "See PilotSpec.") from error
+    if not isinstance(spec, PilotSpec):
+        raise SettingError("strategy.pilots", pilots, "is not a PilotSpec.", "Write for example PilotSpec(queries=4).")
+    return spec
 
 
 def check_pilots(pilots: PilotSpec, sites: Sequence[Site], *, unit: int, one_update: bool) -> None:

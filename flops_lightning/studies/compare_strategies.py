@@ -20,10 +20,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 from flops_lightning.errors import SettingError
-from flops_lightning.studies.strategies_budget import BUDGETS, BudgetKind, Cell, Cost, Reference, cell
+from flops_lightning.planning.cost import Cost, typical_seconds
+from flops_lightning.studies.strategies_budget import BUDGETS, BudgetKind, Cell, Reference, cell
 from flops_lightning.studies.strategies_plot import draw
 from flops_lightning.studies.strategies_runs import Job, arguments, fit
 from flops_lightning.studies.strategies_table import (
@@ -82,7 +84,8 @@ class Study:
 
     def cosine(self, method: str, where: str) -> Job:
         """Estimates of a method beside the gradient."""
-        folder = self.output / "cosines" / method / where
+        number = f"{self.options.batches}_batches_{self.options.draws}_draws"
+        folder = self.output / "cosines" / method / where / number
         configs = [part for file in self.files(method) for part in ("--config", file)]
         settings: dict[str, object] = {"seed_everything": TUNING_SEED, "trainer.default_root_dir": folder}
         if where == AT_END:
@@ -109,8 +112,12 @@ class Study:
             summary = job.output
             queries, times = job.curve("queries/total")
             curves = {"queries": queries, "forward_equivalents": job.curve("queries/forward_equivalents")[0]}
-            batch = summary["samples"] / summary["steps"]
-            costs[method] = Cost.of(curves, times, batch, summary["train_seconds"])
+            costs[method] = Cost.of(
+                curves,
+                [summary["samples"] / summary["steps"]] * len(times),
+                seconds=typical_seconds([b - a for a, b in pairwise(times)]),
+                seconds_once=max(0.0, summary["train_seconds"] - (times[-1] - times[0])),
+            )
         return costs
 
     def cell(self, budget: BudgetKind, method: str) -> Cell:
@@ -193,7 +200,8 @@ class Study:
             "start_accuracy": f"{self.reference_job.output['start_accuracy']:.1%}",
             "rates": ", ".join(f"{rate:g}" for rate in sorted(set(options.rates))),
             "tuning": f"the best by the late training loss of one run with seed {TUNING_SEED}, not used again, over "
-            f"{options.tuning_fraction:g} of the method's steps with a schedule that ends there",
+            f"{options.tuning_fraction:g} of the method's steps (of the first table that it has any in) with a "
+            "schedule that ends there; the same rate serves both tables",
             "cosines": f"mean ± standard deviation over {options.draws} draws on each of {options.batches} batches",
             "processes": f"{options.jobs} at a time on {os.cpu_count()} cores",
         }

@@ -1,12 +1,12 @@
-"""What a step of a method costs, how many steps a budget buys, and what is too much; pure functions."""
+"""How many steps of a method a budget buys, and what is too much; pure functions."""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Literal
+
+from flops_lightning.planning.cost import Cost
 
 BudgetKind = Literal["queries", "forward_equivalents"]
 BUDGETS: Mapping[BudgetKind, str] = {
@@ -33,46 +33,6 @@ class Reference:
     def samples_per_step(self) -> float:
         """On average: the last batch of an epoch may be smaller."""
         return self.samples / self.steps
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a method spends: once at the start, then on every sample; and the time of a step.
-
-    Attributes:
-        queries: Queries of a sample and step.
-        forward_equivalents: Compute of a sample and step.
-        queries_once: Queries of the first step beyond those of any other.
-        forward_equivalents_once: Compute of the first step beyond that of any other.
-        seconds: Time of a step.
-        seconds_once: Time of the first step.
-    """
-
-    queries: float
-    forward_equivalents: float
-    queries_once: float
-    forward_equivalents_once: float
-    seconds: float
-    seconds_once: float
-
-    @classmethod
-    def of(cls, curves: Mapping[str, Sequence[float]], times: Sequence[float], batch: float, start: float) -> Cost:
-        """From a run of a few steps on batches of equal size.
-
-        Args:
-            curves: ``queries`` and ``forward_equivalents`` so far, after each step.
-            times: When each step ended, in seconds.
-            batch: Samples of a batch.
-            start: Time that all these steps took, in seconds.
-        """
-        per_step = {name: (curve[-1] - curve[0]) / (len(curve) - 1) for name, curve in curves.items()}
-        return cls(
-            **{name: value / batch for name, value in per_step.items()},
-            **{f"{name}_once": max(0.0, curves[name][0] - value) for name, value in per_step.items()},
-            # A burst of another process spoils a mean, not a median.
-            seconds=statistics.median(b - a for a, b in pairwise(times)),
-            seconds_once=max(0.0, start - (times[-1] - times[0])),
-        )
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from flops_lightning.errors import SettingError
 from flops_lightning.noise import NoiseKey, row_seeds, standard_normal
 from flops_lightning.strategies import (
     EvolutionStrategies,
@@ -27,7 +28,7 @@ from flops_lightning.strategies import (
 from tests.reference.footprint import everything
 from tests.reference.layouts import VIT_SITES, convolutional, vit_for
 from tests.reference.likelihood_ratio import Place, places_of
-from tests.reference.networks import cross_entropy, estimated, gradients, squared_error
+from tests.reference.networks import TokenMean, cross_entropy, estimated, gradients, shaken, squared_error
 from tests.reference.parameter_perturbation import bound
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -161,6 +162,22 @@ def test_it_is_the_likelihood_ratio_as_sigma_goes_to_0(
         torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*nested tensor")
+def test_torchs_own_transformer_layers() -> None:
+    """Their fast path has no forward derivative."""
+    layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True, dtype=torch.float64)
+    net = shaken(nn.Sequential(layer, TokenMean(), nn.Linear(4, 2)))
+    tokens = torch.randn(4, 3, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    target = torch.zeros(4, 2, dtype=torch.float64)
+    sites = over("0", "2", "block")
+    _, found = estimated(bound(ForwardMode, net, squared_error, sites), tokens, target, COUNTS)
+    narrow = [{**site, "sigma": 1e-7} for site in sites]
+    _, expected = estimated(bound(LikelihoodRatio, net, squared_error, narrow), tokens, target, COUNTS)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-5)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 LAYOUTS = [{}, {"layout": "factored", "rank": 2}, {"layout": "factored", "activation_guided": True}]
 
 
@@ -180,14 +197,19 @@ def zero_one_error(output: Tensor, target: Tensor) -> Tensor:
     return (output.argmax(1) != target).to(output)
 
 
+def outside_of_torch(output: Tensor, target: Tensor) -> Tensor:
+    return torch.from_numpy(output.numpy() ** 2).sum(1) + target
+
+
 @pytest.mark.parametrize("kind", [ForwardMode, WeightForwardMode])
-def test_a_loss_of_steps_has_no_slope(
-    kind: type[Any], tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
+@pytest.mark.parametrize("loss", [zero_one_error, outside_of_torch])
+def test_a_loss_without_a_slope_is_refused(
+    loss: Any, kind: type[Any], tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
 ) -> None:
     """Smoothing is what noise of some width adds; without it the 0-1 error teaches nothing."""
     x, y = tokens[0], torch.tensor([0, 1, 0, 1])
-    _, found = estimated(bound(kind, tokens_net, zero_one_error, over("0", "4", "group")), x, y)
-    assert all((gradient == 0).all() for gradient in found.values())
+    with pytest.raises(SettingError, match=f"loss = '{loss.__name__}': has no derivative.* such as LikelihoodRatio"):
+        bound(kind, tokens_net, loss, over("0", "4", "group")).clean_pass(x, y)
     wide = bound(EvolutionStrategies, tokens_net, zero_one_error, over("0", "4", "group"), sigma=1.0)
     assert estimated(wide, x, y)[1]["4.weight"].abs().max() > 0
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from flops_lightning.errors import SettingError
 from flops_lightning.staging import stage_network
 from flops_lightning.strategies import SPSA, MeZO
+from flops_lightning.strategies.costs import site_costs
 from flops_lightning.strategies.shared_directions import SharedDirections
 from tests.reference.footprint import everything
 from tests.reference.layouts import convolutional
@@ -70,6 +71,23 @@ def test_vit(kwargs: dict[str, Any], images: tuple[Tensor, Tensor]) -> None:
 
 def test_convolutions(images: tuple[Tensor, Tensor]) -> None:
     assert_equals_reference(mezo(convolutional(), cross_entropy, queries=4, chunk_rows=3), *images)
+
+
+def test_what_is_frozen_below_runs_once(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+    for stage in tokens_net[:2]:
+        stage.requires_grad_(False)
+    strategy = mezo(tokens_net, squared_error, queries=6, chunk_rows=3)
+    calls: list[int] = []
+    tokens_net[0].register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    strategy.estimate(strategy.clean_pass(*tokens))
+    assert sum(calls) == len(tokens[0]) + 1, "the batch, and one sample whose cost is counted"
+    total = strategy.meter.total()
+    (site,) = strategy.sites
+    cost = site_costs(strategy.network, (), tokens[0]).from_stage[site.first]
+    assert 0 < cost < 1
+    assert total.forward_equivalents == pytest.approx(len(tokens[0]) * (1 - cost + 6 * cost))
+    tokens_net.zero_grad()
+    assert_equals_reference(strategy, *tokens)
 
 
 def test_integer_inputs_and_stages_that_work_in_place(tokens: tuple[Tensor, Tensor]) -> None:

@@ -18,9 +18,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from flops_lightning.errors import SettingError
-from flops_lightning.strategies import SPSA, EvolutionStrategies, PilotSpec, WeightForwardMode, parameter_queries
+from flops_lightning.strategies import (
+    SPSA,
+    EvolutionStrategies,
+    PilotSpec,
+    WeightForwardMode,
+    parameter_queries,
+    precision,
+)
 from flops_lightning.strategies.factored_directions import FactoredDirections
 from flops_lightning.strategies.parameter_queries import QueriedParameters
 from flops_lightning.strategies.shared_directions import SharedDirections
@@ -703,7 +711,10 @@ def test_a_query_costs_its_site_and_all_above_it(
     products = {"0": 3 * 3 * 4, "2": 3 * 4 * 3, "4": 3 * 2}
     share = (products["2"] + products["4"]) / sum(products.values())
     costs = {name: count.forward_equivalents for name, count in chosen.meter.sites.items()}
-    assert costs == pytest.approx({"clean": 4, "0..1": 8 * passes, "2..4": 8 * passes * share})
+    # Activation-guided directions need the inputs of the site's layers: one more pass of each sample through the site.
+    once = 4 if chosen.activation_guided else 0
+    expected = {"0..1": 8 * passes + once * (1 - share), "2..4": (8 * passes + once) * share}
+    assert costs == pytest.approx({"clean": 4, **expected})
 
 
 def test_scales_are_the_mean_weights(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
@@ -735,6 +746,22 @@ def test_bfloat16_rounds_the_layers_and_nothing_else(
         assert (rounded[name] - gradient).norm() < 0.08 * gradient.norm(), name
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("strategy", ["baseline", "spsa", "forward"])
+def test_weights_of_bfloat16(strategy: str, layout: str, tokens: tuple[Tensor, Tensor]) -> None:
+    """Parameters that belong to no layer stay in their own precision when they are moved."""
+    net = shaken(nn.Sequential(nn.Linear(3, 3), Prompted(), TokenMean(), nn.Linear(3, 2))).float()
+    sites = [{"stages": ["0", "3"], **SIGMA, "sigma": 0.1}]
+    x, y = tokens[0].float(), tokens[1].float()
+    counts = torch.full((4,), 200)
+    _, exact = estimated(perturbing(strategy, layout, net, sites), x, y, counts)
+    half = copy.deepcopy(net).to(torch.bfloat16)
+    _, rounded = estimated(perturbing(strategy, layout, half, sites), x.bfloat16(), y, counts)
+    for name, gradient in exact.items():
+        assert rounded[name].dtype == torch.bfloat16
+        assert (rounded[name].float() - gradient).norm() < 0.15 * gradient.norm(), name
+
+
 @pytest.mark.parametrize(("strategy", "sigma", "warned"), [("spsa", 1e-7, True), ("spsa", 1e-2, False)])
 def test_a_sigma_below_the_precision_is_warned_of(
     strategy: str, sigma: float, warned: bool, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
@@ -744,6 +771,15 @@ def test_a_sigma_below_the_precision_is_warned_of(
         warnings.simplefilter("always")
         chosen.clean_pass(tokens[0].float(), tokens[1].float())
     assert ["sigma = 1e-07 at site '0..1'" in str(each.message) for each in caught] == [True] * warned
+
+
+def test_the_width_of_the_noise_is_compared_without_a_copy_of_the_weights() -> None:
+    """A step has the memory of inference, the first one too. Over all weights the rms is sqrt(2.5)."""
+    weights = [torch.full((500, 20), 1.0), torch.full((10_000,), 2.0), torch.zeros(0)]
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        least = precision.Resolution("", 0.5, 4.0).least_width(*weights)
+    assert least == pytest.approx(2.0 * math.sqrt(2.5))
+    assert sum(max(0, event.self_cpu_memory_usage) for event in watched.key_averages()) < 4_000  # bytes, of 80,000
 
 
 # Faults to plant

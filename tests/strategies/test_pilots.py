@@ -215,3 +215,9 @@ def test_settings_that_are_not(
     """``lowest`` is the site next to the input, ``deepest`` the one next to the loss; naming one twice is once."""
     strategy = bound(tokens_net, squared_error, BLOCKS, pilots=pilots, update=update)
     assert strategy.budget.queries_per_sample == budget
+
+
+@pytest.mark.parametrize("pilots", [{"qeries": 4}, 4])
+def test_what_is_no_pilot_spec_is_refused(pilots: Any) -> None:
+    with pytest.raises(SettingError, match=r"strategy.pilots = .*PilotSpec"):
+        LikelihoodRatio(pilots=pilots)

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from flops_lightning.errors import SettingError
+from flops_lightning.planning.cost import Cost, typical_seconds
 from flops_lightning.studies import compare_strategies
 from flops_lightning.studies.compare_strategies import METHODS, Study, check_output, run_all
-from flops_lightning.studies.strategies_budget import Cell, Cost, Reference, cell, steps_for
+from flops_lightning.studies.strategies_budget import Cell, Reference, cell, steps_for
 from flops_lightning.studies.strategies_plot import draw
 from flops_lightning.studies.strategies_runs import Job, fit
 from flops_lightning.studies.strategies_table import Row, Run, mean_cosine, report, table, write_cosines, write_csv
@@ -72,9 +73,9 @@ def test_a_cell_is_infeasible_beyond_the_limits_with_the_reason() -> None:
 
 def test_a_cost_is_read_from_the_difference_of_steps() -> None:
     spent = [1000.0 + 160.0 * (i + 1) for i in range(4)]
-    read = Cost.of(
-        {"queries": spent, "forward_equivalents": [q / 4 for q in spent]}, [5.0, 5.5, 9.0, 9.5], batch=2, start=7.5
-    )
+    curves = {"queries": spent, "forward_equivalents": [q / 4 for q in spent]}
+    seconds = typical_seconds([0.5, 3.5, 0.5])
+    read = Cost.of(curves, [2, 2, 2, 2], seconds=seconds, seconds_once=3.0)
     assert (read.queries, read.queries_once) == (80.0, 1000.0)
     assert (read.forward_equivalents, read.forward_equivalents_once) == (20.0, 250.0)
     assert (read.seconds, read.seconds_once) == (0.5, 3.0)  # one slow step is not the rule
@@ -191,6 +192,14 @@ def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
             job.folder.mkdir(parents=True)
             (job.folder / "cosines.json").write_text(json.dumps({"cosines": [[0.1, 0.3], [0.2, 0.2]]}))
     return study
+
+
+def test_cosines_of_other_numbers_are_measured_anew(finished: Study) -> None:
+    """The report says over how many batches and draws they are."""
+    assert finished.cosine("lr", "start").finished
+    for name in ("batches", "draws"):
+        setattr(finished.options, name, getattr(finished.options, name) + 1)
+        assert not finished.cosine("lr", "start").finished
 
 
 def test_a_finished_study_only_writes_its_tables(finished: Study, capsys: pytest.CaptureFixture[str]) -> None:
