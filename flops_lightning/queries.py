@@ -138,13 +138,19 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def full_precision(tensor: Tensor) -> torch.autocast:
+    """Products in the dtype of their operands, where the forward pass around them runs in half precision."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
 def row_losses(loss: LossFunction, output: Tensor, targets: Tensor) -> Tensor:
-    """``(r,)`` losses, checked for their shape.
+    """``(r,)`` losses in float32 at least, under autocast too, checked for their shape.
 
     Raises:
         SettingError: the loss function reduced over the rows.
     """
-    losses = loss(at_least_float32(output), targets)
+    with full_precision(output):
+        losses = loss(at_least_float32(output), targets)
     if losses.shape != output.shape[:1]:
         raise SettingError(
             "loss", getattr(loss, "__name__", type(loss).__name__),

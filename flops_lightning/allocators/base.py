@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flops_lightning.allocators.statistics import QueryBudget, SampleStatistics, TraceObservation
 from flops_lightning.errors import SettingError
+from flops_lightning.kept_settings import KeepsSettings
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Allocation:
     pilot_weight: Tensor | None = None
 
 
-class QueryAllocator(ABC):
+class QueryAllocator(KeepsSettings, ABC):
     """Splits a fixed budget of queries over the samples of a batch.
 
     Subclasses are pure: statistics in, counts out, with the state that must survive a restart in ``state_dict``.
@@ -49,7 +50,7 @@ class QueryAllocator(ABC):
         """Whether :meth:`observe` makes use of the traces seen in each step's own queries."""
         return False
 
-    def observe(self, observation: TraceObservation) -> None:  # noqa: B027 - most learn nothing
+    def observe(self, observation: TraceObservation) -> None:
         """Learn from the queries that the last allocation was spent on; does nothing unless :attr:`learns`."""
 
     @abstractmethod

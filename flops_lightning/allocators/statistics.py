@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,7 +81,7 @@ class SampleStatistics:
 
     def __post_init__(self) -> None:
         """Refuse shapes that do not give one entry a sample, or a site."""
-        for name, value in self._tensors().items():
+        for name, value in self.tensors().items():
             if name in PER_SITE:
                 shape, fits = "(s,)", value.ndim == 1
             elif name == "embedding":
@@ -102,14 +103,21 @@ class SampleStatistics:
 
     def on_cpu(self) -> SampleStatistics:
         """The same statistics in float64 on the CPU, detached; from an accelerator in one transfer."""
-        tensors = {name: value.detach().to(self.loss.device) for name, value in self._tensors().items()}
+        tensors = {name: value.detach().to(self.loss.device) for name, value in self.tensors().items()}
         flat = torch.cat([value.flatten() for value in tensors.values()]).cpu().double()
         parts = flat.split([value.numel() for value in tensors.values()])
-        moved = {name: part.view(tensors[name].shape) for name, part in zip(tensors, parts, strict=True)}
-        predictors = {name.removeprefix("predictors."): moved.pop(name) for name in tensors if name not in FIELDS}
-        return replace(self, **moved, predictors=None if self.predictors is None else predictors)
+        return self.with_tensors(
+            {name: part.view(tensors[name].shape) for name, part in zip(tensors, parts, strict=True)}
+        )
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> SampleStatistics:
+        """The same statistics with other tensors, named as by :meth:`tensors`."""
+        fields: dict[str, Any] = {name: value for name, value in tensors.items() if name in FIELDS}
+        predictors = {name.removeprefix("predictors."): v for name, v in tensors.items() if name not in FIELDS}
+        return replace(self, **fields, predictors=None if self.predictors is None else predictors)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that are tensors by name; predictors as ``predictors.<name>``."""
         named = {name: getattr(self, name) for name in FIELDS if getattr(self, name) is not None}
         return named | {f"predictors.{name}": value for name, value in (self.predictors or {}).items()}
 

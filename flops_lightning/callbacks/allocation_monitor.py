@@ -74,6 +74,8 @@ class AllocationMonitor:
         allocation: Allocation,
         observation: TraceObservation | None,
         batch: Any,
+        *,
+        samples: int,
     ) -> dict[str, float]:
         """Show counts and images in TensorBoard, where there is one, and return the figures worth logging.
 
@@ -83,6 +85,7 @@ class AllocationMonitor:
             allocation: What it chose.
             observation: What the queries of the step showed; None where the module does not tell.
             batch: The batch; pictures are drawn of ``(images (b, c, h, w), ...)`` with one or three channels.
+            samples: Samples of this process, which has the first of the tables where it is the first.
 
         Raises:
             SettingError: ``observation`` does not fit the counts.
@@ -90,15 +93,15 @@ class AllocationMonitor:
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
-                    self._show(logger.experiment, allocation.counts, batch, trainer.global_step)
+                    self._show(logger.experiment, allocation.counts, samples, batch, trainer.global_step)
         self._watched += 1
         return allocation_figures(statistics, allocation, observation)
 
-    def _show(self, writer: Any, counts: Tensor, batch: Any, step: int) -> None:
+    def _show(self, writer: Any, counts: Tensor, samples: int, batch: Any, step: int) -> None:
         for site, line in enumerate(counts):
             writer.add_histogram(f"allocation/counts/{site}", line, step, bins="auto")
         if self._watched % PICTURES_EVERY == 0:
-            for name, picture in count_pictures(counts, batch).items():
+            for name, picture in count_pictures(counts[:, :samples], batch).items():
                 writer.add_image(f"allocation/{name}", picture, step)
 
 

@@ -15,7 +15,9 @@ from flops_lightning.allocators import (
     SupportsQueryAllocation,
     SupportsTraceFeedback,
 )
+from flops_lightning.allocators.ranks import Gathered, gather_observation, gather_statistics, with_fixed_totals
 from flops_lightning.callbacks.allocation_monitor import AllocationMonitor
+from flops_lightning.distributed import Communicator, SingleProcess, present_communicator
 from flops_lightning.errors import SettingError
 
 SIGNATURES = {
@@ -79,7 +81,8 @@ class QueryAllocatorCallback(Callback):
 
     The allocator's diagnostics are logged at every step as ``allocation/<name>``, together with what
     :class:`AllocationMonitor` makes of the queries (see there); ``log=False`` turns all of it off. The allocator's
-    state is saved in checkpoints. In a distributed run every process allocates the budget of its own samples.
+    state is saved in checkpoints. In several processes the statistics of all are gathered and every process makes the
+    same allocation, in which each has the share of the budget that its number of samples gives it.
     """
 
     def __init__(
@@ -108,7 +111,8 @@ class QueryAllocatorCallback(Callback):
         self.queries_per_sample = queries_per_sample
         self.multiple = multiple
         self._monitor = AllocationMonitor() if log else None
-        self._last: tuple[SampleStatistics, Allocation] | None = None
+        self._last: tuple[Gathered, Allocation] | None = None
+        self._ranks: Communicator = SingleProcess()
 
     @property
     def state_key(self) -> str:
@@ -139,6 +143,7 @@ class QueryAllocatorCallback(Callback):
                 "lacks what QueryAllocatorCallback needs to allocate queries.",
                 f"Add to the module: {'; '.join(missing)}.",
             )
+        self._ranks = present_communicator()
         self._request(pl_module)
         callbacks = cast("Any", trainer).callbacks  # an attribute that Lightning does not declare
         rivals = [type(each.allocator).__name__ for each in callbacks if isinstance(each, QueryAllocatorCallback)]
@@ -164,8 +169,11 @@ class QueryAllocatorCallback(Callback):
                 "Return `flops_lightning.allocators.SampleStatistics(loss=..., embedding=..., trace=...)`.",
             )
         self.allocator.check(statistics)
-        allocation = self.allocator.allocate(statistics, self._budget(statistics))
-        module.set_query_counts(allocation.counts)
+        gathered = gather_statistics(self._ranks, statistics)
+        budget = self._budget(statistics)
+        allocation = self.allocator.allocate(gathered.statistics, budget)
+        allocation = with_fixed_totals(allocation, gathered.sizes, multiple=budget.multiple)
+        module.set_query_counts(gathered.own(allocation.counts))
         if allocation.pilot_weight is not None:
             hand_over = getattr(pl_module, "set_pilot_weights", None)
             if not callable(hand_over):
@@ -174,8 +182,8 @@ class QueryAllocatorCallback(Callback):
                     "method to take the weights.", "Add `def set_pilot_weights(self, weights: Tensor) -> None`, or "
                     "return pilots_reused=False in the statistics.",
                 )  # fmt: skip
-            hand_over(allocation.pilot_weight)
-        self._last = (statistics, allocation)
+            hand_over(gathered.own(allocation.pilot_weight))
+        self._last = (gathered, allocation)
         if self._monitor is not None and allocation.diagnostics:
             self._log(pl_module, allocation.diagnostics)
 
@@ -185,14 +193,18 @@ class QueryAllocatorCallback(Callback):
         """Let the allocator learn from the step's queries, and watch what the allocation was worth."""
         if self._last is None:
             return
-        (statistics, allocation), self._last = self._last, None
+        (gathered, allocation), self._last = self._last, None
         observation = pl_module.trace_observation() if isinstance(pl_module, SupportsTraceFeedback) else None
         if observation is not None:
+            observation = gather_observation(self._ranks, observation)
             self.allocator.observe(observation)
         # Counted over epochs, as the loggers count.
         every: int = cast("Any", trainer).log_every_n_steps
         if self._monitor is not None and every and (trainer.fit_loop.total_batch_idx + 1) % every == 0:
-            self._log(pl_module, self._monitor.watch(trainer, statistics, allocation, observation, batch))
+            samples = gathered.sizes[gathered.rank]
+            statistics = gathered.statistics
+            figures = self._monitor.watch(trainer, statistics, allocation, observation, batch, samples=samples)
+            self._log(pl_module, figures)
 
     def _log(self, pl_module: LightningModule, values: dict[str, float]) -> None:
         # The batch size is of no consequence: nothing here is averaged over an epoch.

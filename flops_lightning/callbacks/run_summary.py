@@ -14,6 +14,8 @@ from torch import nn
 
 from flops_lightning.callbacks.peak_memory import peak_memory
 from flops_lightning.callbacks.query_allocator import QueryAllocatorCallback
+from flops_lightning.distributed import gather_plain, present_communicator
+from flops_lightning.meter import QueryMeter
 from flops_lightning.strategies.base import ForwardGradientStrategy
 from flops_lightning.tasks.image_classification import ForwardImageClassifier
 
@@ -28,7 +30,8 @@ class RunSummary(pl.Callback):
     Keys: ``start_accuracy``, ``test_accuracy``, ``steps``, ``samples`` (trained on, once each epoch), ``queries``,
     ``queries_per_sample`` (``queries / samples``), ``queries_by_site``, ``forward_equivalents``, ``lost_queries``,
     ``train_seconds`` (validation included, the two tests left out), ``peak_memory_mb`` and ``peak_memory_of`` (see
-    :func:`peak_memory`), ``strategy``, ``allocator``, ``seed``.
+    :func:`peak_memory`), ``strategy``, ``allocator``, ``seed``. Counts are those of all processes together; memory and
+    time are those of the first.
     """
 
     def __init__(self, *, export_weights: bool = True) -> None:
@@ -77,12 +80,25 @@ class RunSummary(pl.Callback):
         self._since = 0.0
         accuracy = _test_accuracy(trainer, pl_module)
         if isinstance(pl_module, ForwardImageClassifier):
-            self._report(trainer, pl_module, accuracy)
+            assert pl_module.strategy is not None
+            ranks, device = present_communicator(), pl_module.device
+            meter = QueryMeter()
+            for state in gather_plain(ranks, pl_module.strategy.meter.state_dict(), device=device):
+                for site, count in state.items():
+                    meter.add(site, **count)
+            samples = sum(gather_plain(ranks, self._samples, device=device))
+            self._report(trainer, pl_module, accuracy, meter, samples)
 
     @rank_zero_only
-    def _report(self, trainer: pl.Trainer, task: ForwardImageClassifier, accuracy: float | None) -> None:
+    def _report(
+        self,
+        trainer: pl.Trainer,
+        task: ForwardImageClassifier,
+        accuracy: float | None,
+        meter: QueryMeter,
+        samples: int,
+    ) -> None:
         assert task.strategy is not None
-        meter = task.strategy.meter
         total = meter.total()
         peak, where = peak_memory(task.device)
         allocators = [c for c in trainer.callbacks if isinstance(c, QueryAllocatorCallback)]  # type: ignore[attr-defined]
@@ -90,10 +106,10 @@ class RunSummary(pl.Callback):
             "start_accuracy": self._start_accuracy,
             "test_accuracy": accuracy,
             "steps": trainer.global_step,
-            "samples": self._samples,
+            "samples": samples,
             "queries": total.queries,
-            "queries_per_sample": round(total.queries / max(1, self._samples), 3),
-            "queries_by_site": _queries_by_site(task.strategy),
+            "queries_per_sample": round(total.queries / max(1, samples), 3),
+            "queries_by_site": _queries_by_site(task.strategy, meter),
             "forward_equivalents": round(total.forward_equivalents, 1),
             "lost_queries": total.lost,
             "train_seconds": round(self._seconds, 2),
@@ -115,9 +131,9 @@ class RunSummary(pl.Callback):
         rank_zero_info(_text(summary) + f"\nwritten to           {folder}" + curves)
 
 
-def _queries_by_site(strategy: ForwardGradientStrategy) -> dict[str, int]:
+def _queries_by_site(strategy: ForwardGradientStrategy, meter: QueryMeter) -> dict[str, int]:
     """Queries of the sites from bottom to top, then of whatever else was paid for."""
-    paid = {name: count.queries for name, count in strategy.meter.sites.items() if count.queries}
+    paid = {name: count.queries for name, count in meter.sites.items() if count.queries}
     return {name: paid.get(name, 0) for name in (*(site.name for site in strategy.sites), *paid)}
 
 

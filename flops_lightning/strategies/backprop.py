@@ -10,14 +10,17 @@ from torch import Tensor
 
 from flops_lightning.errors import SettingError
 from flops_lightning.meter import CLEAN
-from flops_lightning.queries import CleanPass, LossFunction, at_least_float32, row_losses
+from flops_lightning.queries import CleanPass, LossFunction, at_least_float32, full_precision, row_losses
 from flops_lightning.staging import StagedNetwork
 from flops_lightning.strategies.base import Estimate, add_gradients
 from flops_lightning.strategies.whole_batch import WholeBatchStrategy
 
 
 class Backprop(WholeBatchStrategy):
-    """Reverse-mode gradient of the mean loss, in eval mode like the queries (no dropout), so that objectives agree."""
+    """Reverse-mode gradient of the mean loss, in eval mode like the queries (no dropout), so that objectives agree.
+
+    Not under float16 autocast: a backward pass in float16 needs a loss scaler, which nothing else here does.
+    """
 
     why = "spends no queries"
 
@@ -34,8 +37,9 @@ class Backprop(WholeBatchStrategy):
         """Run the batch and keep its graph for :meth:`estimate`.
 
         Raises:
-            SettingError: the loss has no derivative.
+            SettingError: the loss has no derivative, or float16.
         """
+        _refuse_float16(inputs.device.type)
         with self.network.evaluating(), torch.enable_grad():
             embedding = self.network.run(inputs, 0, len(self.network) - 1)
             output = at_least_float32(self.network.run(embedding, len(self.network) - 1))
@@ -77,7 +81,16 @@ class Backprop(WholeBatchStrategy):
             with self.network.evaluating(), torch.enable_grad():
                 output = self.network.run(clean.activations[0][finite])
                 total = row_losses(self.loss, output, clean.targets[finite]).sum() / clean.batch_size
-        gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+        with full_precision(total):
+            gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
         zeros = {name: torch.zeros_like(p) for name, p in parameters.items()}
         add_gradients(parameters, {n: zeros[n] if g is None else g for n, g in zip(parameters, gradients, strict=True)})
         return Estimate(detached.loss, detached.output, 0, silent_samples=int((~finite).sum()))
+
+
+def _refuse_float16(device: str) -> None:
+    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
+        raise SettingError(
+            "trainer.precision", "16-mixed", "Backprop has no loss scaler: gradients would underflow in float16.",
+            "Write precision: bf16-mixed or 32-true for Backprop.",
+        )  # fmt: skip

@@ -5,17 +5,22 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from flops_lightning.allocators.statistics import QueryBudget, SampleStatistics, TraceObservation
+from flops_lightning.distributed import Communicator, SingleProcess
 from flops_lightning.errors import SettingError
+from flops_lightning.kept_settings import KeepsSettings
 from flops_lightning.meter import QueryMeter
 from flops_lightning.queries import CleanPass, LossFunction
 from flops_lightning.staging import StagedNetwork
 from flops_lightning.strategies.sites import Site
+
+Exchange = Literal["gradients", "losses"]
+"""What ranks tell each other: their gradients, or the scalars that weigh directions which every rank can draw."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,19 +47,25 @@ class Estimate:
     observation: TraceObservation | None = None
 
 
-class ForwardGradientStrategy(ABC):
+class ForwardGradientStrategy(KeepsSettings, ABC):
     """Estimates the gradient of ``(1/b) sum_b L_b`` in a network's trainable parameters.
 
     Use: ``bind`` once; for each batch ``clean_pass``, then ``estimate`` for each entry of ``update_groups``, with
     ``refresh`` in between if there are several.
 
     Attributes:
+        communicator: The ranks that train together; see :meth:`join`.
         rank: Rank of the process; part of every noise key, so that ranks draw different directions.
+        exchange: ``gradients``: ``.grad`` is that of this rank's samples, to be reduced over the ranks
+            (:func:`flops_lightning.distributed.reduce_gradients`). ``losses``: it is that of all ranks already.
         draw: Draw counter: number of batches seen, skipped ones included.
         meter: What has been paid so far.
     """
 
+    network: StagedNetwork
+    communicator: Communicator = SingleProcess()
     rank: int = 0
+    exchange: Exchange = "gradients"
     draw: int = 0
 
     def __init__(self) -> None:
@@ -68,6 +79,21 @@ class ForwardGradientStrategy(ABC):
         Raises:
             SettingError: a setting does not fit the network.
         """
+
+    def join(self, communicator: Communicator) -> None:
+        """Train together with other ranks: directions differ from rank to rank, what is learned of them is shared."""
+        self.communicator, self.rank = communicator, communicator.rank
+
+    def used_by_any(self, used: Sequence[bool]) -> list[bool]:
+        """Which gradients count: those that any of the ranks has queries for, where ranks exchange losses.
+
+        Every rank must ask, and is told the same: one without queries that count draws the directions of the others.
+        """
+        if self.exchange == "gradients" or self.communicator.size == 1:
+            return list(used)
+        device = next(iter(self.network.module.parameters())).device
+        flags = torch.tensor([float(each) for each in used], device=device)
+        return [bool(n) for n in self.communicator.sum(flags).tolist()]
 
     @property
     @abstractmethod

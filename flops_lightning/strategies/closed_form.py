@@ -2,6 +2,7 @@
 
 Legend: ``r`` row, ``t`` token (any number of middle dimensions), ``i`` / ``o`` input / output feature. ``delta`` is the
 gradient of the loss with respect to the layer's output; all functions sum over rows and tokens and divide by nothing.
+Products have the dtype of ``delta``, under autocast too: half precision would round them, and float16 overflows.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_weight
+
+from flops_lightning.queries import full_precision
 
 # Exact classes: a subclass may scale, pad or standardise in a forward of its own, and the closed form would be silently
 # wrong. timm's LayerNorm computes what torch's does; it is named, not imported.
@@ -41,14 +44,15 @@ def layer_gradient(module: nn.Module, x: Tensor, delta: Tensor) -> dict[str, Ten
         TypeError: a layer family without a closed form here.
     """
     x = x.to(delta.dtype)
-    if isinstance(module, nn.Linear):
-        weight, bias = _linear(x, delta)
-    elif isinstance(module, nn.Conv2d):
-        weight, bias = _conv2d(module, x, delta)
-    elif isinstance(module, nn.LayerNorm):
-        weight, bias = _layer_norm(module, x, delta)
-    else:
-        raise TypeError(f"{type(module).__name__} has no closed form; classes with one: {_LAYERS}.")
+    with full_precision(delta):
+        if isinstance(module, nn.Linear):
+            weight, bias = _linear(x, delta)
+        elif isinstance(module, nn.Conv2d):
+            weight, bias = _conv2d(module, x, delta)
+        elif isinstance(module, nn.LayerNorm):
+            weight, bias = _layer_norm(module, x, delta)
+        else:
+            raise TypeError(f"{type(module).__name__} has no closed form; classes with one: {_LAYERS}.")
     gradients = {"weight": weight, "bias": bias}
     return {name: gradients[name] for name, _ in module.named_parameters(recurse=False)}
 
@@ -78,5 +82,6 @@ def linear_gradient_sq_norm(x: Tensor, delta: Tensor, *, bias: bool) -> Tensor:
     if x.dim() == 2:
         x, delta = x[:, None], delta[:, None]
     x, delta = x.flatten(1, -2), delta.flatten(1, -2)
-    norms = ((delta @ delta.mT) * (x @ x.mT)).sum((1, 2))
+    with full_precision(delta):
+        norms = ((delta @ delta.mT) * (x @ x.mT)).sum((1, 2))
     return norms + delta.sum(1).square().sum(-1) if bias else norms

@@ -21,6 +21,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from flops_lightning.distributed import mean_over_ranks
 from flops_lightning.errors import SettingError
 from flops_lightning.meter import CLEAN
 from flops_lightning.queries import CleanPass, LossFunction, clean_pass
@@ -33,7 +34,7 @@ from flops_lightning.strategies.base import (
 from flops_lightning.strategies.coordinate_masks import Masks, draw_masks, inclusion_probabilities
 from flops_lightning.strategies.coordinate_probes import EVALUATIONS, CoordinateProbes, Scheme
 from flops_lightning.strategies.costs import site_costs
-from flops_lightning.strategies.precision import RESOLVED_STEPS
+from flops_lightning.strategies.precision import resolution, rounded_up
 from flops_lightning.strategies.replaced_parameters import ReplacedParameters
 from flops_lightning.strategies.whole_batch import WholeBatchStrategy
 from flops_lightning.strategies.zo_grasp import kept_ratios, zo_grasp_scores
@@ -143,7 +144,7 @@ class CoordinateFiniteDifferences(WholeBatchStrategy):
         clean = clean_pass(self.network, self.loss, inputs, targets, keep=keep, draw=self.draw, rows=self.chunk_rows)
         if not self._from_stage:
             self._from_stage = site_costs(self.network, (), inputs).from_stage
-            self._warn_unresolved_step(inputs.device.type)
+            self._warn_unresolved_step()
         clean.activations.setdefault(0, inputs)
         self.draw += 1
         self.meter.add(CLEAN, clean_passes=clean.batch_size, forward_equivalents=clean.batch_size)
@@ -168,12 +169,13 @@ class CoordinateFiniteDifferences(WholeBatchStrategy):
             SettingError: see :meth:`refuse_allocation`.
         """
         self.refuse_allocation(counts, sites, pilot_weight, traces=traces)
-        if not bool(torch.isfinite(clean.loss).any()):
-            # Nothing can be learned from it, least of all the ratios of the whole run.
-            return Estimate(clean.loss, clean.output, 0, silent_samples=clean.batch_size, lost_batch=True)
+        known = bool(torch.isfinite(clean.loss).any())
         with self.network.evaluating():
             if self._ratios is None:
-                self._found_ratios = self._find_ratios(clean)
+                self._found_ratios = self._agreed(self._find_ratios(clean) if known else None)
+            if not known:
+                # Nothing can be learned from it, least of all the ratios of the whole run.
+                return Estimate(clean.loss, clean.output, 0, silent_samples=clean.batch_size, lost_batch=True)
             masks = self._masks(clean.draw)
             slopes = self._probes.slopes(clean, masks, step=self.step, scheme=self.scheme)
         used = torch.isfinite(torch.cat(list(slopes.values())))
@@ -205,6 +207,17 @@ class CoordinateFiniteDifferences(WholeBatchStrategy):
                 flat[torch.from_numpy(masks[name]).to(flat.device)] = mean.to(flat.dtype)
             gradients[name] = flat.view(parameter.shape)
         return gradients
+
+    def _agreed(self, ratios: dict[str, float] | None) -> dict[str, float] | None:
+        """The mean ratios of the ranks that found any, so that all measure the same coordinates."""
+        if self.communicator.size == 1:
+            return ratios
+        parameters = self.network.trainable()
+        own = torch.tensor([ratios[name] for name in parameters] if ratios else [0.0] * len(parameters))
+        device = next(iter(parameters.values())).device
+        mean = mean_over_ranks(self.communicator, own.double().to(device), float(ratios is not None))
+        found = dict(zip(parameters, mean.tolist(), strict=True))
+        return None if math.isnan(mean[0]) else found
 
     def _find_ratios(self, clean: CleanPass) -> dict[str, float]:
         parameters = {name: p.detach() for name, p in self.network.trainable().items()}
@@ -244,17 +257,17 @@ class CoordinateFiniteDifferences(WholeBatchStrategy):
     def _masks(self, draw: int) -> Masks:
         return draw_masks(self._sizes(), self._probabilities(), seed=self.seed, draw=draw // self.resample_every)
 
-    def _warn_unresolved_step(self, device: str) -> None:
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        needed = {}
-        for name, p in self.network.trainable().items():
-            rounding = torch.finfo(autocast or p.dtype).eps * float(p.detach().float().square().mean().sqrt())
-            needed[name] = RESOLVED_STEPS * rounding
+    def _warn_unresolved_step(self) -> None:
+        trainable = self.network.trainable()
+        convolutions = any(p.dim() > 3 for p in trainable.values())
+        found = {name: (resolution(p, convolutions=convolutions), p) for name, p in trainable.items()}
+        # A single weight moves the loss by little, beside what the rounding of a whole network does: see the docs.
+        needed = {name: 10 * each.least_width(p) for name, (each, p) in found.items() if each is not None}
         worst = max(needed, key=needed.__getitem__)
         if self.step < needed[worst]:
             warnings.warn(
                 f"strategy.step = {self.step:g} is below what the precision resolves at {worst!r}. Write "
-                f"{2 * needed[worst]:.1g} or more, or use a higher precision.",
+                f"{rounded_up(needed[worst]):g} or more, or use a higher precision.",
                 RuntimeWarning, stacklevel=3,
             )  # fmt: skip
 

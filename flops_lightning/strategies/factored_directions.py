@@ -18,14 +18,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flops_lightning.errors import SettingError
 from flops_lightning.noise import NoiseKey, row_seeds, standard_normal
-from flops_lightning.queries import Chunk, CleanPass, LossFunction, RowPlan, row_losses
+from flops_lightning.queries import Chunk, CleanPass, LossFunction, RowPlan, full_precision, row_losses
 from flops_lightning.staging import StagedNetwork
 from flops_lightning.strategies.activation_guided import input_basis
 from flops_lightning.strategies.base import summed
+from flops_lightning.strategies.forward_derivatives import plain_attention
 from flops_lightning.strategies.parameter_queries import Evaluated
 from flops_lightning.strategies.replaced_parameters import ReplacedParameters
 from flops_lightning.strategies.row_directions import (
@@ -164,7 +164,7 @@ class FactoredDirections:
 
         if self.forward_mode:
             zero = torch.zeros_like(signs)
-            with sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward derivative
+            with plain_attention():
                 return torch.func.jvp(losses, (zero,), (signs,))[1]
         return losses(site.sigma * signs)
 
@@ -191,7 +191,8 @@ class FactoredDirections:
                 name: RowDirection(**{leaf: part[None] for leaf, part in parts.items()}) for name, parts in own.items()
             }
             now.sigma = width[None]
-            values = {name: self.network.module.get_parameter(name) + width * own[name]["weight"] for name in names}
+            clean = {name: self.network.module.get_parameter(name) for name in names}
+            values = {name: (p + width * own[name]["weight"]).to(p.dtype) for name, p in clean.items()}
             return self.replaced.run(stage, one[None], values)[0]
 
         parts = {name: {leaf: p for leaf, p in vars(d).items() if p is not None} for name, d in directions.items()}
@@ -269,7 +270,8 @@ class FactoredDirections:
             }
             for name in (name for names in self.parts[site.name].others.values() for name in names):
                 dense = directions[name].dense()
-                sums[name] = torch.tensordot(signed.to(dense.dtype), dense, dims=1)
+                with full_precision(dense):
+                    sums[name] = torch.tensordot(signed.to(dense.dtype), dense, dims=1)
             total = summed([total, sums])
             start += chunk.rows
         return total
@@ -318,4 +320,5 @@ def _oriented(basis: Tensor) -> Tensor:
     The last bits of a layer's input depend on how many samples ran beside it; directions must not.
     """
     compass = torch.arange(1, basis.shape[2] + 1, dtype=basis.dtype, device=basis.device).sin()
-    return torch.where((basis @ compass < 0)[:, :, None], -basis, basis)
+    with full_precision(basis):
+        return torch.where((basis @ compass < 0)[:, :, None], -basis, basis)

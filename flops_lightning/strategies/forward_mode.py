@@ -13,9 +13,14 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
+from torch import Tensor
+
+from flops_lightning.errors import SettingError
 from flops_lightning.noise_kinds import NoiseSpec
-from flops_lightning.queries import LossFunction
+from flops_lightning.queries import CleanPass, LossFunction, row_losses
 from flops_lightning.staging import StagedNetwork
+from flops_lightning.strategies.base import Exchange
 from flops_lightning.strategies.likelihood_ratio import LikelihoodRatio
 from flops_lightning.strategies.parameter_perturbation import Layout, ParameterPerturbation
 from flops_lightning.strategies.pilots import PilotSpec
@@ -66,6 +71,18 @@ class ForwardMode(LikelihoodRatio):
         super().bind(network, loss)
         self._sites = _without_width(self._sites)
 
+    def clean_pass(self, inputs: Tensor, targets: Tensor) -> CleanPass:
+        """Run the batch unperturbed.
+
+        Raises:
+            SettingError: at the first batch: the loss has no derivative.
+        """
+        first = self._costs is None
+        clean = super().clean_pass(inputs, targets)
+        if first:
+            _check_derivative(self.loss, clean)
+        return clean
+
     @property
     def site_queries(self) -> SiteQueries:
         """What runs the queries of a site, with these settings."""
@@ -88,6 +105,7 @@ class WeightForwardMode(ParameterPerturbation):
         span: int = 0,
         update: UpdateOrder = "simultaneous",
         pilots: PilotSpec | None = None,
+        exchange: Exchange = "gradients",
         chunk_rows: int = 256,
         seed: int | None = None,
     ) -> None:
@@ -102,6 +120,8 @@ class WeightForwardMode(ParameterPerturbation):
             span: So many leading directions of that span (biased); 0: all of it.
             update: See :class:`QueryStrategy`.
             pilots: Queries spent before the allocation.
+            exchange: What several processes tell each other: ``gradients``, or ``losses`` (``shared`` only): a scalar
+                a direction, and every process draws the directions of all. Bytes do not depend on the parameters.
             chunk_rows: Upper bound of the rows in one forward pass; never changes the estimate.
             seed: Seed of all directions; None: the seed of ``seed_everything``.
 
@@ -110,7 +130,7 @@ class WeightForwardMode(ParameterPerturbation):
         """
         super().__init__(
             sites=sites, layout=layout, rank=rank, activation_guided=activation_guided, span=span, update=update,
-            pilots=pilots, chunk_rows=chunk_rows, seed=seed,
+            pilots=pilots, exchange=exchange, chunk_rows=chunk_rows, seed=seed,
         )  # fmt: skip
         _warn_of_sigma(self.specs)
 
@@ -118,6 +138,33 @@ class WeightForwardMode(ParameterPerturbation):
         """Resolve sites; their directions have no width."""
         super().bind(network, loss)
         self._sites = _without_width(self._sites)
+
+    def clean_pass(self, inputs: Tensor, targets: Tensor) -> CleanPass:
+        """Run the batch unperturbed.
+
+        Raises:
+            SettingError: at the first batch: the loss has no derivative.
+        """
+        first = self._costs is None
+        clean = super().clean_pass(inputs, targets)
+        if first:
+            _check_derivative(self.loss, clean)
+        return clean
+
+
+def _check_derivative(loss: LossFunction, clean: CleanPass) -> None:
+    # Forward mode would find slopes of zero, and a run would learn nothing without a word.
+    problem = ""
+    with torch.enable_grad():
+        try:
+            known = row_losses(loss, clean.output.detach().requires_grad_(True), clean.targets).requires_grad
+        except RuntimeError as error:  # it leaves torch
+            known, problem = False, f" ({error})"
+    if not known:
+        raise SettingError(
+            "loss", getattr(loss, "__name__", type(loss).__name__), f"has no derivative{problem}.",
+            "Use a strategy that needs none, such as LikelihoodRatio, or a loss such as cross-entropy.",
+        )  # fmt: skip
 
 
 def _without_width(sites: Sequence[Site]) -> tuple[Site, ...]:

@@ -20,9 +20,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flops_lightning.distributed import gather_lines, mean_over_ranks
 from flops_lightning.noise_kinds import NoiseSpec, read_noise
 from flops_lightning.queries import CleanPass, LossFunction
 from flops_lightning.staging import StagedNetwork
@@ -170,9 +172,10 @@ class LikelihoodRatio(QueryStrategy[QueriedOutput]):
     def learn(self, site: Site, queried: QueriedOutput) -> None:
         """Learn widths for the batches that follow."""
         if self._tokens is not None and queried.sums.token_squares is not None:
-            self._tokens.observe(site.name, queried.sums.token_mean_squares(queried.unit))
+            squares = queried.sums.token_mean_squares(queried.unit)
+            self._tokens.observe(site.name, torch.cat(gather_lines(self.communicator, squares)))
         if self._sigmas is not None:
-            self._sigmas.step(site, queried.sums.slope())
+            self._sigmas.step(site, mean_over_ranks(self.communicator, queried.sums.slope(), len(queried.survivors)))
 
     def state_dict(self) -> dict[str, Any]:
         """See :meth:`QueryStrategy.state_dict`; and the widths that were learned."""

@@ -13,23 +13,26 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from flops_lightning.errors import SettingError
+from flops_lightning.meter import CLEAN
 from flops_lightning.noise import NoiseKey
 from flops_lightning.queries import CleanPass, LossFunction, plan_rows
 from flops_lightning.staging import StagedNetwork
 from flops_lightning.strategies.base import (
     Estimate,
+    Exchange,
     add_gradients,
     resolve_seed,
 )
+from flops_lightning.strategies.costs import site_costs
 from flops_lightning.strategies.precision import warn_unresolved_sigma
-from flops_lightning.strategies.query_strategy import refuse_other_seed
+from flops_lightning.strategies.query_strategy import check_choice, refuse_other_seed
 from flops_lightning.strategies.replaced_parameters import ReplacedParameters
 from flops_lightning.strategies.shared_directions import SharedDirections
 from flops_lightning.strategies.site_specs import SiteSpec
@@ -51,13 +54,21 @@ class MeZO(WholeBatchStrategy):
     instead = "SPSA"
 
     def __init__(
-        self, *, sigma: float = 1e-3, queries: int = 2, chunk_rows: int = 256, seed: int | None = None
+        self,
+        *,
+        sigma: float = 1e-3,
+        queries: int = 2,
+        exchange: Exchange = "gradients",
+        chunk_rows: int = 256,
+        seed: int | None = None,
     ) -> None:
         """Keep the settings; they meet the network in :meth:`bind`.
 
         Args:
             sigma: Standard deviation of the noise on every parameter.
             queries: Queries of every sample and step, in antithetic pairs; 2 in the original.
+            exchange: What several processes tell each other: ``gradients``, or ``losses``: one scalar a direction, and
+                every process draws the directions of all. Bytes do not depend on the parameters.
             chunk_rows: Upper bound of the rows in one forward pass; never changes the estimate.
             seed: Seed of all noise; None: the seed of ``seed_everything``.
 
@@ -73,6 +84,8 @@ class MeZO(WholeBatchStrategy):
             raise SettingError("strategy.queries", queries, "make no pairs.", "Write an even number, 2 or more.")
         if chunk_rows < 1:
             raise SettingError("strategy.chunk_rows", chunk_rows, "is too small.", "Write 1 or more, for example 256.")
+        check_choice("strategy.exchange", exchange, get_args(Exchange))
+        self.exchange = exchange
         self.sigma = sigma
         self.queries = queries
         self.chunk_rows = chunk_rows
@@ -81,32 +94,43 @@ class MeZO(WholeBatchStrategy):
         self._sites: tuple[Site, ...] = ()
 
     def bind(self, network: StagedNetwork, loss: LossFunction) -> None:
-        """Take all trainable parameters.
+        """Take all trainable parameters; what is frozen below them is run once a batch.
 
         Raises:
             SettingError: see :meth:`check_network`.
         """
         self.check_network(network)
-        ends = [network.stages[0].name, network.stages[-1].name]
+        taught = (i for i, stage in enumerate(network.stages) if any(stage.owns(n) for n in network.trainable()))
+        first = next(taught, 0)
+        ends = [network.stages[first].name, network.stages[-1].name]
         spec = SiteSpec(stages=ends, sigma=self.sigma, queries_per_sample=self.queries, name=SITE)
         self._sites = resolve_sites(network, [spec], in_parameters=True)
         self.network, self.loss = network, loss
         self._replaced = ReplacedParameters(network)
         self._warned = False
+        self._query_cost = 1.0
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """One: the whole network."""
+        """One: the network, from the lowest stage that learns."""
         return self._sites
 
     def clean_pass(self, inputs: Tensor, targets: Tensor) -> CleanPass:
-        """Take the batch; nothing is run, and losses are not known."""
+        """Take the batch; nothing but what is frozen below the parameters is run, and losses are not known."""
         dtype = torch.promote_types(next(iter(self._sites[0].parameters.values())).dtype, torch.float32)
         unknown = torch.full((len(inputs),), torch.nan, dtype=dtype, device=inputs.device)
         clean = CleanPass(targets, {0: inputs}, unknown[:, None], unknown, unknown[:, None], self.draw)
+        (site,) = self._sites
         if not self._warned:
             warn_unresolved_sigma(self._sites, clean)
             self._warned = True
+            self._query_cost = site_costs(self.network, (), inputs).from_stage[site.first] if site.first else 1.0
+        if site.first:
+            with self.network.evaluating(), torch.no_grad():
+                # A copy, since a stage may work in place.
+                parts = [self.network.run(part.clone(), 0, site.first) for part in inputs.split(self.chunk_rows)]
+            clean.activations[site.first] = torch.cat(parts)
+            self.meter.add(CLEAN, forward_equivalents=len(inputs) * (1 - self._query_cost))
         self.draw += 1
         return clean
 
@@ -136,7 +160,8 @@ class MeZO(WholeBatchStrategy):
             return self.loss(output, targets)
 
         key = NoiseKey(self.seed, 0, "", self.rank)
-        layout = SharedDirections(self.network, self._replaced, loss, key, 2, self.chunk_rows)
+        ranks = self.communicator if self.exchange == "losses" else None
+        layout = SharedDirections(self.network, self._replaced, loss, key, 2, self.chunk_rows, ranks=ranks)
         plan = plan_rows(np.full(clean.batch_size, self.queries), self.chunk_rows, multiple=2)
         with self.network.evaluating():
             losses = layout.evaluate(site, clean, plan, traces=False).losses.view(clean.batch_size, -1, 2)
@@ -148,9 +173,10 @@ class MeZO(WholeBatchStrategy):
         gradients = layout.gradient(site, clean, plan, coefficients, None)
         survivors = pairs[:, 0].cpu()
         spent, lost = self.queries * clean.batch_size, self.queries * clean.batch_size - 2 * int(survivors.sum())
-        self.meter.add(SITE, queries=spent, lost=lost, forward_equivalents=spent)
+        self.meter.add(SITE, queries=spent, lost=lost, forward_equivalents=spent * self._query_cost)
         silent = int((survivors == 0).sum())
-        if silent < clean.batch_size:
+        (used,) = self.used_by_any([silent < clean.batch_size])
+        if used:
             add_gradients(site.parameters, gradients)
         if silent:
             warnings.warn(
@@ -164,7 +190,7 @@ class MeZO(WholeBatchStrategy):
             queries=spent,
             lost=lost,
             silent_samples=silent,
-            lost_batch=silent == clean.batch_size,
+            lost_batch=not used,
         )
 
     def state_dict(self) -> dict[str, Any]:

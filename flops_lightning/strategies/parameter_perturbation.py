@@ -14,6 +14,7 @@ from flops_lightning.errors import SettingError
 from flops_lightning.noise import NoiseKey
 from flops_lightning.queries import CleanPass, LossFunction
 from flops_lightning.staging import StagedNetwork
+from flops_lightning.strategies.base import Exchange
 from flops_lightning.strategies.delta import Variant
 from flops_lightning.strategies.factored_directions import FactoredDirections, SiteParts, site_parts
 from flops_lightning.strategies.parameter_queries import DirectionLayout, ParameterQueries, QueriedParameters
@@ -47,6 +48,7 @@ class ParameterPerturbation(QueryStrategy[QueriedParameters]):
         span: int = 0,
         update: UpdateOrder = "simultaneous",
         pilots: PilotSpec | None = None,
+        exchange: Exchange = "gradients",
         chunk_rows: int = 256,
         seed: int | None = None,
     ) -> None:
@@ -64,14 +66,17 @@ class ParameterPerturbation(QueryStrategy[QueriedParameters]):
             ("rank", rank, 1, layout == "factored"),
             ("activation_guided", activation_guided, False, layout == "factored"),
             ("span", span, 0, activation_guided),
+            ("exchange", exchange, "gradients", layout == "shared"),
         ):
             if value != unused and not needs:
-                remedy = "activation_guided: true" if name == "span" else "layout: factored"
+                remedy = {"span": "activation_guided: true", "exchange": "layout: shared"}.get(name, "layout: factored")
                 raise SettingError(f"strategy.{name}", value, "has no effect here.", f"Remove it, or write {remedy}.")
         if rank < 1:
             raise SettingError("strategy.rank", rank, "is no rank.", "Write 1 or more.")
         if span < 0:
             raise SettingError("strategy.span", span, "is negative.", "Write 0 for the whole span.")
+        check_choice("strategy.exchange", exchange, get_args(Exchange))
+        self.exchange = exchange
         self.layout: Layout = layout
         self.rank_of_directions = rank
         self.activation_guided = activation_guided
@@ -106,6 +111,16 @@ class ParameterPerturbation(QueryStrategy[QueriedParameters]):
         specs = tuple(replace(spec, sigma=self.sigma) for spec in specs) if self.sigma else specs
         return resolve_sites(network, specs, in_parameters=True)
 
+    def clean_pass(self, inputs: Tensor, targets: Tensor) -> CleanPass:
+        """See :meth:`QueryStrategy.clean_pass`; activation-guided directions cost one more pass through their site."""
+        first = self._costs is None
+        clean = super().clean_pass(inputs, targets)
+        if first and self.activation_guided:
+            costs = self._known_costs
+            inside = {s.name: costs.from_stage[s.first] - costs.from_stage[s.last + 1] for s in self.sites}
+            self._costs = replace(costs, gradient=inside)
+        return clean
+
     @property
     def engine(self) -> ParameterQueries:
         """What runs the queries of a site, with these settings."""
@@ -122,7 +137,8 @@ class ParameterPerturbation(QueryStrategy[QueriedParameters]):
                 self.activation_guided, self.span, self.chunk_rows, self.forward_mode,
             )  # fmt: skip
         return SharedDirections(
-            self.network, self._replaced, self.loss, key, self.unit, self.chunk_rows, self.forward_mode
+            self.network, self._replaced, self.loss, key, self.unit, self.chunk_rows, self.forward_mode,
+            self.communicator if self.exchange == "losses" else None,
         )  # fmt: skip
 
     def site_scales(self, clean: CleanPass, metric: Mapping[str, Tensor] | None) -> list[float]:

@@ -93,7 +93,7 @@ class QueriedParameters:
         """``(b,)`` trace of the covariance of one query's gradient (of a pair's, times 2); NaN without a query.
 
         Exact on average where the loss is linear over sigma; curvature and, without a control variate, the loss itself
-        make it too small by a share of the order of one over the number of parameters. A sum that is negative, as it
+        make it wrong by a share of the order of one over the number of parameters. A sum that is negative, as it
         may be of few factored directions shorter than 1, counts as 0.
         """
         n = self.survivors / self.unit

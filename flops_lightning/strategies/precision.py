@@ -1,50 +1,130 @@
-"""Whether a precision resolves a noise width."""
+"""What a precision resolves, and what must not run in half of it.
+
+The rule for sigma was measured, on two ViTs and on plain networks: ``docs/precision.md``.
+"""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from flops_lightning.queries import CleanPass
+from flops_lightning.queries import CleanPass, at_least_float32, full_precision
 from flops_lightning.strategies.sites import Site
 
-# Below this many rounding steps of the activation the noise is mostly rounding error.
-RESOLVED_STEPS = 32
+TF32_EPS = 2.0**-10
+"""Machine epsilon of the operands of TF32 products."""
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """How finely a network computes.
+
+    Attributes:
+        name: Of the precision.
+        eps: Its machine epsilon.
+        steps: Rounding steps that the noise must be wide.
+    """
+
+    name: str
+    eps: float
+    steps: float
+
+    @classmethod
+    def products(cls, name: str, eps: float) -> Resolution:
+        """Only the operands of products are rounded: autocast, TF32."""
+        return cls(name, eps, 2.0)
+
+    @classmethod
+    def everything(cls, dtype: torch.dtype) -> Resolution:
+        """Every result is rounded, down to the loss."""
+        return cls(str(dtype), torch.finfo(dtype).eps, 16.0)
+
+    def least_width(self, *values: Tensor) -> float:
+        """The least noise on these values that stands out of the rounding.
+
+        A rounding step is the machine epsilon times the root mean square of the values. Nothing of their size is made,
+        since they may be all the weights of a network.
+        """
+        norms = [
+            torch.linalg.vector_norm(v.detach(), dtype=torch.promote_types(v.dtype, torch.float32)) for v in values
+        ]
+        squares = sum(float(norm) ** 2 for norm in norms)
+        return self.steps * self.eps * math.sqrt(squares / max(1, sum(v.numel() for v in values)))
+
+
+def resolution(values: Tensor, *, convolutions: bool = False) -> Resolution | None:
+    """How finely a network computes that runs at present and on these floating-point values; None: they are integers.
+
+    Args:
+        values: An activation that enters it, or its parameters.
+        convolutions: There are some, which on a GPU have a setting of their own (and TF32 by default).
+    """
+    kind = values.device.type
+    if not values.dtype.is_floating_point:
+        return None
+    if torch.is_autocast_enabled(kind) and values.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
+        if dtype != torch.float32:
+            return Resolution.products(str(dtype), torch.finfo(dtype).eps)
+    if values.dtype == torch.float32 and kind == "cuda" and _tf32(convolutions=convolutions):
+        return Resolution.products("TF32", TF32_EPS)
+    return Resolution.everything(values.dtype)
+
+
+def _tf32(*, convolutions: bool) -> bool:
+    """Whether products of float32 tensors on a GPU are TF32 products (older GPUs than Ampere take no notice)."""
+    backends: list[Any] = [torch.backends.cuda.matmul]
+    if convolutions:
+        backends.append(getattr(torch.backends.cudnn, "conv", torch.backends.cudnn))
+    # Before torch 2.9 there are flags alone; later on, asking for the flag where the word was set is an error.
+    words = [getattr(each, "fp32_precision", None) or ("tf32" if each.allow_tf32 else "ieee") for each in backends]
+    return "tf32" in words
 
 
 def warn_unresolved_sigma(sites: Sequence[Site], clean: CleanPass) -> None:
     """Warn at every site whose sigma is below what the precision resolves, and name a workable value.
 
-    The rounding step is the machine epsilon of the dtype in which the suffix computes times the RMS of what is
-    perturbed, the activation or the parameters.
+    Compared are sigma and the rounding step of what is perturbed, the activation or the parameters; see
+    :class:`Resolution`. Two rounding steps where products alone are rounded, 16 where the loss is rounded as well.
     """
     for site in sites:
         if not site.sigma:  # exact derivatives
             continue
-        h = parameters_of(site) if site.in_parameters else clean.activations[site.start]
-        device = h.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
-        if not dtype.is_floating_point:
-            continue
-        least = RESOLVED_STEPS * torch.finfo(dtype).eps * float(h.float().square().mean().sqrt())
-        if site.sigma < least:
+        moved = list(site.parameters.values()) if site.in_parameters else [clean.activations[site.start]]
+        above = [p for other in sites if other.last >= site.start for p in other.parameters.values()]
+        found = resolution(moved[0], convolutions=any(p.dim() > 3 for p in above))
+        least = 0.0 if found is None else found.least_width(*moved)
+        if found is not None and site.sigma < least:
             warnings.warn(
-                f"strategy.sites: sigma = {site.sigma:g} at site {site.name!r} is below what {dtype} resolves there. "
-                f"Write {_rounded_up(least):g} or more, or use a higher precision.",
+                f"strategy.sites: sigma = {site.sigma:g} at site {site.name!r} is below what {found.name} resolves "
+                f"there. Write {rounded_up(least):g} or more, or use a higher precision.",
                 RuntimeWarning, stacklevel=3,
             )  # fmt: skip
 
 
-def parameters_of(site: Site) -> Tensor:
-    """All parameters of a site in one vector."""
-    return torch.cat([p.detach().flatten() for p in site.parameters.values()])
-
-
-def _rounded_up(value: float) -> float:
-    """The next number with one significant digit."""
-    step = 10.0 ** math.floor(math.log10(value)) if value > 0 else 1.0
+def rounded_up(value: float) -> float:
+    """The next number with two significant digits: with one, twice the value could be named."""
+    step = 10.0 ** (math.floor(math.log10(value)) - 1) if value > 0 else 1.0
     return math.ceil(value / step) * step
+
+
+@contextmanager
+def differentiable(h: Tensor) -> Iterator[Tensor]:
+    """``h`` for a pass that autograd follows, and the precision for it while the context lasts.
+
+    That is the precision of the moment, but float32 where it is float16 by autocast: gradients there under- and
+    overflow, and there is no loss scaler where there is no backward pass.
+    """
+    kind = h.device.type
+    if not (torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16):
+        yield h
+        return
+    with full_precision(h):
+        yield at_least_float32(h)

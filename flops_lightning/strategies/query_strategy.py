@@ -35,7 +35,7 @@ from flops_lightning.strategies.counts import check_counts, equal_counts
 from flops_lightning.strategies.delta import Variant
 from flops_lightning.strategies.engine import Q, QueryEngine, SiteGradient
 from flops_lightning.strategies.measured_costs import measured_costs
-from flops_lightning.strategies.pilots import PilotSpec, check_pilots, pilot_share
+from flops_lightning.strategies.pilots import PilotSpec, check_pilots, pilot_share, read_pilots
 from flops_lightning.strategies.precision import warn_unresolved_sigma
 from flops_lightning.strategies.sample_facts import SampleFacts
 from flops_lightning.strategies.seen_traces import SeenTraces
@@ -81,7 +81,7 @@ class QueryStrategy(ForwardGradientStrategy, Generic[Q]):
         self.specs = tuple(read_specs(sites))
         self.variant: Variant = variant
         self.update: UpdateOrder = update
-        self.pilots = PilotSpec(**pilots) if isinstance(pilots, Mapping) else pilots or PilotSpec()
+        self.pilots = read_pilots(pilots)
         self.chunk_rows = chunk_rows
         self._seed_given = seed is not None
         self.seed = resolve_seed(seed)
@@ -296,12 +296,13 @@ class QueryStrategy(ForwardGradientStrategy, Generic[Q]):
              for line in (result.survivors, self._counting(self._sites[i], clean, result))] + [finite],
         ).cpu().numpy()  # fmt: skip
         survivors, counting = (np.array(lines[k::2]).reshape(len(chosen), clean.batch_size) for k in (0, 1))
-        for i, result, alive, used in zip(chosen, results, survivors, counting, strict=True):
+        of_any = self.used_by_any([bool(line.any()) for line in counting])
+        for i, result, alive, used in zip(chosen, results, survivors, of_any, strict=True):
             site, costs = self._sites[i], self._known_costs
             cost = result.queries * costs.query[site.name] + clean.batch_size * costs.gradient[site.name]
             lost = int(table[i].sum() - alive.sum())
             self.meter.add(site.name, queries=result.queries, lost=lost, forward_equivalents=cost)
-            if used.any():
+            if used:
                 add_gradients(site.parameters, result.gradients())
         for site in exact if known.any() else ():
             add_gradients(site.parameters, self.exact_gradient(site, clean))
@@ -320,7 +321,7 @@ class QueryStrategy(ForwardGradientStrategy, Generic[Q]):
             queries=sum(result.queries for result in results),
             lost=int(table[chosen].sum() - survivors.sum()),
             silent_samples=silent,
-            lost_batch=not counting.any() and not (exact and known.any()),
+            lost_batch=not any(of_any) and not (exact and known.any()),
             observation=None if seen is None else seen.observation(self.unit),
         )
 

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from flops_lightning.queries import full_precision
+
 # Exact classes: a subclass may scale, pad or standardise in a forward of its own, and the product added here would be
 # silently wrong. timm's LayerNorm computes what torch's does; it is named, not imported.
 _LAYERS = (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GroupNorm)
@@ -101,7 +103,7 @@ def row_direction(
     drawn = {name: part.unflatten(1, shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
     a, b = drawn.get("a"), drawn.get("b")
     if b is not None and basis is not None:
-        with _full_precision(flat):
+        with full_precision(flat):
             b = b @ basis.to(b.dtype)
     if a is not None and b is None:
         size = a.shape[1]
@@ -123,11 +125,11 @@ def accumulate(module: nn.Module, direction: RowDirection, weights: Tensor) -> d
     if direction.a is not None and direction.b is not None:
         weights = weights.to(direction.a.dtype)
         a = direction.a * (weights / math.sqrt(direction.a.shape[1]))[:, None, None]
-        with _full_precision(a):  # one product over r and k
+        with full_precision(a):  # one product over r and k
             sums["weight"] = (a.flatten(0, 1).mT @ direction.b.flatten(0, 1)).view(_shape(module, "weight"))
     for name, part in (("weight", direction.weight), ("bias", direction.bias)):
         if part is not None:
-            with _full_precision(part):
+            with full_precision(part):
                 sums[name] = (weights.to(part.dtype) @ part.flatten(1)).view(part.shape[1:])
     return sums
 
@@ -140,7 +142,7 @@ def sq_norm(direction: RowDirection) -> Tensor:
     norms = []
     if direction.a is not None and direction.b is not None:
         a, b = direction.a, direction.b
-        with _full_precision(a):
+        with full_precision(a):
             norms.append(((a @ a.mT) * (b @ b.mT)).sum((1, 2)) / a.shape[1])
     norms += [part.flatten(1).square().sum(1) for part in (direction.weight, direction.bias) if part is not None]
     return torch.stack(norms).sum(0)
@@ -171,8 +173,3 @@ def _shape(module: nn.Module, name: str) -> tuple[int, ...]:
 
 def _identity(flat: Tensor, size: int) -> Tensor:
     return torch.eye(size, dtype=flat.dtype, device=flat.device).expand(flat.shape[0], -1, -1)
-
-
-def _full_precision(tensor: Tensor) -> torch.autocast:
-    """Products of directions stay in their own dtype where the forward pass around them runs in half precision."""
-    return torch.autocast(tensor.device.type, enabled=False)

@@ -16,12 +16,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from flops_lightning.distributed import Communicator, gather_lines
 from flops_lightning.noise import NoiseKey, row_seeds, standard_normal
 from flops_lightning.queries import CleanPass, LossFunction, RowPlan, row_losses
 from flops_lightning.staging import StagedNetwork
+from flops_lightning.strategies.forward_derivatives import plain_attention
 from flops_lightning.strategies.parameter_queries import Evaluated
 from flops_lightning.strategies.replaced_parameters import ReplacedParameters
 from flops_lightning.strategies.sites import Site
@@ -39,6 +41,7 @@ class SharedDirections:
         unit: 2: rows ``2p`` and ``2p + 1`` of a sample take ``+z_p`` and ``-z_p``.
         chunk_rows: Upper bound of rows in one forward pass.
         forward_mode: Derivatives along the directions (``torch.func.jvp``) instead of losses.
+        ranks: Ranks that exchange the scalars of their directions and each draw those of all; None: this rank's alone.
     """
 
     network: StagedNetwork
@@ -48,60 +51,77 @@ class SharedDirections:
     unit: int
     chunk_rows: int
     forward_mode: bool = False
+    ranks: Communicator | None = None
 
     def evaluate(self, site: Site, clean: CleanPass, plan: RowPlan, *, traces: bool) -> Evaluated:
         """Run direction by direction, all its samples in chunks, both signs of a pair stage by stage."""
         del traces  # what they take is known without a look at the directions
         losses = clean.loss.new_empty(len(plan.samples))
         direction, sample = plan.queries // self.unit, torch.from_numpy(plan.samples).to(clean.loss.device)
+        taught = self._by_stage(site)
         for p in np.unique(direction):
             rows = np.flatnonzero(direction == p)[:: self.unit]
             for some in np.split(rows, range(self.chunk_rows, len(rows), self.chunk_rows)):
                 at = torch.from_numpy(some).to(sample.device)
-                for offset, values in enumerate(self._run(site, clean, sample[at], int(p))):
+                for offset, values in enumerate(self._run(site, taught, clean, sample[at], int(p))):
                     losses[at + offset] = values.to(losses.dtype)
         return Evaluated(losses, sum(p.numel() for p in site.parameters.values()) + 2)
 
-    def _run(self, site: Site, clean: CleanPass, index: Tensor, direction: int) -> Sequence[Tensor]:
+    def _run(
+        self,
+        site: Site,
+        taught: Mapping[int, Mapping[str, nn.Parameter]],
+        clean: CleanPass,
+        index: Tensor,
+        direction: int,
+    ) -> Sequence[Tensor]:
         targets = clean.targets.index_select(0, index)
         entering = clean.activations[site.first]
         if self.forward_mode:
 
             def losses(sigma: Tensor) -> Tensor:
                 streams = [entering.index_select(0, index)]
-                (moved,) = self._moved(site, clean.draw, streams, direction, [sigma])
+                (moved,) = self._moved(site, taught, clean.draw, streams, direction, [sigma])
                 return row_losses(self.loss, moved, targets)
 
             zero = clean.loss.new_zeros(())
-            with sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward derivative
+            with plain_attention():
                 return [torch.func.jvp(losses, (zero,), (torch.ones_like(zero),))[1]]
         sigmas = [site.sigma, -site.sigma][: self.unit]
         # A copy for each, since a stage may work in place; nothing else holds them while the stages above run.
         streams = [entering.index_select(0, index) for _ in sigmas]
         return [
             row_losses(self.loss, output, targets)
-            for output in self._moved(site, clean.draw, streams, direction, sigmas)
+            for output in self._moved(site, taught, clean.draw, streams, direction, sigmas)
         ]
 
     def _moved(
-        self, site: Site, draw: int, streams: list[Tensor], direction: int, sigmas: Sequence[float | Tensor]
+        self,
+        site: Site,
+        taught: Mapping[int, Mapping[str, nn.Parameter]],
+        draw: int,
+        streams: list[Tensor],
+        direction: int,
+        sigmas: Sequence[float | Tensor],
     ) -> list[Tensor]:
         """Outputs of the network at ``theta + sigma z`` for every sigma; each stage's ``z`` is drawn once."""
-        for i in range(site.first, site.last + 1):
-            own = self._own(site, i)
-            noise = _split(self._noise(site, draw, i, own, direction), own) if own else {}
+        for i, own in taught.items():
+            noise = _split(self._noise(site, draw, i, own, direction, self.key.rank), own) if own else {}
             for k, sigma in enumerate(sigmas):
                 values = {name: (p.detach() + sigma * noise[name]).to(p.dtype) for name, p in own.items()}
                 streams[k] = self.replaced.run(i, streams[k], values)
         return [self.network.run(h, site.last + 1) for h in streams]
 
-    def _own(self, site: Site, stage: int) -> dict[str, nn.Parameter]:
-        """Parameters of one stage that the site teaches."""
-        return {name: p for name, p in site.parameters.items() if self.network.stages[stage].owns(name)}
+    def _by_stage(self, site: Site) -> dict[int, dict[str, nn.Parameter]]:
+        """Parameters that the site teaches, by stage."""
+        stages = range(site.first, site.last + 1)
+        return {i: {n: p for n, p in site.parameters.items() if self.network.stages[i].owns(n)} for i in stages}
 
-    def _noise(self, site: Site, draw: int, stage: int, own: Mapping[str, nn.Parameter], direction: int) -> Tensor:
+    def _noise(
+        self, site: Site, draw: int, stage: int, own: Mapping[str, nn.Parameter], direction: int, rank: int
+    ) -> Tensor:
         """``(n,)`` one drawing for all parameters of a stage: seeding a generator costs as much as small tensors do."""
-        key = replace(self.key, draw=draw, site=f"{site.name}/{self.network.stages[stage].name}")
+        key = replace(self.key, draw=draw, site=f"{site.name}/{self.network.stages[stage].name}", rank=rank)
         seeds = row_seeds(key, np.zeros(1, dtype=np.int64), np.array([direction]))
         first = next(iter(own.values()))
         size = sum(p.numel() for p in own.values())
@@ -110,24 +130,42 @@ class SharedDirections:
     def gradient(
         self, site: Site, clean: CleanPass, plan: RowPlan, coefficients: Tensor, kept: Any
     ) -> dict[str, Tensor]:
-        """``sum_p s_p z_p``, ``s_p`` the signed sum of the coefficients of all rows with direction p."""
+        """``sum_p s_p z_p``, ``s_p`` the signed sum of the coefficients of all rows with direction p.
+
+        Where ranks exchange scalars, the sum goes over the directions of all of them, weighted by their samples; it has
+        the same bits on every rank.
+        """
         del kept
         directions, place = np.unique(plan.queries // self.unit, return_inverse=True)
         signs = torch.from_numpy(1.0 - 2.0 * (plan.queries % self.unit)).to(coefficients)
         by_direction = coefficients.new_zeros(len(directions)).index_add_(
             0, torch.from_numpy(place).to(coefficients.device), coefficients * signs
         )
+        terms = [(self.key.rank, int(p), scalar) for p, scalar in zip(directions, by_direction, strict=True)]
+        if self.ranks is not None and self.ranks.size > 1:
+            terms = _of_all(self.ranks, directions, by_direction, clean.batch_size)
         gradients: dict[str, Tensor] = {}
-        for i in range(site.first, site.last + 1):
-            own = self._own(site, i)
+        for i, own in self._by_stage(site).items():
             if own:
                 total: Tensor | None = None
-                for p, scalar in zip(directions, by_direction, strict=True):
-                    z = self._noise(site, clean.draw, i, own, int(p))
+                for rank, p, scalar in terms:
+                    z = self._noise(site, clean.draw, i, own, p, rank)
                     total = z.mul_(scalar) if total is None else total.addcmul_(z, scalar.to(z.dtype))
                 if total is not None:
                     gradients |= _split(total, own)
         return gradients
+
+
+def _of_all(
+    ranks: Communicator, directions: NDArray[np.int64], scalars: Tensor, samples: int
+) -> list[tuple[int, int, Tensor]]:
+    """``(rank, direction, scalar)`` of all ranks, for the mean over the samples of all; ours ``(p,)``."""
+    places = torch.from_numpy(directions).to(scalars.device, torch.float64)
+    own = torch.stack([places, scalars.double(), torch.full_like(places, samples)], dim=1)
+    lines = gather_lines(ranks, own)
+    total = sum(float(rank[0, 2]) for rank in lines)
+    weighted = [(rank[:, 0].tolist(), (rank[:, 1] * rank[:, 2] / total).to(scalars.dtype)) for rank in lines]
+    return [(r, int(p), scalar) for r, (ps, s) in enumerate(weighted) for p, scalar in zip(ps, s, strict=True)]
 
 
 def _split(flat: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from flops_lightning.strategies.base import Exchange
 from flops_lightning.strategies.parameter_perturbation import Layout, ParameterPerturbation
 from flops_lightning.strategies.pilots import PilotSpec
 from flops_lightning.strategies.query_strategy import UpdateOrder
@@ -33,6 +34,7 @@ class SPSA(ParameterPerturbation):
         span: int = 0,
         update: UpdateOrder = "simultaneous",
         pilots: PilotSpec | None = None,
+        exchange: Exchange = "gradients",
         chunk_rows: int = 256,
         seed: int | None = None,
     ) -> None:
@@ -49,6 +51,8 @@ class SPSA(ParameterPerturbation):
             span: So many leading directions of that span (biased); 0: all of it.
             update: See :class:`QueryStrategy`.
             pilots: Queries spent before the allocation.
+            exchange: What several processes tell each other: ``gradients``, or ``losses`` (``shared`` only): a scalar
+                a direction, and every process draws the directions of all. Bytes do not depend on the parameters.
             chunk_rows: Upper bound of the rows in one forward pass; never changes the estimate.
             seed: Seed of all noise; None: the seed of ``seed_everything``.
 
@@ -57,6 +61,6 @@ class SPSA(ParameterPerturbation):
         """
         super().__init__(
             sites=sites, sigma=sigma, variant="antithetic", layout=layout, rank=rank,
-            activation_guided=activation_guided, span=span, update=update, pilots=pilots, chunk_rows=chunk_rows,
-            seed=seed,
+            activation_guided=activation_guided, span=span, update=update, pilots=pilots, exchange=exchange,
+            chunk_rows=chunk_rows, seed=seed,
         )  # fmt: skip

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from flops_lightning.errors import SettingError
-from flops_lightning.queries import CleanPass, LossFunction, at_least_float32, row_losses
+from flops_lightning.queries import CleanPass, LossFunction, at_least_float32, full_precision, row_losses
 from flops_lightning.staging import StagedNetwork
+from flops_lightning.strategies.precision import differentiable
 from flops_lightning.strategies.sites import Site
 
 PREDICTORS = ("activation", "head_gradient", "output_gradient", "top_gradient")
@@ -75,12 +76,13 @@ def _gradient_sq_norm(network: StagedNetwork, loss: LossFunction, clean: CleanPa
     h = clean.activations[start].detach()
     # Copies of the weights that autocast made without a graph would cut the gradient off.
     torch.clear_autocast_cache()
-    with network.evaluating(), torch.enable_grad():
-        h = h.clone().requires_grad_(True)
+    with network.evaluating(), torch.enable_grad(), differentiable(h) as entering:
+        h = entering.clone().requires_grad_(True)
         # A clone of it is run: a stage may work in place, and a leaf may not be changed.
         try:
             losses = row_losses(loss, network.run(h.clone(), start), clean.targets)
-            (gradient,) = torch.autograd.grad(losses.sum(), h)
+            with full_precision(h):
+                (gradient,) = torch.autograd.grad(losses.sum(), h)
         except RuntimeError as error:  # the loss, or the head, is a black box
             raise SettingError(
                 "traces.predictors", "*_gradient", f"cannot be had, the loss is not differentiable: {error}.",

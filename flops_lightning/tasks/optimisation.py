@@ -32,6 +32,10 @@ class OptimizerSettings:
         momentum: Momentum of ``sgd``.
         schedule: ``constant``, or ``cosine`` down to zero at the last step.
         warmup_steps: Steps of linear warm-up from zero.
+        layer_decay: Factor of the learning rate from each block to the one below it, counted by timm from the head
+            down; 1: the same for all.
+        accumulate_grad_batches: Batches whose mean gradient makes one step (the Trainer's own setting of this name does
+            not serve manual optimisation). At the end of an epoch fewer may make one.
     """
 
     name: OptimizerName = "adam"
@@ -40,6 +44,8 @@ class OptimizerSettings:
     momentum: float = 0.0
     schedule: ScheduleName = "constant"
     warmup_steps: int = 0
+    layer_decay: float = 1.0
+    accumulate_grad_batches: int = 1
 
     def check(self) -> None:
         """Refuse settings that cannot work together.
@@ -58,6 +64,12 @@ class OptimizerSettings:
         for setting in ("weight_decay", "momentum", "warmup_steps"):
             if getattr(self, setting) < 0:
                 raise SettingError(f"optimizer.{setting}", getattr(self, setting), "is negative.", "Write 0 or more.")
+        if not 0 < self.layer_decay <= 1:
+            raise SettingError("optimizer.layer_decay", self.layer_decay, "is not in (0, 1].", "Write 0.75, say, or 1.")
+        if self.accumulate_grad_batches < 1:
+            raise SettingError(
+                "optimizer.accumulate_grad_batches", self.accumulate_grad_batches, "makes no step.", "Write 1 or more."
+            )
         if self.momentum and self.name != "sgd":
             raise SettingError(
                 "optimizer.momentum", self.momentum, f"{self.name} has no momentum setting.", "Write 0, or name: sgd."
@@ -112,6 +124,11 @@ def build_optimizer(module: nn.Module, settings: OptimizerSettings) -> Optimizer
     if settings.weight_decay:
         groups = [{"params": [p for p in parameters if p.ndim > 1]}]
         groups += [{"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]
+    if settings.layer_decay != 1:
+        from timm.optim import param_groups_layer_decay
+
+        groups = param_groups_layer_decay(module, settings.weight_decay, layer_decay=settings.layer_decay)
+        groups = [{**group, "lr": settings.lr * float(str(group.pop("lr_scale")))} for group in groups]
     groups = [group for group in groups if group["params"]]
     if settings.name == "sgd":
         return torch.optim.SGD(groups, lr=settings.lr, weight_decay=settings.weight_decay, momentum=settings.momentum)
@@ -152,8 +169,8 @@ def squared_step_sizes(optimizer: Optimizer, named: Mapping[str, nn.Parameter]) 
         named: Parameters by name.
 
     Returns:
-        Weights shaped like the parameters that have been stepped, up to the square of the learning rate; none before
-        the first step.
+        Weights shaped like the parameters that have been stepped, relative to the largest learning rate of a group;
+        none before the first step.
 
     Raises:
         SettingError: the optimiser does not scale the gradient by its mean square.
@@ -164,13 +181,15 @@ def squared_step_sizes(optimizer: Optimizer, named: Mapping[str, nn.Parameter]) 
             "Write metric: parameters, or take adam.",
         )  # fmt: skip
     weights = {}
+    largest = max(group.get("initial_lr", group["lr"]) for group in optimizer.param_groups)
     for name, parameter in named.items():
         state = optimizer.state.get(parameter, {})
         if "exp_avg_sq" not in state:
             continue
         group = next(group for group in optimizer.param_groups if any(p is parameter for p in group["params"]))
         correction = 1.0 - group["betas"][1] ** float(state["step"])
-        weights[name] = ((state["exp_avg_sq"] / correction).sqrt() + group["eps"]).pow(-2)
+        share = group.get("initial_lr", group["lr"]) / largest
+        weights[name] = share**2 * ((state["exp_avg_sq"] / correction).sqrt() + group["eps"]).pow(-2)
     return weights
 
 

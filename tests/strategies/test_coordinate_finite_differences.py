@@ -469,7 +469,7 @@ def test_a_step_that_the_precision_does_not_resolve_is_reported(tokens: tuple[Te
     net = token_network().bfloat16()
     x = tokens[0].bfloat16()
     largest = max(net.parameters(), key=lambda p: float(p.detach().square().mean()))
-    needed = 32 * torch.finfo(torch.bfloat16).eps * float(largest.detach().float().square().mean().sqrt())
+    needed = 160 * torch.finfo(torch.bfloat16).eps * float(largest.detach().float().square().mean().sqrt())
     strategy = bound(net, squared_error, step=1e-3)
     with pytest.warns(RuntimeWarning, match=r"strategy.step = 0.001 is below .* '3.0.weight'") as caught:
         strategy.clean_pass(x, tokens[1])

@@ -16,6 +16,7 @@ from flops_lightning.tasks.optimisation import (
     lr_factor,
     squared_step_sizes,
 )
+from tests.reference.networks import tiny_vit
 
 
 def test_schedule_rises_linearly_and_falls_as_half_a_cosine() -> None:
@@ -79,3 +80,37 @@ def test_only_adam_preconditions() -> None:
     optimizer = build_optimizer(layer, OptimizerSettings(name="sgd"))
     with pytest.raises(SettingError, match=r"allocator.metric = 'preconditioned': SGD does not precondition"):
         squared_step_sizes(optimizer, dict(layer.named_parameters()))
+
+
+def test_layers_decay_from_the_head_down() -> None:
+    vit = tiny_vit()
+    settings = OptimizerSettings(lr=0.1, weight_decay=0.2, layer_decay=0.5)
+    optimizer = build_optimizer(vit, settings)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    by_name = {name: rates[id(p)] for name, p in vit.named_parameters()}
+    assert by_name["head.weight"] == pytest.approx(0.1)
+    for block in range(3):
+        assert by_name[f"blocks.{block}.mlp.fc1.weight"] == pytest.approx(0.1 * 0.5 ** (3 - block))
+    assert by_name["pos_embed"] == by_name["patch_embed.proj.weight"] == pytest.approx(0.1 * 0.5**4)
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert {decays[id(p)] for p in vit.parameters() if p.ndim <= 1} == {0.0}
+    assert decays[id(vit.blocks[0].mlp.fc1.weight)] == 0.2
+    schedule = build_schedule(optimizer, OptimizerSettings(lr=0.1, warmup_steps=4), 100)
+    assert max(schedule.get_last_lr()) == pytest.approx(0.02), "the schedule scales every layer's own rate"
+
+
+def test_squared_step_sizes_know_the_rates_of_layers() -> None:
+    vit = tiny_vit()
+    optimizer = build_optimizer(vit, OptimizerSettings(lr=0.1, layer_decay=0.5))
+    for p in vit.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    weights = squared_step_sizes(optimizer, dict(vit.named_parameters()))
+    head, block = weights["head.weight"], weights["blocks.2.mlp.fc1.weight"]
+    assert float(block.mean() / head.mean()) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("setting", [{"layer_decay": 0.0}, {"layer_decay": 1.1}, {"accumulate_grad_batches": 0}])
+def test_numbers_that_make_no_sense_are_refused(setting: dict[str, float]) -> None:
+    with pytest.raises(SettingError, match=next(iter(setting))):
+        OptimizerSettings(**setting).check()

@@ -1,0 +1,92 @@
+"""One allocation for the samples of all ranks: what they know is gathered, what each may spend is fixed.
+
+Every rank gathers the same statistics, optimises the same allocation and learns from the same observations, so that
+allocators stay alike without exchanging their state. What a rank spends is its samples' share of the budget, whatever
+the samples: ranks wait for each other at every step, and the slowest would set the pace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from flops_lightning.allocators.base import Allocation
+from flops_lightning.allocators.rounding import largest_remainder
+from flops_lightning.allocators.statistics import PER_SITE, SampleStatistics, TraceObservation
+from flops_lightning.distributed import Communicator, gather_lines
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """The statistics of all ranks' samples, rank by rank.
+
+    Attributes:
+        statistics: Of all ``B`` samples.
+        sizes: Samples of each rank.
+        rank: Whose place :meth:`own` cuts out.
+    """
+
+    statistics: SampleStatistics
+    sizes: tuple[int, ...]
+    rank: int
+
+    def own(self, table: Tensor) -> Tensor:
+        """``(s, b)`` of this rank's samples out of ``(s, B)``."""
+        return table.split(list(self.sizes), dim=1)[self.rank]
+
+
+def gather_statistics(communicator: Communicator, statistics: SampleStatistics) -> Gathered:
+    """Statistics of the samples of all ranks; factors and costs of sites are the mean of what the ranks measured."""
+    if communicator.size == 1:
+        return Gathered(statistics, (len(statistics.loss),), 0)
+    tensors = {name: value.detach().to(statistics.loss.device) for name, value in statistics.tensors().items()}
+    by_sample = {name: value for name, value in tensors.items() if name not in PER_SITE}
+    # `(b, d)` embeddings have the sample first, `(b,)` and `(s, b)` tables have it last.
+    lines = {name: v if name == "embedding" else v.reshape(-1, v.shape[-1]).T for name, v in by_sample.items()}
+    ranks = gather_lines(communicator, torch.cat(list(lines.values()), dim=1))
+    parts = torch.cat(ranks).split([line.shape[1] for line in lines.values()], dim=1)
+    found = {
+        name: part if name == "embedding" else part.T.reshape(*by_sample[name].shape[:-1], -1)
+        for (name, part) in zip(lines, parts, strict=True)
+    }
+    sites = [name for name in tensors if name in PER_SITE]
+    if sites:
+        mean = communicator.sum(torch.stack([tensors[name] for name in sites])) / communicator.size
+        found |= dict(zip(sites, mean, strict=True))
+    return Gathered(statistics.with_tensors(found), tuple(len(rank) for rank in ranks), communicator.rank)
+
+
+def gather_observation(communicator: Communicator, observation: TraceObservation) -> TraceObservation:
+    """``(s, B)`` of what the queries of all ranks showed."""
+    if communicator.size == 1:
+        return observation
+    trace = observation.trace.detach()
+    lines = torch.cat([trace, observation.queries.to(trace)]).T
+    both = torch.cat(gather_lines(communicator, lines.contiguous())).T
+    seen, queries = both.split(len(trace))
+    return replace(observation, trace=seen, queries=queries)
+
+
+def with_fixed_totals(allocation: Allocation, sizes: Sequence[int], *, multiple: int) -> Allocation:
+    """The same allocation with each rank's queries at each site in proportion to its number of samples.
+
+    Within a rank the shares stay what they were, and no sample falls below the least count of the site.
+
+    Args:
+        allocation: Of all ranks' samples, rank by rank.
+        sizes: Samples of each rank.
+        multiple: Counts are multiples of this.
+    """
+    if len(sizes) == 1:
+        return allocation
+    lines = []
+    for line in allocation.counts:
+        least = int(line.min())
+        of_ranks = torch.tensor(sizes, dtype=torch.float64)
+        totals = largest_remainder(of_ranks, int(line.sum()), minimum=0, multiple=multiple).tolist()
+        parts = zip(line.split(list(sizes)), totals, strict=True)
+        lines.append(torch.cat([largest_remainder(p, n, minimum=least, multiple=multiple) for p, n in parts]))
+    return replace(allocation, counts=torch.stack(lines))

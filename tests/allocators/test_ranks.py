@@ -1,0 +1,106 @@
+"""What is fixed when the allocation of all ranks' samples is split over the ranks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from flops_lightning.allocators import Allocation, QueryBudget, SampleStatistics, TraceObservation
+from flops_lightning.allocators.ranks import Gathered, gather_observation, gather_statistics, with_fixed_totals
+from flops_lightning.distributed import SingleProcess
+
+
+class TenTimes:
+    """Two ranks; the other has as many samples as this one, and ten times its numbers."""
+
+    rank, size, sent = 0, 2, 0
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        return [tensor, tensor * (1 if tensor.dtype == torch.int64 else 10)]
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        return torch.stack(self.gather(tensor)).sum(0)
+
+
+@given(
+    data=st.data(),
+    sizes=st.lists(st.integers(1, 6), min_size=1, max_size=4),
+    multiple=st.sampled_from([1, 2]),
+    least=st.integers(0, 2),
+)
+def test_totals_are_in_proportion_to_samples_and_floors_stay(
+    data: st.DataObject, sizes: list[int], multiple: int, least: int
+) -> None:
+    counts = st.lists(st.integers(least, 30), min_size=sum(sizes), max_size=sum(sizes))
+    table = torch.tensor([data.draw(counts), data.draw(counts)]) * multiple
+    fixed = with_fixed_totals(Allocation(table), sizes, multiple=multiple).counts
+    assert torch.equal(fixed.sum(1), table.sum(1))
+    assert (fixed % multiple == 0).all()
+    assert (fixed.amin(1) >= table.amin(1)).all()
+    for part, size in zip(fixed.split(sizes, dim=1), sizes, strict=True):
+        share = table.sum(1) * size / sum(sizes)
+        assert ((part.sum(1) - share).abs() < multiple).all()
+
+
+def test_counts_that_are_in_proportion_already_stay() -> None:
+    table = torch.tensor([[1, 5, 2, 4], [6, 2, 4, 4]])
+    assert torch.equal(with_fixed_totals(Allocation(table), [2, 2], multiple=1).counts, table)
+
+
+def test_within_a_rank_shares_stay_what_they_were() -> None:
+    table = torch.tensor([[10, 20, 40, 30, 60, 80]])  # 70 and 170 of 240: each rank gets 120
+    fixed = with_fixed_totals(Allocation(table), [3, 3], multiple=1).counts
+    assert fixed[0, :3].tolist() == [17, 34, 69]  # 120 / 70 of each
+    assert fixed.sum() == 240
+
+
+def test_statistics_of_all_ranks_stand_rank_by_rank() -> None:
+    own = SampleStatistics(
+        loss=torch.tensor([1.0, 2.0]),
+        embedding=torch.tensor([[1.0, 2.0], [3.0, 4.0]]),
+        trace=torch.tensor([[1.0, torch.nan], [3.0, 4.0]]),
+        trace_queries=torch.tensor([2, 2]),
+        predictors={"one_minus_p": torch.tensor([0.5, 0.25])},
+        query_seconds=torch.tensor([1.0, 3.0]),
+        budget=QueryBudget((4, 4)),
+    )
+    gathered = gather_statistics(TenTimes(), own)
+    found = gathered.statistics
+    assert gathered.sizes == (2, 2)
+    assert found.loss.tolist() == [1, 2, 10, 20]
+    assert found.embedding is not None
+    assert found.embedding.tolist() == [[1, 2], [3, 4], [10, 20], [30, 40]]
+    assert found.trace is not None
+    assert found.trace.nan_to_num(-1).tolist() == [[1, -1, 10, -1], [3, 4, 30, 40]]
+    assert found.trace_queries is not None
+    assert found.trace_queries.tolist() == [2, 2, 20, 20]
+    assert found.predictors is not None
+    assert found.predictors["one_minus_p"].tolist() == [0.5, 0.25, 5, 2.5]
+    assert found.query_seconds is not None
+    assert found.query_seconds.tolist() == [5.5, 16.5]  # the mean of 1 and 10, of 3 and 30
+    assert found.budget == own.budget
+
+
+def test_observations_of_all_ranks_stand_rank_by_rank() -> None:
+    own = TraceObservation(torch.tensor([[1.0, torch.nan], [3.0, 4.0]]), torch.tensor([[2, 1], [5, 6]]), unit=2)
+    found = gather_observation(TenTimes(), own)
+    assert torch.equal(found.trace.nan_to_num(-1), torch.tensor([[1.0, -1, 10, -1], [3, 4, 30, 40]]))
+    assert torch.equal(found.queries, torch.tensor([[2.0, 1, 20, 10], [5, 6, 50, 60]]))
+    assert found.unit == 2
+
+
+def test_one_rank_keeps_what_it_has() -> None:
+    statistics = SampleStatistics(loss=torch.ones(3))
+    gathered = gather_statistics(SingleProcess(), statistics)
+    assert gathered.statistics is statistics
+    table = torch.arange(6).view(2, 3)
+    assert torch.equal(gathered.own(table), table)
+
+
+@pytest.mark.parametrize(("rank", "expected"), [(0, [0, 1]), (1, [2, 3, 4])])
+def test_a_rank_cuts_out_its_own(rank: int, expected: list[int]) -> None:
+    gathered = Gathered(SampleStatistics(loss=torch.zeros(5)), (2, 3), rank)
+    assert gathered.own(torch.arange(5)[None]).tolist() == [expected]

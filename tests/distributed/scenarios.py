@@ -1,0 +1,273 @@
+"""What the processes train, and the same ranks simulated one after the other in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flops_lightning.allocators import (
+    EqualAllocator,
+    GaussianAllocator,
+    OptimalAllocator,
+    QueryAllocator,
+    SampleStatistics,
+    TraceObservation,
+    TraceSettings,
+)
+from flops_lightning.strategies import (
+    SPSA,
+    Backprop,
+    CoordinateFiniteDifferences,
+    EvolutionStrategies,
+    ForwardGradientStrategy,
+    LikelihoodRatio,
+    MeZO,
+    PilotSpec,
+    SiteSpec,
+)
+from flops_lightning.tasks import ForwardImageClassifier
+from flops_lightning.tasks.optimisation import OptimizerSettings
+
+MODEL = {
+    "model_name": "vit_tiny_patch16_224",
+    "model_kwargs": {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 8, "depth": 2, "num_heads": 2},
+    "num_classes": 10,
+}
+LR = 1e-2
+Batch = tuple[Tensor, Tensor]
+
+
+def two_sites(queries: int = 4) -> list[SiteSpec]:
+    return [
+        SiteSpec(name="body", stages=["embed", "blocks.1"], queries_per_sample=queries, sigma=1e-2),
+        SiteSpec(name="head", stages=["pool", "head"], queries_per_sample=queries, sigma=1e-2),
+    ]
+
+
+def three_sites() -> list[SiteSpec]:
+    """The lowest of them has several tokens."""
+    body, head = two_sites()
+    low = SiteSpec(name="low", stages=["embed", "blocks.0"], queries_per_sample=4, sigma=1e-2)
+    return [low, replace(body, stages=["blocks.1"]), head]
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A run.
+
+    Attributes:
+        strategy: Makes the strategy.
+        allocator: Makes the allocator; None for a run without one.
+        steps: Batches.
+        accumulate: Batches of a step.
+        model_kwargs: Changes of the network.
+        spoil: Ranks whose second batch holds NaN.
+    """
+
+    strategy: Callable[[], ForwardGradientStrategy]
+    allocator: Callable[[], QueryAllocator] | None = None
+    steps: int = 6
+    accumulate: int = 1
+    model_kwargs: dict[str, Any] = field(default_factory=dict)
+    spoil: tuple[int, ...] = ()
+
+
+def _gaussian() -> GaussianAllocator:
+    return GaussianAllocator(seed=0)
+
+
+def _predicting() -> GaussianAllocator:
+    return GaussianAllocator(seed=0, traces=TraceSettings(source="prediction"))
+
+
+def _optimal() -> OptimalAllocator:
+    return OptimalAllocator(traces=TraceSettings(source="both"))
+
+
+def _spsa(exchange: str) -> SPSA:
+    return SPSA(sites=two_sites(), seed=0, exchange=exchange)  # type: ignore[arg-type]
+
+
+def _mezo(exchange: str) -> MeZO:
+    return MeZO(queries=4, seed=0, exchange=exchange)  # type: ignore[arg-type]
+
+
+WIDE = {"embed_dim": 16}
+SCENARIOS = {
+    "lr_gaussian": Scenario(
+        lambda: LikelihoodRatio(sites=two_sites(8), seed=0, pilots=PilotSpec(sites=["body"], queries=2)), _gaussian
+    ),
+    "lr_optimal": Scenario(
+        lambda: LikelihoodRatio(sites=two_sites(8), seed=0, pilots=PilotSpec(sites=["body", "head"], queries=2)),
+        _optimal,
+    ),
+    "lr_learned_widths": Scenario(
+        lambda: LikelihoodRatio(sites=three_sites(), seed=0, token_sigma=True, learn_sigma=0.05)
+    ),
+    "lr_site_by_site": Scenario(lambda: LikelihoodRatio(sites=two_sites(), seed=0, update="site_by_site")),
+    "accumulated": Scenario(lambda: LikelihoodRatio(sites=two_sites(), seed=0), steps=5, accumulate=2),
+    "one_rank_lost": Scenario(lambda: LikelihoodRatio(sites=two_sites(), seed=0), spoil=(1,)),
+    "all_ranks_lost": Scenario(lambda: LikelihoodRatio(sites=two_sites(), seed=0), spoil=(0, 1)),
+    "spsa_gradients": Scenario(lambda: _spsa("gradients"), _predicting),
+    "spsa_losses": Scenario(lambda: _spsa("losses"), _predicting),
+    "spsa_losses_wide": Scenario(lambda: _spsa("losses"), EqualAllocator, model_kwargs=WIDE),
+    "spsa_losses_equal": Scenario(lambda: _spsa("losses"), EqualAllocator),
+    "spsa_losses_one_rank_lost": Scenario(lambda: _spsa("losses"), spoil=(1,)),
+    "es_losses": Scenario(lambda: EvolutionStrategies(sites=two_sites(), seed=0, exchange="losses")),
+    "mezo_gradients": Scenario(lambda: _mezo("gradients")),
+    "mezo_losses": Scenario(lambda: _mezo("losses")),
+    "mezo_losses_wide": Scenario(lambda: _mezo("losses"), model_kwargs=WIDE),
+    "backprop": Scenario(Backprop),
+    "coordinates": Scenario(lambda: CoordinateFiniteDifferences(coordinates=20, grasp_queries=4, seed=0)),
+}
+LONG = "fifty_steps"
+SCENARIOS[LONG] = Scenario(SCENARIOS["lr_gaussian"].strategy, _gaussian, steps=50)
+
+
+def rank_batches(name: str, world_size: int) -> list[list[Batch]]:
+    """``[step][rank]`` batches; ranks have 5 samples, in the last step the first has one more than the others."""
+    scenario = SCENARIOS[name]
+    generator = torch.Generator().manual_seed(7)
+    steps = []
+    for step in range(scenario.steps):
+        sizes = [5 if step < scenario.steps - 1 else 2 + (rank == 0) for rank in range(world_size)]
+        steps.append([
+            (torch.randn(n, 1, 8, 8, generator=generator, dtype=torch.float64), torch.arange(n) % 10) for n in sizes
+        ])  # fmt: skip
+    for rank in scenario.spoil:
+        steps[1][rank][0].fill_(torch.nan)
+    return steps
+
+
+def make_task(name: str) -> ForwardImageClassifier:
+    """The task of a scenario, from the same start wherever it is made."""
+    scenario = SCENARIOS[name]
+    torch.manual_seed(0)
+    return ForwardImageClassifier(
+        **{**MODEL, "model_kwargs": {**MODEL["model_kwargs"], **scenario.model_kwargs}},
+        strategy=scenario.strategy(),
+        optimizer=OptimizerSettings(lr=LR, accumulate_grad_batches=scenario.accumulate),
+    ).double()
+
+
+# -- the same ranks, one after the other -------------------------------------------------------------------------------
+
+
+def simulate(name: str, world_size: int) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Parameters after the run, and the ``(s, B)`` counts of every step (none without an allocator)."""
+    scenario = SCENARIOS[name]
+    task = make_task(name)
+    network: nn.Module = task.backbone
+    strategies = [scenario.strategy() for _ in range(world_size)]
+    for rank, strategy in enumerate(strategies):
+        strategy.bind(task.network, task.loss)
+        strategy.rank = rank
+    allocator = scenario.allocator() if scenario.allocator else None
+    optimizer = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], lr=LR)
+    gathered: list[tuple[dict[str, Tensor], int]] = []
+    counts: list[Tensor] = []
+    batches = rank_batches(name, world_size)
+    for step, ranks in enumerate(batches):
+        sizes = [len(labels) for _, labels in ranks]
+        cleans = [s.clean_pass(*batch) for s, batch in zip(strategies, ranks, strict=True)]
+        own: list[Tensor | None] = [None] * world_size
+        weights: list[Tensor | None] = [None] * world_size
+        if allocator is not None:
+            names = frozenset(allocator.requests)
+            stats = [s.sample_statistics(c, names) for s, c in zip(strategies, cleans, strict=True)]
+            budget = stats[0].budget
+            assert budget is not None
+            allocation = allocator.allocate(_joined(stats), budget)
+            fixed = _in_equal_parts(allocation.counts, sizes, budget.multiple)
+            counts.append(fixed)
+            own = list(fixed.split(sizes, dim=1))
+            if allocation.pilot_weight is not None:
+                weights = list(allocation.pilot_weight.split(sizes, dim=1))
+        before: tuple[str, ...] = ()
+        for group in strategies[0].update_groups:
+            observed = []
+            if before:
+                cleans = [s.refresh(c, before) for s, c in zip(strategies, cleans, strict=True)]
+            before = group
+            for rank, (strategy, clean) in enumerate(zip(strategies, cleans, strict=True)):
+                network.zero_grad()
+                watched = allocator is not None
+                estimate = strategy.estimate(
+                    clean, own[rank], group or None, pilot_weight=weights[rank], traces=watched
+                )
+                observed.append(estimate.observation)
+                found = {n: p.grad.clone() for n, p in network.named_parameters() if p.grad is not None}
+                gathered.append((found, sizes[rank]))
+            if allocator is not None:
+                allocator.observe(_seen(observed))
+            last = step == len(batches) - 1
+            if len(gathered) < scenario.accumulate * world_size and not last:
+                continue
+            network.zero_grad()
+            total = sum(size for _, size in gathered)
+            for key, parameter in network.named_parameters():
+                parts = [found[key] * size for found, size in gathered if key in found]
+                if parts:
+                    parameter.grad = torch.stack(parts).sum(0) / total
+            optimizer.step()
+            gathered = []
+    return {key: p.detach().clone() for key, p in network.named_parameters()}, counts
+
+
+def _joined(stats: Sequence[SampleStatistics]) -> SampleStatistics:
+    def cat(field_name: str, dim: int) -> Any:
+        values = [getattr(each, field_name) for each in stats]
+        return None if values[0] is None else torch.cat(values, dim)
+
+    predictors = stats[0].predictors
+    if predictors is not None:
+        predictors = {n: torch.cat([s.predictors[n] for s in stats], -1) for n in predictors}  # type: ignore[index]
+    return SampleStatistics(
+        loss=cat("loss", 0),
+        embedding=cat("embedding", 0),
+        trace=cat("trace", -1),
+        trace_queries=cat("trace_queries", -1),
+        pilots_reused=stats[0].pilots_reused,
+        predictors=predictors,
+        budget=stats[0].budget,
+    )
+
+
+def _seen(observations: Sequence[TraceObservation | None]) -> TraceObservation:
+    known = [each for each in observations if each is not None]
+    return TraceObservation(
+        torch.cat([each.trace for each in known], 1), torch.cat([each.queries for each in known], 1), known[0].unit
+    )
+
+
+def _in_equal_parts(counts: Tensor, sizes: Sequence[int], multiple: int) -> Tensor:
+    """Rescale each rank's counts to its part of the budget, one query (or pair) at a time."""
+    columns: list[list[int]] = []
+    for line in (counts // multiple).tolist():
+        total, batch, place, fixed = sum(line), len(line), 0, []
+        wanted = [total * n / batch for n in sizes]
+        parts = [int(w) for w in wanted]
+        while sum(parts) < total:
+            rank = max(range(len(sizes)), key=lambda r: (wanted[r] - parts[r], -r))
+            parts[rank] += 1
+        for n, part in zip(sizes, parts, strict=True):
+            mine, least = line[place : place + n], min(line)
+            place += n
+            # The level at which all that is above the floor fits, by bisection.
+            low, high = 0.0, float(part)
+            for _ in range(200):
+                middle = (low + high) / 2
+                level = sum(max(middle * c, least) for c in mine)
+                low, high = (middle, high) if level <= part else (low, middle)
+            exact = [max(low * c, least) for c in mine]
+            whole = [int(x + 1e-9) for x in exact]
+            while sum(whole) < part:
+                k = max(range(n), key=lambda i: (round(exact[i] - whole[i], 9), -i))
+                whole[k] += 1
+            fixed += whole
+        columns.append(fixed)
+    return torch.tensor(columns) * multiple

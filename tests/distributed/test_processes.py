@@ -1,0 +1,143 @@
+"""Several processes on the CPU give what the same ranks give one after the other in one process."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.scenarios import LONG, SCENARIOS, make_task, simulate
+
+pytestmark = pytest.mark.timeout(900)  # the first test waits for all processes
+ROOT = Path(__file__).parents[2]
+OF_FOUR = ["lr_gaussian", "spsa_losses", "one_rank_lost"]
+RUNS = [(2, name) for name in SCENARIOS] + [(4, name) for name in OF_FOUR]
+LEARNED_TOGETHER = ("lr_learned_widths", "coordinates")
+"""Here ranks share what they learn, which ranks one after the other would not: see the test of their states."""
+
+
+def launch(world_size: int, names: list[str], folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Run scenarios in several processes; results by name and rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(world_size):
+        environment = {
+            **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "GROUP_RANK": "0",
+            "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            "TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
+        }  # fmt: skip
+        command = [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-m",
+            "tests.distributed.worker",
+            str(world_size),
+            str(folder),
+            *names,
+        ]
+        processes.append(
+            subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        )
+    outputs = [process.communicate(timeout=800)[0].decode() for process in processes]
+    assert not any(process.returncode for process in processes), "\n".join(outputs)
+    return {name: [torch.load(folder / f"{name}-{rank}.pt") for rank in range(world_size)] for name in names}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], list[dict[str, Any]]]:
+    two = launch(2, list(SCENARIOS), tmp_path_factory.mktemp("two"))
+    four = launch(4, OF_FOUR, tmp_path_factory.mktemp("four"))
+    return {(2, name): found for name, found in two.items()} | {(4, name): found for name, found in four.items()}
+
+
+@pytest.mark.parametrize(("world_size", "name"), [run for run in RUNS if run[1] not in (*LEARNED_TOGETHER, LONG)])
+def test_processes_equal_the_same_ranks_one_after_the_other(runs, world_size, name):
+    expected, counts = simulate(name, world_size)
+    found = runs[world_size, name]
+    for key, value in expected.items():
+        assert torch.allclose(found[0]["parameters"][key], value, rtol=1e-9, atol=1e-11), key
+    for step, table in enumerate(counts):
+        assert torch.equal(torch.cat([rank["counts"][step] for rank in found], dim=1), table)
+    start = dict(make_task(name).backbone.named_parameters())
+    assert any(not torch.equal(start[key], value) for key, value in expected.items()), "nothing was learned"
+
+
+@pytest.mark.parametrize(("world_size", "name"), RUNS)
+def test_replicas_are_bit_identical(runs, world_size, name):
+    first, *others = runs[world_size, name]
+    for other in others:
+        assert all(torch.equal(first["parameters"][key], value) for key, value in other["parameters"].items())
+    assert len({rank["steps"] for rank in runs[world_size, name]}) == 1
+
+
+@pytest.mark.parametrize("name", LEARNED_TOGETHER)
+def test_what_ranks_learn_they_learn_alike(runs, name):
+    first, second = (flat(rank["learned"]) for rank in runs[2, name])
+    assert first
+    assert first == second
+
+
+def flat(state: Any, path: str = "") -> dict[str, Any]:
+    """The numbers of nested dictionaries, by path."""
+    if isinstance(state, dict):
+        return {key: value for k, v in state.items() for key, value in flat(v, f"{path}/{k}").items()}
+    return {path: state.tolist() if isinstance(state, torch.Tensor) else state}
+
+
+def test_a_long_run_has_uneven_counts_and_stays_identical(runs):
+    ranks = runs[2, LONG]
+    assert [rank["steps"] for rank in ranks] == [50, 50]
+    assert any(len(set(table.flatten().tolist())) > 2 for table in ranks[0]["counts"])
+
+
+def test_every_rank_spends_the_share_of_its_samples(runs):
+    for world_size, name in RUNS:
+        if SCENARIOS[name].allocator is None:
+            continue
+        ranks = runs[world_size, name]
+        for tables in zip(*(rank["counts"] for rank in ranks), strict=True):
+            averages = [table.double().mean(dim=1) for table in tables]
+            for average in averages:
+                # Whole multiples: a rank's total is off its share by less than one pair.
+                assert ((average - averages[0]).abs() < 2 / min(table.shape[1] for table in tables)).all()
+
+
+@pytest.mark.parametrize("kind", ["spsa", "mezo"])
+def test_exchanging_losses_equals_exchanging_gradients(runs, kind):
+    gradients, losses = runs[2, f"{kind}_gradients"][0], runs[2, f"{kind}_losses"][0]
+    for key, value in gradients["parameters"].items():
+        assert torch.allclose(losses["parameters"][key], value, rtol=1e-9, atol=1e-11), key
+
+
+def test_a_batch_lost_on_one_rank_is_a_step_of_all_and_one_lost_on_all_is_none(runs):
+    assert [rank["steps"] for rank in runs[2, "one_rank_lost"]] == [6, 6]
+    assert [rank["steps"] for rank in runs[2, "spsa_losses_one_rank_lost"]] == [6, 6]
+    assert [rank["steps"] for rank in runs[2, "all_ranks_lost"]] == [5, 5]
+
+
+def test_bytes_of_a_step_with_gradients_are_those_of_the_parameters_and_a_short_header(runs):
+    parameters = [p for p in make_task("backprop").backbone.parameters() if p.requires_grad]
+    header = 8 * (1 + len(parameters))
+    for rank in runs[2, "backprop"]:
+        assert rank["sent"] == [header + sum(8 * p.numel() for p in parameters)] * 6
+
+
+@pytest.mark.parametrize(
+    ("narrow", "wide"), [("spsa_losses_equal", "spsa_losses_wide"), ("mezo_losses", "mezo_losses_wide")]
+)
+def test_bytes_of_a_step_with_losses_do_not_depend_on_the_number_of_parameters(runs, narrow, wide):
+    assert runs[2, narrow][0]["sent"] == runs[2, wide][0]["sent"]
+    assert max(runs[2, narrow][0]["sent"]) <= 200
+
+
+def test_accumulated_batches_make_fewer_steps(runs):
+    assert runs[2, "accumulated"][0]["steps"] == 3
