@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import warnings
 from typing import ClassVar
 
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset
 
+from flops_lightning.datamodules.augmentation import RandAugmentSettings, check_alpha, mixing
+from flops_lightning.datamodules.global_batches import GlobalBatches, local_batch_size
+from flops_lightning.datamodules.keyed_batches import KeyedBatches, batched
+from flops_lightning.datamodules.training_loader import TrainingLoader
 from flops_lightning.errors import SettingError
 
 ImageDataset = Dataset[tuple[Tensor, ...]]  # an item is (image, label); the type is that of torch's TensorDataset
@@ -18,9 +23,13 @@ class ImageDataModule(LightningDataModule):
     """Loaders over three labelled sets of images that a subclass puts in place in ``setup``.
 
     A batch is ``(images (b, in_chans, image_size, image_size) float32, labels (b,) int64)``, and the last, smaller
-    batch is kept. Each epoch's order is a function of the seed given to ``seed_everything`` (0 without one) and of the
-    epoch's number alone, so a run resumed at an epoch sees what the uninterrupted run saw. Under several processes each
-    loads its own share.
+    batch is kept. Where ``mixup_alpha`` or ``cutmix_alpha`` is on, the labels of training batches are probabilities
+    ``(b, num_classes)`` float32.
+
+    Training batch ``i`` of an epoch is a function of the seed given to ``seed_everything`` (0 without one), the epoch
+    and ``i`` alone, augmentation included, so a run resumed at any step sees what the uninterrupted run saw, whatever
+    its number of workers. Under several processes each takes its share of every batch (:class:`GlobalBatches`); the
+    batch has the same images as in one process. Only the mixing of images differs then, each process mixing its share.
 
     Attributes:
         class_names: One name per class, in the order of the labels.
@@ -45,37 +54,71 @@ class ImageDataModule(LightningDataModule):
     val_set: ImageDataset
     test_set: ImageDataset
 
-    def __init__(self, *, batch_size: int, num_workers: int) -> None:
-        """Check the loaders' settings.
+    def __init__(
+        self,
+        *,
+        batch_size: int,
+        num_workers: int,
+        rand_augment: RandAugmentSettings | None = None,
+        mixup_alpha: float = 0.0,
+        cutmix_alpha: float = 0.0,
+    ) -> None:
+        """Check the settings that all data modules share.
 
         Args:
-            batch_size: Images per batch and process, at least 1.
-            num_workers: Processes that load beside the training process; 0 loads inside it.
+            batch_size: Images per batch, all processes together, at least 1.
+            num_workers: Processes that load beside each training process; 0 loads inside it.
+            rand_augment: RandAugment of training images; None for none. A subclass whose images are in 8 bits offers
+                it.
+            mixup_alpha: MixUp of training batches, with shares from ``Beta(alpha, alpha)``; 0 for none.
+            cutmix_alpha: The same for CutMix. Where both are on, each batch draws one of the two.
 
         Raises:
-            SettingError: ``batch_size`` is below 1, or ``num_workers`` below 0.
+            SettingError: a number is outside its range.
         """
         super().__init__()
         if batch_size < 1:
             raise SettingError("data.batch_size", batch_size, "is below 1.", "Give the number of images per batch.")
         if num_workers < 0:
             raise SettingError("data.num_workers", num_workers, "is negative.", "Use 0 to load in the main process.")
+        if rand_augment is not None:
+            rand_augment.check()
+        check_alpha("data.mixup_alpha", mixup_alpha)
+        check_alpha("data.cutmix_alpha", cutmix_alpha)
         self.batch_size = batch_size
         self.num_workers = num_workers
+        self.rand_augment = rand_augment
+        self.mixup_alpha = mixup_alpha
+        self.cutmix_alpha = cutmix_alpha
 
     @property
     def num_classes(self) -> int:
         """Number of classes; labels run from 0 to one less."""
         return len(self.class_names)
 
-    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Training batches, in a new order each epoch."""
+    def train_dataloader(self) -> TrainingLoader:
+        """Training batches, in a new order each epoch.
+
+        Raises:
+            SettingError: ``batch_size`` is no multiple of the number of processes.
+        """
         world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        # Also in one process: its order depends on seed and epoch alone, and Lightning announces the epoch to it.
-        sampler: DistributedSampler[tuple[Tensor, ...]] = DistributedSampler(
-            self.train_set, num_replicas=world_size, rank=rank, seed=int(os.environ.get("PL_GLOBAL_SEED", "0"))
+        seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
+        batches = KeyedBatches(
+            self.train_set, seed=seed, mixing=mixing(self.mixup_alpha, self.cutmix_alpha, self.num_classes)
         )
-        return self._loader(self.train_set, sampler)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata 0.11 calls it
+            loader = TrainingLoader(
+                batches,
+                batch_size=local_batch_size(self.batch_size, world_size),
+                sampler=GlobalBatches(batches, batch_size=self.batch_size, world_size=world_size, rank=rank, seed=seed),
+                num_workers=self.num_workers,
+                persistent_workers=self.num_workers > 0,
+                collate_fn=batched,
+            )
+        loader.batches_done = lambda: self._batches_done(loader)
+        return loader
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """Validation batches, in a fixed order."""
@@ -89,13 +132,20 @@ class ImageDataModule(LightningDataModule):
         """The test batches again, in the same order, so that predictions can be lined up with labels."""
         return self._loader(self.test_set)
 
-    def _loader(
-        self, dataset: ImageDataset, sampler: DistributedSampler[tuple[Tensor, ...]] | None = None
-    ) -> DataLoader[tuple[Tensor, ...]]:
+    def _batches_done(self, loader: TrainingLoader) -> int:
+        """Batches of this epoch that an interrupted run had done, if the Trainer that resumes it reads this loader."""
+        trainer = self.trainer
+        if trainer is None or not trainer.training or trainer.train_dataloader is not loader:
+            return 0
+        done = trainer.fit_loop.batch_idx + 1
+        return done if done < trainer.num_training_batches else len(loader)  # the Trainer may take a part of an epoch
+
+    def _loader(self, dataset: ImageDataset) -> DataLoader[tuple[Tensor, ...]]:
+        # A Trainer gives every process its share; no batch is larger than those of training.
+        world_size = self.trainer.world_size if self.trainer else 1
         return DataLoader(
             dataset,
-            batch_size=self.batch_size,
-            sampler=sampler,
+            batch_size=max(1, self.batch_size // world_size),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
         )

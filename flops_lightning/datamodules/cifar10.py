@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from flops_lightning.datamodules.augmentation import RandAugmentSettings
 from flops_lightning.datamodules.base import ImageDataModule
 from flops_lightning.datamodules.class_folders import open_class_folders
 from flops_lightning.datamodules.images import IMAGENET, INCEPTION, ImageSubset, Statistics, image_transform
@@ -55,6 +56,9 @@ class CIFAR10DataModule(ImageDataModule):
         test_images: int = 0,
         split_seed: int = 0,
         augment: bool = False,
+        rand_augment: RandAugmentSettings | None = None,
+        mixup_alpha: float = 0.0,
+        cutmix_alpha: float = 0.0,
         normalization: Literal["cifar10", "imagenet", "inception"] = "cifar10",
         download: bool = False,
     ) -> None:
@@ -62,8 +66,8 @@ class CIFAR10DataModule(ImageDataModule):
 
         Args:
             root: Folder of the data set, in one of the two layouts.
-            batch_size: Images per batch and process, at least 1.
-            num_workers: Processes that load beside the training process; 0 loads inside it.
+            batch_size: Images per batch, all processes together, at least 1.
+            num_workers: Processes that load beside each training process; 0 loads inside it.
             image_size: Height and width of the images, in pixels; where it is not 32 they are resized bicubically.
             images_per_class: Training images of each class to learn from; 0 uses all.
             val_images: Images split off the training part to validate with, each class keeping its share; 0 for none.
@@ -72,8 +76,12 @@ class CIFAR10DataModule(ImageDataModule):
             split_seed: Chooses the images of the three settings above; independent of the seed of the run, so that runs
                 with different seeds are measured on the same images. From 0 to 2**32 - 1.
             augment: Shift training images at random by up to an eighth of their size, on black, and mirror half of
-                them. Drawn from torch's own generator: ``seed_everything`` repeats them for the same ``num_workers``,
-                but a run that is resumed draws others than the uninterrupted one.
+                them. Like the next three drawn by seed, epoch and image: neither resuming a run nor ``num_workers``
+                changes it.
+            rand_augment: RandAugment of training images, after that; None for none.
+            mixup_alpha: MixUp of training batches, with shares from ``Beta(alpha, alpha)``, for example 0.2; 0 for
+                none. Labels become probabilities.
+            cutmix_alpha: The same for CutMix, for example 1.0. Where both are on, each batch draws one of the two.
             normalization: Mean and standard deviation of the pixels: ``cifar10`` to learn from scratch; for pretrained
                 weights those they were trained with, ``imagenet`` or ``inception`` (0.5 each, most of timm's ViTs).
             download: Fetch the archive into ``root`` unless it is there and whole.
@@ -81,7 +89,10 @@ class CIFAR10DataModule(ImageDataModule):
         Raises:
             SettingError: A setting is outside its range, or ``root`` has neither layout and ``download`` is off.
         """
-        super().__init__(batch_size=batch_size, num_workers=num_workers)
+        super().__init__(
+            batch_size=batch_size, num_workers=num_workers, rand_augment=rand_augment, mixup_alpha=mixup_alpha,
+            cutmix_alpha=cutmix_alpha,
+        )  # fmt: skip
         if image_size < 1:
             raise SettingError("data.image_size", image_size, "is below 1.", "Give pixels, for example 32 or 224.")
         sizes = {"images_per_class": images_per_class, "val_images": val_images, "test_images": test_images}
@@ -137,10 +148,11 @@ class CIFAR10DataModule(ImageDataModule):
         test_places = self._test_places(test_labels)
 
         plain = image_transform(image_size=self.image_size, mean=self.mean, std=self.std)
-        augmented = image_transform(
-            image_size=self.image_size, mean=self.mean, std=self.std, augmentation=shift_and_mirror(self.image_size)
-        )
-        self.train_set = ImageSubset(train, train_labels, train_places, augmented if self.augment else plain)
+        augmentation = shift_and_mirror(self.image_size) if self.augment else []
+        if self.rand_augment is not None:
+            augmentation.append(self.rand_augment.transform())
+        augmented = image_transform(image_size=self.image_size, mean=self.mean, std=self.std, augmentation=augmentation)
+        self.train_set = ImageSubset(train, train_labels, train_places, augmented)
         self.val_set = ImageSubset(train, train_labels, val_places, plain)
         self.test_set = ImageSubset(test, test_labels, test_places, plain)
 

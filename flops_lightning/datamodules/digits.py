@@ -36,23 +36,35 @@ class DigitsDataModule(ImageDataModule):
     std = (0.3760,)
 
     def __init__(
-        self, *, batch_size: int = 64, rotation: float = 0.0, split_seed: int = 0, num_workers: int = 0
+        self,
+        *,
+        batch_size: int = 64,
+        rotation: float = 0.0,
+        split_seed: int = 0,
+        num_workers: int = 0,
+        mixup_alpha: float = 0.0,
+        cutmix_alpha: float = 0.0,
     ) -> None:
         """Check the settings; images are read in ``setup``.
 
         Args:
-            batch_size: Images per batch and process, at least 1.
+            batch_size: Images per batch, all processes together, at least 1.
             rotation: Degrees by which every image is turned, counter-clockwise; what leaves the frame is lost and what
                 enters it is background. A classifier trained on digits turned by 40 degrees reads them as well as
                 one trained on upright digits reads those (99.2 % each for a support vector machine).
             split_seed: Chooses which images train, validate and test; independent of the seed of the run, so that runs
                 with different seeds are measured on the same images. Not negative.
-            num_workers: Processes that load beside the training process; 0 is fastest for images this small.
+            num_workers: Processes that load beside each training process; 0 is fastest for images this small.
+            mixup_alpha: MixUp of training batches, with shares from ``Beta(alpha, alpha)``, for example 0.2; 0 for
+                none. Labels become probabilities.
+            cutmix_alpha: The same for CutMix, for example 1.0. Where both are on, each batch draws one of the two.
 
         Raises:
             SettingError: A number is outside its range, or ``rotation`` is not finite.
         """
-        super().__init__(batch_size=batch_size, num_workers=num_workers)
+        super().__init__(
+            batch_size=batch_size, num_workers=num_workers, mixup_alpha=mixup_alpha, cutmix_alpha=cutmix_alpha
+        )
         if not math.isfinite(rotation):
             raise SettingError("data.rotation", rotation, "is not an angle.", "Give degrees, for example 40.")
         check_split_seed(split_seed)

@@ -1,0 +1,38 @@
+"""Where in its epochs a resumed run goes on, put right before Lightning reads it from the checkpoint.
+
+Lightning 2.6 goes on correctly from a checkpoint within an epoch. From one made at an epoch's end it does so in part:
+saved after the epoch's last batch, it counts one epoch start too few, so that a second interruption repeats the next
+epoch from its beginning; with ``max_steps`` it counts the finished epoch twice, so that the shuffling skips one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def settle_progress(checkpoint: dict[str, Any]) -> None:
+    """Rewrite the progress of training as one of three kinds that Lightning goes on from.
+
+    These are: within an epoch; after its last batch, where the epoch is then ended with its hooks, but without the
+    validation that was due after that batch; and before the first batch of an epoch. Call it in ``on_load_checkpoint``
+    of a module that is being fitted: loops are restored after that hook.
+
+    Args:
+        checkpoint: Of Lightning; changed in place.
+    """
+    loop = checkpoint["loops"]["fit_loop"]
+    epoch, batch = loop["epoch_progress"], loop["epoch_loop.batch_progress"]
+    # A batch is known to be the last as soon as it is loaded; a step that was cut off lacks the later counts.
+    cut_off = batch["current"]["processed"] != batch["current"]["ready"]
+    over = batch["is_last_batch"] and not cut_off
+    ended = over and epoch["current"]["processed"] == epoch["current"]["started"]
+    for which in ("current", "total"):
+        begun, done = epoch[which]["started"], batch[which]["processed"]
+        epoch[which] |= _counts(begun, begun if ended else begun - 1)
+        if over or cut_off:
+            batch[which] |= _counts(0, 0) if ended and which == "current" else _counts(done, done)
+    batch["is_last_batch"] = over and not ended
+
+
+def _counts(begun: int, done: int) -> dict[str, int]:
+    return {"ready": begun, "started": begun, "processed": done, "completed": done}
