@@ -35,7 +35,7 @@ class Gathered:
 
     def own(self, table: Tensor) -> Tensor:
         """``(s, b)`` of this rank's samples out of ``(s, B)``."""
-        return table.split(list(self.sizes), dim=1)[self.rank]
+        return table if len(self.sizes) == 1 else table.split(list(self.sizes), dim=1)[self.rank]
 
 
 def gather_statistics(communicator: Communicator, statistics: SampleStatistics) -> Gathered:
