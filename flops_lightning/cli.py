@@ -1,4 +1,4 @@
-"""The command line: ``fit``, ``validate``, ``test`` and ``predict`` from YAML files, through Lightning's CLI.
+"""The command line: ``fit``, ``plan``, ``validate``, ``test`` and ``predict`` from YAML files, by Lightning's CLI.
 
 The only place that knows arguments. A mistake ends in one short message on stderr and exit code 2; set the environment
 variable ``FLOPS_TRACEBACK=1`` to see where it was raised.
@@ -24,10 +24,20 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from flops_lightning.callbacks.prediction_writer import PredictionWriter
 from flops_lightning.cli_errors import Context, explain
-from flops_lightning.errors import LostQueriesError, SettingError
+from flops_lightning.cli_resume import (
+    job_version,
+    last_checkpoint,
+    started_again,
+    with_checkpoint_io,
+    with_savers,
+    written_to,
+)
+from flops_lightning.errors import CheckpointError, LostQueriesError, SettingError
+from flops_lightning.planning.trainer import PlanningTrainer, refuse_checkpoint
 
 RUNS = "runs"
 USAGE_ERROR = 2
@@ -42,7 +52,7 @@ class UsageError(Exception):
     """The command line or a configuration file was refused; the message is complete."""
 
 
-_MISTAKES = (UsageError, SettingError, LostQueriesError, MisconfigurationException)
+_MISTAKES = (UsageError, SettingError, CheckpointError, LostQueriesError, MisconfigurationException)
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -94,6 +104,12 @@ def _with_writer(given: Callback | list[Callback] | None) -> list[Callback]:
 class FlopsCLI(LightningCLI):
     """Lightning's CLI with any LightningModule and any data module, TensorBoard under ``runs/``, and short errors."""
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's commands, and ``plan`` after ``fit``; with each the arguments that no user gives."""
+        fit, *others = LightningCLI.subcommands().items()
+        return dict([fit, ("plan", {"model", "datamodule"}), *others])
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Let the data decide how many classes the model tells apart."""
         parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
@@ -118,8 +134,12 @@ class FlopsCLI(LightningCLI):
             SettingError: ``ckpt_path`` is neither a checkpoint of Lightning nor a word that has a meaning here.
         """
         path = self._settings.get("ckpt_path")
+        if self.subcommand == "plan":
+            refuse_checkpoint(path)
         if path == "best":
             raise SettingError("ckpt_path", path, "this process has trained nothing to take the best of.", _WHERE)
+        if path == "last" or (path is None and self.subcommand == "fit" and started_again()):
+            path = self._settings["ckpt_path"] = self._last(path)
         if path and path not in ("last", "hpc") and "://" not in path:
             trusted = self._settings.get("weights_only") is False
             _check_checkpoint(Path(path), resume=self.subcommand == "fit", trusted=trusted)
@@ -157,10 +177,24 @@ class FlopsCLI(LightningCLI):
         settings = self._settings["trainer"]
         if settings["logger"] in (None, True) and not settings["barebones"]:
             folder = settings["default_root_dir"]
-            kwargs["logger"] = TensorBoardLogger(folder, self._run_name(), default_hp_metric=False)
+            version = job_version(Path(folder) / self._run_name())
+            kwargs["logger"] = TensorBoardLogger(folder, self._run_name(), version, default_hp_metric=False)
+        if self.subcommand == "fit" and settings["enable_checkpointing"] is not False and not settings["barebones"]:
+            given = self.config_init[self.subcommand]["trainer"]
+            kwargs["plugins"] = with_checkpoint_io(given["plugins"])
+            kwargs["callbacks"] = with_savers(given["callbacks"])
         if self.subcommand == "predict":
             kwargs["callbacks"] = _with_writer(self.config_init[self.subcommand]["trainer"]["callbacks"])
-        return super().instantiate_trainer(**kwargs)
+        if self.subcommand != "plan":
+            return super().instantiate_trainer(**kwargs)
+        from flops_lightning.planning.measurement import callbacks_of
+
+        # Lightning adds callbacks of its own to the list that it is given.
+        own = dict(self.config_init[self.subcommand]["trainer"])
+        own["callbacks"] = callbacks_of(own)
+        trainer = cast("PlanningTrainer", super().instantiate_trainer(**kwargs))
+        trainer.settings = own
+        return trainer
 
     def _parse_ckpt_path(self) -> None:
         """Take settings from the command line and the files only, and from a checkpoint its state.
@@ -168,6 +202,21 @@ class FlopsCLI(LightningCLI):
         Lightning's method of this name lets the settings saved in a checkpoint override those just given, in silence;
         nothing but overriding it turns that off.
         """
+
+    def _last(self, word: str | None) -> str | None:
+        """The newest checkpoint of the runs of this name; None where there is none to begin with."""
+        settings = self._settings["trainer"]
+        own = written_to(settings["callbacks"])
+        if settings["logger"] not in (None, True, False) and not own:
+            return word  # it alone knows its folder: Lightning looks there
+        folder = Path(settings["default_root_dir"])
+        runs = None if settings["logger"] is False else folder / self._run_name()
+        found = last_checkpoint(runs, own or [folder / "checkpoints"])
+        if found is None and self.subcommand != "fit":
+            raise SettingError("ckpt_path", word, f"there is no checkpoint under {runs or folder}.", _WHERE)
+        if found is None:
+            rank_zero_info(f"ckpt_path: there is no checkpoint under {runs or folder} yet, the run begins.")
+        return None if found is None else str(found)
 
     @property
     def _settings(self) -> Namespace:
@@ -179,11 +228,12 @@ class FlopsCLI(LightningCLI):
         files = [Path(str(file)) for file in self._settings.get("config") or []]
         # The copy that a run keeps of its own settings lies in runs/NAME/VERSION/config.yaml.
         names = [file.parent.parent.name if file.name == "config.yaml" else file.stem for file in files]
-        return "+".join(names) or type(self.model).__name__
+        # Asked before the model is made, if a checkpoint is looked for.
+        return "+".join(names) or str(self._settings["model"]["class_path"]).rpartition(".")[2]
 
     def _top(self, subcommand: str) -> dict[str, Any]:
         """Type hints by name of the settings at the top of a configuration file."""
-        method = inspect.signature(getattr(Trainer, subcommand)).parameters if subcommand else {}
+        method = inspect.signature(getattr(PlanningTrainer, subcommand)).parameters if subcommand else {}
         own = {name: Any for name in method if name not in {"self", *self.subcommands()[subcommand]}}
         parts = {"trainer": Trainer, "model": LightningModule, "data": LightningDataModule}
         return {"config": str, "seed_everything": int, **parts, **own}
@@ -195,6 +245,7 @@ def _is_no_advertisement(record: logging.LogRecord) -> bool:
 
 
 _CLI: dict[str, Any] = {
+    "trainer_class": PlanningTrainer,
     "subclass_mode_model": True,
     "subclass_mode_data": True,
     "seed_everything_default": 0,
@@ -227,8 +278,11 @@ def main(args: Sequence[str] | None = None) -> None:
         args: Arguments after the program's name; those of the process if None.
 
     Raises:
-        SystemExit: With code 0 after ``--help``, 2 after a mistake in the settings, 130 after Ctrl-C.
+        SystemExit: With code 0 after ``--help``, 2 after a mistake in the settings or a checkpoint that could not be
+            written, 130 after Ctrl-C, 143 and 138 after SIGTERM and SIGUSR1 (:class:`SaveOnSignal`).
     """
+    # Advice for tasks that want the parameters from before their step; here a checkpoint is of the step's end.
+    warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
     try:
         FlopsCLI(
@@ -239,7 +293,7 @@ def main(args: Sequence[str] | None = None) -> None:
                 "description": "Train networks with forward passes only. Start with: "
                 "python main.py fit --config configs/vit_tiny_digits.yaml",
                 **_PARSER,
-                **{subcommand: dict(_PARSER) for subcommand in LightningCLI.subcommands()},
+                **{subcommand: dict(_PARSER) for subcommand in FlopsCLI.subcommands()},
             },
             args=list(sys.argv[1:] if args is None else args),
             **_CLI,

@@ -89,7 +89,7 @@ def explain_usage(report: str, context: Context) -> str:
 def _about_command(report: str, context: Context) -> str:
     if 'expected "subcommand"' in report:
         return (
-            "no command was given. Write one of fit, validate, test, predict first, "
+            "no command was given. Write one of fit, plan, validate, test, predict first, "
             "for example: fit --config configs/vit_tiny_digits.yaml"
         )
     choice = re.search(r"argument subcommand: invalid choice: '(.+?)' \(choose from (.+)\)", report)

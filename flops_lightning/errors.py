@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 class SettingError(ValueError):
     """A setting that cannot work, found before anything is computed with it."""
@@ -25,3 +27,27 @@ class SettingError(ValueError):
 
 class LostQueriesError(RuntimeError):
     """Too many steps in a row lost every query to non-finite losses."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written; the files that were there before are untouched."""
+
+    def __init__(self, path: Path, cause: OSError, last_good: Path | None) -> None:
+        """Compose the message.
+
+        Args:
+            path: The file that was to be written.
+            cause: What the system said.
+            last_good: The newest checkpoint in the folder, if there is one.
+        """
+        self.path, self.cause, self.last_good = path, cause, last_good
+        kept = f"The last good checkpoint is {last_good}" if last_good else "There is no earlier checkpoint in it"
+        go_on = f", then go on with --ckpt_path {last_good}" if last_good else ""
+        super().__init__(
+            f"{path.name} could not be written to {path.parent}: {cause.strerror or cause}. {kept}. Make room there or "
+            f"choose another folder (trainer.default_root_dir){go_on}."
+        )
+
+    def __reduce__(self) -> tuple[type[CheckpointError], tuple[Path, OSError, Path | None]]:
+        """Rebuild from the three parts, so that the error crosses process boundaries."""
+        return type(self), (self.path, self.cause, self.last_good)

@@ -150,9 +150,9 @@ def refused(capsys):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "no command was given. Write one of fit, validate, test, predict first"),
+        ([], "no command was given. Write one of fit, plan, validate, test, predict first"),
         (["fitt"], "fitt is not a command. Did you mean `fit`?"),
-        (["frobnicate"], "frobnicate is not a command. Choose one of: fit, predict, test, validate."),
+        (["frobnicate"], "frobnicate is not a command. Choose one of: fit, plan, predict, test, validate."),
         (["--trainer.max_epochs", "3", "fit"], "--trainer.max_epochs stands before the command. Write `fit` first."),
         (["fit"], "data and model not given. Add --config FILE, a YAML file with `data:` and `model:`."),
         (["fit", "given.yaml"], "given.yaml is not expected here."),
@@ -521,5 +521,5 @@ def test_help_appears_fast():
     )
     # 4 s on an idle machine with two cores; the bound leaves room for a busy one.
     assert time.monotonic() - begin < 15
-    for command in ("fit", "validate", "test", "predict"):
+    for command in ("fit", "plan", "validate", "test", "predict"):
         assert re.search(rf"^\s+{command}\s", answer.stdout, re.MULTILINE)

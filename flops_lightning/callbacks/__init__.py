@@ -10,10 +10,11 @@ from flops_lightning.callbacks.query_allocator import QueryAllocatorCallback
 if TYPE_CHECKING:
     from flops_lightning.callbacks.prediction_writer import PredictionWriter
     from flops_lightning.callbacks.run_summary import RunSummary
+    from flops_lightning.callbacks.save_on_signal import SaveOnSignal
 
-_HOMES = {"PredictionWriter": "prediction_writer", "RunSummary": "run_summary"}
+_HOMES = {"PredictionWriter": "prediction_writer", "RunSummary": "run_summary", "SaveOnSignal": "save_on_signal"}
 
-__all__ = ["PredictionWriter", "QueryAllocatorCallback", "RunSummary"]
+__all__ = ["PredictionWriter", "QueryAllocatorCallback", "RunSummary", "SaveOnSignal"]
 
 
 def __getattr__(name: str) -> object:

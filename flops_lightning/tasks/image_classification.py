@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torchmetrics.classification import MulticlassAccuracy
 
 from flops_lightning.allocators.statistics import SampleStatistics, TraceObservation
+from flops_lightning.distributed import present_communicator
 from flops_lightning.errors import LostQueriesError, SettingError
-from flops_lightning.objectives import Objective, dotted_path, find_objective
+from flops_lightning.objectives import Objective, dotted_path, find_objective, most_probable
 from flops_lightning.queries import CleanPass, row_losses
 from flops_lightning.staging import stage_network
 from flops_lightning.strategies.base import Estimate, ForwardGradientStrategy
 from flops_lightning.tasks.backbone import check_images, create_backbone, load_weights, save_weights
 from flops_lightning.tasks.backbone import freeze as freeze_parameters
-from flops_lightning.tasks.checkpoint_checks import check_optimizer, check_weights
+from flops_lightning.tasks.checkpoint_checks import check_optimizer, check_settings, check_weights, within_epoch
+from flops_lightning.tasks.loop_progress import settle_progress
+from flops_lightning.tasks.mean_gradient import MeanGradient
 from flops_lightning.tasks.optimisation import (
     ClipSettings,
     OptimizerSettings,
@@ -36,6 +42,8 @@ from flops_lightning.tasks.optimisation import (
     squared_step_sizes,
 )
 from flops_lightning.tasks.parameter_efficient import TargetSettings, apply_target, check_target_learns
+from flops_lightning.tasks.resumption import obey_optimizer, obey_schedule, obey_what_learns
+from flops_lightning.tasks.run_settings import describe_run, describe_task
 from flops_lightning.tasks.trainer_checks import check_trainer
 
 Batch = tuple[Tensor, Tensor]
@@ -103,6 +111,7 @@ class ForwardImageClassifier(pl.LightningModule):
         self.clip_settings = read_settings("clip", ClipSettings, clip)
         self.target_settings = read_settings("target", TargetSettings, target)
         self.optimizer_settings.check()
+        self._gradient = MeanGradient(self.optimizer_settings.accumulate_grad_batches)
         self.clip_settings.check()
         self.target_settings.check()
         self.objective = find_objective(loss) if isinstance(loss, str) else loss
@@ -143,6 +152,8 @@ class ForwardImageClassifier(pl.LightningModule):
         self._requested: frozenset[str] = frozenset()
         self._observation: TraceObservation | None = None
         self._skipped = 0
+        self._resumed = False
+        self._start_weights = {"pretrained": pretrained, "checkpoint": Path(checkpoint).name}
         self._last_step: tuple[float, int] | None = None
 
     # -- the network ---------------------------------------------------------------------------------------------------
@@ -242,14 +253,27 @@ class ForwardImageClassifier(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """The optimiser over the trainable parameters, and its schedule by step."""
         optimizer = build_optimizer(self.backbone, self.optimizer_settings)
-        schedule = build_schedule(optimizer, self.optimizer_settings, self.trainer.estimated_stepping_batches)
+        schedule = build_schedule(optimizer, self.optimizer_settings, self._total_steps())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr"}}
+
+    def _total_steps(self) -> float:
+        batches = self.trainer.estimated_stepping_batches  # counts a step a batch
+        if self._gradient.batches == 1 or not math.isfinite(batches):
+            return batches
+        steps = math.ceil(self.trainer.num_training_batches / self._gradient.batches) * (self.trainer.max_epochs or 1)
+        most = self.trainer.max_steps
+        return steps if most < 0 else min(steps, most)
 
     def on_fit_start(self) -> None:
         """List what is not trained; check that pilots will be taken."""
         strategy = self._strategy()
-        strategy.rank = self.global_rank
+        strategy.join(present_communicator())
         self._bind_anew(strategy)
+        if self._gradient.batches > 1 and len(strategy.update_groups) > 1:
+            raise SettingError(
+                "optimizer.accumulate_grad_batches", self._gradient.batches, "makes one step of several batches, and "
+                "update: site_by_site several steps of one.", "Write 1, or update: simultaneous.",
+            )  # fmt: skip
         if self.network.frozen():
             rank_zero_info(f"frozen parameters: {', '.join(self.network.frozen())}")
 
@@ -276,22 +300,39 @@ class ForwardImageClassifier(pl.LightningModule):
         for i, names in enumerate(groups):
             if i:
                 clean = strategy.refresh(clean, groups[i - 1])
-            counted.zero_grad()
-            estimate = strategy.estimate(clean, counts, names or None, pilot_weight=weights, traces=watched)
+            with self._gradient.adding(self.network.trainable().values(), self._weight(batch)):
+                estimate = strategy.estimate(clean, counts, names or None, pilot_weight=weights, traces=watched)
             self._observe(estimate)
-            if not estimate.lost_batch:
+            self._log_estimate(estimate, batch[1], first=i == 0)
+            if not self._gradient.complete(last=self.trainer.is_last_batch):
+                return
+            reduced = self._gradient.reduce(strategy, self._taught(names))
+            if reduced:
                 norm = clip_gradients(self.backbone.named_parameters(), self.clip_settings)
                 self.log(f"grad_norm/{names[0] if len(groups) > 1 else 'all'}", norm)
                 (counted if i == len(groups) - 1 else raw).step()
                 stepped = True
-            self._log_estimate(estimate, batch[1], first=i == 0)
-        if stepped and estimate.lost_batch:
+        if stepped and not reduced:
             counted.zero_grad()
             counted.step()  # without gradients it changes nothing, and the trainer counts the step
         self._log_speed()
         self._count_skipped(stepped)
         if stepped:
             schedule.step()
+
+    def _weight(self, batch: Batch) -> int:
+        """Samples by which a batch counts in the gradient of its step."""
+        strategy, samples = self._strategy(), len(batch[1])
+        if strategy.exchange == "gradients" or self._gradient.batches == 1:
+            return samples  # of this rank: the reduction weighs them
+        return int(strategy.communicator.sum(torch.tensor([samples], device=self.device)))
+
+    def _taught(self, names: Sequence[str]) -> list[nn.Parameter]:
+        """Parameters that the sites with these names teach, in the same order on every rank; of all sites if empty."""
+        strategy = self._strategy()
+        sites = [site for site in (*strategy.sites, *strategy.exact_sites) if site.name in names]
+        taught = {name for site in sites for name in site.parameters}
+        return [p for name, p in self.network.trainable().items() if not sites or name in taught]
 
     def _optimizer(self) -> Optimizer:
         optimizer = self.optimizers(use_pl_optimizer=False)
@@ -322,26 +363,29 @@ class ForwardImageClassifier(pl.LightningModule):
 
     def _log_estimate(self, estimate: Estimate, labels: Tensor, *, first: bool) -> None:
         if first:
-            self.train_accuracy(estimate.output, labels)
-            self.log("train/loss", estimate.loss.mean(), prog_bar=True)
+            self.train_accuracy(estimate.output, most_probable(labels))
+            self.log("train/loss", estimate.loss.mean(), prog_bar=True, sync_dist=self.trainer.world_size > 1)
             self.log("train/accuracy", self.train_accuracy, prog_bar=True)
         total = self._strategy().meter.total()
-        self.log("queries/total", float(total.queries))
-        self.log("queries/lost", float(total.lost))
-        self.log("queries/forward_equivalents", total.forward_equivalents)
+        counted = {"total": total.queries, "lost": total.lost, "forward_equivalents": total.forward_equivalents}
+        self._log_sums({f"queries/{name}": float(value) for name, value in counted.items()})
+
+    def _log_sums(self, values: dict[str, float], **settings: Any) -> None:
+        """Log sums over all processes; every process must come here."""
+        self.log_dict(values, sync_dist=self.trainer.world_size > 1, reduce_fx="sum", **settings)
 
     def _log_speed(self) -> None:
         now, queries = time.monotonic(), self._strategy().meter.total().queries
         if self._last_step is not None:
             before, spent = self._last_step
-            self.log("queries/per_second", (queries - spent) / max(now - before, 1e-9), prog_bar=True)
+            self._log_sums({"queries/per_second": (queries - spent) / max(now - before, 1e-9)}, prog_bar=True)
         self._last_step = (now, queries)
 
     def on_train_epoch_end(self) -> None:
         """Log the queries of every site."""
         strategy = self._strategy()
         for site in strategy.sites:
-            self.log(f"queries/{site.name}", float(strategy.meter.sites[site.name].queries))
+            self._log_sums({f"queries/{site.name}": float(strategy.meter.sites[site.name].queries)})
 
     # -- evaluation ----------------------------------------------------------------------------------------------------
 
@@ -359,7 +403,8 @@ class ForwardImageClassifier(pl.LightningModule):
         accuracy(logits, labels)
         with self._loss_named():
             losses = row_losses(self.loss, logits, labels)
-        self.log(f"{stage}/loss", losses.mean(), batch_size=len(labels))
+        several = self.trainer.world_size > 1
+        self.log(f"{stage}/loss", losses.mean(), batch_size=len(labels), sync_dist=several)
         self.log(f"{stage}/accuracy", accuracy, prog_bar=True, batch_size=len(labels))
 
     def predict_step(self, batch: Batch | Tensor, batch_idx: int) -> dict[str, Tensor]:
@@ -370,22 +415,54 @@ class ForwardImageClassifier(pl.LightningModule):
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
+    @property
+    def between_steps(self) -> bool:
+        """Whether no batch waits, with its gradient, for others of the same step."""
+        return self._gradient.empty
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the strategy's state (draw counter, seed, meter)."""
+        """Add the strategy's state (draw counter, seed, meter), and the settings of the run."""
         if self.strategy is not None:
-            checkpoint["forward_gradient"] = {"strategy": self.strategy.state_dict(), "skipped": self._skipped}
+            checkpoint["forward_gradient"] = {
+                "strategy": self.strategy.state_dict(),
+                "skipped": self._skipped,
+                "settings": self._settings(),
+            }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore it when a run is resumed.
+        """Restore it when a run is resumed, and see to it that the settings given beside the checkpoint rule.
 
         Raises:
-            SettingError: the checkpoint is of another network, or trained other parameters than this configuration.
+            SettingError: the checkpoint is of another network, or trained other parameters than this configuration, or
+                was made with settings that a run cannot change (see :mod:`checkpoint_checks`).
         """
         check_weights(self, checkpoint["state_dict"])
         state = checkpoint.get("forward_gradient")
         # Only a run that goes on goes on counting: testing or fine-tuning from the file starts afresh.
         resumed = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
         if state is not None and self.strategy is not None and resumed:
-            check_optimizer(build_optimizer(self.backbone, self.optimizer_settings), checkpoint)
+            now = build_optimizer(self.backbone, self.optimizer_settings)
+            check_optimizer(now, checkpoint)
+            saved = dict(checkpoint.get("hyper_parameters", {}))
+            before = state.get("settings") or {**describe_task(saved), "freeze": self.network.frozen()}
+            changes = check_settings(before, self._settings(), within_epoch=within_epoch(checkpoint))
+            if changes:
+                listed = ", ".join(f"{name} {old!r} -> {new!r}" for name, old, new in changes)
+                rank_zero_info(f"the run goes on with other settings than before: {listed}")
+            then = build_optimizer(self.backbone, read_settings("optimizer", OptimizerSettings, saved.get("optimizer")))
+            obey_optimizer(checkpoint, then=then, now=now)
+            obey_what_learns(checkpoint, state["strategy"], changes)
             self.strategy.load_state_dict(state["strategy"])
             self._skipped = state["skipped"]
+            self._resumed = True
+            settle_progress(checkpoint)
+
+    def on_train_start(self) -> None:
+        """Take the learning rate from the present schedule, after a checkpoint has put back the rate that it had."""
+        schedule = self.lr_schedulers()
+        if self._resumed and isinstance(schedule, LambdaLR):
+            obey_schedule(schedule)
+
+    def _settings(self) -> dict[str, Any]:
+        given = {**self.hparams, **self._start_weights, "freeze": self.network.frozen()}
+        return describe_run(self.trainer, given, self._strategy())

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import csv
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +27,7 @@ from flops_lightning.allocators import (
 from flops_lightning.callbacks import QueryAllocatorCallback
 from flops_lightning.errors import LostQueriesError, SettingError
 from flops_lightning.objectives import cross_entropy, zero_one_error
-from flops_lightning.strategies import Backprop, PilotSpec
+from flops_lightning.strategies import Backprop, LikelihoodRatio, PilotSpec
 from flops_lightning.tasks import ClipSettings, ForwardImageClassifier, OptimizerSettings
 from flops_lightning.tasks.trainer_checks import check_trainer
 from tests.tasks.conftest import MODEL, two_sites
@@ -295,7 +296,7 @@ def fitting(**attributes: Any) -> Any:
         ({"strategy": object.__new__(FSDPStrategy)}, "trainer.strategy = 'FSDPStrategy': shards .*strategy: auto"),
         ({"strategy": object.__new__(DeepSpeedStrategy)}, "trainer.strategy = 'DeepSpeedStrategy': shards"),
         ({"world_size": 2}, "trainer.devices = 2: .*Write devices: 1"),
-        ({"precision": "16-mixed"}, "trainer.precision = '16-mixed': .*Choose from .'32-true'"),
+        ({"precision": "16-true"}, "trainer.precision = '16-true': .*Choose from .'32-true'"),
     ],
 )
 def test_hardware_settings_that_cannot_work_are_refused(attributes: dict[str, Any], message: str) -> None:
@@ -318,9 +319,10 @@ def test_an_allocator_for_backprop_is_refused(make_task: Any, make_trainer: Any,
 def test_bf16_mixed_learns_and_warns_of_a_sigma_it_cannot_resolve(
     make_task: Any, make_trainer: Any, digits: Any
 ) -> None:
-    task = make_task()
+    sites = [replace(spec, sigma=1e-4) for spec in two_sites().specs]
+    task = make_task(strategy=LikelihoodRatio(sites=sites, seed=0))
     before = parameters(task)
-    with pytest.warns(RuntimeWarning, match=r"sigma = 0.01 at site .* below what torch.bfloat16 resolves"):
+    with pytest.warns(RuntimeWarning, match=r"sigma = 0.0001 at site .* below what torch.bfloat16 resolves"):
         make_trainer(precision="bf16-mixed").fit(task, digits)
     assert parameters(task).dtype == torch.float32
     assert (parameters(task) != before).any()

@@ -1,0 +1,156 @@
+"""Checkpoints that are whole or not there: a full disk, a lost folder or a kill never costs the last good one."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from flops_lightning.errors import CheckpointError
+
+PARTIAL = ".partial"
+"""Suffix of files that are being written; no reader takes them for checkpoints."""
+ABANDONED = 24 * 3600.0
+"""Seconds after which a partial file of another machine is taken to be left by a killed run."""
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the target, brings the bytes to the disk, and only then gives the file its name (``os.replace``).
+
+    Whatever happens before leaves an earlier file of that name as it was; after it, power may fail. (Lightning writes
+    to the system's folder for temporary files and moves: across file systems that is a copy, which can be cut in half.)
+    What killed runs left behind is removed at the next save into the folder and when a run goes on from there.
+    Addresses of object stores (``s3://...``) are Lightning's to write, and atomic there.
+
+    A state saved while an exception is handled in the middle of a step (``ModelCheckpoint(save_on_exception=True)``,
+    ``OnExceptionCheckpoint``) is not written: parameters, schedule and data would not belong together.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            CheckpointError: it cannot be written; whatever was there before still is.
+            TypeError: storage options are given, which Lightning does not support either.
+        """
+        if sys.exc_info()[1] is not None and in_mid_step(checkpoint):
+            rank_zero_warn(f"{path} is not written: the exception came in the middle of a step.")
+            return
+        if "://" in str(path) or storage_options is not None:
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        target = Path(path)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            remove_abandoned(target.parent)
+            write_whole(target, lambda partial: self.write(checkpoint, partial))
+        except (OSError, RuntimeError) as error:
+            cause = _system_error(error)
+            if cause is None:  # not a matter of the disk
+                raise
+            raise CheckpointError(target, cause, newest_checkpoint([target.parent])) from error
+
+    def write(self, checkpoint: dict[str, Any], partial: Path) -> None:
+        """Write the content to a file that has no checkpoint's name yet."""
+        with partial.open("wb") as stream:
+            torch.save(checkpoint, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def load_checkpoint(
+        self,
+        path: str | Path,
+        map_location: Callable[..., Any] | None = lambda storage, _: storage,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Read a checkpoint, and remove what a killed run left beside it."""
+        if "://" not in str(path):
+            with suppress(OSError):  # the folder may belong to somebody else
+                remove_abandoned(Path(path).parent)
+        return super().load_checkpoint(path, map_location, weights_only)
+
+
+def in_mid_step(checkpoint: Mapping[str, Any]) -> bool:
+    """Whether a Lightning checkpoint was made between the start and the end of a training batch."""
+    progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {}).get("total", {})
+    return progress.get("ready") != progress.get("processed")
+
+
+def count_entered_epoch(trainer: Trainer) -> None:
+    """Call in ``on_train_start``: correct what Lightning 2.6 forgets to count.
+
+    A run that goes on from a checkpoint of an epoch's last batch enters the next epoch without counting it as begun.
+    Checkpoints made in there would then repeat steps, and a kill at each end of an epoch would cost one more epoch.
+    """
+    loop = trainer.fit_loop
+    epochs: Any = loop.epoch_progress  # declared as a tracker that counts less than it does
+    last = trainer.max_epochs
+    goes_on = last is None or last < 0 or epochs.current.processed < last
+    if goes_on and loop.restarted_mid_epoch and epochs.total.ready == epochs.total.processed:
+        epochs.increment_ready()
+        epochs.increment_started()
+
+
+def write_whole(target: Path, write: Callable[[Path], None]) -> None:
+    """Give ``target`` its content at once: ``write`` fills another file in its folder, which then takes its place."""
+    partial = target.parent / f".{socket.gethostname()}-{os.getpid()}{PARTIAL}"
+    try:
+        write(partial)
+        partial.replace(target)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+    with suppress(OSError):  # some file systems cannot bring folders to the disk
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove partial files of processes that are gone."""
+    here = socket.gethostname()
+    for partial in folder.glob(f".*{PARTIAL}"):
+        host, _, process = partial.name[1:].removesuffix(PARTIAL).rpartition("-")
+        with suppress(FileNotFoundError):  # another process was faster
+            if host == here and process.isdigit():
+                gone = int(process) == os.getpid() or not _alive(int(process))
+            else:
+                gone = time.time() - partial.stat().st_mtime > ABANDONED
+            if gone:
+                partial.unlink()
+
+
+def newest_checkpoint(folders: list[Path]) -> Path | None:
+    """The checkpoint that was written last; links to files that are gone do not count."""
+    files = {file: file.stat().st_mtime_ns for folder in folders for file in folder.glob("*.ckpt") if file.is_file()}
+    return max(files, key=files.__getitem__, default=None)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _system_error(error: BaseException | None) -> OSError | None:
+    # torch closes its archive when a write fails, which fails again and hides what happened first.
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error

@@ -1,0 +1,63 @@
+"""A checkpoint rewritten so that the settings given beside it rule, where those saved in it would.
+
+Optimisers and schedules restore their own settings together with their state; so do a few parts that learn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from flops_lightning.tasks.checkpoint_checks import Change
+
+
+def obey_optimizer(checkpoint: dict[str, Any], *, then: Optimizer, now: Optimizer) -> None:
+    """Give the saved state of the optimiser the present groups and their settings.
+
+    Args:
+        checkpoint: Of Lightning, with one optimiser; changed in place.
+        then: An optimiser of these parameters by the settings of the run that made the checkpoint.
+        now: One by the present settings.
+    """
+    (saved,) = checkpoint["optimizer_states"]
+    place = {id(p): i for i, p in enumerate(_parameters(now))}
+    state = {place[id(p)]: saved["state"][i] for i, p in enumerate(_parameters(then)) if i in saved["state"]}
+    groups = [{**group, "initial_lr": group["lr"]} for group in now.state_dict()["param_groups"]]
+    checkpoint["optimizer_states"] = [{"state": state, "param_groups": groups}]
+    for schedule in checkpoint.get("lr_schedulers", []):
+        schedule["base_lrs"] = [group["lr"] for group in groups]
+        schedule["lr_lambdas"] = [None] * len(groups)
+
+
+def obey_schedule(schedule: LambdaLR) -> None:
+    """Set the rates that the schedule has for the present step; they are those already there, unless it was changed."""
+    optimizer = schedule.optimizer
+    for group, base, factor in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+        group["lr"] = base * factor(schedule.last_epoch)
+
+
+def obey_what_learns(checkpoint: dict[str, Any], state: dict[str, Any], changes: Sequence[Change]) -> None:
+    """Forget what was learned from a setting that was given anew.
+
+    Args:
+        checkpoint: Of Lightning; changed in place, like the next.
+        state: The strategy's part of it.
+        changes: The settings that differ.
+    """
+    for setting, _, now in changes:
+        parts = setting.split(".")
+        if parts[:2] == ["strategy", "sites"] and parts[-1] == "sigma":
+            state.get("learned_sigma", {}).pop(".".join(parts[2:-1]), None)
+        elif setting in ("strategy.keep", "strategy.grasp_queries"):
+            state["ratios"] = None
+        elif setting == "allocator.p":
+            for key, part in checkpoint.get("callbacks", {}).items():
+                if "BernoulliAllocator" in key:
+                    part["p"] = now
+
+
+def _parameters(optimizer: Optimizer) -> list[Any]:
+    return [p for group in optimizer.param_groups for p in group["params"]]

@@ -1,0 +1,133 @@
+"""Runs of the real command line on digits in processes of their own, to be killed and gone on with."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor
+
+from flops_lightning.checkpoint_io import AtomicCheckpointIO
+
+REPOSITORY = Path(__file__).parents[2]
+NAME = "run"
+EPOCHS, BATCHES = 2, 4
+
+# One that has imported everything and forks: a run then starts in a fraction of a second.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload([__name__, "flops_lightning.cli", "sklearn.datasets", "sklearn.model_selection", "timm"])
+
+SETTINGS: dict[str, Any] = {
+    "trainer": {
+        "max_epochs": EPOCHS, "limit_train_batches": BATCHES, "limit_val_batches": 2, "accelerator": "cpu",
+        "devices": 1, "enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1,
+        "callbacks": [
+            {
+                "class_path": "flops_lightning.callbacks.QueryAllocatorCallback",
+                "init_args": {"allocator": {"class_path": "flops_lightning.allocators.GaussianAllocator"}},
+            },
+            {"class_path": "flops_lightning.callbacks.RunSummary"},
+            {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"every_n_train_steps": 1}},
+        ],
+    },
+    "model": {
+        "class_path": "flops_lightning.tasks.ForwardImageClassifier",
+        "init_args": {
+            "model_name": "vit_tiny_patch16_224",
+            "model_kwargs": {
+                "img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 3, "num_heads": 2,
+            },
+            "strategy": {
+                "class_path": "flops_lightning.strategies.LikelihoodRatio",
+                "init_args": {
+                    "sites": [
+                        {"name": "lower", "stages": ["embed", "blocks.1"], "queries_per_sample": 6},
+                        {"name": "upper", "stages": ["blocks.2", "head"], "queries_per_sample": 6},
+                    ],
+                    "pilots": {"sites": "upper", "queries": 2},
+                    "token_sigma": True,
+                    "learn_sigma": 0.02,
+                },
+            },
+            "optimizer": {"lr": 0.001, "schedule": "cosine", "warmup_steps": 2},
+        },
+    },
+    "data": {"class_path": "flops_lightning.datamodules.DigitsDataModule", "init_args": {"batch_size": 16}},
+}  # fmt: skip
+
+
+class SlowCheckpointIO(AtomicCheckpointIO):
+    """Takes its time to write, so that kills strike there."""
+
+    def write(self, checkpoint: dict[str, Any], partial: Path) -> None:
+        super().write(checkpoint, partial)
+        content = partial.read_bytes()
+        pieces = 10
+        with partial.open("wb") as stream:
+            for i in range(pieces):
+                stream.write(content[i * len(content) // pieces : (i + 1) * len(content) // pieces])
+                stream.flush()
+                time.sleep(0.02)
+
+
+def write_config(folder: Path, **trainer: Any) -> None:
+    settings = {**SETTINGS, "trainer": {**SETTINGS["trainer"], **trainer}}
+    (folder / f"{NAME}.yaml").write_text(yaml.safe_dump(settings))
+
+
+def start(folder: Path, *arguments: str) -> BaseProcess:
+    """Begin ``python main.py fit`` in a folder with a config."""
+    process = FORKS.Process(target=_fit, args=(str(folder), arguments))
+    process.start()
+    return process
+
+
+def _fit(folder: str, arguments: tuple[str, ...]) -> None:
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    from flops_lightning.cli import main
+
+    with Path("log.txt").open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        os.dup2(log.fileno(), sys.__stderr__.fileno())
+        main(["fit", "--config", f"{NAME}.yaml", *arguments])
+
+
+def finish(process: BaseProcess, folder: Path) -> None:
+    process.join(timeout=250)
+    assert process.exitcode == 0, (folder / "log.txt").read_text()[-3000:]
+
+
+def wait_until(condition: Callable[[], bool], process: BaseProcess, seconds: float = 250.0) -> bool:
+    """Wait; False if the process ended before."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        if not process.is_alive():
+            return False
+        time.sleep(0.01)
+    raise TimeoutError
+
+
+def files(folder: Path, pattern: str) -> set[Path]:
+    return set((folder / "runs" / NAME).glob(f"*/checkpoints/{pattern}"))
+
+
+def outcome(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights and summary of the run that finished last."""
+    (summary,) = (folder / "runs" / NAME).glob("*/summary.json")
+    kept = json.loads(summary.read_text())
+    return load_file(summary.parent / "model.safetensors"), {
+        name: kept[name] for name in ("steps", "samples", "queries", "test_accuracy", "start_accuracy")
+    }

@@ -1,0 +1,151 @@
+"""A signal to stop, wherever in a step it comes, leaves a checkpoint of that step's end behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from flops_lightning.allocators import OptimalAllocator
+from flops_lightning.callbacks import QueryAllocatorCallback, SaveOnSignal
+from flops_lightning.checkpoint_io import AtomicCheckpointIO
+from flops_lightning.datamodules import DigitsDataModule
+from flops_lightning.strategies import LikelihoodRatio, SiteSpec
+from flops_lightning.tasks import ForwardImageClassifier
+from tests.resume.runs import files, finish, outcome, start, wait_until, write_config
+
+BATCHES, EPOCHS = 3, 2
+
+
+class Send(pl.Callback):
+    """Sends signals to this process while a batch is being worked on."""
+
+    def __init__(self, number: signal.Signals, hook: str, at: int = 0) -> None:
+        self.number, self.hook, self.at = number, hook, at
+        setattr(self, hook, self._send)
+
+    def _send(self, trainer: pl.Trainer, *_: object, **__: object) -> None:
+        if trainer.global_step >= self.at:
+            os.kill(os.getpid(), self.number)
+
+
+def task() -> ForwardImageClassifier:
+    pl.seed_everything(0, verbose=False)
+    sites = [
+        SiteSpec(name="lower", stages=["embed", "blocks.0"], queries_per_sample=4),
+        SiteSpec(name="upper", stages=["blocks.1", "head"], queries_per_sample=4),
+    ]
+    return ForwardImageClassifier(
+        model_name="vit_tiny_patch16_224",
+        model_kwargs={"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2},
+        num_classes=10,
+        strategy=LikelihoodRatio(sites=sites, token_sigma=True),
+    )
+
+
+def trainer(folder: object, *callbacks: pl.Callback) -> pl.Trainer:
+    allocator = QueryAllocatorCallback(allocator=OptimalAllocator())
+    # What saves comes first here: it must not run before the allocator has learned from the step.
+    return pl.Trainer(
+        accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=folder, limit_train_batches=BATCHES, limit_val_batches=2, num_sanity_val_steps=0,
+        max_epochs=EPOCHS, callbacks=[ModelCheckpoint(), SaveOnSignal(), *callbacks, allocator],
+        plugins=[AtomicCheckpointIO()],
+    )  # fmt: skip
+
+
+def weights(module: pl.LightningModule) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> tuple[Tensor, int]:
+    torch.set_num_threads(1)
+    whole = task()
+    trainer(tmp_path_factory.mktemp("whole")).fit(whole, DigitsDataModule(batch_size=8))
+    return weights(whole), whole.strategy.draw
+
+
+@pytest.mark.parametrize(
+    ("number", "hook", "at", "code"),
+    [
+        (signal.SIGTERM, "on_train_batch_start", 1, 143),
+        (signal.SIGUSR1, "on_train_batch_start", 2, 138),  # in the last step of an epoch
+        (signal.SIGINT, "on_before_optimizer_step", 3, 130),
+        (signal.SIGTERM, "on_validation_batch_start", BATCHES, 143),
+        (signal.SIGTERM, "on_train_start", 0, 143),
+    ],
+)
+def test_a_signal_saves_at_the_end_of_the_step(tmp_path, uninterrupted, number, hook, at, code):
+    before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
+    stopped = trainer(tmp_path, Send(number, hook, at))
+    with pytest.raises(SystemExit) as leaving:
+        stopped.fit(task(), DigitsDataModule(batch_size=8))
+    assert leaving.value.code == code
+    saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == (at if hook == "on_validation_batch_start" else at + 1)
+    assert saved["forward_gradient"]["strategy"]["draw"] == saved["global_step"]
+    resumed = task()
+    trainer(tmp_path).fit(resumed, DigitsDataModule(batch_size=8), ckpt_path="last")
+    assert (weights(resumed) == uninterrupted[0]).all()
+    assert resumed.strategy.draw == uninterrupted[1]
+    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)] == before
+
+
+def test_a_second_interrupt_leaves_at_once_and_saves_nothing(tmp_path):
+    class Impatient(pl.Callback):
+        def on_train_batch_start(self, *_: object) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(SystemExit):
+        trainer(tmp_path, Impatient()).fit(task(), DigitsDataModule(batch_size=8))
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_during_the_sanity_check_there_is_nothing_to_save(tmp_path):
+    stopped = trainer(tmp_path, Send(signal.SIGTERM, "on_validation_batch_start"))
+    stopped.num_sanity_val_steps = 1
+    with pytest.raises(SystemExit) as leaving:
+        stopped.fit(task(), DigitsDataModule(batch_size=8))
+    assert leaving.value.code == 143
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_the_command_line_leaves_with_the_code_of_the_signal_and_goes_on_with_last(tmp_path):
+    for name in ("whole", "stopped"):
+        (tmp_path / name).mkdir()
+        write_config(tmp_path / name)
+    finish(start(tmp_path / "whole"), tmp_path / "whole")
+    process = start(tmp_path / "stopped")
+    assert wait_until(lambda: bool(files(tmp_path / "stopped", "*.ckpt")), process)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join()
+    assert process.exitcode == 143
+    assert files(tmp_path / "stopped", "last.ckpt")
+    finish(start(tmp_path / "stopped", "--ckpt_path", "last"), tmp_path / "stopped")
+    (weights_whole, summary_whole), (resumed, summary) = outcome(tmp_path / "whole"), outcome(tmp_path / "stopped")
+    assert summary == summary_whole
+    assert all(torch.equal(weights_whole[name], resumed[name]) for name in weights_whole)
+
+
+def test_slurm_requeues_the_job_after_its_signal(tmp_path, monkeypatch):
+    from lightning.pytorch.plugins.environments import SLURMEnvironment
+
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    called = tmp_path / "called"
+    command = tmp_path / "scontrol"
+    command.write_text(f'#!/bin/sh\nls {tmp_path}/checkpoints > {called}\necho "$@" >> {called}\n')
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    stopped = trainer(tmp_path, Send(signal.SIGUSR1, "on_train_batch_start"))
+    monkeypatch.setattr(type(stopped.strategy), "cluster_environment", SLURMEnvironment(), raising=False)
+    with pytest.raises(SystemExit) as leaving:
+        stopped.fit(task(), DigitsDataModule(batch_size=8))
+    assert leaving.value.code == 138
+    assert called.read_text().split("\n")[-3:-1] == ["last.ckpt", "requeue 77"]
