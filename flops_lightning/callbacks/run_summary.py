@@ -87,7 +87,8 @@ class RunSummary(pl.Callback):
                 for site, count in state.items():
                     meter.add(site, **count)
             samples = sum(gather_plain(ranks, self._samples, device=device))
-            self._report(trainer, pl_module, accuracy, meter, samples)
+            log_dir = trainer.log_dir  # told by the first process to the others: all must ask
+            self._report(trainer, pl_module, accuracy, meter, samples, log_dir)
 
     @rank_zero_only
     def _report(
@@ -97,6 +98,7 @@ class RunSummary(pl.Callback):
         accuracy: float | None,
         meter: QueryMeter,
         samples: int,
+        log_dir: str | None,
     ) -> None:
         assert task.strategy is not None
         total = meter.total()
@@ -122,12 +124,12 @@ class RunSummary(pl.Callback):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_info(_text(summary))  # such a run leaves nothing behind
             return
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        folder = Path(log_dir or trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / FILE_NAME).write_text(json.dumps(summary, indent=2) + "\n")
         if self.export_weights:
             task.export_weights(str(folder / WEIGHTS_NAME))
-        curves = f"\nlook at the curves   tensorboard --logdir {folder.parent}" if trainer.log_dir else ""
+        curves = f"\nlook at the curves   tensorboard --logdir {folder.parent}" if log_dir else ""
         rank_zero_info(_text(summary) + f"\nwritten to           {folder}" + curves)
 
 

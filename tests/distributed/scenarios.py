@@ -125,6 +125,8 @@ SCENARIOS = {
     "coordinates": Scenario(lambda: CoordinateFiniteDifferences(coordinates=20, grasp_queries=4, seed=0)),
 }
 LONG = "fifty_steps"
+SUMMARISED = "lr_gaussian"
+"""The run that writes ``summary.json``."""
 SCENARIOS[LONG] = Scenario(SCENARIOS["lr_gaussian"].strategy, _gaussian, steps=50)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.scenarios import LONG, SCENARIOS, make_task, simulate
+from tests.distributed.scenarios import LONG, SCENARIOS, SUMMARISED, make_task, simulate
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for all processes
 ROOT = Path(__file__).parents[2]
@@ -49,7 +50,10 @@ def launch(world_size: int, names: list[str], folder: Path) -> dict[str, list[di
         )
     outputs = [process.communicate(timeout=800)[0].decode() for process in processes]
     assert not any(process.returncode for process in processes), "\n".join(outputs)
-    return {name: [torch.load(folder / f"{name}-{rank}.pt") for rank in range(world_size)] for name in names}
+    found = {name: [torch.load(folder / f"{name}-{rank}.pt") for rank in range(world_size)] for name in names}
+    for rank in found[SUMMARISED]:
+        rank["summary"] = json.loads((folder / "summary.json").read_text())
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -141,3 +145,9 @@ def test_bytes_of_a_step_with_losses_do_not_depend_on_the_number_of_parameters(r
 
 def test_accumulated_batches_make_fewer_steps(runs):
     assert runs[2, "accumulated"][0]["steps"] == 3
+
+
+@pytest.mark.parametrize(("world_size", "samples"), [(2, 5 * 10 + 5), (4, 5 * 20 + 9)])
+def test_the_summary_counts_what_all_processes_did(runs, world_size, samples):
+    summary = runs[world_size, SUMMARISED][0]["summary"]
+    assert (summary["samples"], summary["queries"], summary["steps"]) == (samples, 16 * samples, 6)

@@ -13,9 +13,9 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from flops_lightning.callbacks import QueryAllocatorCallback
+from flops_lightning.callbacks import QueryAllocatorCallback, RunSummary
 from flops_lightning.tasks.ddp import ForwardDDPStrategy
-from tests.distributed.scenarios import SCENARIOS, make_task, rank_batches
+from tests.distributed.scenarios import SCENARIOS, SUMMARISED, make_task, rank_batches
 
 
 class Watcher(pl.Callback):
@@ -39,10 +39,12 @@ def run(name: str, folder: Path) -> None:
     callbacks: list[pl.Callback] = [watcher]
     if scenario.allocator is not None:
         callbacks.insert(0, QueryAllocatorCallback(allocator=scenario.allocator()))
+    if name == SUMMARISED:
+        callbacks.append(RunSummary(export_weights=False))
     trainer = pl.Trainer(
         accelerator="cpu", devices=int(sys.argv[1]), precision="64-true", max_epochs=1, callbacks=callbacks,
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        use_distributed_sampler=False,
+        use_distributed_sampler=False, default_root_dir=folder,
     )  # fmt: skip
     mine = [ranks[trainer.global_rank] for ranks in rank_batches(name, trainer.world_size)]
     trainer.fit(task, torch.utils.data.DataLoader(mine, batch_size=None))
