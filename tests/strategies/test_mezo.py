@@ -297,8 +297,8 @@ def test_planted_faults_are_caught(
     if fault == "the same sign":
         moved = SharedDirections._moved
 
-        def unsigned(self: Any, site: Any, draw: int, streams: Any, direction: int, sigmas: Any) -> Any:
-            return moved(self, site, draw, streams, direction, [abs(sigma) for sigma in sigmas])
+        def unsigned(self: Any, site: Any, taught: Any, draw: int, streams: Any, direction: int, sigmas: Any) -> Any:
+            return moved(self, site, taught, draw, streams, direction, [abs(sigma) for sigma in sigmas])
 
         monkeypatch.setattr(SharedDirections, "_moved", unsigned)
     else:

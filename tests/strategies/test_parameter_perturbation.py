@@ -788,8 +788,8 @@ def test_the_width_of_the_noise_is_compared_without_a_copy_of_the_weights() -> N
 def keep_the_sign_of_the_minus_row(monkeypatch: pytest.MonkeyPatch) -> None:
     moved = SharedDirections._moved
 
-    def unsigned(self: Any, site: Any, draw: int, streams: Any, direction: int, sigmas: Any) -> Any:
-        return moved(self, site, draw, streams, direction, [abs(sigma) for sigma in sigmas])
+    def unsigned(self: Any, site: Any, taught: Any, draw: int, streams: Any, direction: int, sigmas: Any) -> Any:
+        return moved(self, site, taught, draw, streams, direction, [abs(sigma) for sigma in sigmas])
 
     monkeypatch.setattr(SharedDirections, "_moved", unsigned)
     monkeypatch.setattr(FactoredDirections, "_signs", lambda _, chunk, like: like.new_ones(len(chunk.queries)))

@@ -266,7 +266,7 @@ def test_images_of_another_shape_are_refused(
     ("settings", "message"),
     [
         ({"gradient_clip_val": 1.0}, r"trainer.gradient_clip_val = 1.0: .*clip.norm"),
-        ({"accumulate_grad_batches": 2}, "trainer.accumulate_grad_batches = 2: .*batch_size"),
+        ({"accumulate_grad_batches": 2}, "trainer.accumulate_grad_batches = 2: .*optimizer.accumulate_grad_batches"),
         ({"precision": "bf16-true"}, "trainer.precision = 'bf16-true': .*Choose from .'32-true'"),
     ],
 )
@@ -295,7 +295,7 @@ def fitting(**attributes: Any) -> Any:
     [
         ({"strategy": object.__new__(FSDPStrategy)}, "trainer.strategy = 'FSDPStrategy': shards .*strategy: auto"),
         ({"strategy": object.__new__(DeepSpeedStrategy)}, "trainer.strategy = 'DeepSpeedStrategy': shards"),
-        ({"world_size": 2}, "trainer.devices = 2: .*Write devices: 1"),
+        ({"world_size": 2}, "trainer.strategy = 'SingleDeviceStrategy': .*Write strategy: auto"),
         ({"precision": "16-true"}, "trainer.precision = '16-true': .*Choose from .'32-true'"),
     ],
 )
