@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import torch
 
-STATUS = Path("/proc/self/status")
+from flops_lightning.process_memory import held
 
 
 def peak_memory(device: torch.device) -> tuple[float | None, str]:
@@ -24,10 +23,9 @@ def peak_memory(device: torch.device) -> tuple[float | None, str]:
 def _of_process() -> float | None:
     # Linux hands getrusage's figure on to the programs that a process starts, so that one started from a large process
     # would look large; the high-water mark in /proc is the program's own.
-    if STATUS.exists():
-        for line in STATUS.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return round(float(line.split()[1]) / 2**10, 1)  # given in kB
+    high = held("VmHWM")
+    if high is not None:
+        return round(high, 1)
     try:
         import resource
     except ImportError:  # Windows

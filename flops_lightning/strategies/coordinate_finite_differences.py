@@ -36,6 +36,7 @@ from flops_lightning.strategies.coordinate_probes import EVALUATIONS, Coordinate
 from flops_lightning.strategies.costs import site_costs
 from flops_lightning.strategies.precision import resolution, rounded_up
 from flops_lightning.strategies.replaced_parameters import ReplacedParameters
+from flops_lightning.strategies.setting_checks import check_choice, refuse_other_seed
 from flops_lightning.strategies.whole_batch import WholeBatchStrategy
 from flops_lightning.strategies.zo_grasp import kept_ratios, zo_grasp_scores
 
@@ -94,9 +95,8 @@ class CoordinateFiniteDifferences(WholeBatchStrategy):
             SettingError: an unknown scheme or ratios, a number out of its range.
         """
         super().__init__()
-        for name, value, choices in (("scheme", scheme, get_args(Scheme)), ("ratios", ratios, get_args(Ratios))):
-            if value not in choices:
-                raise SettingError(f"strategy.{name}", value, "is not known.", f"Choose from {list(choices)}.")
+        check_choice("strategy.scheme", scheme, get_args(Scheme))
+        check_choice("strategy.ratios", ratios, get_args(Ratios))
         for name, number in (
             ("coordinates", coordinates), ("grasp_queries", grasp_queries), ("resample_every", resample_every),
             ("chunk_rows", chunk_rows),
@@ -283,11 +283,7 @@ class CoordinateFiniteDifferences(WholeBatchStrategy):
         Raises:
             SettingError: another seed was given explicitly.
         """
-        if self._seed_given and self.seed != state["seed"]:
-            raise SettingError(
-                "strategy.seed", self.seed, f"the run to be resumed draws its masks from {state['seed']}.",
-                f"Leave the seed out, or write {state['seed']}.",
-            )  # fmt: skip
+        refuse_other_seed(self.seed, state["seed"], given=self._seed_given, draws="masks")
         super().load_state_dict(state)
         self.seed = int(state["seed"])
         self._found_ratios = None if state["ratios"] is None else dict(state["ratios"])

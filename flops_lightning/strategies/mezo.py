@@ -32,8 +32,8 @@ from flops_lightning.strategies.base import (
 )
 from flops_lightning.strategies.costs import site_costs
 from flops_lightning.strategies.precision import warn_unresolved_sigma
-from flops_lightning.strategies.query_strategy import check_choice, refuse_other_seed
 from flops_lightning.strategies.replaced_parameters import ReplacedParameters
+from flops_lightning.strategies.setting_checks import check_choice, refuse_other_seed
 from flops_lightning.strategies.shared_directions import SharedDirections
 from flops_lightning.strategies.site_specs import SiteSpec
 from flops_lightning.strategies.sites import Site, resolve_sites

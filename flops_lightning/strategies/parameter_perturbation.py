@@ -19,8 +19,9 @@ from flops_lightning.strategies.delta import Variant
 from flops_lightning.strategies.factored_directions import FactoredDirections, SiteParts, site_parts
 from flops_lightning.strategies.parameter_queries import DirectionLayout, ParameterQueries, QueriedParameters
 from flops_lightning.strategies.pilots import PilotSpec
-from flops_lightning.strategies.query_strategy import QueryStrategy, UpdateOrder, check_choice
+from flops_lightning.strategies.query_strategy import QueryStrategy, UpdateOrder
 from flops_lightning.strategies.replaced_parameters import ReplacedParameters
+from flops_lightning.strategies.setting_checks import check_choice
 from flops_lightning.strategies.shared_directions import SharedDirections
 from flops_lightning.strategies.site_specs import SiteSpec, default_specs
 from flops_lightning.strategies.sites import Site, resolve_sites

@@ -39,6 +39,7 @@ from flops_lightning.strategies.pilots import PilotSpec, check_pilots, pilot_sha
 from flops_lightning.strategies.precision import warn_unresolved_sigma
 from flops_lightning.strategies.sample_facts import SampleFacts
 from flops_lightning.strategies.seen_traces import SeenTraces
+from flops_lightning.strategies.setting_checks import check_choice, refuse_other_seed
 from flops_lightning.strategies.site_specs import SiteSpec, read_specs
 from flops_lightning.strategies.sites import Site, resolve_sites
 
@@ -428,26 +429,3 @@ class QueryStrategy(ForwardGradientStrategy, Generic[Q]):
         self._piloted = (-1, {})
         self._facts.load_state_dict(state)
         self.seed = int(state["seed"])
-
-
-def check_choice(setting: str, value: str, choices: Sequence[str]) -> None:
-    """Refuse a word that is not among the choices.
-
-    Raises:
-        SettingError: it is not.
-    """
-    if value not in choices:
-        raise SettingError(setting, value, "is not known.", f"Choose from {list(choices)}.")
-
-
-def refuse_other_seed(own: int, resumed: int, *, given: bool) -> None:
-    """A resumed run draws the noise of the run that it goes on with.
-
-    Raises:
-        SettingError: another seed was given explicitly.
-    """
-    if given and own != resumed:
-        raise SettingError(
-            "strategy.seed", own, f"the run to be resumed draws its noise from {resumed}.",
-            f"Leave the seed out, or write {resumed}.",
-        )  # fmt: skip

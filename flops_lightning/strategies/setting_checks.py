@@ -1,0 +1,30 @@
+"""Checks that several strategies share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from flops_lightning.errors import SettingError
+
+
+def check_choice(setting: str, value: str, choices: Sequence[str]) -> None:
+    """Refuse a word that is not among the choices.
+
+    Raises:
+        SettingError: it is not.
+    """
+    if value not in choices:
+        raise SettingError(setting, value, "is not known.", f"Choose from {list(choices)}.")
+
+
+def refuse_other_seed(own: int, resumed: int, *, given: bool, draws: str = "noise") -> None:
+    """A resumed run draws the noise (or masks) of the run that it goes on with.
+
+    Raises:
+        SettingError: another seed was given explicitly.
+    """
+    if given and own != resumed:
+        raise SettingError(
+            "strategy.seed", own, f"the run to be resumed draws its {draws} from {resumed}.",
+            f"Leave the seed out, or write {resumed}.",
+        )  # fmt: skip
