@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -189,6 +190,15 @@ def add_gradients(parameters: Mapping[str, nn.Parameter], gradients: Mapping[str
         parameter = parameters[name]
         typed = gradient.to(parameter.dtype)
         parameter.grad = typed if parameter.grad is None else parameter.grad + typed
+
+
+def warn_silent(number: int, what: str, *, smaller: str = "sigma or learning rate") -> None:
+    """Say what contributes nothing to a step; to be called by an ``estimate`` under ``torch.no_grad``."""
+    warnings.warn(
+        f"{number} {what} lost every query to non-finite losses and contribute nothing to this step. A smaller "
+        f"{smaller}, or a higher precision, keeps losses finite.",
+        RuntimeWarning, stacklevel=4,  # past this function, the estimate and its decorator
+    )  # fmt: skip
 
 
 def summed(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -30,6 +30,7 @@ from flops_lightning.strategies.base import (
     Estimate,
     add_gradients,
     resolve_seed,
+    warn_silent,
 )
 from flops_lightning.strategies.coordinate_masks import Masks, draw_masks, inclusion_probabilities
 from flops_lightning.strategies.coordinate_probes import EVALUATIONS, CoordinateProbes, Scheme
@@ -189,11 +190,7 @@ class CoordinateFiniteDifferences(WholeBatchStrategy):
         if survivors:
             add_gradients(self.network.trainable(), self._gradients(masks, slopes))
         if silent:
-            warnings.warn(
-                f"{silent} samples lost every query to non-finite losses and contribute nothing to this step. A "
-                "smaller learning rate, or a higher precision, keeps losses finite.",
-                RuntimeWarning, stacklevel=3,  # past the decorator
-            )  # fmt: skip
+            warn_silent(silent, "samples", smaller="learning rate")
         return Estimate(clean.loss, clean.output, queries, lost, silent, lost_batch=not survivors)
 
     def _gradients(self, masks: Masks, slopes: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,7 +11,6 @@ One scalar a step; with ``queries = n`` the mean over ``n / 2`` directions (n-SP
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
@@ -29,6 +28,7 @@ from flops_lightning.strategies.base import (
     Exchange,
     add_gradients,
     resolve_seed,
+    warn_silent,
 )
 from flops_lightning.strategies.costs import site_costs
 from flops_lightning.strategies.precision import warn_unresolved_sigma
@@ -179,11 +179,7 @@ class MeZO(WholeBatchStrategy):
         if used:
             add_gradients(site.parameters, gradients)
         if silent:
-            warnings.warn(
-                f"{silent} samples lost every query to non-finite losses and contribute nothing to this step. A "
-                "smaller sigma or learning rate, or a higher precision, keeps losses finite.",
-                RuntimeWarning, stacklevel=3,
-            )  # fmt: skip
+            warn_silent(silent, "samples")
         return Estimate(
             loss=losses[:, 0].mean(1),
             output=torch.cat(first_outputs[::2]),

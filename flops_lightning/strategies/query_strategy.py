@@ -6,7 +6,6 @@ How the queries of one site are run, and what gradient follows from them, is the
 
 from __future__ import annotations
 
-import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
@@ -29,6 +28,7 @@ from flops_lightning.strategies.base import (
     add_gradients,
     refuse_second_network,
     resolve_seed,
+    warn_silent,
 )
 from flops_lightning.strategies.costs import SiteCosts, site_costs
 from flops_lightning.strategies.counts import check_counts, equal_counts
@@ -311,11 +311,7 @@ class QueryStrategy(ForwardGradientStrategy, Generic[Q]):
             self.meter.add(site.name, forward_equivalents=clean.batch_size * (1 if site.layers else 3) * inside)
         silent = int(((counting == 0) & (table[chosen] > 0)).sum())
         if silent:
-            warnings.warn(
-                f"{silent} (sample, site) pairs lost every query to non-finite losses and contribute nothing to this "
-                "step. A smaller sigma or learning rate, or a higher precision, keeps losses finite.",
-                RuntimeWarning, stacklevel=3,  # past the decorator
-            )  # fmt: skip
+            warn_silent(silent, "(sample, site) pairs")
         return Estimate(
             loss=clean.loss,
             output=clean.output,
