@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from flops_lightning.errors import CheckpointError
@@ -84,21 +83,6 @@ def in_mid_step(checkpoint: Mapping[str, Any]) -> bool:
     """Whether a Lightning checkpoint was made between the start and the end of a training batch."""
     progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {}).get("total", {})
     return progress.get("ready") != progress.get("processed")
-
-
-def count_entered_epoch(trainer: Trainer) -> None:
-    """Call in ``on_train_start``: correct what Lightning 2.6 forgets to count.
-
-    A run that goes on from a checkpoint of an epoch's last batch enters the next epoch without counting it as begun.
-    Checkpoints made in there would then repeat steps, and a kill at each end of an epoch would cost one more epoch.
-    """
-    loop = trainer.fit_loop
-    epochs: Any = loop.epoch_progress  # declared as a tracker that counts less than it does
-    last = trainer.max_epochs
-    goes_on = last is None or last < 0 or epochs.current.processed < last
-    if goes_on and loop.restarted_mid_epoch and epochs.total.ready == epochs.total.processed:
-        epochs.increment_ready()
-        epochs.increment_started()
 
 
 def write_whole(target: Path, write: Callable[[Path], None]) -> None:

@@ -13,9 +13,10 @@ from typing import Any, cast
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from flops_lightning.checkpoint_io import count_entered_epoch
+from flops_lightning.loop_progress import settle_progress
 
 FILE_NAME = "last.ckpt"
 
@@ -52,9 +53,13 @@ class SaveOnSignal(Checkpoint):
         """Take the signals, after Lightning has."""
         self._take(trainer)
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """See to it that a run can be left at the end of an epoch, and again within the next."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            settle_progress(checkpoint)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the signals, after Lightning has; see to it that what it saved can be gone on with more than once."""
-        count_entered_epoch(trainer)
+        """Take the signals, after Lightning has."""
         self._take(trainer)
 
     def on_train_batch_end(

@@ -23,6 +23,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from flops_lightning.allocators.statistics import SampleStatistics, TraceObservation
 from flops_lightning.distributed import present_communicator
 from flops_lightning.errors import LostQueriesError, SettingError
+from flops_lightning.loop_progress import settle_progress
 from flops_lightning.objectives import Objective, dotted_path, find_objective, most_probable
 from flops_lightning.queries import CleanPass, row_losses
 from flops_lightning.staging import stage_network
@@ -30,7 +31,6 @@ from flops_lightning.strategies.base import Estimate, ForwardGradientStrategy
 from flops_lightning.tasks.backbone import check_images, create_backbone, load_weights, save_weights
 from flops_lightning.tasks.backbone import freeze as freeze_parameters
 from flops_lightning.tasks.checkpoint_checks import check_optimizer, check_settings, check_weights, within_epoch
-from flops_lightning.tasks.loop_progress import settle_progress
 from flops_lightning.tasks.mean_gradient import MeanGradient
 from flops_lightning.tasks.optimisation import (
     ClipSettings,

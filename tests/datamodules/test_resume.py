@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from flops_lightning.datamodules import DigitsDataModule
-from flops_lightning.tasks.loop_progress import settle_progress
+from flops_lightning.loop_progress import settle_progress
 
 BATCHES, STEPS = 5, 17  # 1257 images in batches of 300; the run ends within the fourth epoch
 
@@ -162,3 +163,26 @@ def test_a_loop_of_ones_own_saves_and_loads_the_loaders_state():
     other.batches_done = None
     other.load_state_dict(state)
     assert begun + [labels.tolist() for _, labels in other] == whole
+
+
+MOMENTS = [("on_train_start", 0), ("on_train_epoch_start", 0), ("on_train_epoch_start", BATCHES)]
+MOMENTS += [("on_train_batch_start", 1), ("on_train_batch_end", 1), ("on_train_batch_end", BATCHES)]
+MOMENTS += [("on_train_epoch_end", BATCHES), ("on_train_end", BATCHES)]
+
+
+@pytest.mark.parametrize(("hook", "step"), MOMENTS)
+def test_progress_that_is_settled_stays_as_it_is(tmp_path, hook, step):
+    run(tmp_path, SaveAt(hook, step, str(tmp_path / "c.ckpt")), max_epochs=1 if hook == "on_train_end" else 3)
+    checkpoint = torch.load(tmp_path / "c.ckpt", weights_only=False)
+    settle_progress(checkpoint)
+    once = copy.deepcopy(checkpoint["loops"])
+    settle_progress(checkpoint)
+    assert checkpoint["loops"] == once
+    progress = once["fit_loop"]["epoch_progress"]
+    assert progress["current"]["processed"] == (step == BATCHES and hook != "on_train_batch_end")
+
+
+def test_a_run_saved_before_its_first_epoch_goes_on_from_there(tmp_path):
+    whole = run(tmp_path)
+    run(tmp_path, SaveAt("on_train_start", 0, str(tmp_path / "c.ckpt")))
+    assert run(tmp_path, resume=tmp_path / "c.ckpt").seen == whole.seen

@@ -15,17 +15,21 @@ def settle_progress(checkpoint: dict[str, Any]) -> None:
 
     These are: within an epoch; after its last batch, where the epoch is then ended with its hooks, but without the
     validation that was due after that batch; and before the first batch of an epoch. Call it in ``on_load_checkpoint``
-    of a module that is being fitted: loops are restored after that hook.
+    of whatever belongs to a run that is being fitted: loops are restored after that hook. Progress that is settled, or
+    a checkpoint without any (weights alone), stays as it is.
 
     Args:
         checkpoint: Of Lightning; changed in place.
     """
-    loop = checkpoint["loops"]["fit_loop"]
+    loop = checkpoint.get("loops", {}).get("fit_loop")
+    if not loop:
+        return
     epoch, batch = loop["epoch_progress"], loop["epoch_loop.batch_progress"]
     # A batch is known to be the last as soon as it is loaded; a step that was cut off lacks the later counts.
     cut_off = batch["current"]["processed"] != batch["current"]["ready"]
     over = batch["is_last_batch"] and not cut_off
-    ended = over and epoch["current"]["processed"] == epoch["current"]["started"]
+    between = batch["current"]["ready"] == 0
+    ended = (over or between) and epoch["current"]["processed"] == epoch["current"]["started"]
     for which in ("current", "total"):
         begun, done = epoch[which]["started"], batch[which]["processed"]
         epoch[which] |= _counts(begun, begun if ended else begun - 1)
