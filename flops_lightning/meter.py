@@ -52,6 +52,11 @@ class QueryMeter:
         count.clean_passes += clean_passes
         count.forward_equivalents += forward_equivalents
 
+    def add_all(self, other: QueryMeter) -> None:
+        """Add the totals of another meter, site by site."""
+        for site, count in other.sites.items():
+            self.add(site, **asdict(count))
+
     def total(self) -> SiteCount:
         """Totals over all sites."""
         total = QueryMeter()

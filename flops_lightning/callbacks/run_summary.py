@@ -42,6 +42,7 @@ class RunSummary(pl.Callback):
         """
         self.export_weights = export_weights
         self._start_accuracy: float | None = None
+        self._samples_before = 0  # the run was resumed; of all ranks
         self._samples = 0
         self._seconds = 0.0
         self._since = 0.0
@@ -51,14 +52,20 @@ class RunSummary(pl.Callback):
         elapsed = time.monotonic() - self._since if self._since else 0.0
         return {
             "start_accuracy": self._start_accuracy,
-            "samples": self._samples,
+            "samples": self._samples_before + self._samples,
             "seconds": self._seconds + elapsed,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
         self._start_accuracy, self._seconds = state_dict["start_accuracy"], state_dict["seconds"]
-        self._samples = state_dict["samples"]
+        self._samples_before, self._samples = state_dict["samples"], 0
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Count the samples of all ranks in the checkpoint, of which one rank's state becomes everybody's."""
+        checkpoint["callbacks"][self.state_key]["samples"] = self._all_samples(pl_module.device)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Test before the first step, then start the clock."""
@@ -86,9 +93,12 @@ class RunSummary(pl.Callback):
             for state in gather_plain(ranks, pl_module.strategy.meter.state_dict(), device=device):
                 for site, count in state.items():
                     meter.add(site, **count)
-            samples = sum(gather_plain(ranks, self._samples, device=device))
+            samples = self._all_samples(device)
             log_dir = trainer.log_dir  # told by the first process to the others: all must ask
             self._report(trainer, pl_module, accuracy, meter, samples, log_dir)
+
+    def _all_samples(self, device: torch.device) -> int:
+        return self._samples_before + sum(gather_plain(present_communicator(), self._samples, device=device))
 
     @rank_zero_only
     def _report(

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
+import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
@@ -72,8 +73,9 @@ class SaveOnSignal(Checkpoint):
             CheckpointError: one did, and the state could not be saved.
         """
         between_steps = getattr(pl_module, "between_steps", True)  # a gradient under way is in no checkpoint
-        if between_steps and self._agreed(trainer):
-            self._save_and_leave(trainer)
+        received = self._agreed(trainer) if between_steps else None
+        if received:
+            self._save_and_leave(trainer, received)
 
     def on_validation_batch_end(
         self,
@@ -90,8 +92,9 @@ class SaveOnSignal(Checkpoint):
             LeftOnSignal: one did.
             CheckpointError: one did, and the state could not be saved.
         """
-        if self._trainer is trainer and self._agreed(trainer):
-            self._save_and_leave(trainer)
+        received = self._agreed(trainer) if self._trainer is trainer else None
+        if received:
+            self._save_and_leave(trainer, received)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the signals back."""
@@ -130,16 +133,17 @@ class SaveOnSignal(Checkpoint):
         # Not by the stream: its lock may be held by what the signal interrupted.
         os.write(2, f"\n{received.name}: saving at the end of this step.\n".encode())
 
-    def _agreed(self, trainer: Trainer) -> bool:
-        received = self._received is not None
+    def _agreed(self, trainer: Trainer) -> signal.Signals | None:
+        """The signal that one of the processes has received; all get the same answer."""
         if trainer.world_size == 1:
-            return received
-        return bool(trainer.strategy.reduce_boolean_decision(received, all=False))
+            return self._received
+        mine = torch.tensor(int(self._received or 0), device=trainer.strategy.root_device)
+        number = int(trainer.strategy.reduce(mine, reduce_op="max"))
+        return signal.Signals(number) if number else None
 
     # -- leaving -------------------------------------------------------------------------------------------------------
 
-    def _save_and_leave(self, trainer: Trainer) -> None:
-        received = self._received or signal.SIGTERM  # another process has received it
+    def _save_and_leave(self, trainer: Trainer, received: signal.Signals) -> None:
         if not (trainer.sanity_checking or cast("Any", trainer).fast_dev_run):  # else there is nothing to save
             path = _folder(trainer) / FILE_NAME
             trainer.save_checkpoint(path)

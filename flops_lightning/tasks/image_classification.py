@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torchmetrics.classification import MulticlassAccuracy
 
 from flops_lightning.allocators.statistics import SampleStatistics, TraceObservation
-from flops_lightning.distributed import present_communicator
+from flops_lightning.distributed import gather_plain, present_communicator
 from flops_lightning.errors import LostQueriesError, SettingError
 from flops_lightning.loop_progress import settle_progress
 from flops_lightning.objectives import Objective, dotted_path, find_objective, most_probable
@@ -42,7 +42,7 @@ from flops_lightning.tasks.optimisation import (
     squared_step_sizes,
 )
 from flops_lightning.tasks.parameter_efficient import TargetSettings, apply_target, check_target_learns
-from flops_lightning.tasks.resumption import obey_optimizer, obey_schedule, obey_what_learns
+from flops_lightning.tasks.resumption import obey_optimizer, obey_schedule, obey_what_learns, share_meters
 from flops_lightning.tasks.run_settings import describe_run, describe_task
 from flops_lightning.tasks.trainer_checks import check_trainer
 
@@ -421,10 +421,12 @@ class ForwardImageClassifier(pl.LightningModule):
         return self._gradient.empty
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the strategy's state (draw counter, seed, meter), and the settings of the run."""
+        """Add the strategy's state (draw counter, seed, every rank's meter), and the settings of the run."""
         if self.strategy is not None:
+            own = self.strategy.meter.state_dict()
             checkpoint["forward_gradient"] = {
                 "strategy": self.strategy.state_dict(),
+                "meters": gather_plain(self.strategy.communicator, own, device=self.device),
                 "skipped": self._skipped,
                 "settings": self._settings(),
             }
@@ -453,6 +455,7 @@ class ForwardImageClassifier(pl.LightningModule):
             obey_optimizer(checkpoint, then=then, now=now)
             obey_what_learns(checkpoint, state["strategy"], changes)
             self.strategy.load_state_dict(state["strategy"])
+            share_meters(self.strategy.meter, state.get("meters", [state["strategy"]["meter"]]), present_communicator())
             self._skipped = state["skipped"]
             self._resumed = True
             settle_progress(checkpoint)

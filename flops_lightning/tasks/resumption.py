@@ -11,6 +11,8 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from flops_lightning.distributed import Communicator
+from flops_lightning.meter import QueryMeter
 from flops_lightning.tasks.checkpoint_checks import Change
 
 
@@ -57,6 +59,22 @@ def obey_what_learns(checkpoint: dict[str, Any], state: dict[str, Any], changes:
             for key, part in checkpoint.get("callbacks", {}).items():
                 if "BernoulliAllocator" in key:
                     part["p"] = now
+
+
+def share_meters(meter: QueryMeter, saved: Sequence[dict[str, Any]], communicator: Communicator) -> None:
+    """Give each rank what it had paid; with another number of ranks than then, all of it to the first.
+
+    Args:
+        meter: This rank's; changed in place.
+        saved: State of every rank's meter, in order.
+        communicator: The ranks at present.
+    """
+    meter.sites.clear()
+    same = len(saved) == communicator.size
+    for state in [saved[communicator.rank]] if same else saved if communicator.rank == 0 else []:
+        other = QueryMeter()
+        other.load_state_dict(state)
+        meter.add_all(other)
 
 
 def _parameters(optimizer: Optimizer) -> list[Any]:

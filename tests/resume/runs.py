@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -81,20 +82,22 @@ class SlowCheckpointIO(AtomicCheckpointIO):
                 time.sleep(0.02)
 
 
-def write_config(folder: Path, **trainer: Any) -> None:
-    settings = {**SETTINGS, "trainer": {**SETTINGS["trainer"], **trainer}}
+def write_config(folder: Path, *, model: Mapping[str, Any] | None = None, **trainer: Any) -> None:
+    settings = copy.deepcopy({**SETTINGS, "trainer": {**SETTINGS["trainer"], **trainer}})
+    settings["model"]["init_args"].update(model or {})
     (folder / f"{NAME}.yaml").write_text(yaml.safe_dump(settings))
 
 
-def start(folder: Path, *arguments: str) -> BaseProcess:
+def start(folder: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> BaseProcess:
     """Begin ``python main.py fit`` in a folder with a config."""
-    process = FORKS.Process(target=_fit, args=(str(folder), arguments))
+    process = FORKS.Process(target=_fit, args=(str(folder), arguments, dict(environment or {})))
     process.start()
     return process
 
 
-def _fit(folder: str, arguments: tuple[str, ...]) -> None:
+def _fit(folder: str, arguments: tuple[str, ...], environment: dict[str, str]) -> None:
     os.chdir(folder)
+    os.environ.update(environment)
     torch.set_num_threads(1)
     from flops_lightning.cli import main
 

@@ -9,10 +9,13 @@ import torch
 from flops_lightning.allocators import BernoulliAllocator, EqualAllocator, OptimalAllocator
 from flops_lightning.callbacks import QueryAllocatorCallback
 from flops_lightning.datamodules import DigitsDataModule
+from flops_lightning.distributed import SingleProcess
 from flops_lightning.errors import SettingError
+from flops_lightning.meter import QueryMeter, SiteCount
 from flops_lightning.strategies import Backprop, CoordinateFiniteDifferences, LikelihoodRatio, SiteSpec
 from flops_lightning.tasks import ClipSettings, OptimizerSettings, TargetSettings
 from flops_lightning.tasks.checkpoint_checks import check_settings
+from flops_lightning.tasks.resumption import share_meters
 
 
 class Spy(pl.Callback):
@@ -237,3 +240,18 @@ def test_an_unchanged_run_has_nothing_to_tell(resume, caplog):
     with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
         resume(max_epochs=4, max_steps=3)
     assert not [r for r in caplog.records if "other settings" in r.getMessage()]
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "expected"), [(2, 2, [5, 7]), (2, 1, [12]), (2, 3, [12, 0, 0]), (1, 2, [5, 0])]
+)
+def test_ranks_go_on_counting_what_was_paid_and_no_query_counts_twice(then, now, expected):
+    class Ranks(SingleProcess):
+        def __init__(self, rank: int) -> None:
+            self.rank, self.size = rank, now
+
+    saved = [QueryMeter({"a": SiteCount(queries=queries)}).state_dict() for queries in (5, 7)[:then]]
+    meters = [QueryMeter({"b": SiteCount(queries=1)}) for _ in range(now)]
+    for rank, meter in enumerate(meters):
+        share_meters(meter, saved, Ranks(rank))
+    assert [meter.total().queries for meter in meters] == expected

@@ -1,0 +1,96 @@
+"""A run of several processes that is stopped goes on; with another number of processes too."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.resume.runs import SETTINGS, files, finish, outcome, start, wait_until, write_config
+
+BACKPROP = {"class_path": "flops_lightning.strategies.Backprop"}
+
+
+def launch(folder: Path, world_size: int, *arguments: str) -> list[BaseProcess]:
+    """Begin a run with the environment that torchrun sets."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {
+        "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "GROUP_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test",
+    }  # fmt: skip
+    return [
+        start(
+            folder, "--trainer.devices", str(world_size), *arguments,
+            environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(world_size)
+    ]  # fmt: skip
+
+
+def run(folder: Path, world_size: int, *arguments: str) -> None:
+    for process in launch(folder, world_size, *arguments):
+        finish(process, folder)
+
+
+def stop(folder: Path, world_size: int, number: signal.Signals) -> None:
+    """Let a run make its first checkpoint, and send the signal to its last process alone."""
+    processes = launch(folder, world_size)
+    assert wait_until(lambda: bool(files(folder, "*.ckpt")), processes[0])
+    os.kill(processes[-1].pid, number)
+    for process in processes:
+        process.join(timeout=250)
+        assert process.exitcode == 128 + number, (folder / "log.txt").read_text()[-3000:]
+    (saved,) = files(folder, "last.ckpt")
+    assert torch.load(saved, weights_only=True)["global_step"] < 8
+
+
+def folders(tmp_path: Path, *, backprop: bool = False) -> tuple[Path, Path]:
+    _allocator, *others = SETTINGS["trainer"]["callbacks"]
+    for name in ("whole", "stopped"):
+        (tmp_path / name).mkdir()
+        if backprop:
+            write_config(tmp_path / name, model={"strategy": BACKPROP}, callbacks=others)
+        else:
+            write_config(tmp_path / name)
+    return tmp_path / "whole", tmp_path / "stopped"
+
+
+def test_a_signal_to_one_process_stops_all_and_the_run_goes_on_bit_for_bit(tmp_path):
+    whole, stopped = folders(tmp_path)
+    run(whole, 2)
+    stop(stopped, 2, signal.SIGTERM)
+    run(stopped, 2, "--ckpt_path", "last")
+    (expected, summary_whole), (resumed, summary) = outcome(whole), outcome(stopped)
+    assert summary == summary_whole
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_a_run_goes_on_with_another_number_of_processes_and_the_same_batches(tmp_path, before, after):
+    # Backprop's gradient of a batch does not depend on who has computed which part of it.
+    whole, stopped = folders(tmp_path, backprop=True)
+    run(whole, 1)
+    stop(stopped, before, signal.SIGUSR1)
+    run(stopped, after, "--ckpt_path", "last")
+    (expected, summary_whole), (resumed, summary) = outcome(whole), outcome(stopped)
+    assert [summary[name] for name in ("steps", "samples")] == [summary_whole[name] for name in ("steps", "samples")]
+    for name, value in expected.items():
+        assert torch.allclose(resumed[name], value, atol=1e-5), name
+
+
+def test_queries_go_on_with_another_number_of_processes(tmp_path):
+    _, stopped = folders(tmp_path)
+    stop(stopped, 2, signal.SIGTERM)
+    run(stopped, 1, "--ckpt_path", "last")
+    _, summary = outcome(stopped)
+    trainer, data = SETTINGS["trainer"], SETTINGS["data"]["init_args"]
+    steps = trainer["max_epochs"] * trainer["limit_train_batches"]
+    assert summary["steps"] == steps
+    assert summary["samples"] == steps * data["batch_size"]
