@@ -2,7 +2,8 @@
 
 Lightning 2.6 goes on correctly from a checkpoint within an epoch. From one made at an epoch's end it does so in part:
 saved after the epoch's last batch, it counts one epoch start too few, so that a second interruption repeats the next
-epoch from its beginning; with ``max_steps`` it counts the finished epoch twice, so that the shuffling skips one.
+epoch from its beginning; with ``max_steps`` it counts the finished epoch twice, so that the shuffling skips one. And it
+drops the validation that was due after the batch at whose end a checkpoint was made, or that was under way.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from typing import Any
 def settle_progress(checkpoint: dict[str, Any]) -> None:
     """Rewrite the progress of training as one of three kinds that Lightning goes on from.
 
-    These are: within an epoch; after its last batch, where the epoch is then ended with its hooks, but without the
-    validation that was due after that batch; and before the first batch of an epoch. Call it in ``on_load_checkpoint``
-    of whatever belongs to a run that is being fitted: loops are restored after that hook. Progress that is settled, or
-    a checkpoint without any (weights alone), stays as it is.
+    These are: within an epoch; after its last batch, where the epoch is then ended with its hooks; and before the first
+    batch of an epoch. In the first two a validation that was due or under way is run from its beginning. Call this in
+    ``on_load_checkpoint`` of whatever belongs to a run that is being fitted: loops are restored after that hook.
+    Progress that is settled, or a checkpoint without any (weights alone), stays as it is.
 
     Args:
         checkpoint: Of Lightning; changed in place.
@@ -25,11 +26,15 @@ def settle_progress(checkpoint: dict[str, Any]) -> None:
     if not loop:
         return
     epoch, batch = loop["epoch_progress"], loop["epoch_loop.batch_progress"]
+    validation = loop["epoch_loop.val_loop.batch_progress"]
     # A batch is known to be the last as soon as it is loaded; a step that was cut off lacks the later counts.
     cut_off = batch["current"]["processed"] != batch["current"]["ready"]
     over = batch["is_last_batch"] and not cut_off
     between = batch["current"]["ready"] == 0
     ended = (over or between) and epoch["current"]["processed"] == epoch["current"]["started"]
+    # The last count of a batch follows the hooks of its end, and those precede its validation.
+    validated = batch["total"]["completed"] == batch["total"]["processed"] and _finished(validation)
+    _settle_validation(validation, due=not (validated or between or ended))
     for which in ("current", "total"):
         begun, done = epoch[which]["started"], batch[which]["processed"]
         epoch[which] |= _counts(begun, begun if ended else begun - 1)
@@ -40,3 +45,17 @@ def settle_progress(checkpoint: dict[str, Any]) -> None:
 
 def _counts(begun: int, done: int) -> dict[str, int]:
     return {"ready": begun, "started": begun, "processed": done, "completed": done}
+
+
+def _finished(validation: dict[str, Any]) -> bool:
+    current = validation["current"]
+    return bool(validation["is_last_batch"] and current["completed"] == current["ready"])
+
+
+def _settle_validation(validation: dict[str, Any], *, due: bool) -> None:
+    # Lightning runs a validation, if it is due after the batch at hand, where the counts are those of one cut off.
+    done = 0 if due else validation["total"]["ready"]
+    validation["total"] |= {"ready": done + due, "started": done + due, "processed": done, "completed": done}
+    if due:
+        validation["current"] |= _counts(0, 0)
+        validation["is_last_batch"] = False

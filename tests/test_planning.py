@@ -16,6 +16,7 @@ from flops_lightning.allocators import EqualAllocator, GaussianAllocator
 from flops_lightning.callbacks import QueryAllocatorCallback
 from flops_lightning.cli import main
 from flops_lightning.datamodules import DigitsDataModule
+from flops_lightning.datamodules.global_batches import GlobalBatches
 from flops_lightning.errors import SettingError
 from flops_lightning.planning.cost import Cost, typical_seconds
 from flops_lightning.planning.length import Epoch
@@ -400,3 +401,12 @@ def test_a_module_that_does_not_tell_what_it_spends_is_refused():
 def test_the_threads_are_told():
     assert f"{torch.get_num_threads()} threads" in text(planned("mezo"))
     assert os.listdir() == []  # noqa: PTH208
+
+
+@pytest.mark.parametrize(
+    ("samples", "batch_size", "processes"), [(1257, 157, 2), (1256, 157, 8), (100, 5, 4), (99, 5, 4)]
+)
+def test_a_rest_too_small_for_all_processes_is_no_batch(samples, batch_size, processes):
+    seen = GlobalBatches(range(samples), batch_size=batch_size * processes, world_size=processes, rank=0, seed=0)
+    batches = -(-len(seen) // batch_size)
+    assert Epoch.of(samples, batch_size, float("inf"), processes=processes).steps == batches

@@ -24,11 +24,13 @@ class Allocation:
         diagnostics: Named floats to be logged (lambda, J / J_equal, convergence, ...).
         pilot_weight: ``(s, b)`` weight of reused pilots in each sample's gradient, chosen without a look at them, or
             None for the share of the pilots in the budget.
+        most: ``(s,)`` upper bound of a sample's counts at each site; None: none.
     """
 
     counts: Tensor
     diagnostics: dict[str, float] = field(default_factory=dict)
     pilot_weight: Tensor | None = None
+    most: Tensor | None = None
 
 
 class QueryAllocator(KeepsSettings, ABC):

@@ -167,7 +167,7 @@ class CostAwareAllocator(QueryAllocator):
             "compute_used": float((costs[:, None] * counts).sum()) / total,
         }
         values |= {f"queries_site{i}": float(line.double().mean()) for i, line in enumerate(counts)}
-        return Allocation(counts, values, weight)
+        return Allocation(counts, values, weight, most.long())
 
     def _variance(self, trace: Tensor, estimate: TraceEstimate, scales: Tensor, own: Tensor, costs: Tensor) -> Tensor:
         """``(s, b)`` V of :func:`cheapest_counts`: traces in units of the parameters.

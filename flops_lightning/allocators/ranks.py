@@ -73,7 +73,8 @@ def gather_observation(communicator: Communicator, observation: TraceObservation
 def with_fixed_totals(allocation: Allocation, sizes: Sequence[int], *, multiple: int) -> Allocation:
     """The same allocation with each rank's queries at each site in proportion to its number of samples.
 
-    Within a rank the shares stay what they were, and no sample falls below the least count of the site.
+    Within a rank the shares stay what they were, and no sample falls below the least count of the site or rises above
+    the most that the allocator grants; a rank whose samples all have that spends less.
 
     Args:
         allocation: Of all ranks' samples, rank by rank.
@@ -83,10 +84,24 @@ def with_fixed_totals(allocation: Allocation, sizes: Sequence[int], *, multiple:
     if len(sizes) == 1:
         return allocation
     lines = []
-    for line in allocation.counts:
+    for i, line in enumerate(allocation.counts):
         least = int(line.min())
+        most = None if allocation.most is None else int(allocation.most[i])
         of_ranks = torch.tensor(sizes, dtype=torch.float64)
         totals = largest_remainder(of_ranks, int(line.sum()), minimum=0, multiple=multiple).tolist()
         parts = zip(line.split(list(sizes)), totals, strict=True)
-        lines.append(torch.cat([largest_remainder(p, n, minimum=least, multiple=multiple) for p, n in parts]))
+        lines.append(torch.cat([_bounded(p, n, least=least, most=most, multiple=multiple) for p, n in parts]))
     return replace(allocation, counts=torch.stack(lines))
+
+
+def _bounded(shares: Tensor, total: int, *, least: int, most: int | None, multiple: int) -> Tensor:
+    counts = largest_remainder(shares, total, minimum=least, multiple=multiple)
+    full = torch.zeros_like(counts, dtype=torch.bool)
+    while most is not None and bool((counts > most).any()):
+        full |= counts >= most
+        counts[full] = most
+        if not bool((~full).any()):
+            break
+        rest = total - most * int(full.sum())
+        counts[~full] = largest_remainder(shares[~full], rest, minimum=least, multiple=multiple)
+    return counts

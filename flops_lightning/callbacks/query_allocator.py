@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -169,6 +170,8 @@ class QueryAllocatorCallback(Callback):
                 "Return `flops_lightning.allocators.SampleStatistics(loss=..., embedding=..., trace=...)`.",
             )
         self.allocator.check(statistics)
+        if "embedding" not in self.allocator.requests:
+            statistics = replace(statistics, embedding=None)  # by far the largest part of what ranks would exchange
         gathered = gather_statistics(self._ranks, statistics)
         budget = self._budget(statistics)
         allocation = self.allocator.allocate(gathered.statistics, budget)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -13,13 +14,14 @@ from typing import Any, cast
 import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from flops_lightning.loop_progress import settle_progress
 
 FILE_NAME = "last.ckpt"
+LONGEST = 2**31 - 1  # batches of a validation without a length
 
 
 class LeftOnSignal(SystemExit):
@@ -47,6 +49,7 @@ class SaveOnSignal(Checkpoint):
         self._received: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
         self._process = 0
+        self._validated, self._validated_by_all = 0, math.inf
 
     # -- hooks ---------------------------------------------------------------------------------------------------------
 
@@ -77,6 +80,14 @@ class SaveOnSignal(Checkpoint):
         if received:
             self._save_and_leave(trainer, received)
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find out after how many batches all processes still are there to agree."""
+        self._validated, self._validated_by_all = 0, math.inf
+        if self._trainer is trainer and trainer.world_size > 1:
+            batches = min(sum(trainer.num_val_batches), LONGEST)
+            mine = torch.tensor(int(batches), device=trainer.strategy.root_device)
+            self._validated_by_all = int(trainer.strategy.reduce(mine, reduce_op="min"))
+
     def on_validation_batch_end(
         self,
         trainer: Trainer,
@@ -92,8 +103,14 @@ class SaveOnSignal(Checkpoint):
             LeftOnSignal: one did.
             CheckpointError: one did, and the state could not be saved.
         """
-        received = self._agreed(trainer) if self._trainer is trainer else None
+        self._validated += 1
+        if self._trainer is not trainer or self._validated > self._validated_by_all:
+            return
+        received = self._agreed(trainer)
         if received:
+            # Weights that are averaged stand in the module while it is validated: they change places once more.
+            for average in (c for c in trainer.callbacks if isinstance(c, WeightAveraging)):  # type: ignore[attr-defined]
+                average.on_validation_epoch_end(trainer, pl_module)
             self._save_and_leave(trainer, received)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

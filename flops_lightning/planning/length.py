@@ -46,8 +46,10 @@ class Epoch:
             limit: ``limit_train_batches``: a number of batches, or a share of them.
         """
         if processes > 1 and samples is not None:
+            whole, rest = divmod(samples, batch_size * processes)
+            # Of a last batch too small for all processes nobody gets anything.
+            batches = whole + (rest >= processes and not drop_last)
             samples = math.ceil(samples / processes)
-            batches = samples // batch_size if drop_last else math.ceil(samples / batch_size)
             batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
         steps = int(batches) if math.isfinite(batches) else None
         if samples is not None and steps is not None:

@@ -18,6 +18,7 @@ from flops_lightning.kept_settings import KeepsSettings
 from flops_lightning.meter import QueryMeter
 from flops_lightning.queries import CleanPass, LossFunction
 from flops_lightning.staging import StagedNetwork
+from flops_lightning.strategies.setting_checks import check_common_seed
 from flops_lightning.strategies.sites import Site
 
 Exchange = Literal["gradients", "losses"]
@@ -82,8 +83,15 @@ class ForwardGradientStrategy(KeepsSettings, ABC):
         """
 
     def join(self, communicator: Communicator) -> None:
-        """Train together with other ranks: directions differ from rank to rank, what is learned of them is shared."""
+        """Train together with other ranks: directions differ from rank to rank, what is learned of them is shared.
+
+        Raises:
+            SettingError: the ranks have different seeds.
+        """
         self.communicator, self.rank = communicator, communicator.rank
+        if hasattr(self, "seed"):
+            device = next(self.network.module.parameters()).device
+            check_common_seed(communicator, self.seed, device=device)
 
     def used_by_any(self, used: Sequence[bool]) -> list[bool]:
         """Which gradients count: those that any of the ranks has queries for, where ranks exchange losses.

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
+from flops_lightning.distributed import Communicator, gather_plain
 from flops_lightning.errors import SettingError
 
 
@@ -15,6 +18,20 @@ def check_choice(setting: str, value: str, choices: Sequence[str]) -> None:
     """
     if value not in choices:
         raise SettingError(setting, value, "is not known.", f"Choose from {list(choices)}.")
+
+
+def check_common_seed(communicator: Communicator, seed: int, *, device: torch.device) -> None:
+    """Every rank must draw by the same seed (and its own number): directions that are drawn again elsewhere are theirs.
+
+    Raises:
+        SettingError: the ranks have different seeds.
+    """
+    seeds = gather_plain(communicator, seed, device=device)
+    if len(set(seeds)) > 1:
+        raise SettingError(
+            "strategy.seed", seed, f"the processes of this run have different seeds, {seeds}.",
+            "Call seed_everything with the same seed in each before the strategy is made, or give `seed`.",
+        )  # fmt: skip
 
 
 def refuse_other_seed(own: int, resumed: int, *, given: bool, draws: str = "noise") -> None:

@@ -7,7 +7,8 @@ of the log. A setting that is only where an optimisation started is obeyed by st
 ``model_name``, ``model_kwargs``,           refused: the weights are those of another network
 ``num_classes``
 ``target.*``, ``freeze``                    refused if other parameters learn
-``checkpoint``, ``pretrained``              refused if given and other than then: the weights come from the checkpoint
+``checkpoint``, ``pretrained``              refused if given and other than then: the weights come from the checkpoint;
+                                            a file of the same name in another folder is named in the log, and not read
 ``optimizer.name``                          refused: its state is another
 ``optimizer.lr``, ``weight_decay``,         obeyed; moments are kept, also where parameters change groups
 ``momentum``, ``layer_decay``
@@ -31,6 +32,8 @@ other settings of the strategy              obeyed
 ``data.batch_size``, other settings of      obeyed at the end of an epoch, refused within: batches done there would be
 the data                                    others
 ``trainer.precision``, number of processes  obeyed
+``trainer.limit_train_batches`` and others  obeyed, see ``run_settings.OF_TRAINER``
+``trainer.callbacks``                       refused without one that averages weights where the run had one
 ==========================================  ============================================================================
 
 A checkpoint from before settings were saved has only those of the task to compare.
@@ -38,10 +41,11 @@ A checkpoint from before settings were saved has only those of the task to compa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
+from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -102,6 +106,21 @@ def check_optimizer(optimizer: Optimizer, checkpoint: Mapping[str, Any]) -> None
         raise SettingError(
             "ckpt_path", saved, f"the checkpoint's optimiser has that many parameters, this one {own}.",
             "Resume with the configuration of that run, or start from its weights with `checkpoint`.",
+        )  # fmt: skip
+
+
+def check_averaging(checkpoint: Mapping[str, Any], callbacks: Sequence[object]) -> None:
+    """A run that averaged its weights can only go on with a callback that does.
+
+    Raises:
+        SettingError: there is none, so that the run would go on from the averages as if they were its weights.
+    """
+    averaged = "averaging_state" in checkpoint and "current_model_state" in checkpoint
+    if averaged and not any(isinstance(callback, WeightAveraging) for callback in callbacks):
+        raise SettingError(
+            "trainer.callbacks", [type(callback).__name__ for callback in callbacks],
+            "none averages weights, and the run that is to go on does.",
+            "Add its EMAWeightAveraging or WeightAveraging, or begin a new run from its weights without ckpt_path.",
         )  # fmt: skip
 
 

@@ -13,6 +13,13 @@ from flops_lightning.allocators.base import QueryAllocator
 from flops_lightning.kept_settings import plain
 from flops_lightning.strategies.base import ForwardGradientStrategy
 
+OF_TRAINER = (
+    "max_epochs", "max_steps", "min_epochs", "min_steps", "precision", "world_size", "limit_train_batches",
+    "limit_val_batches", "overfit_batches", "val_check_interval", "check_val_every_n_epoch",
+    "reload_dataloaders_every_n_epochs",
+)  # fmt: skip
+"""Settings of the trainer on which the course of a run depends, by the names that they have there."""
+
 
 def describe_run(
     trainer: pl.Trainer, hyper_parameters: Mapping[str, Any], strategy: ForwardGradientStrategy
@@ -32,10 +39,7 @@ def describe_run(
         **_strategy(strategy),
         **_allocator(trainer),
         **_data(trainer),
-        "trainer.max_epochs": trainer.max_epochs,
-        "trainer.max_steps": trainer.max_steps,
-        "trainer.precision": trainer.precision,
-        "trainer.world_size": trainer.world_size,
+        **{f"trainer.{name}": plain(getattr(trainer, name)) for name in OF_TRAINER},
         "seed_everything": int(os.environ["PL_GLOBAL_SEED"]) if "PL_GLOBAL_SEED" in os.environ else None,
     }
 
@@ -78,5 +82,7 @@ def _data(trainer: pl.Trainer) -> dict[str, Any]:
     if module is None:
         return {}
     # A setting is an argument that the module keeps under its name.
-    names = [name for name in inspect.signature(type(module).__init__).parameters if hasattr(module, name)]
+    classes = [cls for cls in type(module).__mro__ if "__init__" in vars(cls)]  # a class may pass settings on
+    given = dict.fromkeys(name for cls in classes for name in inspect.signature(vars(cls)["__init__"]).parameters)
+    names = [name for name in given if hasattr(module, name)]
     return {"data": type(module).__name__, **{f"data.{name}": plain(getattr(module, name)) for name in names}}

@@ -104,3 +104,14 @@ def test_one_rank_keeps_what_it_has() -> None:
 def test_a_rank_cuts_out_its_own(rank: int, expected: list[int]) -> None:
     gathered = Gathered(SampleStatistics(loss=torch.zeros(5)), (2, 3), rank)
     assert gathered.own(torch.arange(5)[None]).tolist() == [expected]
+
+
+def test_no_sample_rises_above_what_the_allocator_grants() -> None:
+    table = torch.tensor([[10, 1, 1, 10, 10, 10], [2, 2, 2, 4, 4, 4]])
+    allocation = Allocation(table, most=torch.tensor([10, 4]))
+    fixed = with_fixed_totals(allocation, [3, 3], multiple=1).counts
+    assert fixed[0, :3].tolist() == [10, 6, 5]  # 21 of 42; 10 is the most
+    assert fixed[0, 3:].tolist() == [7, 7, 7]
+    assert fixed[1].tolist() == [3] * 6
+    few = with_fixed_totals(Allocation(torch.tensor([[9, 9]]), most=torch.tensor([5])), [1, 1], multiple=1).counts
+    assert few.tolist() == [[5, 5]]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
 from flops_lightning.datamodules import DigitsDataModule
 from flops_lightning.loop_progress import settle_progress
@@ -31,6 +31,7 @@ class Recorder(LightningModule):
         self.stop, self.estimate = stop, estimate
         self.seen: list[Any] = []
         self.epoch_ends: list[int] = []
+        self.validations: list[tuple[int, int, int]] = []
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         if self.estimate:  # as schedules do; Lightning then prepares the loader before it restores the loops
@@ -46,6 +47,7 @@ class Recorder(LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.log("val", batch[0].mean())
+        self.validations.append((self.current_epoch, self.global_step, batch_idx))
 
     def on_train_epoch_end(self) -> None:
         self.epoch_ends.append(self.current_epoch)
@@ -186,3 +188,45 @@ def test_a_run_saved_before_its_first_epoch_goes_on_from_there(tmp_path):
     whole = run(tmp_path)
     run(tmp_path, SaveAt("on_train_start", 0, str(tmp_path / "c.ckpt")))
     assert run(tmp_path, resume=tmp_path / "c.ckpt").seen == whole.seen
+
+
+WITH_VALIDATION = [
+    ({}, "on_train_batch_end", BATCHES),
+    ({}, "on_train_batch_end", BATCHES - 1),
+    ({}, "on_validation_start", BATCHES),
+    ({}, "on_validation_batch_end", 2 * BATCHES),
+    ({}, "on_validation_end", BATCHES),
+    ({}, "on_train_epoch_end", BATCHES),
+    ({}, "on_train_epoch_start", BATCHES),
+    ({}, "on_train_batch_start", BATCHES),
+    ({"val_check_interval": 2}, "on_train_batch_end", 2),
+    ({"val_check_interval": 2}, "on_train_batch_end", 3),
+    ({"val_check_interval": 2}, "on_validation_batch_end", 4),
+    ({"val_check_interval": 2}, "on_validation_end", 7),
+    ({"val_check_interval": 2}, "on_train_batch_start", 4),
+    ({"val_check_interval": 2}, "on_train_batch_end", BATCHES),
+    ({"check_val_every_n_epoch": 2}, "on_train_batch_end", BATCHES),
+    ({"check_val_every_n_epoch": 2}, "on_train_batch_end", 2 * BATCHES),
+]
+
+
+@pytest.mark.parametrize(("settings", "hook", "step"), WITH_VALIDATION)
+def test_a_validation_that_was_due_or_under_way_is_run_and_none_twice(tmp_path, settings, hook, step):
+    def saver(name: str) -> ModelCheckpoint:
+        return ModelCheckpoint(tmp_path / name, monitor="val", save_top_k=-1)
+
+    settings, path = {"limit_val_batches": 2, **settings}, tmp_path / "c.ckpt"
+    whole = run(tmp_path, saver("whole"), **settings)
+    first = run(tmp_path, saver("resumed"), SaveAt(hook, step, str(path)), **settings)
+    # What else runs in the hooks of these two moments comes too late for the checkpoint, and is over when it is used.
+    at_the_end = hook in ("on_validation_end", "on_train_epoch_end")
+    stopping = [] if at_the_end else [EarlyStopping("val", patience=99)]  # wants a validation in every epoch
+    rest = run(tmp_path, saver("resumed"), *stopping, resume=path, **settings)
+    steps = torch.load(path, weights_only=False)["global_step"]
+    assert first.seen[:steps] + rest.seen == whole.seen
+    if hook == "on_validation_batch_end":
+        assert first.validations.pop() == rest.validations[0]  # it begins anew
+    assert first.validations + rest.validations == whole.validations
+    if not at_the_end:
+        names = [sorted(file.name for file in (tmp_path / name).iterdir()) for name in ("whole", "resumed")]
+        assert names[0] == names[1]

@@ -8,15 +8,16 @@ import signal
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, EMAWeightAveraging, ModelCheckpoint
 from torch import Tensor
 
 from flops_lightning.allocators import OptimalAllocator
 from flops_lightning.callbacks import QueryAllocatorCallback, SaveOnSignal
 from flops_lightning.checkpoint_io import AtomicCheckpointIO
 from flops_lightning.datamodules import DigitsDataModule
+from flops_lightning.errors import SettingError
 from flops_lightning.strategies import LikelihoodRatio, SiteSpec
-from flops_lightning.tasks import ForwardImageClassifier
+from flops_lightning.tasks import ForwardImageClassifier, OptimizerSettings
 from tests.resume.runs import files, finish, outcome, start, wait_until, write_config
 
 BATCHES, EPOCHS = 3, 2
@@ -34,7 +35,7 @@ class Send(pl.Callback):
             os.kill(os.getpid(), self.number)
 
 
-def task() -> ForwardImageClassifier:
+def task(accumulate: int = 1) -> ForwardImageClassifier:
     pl.seed_everything(0, verbose=False)
     sites = [
         SiteSpec(name="lower", stages=["embed", "blocks.0"], queries_per_sample=4),
@@ -45,17 +46,18 @@ def task() -> ForwardImageClassifier:
         model_kwargs={"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2},
         num_classes=10,
         strategy=LikelihoodRatio(sites=sites, token_sigma=True),
+        optimizer=OptimizerSettings(accumulate_grad_batches=accumulate, schedule="cosine"),
     )
 
 
-def trainer(folder: object, *callbacks: pl.Callback) -> pl.Trainer:
+def trainer(folder: object, *callbacks: pl.Callback, **settings: object) -> pl.Trainer:
     allocator = QueryAllocatorCallback(allocator=OptimalAllocator())
     # What saves comes first here: it must not run before the allocator has learned from the step.
     return pl.Trainer(
         accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
         default_root_dir=folder, limit_train_batches=BATCHES, limit_val_batches=2, num_sanity_val_steps=0,
         max_epochs=EPOCHS, callbacks=[ModelCheckpoint(), SaveOnSignal(), *callbacks, allocator],
-        plugins=[AtomicCheckpointIO()],
+        plugins=[AtomicCheckpointIO()], **settings,
     )  # fmt: skip
 
 
@@ -95,6 +97,49 @@ def test_a_signal_saves_at_the_end_of_the_step(tmp_path, uninterrupted, number, 
     assert (weights(resumed) == uninterrupted[0]).all()
     assert resumed.strategy.draw == uninterrupted[1]
     assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)] == before
+
+
+class SaveAt(Checkpoint):
+    """Saves in a hook of a batch, after the allocator has learned from it, and stops the run there."""
+
+    def __init__(self, hook: str, batch: int, path: object) -> None:
+        def save(trainer: pl.Trainer, *_: object) -> None:
+            if trainer.fit_loop.total_batch_idx + 1 == batch:
+                trainer.save_checkpoint(str(path))
+                trainer.should_stop = True
+
+        setattr(self, hook, save)
+
+
+@pytest.mark.parametrize(
+    ("hook", "batch"), [("on_train_batch_end", 1), ("on_train_batch_end", 4), ("on_validation_end", 1)]
+)
+def test_a_gradient_that_waits_for_its_step_goes_on_waiting_after_a_resume(tmp_path, hook, batch):
+    whole, resumed, settings = task(accumulate=2), task(accumulate=2), {"val_check_interval": 1}
+    trainer(tmp_path / "whole", **settings).fit(whole, DigitsDataModule(batch_size=8))
+    stopping = SaveAt(hook, batch, tmp_path / "c.ckpt")
+    trainer(tmp_path / "a", stopping, **settings).fit(task(accumulate=2), DigitsDataModule(batch_size=8))
+    assert torch.load(tmp_path / "c.ckpt", weights_only=True)["forward_gradient"]["gathered"]["batches"] == 1
+    trainer(tmp_path / "b", **settings).fit(resumed, DigitsDataModule(batch_size=8), ckpt_path=tmp_path / "c.ckpt")
+    assert (weights(resumed) == weights(whole)).all()
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_averaged_weights_and_those_that_learn_change_places_before_a_signal_saves(tmp_path, accumulate):
+    def average() -> EMAWeightAveraging:
+        return EMAWeightAveraging(decay=0.5, update_every_n_steps=1)
+
+    whole, resumed = task(accumulate), task(accumulate)
+    trainer(tmp_path / "whole", average(), val_check_interval=1).fit(whole, DigitsDataModule(batch_size=8))
+    stopped = trainer(
+        tmp_path, average(), Send(signal.SIGTERM, "on_validation_batch_start", at=1), val_check_interval=1
+    )
+    with pytest.raises(SystemExit):
+        stopped.fit(task(accumulate), DigitsDataModule(batch_size=8))
+    trainer(tmp_path, average(), val_check_interval=1).fit(resumed, DigitsDataModule(batch_size=8), ckpt_path="last")
+    assert (weights(resumed) == weights(whole)).all()
+    with pytest.raises(SettingError, match="none averages weights, and the run that is to go on does"):
+        trainer(tmp_path).fit(task(accumulate), DigitsDataModule(batch_size=8), ckpt_path="last")
 
 
 def test_a_second_interrupt_leaves_at_once_and_saves_nothing(tmp_path):
