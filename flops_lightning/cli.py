@@ -26,6 +26,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from flops_lightning.callbacks.class_report import ClassReport, class_counts
 from flops_lightning.callbacks.prediction_writer import PredictionWriter
 from flops_lightning.cli_errors import Context, explain
 from flops_lightning.cli_resume import (
@@ -36,7 +37,7 @@ from flops_lightning.cli_resume import (
     with_savers,
     written_to,
 )
-from flops_lightning.errors import CheckpointError, LostQueriesError, SettingError
+from flops_lightning.errors import CheckpointError, DamagedImageError, LostQueriesError, SettingError
 from flops_lightning.planning.trainer import PlanningTrainer, refuse_checkpoint
 
 RUNS = "runs"
@@ -52,7 +53,9 @@ class UsageError(Exception):
     """The command line or a configuration file was refused; the message is complete."""
 
 
-_MISTAKES = (UsageError, SettingError, CheckpointError, LostQueriesError, MisconfigurationException)
+_MISTAKES = (
+    UsageError, SettingError, CheckpointError, DamagedImageError, LostQueriesError, MisconfigurationException,
+)  # fmt: skip
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -94,11 +97,10 @@ def _check_checkpoint(file: Path, *, resume: bool, trusted: bool) -> None:
         raise SettingError("ckpt_path", str(file), "holds weights and no state of the optimiser.", _PLAIN)
 
 
-def _with_writer(given: Callback | list[Callback] | None) -> list[Callback]:
-    """The callbacks with one that writes predictions."""
+def _with(own: Callback, kind: type[Callback], given: Callback | list[Callback] | None) -> list[Callback]:
+    """The callbacks given, and ``own`` where none of them is of its kind."""
     callbacks = [given] if isinstance(given, Callback) else list(given or [])
-    has_writer = any(isinstance(callback, BasePredictionWriter) for callback in callbacks)
-    return callbacks if has_writer else [*callbacks, PredictionWriter()]
+    return callbacks if any(isinstance(callback, kind) for callback in callbacks) else [*callbacks, own]
 
 
 class FlopsCLI(LightningCLI):
@@ -169,8 +171,23 @@ class FlopsCLI(LightningCLI):
                 "Leave it out: the data decides.",
             )
 
+    def after_instantiate_classes(self) -> None:
+        """Let the data look for what is missing or damaged, where it can, before a device is touched.
+
+        Not where it is still to be fetched.
+
+        Raises:
+            SettingError: The data set is not whole.
+            DamagedImageError: An image is empty or cannot be read.
+        """
+        check = getattr(self.datamodule, "check", None)
+        if self.subcommand and callable(check) and not getattr(self.datamodule, "download", False):
+            check()
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Build the trainer; add TensorBoard in a folder of its own for every run, and for ``predict`` a writer.
+        """Build the trainer; add TensorBoard in a folder of its own for every run, and what writes a table.
+
+        That is a ``PredictionWriter`` for ``predict``; for ``test`` a ``ClassReport``, where the model counts classes.
 
         Each only where the configuration has none.
         """
@@ -184,7 +201,11 @@ class FlopsCLI(LightningCLI):
             kwargs["plugins"] = with_checkpoint_io(given["plugins"])
             kwargs["callbacks"] = with_savers(given["callbacks"])
         if self.subcommand == "predict":
-            kwargs["callbacks"] = _with_writer(self.config_init[self.subcommand]["trainer"]["callbacks"])
+            given = self.config_init[self.subcommand]["trainer"]["callbacks"]
+            kwargs["callbacks"] = _with(PredictionWriter(), BasePredictionWriter, given)
+        if self.subcommand == "test" and class_counts(self.model) is not None:
+            given = self.config_init[self.subcommand]["trainer"]["callbacks"]
+            kwargs["callbacks"] = _with(ClassReport(), ClassReport, given)
         if self.subcommand != "plan":
             return super().instantiate_trainer(**kwargs)
         from flops_lightning.planning.measurement import callbacks_of
@@ -278,8 +299,8 @@ def main(args: Sequence[str] | None = None) -> None:
         args: Arguments after the program's name; those of the process if None.
 
     Raises:
-        SystemExit: With code 0 after ``--help``, 2 after a mistake in the settings or a checkpoint that could not be
-            written, 130 after Ctrl-C, 143 and 138 after SIGTERM and SIGUSR1 (:class:`SaveOnSignal`).
+        SystemExit: With code 0 after ``--help``, 2 after a mistake in the settings, a damaged image or a checkpoint
+            that could not be written, 130 after Ctrl-C, 143 and 138 after SIGTERM and SIGUSR1 (:class:`SaveOnSignal`).
     """
     # Advice for tasks that want the parameters from before their step; here a checkpoint is of the step's end.
     warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")

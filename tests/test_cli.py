@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors.torch import save_file
 
+from flops_lightning.callbacks import ClassReport
 from flops_lightning.cli import main
 from flops_lightning.cli_errors import explain
 from flops_lightning.cli_usage import Context
@@ -490,6 +491,36 @@ def test_predict_adds_no_second_writer(writer, tables, as_list, monkeypatch):
     main(["predict", "-c", changed("trainer.callbacks", [callback] if as_list else callback, TOY)])
     assert [type(each).__name__ for each in given if isinstance(each, BasePredictionWriter)] == [writer]
     assert len(list(Path("runs").rglob("predictions.csv"))) == tables
+
+
+@pytest.mark.parametrize("given", [[], [{"class_path": "flops_lightning.callbacks.ClassReport"}]])
+def test_test_writes_one_table_of_the_classes(given, monkeypatch):
+    callbacks = []
+    test = Trainer.test
+
+    def recorded(self, *args, **kwargs):
+        callbacks.extend(self.callbacks)
+        return test(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "test", recorded)
+    small = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 8, "depth": 1, "num_heads": 2}
+    settings = copy.deepcopy(SETTINGS)
+    settings["trainer"] |= {"callbacks": given, "enable_progress_bar": False}
+    settings["model"]["init_args"] |= {"model_kwargs": small, "strategy": None}
+    main(["test", "-c", written(settings)])
+    assert sum(isinstance(each, ClassReport) for each in callbacks) == 1
+    with Path("runs/given/version_0/class_accuracy.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    data = DigitsDataModule()
+    data.setup("test")
+    labels = torch.cat([batch[1] for batch in data.test_dataloader()])
+    assert [row["class"] for row in rows] == list(data.class_names)
+    assert [int(row["images"]) for row in rows] == labels.bincount().tolist()
+
+
+def test_a_model_that_counts_no_classes_is_tested_without_a_table():
+    main(["test", "-c", written(TOY)])
+    assert not list(Path("runs").rglob("*.csv"))
 
 
 def test_only_predict_has_a_writer(monkeypatch):

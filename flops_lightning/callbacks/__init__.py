@@ -1,4 +1,4 @@
-"""Lightning callbacks. ``RunSummary`` knows a task and is loaded when first used; the others know only protocols."""
+"""Lightning callbacks. All but the first are loaded when first used: some know a task, the others only protocols."""
 
 from __future__ import annotations
 
@@ -8,13 +8,19 @@ from typing import TYPE_CHECKING
 from flops_lightning.callbacks.query_allocator import QueryAllocatorCallback
 
 if TYPE_CHECKING:
+    from flops_lightning.callbacks.class_report import ClassReport
     from flops_lightning.callbacks.prediction_writer import PredictionWriter
     from flops_lightning.callbacks.run_summary import RunSummary
     from flops_lightning.callbacks.save_on_signal import SaveOnSignal
 
-_HOMES = {"PredictionWriter": "prediction_writer", "RunSummary": "run_summary", "SaveOnSignal": "save_on_signal"}
+_HOMES = {
+    "ClassReport": "class_report",
+    "PredictionWriter": "prediction_writer",
+    "RunSummary": "run_summary",
+    "SaveOnSignal": "save_on_signal",
+}
 
-__all__ = ["PredictionWriter", "QueryAllocatorCallback", "RunSummary", "SaveOnSignal"]
+__all__ = ["ClassReport", "PredictionWriter", "QueryAllocatorCallback", "RunSummary", "SaveOnSignal"]
 
 
 def __getattr__(name: str) -> object:

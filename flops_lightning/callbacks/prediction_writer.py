@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -13,10 +11,11 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
+from flops_lightning.callbacks.tables import class_names, write_table
 from flops_lightning.errors import SettingError
 
 FILE_NAME = "predictions.csv"
-COLUMNS = ("index", "label", "class_name", "probability")
+COLUMNS = ("index", "file", "label", "class", "probability")
 
 Row = tuple[int, int, float]  # index, label, probability
 
@@ -24,8 +23,9 @@ Row = tuple[int, int, float]  # index, label, probability
 class PredictionWriter(BasePredictionWriter):
     """Write ``predictions.csv`` into the run's folder, one line per image in the order of the data set.
 
-    Columns: ``index`` of the image in the data set (of an iterable one: its place in the stream), the predicted
-    ``label``, its ``class_name`` from the data module's ``class_names`` (without those, the label again), and the
+    Columns: ``index`` of the image in the data set (of an iterable one: its place in the stream); ``file``, its path as
+    the data set's ``files`` gives it, a sequence of str in the order of the set (empty without one); the predicted
+    ``label``; its ``class`` from the data module's ``class_names`` (without those, the label again); and the
     ``probability`` of that class. Several processes write one file together.
 
     The module's ``predict_step`` returns a mapping with ``label`` ``(b,)``, integers, and ``probability`` ``(b, c)``.
@@ -81,14 +81,16 @@ class PredictionWriter(BasePredictionWriter):
         Raises:
             SettingError: The data module names another number of classes than the module tells apart.
         """
-        names = _class_names(trainer, self._classes)
+        names, files = class_names(trainer, self._classes), _files(trainer)
         rows = sorted(_of_all_processes(self._rows))
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks the other processes, so outside the branch
-        if trainer.is_global_zero:
-            folder.mkdir(parents=True, exist_ok=True)
-            _write(folder / FILE_NAME, rows, names)
+        table = (
+            # Nine digits are what it takes to read a float32 back as it was.
+            (index, files[index] if files else "", label, names[label], f"{probability:.9g}")
+            for index, label, probability in rows
+        )
+        file = write_table(trainer, FILE_NAME, COLUMNS, table)
         # The progress bar has not ended its line.
-        rank_zero_info(f"\npredictions of {len(rows)} images written to {folder / FILE_NAME}")
+        rank_zero_info(f"\npredictions of {len(rows)} images written to {file}")
 
 
 def _checked(prediction: Any) -> tuple[Tensor, Tensor]:
@@ -113,19 +115,11 @@ def _describe(value: Any) -> str:
     return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
-def _class_names(trainer: Trainer, classes: int) -> Sequence[str]:
-    datamodule = cast("Any", trainer).datamodule  # an attribute that Lightning does not declare
-    names = getattr(datamodule, "class_names", None)
-    if names is None:
-        return [str(label) for label in range(classes)]
-    if classes and len(names) != classes:
-        raise SettingError(
-            "data.class_names",
-            f"{len(names)} names",
-            f"the model tells {classes} classes apart.",
-            "Predict with the data that the model was trained for.",
-        )
-    return cast("Sequence[str]", names)
+def _files(trainer: Trainer) -> Sequence[str]:
+    """Paths of the images of the set that is read, which a data module of this package takes from its test set."""
+    loaders = trainer.predict_dataloaders
+    loader = loaders[0] if isinstance(loaders, (list, tuple)) else loaders
+    return getattr(getattr(loader, "dataset", None), "files", None) or ()
 
 
 def _of_all_processes(rows: list[Row]) -> list[Row]:
@@ -135,11 +129,3 @@ def _of_all_processes(rows: list[Row]) -> list[Row]:
     shares: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(shares, rows)
     return [row for share in shares for row in share]
-
-
-def _write(file: Path, rows: Iterable[Row], names: Sequence[str]) -> None:
-    with file.open("w", newline="", encoding="utf-8") as stream:
-        table = csv.writer(stream)
-        table.writerow(COLUMNS)
-        # Nine digits are what it takes to read a float32 back as it was.
-        table.writerows((index, label, names[label], f"{probability:.9g}") for index, label, probability in rows)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from flops_lightning.allocators.statistics import SampleStatistics, TraceObservation
@@ -30,7 +31,14 @@ from flops_lightning.staging import stage_network
 from flops_lightning.strategies.base import Estimate, ForwardGradientStrategy
 from flops_lightning.tasks.backbone import check_images, create_backbone, load_weights, save_weights
 from flops_lightning.tasks.backbone import freeze as freeze_parameters
-from flops_lightning.tasks.checkpoint_checks import check_optimizer, check_settings, check_weights, within_epoch
+from flops_lightning.tasks.checkpoint_checks import (
+    check_averaging,
+    check_optimizer,
+    check_settings,
+    check_weights,
+    within_epoch,
+)
+from flops_lightning.tasks.evaluation import first_seen, metrics_of_test, metrics_of_validation
 from flops_lightning.tasks.mean_gradient import MeanGradient
 from flops_lightning.tasks.optimisation import (
     ClipSettings,
@@ -143,9 +151,9 @@ class ForwardImageClassifier(pl.LightningModule):
         self.strategy = strategy
         if strategy is not None:
             strategy.bind(self.network, self.loss)
-        self.train_accuracy, self.val_accuracy, self.test_accuracy = (
-            MulticlassAccuracy(num_classes, average="micro") for _ in range(3)
-        )
+        self.train_accuracy = MulticlassAccuracy(num_classes, average="micro")
+        self.val_metrics = metrics_of_validation(num_classes)
+        self.test_metrics = metrics_of_test(num_classes)
         self._clean: tuple[Tensor, CleanPass] | None = None
         self._counts: Tensor | None = None
         self._pilot_weights: Tensor | None = None
@@ -153,7 +161,13 @@ class ForwardImageClassifier(pl.LightningModule):
         self._observation: TraceObservation | None = None
         self._skipped = 0
         self._resumed = False
-        self._start_weights = {"pretrained": pretrained, "checkpoint": Path(checkpoint).name}
+        self._gathered: dict[str, Any] = {}
+        folder = str(Path(checkpoint).parent) if checkpoint else ""  # the same file may lie elsewhere by then
+        self._start_weights = {
+            "pretrained": pretrained,
+            "checkpoint": Path(checkpoint).name,
+            "checkpoint.folder": folder,
+        }
         self._last_step: tuple[float, int] | None = None
 
     # -- the network ---------------------------------------------------------------------------------------------------
@@ -258,7 +272,8 @@ class ForwardImageClassifier(pl.LightningModule):
 
     def _total_steps(self) -> float:
         batches = self.trainer.estimated_stepping_batches  # counts a step a batch
-        if self._gradient.batches == 1 or not math.isfinite(batches):
+        endless = self.trainer.max_epochs in (None, -1)  # then it is max_steps, or infinite
+        if self._gradient.batches == 1 or endless or not math.isfinite(batches):
             return batches
         steps = math.ceil(self.trainer.num_training_batches / self._gradient.batches) * (self.trainer.max_epochs or 1)
         most = self.trainer.max_steps
@@ -391,21 +406,26 @@ class ForwardImageClassifier(pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Log ``val/loss`` and ``val/accuracy``."""
-        self._evaluate(batch, "val", self.val_accuracy)
+        self._evaluate(batch, self.val_metrics)
+
+    def on_test_epoch_start(self) -> None:
+        """Forget what a test that was broken off has counted."""
+        self.test_metrics.reset()
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Log ``test/loss`` and ``test/accuracy``."""
-        self._evaluate(batch, "test", self.test_accuracy)
+        """Log the :func:`metrics_of_test`, every image once whatever the number of processes."""
+        own = first_seen(self.trainer.test_dataloaders, batch_idx, len(batch[1]))
+        self._evaluate(batch, self.test_metrics, own)
 
-    def _evaluate(self, batch: Batch, stage: str, accuracy: MulticlassAccuracy) -> None:
+    def _evaluate(self, batch: Batch, metrics: MetricCollection, own: int | None = None) -> None:
         images, labels = batch
         logits = self(images)
-        accuracy(logits, labels)
         with self._loss_named():
             losses = row_losses(self.loss, logits, labels)
-        several = self.trainer.world_size > 1
-        self.log(f"{stage}/loss", losses.mean(), batch_size=len(labels), sync_dist=several)
-        self.log(f"{stage}/accuracy", accuracy, prog_bar=True, batch_size=len(labels))
+        if own != 0:
+            metrics.update(preds=logits[:own], target=labels[:own], value=losses[:own])
+        for name, metric in metrics.items(keep_base=False):
+            self.log(name, metric, prog_bar=name.endswith("/accuracy"), batch_size=len(labels))
 
     def predict_step(self, batch: Batch | Tensor, batch_idx: int) -> dict[str, Tensor]:
         """``label`` ``(b,)`` and ``probability`` ``(b, c)`` of a batch of images, with or without labels."""
@@ -428,6 +448,7 @@ class ForwardImageClassifier(pl.LightningModule):
                 "strategy": self.strategy.state_dict(),
                 "meters": gather_plain(self.strategy.communicator, own, device=self.device),
                 "skipped": self._skipped,
+                "gathered": self._gradient.state_dict(self.strategy, self.network.trainable()),
                 "settings": self._settings(),
             }
 
@@ -445,6 +466,7 @@ class ForwardImageClassifier(pl.LightningModule):
         if state is not None and self.strategy is not None and resumed:
             now = build_optimizer(self.backbone, self.optimizer_settings)
             check_optimizer(now, checkpoint)
+            check_averaging(checkpoint, self.trainer.callbacks)  # type: ignore[attr-defined]
             saved = dict(checkpoint.get("hyper_parameters", {}))
             before = state.get("settings") or {**describe_task(saved), "freeze": self.network.frozen()}
             changes = check_settings(before, self._settings(), within_epoch=within_epoch(checkpoint))
@@ -457,11 +479,17 @@ class ForwardImageClassifier(pl.LightningModule):
             self.strategy.load_state_dict(state["strategy"])
             share_meters(self.strategy.meter, state.get("meters", [state["strategy"]["meter"]]), present_communicator())
             self._skipped = state["skipped"]
+            self._gathered = state.get("gathered", {})
             self._resumed = True
             settle_progress(checkpoint)
 
     def on_train_start(self) -> None:
-        """Take the learning rate from the present schedule, after a checkpoint has put back the rate that it had."""
+        """Go on with the gradient that waited for its step in a checkpoint, and with the rate of the present schedule.
+
+        The checkpoint has put back the rate that it had.
+        """
+        self._gradient.load_state_dict(self._gathered, self._strategy(), self.network.trainable())
+        self._gathered = {}
         schedule = self.lr_schedulers()
         if self._resumed and isinstance(schedule, LambdaLR):
             obey_schedule(schedule)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from pathlib import Path
 from typing import Any
 
@@ -58,16 +59,17 @@ def predict(folder: Path, data: Data, answer: Any = None, **settings: Any) -> li
         enable_model_summary=False, **settings,
     )  # fmt: skip
     trainer.predict(Oracle(answer), data, return_predictions=False)
-    with (Path(trainer.log_dir or "") / "predictions.csv").open(newline="") as file:
+    with (Path(trainer.log_dir or "") / "predictions.csv").open(newline="", errors="surrogateescape") as file:
         return list(csv.DictReader(file))
 
 
-def expected(names: list[str], order: list[int] | None = None) -> list[dict[str, str]]:
+def expected(names: list[str], order: list[int] | None = None, files: list[str] | None = None) -> list[dict[str, str]]:
     return [
         {
             "index": str(i),
+            "file": files[i] if files else "",
             "label": str(int(LABEL[k])),
-            "class_name": names[int(LABEL[k])],
+            "class": names[int(LABEL[k])],
             "probability": f"{float(PROBABILITY[k, LABEL[k]]):.9g}",
         }
         for i, k in enumerate(order or range(7))
@@ -84,6 +86,21 @@ def test_a_line_per_image_with_the_names_of_the_data(tmp_path: Path) -> None:
 
 def test_without_names_the_number_stands(tmp_path: Path) -> None:
     assert predict(tmp_path, Data(loader())) == expected(["0", "1", "2"])
+
+
+class Photos(TensorDataset):
+    """Images that lie in files; one path needs quotes, one has a byte that is no UTF-8."""
+
+    files = (*(f"photos/{i}.jpg" for i in range(5)), 'a "b", c.jpg', os.fsdecode(b"caf\xe9.jpg"))
+
+
+@pytest.mark.parametrize("as_list", [True, False])
+def test_the_path_stands_beside_each_image_in_whatever_order_they_are_read(tmp_path: Path, as_list: bool) -> None:
+    order = [4, 0, 6, 2, 1, 5, 3]
+    photos = DataLoader(Photos(PROBABILITY[torch.tensor(order).argsort()]), batch_size=3, sampler=order)
+    rows = predict(tmp_path, Data([photos] if as_list else photos))
+    of_set = torch.tensor(order).argsort().tolist()
+    assert rows == expected(["0", "1", "2"], of_set, list(Photos.files))
 
 
 def test_the_index_is_that_of_the_data_set_in_whatever_order_it_is_read(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from flops_lightning.allocators import (
     TraceSettings,
 )
 from flops_lightning.callbacks import QueryAllocatorCallback
+from flops_lightning.distributed import SingleProcess
 from flops_lightning.errors import LostQueriesError, SettingError
 from flops_lightning.objectives import cross_entropy, zero_one_error
 from flops_lightning.strategies import Backprop, LikelihoodRatio, PilotSpec
@@ -376,6 +377,35 @@ def test_steps_count_when_the_last_site_of_a_batch_loses_everything(
         trainer.fit(task, digits)
     assert trainer.global_step == 2
     assert len(calls) == 8
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_steps_alone_limit_a_run_that_accumulates(
+    make_task: Any, make_trainer: Any, digits: Any, schedule: str
+) -> None:
+    task = make_task(optimizer=OptimizerSettings(accumulate_grad_batches=2, schedule=schedule, lr=1e-3))
+    trainer = make_trainer(max_steps=4, max_epochs=-1)
+    trainer.fit(task, digits)
+    assert trainer.global_step == 4
+    assert trainer.current_epoch == 2  # of three batches, which make two steps
+    rate = trainer.optimizers[0].param_groups[0]["lr"]
+    assert rate == pytest.approx(1e-3 if schedule == "constant" else 0.0, abs=1e-9)
+
+
+def test_processes_with_different_seeds_are_refused(make_task: Any) -> None:
+    class Two(SingleProcess):
+        size = 2
+
+        def gather(self, tensor: Tensor) -> list[Tensor]:
+            other = tensor.clone()
+            other[-1] += 1  # the last digit of a seed in JSON
+            return [tensor, other if len(tensor) > 1 else tensor]
+
+    strategy = make_task(strategy=LikelihoodRatio(seed=10)).strategy
+    with pytest.raises(
+        SettingError, match=r"strategy.seed = 10: the processes of this run have different seeds, \[10, 11\]"
+    ):
+        strategy.join(Two())
 
 
 def test_only_a_resumed_run_goes_on_counting(make_task: Any, make_trainer: Any, digits: Any, tmp_path: Any) -> None:

@@ -1,0 +1,144 @@
+"""What a test tells about a classifier, one metric a quantity; torchmetrics adds up the processes."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils.data.distributed import DistributedSampler
+from torchmetrics import Metric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
+
+TOP_K = 5
+BINS = 15
+
+
+def metrics_of_validation(num_classes: int) -> MetricCollection:
+    """``val/loss`` and ``val/accuracy``, see :func:`metrics_of_test`."""
+    accuracy = MulticlassAccuracy(num_classes, average="micro")
+    return MetricCollection({"loss": MeanLoss(), "accuracy": accuracy}, prefix="val/", compute_groups=False)
+
+
+def metrics_of_test(num_classes: int) -> MetricCollection:
+    """Metrics that are updated with ``preds`` ``(b, c)``, logits; ``target`` ``(b,)``, labels; and ``value`` ``(b,)``.
+
+    ``test/loss``: mean of ``value``. ``test/accuracy``: share of images whose largest logit is the label's.
+    ``test/accuracy_top5``: share whose label is among the five largest (of fewer classes: among all).
+    ``test/accuracy_class_mean`` and ``test/calibration_error``: see :class:`ClassMeanAccuracy` and
+    :class:`CalibrationError`. They add up over processes, with other numbers of images too.
+    """
+    return MetricCollection(
+        {
+            "loss": MeanLoss(),
+            "accuracy": MulticlassAccuracy(num_classes, average="micro"),
+            "accuracy_top5": MulticlassAccuracy(num_classes, average="micro", top_k=min(TOP_K, num_classes)),
+            "accuracy_class_mean": ClassMeanAccuracy(num_classes),
+            "calibration_error": CalibrationError(num_classes),
+        },
+        prefix="test/",
+        compute_groups=False,  # Lightning computes and resets every metric by itself
+    )
+
+
+class MeanLoss(Metric):
+    """Mean of losses over all images.
+
+    Lightning's own mean over processes is wrong where these have different numbers of images: it rounds their mean
+    down. torchmetrics' mean drops a loss that is not a number.
+    """
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+
+    total: Tensor
+    images: Tensor
+
+    def __init__(self) -> None:
+        """Count from zero."""
+        super().__init__()
+        self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
+        self.add_state("images", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, value: Tensor) -> None:
+        """Add the losses ``(b,)`` of a batch."""
+        self.total += value.float().sum()
+        self.images += len(value)
+
+    def compute(self) -> Tensor:
+        """The mean, a number."""
+        return self.total / self.images
+
+
+class ClassMeanAccuracy(Metric):
+    """Mean of the accuracies of the classes that have images; NaN where none has.
+
+    torchmetrics' ``macro`` counts a class without images as 0 once an image is taken for it.
+
+    Attributes:
+        right: Images of each class that are classified right, of this process ``(c,)`` int64.
+        images: Images of each class, of this process ``(c,)`` int64.
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+
+    right: Tensor
+    images: Tensor
+
+    def __init__(self, num_classes: int) -> None:
+        """Count from zero."""
+        super().__init__()
+        for name in ("right", "images"):
+            self.add_state(name, torch.zeros(num_classes, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Count images with logits ``(b, c)`` and labels ``(b,)``."""
+        classes = len(self.images)
+        self.images += torch.bincount(target, minlength=classes)
+        self.right += torch.bincount(target[preds.argmax(dim=1) == target], minlength=classes)
+
+    def compute(self) -> Tensor:
+        """The mean, a number."""
+        present = self.images > 0
+        return (self.right[present] / self.images[present]).mean()
+
+
+class CalibrationError(MulticlassCalibrationError):
+    """Expected calibration error of logits: mean over images of ``|accuracy - confidence|`` of their bin.
+
+    The confidence is the probability of the predicted class; 15 bins of one width split 0 to 1. Source: Guo et al., On
+    Calibration of Modern Neural Networks (ICML 2017), eq. 3.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        """Count from zero."""
+        super().__init__(num_classes, n_bins=BINS, norm="l1")
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Add images with logits ``(b, c)`` and labels ``(b,)``."""
+        # torchmetrics takes logits between 0 and 1 for probabilities, and gives a confidence of exactly 1 a 16th bin.
+        probability = preds.float().softmax(dim=1).clamp(max=1 - 2**-24)
+        super().update(probability, target)
+
+
+def first_seen(loaders: Any, batch_idx: int, size: int) -> int:
+    """How many images of this process's batch, from its beginning, no process has had before.
+
+    The sampler of several processes gives each as many images as the others: where their number is no multiple of the
+    processes, it repeats the first images at the end.
+
+    Args:
+        loaders: The loader that the Trainer reads, or a list with it alone.
+        batch_idx: Number of the batch, from 0.
+        size: Its images.
+    """
+    loader = loaders[0] if isinstance(loaders, (list, tuple)) else loaders
+    sampler = getattr(loader, "sampler", None)
+    if not isinstance(sampler, DistributedSampler) or loader.batch_size is None:
+        return size
+    total = len(cast("Any", sampler.dataset))
+    own = len(range(sampler.rank, total, sampler.num_replicas))
+    return max(0, min(size, own - batch_idx * loader.batch_size))
