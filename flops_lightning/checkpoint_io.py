@@ -35,6 +35,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     ``OnExceptionCheckpoint``) is not written: parameters, schedule and data would not belong together.
     """
 
+    _loaded: Path | None = None  # what the run went on from: good until it has a better one
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Write a checkpoint.
 
@@ -57,7 +59,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             cause = _system_error(error)
             if cause is None:  # not a matter of the disk
                 raise
-            raise CheckpointError(target, cause, newest_checkpoint([target.parent])) from error
+            raise CheckpointError(target, cause, newest_checkpoint([target.parent]) or self._loaded) from error
 
     def write(self, checkpoint: dict[str, Any], partial: Path) -> None:
         """Write the content to a file that has no checkpoint's name yet."""
@@ -74,6 +76,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     ) -> dict[str, Any]:
         """Read a checkpoint, and remove what a killed run left beside it."""
         if "://" not in str(path):
+            self._loaded = Path(path)
             with suppress(OSError):  # the folder may belong to somebody else
                 remove_abandoned(Path(path).parent)
         return super().load_checkpoint(path, map_location, weights_only)

@@ -8,10 +8,13 @@ import socket
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
+from torch import Tensor
 
-from tests.resume.runs import SETTINGS, files, finish, outcome, start, wait_until, write_config
+from flops_lightning.callbacks import SaveOnSignal
+from tests.resume.runs import FORKS, SETTINGS, files, finish, outcome, start, wait_until, write_config
 
 BACKPROP = {"class_path": "flops_lightning.strategies.Backprop"}
 
@@ -83,6 +86,58 @@ def test_a_run_goes_on_with_another_number_of_processes_and_the_same_batches(tmp
     assert [summary[name] for name in ("steps", "samples")] == [summary_whole[name] for name in ("steps", "samples")]
     for name, value in expected.items():
         assert torch.allclose(resumed[name], value, atol=1e-5), name
+
+
+def _validate_unevenly(folder: str, rank: int, port: int) -> None:
+    os.environ |= {
+        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "RANK": str(rank), "LOCAL_RANK": str(rank),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test",
+    }  # fmt: skip
+    torch.set_num_threads(1)
+
+    class Interrupted(pl.Callback):
+        def on_validation_batch_start(self, trainer: pl.Trainer, *_: object) -> None:
+            if rank == 1 and trainer.global_step == 4 and not trainer.sanity_checking:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    batches = torch.utils.data.TensorDataset(torch.randn(8, 4))
+    train = torch.utils.data.DataLoader(batches, batch_size=4)
+    val = torch.utils.data.DataLoader(batches, batch_size=2 if rank == 0 else 4)  # four batches and two
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=2, strategy="ddp", use_distributed_sampler=False, logger=False, max_epochs=3,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
+        callbacks=[SaveOnSignal(), Interrupted()],
+    )  # fmt: skip
+    trainer.fit(BoringLine(), train, val)
+
+
+class BoringLine(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 1)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return self.layer(batch[0]).sum()
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.layer(batch[0])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_processes_with_unequal_validation_batches_agree_on_a_signal_while_all_validate(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [FORKS.Process(target=_validate_unevenly, args=(str(tmp_path), rank, port)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=250)
+    assert [process.exitcode for process in processes] == [143, 143]
+    (saved,) = tmp_path.rglob("last.ckpt")
+    assert torch.load(saved, weights_only=True)["global_step"] == 4  # two epochs were validated unevenly before
 
 
 def test_queries_go_on_with_another_number_of_processes(tmp_path):
