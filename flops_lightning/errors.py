@@ -25,6 +25,14 @@ class SettingError(ValueError):
         return type(self), (self.setting, self.value, self.problem, self.remedy)
 
 
+class DamagedImageError(ValueError):
+    """An image file of the data set cannot be read; the message names the file and what to do."""
+
+    def __init__(self, message: str) -> None:
+        """Keep the message; of a report by a process that loads data (a trace of its calls) the last line."""
+        super().__init__(message.rstrip().rpartition(f"{type(self).__name__}: ")[2])
+
+
 class LostQueriesError(RuntimeError):
     """Too many steps in a row lost every query to non-finite losses."""
 

@@ -6,6 +6,7 @@ import os
 import warnings
 from typing import ClassVar
 
+import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -42,10 +43,10 @@ class ImageDataModule(LightningDataModule):
         test_set: Labelled images to report on; ``predict`` reads them too.
     """
 
-    class_names: ClassVar[tuple[str, ...]]
     in_chans: ClassVar[int]
 
     # A subclass fixes these in its body, or sets them from its settings.
+    class_names: tuple[str, ...]
     image_size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -116,6 +117,7 @@ class ImageDataModule(LightningDataModule):
                 num_workers=self.num_workers,
                 persistent_workers=self.num_workers > 0,
                 collate_fn=batched,
+                pin_memory=torch.cuda.is_available(),
             )
         loader.batches_done = lambda: self._batches_done(loader)
         return loader
@@ -148,4 +150,5 @@ class ImageDataModule(LightningDataModule):
             batch_size=max(1, self.batch_size // world_size),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
         )

@@ -20,7 +20,9 @@ def check_split_seed(split_seed: int) -> None:
         raise SettingError("data.split_seed", split_seed, "is not a seed.", "Use a number from 0 to 2**32 - 1.")
 
 
-def hold_out(labels: Tensor, size: int, *, seed: int, setting: str) -> tuple[Tensor, Tensor]:
+def hold_out(
+    labels: Tensor, size: int, *, seed: int, setting: str, class_names: Sequence[str] = ()
+) -> tuple[Tensor, Tensor]:
     """Split the places ``0..n-1`` of images in two, each part with the share of every class that the whole has.
 
     Args:
@@ -28,6 +30,7 @@ def hold_out(labels: Tensor, size: int, *, seed: int, setting: str) -> tuple[Ten
         size: Images to hold out; 0 holds out none.
         seed: Chooses which; the split is a function of ``labels``, ``size`` and ``seed`` alone.
         setting: Name of the setting that ``size`` comes from.
+        class_names: Names of the classes, in the order of the labels, for the error; may be left out.
 
     Returns:
         The places of the images that stay and of those held out, each in ascending order.
@@ -40,11 +43,13 @@ def hold_out(labels: Tensor, size: int, *, seed: int, setting: str) -> tuple[Ten
     places = torch.arange(len(labels))
     if size == 0:
         return places, places[:0]
-    counts = labels.unique(return_counts=True)[1]
+    present, counts = labels.unique(return_counts=True)
     fewest, most = len(counts), len(labels) - len(counts)
     if counts.min() < 2 or not fewest <= size <= most:
+        alone = class_names[int(present[counts.argmin()])] if class_names and counts.min() < 2 else ""
         raise SettingError(
-            setting, size, f"cannot be taken evenly out of {len(labels)} images in {len(counts)} classes.",
+            setting, size, f"cannot be taken evenly out of {len(labels)} images in {len(counts)} classes"
+            + (f": {alone} has one." if alone else "."),
             f"Use a number from {fewest} to {most}, or 0." if counts.min() >= 2 and fewest <= most
             else "Use 0, or add images: every class needs two.",
         )  # fmt: skip

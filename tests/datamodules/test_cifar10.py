@@ -227,7 +227,7 @@ def test_augmentation_is_repeated_by_the_seed_whatever_the_workers_and_new_in_ev
         ({"val_images": -1}, "val_images", "Give a number of images, or 0."),
         ({"test_images": -1}, "test_images", "Give a number of images, or 0."),
         ({"split_seed": 2**32}, "split_seed", "Use a number from 0"),
-        ({"normalization": "clip"}, "normalization", "Use one of cifar10, imagenet, inception."),
+        ({"normalization": "clip"}, "normalization", "Use one of cifar10, imagenet, inception, backbone."),
         ({"root": "nowhere"}, "root", "Set data.download: true"),
     ],
 )
@@ -384,7 +384,10 @@ def test_the_command_line_trains_on_it_with_its_number_of_classes(val_images, fo
     ("args", "message"),
     [
         (["--data.root", "nowhere"], "data.root = 'nowhere': is not a folder. Set data.download: true to fetch"),
-        (["--data.normalization", "imagnet"], "one of cifar10, imagenet, inception. Did you mean `imagenet`?"),
+        (
+            ["--data.normalization", "imagnet"],
+            "one of cifar10, imagenet, inception, backbone. Did you mean `imagenet`?",
+        ),
         ([], "data.val_images = 5000: cannot be taken evenly out of 80 images in 10 classes. Use a number from 10"),
     ],
 )

@@ -1,0 +1,342 @@
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import timm
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from PIL import Image
+from scipy.io import savemat
+from torchvision.datasets import Caltech101, EuroSAT, Flowers102, Food101
+from torchvision.transforms.v2 import InterpolationMode, functional
+
+from flops_lightning.datamodules import Flowers102DataModule
+from flops_lightning.datamodules.augmentation import RandAugmentSettings
+from flops_lightning.errors import SettingError
+from flops_lightning.strategies import Backprop
+from flops_lightning.tasks import ForwardImageClassifier
+from tests.datamodules.photo_folders import KINDS, SPLIT_BY_SEED, WNIDS, contents, photo, write
+
+PARTS = ("train", "val", "test")
+TINY = {"img_size": 8, "patch_size": 4, "embed_dim": 8, "depth": 1, "num_heads": 1}
+
+
+@pytest.fixture(scope="module")
+def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {name: kind.write(tmp_path_factory.mktemp(name)) for name, kind in KINDS.items()}
+
+
+def labelled_files(data) -> Counter[tuple[str, int]]:
+    """Every image of the three parts, by its path and label."""
+    sets = [getattr(data, f"{part}_set") for part in PARTS]
+    return Counter(
+        (str(file), int(label)) for part in sets for file, label in zip(part.files, part.labels, strict=True)
+    )
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_image_is_in_one_part_with_its_label_and_each_class_keeps_its_share(name, roots):
+    kind = KINDS[name]
+    data = kind.prepared(roots[name])
+    found = {part: contents(data, part) for part in PARTS}
+    assert sorted(pair for part in PARTS for pair in found[part]) == kind.all_images
+    for part, of_each in zip(PARTS, kind.of_each, strict=True):
+        assert Counter(label for label, _ in found[part]) == dict.fromkeys(range(kind.classes), of_each)
+    assert (data.num_classes, len(data.class_names)) == (kind.classes, kind.classes)
+
+
+@pytest.mark.parametrize(("name", "kept"), [("imagenet", (6, 7)), ("food101", (6, 7)), ("flowers102", (2, 3))])
+def test_the_standard_test_part_is_the_test_part(name, kept, roots):
+    data = KINDS[name].prepared(roots[name])
+    assert {number for _, number in contents(data, "test")} == {*kept}
+
+
+@pytest.mark.parametrize("name", SPLIT_BY_SEED)
+def test_the_split_depends_on_its_own_seed_only(name, roots):
+    seed_everything(1)
+    first = KINDS[name].prepared(roots[name])
+    seed_everything(2)
+    again, other = KINDS[name].prepared(roots[name]), KINDS[name].prepared(roots[name], split_seed=1)
+    for part in PARTS:
+        assert contents(first, part) == contents(again, part)
+    assert set(contents(first, "val")) != set(contents(other, "val"))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_fewer_images_of_each_class_are_part_of_more_and_leave_the_other_parts_alone(name, roots):
+    kind = KINDS[name]
+    most = kind.of_each[0]
+    runs = [kind.prepared(roots[name], images_per_class=n) for n in range(most + 1)]
+    everything, *fewer = ({part: set(contents(data, part)) for part in PARTS} for data in runs)
+    assert fewer[-1] == everything
+    for n, (less, more) in enumerate(zip(fewer, [*fewer[1:], everything], strict=True), 1):
+        assert less["train"] <= more["train"]
+        assert len(less["train"]) == n * kind.classes
+        assert (less["val"], less["test"]) == (everything["val"], everything["test"])
+        assert runs[n].train_set.labels.bincount().tolist() == [n] * kind.classes
+    with pytest.raises(SettingError, match=rf"data\.images_per_class = {most + 1}: .* has {most} training images"):
+        kind.prepared(roots[name], images_per_class=most + 1)
+
+
+def test_classes_of_different_sizes_keep_their_shares(tmp_path):
+    names = KINDS["eurosat"].module.known_class_names
+    for label, name in enumerate(names):
+        for number in range(10 * (1 + label % 3)):
+            write(tmp_path / "eurosat" / "2750" / name / f"{number:02}.jpg", photo(label, number % 10))
+    data = KINDS["eurosat"].prepared(tmp_path)
+    for part, of_ten in zip(PARTS, (5, 2, 3), strict=True):
+        counts = getattr(data, f"{part}_set").labels.bincount().tolist()
+        assert counts == [of_ten * (1 + label % 3) for label in range(10)]
+
+
+def test_no_shares_leave_all_images_to_training(roots):
+    data = KINDS["eurosat"].prepared(roots["eurosat"], val_share=0.0, test_share=0.0)
+    assert [len(getattr(data, f"{part}_set")) for part in PARTS] == [100, 0, 0]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_sets_name_their_files_in_the_order_of_their_images(name, roots):
+    data = KINDS[name].prepared(roots[name], images_per_class=1)
+    for part in PARTS:
+        for file, (label, number) in zip(getattr(data, f"{part}_set").files, contents(data, part), strict=True):
+            with Image.open(file) as image:
+                error = np.array(image).astype(int) - np.array(photo(label, number))
+            assert abs(error).max() <= 4
+    assert [*data.val_set.files] == sorted(data.val_set.files)
+
+
+def test_a_split_file_says_what_trains_validates_and_tests(roots, tmp_path):
+    names = ("farm", "wood")
+    listed = {
+        "train": [["AnnualCrop/image_0003.jpg", 0, "farm"], ["Forest/image_0001.jpg", 1, "wood"]],
+        "val": [["Forest/image_0002.jpg", 1, "wood"]],
+        "test": [["AnnualCrop/image_0001.jpg", 0, "farm"], ["Forest/image_0009.jpg", 1, "wood"]],
+    }
+    (tmp_path / "split.json").write_text(json.dumps(listed))
+    data = KINDS["eurosat"].prepared(roots["eurosat"], split_file=str(tmp_path / "split.json"))
+    assert (data.class_names, data.num_classes) == (names, 2)
+    expected = {"train": [(0, 2), (1, 0)], "val": [(1, 1)], "test": [(0, 0), (1, 8)]}
+    assert {part: contents(data, part) for part in PARTS} == expected
+
+
+@pytest.mark.parametrize("image_size", [224, 20])
+def test_images_are_resized_as_torchvision_resizes_8_bits(image_size, roots, tmp_path):
+    for name in KINDS["eurosat"].module.known_class_names:
+        pixels = np.random.default_rng(0).integers(0, 256, (37, 50, 3), dtype=np.uint8)
+        for number in range(4):
+            write(tmp_path / "eurosat" / "2750" / name / f"{number}.jpg", Image.fromarray(pixels))
+    data = KINDS["eurosat"].prepared(
+        tmp_path, image_size=image_size, normalization="imagenet", val_share=0.25, test_share=0.25
+    )
+    image, _ = data.test_set[0]
+    with Image.open(data.test_set.files[0]) as original:
+        reference = functional.resize(
+            functional.pil_to_tensor(original), [image_size, image_size], InterpolationMode.BICUBIC, antialias=True
+        )
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    assert (image.dtype, image.shape) == (torch.float32, (3, image_size, image_size))
+    torch.testing.assert_close(image, (reference / 255 - mean) / std, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("model_name", "mean", "std"),
+    [
+        ("vit_tiny_patch16_224", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+        ("deit_tiny_patch16_224", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    ],
+)
+def test_the_backbone_says_how_pixels_are_normalised(model_name, mean, std, roots):
+    backbone = timm.create_model(model_name, **TINY)
+    data = KINDS["imagenet"].module(root=str(roots["imagenet"]), val_images=8)
+    data.trainer = SimpleNamespace(lightning_module=SimpleNamespace(backbone=backbone))
+    data.setup("fit")
+    assert (data.mean, data.std) == (mean, std)
+
+
+def test_the_task_is_asked_through_the_trainer(roots, tmp_path):
+    data = KINDS["imagenet"].module(root=str(roots["imagenet"]), val_images=8, image_size=8)
+    task = ForwardImageClassifier(
+        model_name="vit_tiny_patch16_224", model_kwargs=TINY, num_classes=4, strategy=Backprop()
+    )
+    trainer = Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.test(task, datamodule=data, verbose=False)
+    assert (data.mean, data.std) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+def test_without_a_task_there_is_nothing_to_ask(roots):
+    with pytest.raises(SettingError) as caught:
+        KINDS["eurosat"].prepared(roots["eurosat"], normalization="backbone")
+    assert caught.value.setting == "data.normalization"
+    assert caught.value.remedy.startswith("Write imagenet, or inception")
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "remedy"),
+    [
+        ("caltech101", 101, "caltech101/101_ObjectCategories, or remove what is there"),
+        ("eurosat", 10, "eurosat/2750, or remove what is there"),
+        ("food101", 101, "food-101, or remove what is there"),
+        ("flowers102", 102, "flowers-102, or remove what is there"),
+    ],
+)
+def test_what_is_to_be_fetched_has_its_published_classes_and_needs_a_connection(
+    name, classes, remedy, tmp_path, monkeypatch
+):
+    def unreachable(*args, **kwargs):
+        raise URLError("no connection")
+
+    monkeypatch.setattr("urllib.request.urlopen", unreachable)
+    (tmp_path / "food-101" / "images").mkdir(parents=True)  # a download that was broken off
+    data = KINDS[name].module(root=str(tmp_path), download=True)
+    assert data.num_classes == classes
+    with pytest.raises(SettingError) as caught:
+        data.prepare_data()
+    assert caught.value.setting == "data.download"
+    assert "no connection" in caught.value.problem
+    assert caught.value.remedy.startswith("Check the connection. Put")
+    assert remedy in caught.value.remedy
+
+
+def test_a_split_file_decides_the_number_of_classes_before_anything_is_fetched(tmp_path):
+    listed = {part: [[f"{part}{label}.jpg", label, str(label)] for label in range(7)] for part in PARTS}
+    (tmp_path / "split.json").write_text(json.dumps(listed))
+    module = KINDS["caltech101"].module
+    assert module(root=str(tmp_path), download=True, split_file=str(tmp_path / "split.json")).num_classes == 7
+    with pytest.raises(SettingError, match=r"data\.split_file = '.*': is not a file"):
+        module(root=str(tmp_path), download=True, split_file=str(tmp_path / "gone.json"))
+
+
+def test_imagenet_cannot_be_fetched(tmp_path):
+    with pytest.raises(SettingError) as caught:
+        KINDS["imagenet"].module(root=str(tmp_path), download=True)
+    assert (caught.value.setting, caught.value.problem) == ("data.download", "ImageNet takes an account to fetch.")
+    assert "data/README.md" in caught.value.remedy
+
+
+def test_the_documentation_sorts_the_validation_images_of_imagenet(tmp_path, monkeypatch):
+    readme = (Path(__file__).parents[2] / "data" / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    root = tmp_path / "data" / "downloads" / "imagenet"
+    kit = root / "ILSVRC2012_devkit_t12" / "data"
+    kit.mkdir(parents=True)
+    ids = {1: WNIDS[2], 2: WNIDS[0], 3: WNIDS[3], 4: WNIDS[1]}  # not in the order of the names, as in the real kit
+    kinds = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O")]
+    synsets = np.array([(number, wnid, "fish, tuna") for number, wnid in ids.items()], dtype=kinds)
+    savemat(kit / "meta.mat", {"synsets": synsets[:, None]})
+    answers = [3, 1, 4, 2, 2, 1, 3, 4]
+    (kit / "ILSVRC2012_validation_ground_truth.txt").write_text("".join(f"{answer}\n" for answer in answers))
+    for number, answer in enumerate(answers):
+        write(root / "val" / f"ILSVRC2012_val_{number + 1:08}.JPEG", photo(WNIDS.index(ids[answer]), number))
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):  # a second time changes nothing
+        exec(code, {})
+    data = KINDS["imagenet"].prepared(root, "test")
+    assert sorted(contents(data, "test")) == sorted((WNIDS.index(ids[a]), number) for number, a in enumerate(answers))
+
+
+def test_augmentation_is_repeated_by_the_seed_whatever_the_workers_and_new_in_every_epoch(tmp_path):
+    for name in KINDS["eurosat"].module.known_class_names:
+        for number in range(4):
+            pixels = np.random.default_rng(number).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+            write(tmp_path / "eurosat" / "2750" / name / f"{number}.jpg", Image.fromarray(pixels))
+
+    def two_epochs(seed: int, num_workers: int = 0) -> list[torch.Tensor]:
+        seed_everything(seed)
+        data = KINDS["eurosat"].prepared(
+            tmp_path, val_share=0.25, test_share=0.25, augment=True, rand_augment=RandAugmentSettings(), batch_size=8,
+            num_workers=num_workers,
+        )  # fmt: skip
+        loader, epochs = data.train_dataloader(), []
+        for epoch in (0, 1):
+            loader.sampler.set_epoch(epoch)
+            places = [key.place for key in loader.sampler]
+            images = torch.cat([images for images, _ in loader])
+            epochs.append(torch.stack([images[places.index(place)] for place in range(len(places))]))
+        return epochs
+
+    first, again, workers, other = two_epochs(3), two_epochs(3), two_epochs(3, num_workers=1), two_epochs(4)
+    for epoch in (0, 1):
+        assert torch.equal(first[epoch], again[epoch])
+        assert torch.equal(first[epoch], workers[epoch])
+    same = [(a == b).flatten(1).all(1).float().mean() for a, b in ((first[0], first[1]), (first[0], other[0]))]
+    assert max(same) < 0.1
+
+
+def test_augmentation_crops_at_least_8_percent_of_training_images_and_mirrors_half(tmp_path):
+    # Red grows from 0 to 240 from left to right, green from top to bottom: an image shows where it was cut out.
+    ramp = np.linspace(0, 240, 60)
+    pixels = np.stack(np.broadcast_arrays(ramp, ramp[:, None], 0.0), -1).astype(np.uint8)
+    for name in KINDS["eurosat"].module.known_class_names:
+        for number in range(4):
+            write(tmp_path / "eurosat" / "2750" / name / f"{number}.jpg", Image.fromarray(pixels))
+    data = KINDS["eurosat"].prepared(tmp_path, val_share=0.25, test_share=0.25, augment=True, image_size=16)
+    draws = 300
+    cut = torch.stack([data.train_set[0][0] for _ in range(draws)]) / 2 + 0.5
+    # Between the centres of the outer two of 16 columns lie 15/16 of the width.
+    width = (cut[:, 0].mean(1)[:, -1] - cut[:, 0].mean(1)[:, 0]) * 255 / 240 * 16 / 15
+    height = (cut[:, 1].mean(2)[:, -1] - cut[:, 1].mean(2)[:, 0]) * 255 / 240 * 16 / 15
+    assert (height > 0).all()
+    area, ratio = width.abs() * height, width.abs() / height
+    assert 0.06 < area.min() < 0.2
+    assert 0.85 < area.max() < 1.03
+    assert (ratio > 0.68).all()
+    assert (ratio < 1.47).all()
+    assert abs((width < 0).float().mean() - 0.5) < 4 * 0.5 / draws**0.5
+    image, _ = data.val_set[0]
+    assert image[0, :, 0].mean() < -0.9 < 0.8 < image[0, :, -1].mean()
+
+
+def test_caltech101_has_the_labels_of_torchvision(roots):
+    theirs, folder = Caltech101(roots["caltech101"]), roots["caltech101"] / "caltech101" / "101_ObjectCategories"
+    expected = Counter(
+        (str(folder / theirs.categories[label] / f"image_{number:04}.jpg"), label)
+        for label, number in zip(theirs.y, theirs.index, strict=True)
+    )
+    data = KINDS["caltech101"].prepared(roots["caltech101"])
+    assert labelled_files(data) == expected
+    assert [*data.class_names] == theirs.categories
+
+
+def test_eurosat_has_the_labels_of_torchvision(roots):
+    theirs = EuroSAT(roots["eurosat"])
+    data = KINDS["eurosat"].prepared(roots["eurosat"])
+    assert labelled_files(data) == Counter(theirs.samples)
+    assert [*data.class_names] == theirs.classes
+    assert Counter(theirs.targets) == Counter(label for _, label in labelled_files(data).elements())
+
+
+def seen(items) -> Counter[tuple[bytes, int]]:
+    return Counter((image.tobytes(), int(label)) for image, label in items)
+
+
+def test_food101_has_the_images_and_labels_of_torchvision(roots):
+    data = KINDS["food101"].prepared(roots["food101"], val_images=0)
+    for part in ("train", "test"):
+        ours = getattr(data, f"{part}_set")
+        pairs = ((Image.open(file).convert("RGB"), label) for file, label in zip(ours.files, ours.labels, strict=True))
+        theirs = Food101(roots["food101"], split=part)
+        assert seen(pairs) == seen(theirs)
+        assert [*data.class_names] == theirs.classes
+
+
+def test_flowers102_has_the_files_and_labels_of_torchvision(shared_data):
+    root = shared_data("data/flowers-102").parent
+    data = Flowers102DataModule(root=str(root), allow_missing=True, normalization="imagenet")
+    listed = data.listings()  # torchvision's classes list what should be there as well
+    for part in PARTS:
+        theirs = Flowers102(root, split=part)
+        shown = []
+        theirs.loader = lambda file, shown=shown: shown.append(str(file))
+        labels = [theirs[i][1] for i in range(len(theirs))]
+        assert list(zip(listed[part].files, listed[part].labels, strict=True)) == list(zip(shown, labels, strict=True))
+    assert [len(listed[part].files) for part in PARTS] == [1020, 1020, 6149]

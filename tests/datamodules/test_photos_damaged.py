@@ -1,0 +1,414 @@
+"""What real folders hold beside good images: each a clear error, or tolerated as the documentation says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from scipy.io import savemat
+
+from flops_lightning.cli import main
+from flops_lightning.datamodules import photos
+from flops_lightning.datamodules.images import read_photo
+from flops_lightning.errors import DamagedImageError, SettingError
+from tests.datamodules.photo_folders import DISHES, KINDS, WNIDS, contents, write
+
+IMAGENET_FILE = f"train/{WNIDS[1]}/image_0003.jpg"
+FILES = {
+    "imagenet": IMAGENET_FILE,
+    "caltech101": "caltech101/101_ObjectCategories/anchor/image_0002.jpg",
+    "eurosat": "eurosat/2750/River/image_0004.jpg",
+    "food101": "food-101/images/waffles/image_0005.jpg",
+    "flowers102": "flowers-102/jpg/image_00007.jpg",
+}
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-20])
+
+
+def detailed(file: Path) -> None:
+    """Noise in place of one colour, so that what is cut off is seen to be missing."""
+    write(file, Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)))
+
+
+@pytest.fixture
+def imagenet(tmp_path: Path) -> Path:
+    return KINDS["imagenet"].write(tmp_path)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_an_empty_file_is_found_before_training_and_named(name, tmp_path):
+    file = KINDS[name].write(tmp_path) / FILES[name]
+    file.write_bytes(b"")
+    with pytest.raises(DamagedImageError) as caught:
+        KINDS[name].prepared(tmp_path)
+    assert str(caught.value) == f"{file} is empty. Put the original in its place."
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [(cut, "cannot be read (image file is truncated"), (lambda file: file.write_text("<html>"), "is no image.")],
+)
+def test_a_damaged_file_among_those_read_at_the_start_is_named(damage, problem, imagenet):
+    detailed(imagenet / IMAGENET_FILE)
+    damage(imagenet / IMAGENET_FILE)
+    with pytest.raises(DamagedImageError) as caught:
+        KINDS["imagenet"].prepared(imagenet)
+    assert str(caught.value).startswith(f"{imagenet / IMAGENET_FILE} {problem}")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_a_file_damaged_later_stops_the_run_with_one_line_that_names_it(part, num_workers, imagenet):
+    data = KINDS["imagenet"].prepared(imagenet, num_workers=num_workers, batch_size=4)
+    file = Path(getattr(data, f"{part}_set").files[5])
+    detailed(file)
+    cut(file)
+    with pytest.raises(DamagedImageError) as caught:
+        list(getattr(data, f"{part}_dataloader")())
+    message = str(caught.value)
+    assert message.startswith(f"{file} cannot be read (image file is truncated")
+    assert message.endswith(". Put the original in its place.")
+    assert "\n" not in message
+
+
+def test_an_image_that_would_fill_the_memory_is_named(imagenet, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)  # more than twice as many are an error of PIL
+    with pytest.raises(DamagedImageError, match=r"image_000.\.jpg cannot be read \(Image size .* exceeds limit"):
+        KINDS["imagenet"].prepared(imagenet)
+
+
+def converted(tmp_path: Path, image: Image.Image, **options) -> np.ndarray:
+    image.save(tmp_path / "image.png", **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return np.array(read_photo(tmp_path / "image.png"))
+
+
+def test_modes_of_images_are_converted_to_red_green_and_blue(tmp_path):
+    colours = np.random.default_rng(0).integers(0, 256, (6, 7, 3), dtype=np.uint8)
+    grey, alpha = colours[..., 0], colours[..., 1]
+    repeated = np.repeat(grey[..., None], 3, 2)
+    rgba = np.concatenate([colours, alpha[..., None]], 2)
+    np.testing.assert_array_equal(converted(tmp_path, Image.fromarray(rgba)), colours)
+    np.testing.assert_array_equal(converted(tmp_path, Image.fromarray(grey)), repeated)
+    with_alpha = Image.merge("LA", [Image.fromarray(grey), Image.fromarray(alpha)])
+    np.testing.assert_array_equal(converted(tmp_path, with_alpha), repeated)
+    np.testing.assert_array_equal(converted(tmp_path, Image.fromarray(grey > 99)), np.where(repeated > 99, 255, 0))
+    palette = Image.frombytes("P", (7, 6), bytes(range(42)))
+    palette.putpalette(colours.tobytes())
+    np.testing.assert_array_equal(converted(tmp_path, palette), colours)
+    np.testing.assert_array_equal(converted(tmp_path, palette, transparency=bytes(range(42))), colours)
+
+
+def test_cmyk_is_converted_to_red_green_and_blue(tmp_path):
+    cyan, magenta, yellow, black = 40, 90, 160, 50
+    Image.new("CMYK", (16, 16), (cyan, magenta, yellow, black)).save(tmp_path / "image.jpg", quality=100)
+    expected = [(255 - ink) * (255 - black) / 255 for ink in (cyan, magenta, yellow)]
+    assert np.abs(np.array(read_photo(tmp_path / "image.jpg")) - expected).max() <= 2
+
+
+def test_of_16_bits_the_upper_8_are_kept(tmp_path):
+    grey = np.array([[0, 255, 256, 32767], [32768, 40000, 65279, 65535]], dtype=np.uint16)
+    for name in ("image.png", "image.tiff"):
+        Image.fromarray(grey).save(tmp_path / name)
+        np.testing.assert_array_equal(np.array(read_photo(tmp_path / name)), np.repeat((grey // 256)[..., None], 3, 2))
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_32_bits_are_refused(dtype, tmp_path):
+    Image.fromarray(np.ones((2, 2), dtype=dtype)).save(tmp_path / "image.tiff")
+    with pytest.raises(DamagedImageError, match=r"image\.tiff cannot be read \(pixels of 32 bits; convert it to 8\)"):
+        read_photo(tmp_path / "image.tiff")
+
+
+@pytest.mark.parametrize("name", ["imagenet", "eurosat"])
+def test_hidden_files_and_folders_are_no_images(name, tmp_path):
+    file = KINDS[name].write(tmp_path) / FILES[name]
+    for copy in (
+        file.parent.parent / ".ipynb_checkpoints" / file.name,
+        file.parent / ".ipynb_checkpoints" / file.name,
+        file.parent / f"._{file.name}",
+    ):
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy(file, copy)
+    data = KINDS[name].prepared(tmp_path)
+    found = contents(data, "train") + contents(data, "val") + contents(data, "test")
+    assert sorted(found) == KINDS[name].all_images
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "renamed", "problem"),
+    [
+        ("imagenet", f"val/{WNIDS[2]}", "val/n9", f"val/ has folders of no class, n9; it lacks {WNIDS[2]}."),
+        ("imagenet", f"train/{WNIDS[2]}", "n01484850", f"val/ has folders of no class, {WNIDS[2]}."),
+        ("imagenet", f"val/{WNIDS[2]}", "n01484850", f"val/ lacks {WNIDS[2]}."),
+        (
+            "eurosat", "eurosat/2750/River", "eurosat/2750/Rivers",
+            "eurosat/2750/ has folders of no class, Rivers; it lacks River.",
+        ),
+        ("eurosat", "eurosat/2750/River", "River", "eurosat/2750/ lacks River."),
+        (
+            "caltech101", "caltech101/101_ObjectCategories/emu", "caltech101/101_ObjectCategories/Emu",
+            "caltech101/101_ObjectCategories/ has folders of no class, Emu; it lacks emu.",
+        ),
+    ],
+)  # fmt: skip
+def test_a_class_folder_of_another_name_is_refused(name, folder, renamed, problem, tmp_path):
+    KINDS[name].write(tmp_path)
+    (tmp_path / folder).rename(tmp_path / renamed)
+    with pytest.raises(SettingError) as caught:
+        KINDS[name].prepared(tmp_path)
+    assert caught.value.setting == "data.root"
+    assert caught.value.problem.endswith(problem)
+
+
+@pytest.mark.parametrize("name", ["imagenet", "caltech101", "eurosat"])
+def test_an_empty_class_folder_is_refused_or_left_out_if_allowed(name, tmp_path):
+    folder = (KINDS[name].write(tmp_path) / FILES[name]).parent
+    label = [*KINDS[name].prepared(tmp_path).class_names].index(folder.name)
+    for file in folder.iterdir():
+        file.unlink()
+    with pytest.raises(SettingError, match=rf"has no images of {folder.name}\."):
+        KINDS[name].prepared(tmp_path)
+    with pytest.warns(UserWarning, match=rf"1 of {KINDS[name].classes} classes have no image to learn from"):
+        data = KINDS[name].prepared(tmp_path, allow_missing=True, val_images=6) if name == "imagenet" else (
+            KINDS[name].prepared(tmp_path, allow_missing=True))  # fmt: skip
+    assert {found for found, _ in contents(data, "train")} == {*range(KINDS[name].classes)} - {label}
+    assert data.num_classes == KINDS[name].classes
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_an_empty_root_and_none_are_refused_before_anything_is_built(name, tmp_path):
+    for root in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(SettingError, match=r"data\.root = '.*': has no folder .*/\. Put ") as caught:
+            KINDS[name].module(root=str(root))
+        assert caught.value.value == str(root)
+
+
+def test_folders_without_classes_are_refused(tmp_path):
+    (tmp_path / "train").mkdir()
+    with pytest.raises(SettingError, match="has no class folders in train/"):
+        KINDS["imagenet"].module(root=str(tmp_path))
+
+
+def test_unsorted_validation_images_are_refused_with_where_to_read_how_to_sort_them(imagenet):
+    for file in sorted((imagenet / "val").rglob("*.jpg")):
+        file.rename(imagenet / "val" / f"{file.parent.name}_{file.name}")
+    for folder in (imagenet / "val").glob("*/"):
+        if folder.is_dir():
+            folder.rmdir()
+    with pytest.raises(SettingError, match=r"has no class folders in val/\. .* \(data/README\.md says how\)"):
+        KINDS["imagenet"].prepared(imagenet)
+
+
+def test_a_class_of_one_image_is_refused_where_a_split_needs_more(tmp_path):
+    folder = (KINDS["eurosat"].write(tmp_path) / FILES["eurosat"]).parent
+    for file in sorted(folder.iterdir())[1:]:
+        file.unlink()
+    with pytest.raises(SettingError) as caught:
+        KINDS["eurosat"].prepared(tmp_path)
+    assert (caught.value.setting, caught.value.value) == ("data.test_share", 0.3)
+    assert "River has one." in caught.value.problem
+    assert caught.value.remedy == (
+        "Use another share, or 0, or a split_file; every class needs an image for each part it is to be in."
+    )
+    data = KINDS["eurosat"].prepared(tmp_path, val_share=0.0, test_share=0.0)
+    assert contents(data, "train").count((8, 0)) == 1
+    assert len(data.train_set) == 91
+
+
+def test_a_class_of_one_training_image_trains_where_none_is_held_out(imagenet):
+    for file in sorted((imagenet / "train" / WNIDS[3]).iterdir())[1:]:
+        file.unlink()
+    with pytest.raises(SettingError, match=rf"data\.val_images = 8: .* {WNIDS[3]} has one\. Use 0, or add images"):
+        KINDS["imagenet"].prepared(imagenet)
+    data = KINDS["imagenet"].prepared(imagenet, val_images=0)
+    assert data.train_set.labels.bincount().tolist() == [6, 6, 6, 1]
+
+
+@pytest.mark.parametrize("name", ["food101", "flowers102"])
+def test_a_listed_image_that_is_missing_is_named_or_left_out_if_allowed(name, tmp_path):
+    kind = KINDS[name]
+    file = kind.write(tmp_path) / FILES[name]
+    file.unlink()
+    with pytest.raises(SettingError) as caught:
+        kind.prepared(tmp_path)
+    assert caught.value.problem == f"1 listed images are missing, the first is {file}."
+    assert caught.value.remedy.endswith("data.allow_missing: true goes on without them.")
+    with pytest.warns(UserWarning, match="1 listed images are missing"):
+        data = kind.prepared(tmp_path, allow_missing=True)
+    left = contents(data, "train") + contents(data, "val") + contents(data, "test")
+    assert {*kind.all_images} - {*left} == {(2, 4) if name == "food101" else (6, 0)}
+    assert len(left) == len(kind.all_images) - 1
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "content", "problem"),
+    [
+        ("food101", "food-101/meta/train.json", None, "has no "),
+        ("food101", "food-101/meta/test.json", None, "has no "),
+        ("food101", "food-101/meta/train.json", b'{"apple_pie": [', "has a damaged "),
+        ("food101", "food-101/meta/test.json", b"[1, 2]", "has a damaged "),
+        ("food101", "food-101/meta/test.json", b'{"ramen": []}', "meta/test.json has the class 'ramen', train.json"),
+        ("flowers102", "flowers-102/imagelabels.mat", None, "has no "),
+        ("flowers102", "flowers-102/setid.mat", None, "has no "),
+        ("flowers102", "flowers-102/imagelabels.mat", b"", "has a damaged "),
+        ("flowers102", "flowers-102/setid.mat", b"half of a file" * 20, "has a damaged "),
+    ],
+)  # fmt: skip
+def test_lists_that_are_missing_or_damaged_are_named(name, file, content, problem, tmp_path):
+    path = KINDS[name].write(tmp_path) / file
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(SettingError) as caught:
+        KINDS[name].prepared(tmp_path)
+    assert caught.value.setting == "data.root"
+    assert caught.value.problem.startswith(problem if "class" in problem else f"{problem}{path}")
+    assert "data.download: true" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("imagelabels.mat", {"labels": np.array([[1, 2, 103]])}),
+        ("imagelabels.mat", {"labels": np.zeros((1, 408), dtype=int)}),
+        ("setid.mat", {"trnid": np.array([[1]]), "valid": np.array([[2]]), "tstid": np.array([[409]])}),
+        ("setid.mat", {"trnid": np.array([[0]]), "valid": np.array([[2]]), "tstid": np.array([[3]])}),
+    ],
+)
+def test_lists_with_numbers_out_of_range_are_of_another_data_set(name, content, tmp_path):
+    savemat(KINDS["flowers102"].write(tmp_path) / "flowers-102" / name, content)
+    with pytest.raises(SettingError, match="has lists of another data set"):
+        KINDS["flowers102"].prepared(tmp_path)
+
+
+def test_an_image_in_two_parts_is_refused(tmp_path):
+    meta = KINDS["food101"].write(tmp_path) / "food-101" / "meta"
+    (meta / "test.json").write_text(json.dumps({name: [f"{name}/image_0006"] for name in DISHES}))
+    with pytest.raises(SettingError, match=r"its lists have .*/image_0006\.jpg more than once"):
+        KINDS["food101"].prepared(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (None, "is not a file."),
+        ("{", "is no split (JSONDecodeError: "),
+        ('{"train": []}', "is no split (KeyError: "),
+        ('{"train": [["a.jpg", 0]], "val": [], "test": []}', "is no split (ValueError: "),
+        ('{"train": [["a.jpg", 1, "one"]], "val": [], "test": []}', "has labels that do not run from 0 on."),
+    ],
+)
+def test_a_split_file_of_another_form_is_refused_before_anything_is_built(content, problem, tmp_path):
+    KINDS["eurosat"].write(tmp_path)
+    file = tmp_path / "split.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(SettingError) as caught:
+        KINDS["eurosat"].module(root=str(tmp_path), split_file=str(file))
+    assert (caught.value.setting, caught.value.value) == ("data.split_file", str(file))
+    assert caught.value.problem.startswith(problem)
+
+
+@pytest.mark.parametrize(
+    ("stage", "lacking", "problem"),
+    [("fit", "train", "train"), ("validate", "train", "validate"), ("test", "val", "test"), ("predict", "val", "test")],
+)
+def test_a_stage_without_images_is_refused(stage, lacking, problem, imagenet):
+    shutil.rmtree(imagenet / lacking)
+    with pytest.raises(SettingError) as caught:
+        KINDS["imagenet"].prepared(imagenet, stage)
+    assert (caught.value.setting, caught.value.value) == ("data.root", str(imagenet))
+    assert caught.value.problem == f"has no images to {problem} with."
+    assert "train/WNID/*.JPEG and val/WNID/*.JPEG" in caught.value.remedy
+    other = KINDS["imagenet"].prepared(imagenet, "test" if lacking == "train" else "fit")
+    assert [len(other.train_set), len(other.test_set)] == ([0, 8] if lacking == "train" else [16, 0])
+
+
+SETTINGS = {
+    "trainer": {"max_steps": 2, "accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False},
+    "model": {
+        "class_path": "flops_lightning.tasks.ForwardImageClassifier",
+        "init_args": {
+            "model_name": "vit_tiny_patch16_224",
+            "model_kwargs": {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2},
+            "strategy": {"class_path": "flops_lightning.strategies.Backprop"},
+            "optimizer": {"lr": 0.001},
+        },
+    },
+    "data": {
+        "class_path": "flops_lightning.datamodules.ImageNetDataModule",
+        "init_args": {"image_size": 16, "val_images": 8, "batch_size": 8},
+    },
+}
+
+
+def run(command: str, folder: Path, root: Path, monkeypatch: pytest.MonkeyPatch, *args: str) -> None:
+    monkeypatch.chdir(folder)
+    (folder / "given.yaml").write_text(yaml.safe_dump(SETTINGS))
+    main([command, "-c", str(folder / "given.yaml"), "--data.root", str(root), *args])
+
+
+def last_line(capsys: pytest.CaptureFixture[str]) -> str:
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("command", ["fit", "plan", "validate", "test", "predict"])
+def test_the_command_line_looks_at_the_folder_before_it_begins(command, tmp_path, monkeypatch, capsys):
+    file = KINDS["imagenet"].write(tmp_path / "data") / IMAGENET_FILE
+    file.write_bytes(b"")
+    monkeypatch.setattr(photos.PhotoDataModule, "setup", lambda *_: pytest.fail("the Trainer has begun"))
+    with pytest.raises(SystemExit) as leaving:
+        run(command, tmp_path, tmp_path / "data", monkeypatch)
+    assert leaving.value.code == 2
+    assert last_line(capsys) == f"error: {file} is empty. Put the original in its place."
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_the_command_line_ends_with_one_line_where_a_damaged_file_is_met(num_workers, tmp_path, monkeypatch, capsys):
+    file = KINDS["imagenet"].write(tmp_path / "data") / IMAGENET_FILE
+    detailed(file)
+    cut(file)
+    monkeypatch.setattr(photos, "READ_AT_START", 1)
+    with pytest.raises(SystemExit) as leaving:
+        run("fit", tmp_path, tmp_path / "data", monkeypatch, f"--data.num_workers={num_workers}")
+    assert leaving.value.code == 2
+    assert last_line(capsys).startswith(f"error: {file} cannot be read (image file is truncated")
+
+
+def test_the_command_line_trains_and_tests_on_images_on_disk(tmp_path, monkeypatch, capsys):
+    root = KINDS["imagenet"].write(tmp_path / "data")
+    run("fit", tmp_path, root, monkeypatch, "--data.augment=true", "--data.num_workers=1")
+    shutil.rmtree(root / "train")
+    run("test", tmp_path, root, monkeypatch, "--ckpt_path", str(next(tmp_path.rglob("*.ckpt"))))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as leaving:
+        run("fit", tmp_path, root, monkeypatch)
+    assert leaving.value.code == 2
+    assert last_line(capsys).startswith(
+        f"error: data.root = '{root}': has no images to train with. Put the images there"
+    )
+
+
+@pytest.mark.parametrize("name", ["Caltech101", "EuroSAT", "Food101", "Flowers102", "ImageNet"])
+def test_the_command_line_knows_the_settings_of_every_data_set(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    data = {"class_path": f"flops_lightning.datamodules.{name}DataModule", "init_args": {"imagesize": 16}}
+    (tmp_path / "given.yaml").write_text(yaml.safe_dump({**SETTINGS, "data": data}))
+    with pytest.raises(SystemExit) as leaving:
+        main(["fit", "-c", str(tmp_path / "given.yaml")])
+    assert leaving.value.code == 2
+    assert "Did you mean `image_size`?" in last_line(capsys)
+    data["init_args"] = {"download": "sometimes"}
+    (tmp_path / "given.yaml").write_text(yaml.safe_dump({**SETTINGS, "data": data}))
+    with pytest.raises(SystemExit):
+        main(["fit", "-c", str(tmp_path / "given.yaml")])
+    assert "sometimes" in last_line(capsys)
