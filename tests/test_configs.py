@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 import yaml
+from lightning.pytorch import Trainer
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -23,6 +24,10 @@ ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml"))
 METHODS = [path for path in CONFIGS if path.startswith("configs/method/")]
 OVERLAYS = [path for path in CONFIGS if path.startswith(("configs/digits/", "configs/allocators/", "configs/targets/"))]
+ELSEWHERE = re.compile(r"configs/(vit_(base|large)_\w+\.yaml|small/.*)")
+"""Configurations that other tests run."""
+HARDWARE = [path for path in CONFIGS if path.startswith("configs/hardware/")]
+RUN_HERE = [path for path in CONFIGS if path not in (*METHODS, *HARDWARE) and not ELSEWHERE.fullmatch(path)]
 QUICKSTART = "configs/vit_tiny_digits.yaml"
 CIFAR10 = "configs/vit_micro_cifar10.yaml"
 
@@ -66,7 +71,7 @@ def cifar10(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("path", [path for path in CONFIGS if path not in METHODS])
+@pytest.mark.parametrize("path", RUN_HERE)
 def test_every_configuration_runs(path: str, tmp_path: Path, cifar10: list[str]) -> None:
     if path.endswith("lora.yaml"):
         pytest.importorskip("peft")
@@ -81,6 +86,19 @@ def test_every_configuration_runs(path: str, tmp_path: Path, cifar10: list[str])
         assert summary["queries"] == pytest.approx(summary["queries_per_sample"] * 2 * 64, abs=0.1)
     else:
         assert summary["queries"] == 0
+
+
+@pytest.mark.parametrize("path", HARDWARE)
+def test_a_hardware_overlay_changes_nothing_but_the_machine(path: str, tmp_path: Path) -> None:
+    content = yaml.safe_load(Path(path).read_text())
+    assert set(content) == {"trainer"}
+    assert set(content["trainer"]) <= {"accelerator", "devices", "num_nodes", "strategy", "precision"}
+    assert set(content["trainer"]) <= set(inspect.signature(Trainer).parameters)
+    if content["trainer"]["accelerator"] == "cpu":
+        summary = run([QUICKSTART, path], tmp_path, "--trainer.max_steps=1", "--trainer.limit_val_batches=0")
+        assert summary["steps"] == 1
+    else:
+        assert 128 % (content["trainer"]["devices"] * content["trainer"]["num_nodes"]) == 0
 
 
 STRATEGIES = {
