@@ -13,14 +13,17 @@ import argparse
 import csv
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from flops_lightning.errors import SettingError
@@ -72,8 +75,10 @@ class Cell:
     @property
     def summary(self) -> dict[str, Any] | None:
         """What the run ended with; None if it has not."""
-        found = sorted(self.folder.rglob(RESULT))
-        return json.loads(found[-1].read_text()) if found else None
+        for file in sorted(self.folder.rglob(RESULT), reverse=True):
+            with suppress(json.JSONDecodeError):  # it is being written, or the run was killed as it wrote
+                return json.loads(file.read_text())
+        return None
 
     @property
     def command(self) -> list[str]:
@@ -112,7 +117,9 @@ def cells(options: argparse.Namespace) -> list[Cell]:
     """
     found = [
         Cell(model, method, data_set, seed, options.output, (*options.extra, *options.only.get(data_set, ())))
-        for seed, model, data_set, method in product(options.seeds, options.models, options.data_sets, options.methods)
+        for seed, model, data_set, method in product(
+            *map(dict.fromkeys, (options.seeds, options.models, options.data_sets, options.methods))
+        )
     ]
     for cell in found:
         if not cell.config.is_file():
@@ -173,11 +180,10 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line.
 
     Raises:
-        SettingError: ``--only`` names no data set.
+        SettingError: ``--only`` names no data set or no setting, or ``--jobs`` is below 1.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m flops_lightning.studies.table1", description=__doc__.split("\n")[2]
-    )
+    summary = (__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m flops_lightning.studies.table1", description=summary)
     parser.add_argument("--models", nargs="+", choices=PAPER, default=list(PAPER), help="default all")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(ROWS), help="default the paper's rows")
     parser.add_argument("--data_sets", nargs="+", choices=DATA_SETS, default=list(DATA_SETS), help="default all")
@@ -192,11 +198,13 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     given = list(sys.argv[1:] if args is None else args)
     own, extra = (given[: given.index("--")], given[given.index("--") + 1 :]) if "--" in given else (given, [])
     options = parser.parse_args(own)
+    if options.jobs < 1:
+        raise SettingError("--jobs", options.jobs, "is below 1.", "Give the number of runs at a time.")
     options.extra = (*(("--config", "configs/small/vit_micro.yaml") if options.small else ()), *extra)
     only: dict[str, tuple[str, ...]] = {}
     for each in options.only:
         data_set, _, setting = each.partition(":")
-        if data_set not in DATA_SETS or "=" not in setting:
+        if data_set not in DATA_SETS or setting.find("=") < 1:
             raise SettingError(
                 "--only", each, "is not DATA_SET:NAME=VALUE.", "Write for example cifar10:data.init_args.download=true."
             )
@@ -215,16 +223,19 @@ def main(args: Sequence[str] | None = None) -> None:
         options = parse(args)
         todo = cells(options)
     except SettingError as error:
-        sys.exit(f"error: {error}")
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
     if options.dry_run:
-        print("\n".join(" ".join(cell.command) for cell in todo))
+        print("\n".join(shlex.join(cell.command) for cell in todo))
         return
     threads = max(1, (os.cpu_count() or 1) // options.jobs)
+    one_writes = Lock()
 
     def run(cell: Cell) -> str:
         said = cell.run(threads)
-        print(f"{cell.model} {cell.data_set} {cell.method} seed {cell.seed}: {said}", flush=True)
-        write(todo, options.output, small=options.small)
+        with one_writes:
+            print(f"{cell.model} {cell.data_set} {cell.method} seed {cell.seed}: {said}", flush=True)
+            write(todo, options.output, small=options.small)
         return said
 
     with ThreadPoolExecutor(options.jobs) as runs:
