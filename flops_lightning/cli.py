@@ -24,7 +24,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from flops_lightning.callbacks.class_report import ClassReport, class_counts
 from flops_lightning.callbacks.prediction_writer import PredictionWriter
@@ -103,6 +103,42 @@ def _with(own: Callback, kind: type[Callback], given: Callback | list[Callback] 
     return callbacks if any(isinstance(callback, kind) for callback in callbacks) else [*callbacks, own]
 
 
+def _checked_classes(data: LightningDataModule) -> Any:
+    """Number of classes of a data module that has looked for what is missing or damaged, where it can.
+
+    That comes before pretrained weights are fetched and a device is touched; not where the data is still to be fetched.
+
+    Raises:
+        SettingError: The data set is not whole.
+        DamagedImageError: An image is empty or cannot be read.
+    """
+    check = getattr(data, "check", None)
+    if callable(check) and not getattr(data, "download", False):
+        check()
+    return cast("Any", data).num_classes
+
+
+def _refuse_two_methods(files: Sequence[Any]) -> None:
+    """A method's file says what the method needs and nothing of what another one had set.
+
+    Raises:
+        SettingError: There are two of ``configs/method/``.
+    """
+    methods = [str(file) for file in files if Path(str(file)).parent.name == "method"]
+    if len(methods) > 1:
+        raise SettingError(
+            "config", methods, "are two methods: settings of the first would stay in the second.", "Give one of them."
+        )
+
+
+def _warn_of_start_weights(subcommand: str, checkpoint: str | None) -> None:
+    if not checkpoint:
+        rank_zero_warn(
+            f"{subcommand} without --ckpt_path: the head is as it was initialised. --ckpt_path last takes the newest "
+            "checkpoint of this configuration's runs."
+        )
+
+
 class FlopsCLI(LightningCLI):
     """Lightning's CLI with any LightningModule and any data module, TensorBoard under ``runs/``, and short errors."""
 
@@ -113,8 +149,10 @@ class FlopsCLI(LightningCLI):
         return dict([fit, ("plan", {"model", "datamodule"}), *others])
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Let the data decide how many classes the model tells apart."""
-        parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
+        """Let the data decide how many classes the model tells apart, and look at them before the model is made."""
+        parser.link_arguments(
+            "data", "model.init_args.num_classes", compute_fn=_checked_classes, apply_on="instantiate"
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, and explain what was refused.
@@ -136,6 +174,10 @@ class FlopsCLI(LightningCLI):
             SettingError: ``ckpt_path`` is neither a checkpoint of Lightning nor a word that has a meaning here.
         """
         path = self._settings.get("ckpt_path")
+        _refuse_two_methods(self._settings.get("config") or [])
+        if self.subcommand in ("validate", "test", "predict") and path is None:
+            start = self._settings["model"].get("init_args.checkpoint")
+            _warn_of_start_weights(str(self.subcommand), start)
         if self.subcommand == "plan":
             refuse_checkpoint(path)
         if path == "best":
@@ -170,19 +212,6 @@ class FlopsCLI(LightningCLI):
                 f"but the data has {has} classes.",
                 "Leave it out: the data decides.",
             )
-
-    def after_instantiate_classes(self) -> None:
-        """Let the data look for what is missing or damaged, where it can, before a device is touched.
-
-        Not where it is still to be fetched.
-
-        Raises:
-            SettingError: The data set is not whole.
-            DamagedImageError: An image is empty or cannot be read.
-        """
-        check = getattr(self.datamodule, "check", None)
-        if self.subcommand and callable(check) and not getattr(self.datamodule, "download", False):
-            check()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer; add TensorBoard in a folder of its own for every run, and what writes a table.

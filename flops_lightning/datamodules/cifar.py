@@ -17,6 +17,7 @@ from flops_lightning.datamodules.base import ImageDataModule
 from flops_lightning.datamodules.class_folders import list_class_folders
 from flops_lightning.datamodules.images import (
     BACKBONE,
+    FETCHING_FAILS,
     NORMALIZATIONS,
     ImageSubset,
     PhotoFiles,
@@ -166,7 +167,7 @@ class CIFARDataModule(ImageDataModule):
         opener = self.opener()
         try:
             opener(self.root, download=True)
-        except (OSError, RuntimeError) as error:  # no connection or disk; another file than was expected
+        except FETCHING_FAILS as error:
             raise SettingError(
                 "data.download", True, f"the archive could not be fetched ({error}).",
                 f"Check the connection, or put {opener.url} into {self.root} yourself.",

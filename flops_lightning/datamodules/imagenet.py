@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from flops_lightning.datamodules.listing import Listing, Part
 from flops_lightning.datamodules.photos import PhotoDataModule
 from flops_lightning.datamodules.splits import hold_out
 from flops_lightning.errors import SettingError
+
+WNID = re.compile(r"n\d{8}")
 
 
 class ImageNetDataModule(PhotoDataModule):
@@ -59,8 +62,18 @@ class ImageNetDataModule(PhotoDataModule):
         return "Put the images there as train/WNID/*.JPEG and val/WNID/*.JPEG (data/README.md says how)."
 
     def find_class_names(self) -> tuple[str, ...]:
-        """The folders' names."""
-        return class_folders(self.folder, root=self.root, remedy=self.remedy())
+        """The folders' names.
+
+        Raises:
+            SettingError: One is no WordNet id: these are images of something else.
+        """
+        names = class_folders(self.folder, root=self.root, remedy=self.remedy())
+        strange = [name for name in names if not WNID.fullmatch(name)]
+        if strange:
+            raise SettingError(
+                "data.root", self.root, f"{self.folder.name}/ has {strange[0]}/, which is no WordNet id.", self.remedy()
+            )
+        return names
 
     def listings(self) -> Mapping[Part, Listing]:
         """``train/`` without the images held out, those, and ``val/``."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import tarfile
+import zipfile
 from collections.abc import Callable, Sequence
+from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +25,9 @@ Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]  # me
 IMAGENET: Statistics = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 INCEPTION: Statistics = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
+
+FETCHING_FAILS = (OSError, RuntimeError, EOFError, HTTPException, tarfile.TarError, zipfile.BadZipFile)
+"""What a download ends with: no connection or disk, another file than was expected, one cut off."""
 
 NORMALIZATIONS = {"imagenet": IMAGENET, "inception": INCEPTION}
 BACKBONE = "backbone"
@@ -79,6 +85,8 @@ def read_photo(path: str | Path) -> Image:
     try:
         with Image.open(path) as image:
             return _rgb(image)
+    except Image.DecompressionBombError as error:
+        raise DamagedImageError(f"{path} is too large to be decoded ({error}). Put a smaller one there.") from error
     except UnidentifiedImageError as error:
         problem = "is no image" if Path(path).stat().st_size else "is empty"
         raise DamagedImageError(f"{path} {problem}. Put the original in its place.") from error

@@ -112,5 +112,7 @@ def _sizes(files: Sequence[str]) -> list[int | None]:
 def _size(file: str) -> int | None:
     try:
         return os.stat(file).st_size  # noqa: PTH116 - a Path for each of a million files takes ten seconds
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:  # it is there, and closed to us
+        raise DamagedImageError(f"{file} cannot be read ({error.strerror}). See to its permissions.") from error

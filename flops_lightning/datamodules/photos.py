@@ -15,6 +15,7 @@ from flops_lightning.datamodules.augmentation import RandAugmentSettings
 from flops_lightning.datamodules.base import ImageDataModule
 from flops_lightning.datamodules.images import (
     BACKBONE,
+    FETCHING_FAILS,
     NORMALIZATIONS,
     ImageSubset,
     PhotoFiles,
@@ -166,7 +167,7 @@ class PhotoDataModule(ImageDataModule):
             return
         try:
             self.fetch()
-        except (OSError, RuntimeError) as error:  # no connection or disk; another file than was expected
+        except FETCHING_FAILS as error:
             raise SettingError(
                 "data.download", True, f"{self.data_set} could not be fetched ({error}).",
                 f"Check the connection. {self.remedy()}",

@@ -14,6 +14,7 @@ import csv
 import json
 import os
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -37,9 +38,39 @@ FILES: Mapping[str, tuple[str, ...]] = {
     **{method: (f"configs/method/{method}.yaml",) for method in ("bp", "mezo", "mezo_nspsa", "deepzero_spsa", "lr")},
 }
 """Configuration files on top of a cell's, by method."""
+OWN = {("vit_large", "mezo_nspsa"): ("--model.init_args.strategy.init_args.queries=100",)}
+"""Arguments of single cells: five sites of 20 queries each, where the method's file counts on four."""
 METHODS = (*ROWS, "ops_lr_optimal")
 TITLES = {**ROWS, "ops_lr_optimal": "OPS-LR, optimal allocator, no pilots (ours)"}
-RESULT, LOG = "summary.json", "log.txt"
+RESULT, LOG, COMMAND = "summary.json", "log.txt", "command.json"
+STOPPED = "stopped, the same command goes on"
+
+
+class Running:
+    """The runs under way, which end with the study."""
+
+    def __init__(self) -> None:
+        """None yet."""
+        self.stopped = False
+        self._processes: set[subprocess.Popen[bytes]] = set()
+
+    def run(self, command: Sequence[str], **settings: Any) -> int:
+        """Run a command to its end; its exit code."""
+        with subprocess.Popen(command, **settings) as process:
+            self._processes.add(process)
+            try:
+                return process.wait()
+            finally:
+                self._processes.discard(process)
+
+    def stop(self, *_: object) -> None:
+        """Let the runs save and leave, and begin no other."""
+        self.stopped = True
+        for process in list(self._processes):
+            process.terminate()
+
+
+RUNNING = Running()
 
 
 @dataclass(frozen=True)
@@ -85,18 +116,42 @@ class Cell:
         """The run; it goes on where there is a checkpoint."""
         # The method's files come last: they replace what an overlay of the user's says of the strategy.
         given = [*self.extra, *(part for file in FILES[self.method] for part in ("--config", file))]
+        given += OWN.get((self.model, self.method), ())
         own = {"seed_everything": self.seed, "trainer.default_root_dir": self.folder, "ckpt_path": "last"}
         settings = [part for name, value in own.items() for part in (f"--{name}", str(value))]
         return [sys.executable, "main.py", "fit", "--config", str(self.config), *given, *settings]
+
+    @property
+    def settings(self) -> list[str]:
+        """What the run is made of, whoever runs it."""
+        return [str(part) for part in self.command[1:]]
+
+    def check(self) -> None:
+        """Refuse a folder that was made by another command.
+
+        Raises:
+            SettingError: It was: its result would be passed off as this cell's.
+        """
+        file = self.folder / COMMAND
+        if file.is_file() and json.loads(file.read_text()) != self.settings:
+            raise SettingError(
+                "--output", str(self.output), f"has {self.folder.relative_to(self.output)} of other settings.",
+                "Give those of then (in its command.json), or another folder.",
+            )  # fmt: skip
 
     def run(self, threads: int) -> str:
         """Run it unless it is finished; what came of it, in a word."""
         if self.summary is not None:
             return "was there"
+        if RUNNING.stopped:
+            return STOPPED
         self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / COMMAND).write_text(json.dumps(self.settings))
         with (self.folder / LOG).open("a") as said:
             environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-            code = subprocess.run(self.command, stdout=said, stderr=said, env=environment, check=False).returncode
+            code = RUNNING.run(self.command, stdout=said, stderr=said, env=environment)
+        if self.summary is None and RUNNING.stopped:
+            return STOPPED
         if self.summary is None:
             return f"FAILED with code {code}, see {self.folder / LOG}"
         for file in (*self.folder.rglob("*.ckpt"), *self.folder.rglob("model.safetensors")):
@@ -222,6 +277,8 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         options = parse(args)
         todo = cells(options)
+        for cell in todo:
+            cell.check()
     except SettingError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
@@ -238,11 +295,15 @@ def main(args: Sequence[str] | None = None) -> None:
             write(todo, options.output, small=options.small)
         return said
 
+    RUNNING.stopped = False
+    before = {number: signal.signal(number, RUNNING.stop) for number in (signal.SIGTERM, signal.SIGINT)}
     with ThreadPoolExecutor(options.jobs) as runs:
         said = list(runs.map(run, todo))
+    for number, handler in before.items():
+        signal.signal(number, handler)
     write(todo, options.output, small=options.small)
     print(table(todo, small=options.small))
-    if any(each.startswith("FAILED") for each in said):
+    if any(each == STOPPED or each.startswith("FAILED") for each in said):
         sys.exit(1)
 
 

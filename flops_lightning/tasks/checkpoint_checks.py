@@ -45,6 +45,7 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
+import lightning.pytorch as pl
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -91,6 +92,28 @@ def check_weights(module: nn.Module, saved: Mapping[str, Tensor]) -> None:
                 "ckpt_path", name, f"is {there} in the checkpoint and {here} in this network.",
                 "Give the checkpoint of this configuration, or the configuration of that run.",
             )  # fmt: skip
+
+
+def class_names_of(trainer: pl.Trainer | None) -> list[str] | None:
+    """Names of the classes in the order of the labels; None where there is no data module that has them."""
+    names = getattr(getattr(trainer, "datamodule", None), "class_names", None)
+    return None if names is None else [str(name) for name in names]
+
+
+def check_classes(saved: Sequence[str] | None, present: Sequence[str] | None) -> None:
+    """Compare names: data sets of other things may have as many classes.
+
+    Raises:
+        SettingError: the checkpoint tells other classes apart than the data has; the first that differs is named.
+    """
+    if saved is None or present is None or list(saved) == list(present):
+        return
+    differing = [(a, b) for a, b in zip(saved, present, strict=False) if a != b]
+    then, now = differing[0] if differing else (f"{len(saved)} classes", f"{len(present)} classes")
+    raise SettingError(
+        "data", now, f"the checkpoint was trained to tell {then!r} there.",
+        "Give the data set of that run, or start from its weights with `checkpoint`.",
+    )  # fmt: skip
 
 
 def check_optimizer(optimizer: Optimizer, checkpoint: Mapping[str, Any]) -> None:

@@ -33,9 +33,11 @@ from flops_lightning.tasks.backbone import check_images, create_backbone, load_w
 from flops_lightning.tasks.backbone import freeze as freeze_parameters
 from flops_lightning.tasks.checkpoint_checks import (
     check_averaging,
+    check_classes,
     check_optimizer,
     check_settings,
     check_weights,
+    class_names_of,
     within_epoch,
 )
 from flops_lightning.tasks.evaluation import first_seen, metrics_of_test, metrics_of_validation
@@ -441,7 +443,10 @@ class ForwardImageClassifier(pl.LightningModule):
         return self._gradient.empty
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the strategy's state (draw counter, seed, every rank's meter), and the settings of the run."""
+        """Add the names of the classes, the strategy's state (draw counter, seed, meters) and the settings."""
+        names = class_names_of(self._trainer)
+        if names is not None:
+            checkpoint["class_names"] = names
         if self.strategy is not None:
             own = self.strategy.meter.state_dict()
             checkpoint["forward_gradient"] = {
@@ -460,6 +465,7 @@ class ForwardImageClassifier(pl.LightningModule):
                 was made with settings that a run cannot change (see :mod:`checkpoint_checks`).
         """
         check_weights(self, checkpoint["state_dict"])
+        check_classes(checkpoint.get("class_names"), class_names_of(self._trainer))
         state = checkpoint.get("forward_gradient")
         # Only a run that goes on goes on counting: testing or fine-tuning from the file starts afresh.
         resumed = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
