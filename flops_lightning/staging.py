@@ -8,10 +8,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # the common base of BatchNorm1d/2d/3d and SyncBatchNorm
 from torch.utils.flop_counter import FlopCounterMode
@@ -85,6 +86,10 @@ class StagedNetwork:
     def __len__(self) -> int:
         """Number of stages."""
         return len(self.stages)
+
+    def with_all_tokens(self) -> StagedNetwork:
+        """The same network, where every stage computes all tokens of its output, whether they are read or not."""
+        return StagedNetwork(self.module, tuple(replace(s, run=getattr(s.run, "whole", s.run)) for s in self.stages))
 
     def run(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         """Run stages ``start`` to ``stop`` (exclusive; to the end by default) on ``x``."""
@@ -200,6 +205,54 @@ class _Block:
 
 
 @dataclass(frozen=True, eq=False)
+class _LastBlock:
+    """The last block at the tokens that are read of it: queries, projection and MLP of the others are left out.
+
+    The arithmetic of timm's ``Block`` and ``Attention``, module by module, so that hooks on them and replaced
+    parameters work as ever.
+    """
+
+    vit: VisionTransformer
+    index: int
+    tokens: slice
+
+    @property
+    def whole(self) -> _Block:
+        """The block at all tokens."""
+        return _Block(self.vit, self.index)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        block = cast("Any", self.vit.blocks[self.index])
+        h = x[:, self.tokens]
+        h = h + block.drop_path1(block.ls1(self._attention(block.attn, block.norm1(x))))
+        return h + block.drop_path2(block.ls2(block.mlp(block.norm2(h))))
+
+    def _attention(self, attn: Any, x: Tensor) -> Tensor:
+        rows, tokens, _ = x.shape
+        q, k, v = attn.qkv(x).reshape(rows, tokens, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k = attn.q_norm(q[:, :, self.tokens]), attn.k_norm(k)
+        if attn.fused_attn:
+            dropped = attn.attn_drop.p if attn.training else 0.0
+            mixed = functional.scaled_dot_product_attention(q, k, v, dropout_p=dropped)
+        else:
+            mixed = attn.attn_drop((q * attn.scale @ k.transpose(-2, -1)).softmax(dim=-1)) @ v
+        mixed = mixed.transpose(1, 2).flatten(2)
+        return attn.proj_drop(attn.proj(mixed))
+
+
+def _narrows(block: nn.Module) -> bool:
+    """Whether :class:`_LastBlock` knows the block's arithmetic."""
+    from timm.layers.attention import Attention
+    from timm.models.vision_transformer import Block
+
+    if type(block) is not Block or type(block.attn) is not Attention:
+        return False
+    # Options that not all versions of timm have.
+    scaled = not isinstance(getattr(block.attn, "norm", nn.Identity()), nn.Identity)
+    return not scaled and getattr(block.attn, "gate", None) is None
+
+
+@dataclass(frozen=True, eq=False)
 class _Pool:
     vit: VisionTransformer
 
@@ -241,9 +294,11 @@ def _stage_timm_vit(vit: VisionTransformer) -> StagedNetwork:
             reads, narrows = slice(0, 1), True
         elif vit.global_pool in ("avg", "max", "avgmax") and not vit.pool_include_prefix:
             reads = slice(vit.num_prefix_tokens, None)
-    blocks = tuple(
-        Stage(f"blocks.{i}", _Block(vit, i), (f"blocks.{i}",), tokenwise=tokenwise(i)) for i in range(last + 1)
-    )
+    def block(i: int) -> Callable[[Tensor], Tensor]:
+        narrow = i == last and narrows and reads is not None and _narrows(vit.blocks[i])
+        return _LastBlock(vit, i, reads) if narrow and reads is not None else _Block(vit, i)
+
+    blocks = tuple(Stage(f"blocks.{i}", block(i), (f"blocks.{i}",), tokenwise=tokenwise(i)) for i in range(last + 1))
     return StagedNetwork(
         vit,
         (

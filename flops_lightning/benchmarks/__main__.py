@@ -11,8 +11,10 @@ from pathlib import Path
 import torch
 
 from flops_lightning.benchmarks.cases import Case, full_cases, quick_cases
-from flops_lightning.benchmarks.measurement import measure
+from flops_lightning.benchmarks.measurement import measure, strategy_of
+from flops_lightning.benchmarks.memory import INFERENCE, OURS, in_a_process, run
 from flops_lightning.benchmarks.report import table
+from flops_lightning.process_memory import held
 
 
 def main(argv: Sequence[str] | None = None, *, cases: Sequence[Case] | None = None) -> None:
@@ -23,13 +25,42 @@ def main(argv: Sequence[str] | None = None, *, cases: Sequence[Case] | None = No
         cases: What to measure instead of the built-in cases.
     """
     options = _parser().parse_args(argv)
+    chosen = list(cases or (quick_cases() if options.quick else full_cases()))
+    if options.peak:
+        print(peak(chosen[int(options.peak[0])], options.peak[1]))
+        return
     records = []
-    for case in cases or (quick_cases() if options.quick else full_cases()):
+    for case in chosen:
         print(f"measuring {case.model}, batch {case.batch}, {case.queries} queries ...", file=sys.stderr, flush=True)
         records.append(measure(case, options.device))
+        if cases is None and held("VmHWM") is not None:
+            records[-1] |= memory_ratios(chosen.index(case), quick=options.quick)
     print(table(records))
     if options.json:
         options.json.write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
+
+
+def peak(case: Case, name: str) -> float:
+    """Peak memory in MiB of a contender at a case, in this process."""
+    return run(name, case.batch, case, lambda network: strategy_of(case, network))
+
+
+def memory_ratios(place: int, *, quick: bool) -> dict[str, float]:
+    """Peak memory of our step over that of inference and of backprop, each in a process of its own.
+
+    Args:
+        place: Of the case among those measured.
+        quick: Whether these are the quick ones.
+    """
+    given = ("--quick",) if quick else ()
+    peaks = {
+        name: in_a_process("flops_lightning.benchmarks", *given, "--peak", str(place), name)
+        for name in (INFERENCE, OURS, "backprop")
+    }
+    return {
+        "memory_over_inference": peaks[OURS] / peaks[INFERENCE],
+        "memory_over_backprop": peaks[OURS] / peaks["backprop"],
+    }
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -39,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--quick", action="store_true", help="fewer rows and rounds: below a minute on two cores")
     parser.add_argument("--json", type=_writable, metavar="FILE", help="also write the records to FILE")
+    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)  # a child process: case and contender
     parser.add_argument("--device", type=_device, default=torch.device("cpu"), help="cpu (default), cuda, cuda:1, ...")
     return parser
 

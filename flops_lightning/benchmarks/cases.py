@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from torch import nn
 
@@ -22,6 +23,9 @@ class Case:
         chunk_rows: Upper bound of rows in one forward pass, the same for every contender; near the fastest for plain
             inference on a CPU, where activations that leave the cache cost more than small products.
         rounds: Timed rounds.
+        strategy: ``LikelihoodRatio``, or ``SPSA`` with factored directions.
+        kind: Kind of the likelihood ratio's sites: ``group`` (the paper's three groups and the head) or ``block``.
+        references: Whether the plain reference steps are timed as well, by far the slowest.
     """
 
     model: str
@@ -32,6 +36,9 @@ class Case:
     queries: int
     chunk_rows: int
     rounds: int
+    strategy: Literal["LikelihoodRatio", "SPSA"] = "LikelihoodRatio"
+    kind: Literal["group", "block"] = "group"
+    references: bool = True
 
 
 def tiny_digits_vit() -> nn.Module:
@@ -81,15 +88,29 @@ VIT_MICRO = Case(
     "ViT-Micro/4, 32 px", vit_micro, (3, 32, 32), 10, batch=64, queries=20, chunk_rows=64, rounds=5
 )  # fmt: skip
 VIT_TINY = Case(
-    "ViT-Tiny/16, 224 px", vit_tiny, (3, 224, 224), 1000, batch=4, queries=20, chunk_rows=8, rounds=5
+    "ViT-Tiny/16, 224 px", vit_tiny, (3, 224, 224), 1000, batch=8, queries=20, chunk_rows=8, rounds=5
+)  # fmt: skip
+
+
+def vit_base() -> nn.Module:
+    """ViT-Base/16 at 224 pixels: 197 tokens of width 768, 12 blocks."""
+    import timm
+
+    return timm.create_model("vit_base_patch16_224")
+
+
+VIT_BASE = Case(
+    "ViT-Base/16, 224 px", vit_base, (3, 224, 224), 1000, batch=1, queries=20, chunk_rows=4, rounds=3, references=False
 )  # fmt: skip
 
 
 def full_cases() -> tuple[Case, ...]:
-    """All cases at their full size; minutes on two cores."""
-    return DIGITS, VIT_TINY
+    """All cases at their full size; an hour on two cores."""
+    ways: tuple[dict[str, Any], ...] = ({}, {"kind": "block"}, {"strategy": "SPSA"})
+    others = [replace(case, **way, references=False) for case in (VIT_TINY, VIT_BASE) for way in ways[1:]]
+    return DIGITS, VIT_TINY, VIT_BASE, *others
 
 
 def quick_cases() -> tuple[Case, ...]:
-    """The same with fewer rows and rounds; below a minute on two cores."""
-    return replace(DIGITS, rounds=3), replace(VIT_TINY, batch=1, queries=8, rounds=3)
+    """Two networks with fewer rows and rounds; below a minute on two cores."""
+    return replace(DIGITS, batch=8, rounds=3), replace(VIT_TINY, batch=1, queries=8, rounds=3, references=False)

@@ -48,11 +48,12 @@ def suffix_inference(
 
     Args:
         network: The staged network.
-        sites: The sites.
+        sites: The sites; where parameters are perturbed, a suffix begins at the site's own first stage.
         clean: A clean pass that kept the sites' activations.
         chunk_rows: Upper bound of rows in one forward pass.
     """
-    expanded = [boundary_activation(site, clean).repeat_interleave(site.queries_per_sample, dim=0) for site in sites]
+    begins = [clean.activations[s.start] if s.in_parameters else boundary_activation(s, clean) for s in sites]
+    expanded = [h.repeat_interleave(s.queries_per_sample, dim=0) for h, s in zip(begins, sites, strict=True)]
 
     @torch.inference_mode()
     def run() -> None:

@@ -17,10 +17,11 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from flops_lightning.benchmarks.cases import VIT_TINY
+from flops_lightning.benchmarks.cases import VIT_TINY, Case
 from flops_lightning.benchmarks.measurement import row_cross_entropy
 from flops_lightning.process_memory import held
 from flops_lightning.staging import StagedNetwork, stage_network
@@ -36,6 +37,7 @@ from flops_lightning.strategies import (
 from flops_lightning.strategies.site_specs import default_specs
 
 INFERENCE = "inference"
+OURS = "ours"
 STEPS = 2
 QUERIES = 2
 """Of a sample at each site: more take longer and no more memory."""
@@ -63,23 +65,31 @@ NAMES = (
 )  # fmt: skip
 
 
-def run(name: str, batch: int) -> float:
-    """Peak memory in MiB of steps of one contender, beyond what was held before."""
+def run(name: str, batch: int, case: Case = VIT_TINY, make: Callable[[StagedNetwork], Any] | None = None) -> float:
+    """Peak memory in MiB of steps of one contender, beyond what was held before.
+
+    Args:
+        name: Of the contender.
+        batch: Samples in a batch; inference runs on ``case.chunk_rows`` rows where ``make`` is given.
+        case: The network and the size of its inputs.
+        make: The strategy of the name ``OURS``, unbound.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)
-    VIT_TINY.build()  # libraries are no part of a step
+    case.build()  # libraries are no part of a step
     gc.collect()
     before = held("VmRSS") or 0.0
     torch.manual_seed(0)
-    network = stage_network(VIT_TINY.build().to(device).eval())
-    inputs = torch.randn(batch, *VIT_TINY.image, device=device)
-    targets = torch.randint(VIT_TINY.classes, (batch,), device=device)
+    network = stage_network(case.build().to(device).eval())
+    rows = case.chunk_rows if name == INFERENCE and make is not None else batch
+    inputs = torch.randn(rows, *case.image, device=device)
+    targets = torch.randint(case.classes, (rows,), device=device)
     if name == INFERENCE:
         with torch.no_grad():
             for _ in range(STEPS):
                 network.module(inputs)
     else:
-        strategy = contenders(network, batch)[name]()
+        strategy = make(network) if name == OURS and make is not None else contenders(network, batch)[name]()
         strategy.bind(network, row_cross_entropy)
         for _ in range(STEPS):
             network.module.zero_grad()
@@ -87,6 +97,15 @@ def run(name: str, batch: int) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return (held("VmHWM") or 0.0) - before
+
+
+def in_a_process(module: str, *arguments: str) -> float:
+    """What a module prints last, as a number, run in a process of its own."""
+    # Freed blocks go back at once instead of staying with the process.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    command = [sys.executable, "-m", module, *arguments]
+    child = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return float(child.stdout.split()[-1])
 
 
 def table(peaks: dict[str, list[float]], batch: int) -> str:
@@ -114,15 +133,12 @@ def main(args: Sequence[str] | None = None) -> None:
         return
     if not torch.cuda.is_available() and held("VmHWM") is None:
         parser.error("peak memory is read from /proc, which this system does not have.")
-    # Freed blocks go back at once instead of staying with the process.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     peaks: dict[str, list[float]] = {name: [] for name in dict.fromkeys([INFERENCE, *options.names])}
     for _ in range(options.rounds):
         for name, found in peaks.items():
-            command = [sys.executable, "-m", "flops_lightning.benchmarks.memory", "--one", name]
-            command += ["--batch", str(options.batch)]
-            child = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-            found.append(float(child.stdout.split()[-1]))
+            found.append(
+                in_a_process("flops_lightning.benchmarks.memory", "--one", name, "--batch", str(options.batch))
+            )
     print(table(peaks, options.batch))
     if options.json:
         options.json.write_text(json.dumps({"batch": options.batch, "mebibytes": peaks}, indent=1) + "\n")

@@ -1,11 +1,13 @@
-"""The plain reference step: what one writes first, without any of this package's savings.
+"""Plain reference steps: what one writes first, without any of this package's savings.
 
-The batch is repeated once for each of its queries, every repeated row runs through the whole network with noise added
-at the site, all noise is kept until the losses are known, and one site follows the other. It gives the same estimate
-as :class:`~flops_lightning.strategies.LikelihoodRatio` with ``variant="baseline"`` from the same noise, which is what
-its tests assert.
+:func:`literal_gradient` is equation 1 as it reads: one query after the other, each through the whole network, the
+gradient of each taken on its own. :func:`reference_gradient` does the same in batches: the batch is repeated once for
+each of its queries, every repeated row runs through the whole network with noise added at the site, all noise is kept
+until the losses are known, and one site follows the other. Both give the estimate of
+:class:`~flops_lightning.strategies.LikelihoodRatio` with ``variant="baseline"`` from the same noise, which is what
+their tests assert.
 
-It is spared two costs that plain code may well have: the clean losses are computed once for all sites, and the
+The latter is spared two costs that plain code may well have: the clean losses are computed once for all sites, and the
 vector-Jacobian product is taken once for each sample (of the weighted mean of its noise) instead of once for each row.
 """
 
@@ -119,3 +121,51 @@ def _vjp(network: StagedNetwork, site: Site, inputs: Tensor, delta: Tensor) -> d
         output = output if site.tokens is None else output[:, site.tokens]
     gradients = torch.autograd.grad(output, list(site.parameters.values()), delta, materialize_grads=True)
     return dict(zip(site.parameters, gradients, strict=True))
+
+
+@torch.no_grad()
+def literal_gradient(
+    network: StagedNetwork,
+    loss: LossFunction,
+    sites: Sequence[Site],
+    inputs: Tensor,
+    targets: Tensor,
+    counts: Tensor,
+    *,
+    noise: RowNoise,
+) -> dict[str, Tensor]:
+    """The estimate of :func:`reference_gradient`, one sample and one query at a time.
+
+    Args:
+        network: The staged network; stages are only used to find the site.
+        loss: One loss a row.
+        sites: ``block`` or ``group`` sites.
+        inputs: ``(b, ...)`` inputs.
+        targets: ``(b, ...)`` targets.
+        counts: ``(s, b)`` queries of each sample at each site, on the CPU, at least 1.
+        noise: Where the noise comes from.
+
+    Returns:
+        Gradients by parameter name.
+    """
+    total = {name: torch.zeros_like(p) for site in sites for name, p in site.parameters.items()}
+    with network.evaluating():
+        for b in range(len(inputs)):
+            x, y = inputs[b : b + 1], targets[b : b + 1]
+            clean = loss(network.run(x), y)
+            for site, of_site in zip(sites, counts, strict=True):
+                for q in range(int(of_site[b])):
+                    with torch.enable_grad():
+                        h = network.run(x, 0, site.last + 1)
+                    active = h if site.tokens is None else h[:, site.tokens]
+                    z = noise(site.name, torch.tensor([b]), torch.tensor([q]), active)
+                    moved = h.detach().clone()
+                    (moved if site.tokens is None else moved[:, site.tokens]).add_(z, alpha=site.sigma)
+                    weight = (loss(network.run(moved, site.last + 1), y) - clean) / site.sigma
+                    parameters = list(site.parameters.values())
+                    with torch.enable_grad():
+                        active = h if site.tokens is None else h[:, site.tokens]
+                        gradients = torch.autograd.grad(active, parameters, weight * z, materialize_grads=True)
+                    for name, gradient in zip(site.parameters, gradients, strict=True):
+                        total[name] += gradient / (int(of_site[b]) * len(inputs))
+    return total

@@ -16,9 +16,17 @@ LEGEND = {
         "no clean pass, no local VJP",
     ),
     "ratio_backprop": ("backprop", "forward and backward pass of the batch / our step"),
+    "ratio_checkpointed_backprop": (
+        "checkpointed",
+        "the same with every stage checkpointed: its activations are computed again in the backward pass / our step",
+    ),
     "ratio_reference": (
         "reference",
-        "plain step with the same queries (clean pass, every query through the whole network, VJP) / our step",
+        "eq. 1 as it reads (one query at a time through the whole network, one VJP each) / our step",
+    ),
+    "ratio_batched_reference": (
+        "batched",
+        "the same in batches, with one VJP a sample / our step",
     ),
     "overhead_fraction": (
         "overhead",
@@ -28,9 +36,17 @@ LEGEND = {
 """Key in the record -> (column, what it counts)."""
 
 
+MEMORY = {
+    "memory_over_inference": ("memory", "peak memory of our step / of plain inference with the same chunk of rows"),
+    "memory_over_backprop": ("of backprop's", "peak memory of our step / of a backprop step of the batch"),
+}
+"""Key in the record -> (column, what it counts); measured in processes of their own."""
+
+
 def table(records: Sequence[Mapping[str, Any]]) -> str:
     """Readable table of records: medians with quartiles, then what each column counts."""
-    header = ["model", "batch", "queries", "sites", *(column for column, _ in LEGEND.values())]
+    header = ["model", "batch", "queries", "strategy", "sites"]
+    header += [column for column, _ in (*LEGEND.values(), *MEMORY.values())]
     lines = [header, *(_line(record) for record in records)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
@@ -39,19 +55,20 @@ def table(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _line(record: Mapping[str, Any]) -> list[str]:
-    cells = [str(record["model"]), str(record["batch"]), str(record["queries"]), str(record["sites"])]
-    for name in LEGEND:
-        low, high = record["quartiles"][name]
-        cells.append(f"{record[name]:.2f} ({low:.2f}-{high:.2f})")
+    cells = [str(record[name]) for name in ("model", "batch", "queries", "strategy", "sites")]
+    for name in (*LEGEND, *MEMORY):
+        low, high = record["quartiles"].get(name, (None, None))
+        spread = "" if low is None else f" ({low:.2f}-{high:.2f})"
+        cells.append("-" if record[name] is None else f"{record[name]:.2f}{spread}")
     return cells
 
 
 def _explanation(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    width = max(len(column) for column, _ in LEGEND.values())
+    width = max(len(column) for column, _ in (*LEGEND.values(), *MEMORY.values()))
     ran = {f"{r['device']}, {r['threads']} thread(s), {r['dtype']}, torch {r['versions']['torch']}" for r in records}
     return [
-        "Our step: clean pass, all queries, local VJP, .grad; LikelihoodRatio, equal counts; no optimiser anywhere.",
+        "Our step: clean pass, all queries, local VJP, .grad; equal counts; no optimiser anywhere.",
         "Ratios of speed: above 1, this project is faster. Median over the rounds (quartiles).",
-        *(f"  {column.ljust(width)}  {meaning}" for column, meaning in LEGEND.values()),
+        *(f"  {column.ljust(width)}  {meaning}" for column, meaning in (*LEGEND.values(), *MEMORY.values())),
         *(f"Measured on {line}." for line in sorted(ran)),
     ]

@@ -186,7 +186,7 @@ def refuse_second_network(bound: StagedNetwork | None, network: StagedNetwork) -
     Raises:
         SettingError: the strategy is bound to another network.
     """
-    if bound is not None and bound is not network:
+    if bound is not None and bound.module is not network.module:
         raise SettingError(
             "strategy", type(bound.module).__name__, "already serves another network.", "Make one for each network."
         )

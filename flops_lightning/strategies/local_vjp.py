@@ -15,6 +15,14 @@ from flops_lightning.strategies.precision import differentiable
 from flops_lightning.strategies.sites import Site
 
 
+def graph_rows(site: Site, chunk_rows: int) -> int:
+    """Samples whose graph takes about the memory of a forward pass of ``chunk_rows`` rows.
+
+    A graph keeps every stage's activations, about twice as many as one stage holds while it runs.
+    """
+    return max(1, chunk_rows // (2 * (site.last - site.first + 1)))
+
+
 def local_vjp(network: StagedNetwork, site: Site, clean: CleanPass, delta: Tensor, *, rows: int) -> dict[str, Tensor]:
     """``sum_b J_b^T delta_b``, ``J_b`` the Jacobian of the site's output in its parameters at the clean input.
 

@@ -119,6 +119,8 @@ class QueryStrategy(ForwardGradientStrategy, Generic[Q]):
             SettingError: see :func:`resolve_sites` and :func:`check_pilots`; or a budget that the variant cannot use.
         """
         refuse_second_network(getattr(self, "network", None), network)
+        if not all(spec.active_tokens for spec in self.specs):
+            network = network.with_all_tokens()
         self._sites = self.resolve_sites(network)
         self.network, self.loss = network, loss
         self._costs, self._piloted, self._facts = None, (-1, {}), SampleFacts()

@@ -19,7 +19,7 @@ from flops_lightning.strategies.base import summed
 from flops_lightning.strategies.closed_form import layer_gradient, linear_gradient_sq_norm
 from flops_lightning.strategies.delta import DeltaSums, Variant, query_weights
 from flops_lightning.strategies.engine import SiteGradient
-from flops_lightning.strategies.local_vjp import local_vjp
+from flops_lightning.strategies.local_vjp import graph_rows, local_vjp
 from flops_lightning.strategies.perturbation import (
     Perturbation,
     chunk_noise,
@@ -181,7 +181,7 @@ class SiteQueries:
             layer_input: ``(b, ..., i)`` clean input of the layer, where the caller has it; None: it is fetched.
         """
         if not site.layers:
-            return local_vjp(self.network, site, clean, delta, rows=self.chunk_rows)
+            return local_vjp(self.network, site, clean, delta, rows=graph_rows(site, self.chunk_rows))
         x = clean_layer_input(self.network, site, clean, rows=self.chunk_rows) if layer_input is None else layer_input
         return _trained(site, site.layers[0].name, layer_gradient(site.layers[0].module, x, delta))
 

@@ -16,16 +16,20 @@ from flops_lightning.benchmarks.cases import Case
 from flops_lightning.benchmarks.inference import full_inference, suffix_inference
 from flops_lightning.benchmarks.measurement import (
     BACKPROP,
+    BATCHED,
+    CHECKPOINTED,
     FULL,
     QUERIES,
     REFERENCE,
     STEP,
     SUFFIX,
+    contenders,
     record,
     row_cross_entropy,
     set_up,
 )
-from flops_lightning.benchmarks.reference import keyed_noise, reference_gradient
+from flops_lightning.benchmarks.reference import keyed_noise, literal_gradient, reference_gradient
+from flops_lightning.benchmarks.report import table
 from flops_lightning.benchmarks.timing import Timings, alternate
 from flops_lightning.errors import SettingError
 from flops_lightning.staging import Stage, StagedNetwork, stage_network
@@ -33,9 +37,11 @@ from flops_lightning.strategies import LikelihoodRatio, SiteSpec
 
 CPU = torch.device("cpu")
 KEYS = {
-    "model": str, "batch": int, "queries": int, "strategy": str, "sites": str, "device": str,
-    "ratio_full_inference": float, "ratio_suffix_inference": float, "ratio_backprop": float, "ratio_reference": float,
-    "overhead_fraction": float, "quartiles": dict, "rounds": int, "chunk_rows": int, "dtype": str, "threads": int,
+    "model": str, "batch": int, "queries": int, "strategy": str, "layout": str, "sites": str, "device": str,
+    "ratio_full_inference": float, "ratio_suffix_inference": float, "ratio_backprop": float,
+    "ratio_checkpointed_backprop": float, "ratio_reference": float, "ratio_batched_reference": float,
+    "memory_over_inference": type(None), "memory_over_backprop": type(None), "overhead_fraction": float,
+    "quartiles": dict, "rounds": int, "chunk_rows": int, "dtype": str, "threads": int,
     "processor": str, "versions": dict,
 }  # fmt: skip
 MEASURED = [name for name in KEYS if name.startswith("ratio_") or name == "overhead_fraction"]
@@ -87,9 +93,13 @@ def test_the_reference_step_gives_the_estimate_of_likelihood_ratio(build, stages
         noise=keyed_noise(3, draw=clean.draw), rows=5,
     )  # fmt: skip
 
+    literal = literal_gradient(
+        network, row_cross_entropy, strategy.sites, inputs, targets, counts, noise=keyed_noise(3, draw=clean.draw)
+    )
     ours = {name: parameter.grad for name, parameter in network.module.named_parameters()}
     assert reference.keys() == ours.keys()
     torch.testing.assert_close(ours, reference, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(literal, reference, rtol=1e-8, atol=1e-10)
     assert all(gradient.abs().max() > 1e-4 for gradient in reference.values())
 
 
@@ -138,15 +148,17 @@ def test_the_yardsticks_run_as_many_rows_as_the_step_has_queries():
 
     suffix = rows(suffix_inference(network, strategy.sites, clean, chunk_rows=8))
     assert suffix == {"embed": 0, "blocks.0": 0, "blocks.1": 18, "blocks.2": 18, "pool": 42, "head": 42}
-    # 18 rows with all 5 tokens come from below, 24 with the CLS token alone from blocks.2.
-    assert sum(shape[0] for shape in seen["pool"] if shape[1] == 1) == 24
+    # Of the last block the CLS token alone is computed, so that is all that the pool is given.
+    assert {shape[1] for shape in seen["pool"]} == {1}
 
     plain = {name: Counter(shapes) for name, shapes in seen.items()}
     rows(lambda: strategy.estimate(clean))
     step = {name: Counter(shapes) for name, shapes in seen.items()}
     # The step makes the same calls; beyond them only its local VJP, which runs each stage once on the batch.
-    assert all(step[name] - plain[name] == Counter({seen[name][-1]: 1}) for name in ("embed", "blocks.0"))
-    assert all(step[name] - plain[name] == Counter({(3, 5, 8): 1}) for name in ("blocks.1", "blocks.2", "pool"))
+    assert all(sum((step[name] - plain[name]).values()) == 2 for name in ("embed", "blocks.0"))
+    # Samples whose graph is held at a time: 8 rows over twice the two blocks of the site.
+    assert all(step[name] - plain[name] == Counter({(2, 5, 8): 1, (1, 5, 8): 1}) for name in ("blocks.1", "blocks.2"))
+    assert step["pool"] - plain["pool"] == Counter({(2, 1, 8): 1, (1, 1, 8): 1})
     assert all(not plain[name] - step[name] for name in plain)
 
 
@@ -199,14 +211,17 @@ def test_alternate_refuses_no_round():
 
 def test_a_record_divides_what_its_keys_say():
     setup = set_up(MICRO, CPU)
-    seconds = {STEP: 5.0, QUERIES: 4.0, FULL: 15.0, SUFFIX: 3.0, BACKPROP: 1.0, REFERENCE: 20.0}
+    seconds = {STEP: 5.0, QUERIES: 4.0, FULL: 15.0, SUFFIX: 3.0, BACKPROP: 1.0, CHECKPOINTED: 2.0, REFERENCE: 40.0,
+               BATCHED: 20.0}  # fmt: skip
     entry = record(MICRO, setup.strategy, CPU, Timings({name: (s, s) for name, s in seconds.items()}))
     assert {name: entry[name] for name in MEASURED} == pytest.approx(
         {
             "ratio_full_inference": 3.0,
             "ratio_suffix_inference": 0.75,
             "ratio_backprop": 0.2,
-            "ratio_reference": 4.0,
+            "ratio_checkpointed_backprop": 0.4,
+            "ratio_reference": 8.0,
+            "ratio_batched_reference": 4.0,
             "overhead_fraction": 0.4,
         }
     )
@@ -250,3 +265,16 @@ def test_bad_arguments_are_refused_before_anything_is_measured(arguments, remedy
     with pytest.raises(SystemExit, match="2"):
         main(arguments, cases=[MICRO])
     assert remedy in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("way", [{"kind": "block"}, {"strategy": "SPSA"}, {"references": False}])
+def test_other_strategies_and_sites_are_measured_too(way):
+    case = replace(MICRO, build=vit, image=(3, 4, 4), **way)
+    timings = alternate(contenders(set_up(case, CPU)), rounds=1)
+    entry = record(case, set_up(case, CPU).strategy, CPU, timings)
+    assert entry["strategy"] == ("SPSA (antithetic)" if case.strategy == "SPSA" else "LikelihoodRatio (baseline)")
+    assert entry["layout"] == ("factored" if case.strategy == "SPSA" else "activations")
+    assert entry["sites"] == ("block" if case.kind == "block" else "group1 group2 group3 head")
+    assert (entry["ratio_reference"] is not None) == (way == {"kind": "block"})
+    assert entry["ratio_suffix_inference"] > 0
+    assert "-" in table([entry]).splitlines()[2].split()

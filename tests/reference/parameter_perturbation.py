@@ -191,7 +191,7 @@ def _bases(module: nn.Module, layers: Sequence[str], x: Tensor, span: int) -> di
     matrices = [name for name in layers if isinstance(module.get_submodule(name), (nn.Linear, nn.Conv2d))]
     handles = [module.get_submodule(name).register_forward_pre_hook(keeper(name)) for name in matrices]
     with torch.no_grad():
-        module(x.clone())
+        stage_network(module).run(x.clone())  # a layer's inputs are those that it is given there
     for handle in handles:
         handle.remove()
     return found

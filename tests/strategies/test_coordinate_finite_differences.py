@@ -249,7 +249,7 @@ def test_what_lies_below_is_not_run_again(vit: nn.Module, images: tuple[Tensor, 
     clean = strategy.clean_pass(*images)
     calls = []
     for i, block in enumerate(vit.blocks):
-        block.register_forward_hook(lambda *_, i=i: calls.append(i))
+        block.mlp.register_forward_hook(lambda *_, i=i: calls.append(i))
     strategy.estimate(clean)
     assert set(calls) == {2}
     assert set(clean.activations) <= {0, 3, 5, 6}
