@@ -554,3 +554,11 @@ def test_help_appears_fast():
     assert time.monotonic() - begin < 15
     for command in ("fit", "plan", "validate", "test", "predict"):
         assert re.search(rf"^\s+{command}\s", answer.stdout, re.MULTILINE)
+
+
+def test_two_methods_at_once_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    files = ["configs/vit_tiny_digits.yaml", "configs/method/mezo.yaml", "configs/method/lr.yaml"]
+    with pytest.raises(SystemExit, match="2"):
+        main(["fit", *(part for file in files for part in ("--config", file))])
+    assert "are two methods" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from flops_lightning.cli import main
 from flops_lightning.datamodules import photos
 from flops_lightning.datamodules.images import read_photo
 from flops_lightning.errors import DamagedImageError, SettingError
-from tests.datamodules.photo_folders import DISHES, KINDS, WNIDS, contents, write
+from tests.datamodules.photo_folders import DISHES, KINDS, WNIDS, contents, photo, write
 
 IMAGENET_FILE = f"train/{WNIDS[1]}/image_0003.jpg"
 FILES = {
@@ -81,7 +81,7 @@ def test_a_file_damaged_later_stops_the_run_with_one_line_that_names_it(part, nu
 
 def test_an_image_that_would_fill_the_memory_is_named(imagenet, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)  # more than twice as many are an error of PIL
-    with pytest.raises(DamagedImageError, match=r"image_000.\.jpg cannot be read \(Image size .* exceeds limit"):
+    with pytest.raises(DamagedImageError, match=r"image_000.\.jpg is too large to be decoded \(Image size"):
         KINDS["imagenet"].prepared(imagenet)
 
 
@@ -412,3 +412,10 @@ def test_the_command_line_knows_the_settings_of_every_data_set(name, tmp_path, m
     with pytest.raises(SystemExit):
         main(["fit", "-c", str(tmp_path / "given.yaml")])
     assert "sometimes" in last_line(capsys)
+
+
+def test_class_folders_of_something_else_are_not_imagenet(tmp_path):
+    for name in ("cat", "dog"):
+        write(tmp_path / "train" / name / "1.jpg", photo(0, 0))
+    with pytest.raises(SettingError, match=r"train/ has cat/, which is no WordNet id"):
+        KINDS["imagenet"].module(root=str(tmp_path))

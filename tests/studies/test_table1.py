@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import shlex
-import subprocess
+import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from flops_lightning.callbacks import QueryAllocatorCallback
 from flops_lightning.cli import build
 from flops_lightning.datamodules import CIFAR10DataModule
 from flops_lightning.errors import SettingError
-from flops_lightning.studies.table1 import FILES, METHODS, TITLES, Cell, cells, entry, main, parse
+from flops_lightning.studies.table1 import FILES, METHODS, RUNNING, TITLES, Cell, cells, entry, main, parse
 from flops_lightning.studies.table1_paper import DATA_SETS, PAPER, ROWS, published
 
 ROOT = Path(__file__).parent.parent.parent
@@ -38,26 +39,26 @@ def value(command: list[str], name: str) -> str:
 
 
 class Machine:
-    """Stands for ``subprocess.run``: notes commands, and leaves behind what a run would."""
+    """Stands for what runs a command: notes commands, and leaves behind what a run would."""
 
     def __init__(self) -> None:
         self.commands: list[list[str]] = []
         self.failing: set[str] = set()
         self.environment: dict[str, str] = {}
 
-    def __call__(self, command: list[str], *, env: dict[str, str], **_: Any) -> subprocess.CompletedProcess[str]:
+    def __call__(self, command: list[str], *, env: dict[str, str], **_: Any) -> int:
         self.commands.append(command)
         self.environment = env
         folder = Path(value(command, "--trainer.default_root_dir"))
         if folder.parent.name in self.failing:
-            return subprocess.CompletedProcess(command, 3)
+            return 3
         version = folder / "name" / "version_0"
         (version / "checkpoints").mkdir(parents=True)
         (version / "checkpoints" / "last.ckpt").write_text("large")
         (version / "model.safetensors").write_text("large")
         accuracy = 0.5 + 0.02 * int(value(command, "--seed_everything"))
         (version / "summary.json").write_text(json.dumps({"test_accuracy": accuracy, "steps": 7, "queries": 560}))
-        return subprocess.CompletedProcess(command, 0)
+        return 0
 
     @property
     def ran(self) -> list[tuple[str, int]]:
@@ -69,7 +70,7 @@ class Machine:
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     fake = Machine()
-    monkeypatch.setattr(subprocess, "run", fake)
+    monkeypatch.setattr(RUNNING, "run", fake)
     return fake
 
 
@@ -178,7 +179,7 @@ def test_a_finished_cell_is_not_run_again_and_keeps_no_weights(
     assert machine.ran == [("bp", 0), ("lr", 0)]
     assert "vit_base cifar10 bp seed 0: 50.0 %" in capsys.readouterr().out
     assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {
-        "summary.json", "log.txt", "table1.md", "table1.csv",
+        "summary.json", "command.json", "log.txt", "table1.md", "table1.csv",
     }  # fmt: skip
     main(study(tmp_path, "--seeds", "0", "1"))
     assert machine.ran[2:] == [("bp", 1), ("lr", 1)]
@@ -310,3 +311,37 @@ def test_the_command_line_takes_a_cells_arguments_in_small(method: str, tmp_path
         assert [site.queries_per_sample for site in sites] == [20] * 4
         assert [s.sigma for s in sites] == ([1e-5, 1e-4, 1e-3, 1e-3] if strategy == "LikelihoodRatio" else [1e-3] * 4)
         assert cli.model.strategy.pilots.queries == (4 if method == "ops_lr" else 0)
+
+
+# -- what is not to happen ---------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_other_settings_is_refused(
+    machine: Machine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(study(tmp_path, "--", "--trainer.max_epochs", "6"))
+    with pytest.raises(SystemExit, match="2"):
+        main(study(tmp_path))
+    assert "of other settings" in capsys.readouterr().err
+    main(study(tmp_path, "--", "--trainer.max_epochs", "6"))
+    assert len(machine.commands) == 2
+
+
+def test_a_signal_ends_the_runs_and_begins_no_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    sleeper = tmp_path / "sleeper.py"
+    sleeper.write_text("import os, signal, time\nos.kill(os.getppid(), signal.SIGTERM)\ntime.sleep(60)\n")
+    monkeypatch.setattr(Cell, "command", property(lambda cell: [sys.executable, str(sleeper), cell.method]))
+    before = signal.getsignal(signal.SIGTERM)
+    start = time.monotonic()
+    with pytest.raises(SystemExit, match="1"):
+        main(study(tmp_path / "out"))
+    assert time.monotonic() - start < 30
+    assert [path.parent.name for path in (tmp_path / "out").rglob("log.txt")] == ["seed_0"]
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_five_sites_get_as_many_queries_in_all_as_for_the_other_methods(tmp_path: Path) -> None:
+    options = parse(["--output", str(tmp_path), "--methods", "mezo_nspsa", "--data_sets", "cifar10"])
+    queries = {cell.model: [part for part in cell.command if "queries=" in part] for cell in cells(options)}
+    assert queries["vit_base"] == []
+    assert queries["vit_large"] == ["--model.init_args.strategy.init_args.queries=100"]

@@ -255,3 +255,14 @@ def test_ranks_go_on_counting_what_was_paid_and_no_query_counts_twice(then, now,
     for rank, meter in enumerate(meters):
         share_meters(meter, saved, Ranks(rank))
     assert [meter.total().queries for meter in meters] == expected
+
+
+def test_as_many_classes_of_other_things_are_refused(make_task, make_trainer, digits, tmp_path):
+    class Letters(DigitsDataModule):
+        class_names = tuple("abcdefghij")
+
+    trainer = make_trainer()
+    trainer.fit(make_task(), digits)
+    trainer.save_checkpoint(tmp_path / "c.ckpt")
+    with pytest.raises(SettingError, match=r"data = 'a': the checkpoint was trained to tell '0' there"):
+        make_trainer().test(make_task(), Letters(batch_size=32), ckpt_path=tmp_path / "c.ckpt")
