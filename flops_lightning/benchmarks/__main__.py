@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,7 +26,10 @@ def main(argv: Sequence[str] | None = None, *, cases: Sequence[Case] | None = No
         cases: What to measure instead of the built-in cases.
     """
     options = _parser().parse_args(argv)
-    chosen = list(cases or (quick_cases() if options.quick else full_cases()))
+    known = list(cases or (quick_cases() if options.quick else full_cases()))
+    chosen = [case for case in known if not options.models or any(part in case.model for part in options.models)]
+    if options.rounds:
+        chosen = [replace(case, rounds=options.rounds) for case in chosen]
     if options.peak:
         print(peak(chosen[int(options.peak[0])], options.peak[1]))
         return
@@ -34,7 +38,7 @@ def main(argv: Sequence[str] | None = None, *, cases: Sequence[Case] | None = No
         print(f"measuring {case.model}, batch {case.batch}, {case.queries} queries ...", file=sys.stderr, flush=True)
         records.append(measure(case, options.device))
         if cases is None and held("VmHWM") is not None:
-            records[-1] |= memory_ratios(chosen.index(case), quick=options.quick)
+            records[-1] |= memory_ratios(_given(options), chosen.index(case))
     print(table(records))
     if options.json:
         options.json.write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
@@ -45,14 +49,13 @@ def peak(case: Case, name: str) -> float:
     return run(name, case.batch, case, lambda network: strategy_of(case, network))
 
 
-def memory_ratios(place: int, *, quick: bool) -> dict[str, float]:
+def memory_ratios(given: Sequence[str], place: int) -> dict[str, float]:
     """Peak memory of our step over that of inference and of backprop, each in a process of its own.
 
     Args:
-        place: Of the case among those measured.
-        quick: Whether these are the quick ones.
+        given: Arguments that choose the cases.
+        place: Of the case among them.
     """
-    given = ("--quick",) if quick else ()
     peaks = {
         name: in_a_process("flops_lightning.benchmarks", *given, "--peak", str(place), name)
         for name in (INFERENCE, OURS, "backprop")
@@ -63,12 +66,18 @@ def memory_ratios(place: int, *, quick: bool) -> dict[str, float]:
     }
 
 
+def _given(options: argparse.Namespace) -> list[str]:
+    return [*(["--quick"] if options.quick else []), *(["--models", *options.models] if options.models else [])]
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m flops_lightning.benchmarks",
         description="Speed of a forward-only training step beside the inference it is made of, as ratios.",
     )
     parser.add_argument("--quick", action="store_true", help="fewer rows and rounds: below a minute on two cores")
+    parser.add_argument("--models", nargs="+", help="only models whose names contain one of these, as ViT-Tiny")
+    parser.add_argument("--rounds", type=int, default=0, help="timed rounds (default: each case's own)")
     parser.add_argument("--json", type=_writable, metavar="FILE", help="also write the records to FILE")
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)  # a child process: case and contender
     parser.add_argument("--device", type=_device, default=torch.device("cpu"), help="cpu (default), cuda, cuda:1, ...")

@@ -278,3 +278,10 @@ def test_other_strategies_and_sites_are_measured_too(way):
     assert (entry["ratio_reference"] is not None) == (way == {"kind": "block"})
     assert entry["ratio_suffix_inference"] > 0
     assert "-" in table([entry]).splitlines()[2].split()
+
+
+def test_models_and_rounds_can_be_chosen(tmp_path):
+    cases = [MICRO, replace(MICRO, model="other")]
+    main(["--models", "oth", "--rounds", "1", "--json", str(tmp_path / "records.json")], cases=cases)
+    (entry,) = json.loads((tmp_path / "records.json").read_text())
+    assert (entry["model"], entry["rounds"]) == ("other", 1)
