@@ -103,21 +103,6 @@ def _with(own: Callback, kind: type[Callback], given: Callback | list[Callback] 
     return callbacks if any(isinstance(callback, kind) for callback in callbacks) else [*callbacks, own]
 
 
-def _checked_classes(data: LightningDataModule) -> Any:
-    """Number of classes of a data module that has looked for what is missing or damaged, where it can.
-
-    That comes before pretrained weights are fetched and a device is touched; not where the data is still to be fetched.
-
-    Raises:
-        SettingError: The data set is not whole.
-        DamagedImageError: An image is empty or cannot be read.
-    """
-    check = getattr(data, "check", None)
-    if callable(check) and not getattr(data, "download", False):
-        check()
-    return cast("Any", data).num_classes
-
-
 def _refuse_two_methods(files: Sequence[Any]) -> None:
     """A method's file says what the method needs and nothing of what another one had set.
 
@@ -151,7 +136,7 @@ class FlopsCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Let the data decide how many classes the model tells apart, and look at them before the model is made."""
         parser.link_arguments(
-            "data", "model.init_args.num_classes", compute_fn=_checked_classes, apply_on="instantiate"
+            "data", "model.init_args.num_classes", compute_fn=self._checked_classes, apply_on="instantiate"
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -212,6 +197,21 @@ class FlopsCLI(LightningCLI):
                 f"but the data has {has} classes.",
                 "Leave it out: the data decides.",
             )
+
+    def _checked_classes(self, data: LightningDataModule) -> Any:
+        """Number of classes of a data module that has looked for what is missing or damaged, where it can.
+
+        That comes before pretrained weights are fetched and a device is touched; not where the data is still to be
+        fetched, or nothing is to be run.
+
+        Raises:
+            SettingError: The data set is not whole.
+            DamagedImageError: An image is empty or cannot be read.
+        """
+        check = getattr(data, "check", None)
+        if self.subcommand and callable(check) and not getattr(data, "download", False):
+            check()
+        return cast("Any", data).num_classes
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer; add TensorBoard in a folder of its own for every run, and what writes a table.

@@ -294,6 +294,7 @@ def _stage_timm_vit(vit: VisionTransformer) -> StagedNetwork:
             reads, narrows = slice(0, 1), True
         elif vit.global_pool in ("avg", "max", "avgmax") and not vit.pool_include_prefix:
             reads = slice(vit.num_prefix_tokens, None)
+
     def block(i: int) -> Callable[[Tensor], Tensor]:
         narrow = i == last and narrows and reads is not None and _narrows(vit.blocks[i])
         return _LastBlock(vit, i, reads) if narrow and reads is not None else _Block(vit, i)
