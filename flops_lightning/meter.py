@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -52,10 +53,10 @@ class QueryMeter:
         count.clean_passes += clean_passes
         count.forward_equivalents += forward_equivalents
 
-    def add_all(self, other: QueryMeter) -> None:
-        """Add the totals of another meter, site by site."""
-        for site, count in other.sites.items():
-            self.add(site, **asdict(count))
+    def add_state(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Add the totals of another meter, as its :meth:`state_dict` returned them, site by site."""
+        for site, count in state.items():
+            self.add(site, **count)
 
     def total(self) -> SiteCount:
         """Totals over all sites."""

@@ -34,11 +34,11 @@ def main(argv: Sequence[str] | None = None, *, cases: Sequence[Case] | None = No
         print(peak(chosen[int(options.peak[0])], options.peak[1]))
         return
     records = []
-    for case in chosen:
+    for place, case in enumerate(chosen):
         print(f"measuring {case.model}, batch {case.batch}, {case.queries} queries ...", file=sys.stderr, flush=True)
         records.append(measure(case, options.device))
         if cases is None and held("VmHWM") is not None:
-            records[-1] |= memory_ratios(_given(options), chosen.index(case))
+            records[-1] |= memory_ratios(_given(options), place)
     print(table(records))
     if options.json:
         options.json.write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")

@@ -45,6 +45,7 @@ class Setup:
         strategy: The bound strategy under test.
         inputs: ``(b, c, h, w)`` images.
         targets: ``(b,)`` labels.
+        references: Whether the plain reference steps are timed as well.
     """
 
     network: StagedNetwork

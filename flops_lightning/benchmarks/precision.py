@@ -90,11 +90,18 @@ METHODS = ("LikelihoodRatio, blocks", "SPSA, factored", "MeZO")
 
 def gradient(strategy: ForwardGradientStrategy, network: StagedNetwork, batch: tuple[Tensor, Tensor]) -> Tensor:
     """The estimate over all trainable parameters as one float64 vector; zeros where all queries were lost."""
+    return torch.cat(list(gradients(strategy, network, batch).values()))
+
+
+def gradients(
+    strategy: ForwardGradientStrategy, network: StagedNetwork, batch: tuple[Tensor, Tensor]
+) -> dict[str, Tensor]:
+    """The same, one float64 vector a parameter, by its name."""
     strategy.bind(network, row_cross_entropy)
     network.module.zero_grad()
     strategy.estimate(strategy.clean_pass(*batch))
-    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in network.trainable().values()]
-    return torch.cat([part.detach().double().flatten() for part in parts])
+    filled = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in network.trainable().items()}
+    return {name: value.detach().double().flatten() for name, value in filled.items()}
 
 
 def cosines(

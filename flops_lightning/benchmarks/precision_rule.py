@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flops_lightning.benchmarks.measurement import row_cross_entropy
-from flops_lightning.benchmarks.precision import PRECISIONS, digits, random_vit_tiny
+from flops_lightning.benchmarks.precision import PRECISIONS, digits, gradients, random_vit_tiny
 from flops_lightning.staging import StagedNetwork, stage_network
 from flops_lightning.strategies import (
     EvolutionStrategies,
@@ -28,7 +28,7 @@ from flops_lightning.strategies import (
     SiteSpec,
     WeightForwardMode,
 )
-from flops_lightning.strategies.precision import TF32_EPS, Resolution
+from flops_lightning.strategies.precision import TF32_EPS, Resolution, perturbed_values
 from flops_lightning.strategies.query_strategy import QueryStrategy
 from flops_lightning.strategies.site_specs import default_specs
 
@@ -78,24 +78,15 @@ def methods(seed: int) -> Mapping[str, tuple[Make, Make]]:
 
 def estimate(strategy: QueryStrategy[Any], network: StagedNetwork, batch: Batch) -> dict[str, Tensor]:
     """The estimate of each site as a float64 vector, by the site's name."""
-    strategy.bind(network, row_cross_entropy)
-    network.module.zero_grad()
-    strategy.estimate(strategy.clean_pass(*batch))
-    return {
-        site.name: torch.cat([_or_zeros(p).double().flatten() for p in site.parameters.values()])
-        for site in strategy.sites
-    }
+    found = gradients(strategy, network, batch)
+    return {site.name: torch.cat([found[name] for name in site.parameters]) for site in strategy.sites}
 
 
 def widths(strategy: QueryStrategy[Any], network: StagedNetwork, batch: Batch, eps: float) -> dict[str, float]:
     """Sigma of one rounding step at each site."""
     strategy.bind(network, row_cross_entropy)
     clean, step = strategy.clean_pass(*batch), Resolution("", eps, 1.0)
-    moved = {
-        site.name: list(site.parameters.values()) if site.in_parameters else [clean.activations[site.start]]
-        for site in strategy.sites
-    }
-    return {name: step.least_width(*values) for name, values in moved.items()}
+    return {site.name: step.least_width(*perturbed_values(site, clean)) for site in strategy.sites}
 
 
 def line(
@@ -120,10 +111,6 @@ def line(
         cosines = [float(F.cosine_similarity(estimates[name], exact[name], dim=0)) for name in exact]
         found.append((min(cosines), max(cosines)))
     return found
-
-
-def _or_zeros(parameter: nn.Parameter) -> Tensor:
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -157,15 +157,13 @@ def literal_gradient(
                 for q in range(int(of_site[b])):
                     with torch.enable_grad():
                         h = network.run(x, 0, site.last + 1)
-                    active = h if site.tokens is None else h[:, site.tokens]
+                        active = h if site.tokens is None else h[:, site.tokens]
                     z = noise(site.name, torch.tensor([b]), torch.tensor([q]), active)
                     moved = h.detach().clone()
                     (moved if site.tokens is None else moved[:, site.tokens]).add_(z, alpha=site.sigma)
                     weight = (loss(network.run(moved, site.last + 1), y) - clean) / site.sigma
                     parameters = list(site.parameters.values())
-                    with torch.enable_grad():
-                        active = h if site.tokens is None else h[:, site.tokens]
-                        gradients = torch.autograd.grad(active, parameters, weight * z, materialize_grads=True)
+                    gradients = torch.autograd.grad(active, parameters, weight * z, materialize_grads=True)
                     for name, gradient in zip(site.parameters, gradients, strict=True):
                         total[name] += gradient / (int(of_site[b]) * len(inputs))
     return total

@@ -91,8 +91,7 @@ class RunSummary(pl.Callback):
             ranks, device = present_communicator(), pl_module.device
             meter = QueryMeter()
             for state in gather_plain(ranks, pl_module.strategy.meter.state_dict(), device=device):
-                for site, count in state.items():
-                    meter.add(site, **count)
+                meter.add_state(state)
             samples = self._all_samples(device)
             log_dir = trainer.log_dir  # told by the first process to the others: all must ask
             self._report(trainer, pl_module, accuracy, meter, samples, log_dir)

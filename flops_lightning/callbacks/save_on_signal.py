@@ -75,7 +75,8 @@ class SaveOnSignal(Checkpoint):
             LeftOnSignal: one did.
             CheckpointError: one did, and the state could not be saved.
         """
-        between_steps = getattr(pl_module, "between_steps", True)  # a gradient under way is in no checkpoint
+        # A gradient under way is in the checkpoint, but of several processes up to rounding only.
+        between_steps = getattr(pl_module, "between_steps", True)
         received = self._agreed(trainer) if between_steps else None
         if received:
             self._save_and_leave(trainer, received)

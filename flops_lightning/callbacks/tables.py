@@ -5,11 +5,11 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, cast
 
 from lightning.pytorch import Trainer
 
 from flops_lightning.errors import SettingError
+from flops_lightning.tasks.checkpoint_checks import class_names_of
 
 
 def class_names(trainer: Trainer, classes: int) -> Sequence[str]:
@@ -22,8 +22,7 @@ def class_names(trainer: Trainer, classes: int) -> Sequence[str]:
     Raises:
         SettingError: The data module names another number of classes.
     """
-    datamodule = cast("Any", trainer).datamodule  # an attribute that Lightning does not declare
-    names = getattr(datamodule, "class_names", None)
+    names = class_names_of(trainer)
     if names is None:
         return [str(label) for label in range(classes)]
     if classes and len(names) != classes:
@@ -33,7 +32,7 @@ def class_names(trainer: Trainer, classes: int) -> Sequence[str]:
             f"the model tells {classes} classes apart.",
             "Use the data that the model was trained for.",
         )
-    return cast("Sequence[str]", names)
+    return names
 
 
 def write_table(trainer: Trainer, name: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Path:

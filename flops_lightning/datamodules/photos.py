@@ -36,10 +36,9 @@ class PhotoDataModule(ImageDataModule):
     A subclass says which files there are (``listings``) and what their classes are called (``find_class_names``).
 
     Grey, CMYK, palette and transparent images are converted to RGB when they are read (alpha is dropped, of 16 bits the
-    upper 8 are kept). Files that
-    are missing, empty or cut off are errors that name the first of them: :meth:`check` finds the missing and empty ones
-    in seconds, before training begins, and decodes a few; one that is damaged further inside stops the run when it is
-    read.
+    upper 8 are kept). Files that are missing, empty or cut off are errors that name the first of them: :meth:`check`
+    finds the missing and empty ones in seconds, before training begins, and decodes a few; one that is damaged further
+    inside stops the run when it is read.
 
     Attributes:
         data_set: Name of the data set, for messages.

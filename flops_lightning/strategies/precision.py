@@ -88,6 +88,11 @@ def _tf32(*, convolutions: bool) -> bool:
     return "tf32" in words
 
 
+def perturbed_values(site: Site, clean: CleanPass) -> list[Tensor]:
+    """What a site's noise is added to, before it is: its parameters, or the activation that enters its suffix."""
+    return list(site.parameters.values()) if site.in_parameters else [clean.activations[site.start]]
+
+
 def warn_unresolved_sigma(sites: Sequence[Site], clean: CleanPass) -> None:
     """Warn at every site whose sigma is below what the precision resolves, and name a workable value.
 
@@ -97,7 +102,7 @@ def warn_unresolved_sigma(sites: Sequence[Site], clean: CleanPass) -> None:
     for site in sites:
         if not site.sigma:  # exact derivatives
             continue
-        moved = list(site.parameters.values()) if site.in_parameters else [clean.activations[site.start]]
+        moved = perturbed_values(site, clean)
         above = [p for other in sites if other.last >= site.start for p in other.parameters.values()]
         found = resolution(moved[0], convolutions=any(p.dim() > 3 for p in above))
         least = 0.0 if found is None else found.least_width(*moved)

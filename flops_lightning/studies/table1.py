@@ -28,6 +28,7 @@ from threading import Lock
 from typing import Any
 
 from flops_lightning.errors import SettingError
+from flops_lightning.studies.strategies_runs import arguments
 from flops_lightning.studies.table1_paper import DATA_SETS, PAPER, ROWS, published
 
 FILES: Mapping[str, tuple[str, ...]] = {
@@ -118,8 +119,7 @@ class Cell:
         given = [*self.extra, *(part for file in FILES[self.method] for part in ("--config", file))]
         given += OWN.get((self.model, self.method), ())
         own = {"seed_everything": self.seed, "trainer.default_root_dir": self.folder, "ckpt_path": "last"}
-        settings = [part for name, value in own.items() for part in (f"--{name}", str(value))]
-        return [sys.executable, "main.py", "fit", "--config", str(self.config), *given, *settings]
+        return [sys.executable, "main.py", "fit", "--config", str(self.config), *given, *arguments(own)]
 
     @property
     def settings(self) -> list[str]:
@@ -161,7 +161,8 @@ class Cell:
     @property
     def accuracy(self) -> float | None:
         """Test accuracy, 0 to 1; None before the end."""
-        return None if self.summary is None else self.summary["test_accuracy"]
+        summary = self.summary
+        return None if summary is None else summary["test_accuracy"]
 
 
 def cells(options: argparse.Namespace) -> list[Cell]:

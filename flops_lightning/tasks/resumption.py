@@ -72,9 +72,7 @@ def share_meters(meter: QueryMeter, saved: Sequence[dict[str, Any]], communicato
     meter.sites.clear()
     same = len(saved) == communicator.size
     for state in [saved[communicator.rank]] if same else saved if communicator.rank == 0 else []:
-        other = QueryMeter()
-        other.load_state_dict(state)
-        meter.add_all(other)
+        meter.add_state(state)
 
 
 def _parameters(optimizer: Optimizer) -> list[Any]:
