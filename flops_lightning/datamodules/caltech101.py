@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from flops_lightning.datamodules.unsplit import UnsplitDataModule
 
 NAMES = (
@@ -43,22 +41,6 @@ class Caltech101DataModule(UnsplitDataModule):
     images_below = "caltech101/101_ObjectCategories"
     known_class_names = NAMES
     left_out = ("BACKGROUND_Google",)
-
-    def __init__(self, *, root: str = "data/downloads", **settings: Any) -> None:
-        """Check the settings and that the folder is there.
-
-        Args:
-            root: Folder that holds ``caltech101/``.
-            **settings: Those of :class:`UnsplitDataModule` and :class:`PhotoDataModule`.
-
-        Raises:
-            SettingError: A setting is outside its range, or ``root`` holds no Caltech101.
-        """
-        super().__init__(root=root, **settings)
-
-    def remedy(self) -> str:
-        """What to put where."""
-        return f"Put the class folders into {self.folder}, or remove what is there and set data.download: true."
 
     def fetch(self) -> None:
         """Download through torchvision."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from flops_lightning.datamodules.unsplit import UnsplitDataModule
 
 NAMES = (
@@ -30,22 +28,6 @@ class EuroSATDataModule(UnsplitDataModule):
     published_classes = 10
     images_below = "eurosat/2750"
     known_class_names = NAMES
-
-    def __init__(self, *, root: str = "data/downloads", **settings: Any) -> None:
-        """Check the settings and that the folder is there.
-
-        Args:
-            root: Folder that holds ``eurosat/``.
-            **settings: Those of :class:`UnsplitDataModule` and :class:`PhotoDataModule`.
-
-        Raises:
-            SettingError: A setting is outside its range, or ``root`` holds no EuroSAT.
-        """
-        super().__init__(root=root, **settings)
-
-    def remedy(self) -> str:
-        """What to put where."""
-        return f"Put the class folders into {self.folder}, or remove what is there and set data.download: true."
 
     def fetch(self) -> None:
         """Download through torchvision."""

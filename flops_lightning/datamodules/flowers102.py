@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from flops_lightning.datamodules.listing import Listing, Part
 from flops_lightning.datamodules.photos import PhotoDataModule
@@ -26,18 +25,6 @@ class Flowers102DataModule(PhotoDataModule):
 
     data_set = "Flowers102"
     published_classes = CLASSES
-
-    def __init__(self, *, root: str = "data/downloads", **settings: Any) -> None:
-        """Check the settings and that the folder is there.
-
-        Args:
-            root: Folder that holds ``flowers-102/``.
-            **settings: Those of :class:`PhotoDataModule`.
-
-        Raises:
-            SettingError: A setting is outside its range, or ``root`` holds no Flowers102.
-        """
-        super().__init__(root=root, **settings)
 
     @property
     def folder(self) -> Path:

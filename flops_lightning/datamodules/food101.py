@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from flops_lightning.datamodules.listing import Listing, Part
-from flops_lightning.datamodules.photos import PhotoDataModule
+from flops_lightning.datamodules.photos import DOWNLOADS, PhotoDataModule
 from flops_lightning.datamodules.splits import hold_out
 from flops_lightning.errors import SettingError
 
@@ -28,7 +28,7 @@ class Food101DataModule(PhotoDataModule):
     data_set = "Food101"
     published_classes = 101
 
-    def __init__(self, *, root: str = "data/downloads", val_images: int = 5050, **settings: Any) -> None:
+    def __init__(self, *, root: str = DOWNLOADS, val_images: int = 5050, **settings: Any) -> None:
         """Check the settings and that the folder is there.
 
         Args:

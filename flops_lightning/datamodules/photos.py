@@ -27,6 +27,7 @@ from flops_lightning.datamodules.listing import PARTS, Listing, Part, present, r
 from flops_lightning.datamodules.splits import check_split_seed, choose_per_class
 from flops_lightning.errors import SettingError
 
+DOWNLOADS = "data/downloads"
 READ_AT_START = 32  # images, spread over the data set, that are decoded before a run begins
 
 
@@ -52,7 +53,7 @@ class PhotoDataModule(ImageDataModule):
     def __init__(
         self,
         *,
-        root: str,
+        root: str = DOWNLOADS,
         batch_size: int = 128,
         num_workers: int = 0,
         image_size: int = 224,

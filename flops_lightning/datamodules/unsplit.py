@@ -15,7 +15,7 @@ from flops_lightning.datamodules.fixed_splits import (
     split_by_seed,
 )
 from flops_lightning.datamodules.listing import Listing, Part
-from flops_lightning.datamodules.photos import PhotoDataModule
+from flops_lightning.datamodules.photos import DOWNLOADS, PhotoDataModule
 
 
 class UnsplitDataModule(PhotoDataModule):
@@ -34,7 +34,7 @@ class UnsplitDataModule(PhotoDataModule):
     def __init__(
         self,
         *,
-        root: str,
+        root: str = DOWNLOADS,
         split_file: str | None = None,
         val_share: float = VAL_SHARE,
         test_share: float = TEST_SHARE,
@@ -61,6 +61,10 @@ class UnsplitDataModule(PhotoDataModule):
     def folder(self) -> Path:
         """The folder of the class folders."""
         return Path(self.root).expanduser() / self.images_below
+
+    def remedy(self) -> str:
+        """What to put where."""
+        return f"Put the class folders into {self.folder}, or remove what is there and set data.download: true."
 
     def listings(self) -> Mapping[Part, Listing]:
         """The images of each part."""
