@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flops_lightning.errors import SettingError
+from flops_lightning.phases import phase
 from flops_lightning.staging import StagedNetwork
 
 EMBEDDING_FEATURES = 4096
@@ -71,7 +72,8 @@ def clean_pass(
     rows: int,
 ) -> CleanPass:
     """Run the network unperturbed, ``rows`` samples at a time, and keep the activations in ``keep``."""
-    return _pass_from(network, loss, inputs, targets, start=0, keep=keep, draw=draw, rows=rows)
+    with phase("clean pass"):
+        return _pass_from(network, loss, inputs, targets, start=0, keep=keep, draw=draw, rows=rows)
 
 
 @torch.no_grad()
@@ -79,9 +81,10 @@ def refresh(
     network: StagedNetwork, loss: LossFunction, clean: CleanPass, start: int, *, rows: int, keep: Collection[int] = ()
 ) -> CleanPass:
     """The clean pass after the parameters of stages ``>= start`` changed: the prefix is kept, the rest runs again."""
-    again = _pass_from(
-        network, loss, clean.activations[start], clean.targets, start=start, keep=keep, draw=clean.draw, rows=rows
-    )
+    with phase("clean pass"):
+        again = _pass_from(
+            network, loss, clean.activations[start], clean.targets, start=start, keep=keep, draw=clean.draw, rows=rows
+        )
     embedding = clean.embedding if start == len(network) else again.embedding
     below = {i: h for i, h in clean.activations.items() if i <= start}
     return replace(again, activations=again.activations | below, embedding=embedding)

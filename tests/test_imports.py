@@ -13,7 +13,7 @@ import flops_lightning
 PACKAGE = Path(flops_lightning.__file__).parent
 # From the ground up: a module may import from its own layer and from those below.
 LAYERS = [
-    {"errors", "kept_settings", "loop_progress", "objectives"},
+    {"errors", "kept_settings", "loop_progress", "objectives", "phases"},
     {"distributed", "meter", "noise", "noise_kinds", "process_memory", "queries", "staging"},
     {"allocators", "strategies"},
     {"benchmarks", "callbacks", "checkpoint_io", "datamodules", "planning", "tasks"},

@@ -20,6 +20,7 @@ from flops_lightning.allocators.ranks import Gathered, gather_observation, gathe
 from flops_lightning.callbacks.allocation_monitor import AllocationMonitor
 from flops_lightning.distributed import Communicator, SingleProcess, present_communicator
 from flops_lightning.errors import SettingError
+from flops_lightning.phases import phase
 
 SIGNATURES = {
     "sample_statistics": "def sample_statistics(self, batch) -> SampleStatistics",
@@ -156,6 +157,7 @@ class QueryAllocatorCallback(Callback):
                 "Keep one.",
             )
 
+    @phase("allocation")
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Ask for the statistics of the batch, allocate, and hand the counts over."""
         module = cast("SupportsQueryAllocation", pl_module)
@@ -190,6 +192,7 @@ class QueryAllocatorCallback(Callback):
         if self._monitor is not None and allocation.diagnostics:
             self._log(pl_module, allocation.diagnostics)
 
+    @phase("allocation")
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from flops_lightning.errors import SettingError
 from flops_lightning.noise import NoiseKey, row_seeds, standard_normal
+from flops_lightning.phases import phase
 from flops_lightning.queries import Chunk, CleanPass, LossFunction, RowPlan, full_precision, row_losses
 from flops_lightning.staging import StagedNetwork
 from flops_lightning.strategies.activation_guided import input_basis
@@ -147,8 +148,10 @@ class FactoredDirections:
         losses, norms = [], []
         for chunk in plan:
             index = torch.from_numpy(chunk.samples).to(clean.loss.device)
-            directions = self._directions(site, clean, chunk, index, bases)
-            losses.append(self._run(site, clean, chunk, index, directions)[: chunk.rows])
+            with phase("noise"):
+                directions = self._directions(site, clean, chunk, index, bases)
+            with phase("suffix"):
+                losses.append(self._run(site, clean, chunk, index, directions)[: chunk.rows])
             if traces:
                 norms.append(torch.stack([sq_norm(d) for d in directions.values()]).sum(0)[: chunk.rows])
         return Evaluated(torch.cat(losses), torch.cat(norms) if norms else 1.0, bases)
@@ -262,7 +265,8 @@ class FactoredDirections:
             index = torch.from_numpy(chunk.samples).to(coefficients.device)
             signed = coefficients[start : start + chunk.rows] * self._signs(chunk, coefficients)[: chunk.rows]
             signed = torch.nn.functional.pad(signed, (0, len(chunk.samples) - chunk.rows))
-            directions = self._directions(site, clean, chunk, index, kept)
+            with phase("noise"):
+                directions = self._directions(site, clean, chunk, index, kept)
             sums = {
                 f"{layer.name}.{leaf}": gradient
                 for layer in self.parts[site.name].layers

@@ -21,6 +21,7 @@ from torch import Tensor
 from flops_lightning.errors import SettingError
 from flops_lightning.meter import CLEAN
 from flops_lightning.noise import NoiseKey
+from flops_lightning.phases import phase
 from flops_lightning.queries import CleanPass, LossFunction, plan_rows
 from flops_lightning.staging import StagedNetwork
 from flops_lightning.strategies.base import (
@@ -170,7 +171,8 @@ class MeZO(WholeBatchStrategy):
         pairs = alive.sum(1, keepdim=True)
         slopes = torch.where(alive, slopes, 0.0) / pairs.clamp(min=1) / clean.batch_size
         coefficients = torch.stack((slopes, torch.zeros_like(slopes)), dim=-1).flatten()
-        gradients = layout.gradient(site, clean, plan, coefficients, None)
+        with phase("accumulation"):
+            gradients = layout.gradient(site, clean, plan, coefficients, None)
         survivors = pairs[:, 0].cpu()
         spent, lost = self.queries * clean.batch_size, self.queries * clean.batch_size - 2 * int(survivors.sum())
         self.meter.add(SITE, queries=spent, lost=lost, forward_equivalents=spent * self._query_cost)

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flops_lightning.phases import phase
 from flops_lightning.queries import CleanPass, RowPlan, plan_rows
 from flops_lightning.strategies.base import summed
 from flops_lightning.strategies.delta import Variant, query_weights
@@ -162,7 +163,8 @@ class ParameterQueries:
         self, site: Site, clean: CleanPass, parts: Sequence[tuple[QueriedParameters, Tensor]]
     ) -> dict[str, Tensor]:
         """``1/B sum_b sum_parts share_b g_b`` by parameter name, directions drawn again."""
-        return summed(
-            self.layout.gradient(site, clean, part.plan, part.coefficients(share.to(part.weights)), part.kept)
-            for part, share in parts
-        )
+        with phase("accumulation"):
+            return summed(
+                self.layout.gradient(site, clean, part.plan, part.coefficients(share.to(part.weights)), part.kept)
+                for part, share in parts
+            )

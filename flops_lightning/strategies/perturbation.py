@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from flops_lightning.errors import SettingError
 from flops_lightning.noise import NoiseKey
 from flops_lightning.noise_kinds import NoiseSpec, draw_noise
+from flops_lightning.phases import phase
 from flops_lightning.queries import Chunk, CleanPass, LossFunction, row_losses
 from flops_lightning.staging import StagedNetwork
 from flops_lightning.strategies.forward_derivatives import plain_attention
@@ -77,7 +78,7 @@ def perturbed_losses(
     Call it in eval mode and without autograd. The width's ``sigma`` may be a tensor that carries a tangent.
     """
     if site.layers:
-        with injected(site.layers, width, draw) as perturbations:
+        with phase("suffix"), injected(site.layers, width, draw) as perturbations:
             output = network.run(clean.activations[site.start].index_select(0, index), site.start)
         for target in site.layers:
             if sum(p.layer is target for p in perturbations) != 1:
@@ -86,11 +87,14 @@ def perturbed_losses(
                     "Teach its stage with kind: block or group.",
                 )  # fmt: skip
     else:
-        h = boundary_activation(site, clean).index_select(0, index)
-        active = h if site.tokens is None or site.narrow else h[:, site.tokens]
-        step, z = width.scaled(draw("", tuple(active.shape[1:]), active))
-        perturbations = [Perturbation(None, z)]
-        output = network.run(moved(h, step, None if site.narrow else site.tokens, width.sigma), site.start)
+        with phase("noise"):
+            h = boundary_activation(site, clean).index_select(0, index)
+            active = h if site.tokens is None or site.narrow else h[:, site.tokens]
+            step, z = width.scaled(draw("", tuple(active.shape[1:]), active))
+            perturbations = [Perturbation(None, z)]
+            h = moved(h, step, None if site.narrow else site.tokens, width.sigma)
+        with phase("suffix"):
+            output = network.run(h, site.start)
     return row_losses(loss, output, clean.targets.index_select(0, index)), perturbations
 
 
@@ -137,9 +141,10 @@ def injected(layers: Sequence[LayerTarget], width: SiteWidth, draw: DrawNoise) -
                     "Teach its stage with kind: block.",
                 )  # fmt: skip
             tokens = slice(None) if target.tokens is None else target.tokens
-            step, z = width.scaled(draw(target.name, tuple(output[:, tokens].shape[1:]), output))
-            perturbations.append(Perturbation(target, z, args[0][:, tokens].clone()))  # may be overwritten later
-            return moved(output.clone(), step, target.tokens, width.sigma)
+            with phase("noise"):
+                step, z = width.scaled(draw(target.name, tuple(output[:, tokens].shape[1:]), output))
+                perturbations.append(Perturbation(target, z, args[0][:, tokens].clone()))  # may be overwritten later
+                return moved(output.clone(), step, target.tokens, width.sigma)
 
         return hook
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from flops_lightning.allocators.statistics import QueryBudget, SampleStatistics, TraceObservation
 from flops_lightning.errors import SettingError
 from flops_lightning.meter import CLEAN
+from flops_lightning.phases import phase
 from flops_lightning.queries import CleanPass, LossFunction, clean_pass, refresh
 from flops_lightning.staging import StagedNetwork
 from flops_lightning.strategies.base import (
@@ -193,7 +194,8 @@ class QueryStrategy(ForwardGradientStrategy, Generic[Q]):
         counts = np.zeros((len(self._sites), clean.batch_size), dtype=np.int64)
         counts[[site.name in chosen for site in self._sites]] = self.pilots.queries
         self._piloted = (clean.draw, {})
-        return self._look(clean, counts, kept=self._piloted[1])
+        with phase("pilots"):
+            return self._look(clean, counts, kept=self._piloted[1])
 
     @torch.no_grad()
     def observe_traces(self, clean: CleanPass, counts: Tensor, *, first_query: int) -> TraceObservation:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from flops_lightning.distributed import Communicator, gather_lines
 from flops_lightning.noise import NoiseKey, row_seeds, standard_normal
+from flops_lightning.phases import phase
 from flops_lightning.queries import CleanPass, LossFunction, RowPlan, row_losses
 from flops_lightning.staging import StagedNetwork
 from flops_lightning.strategies.forward_derivatives import plain_attention
@@ -63,8 +64,9 @@ class SharedDirections:
             rows = np.flatnonzero(direction == p)[:: self.unit]
             for some in np.split(rows, range(self.chunk_rows, len(rows), self.chunk_rows)):
                 at = torch.from_numpy(some).to(sample.device)
-                for offset, values in enumerate(self._run(site, taught, clean, sample[at], int(p))):
-                    losses[at + offset] = values.to(losses.dtype)
+                with phase("suffix"):
+                    for offset, values in enumerate(self._run(site, taught, clean, sample[at], int(p))):
+                        losses[at + offset] = values.to(losses.dtype)
         return Evaluated(losses, sum(p.numel() for p in site.parameters.values()) + 2)
 
     def _run(
@@ -125,7 +127,8 @@ class SharedDirections:
         seeds = row_seeds(key, np.zeros(1, dtype=np.int64), np.array([direction]))
         first = next(iter(own.values()))
         size = sum(p.numel() for p in own.values())
-        return standard_normal(seeds, (size,), device=first.device, dtype=first.dtype)[0]
+        with phase("noise"):
+            return standard_normal(seeds, (size,), device=first.device, dtype=first.dtype)[0]
 
     def gradient(
         self, site: Site, clean: CleanPass, plan: RowPlan, coefficients: Tensor, kept: Any

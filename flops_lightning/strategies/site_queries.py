@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from flops_lightning.noise import NoiseKey
 from flops_lightning.noise_kinds import NoiseSpec
+from flops_lightning.phases import phase
 from flops_lightning.queries import Chunk, CleanPass, LossFunction, RowPlan, drop_rows, plan_rows
 from flops_lightning.staging import StagedNetwork
 from flops_lightning.strategies.base import summed
@@ -137,12 +138,13 @@ class SiteQueries:
                 sums = DeltaSums.empty(
                     clean.batch_size, z, variant=self.variant, tokens=self.token_squares, slopes=self.slopes
                 )
-            norms = None
-            if traces:
-                x = None if layer_input is None else layer_input.index_select(0, index)
-                norms = sq_norm(site, x, z)
-            slopes = self._slopes(site, z, weights, alive, clean.loss[index]) if self.slopes else None
-            sums.add(chunk, z, weights, alive, norms, self.unit, slopes)
+            with phase("accumulation"):
+                norms = None
+                if traces:
+                    x = None if layer_input is None else layer_input.index_select(0, index)
+                    norms = sq_norm(site, x, z)
+                slopes = self._slopes(site, z, weights, alive, clean.loss[index]) if self.slopes else None
+                sums.add(chunk, z, weights, alive, norms, self.unit, slopes)
         return sums
 
     def _slopes(self, site: Site, z: Tensor, weights: Tensor, alive: Tensor, clean: Tensor) -> Tensor:
@@ -180,10 +182,13 @@ class SiteQueries:
             delta: ``(b, ...)`` gradient with respect to the site's active output.
             layer_input: ``(b, ..., i)`` clean input of the layer, where the caller has it; None: it is fetched.
         """
-        if not site.layers:
-            return local_vjp(self.network, site, clean, delta, rows=graph_rows(site, self.chunk_rows))
-        x = clean_layer_input(self.network, site, clean, rows=self.chunk_rows) if layer_input is None else layer_input
-        return _trained(site, site.layers[0].name, layer_gradient(site.layers[0].module, x, delta))
+        with phase("local VJP"):
+            if not site.layers:
+                return local_vjp(self.network, site, clean, delta, rows=graph_rows(site, self.chunk_rows))
+            x = layer_input
+            if x is None:
+                x = clean_layer_input(self.network, site, clean, rows=self.chunk_rows)
+            return _trained(site, site.layers[0].name, layer_gradient(site.layers[0].module, x, delta))
 
     def joint(self, site: Site, clean: CleanPass, counts: NDArray[np.int64]) -> SiteGradient:
         """Gradient of layers perturbed in one query.
@@ -211,8 +216,9 @@ class SiteQueries:
         alive_rows: list[Tensor] = []
         for chunk in plan:
             weights, alive, perturbations, index = self._run(site, clean, chunk)
-            scaled = weights / divisor[index]
-            gradients = summed([gradients, *(_row_gradient(site, p, scaled) for p in perturbations)])
+            with phase("accumulation"):
+                scaled = weights / divisor[index]
+                gradients = summed([gradients, *(_row_gradient(site, p, scaled) for p in perturbations)])
             alive_rows.append(alive[: chunk.rows])
         return gradients, torch.cat(alive_rows).cpu().numpy()
 

@@ -26,6 +26,7 @@ from flops_lightning.distributed import gather_plain, present_communicator
 from flops_lightning.errors import LostQueriesError, SettingError
 from flops_lightning.loop_progress import settle_progress
 from flops_lightning.objectives import Objective, dotted_path, find_objective, most_probable
+from flops_lightning.phases import phase
 from flops_lightning.queries import CleanPass, row_losses
 from flops_lightning.staging import stage_network
 from flops_lightning.strategies.base import Estimate, ForwardGradientStrategy
@@ -327,7 +328,8 @@ class ForwardImageClassifier(pl.LightningModule):
             if reduced:
                 norm = clip_gradients(self.backbone.named_parameters(), self.clip_settings)
                 self.log(f"grad_norm/{names[0] if len(groups) > 1 else 'all'}", norm)
-                (counted if i == len(groups) - 1 else raw).step()
+                with phase("optimiser"):
+                    (counted if i == len(groups) - 1 else raw).step()
                 stepped = True
         if stepped and not reduced:
             counted.zero_grad()
