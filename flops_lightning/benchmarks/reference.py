@@ -68,12 +68,7 @@ def reference_gradient(
     Raises:
         SettingError: a ``linear`` site.
     """
-    for site in sites:
-        if site.layers:
-            raise SettingError(
-                "sites", site.name, "perturbs single layers, which the reference step does not.",
-                "Use kind: block or kind: group.",
-            )  # fmt: skip
+    _refuse_linear(sites)
     gradients: dict[str, Tensor] = {}
     with network.evaluating():
         chunks = zip(inputs.split(rows), targets.split(rows), strict=True)
@@ -147,7 +142,11 @@ def literal_gradient(
 
     Returns:
         Gradients by parameter name.
+
+    Raises:
+        SettingError: a ``linear`` site.
     """
+    _refuse_linear(sites)
     total = {name: torch.zeros_like(p) for site in sites for name, p in site.parameters.items()}
     with network.evaluating():
         for b in range(len(inputs)):
@@ -167,3 +166,12 @@ def literal_gradient(
                     for name, gradient in zip(site.parameters, gradients, strict=True):
                         total[name] += gradient / (int(of_site[b]) * len(inputs))
     return total
+
+
+def _refuse_linear(sites: Sequence[Site]) -> None:
+    for site in sites:
+        if site.layers:
+            raise SettingError(
+                "sites", site.name, "perturbs single layers, which the reference step does not.",
+                "Use kind: block or kind: group.",
+            )  # fmt: skip

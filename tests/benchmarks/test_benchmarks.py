@@ -103,14 +103,15 @@ def test_the_reference_step_gives_the_estimate_of_likelihood_ratio(build, stages
     assert all(gradient.abs().max() > 1e-4 for gradient in reference.values())
 
 
-def test_the_reference_step_refuses_linear_sites():
+@pytest.mark.parametrize(("gradient", "settings"), [(reference_gradient, {"rows": 2}), (literal_gradient, {})])
+def test_the_reference_steps_refuse_linear_sites(gradient, settings):
     network = stage_network(layers())
     strategy = LikelihoodRatio(sites=[SiteSpec(stages=["0", "6"], kind="linear")])
     strategy.bind(network, row_cross_entropy)
     with pytest.raises(SettingError, match="kind: block"):
-        reference_gradient(
+        gradient(
             network, row_cross_entropy, strategy.sites, torch.zeros(1, 3, 2, 2), torch.zeros(1, dtype=torch.int64),
-            torch.ones(len(strategy.sites), 1, dtype=torch.int64), noise=keyed_noise(0, draw=0), rows=2,
+            torch.ones(len(strategy.sites), 1, dtype=torch.int64), noise=keyed_noise(0, draw=0), **settings,
         )  # fmt: skip
 
 
