@@ -28,7 +28,7 @@ from flops_lightning.datamodules.images import (
 )
 from flops_lightning.datamodules.listing import PARTS, Listing, Part, present
 from flops_lightning.datamodules.photos import READ_AT_START
-from flops_lightning.datamodules.splits import check_split_seed, choose_per_class, hold_out
+from flops_lightning.datamodules.splits import check_image_numbers, check_split_seed, choose_per_class, hold_out
 from flops_lightning.errors import SettingError
 
 if TYPE_CHECKING:
@@ -126,10 +126,7 @@ class CIFARDataModule(ImageDataModule):
         )  # fmt: skip
         if image_size < 1:
             raise SettingError("data.image_size", image_size, "is below 1.", "Give pixels, for example 32 or 224.")
-        sizes = {"images_per_class": images_per_class, "val_images": val_images, "test_images": test_images}
-        for name, number in sizes.items():
-            if number < 0:
-                raise SettingError(f"data.{name}", number, "is negative.", "Give a number of images, or 0.")
+        check_image_numbers(images_per_class=images_per_class, val_images=val_images, test_images=test_images)
         check_split_seed(split_seed)
         if normalization != BACKBONE and normalization not in self.normalizations:
             known = ", ".join((*self.normalizations, BACKBONE))

@@ -11,7 +11,7 @@ import torch
 
 from flops_lightning.datamodules.listing import Listing, Part
 from flops_lightning.datamodules.photos import DOWNLOADS, PhotoDataModule
-from flops_lightning.datamodules.splits import hold_out
+from flops_lightning.datamodules.splits import check_image_numbers, hold_out
 from flops_lightning.errors import SettingError
 
 
@@ -39,8 +39,7 @@ class Food101DataModule(PhotoDataModule):
         Raises:
             SettingError: A setting is outside its range, or ``root`` holds no Food101.
         """
-        if val_images < 0:
-            raise SettingError("data.val_images", val_images, "is negative.", "Give a number of images, or 0.")
+        check_image_numbers(val_images=val_images)
         self.val_images = val_images
         super().__init__(root=root, **settings)
 

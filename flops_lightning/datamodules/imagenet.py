@@ -12,7 +12,7 @@ import torch
 from flops_lightning.datamodules.class_folders import class_folders, list_class_folders
 from flops_lightning.datamodules.listing import Listing, Part
 from flops_lightning.datamodules.photos import PhotoDataModule
-from flops_lightning.datamodules.splits import hold_out
+from flops_lightning.datamodules.splits import check_image_numbers, hold_out
 from flops_lightning.errors import SettingError
 
 WNID = re.compile(r"n\d{8}")
@@ -44,8 +44,7 @@ class ImageNetDataModule(PhotoDataModule):
         Raises:
             SettingError: A setting is outside its range, or ``root`` holds no ImageNet.
         """
-        if val_images < 0:
-            raise SettingError("data.val_images", val_images, "is negative.", "Give a number of images, or 0.")
+        check_image_numbers(val_images=val_images)
         if settings.get("download"):
             raise SettingError("data.download", True, "ImageNet takes an account to fetch.", self.remedy())
         self.val_images = val_images

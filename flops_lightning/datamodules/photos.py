@@ -24,7 +24,7 @@ from flops_lightning.datamodules.images import (
     read_photo,
 )
 from flops_lightning.datamodules.listing import PARTS, Listing, Part, present, refuse_empty
-from flops_lightning.datamodules.splits import check_split_seed, choose_per_class
+from flops_lightning.datamodules.splits import check_image_numbers, check_split_seed, choose_per_class
 from flops_lightning.errors import SettingError
 
 DOWNLOADS = "data/downloads"
@@ -98,8 +98,7 @@ class PhotoDataModule(ImageDataModule):
         )  # fmt: skip
         if image_size < 1:
             raise SettingError("data.image_size", image_size, "is below 1.", "Give pixels, for example 224.")
-        if images_per_class < 0:
-            raise SettingError("data.images_per_class", images_per_class, "is negative.", "Give a number, or 0.")
+        check_image_numbers(images_per_class=images_per_class)
         check_split_seed(split_seed)
         if normalization != BACKBONE and normalization not in NORMALIZATIONS:
             known = ", ".join((BACKBONE, *NORMALIZATIONS))

@@ -20,6 +20,20 @@ def check_split_seed(split_seed: int) -> None:
         raise SettingError("data.split_seed", split_seed, "is not a seed.", "Use a number from 0 to 2**32 - 1.")
 
 
+def check_image_numbers(**numbers: int) -> None:
+    """Refuse numbers of images below 0.
+
+    Args:
+        **numbers: By the name of the setting.
+
+    Raises:
+        SettingError: One is negative.
+    """
+    for name, number in numbers.items():
+        if number < 0:
+            raise SettingError(f"data.{name}", number, "is negative.", "Give a number of images, or 0.")
+
+
 def hold_out(
     labels: Tensor, size: int, *, seed: int, setting: str, class_names: Sequence[str] = ()
 ) -> tuple[Tensor, Tensor]:
