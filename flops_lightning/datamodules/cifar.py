@@ -9,26 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from flops_lightning.datamodules.augmentation import RandAugmentSettings
-from flops_lightning.datamodules.base import ImageDataModule
 from flops_lightning.datamodules.class_folders import list_class_folders
-from flops_lightning.datamodules.images import (
-    BACKBONE,
-    FETCHING_FAILS,
-    NORMALIZATIONS,
-    ImageSubset,
-    PhotoFiles,
-    Statistics,
-    backbone_statistics,
-    image_transform,
-    read_photo,
-)
+from flops_lightning.datamodules.images import FETCHING_FAILS, ImageSubset, PhotoFiles, image_transform
 from flops_lightning.datamodules.listing import PARTS, Listing, Part, present
-from flops_lightning.datamodules.photos import READ_AT_START
-from flops_lightning.datamodules.splits import check_image_numbers, check_split_seed, choose_per_class, hold_out
+from flops_lightning.datamodules.splits import check_image_numbers, choose_per_class, hold_out
+from flops_lightning.datamodules.stored_images import StoredImageDataModule, look_into
 from flops_lightning.errors import SettingError
 
 if TYPE_CHECKING:
@@ -53,7 +41,7 @@ class Chosen(NamedTuple):
     places: Tensor
 
 
-class CIFARDataModule(ImageDataModule):
+class CIFARDataModule(StoredImageDataModule):
     """Loaders over 60,000 colour images of 32 x 32 pixels, 50,000 to learn from and 10,000 to test.
 
     Read from either layout, the first that is there:
@@ -66,15 +54,10 @@ class CIFARDataModule(ImageDataModule):
     split is a function of the layout's order of images: it differs between the two layouts.
 
     Attributes:
-        data_set: Name of the data set, for messages.
         archive: Folder of torchvision's archive.
-        normalizations: Mean and standard deviation by the name that ``normalization`` knows them by.
     """
 
-    in_chans = 3
-    data_set: ClassVar[str]
     archive: ClassVar[str]
-    normalizations: ClassVar[Mapping[str, Statistics]] = NORMALIZATIONS
 
     def __init__(
         self,
@@ -121,27 +104,13 @@ class CIFARDataModule(ImageDataModule):
             SettingError: A setting is outside its range, or ``root`` has neither layout and ``download`` is off.
         """
         super().__init__(
-            batch_size=batch_size, num_workers=num_workers, rand_augment=rand_augment, mixup_alpha=mixup_alpha,
-            cutmix_alpha=cutmix_alpha,
+            root=root, image_size=image_size, images_per_class=images_per_class, split_seed=split_seed, augment=augment,
+            normalization=normalization, download=download, batch_size=batch_size, num_workers=num_workers,
+            rand_augment=rand_augment, mixup_alpha=mixup_alpha, cutmix_alpha=cutmix_alpha,
         )  # fmt: skip
-        if image_size < 1:
-            raise SettingError("data.image_size", image_size, "is below 1.", "Give pixels, for example 32 or 224.")
-        check_image_numbers(images_per_class=images_per_class, val_images=val_images, test_images=test_images)
-        check_split_seed(split_seed)
-        if normalization != BACKBONE and normalization not in self.normalizations:
-            known = ", ".join((*self.normalizations, BACKBONE))
-            raise SettingError("data.normalization", normalization, "is not known.", f"Use one of {known}.")
-        self.root = root
-        self.image_size = image_size
-        self.images_per_class = images_per_class
+        check_image_numbers(val_images=val_images, test_images=test_images)
         self.val_images = val_images
         self.test_images = test_images
-        self.split_seed = split_seed
-        self.augment = augment
-        self.normalization = normalization
-        if normalization != BACKBONE:
-            self.mean, self.std = self.normalizations[normalization]
-        self.download = download
         self._checked: Mapping[Part, Chosen] | None = None
         if not download:
             self._check_layout()
@@ -179,8 +148,7 @@ class CIFARDataModule(ImageDataModule):
             DamagedImageError: An image file is empty or cannot be read.
         """
         parts = self.check()
-        if self.normalization == BACKBONE:
-            self.mean, self.std = backbone_statistics(getattr(self.trainer, "lightning_module", None))
+        self.find_statistics()
         augmentation = shift_and_mirror(self.image_size) if self.augment else []
         if self.rand_augment is not None:
             augmentation.append(self.rand_augment.transform())
@@ -218,9 +186,7 @@ class CIFARDataModule(ImageDataModule):
                 "val": Chosen(train, labels, val_places),
                 "test": Chosen(test, test_labels, some if self.test_images else everything),
             }
-            counts = ", ".join(f"{len(self._checked[part].places):,} {part}" for part in PARTS)
-            seconds = time.monotonic() - start
-            rank_zero_info(f"{self.data_set}: {counts} images, {self.num_classes} classes (checked in {seconds:.1f} s)")
+            self.tell_counts({part: len(self._checked[part].places) for part in PARTS}, start=start)
         return self._checked
 
     # -- parts ---------------------------------------------------------------------------------------------------------
@@ -247,9 +213,7 @@ class CIFARDataModule(ImageDataModule):
             part: list_class_folders(self.root, part, self.class_names, remedy=remedy) for part in IN_FILES
         }
         found = present(listings, self.class_names, root=self.root, remedy=remedy, allow_missing=None)
-        files = [file for part in IN_FILES for file in found[part].files]
-        for file in files[:: max(1, len(files) // READ_AT_START)]:
-            read_photo(file)
+        look_into([file for part in IN_FILES for file in found[part].files])
         train, test = (PhotoFiles(found[part].files, found[part].labels) for part in IN_FILES)
         return train, test
 

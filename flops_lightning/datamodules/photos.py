@@ -9,29 +9,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from flops_lightning.datamodules.augmentation import RandAugmentSettings
-from flops_lightning.datamodules.base import ImageDataModule
-from flops_lightning.datamodules.images import (
-    BACKBONE,
-    FETCHING_FAILS,
-    NORMALIZATIONS,
-    ImageSubset,
-    PhotoFiles,
-    backbone_statistics,
-    image_transform,
-    read_photo,
-)
+from flops_lightning.datamodules.images import FETCHING_FAILS, ImageSubset, PhotoFiles, image_transform
 from flops_lightning.datamodules.listing import PARTS, Listing, Part, present, refuse_empty
-from flops_lightning.datamodules.splits import check_image_numbers, check_split_seed, choose_per_class
+from flops_lightning.datamodules.splits import choose_per_class
+from flops_lightning.datamodules.stored_images import StoredImageDataModule, look_into
 from flops_lightning.errors import SettingError
 
 DOWNLOADS = "data/downloads"
-READ_AT_START = 32  # images, spread over the data set, that are decoded before a run begins
 
 
-class PhotoDataModule(ImageDataModule):
+class PhotoDataModule(StoredImageDataModule):
     """Loaders over image files of any size and mode, resized to a square.
 
     A subclass says which files there are (``listings``) and what their classes are called (``find_class_names``).
@@ -42,12 +31,9 @@ class PhotoDataModule(ImageDataModule):
     inside stops the run when it is read.
 
     Attributes:
-        data_set: Name of the data set, for messages.
         published_classes: Number of classes of the whole data set, for as long as it has not been fetched.
     """
 
-    in_chans = 3
-    data_set: str
     published_classes: int
 
     def __init__(
@@ -93,24 +79,11 @@ class PhotoDataModule(ImageDataModule):
                 off.
         """
         super().__init__(
-            batch_size=batch_size, num_workers=num_workers, rand_augment=rand_augment, mixup_alpha=mixup_alpha,
-            cutmix_alpha=cutmix_alpha,
+            root=root, image_size=image_size, images_per_class=images_per_class, split_seed=split_seed, augment=augment,
+            normalization=normalization, download=download, batch_size=batch_size, num_workers=num_workers,
+            rand_augment=rand_augment, mixup_alpha=mixup_alpha, cutmix_alpha=cutmix_alpha,
         )  # fmt: skip
-        if image_size < 1:
-            raise SettingError("data.image_size", image_size, "is below 1.", "Give pixels, for example 224.")
-        check_image_numbers(images_per_class=images_per_class)
-        check_split_seed(split_seed)
-        if normalization != BACKBONE and normalization not in NORMALIZATIONS:
-            known = ", ".join((BACKBONE, *NORMALIZATIONS))
-            raise SettingError("data.normalization", normalization, "is not known.", f"Use one of {known}.")
-        self.root = root
-        self.image_size = image_size
-        self.images_per_class = images_per_class
-        self.split_seed = split_seed
         self.allow_missing = allow_missing
-        self.augment = augment
-        self.normalization = normalization
-        self.download = download
         self._checked: Mapping[Part, Listing] | None = None
         try:
             self.class_names = self.find_class_names() if download else self._find_class_names()
@@ -182,10 +155,7 @@ class PhotoDataModule(ImageDataModule):
         """
         parts = self.check()
         refuse_empty(stage, parts, root=self.root, remedy=self.remedy())
-        if self.normalization == BACKBONE:
-            self.mean, self.std = backbone_statistics(getattr(self.trainer, "lightning_module", None))
-        else:
-            self.mean, self.std = NORMALIZATIONS[self.normalization]
+        self.find_statistics()
         self.train_set, self.val_set, self.test_set = (self._subset(parts[part], part) for part in PARTS)
 
     def check(self) -> Mapping[Part, Listing]:
@@ -205,18 +175,14 @@ class PhotoDataModule(ImageDataModule):
                 self.listings(), self.class_names, root=self.root, remedy=self.remedy(),
                 allow_missing=self.allow_missing,
             )  # fmt: skip
-            files = [file for part in PARTS for file in parts[part].files]
-            for file in files[:: max(1, len(files) // READ_AT_START)]:
-                read_photo(file)
+            look_into([file for part in PARTS for file in parts[part].files])
             labels = torch.tensor(parts["train"].labels, dtype=torch.long)
             chosen = choose_per_class(
                 labels, torch.arange(len(labels)), self.images_per_class, seed=self.split_seed,
                 class_names=self.class_names,
             ) if len(labels) else labels  # fmt: skip
             self._checked = {**parts, "train": parts["train"].at(chosen)}
-            counts = ", ".join(f"{len(self._checked[part].files):,} {part}" for part in PARTS)
-            seconds = time.monotonic() - start
-            rank_zero_info(f"{self.data_set}: {counts} images, {self.num_classes} classes (checked in {seconds:.1f} s)")
+            self.tell_counts({part: len(self._checked[part].files) for part in PARTS}, start=start)
         return self._checked
 
     # -- parts ---------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from flops_lightning.cli import main
-from flops_lightning.datamodules import photos
+from flops_lightning.datamodules import photos, stored_images
 from flops_lightning.datamodules.images import read_photo
 from flops_lightning.errors import DamagedImageError, SettingError
 from tests.datamodules.photo_folders import DISHES, KINDS, WNIDS, contents, photo, write
@@ -377,7 +377,7 @@ def test_the_command_line_ends_with_one_line_where_a_damaged_file_is_met(num_wor
     file = KINDS["imagenet"].write(tmp_path / "data") / IMAGENET_FILE
     detailed(file)
     cut(file)
-    monkeypatch.setattr(photos, "READ_AT_START", 1)
+    monkeypatch.setattr(stored_images, "READ_AT_START", 1)
     with pytest.raises(SystemExit) as leaving:
         run("fit", tmp_path, tmp_path / "data", monkeypatch, f"--data.num_workers={num_workers}")
     assert leaving.value.code == 2
