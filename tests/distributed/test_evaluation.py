@@ -3,43 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.distributed.evaluation_worker import run
+from tests.processes import run_module
 
 pytestmark = pytest.mark.timeout(300)  # the first test waits for all processes
-ROOT = Path(__file__).parents[2]
 IMAGES = [13, 12, 1]  # uneven shares, whose sampler repeats an image; even ones; a process without an image of its own
 
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("together")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {
-        **os.environ, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
-    }  # fmt: skip
     for images in IMAGES:
         (folder / str(images)).mkdir()
-    command = [sys.executable, "-W", "ignore", "-m", "tests.distributed.evaluation_worker", "2", str(folder)]
-    processes = [
-        subprocess.Popen(
-            [*command, *map(str, IMAGES)], env={**common, "RANK": rank, "LOCAL_RANK": rank}, cwd=ROOT,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )
-        for rank in "01"
-    ]  # fmt: skip
-    outputs = [process.communicate(timeout=250)[0].decode() for process in processes]
-    assert not any(process.returncode for process in processes), "\n".join(outputs)
+    run_module(2, "tests.distributed.evaluation_worker", "2", str(folder), *map(str, IMAGES), seconds=250)
     return folder
 
 

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +10,9 @@ import pytest
 import torch
 
 from tests.distributed.scenarios import LONG, SCENARIOS, SUMMARISED, make_task, simulate
+from tests.processes import run_module
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for all processes
-ROOT = Path(__file__).parents[2]
 OF_FOUR = ["lr_gaussian", "spsa_losses", "one_rank_lost"]
 RUNS = [(2, name) for name in SCENARIOS] + [(4, name) for name in OF_FOUR]
 LEARNED_TOGETHER = ("lr_learned_widths", "coordinates")
@@ -25,31 +21,7 @@ LEARNED_TOGETHER = ("lr_learned_widths", "coordinates")
 
 def launch(world_size: int, names: list[str], folder: Path) -> dict[str, list[dict[str, Any]]]:
     """Run scenarios in several processes; results by name and rank."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for rank in range(world_size):
-        environment = {
-            **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "GROUP_RANK": "0",
-            "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-            "TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
-        }  # fmt: skip
-        command = [
-            sys.executable,
-            "-W",
-            "ignore",
-            "-m",
-            "tests.distributed.worker",
-            str(world_size),
-            str(folder),
-            *names,
-        ]
-        processes.append(
-            subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        )
-    outputs = [process.communicate(timeout=800)[0].decode() for process in processes]
-    assert not any(process.returncode for process in processes), "\n".join(outputs)
+    run_module(world_size, "tests.distributed.worker", str(world_size), str(folder), *names, seconds=800)
     found = {name: [torch.load(folder / f"{name}-{rank}.pt") for rank in range(world_size)] for name in names}
     for rank in found[SUMMARISED]:
         rank["summary"] = json.loads((folder / "summary.json").read_text())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flops_lightning.callbacks import SaveOnSignal
+from tests.processes import torchrun_environments
 from tests.resume.runs import FORKS, SETTINGS, files, finish, outcome, start, wait_until, write_config
 
 BACKPROP = {"class_path": "flops_lightning.strategies.Backprop"}
@@ -21,20 +21,10 @@ BACKPROP = {"class_path": "flops_lightning.strategies.Backprop"}
 
 def launch(folder: Path, world_size: int, *arguments: str) -> list[BaseProcess]:
     """Begin a run with the environment that torchrun sets."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {
-        "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "GROUP_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test",
-    }  # fmt: skip
     return [
-        start(
-            folder, "--trainer.devices", str(world_size), *arguments,
-            environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(world_size)
-    ]  # fmt: skip
+        start(folder, "--trainer.devices", str(world_size), *arguments, environment=environment)
+        for environment in torchrun_environments(world_size)
+    ]
 
 
 def run(folder: Path, world_size: int, *arguments: str) -> None:
@@ -88,11 +78,9 @@ def test_a_run_goes_on_with_another_number_of_processes_and_the_same_batches(tmp
         assert torch.allclose(resumed[name], value, atol=1e-5), name
 
 
-def _validate_unevenly(folder: str, rank: int, port: int) -> None:
-    os.environ |= {
-        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "RANK": str(rank), "LOCAL_RANK": str(rank),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test",
-    }  # fmt: skip
+def _validate_unevenly(folder: str, environment: dict[str, str]) -> None:
+    os.environ |= environment
+    rank = int(environment["RANK"])
     torch.set_num_threads(1)
 
     class Interrupted(pl.Callback):
@@ -127,10 +115,8 @@ class BoringLine(pl.LightningModule):
 
 
 def test_processes_with_unequal_validation_batches_agree_on_a_signal_while_all_validate(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = [FORKS.Process(target=_validate_unevenly, args=(str(tmp_path), rank, port)) for rank in range(2)]
+    environments = torchrun_environments(2)
+    processes = [FORKS.Process(target=_validate_unevenly, args=(str(tmp_path), each)) for each in environments]
     for process in processes:
         process.start()
     for process in processes:
