@@ -23,6 +23,7 @@ from flops_lightning.datamodules import CIFAR10DataModule
 from flops_lightning.datamodules.augmentation import RandAugmentSettings
 from flops_lightning.datamodules.cifar10 import STATISTICS
 from flops_lightning.errors import SettingError
+from tests.datamodules.keyed_augmentation import assert_repeated_by_the_seed
 
 NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 TRAIN, TEST = 8, 4  # images of each class in the fixtures
@@ -196,25 +197,8 @@ def test_augmented_images_are_shifted_and_mirrored_uniformly_and_only_in_trainin
 
 
 def test_augmentation_is_repeated_by_the_seed_whatever_the_workers_and_new_in_every_epoch(folders):
-    def two_epochs(seed: int, num_workers: int = 0) -> list[torch.Tensor]:
-        seed_everything(seed)
-        data = prepared(
-            folders, augment=True, rand_augment=RandAugmentSettings(), batch_size=16, num_workers=num_workers
-        )
-        loader, epochs = data.train_dataloader(), []
-        for epoch in (0, 1):
-            loader.sampler.set_epoch(epoch)
-            places = [key.place for key in loader.sampler]
-            images = torch.cat([images for images, _ in loader])
-            epochs.append(torch.stack([images[places.index(place)] for place in range(len(places))]))
-        return epochs
-
-    first, again, workers, other = two_epochs(3), two_epochs(3), two_epochs(3, num_workers=2), two_epochs(4)
-    for epoch in (0, 1):
-        assert torch.equal(first[epoch], again[epoch])
-        assert torch.equal(first[epoch], workers[epoch])
-    same = [(a == b).flatten(1).all(1).float().mean() for a, b in ((first[0], first[1]), (first[0], other[0]))]
-    assert max(same) < 0.1
+    settings = {"augment": True, "rand_augment": RandAugmentSettings(), "batch_size": 16}
+    assert_repeated_by_the_seed(lambda workers: prepared(folders, num_workers=workers, **settings), num_workers=2)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from flops_lightning.datamodules.augmentation import RandAugmentSettings
 from flops_lightning.errors import SettingError
 from flops_lightning.strategies import Backprop
 from flops_lightning.tasks import ForwardImageClassifier
+from tests.datamodules.keyed_augmentation import assert_repeated_by_the_seed
 from tests.datamodules.photo_folders import KINDS, SPLIT_BY_SEED, WNIDS, contents, photo, write
 
 PARTS = ("train", "val", "test")
@@ -250,26 +251,11 @@ def test_augmentation_is_repeated_by_the_seed_whatever_the_workers_and_new_in_ev
             pixels = np.random.default_rng(number).integers(0, 256, (24, 32, 3), dtype=np.uint8)
             write(tmp_path / "eurosat" / "2750" / name / f"{number}.jpg", Image.fromarray(pixels))
 
-    def two_epochs(seed: int, num_workers: int = 0) -> list[torch.Tensor]:
-        seed_everything(seed)
-        data = KINDS["eurosat"].prepared(
-            tmp_path, val_share=0.25, test_share=0.25, augment=True, rand_augment=RandAugmentSettings(), batch_size=8,
-            num_workers=num_workers,
-        )  # fmt: skip
-        loader, epochs = data.train_dataloader(), []
-        for epoch in (0, 1):
-            loader.sampler.set_epoch(epoch)
-            places = [key.place for key in loader.sampler]
-            images = torch.cat([images for images, _ in loader])
-            epochs.append(torch.stack([images[places.index(place)] for place in range(len(places))]))
-        return epochs
-
-    first, again, workers, other = two_epochs(3), two_epochs(3), two_epochs(3, num_workers=1), two_epochs(4)
-    for epoch in (0, 1):
-        assert torch.equal(first[epoch], again[epoch])
-        assert torch.equal(first[epoch], workers[epoch])
-    same = [(a == b).flatten(1).all(1).float().mean() for a, b in ((first[0], first[1]), (first[0], other[0]))]
-    assert max(same) < 0.1
+    shares = {"val_share": 0.25, "test_share": 0.25}
+    settings = {**shares, "augment": True, "rand_augment": RandAugmentSettings(), "batch_size": 8}
+    assert_repeated_by_the_seed(
+        lambda workers: KINDS["eurosat"].prepared(tmp_path, num_workers=workers, **settings), num_workers=1
+    )
 
 
 def test_augmentation_crops_at_least_8_percent_of_training_images_and_mirrors_half(tmp_path):
