@@ -25,6 +25,7 @@ from pathlib import Path
 
 from flops_lightning.errors import SettingError
 from flops_lightning.planning.cost import Cost, typical_seconds
+from flops_lightning.studies.running import RUNNING
 from flops_lightning.studies.strategies_budget import BUDGETS, BudgetKind, Cell, Reference, cell
 from flops_lightning.studies.strategies_plot import draw
 from flops_lightning.studies.strategies_runs import Job, arguments, fit
@@ -242,6 +243,7 @@ def run_all(jobs: Sequence[Job], what: str, at_a_time: int, threads: int) -> Non
 
     Raises:
         RuntimeError: one failed; those that run are ended first, the rest is not begun.
+        StudyStopped: a signal ended the study.
     """
     from tqdm import tqdm
 
@@ -301,7 +303,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the study."""
+    """Run the study.
+
+    Raises:
+        StudyStopped: a signal ended it; its runs were ended first.
+    """
     parser = _parser()
     options = parser.parse_args(args)
     for name in options.methods:
@@ -316,7 +322,8 @@ def main(args: Sequence[str] | None = None) -> None:
         check_output(options.output, {"config": options.config, "extra": options.extra})
     except SettingError as error:
         parser.error(str(error))
-    Study(options).run()
+    with RUNNING.ended_by_signals():
+        Study(options).run()
 
 
 if __name__ == "__main__":

@@ -7,13 +7,14 @@ import math
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from flops_lightning.studies.running import RUNNING, STOPPED, StudyStopped
 
 LOGGED = 200
 """Steps of a run whose training loss is logged, about: writing down every step would slow the fast methods."""
@@ -60,19 +61,24 @@ class Job:
 
         Raises:
             RuntimeError: it failed; what it said is in ``log.txt`` of its folder.
+            StudyStopped: a signal ended the study before it was finished.
         """
         if self.finished:
             return
+        if RUNNING.stopped:
+            raise StudyStopped(STOPPED)
         shutil.rmtree(self.folder, ignore_errors=True)  # what an interrupted run left
         self.folder.mkdir(parents=True)
         log = self.folder / "log.txt"
         with log.open("w") as said:
             environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-            done = subprocess.run(self.command, stdout=said, stderr=said, env=environment, check=False)
-        if done.returncode and LOST in log.read_text():
+            code = RUNNING.run(self.command, stdout=said, stderr=said, env=environment)
+        if code and LOST in log.read_text():
             (self.folder / "diverged").touch()
-        elif done.returncode or not self.finished:
-            raise RuntimeError(f"{self.folder}: exit code {done.returncode}, see log.txt there")
+        elif code or not self.finished:
+            if RUNNING.stopped:
+                raise StudyStopped(STOPPED)
+            raise RuntimeError(f"{self.folder}: exit code {code}, see log.txt there")
         for file in () if self.keep_weights else self.folder.rglob("model.safetensors"):
             file.unlink()
 

@@ -14,9 +14,7 @@ import csv
 import json
 import os
 import shlex
-import signal
 import statistics
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +26,7 @@ from threading import Lock
 from typing import Any
 
 from flops_lightning.errors import SettingError
+from flops_lightning.studies.running import RUNNING, STOPPED
 from flops_lightning.studies.strategies_runs import arguments
 from flops_lightning.studies.table1_paper import DATA_SETS, PAPER, ROWS, published
 
@@ -44,34 +43,6 @@ OWN = {("vit_large", "mezo_nspsa"): ("--model.init_args.strategy.init_args.queri
 METHODS = (*ROWS, "ops_lr_optimal")
 TITLES = {**ROWS, "ops_lr_optimal": "OPS-LR, optimal allocator, no pilots (ours)"}
 RESULT, LOG, COMMAND = "summary.json", "log.txt", "command.json"
-STOPPED = "stopped, the same command goes on"
-
-
-class Running:
-    """The runs under way, which end with the study."""
-
-    def __init__(self) -> None:
-        """None yet."""
-        self.stopped = False
-        self._processes: set[subprocess.Popen[bytes]] = set()
-
-    def run(self, command: Sequence[str], **settings: Any) -> int:
-        """Run a command to its end; its exit code."""
-        with subprocess.Popen(command, **settings) as process:
-            self._processes.add(process)
-            try:
-                return process.wait()
-            finally:
-                self._processes.discard(process)
-
-    def stop(self, *_: object) -> None:
-        """Let the runs save and leave, and begin no other."""
-        self.stopped = True
-        for process in list(self._processes):
-            process.terminate()
-
-
-RUNNING = Running()
 
 
 @dataclass(frozen=True)
@@ -296,12 +267,8 @@ def main(args: Sequence[str] | None = None) -> None:
             write(todo, options.output, small=options.small)
         return said
 
-    RUNNING.stopped = False
-    before = {number: signal.signal(number, RUNNING.stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    with ThreadPoolExecutor(options.jobs) as runs:
+    with RUNNING.ended_by_signals(), ThreadPoolExecutor(options.jobs) as runs:
         said = list(runs.map(run, todo))
-    for number, handler in before.items():
-        signal.signal(number, handler)
     write(todo, options.output, small=options.small)
     print(table(todo, small=options.small))
     if any(each == STOPPED or each.startswith("FAILED") for each in said):

@@ -3,7 +3,10 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
+import signal
 import sys
+import time
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +18,7 @@ from flops_lightning.errors import SettingError
 from flops_lightning.planning.cost import Cost, typical_seconds
 from flops_lightning.studies import compare_strategies
 from flops_lightning.studies.compare_strategies import METHODS, Study, check_output, run_all
+from flops_lightning.studies.running import RUNNING, StudyStopped
 from flops_lightning.studies.strategies_budget import Cell, Reference, cell, steps_for
 from flops_lightning.studies.strategies_plot import draw
 from flops_lightning.studies.strategies_runs import Job, fit
@@ -126,6 +130,24 @@ def test_a_failing_run_says_where_its_output_is_and_the_rest_is_not_begun(tmp_pa
     with pytest.raises(RuntimeError, match=r"bad/job: exit code 3, see log.txt there"):
         run_all(jobs, "test", 1, threads=1)
     assert not (tmp_path / "19" / "times").exists()
+
+
+def test_a_signal_ends_the_runs_and_begins_no_other(tmp_path: Path) -> None:
+    script = (
+        f"import os, pathlib, signal, time; pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))\n"
+        "os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"
+    )
+    jobs = [Job(tmp_path / "long", (sys.executable, "-c", script)), writer(tmp_path / "next" / "job")]
+    before, start = signal.getsignal(signal.SIGTERM), time.monotonic()
+    with pytest.raises(StudyStopped, match="the same command goes on"), RUNNING.ended_by_signals():
+        run_all(jobs, "test", 1, threads=1)
+    assert time.monotonic() - start < 30
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert not (tmp_path / "next").exists()
+    run_all(jobs[1:], "test", 1, threads=1)  # the next study is another
+    assert times(tmp_path / "next") == 1
 
 
 def test_lines_are_written_where_there_is_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
