@@ -32,15 +32,7 @@ from flops_lightning.staging import stage_network
 from flops_lightning.strategies.base import Estimate, ForwardGradientStrategy
 from flops_lightning.tasks.backbone import check_images, create_backbone, load_weights, save_weights
 from flops_lightning.tasks.backbone import freeze as freeze_parameters
-from flops_lightning.tasks.checkpoint_checks import (
-    check_averaging,
-    check_classes,
-    check_optimizer,
-    check_settings,
-    check_weights,
-    class_names_of,
-    within_epoch,
-)
+from flops_lightning.tasks.checkpoint_checks import check_classes, check_weights, class_names_of
 from flops_lightning.tasks.evaluation import first_seen, metrics_of_test, metrics_of_validation
 from flops_lightning.tasks.mean_gradient import MeanGradient
 from flops_lightning.tasks.optimisation import (
@@ -53,8 +45,8 @@ from flops_lightning.tasks.optimisation import (
     squared_step_sizes,
 )
 from flops_lightning.tasks.parameter_efficient import TargetSettings, apply_target, check_target_learns
-from flops_lightning.tasks.resumption import obey_optimizer, obey_schedule, obey_what_learns, share_meters
-from flops_lightning.tasks.run_settings import describe_run, describe_task
+from flops_lightning.tasks.resumption import obey_schedule, obey_settings, share_meters
+from flops_lightning.tasks.run_settings import describe_run
 from flops_lightning.tasks.trainer_checks import check_trainer
 
 Batch = tuple[Tensor, Tensor]
@@ -472,18 +464,10 @@ class ForwardImageClassifier(pl.LightningModule):
         # Only a run that goes on goes on counting: testing or fine-tuning from the file starts afresh.
         resumed = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
         if state is not None and self.strategy is not None and resumed:
-            now = build_optimizer(self.backbone, self.optimizer_settings)
-            check_optimizer(now, checkpoint)
-            check_averaging(checkpoint, self.trainer.callbacks)  # type: ignore[attr-defined]
-            saved = dict(checkpoint.get("hyper_parameters", {}))
-            before = state.get("settings") or {**describe_task(saved), "freeze": self.network.frozen()}
-            changes = check_settings(before, self._settings(), within_epoch=within_epoch(checkpoint))
-            if changes:
-                listed = ", ".join(f"{name} {old!r} -> {new!r}" for name, old, new in changes)
-                rank_zero_info(f"the run goes on with other settings than before: {listed}")
-            then = build_optimizer(self.backbone, read_settings("optimizer", OptimizerSettings, saved.get("optimizer")))
-            obey_optimizer(checkpoint, then=then, now=now)
-            obey_what_learns(checkpoint, state["strategy"], changes)
+            obey_settings(
+                checkpoint, state, self._settings(), backbone=self.backbone, optimizer=self.optimizer_settings,
+                callbacks=self.trainer.callbacks,  # type: ignore[attr-defined]
+            )  # fmt: skip
             self.strategy.load_state_dict(state["strategy"])
             share_meters(self.strategy.meter, state.get("meters", [state["strategy"]["meter"]]), present_communicator())
             self._skipped = state["skipped"]

@@ -5,15 +5,62 @@ Optimisers and schedules restore their own settings together with their state; s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from flops_lightning.distributed import Communicator
 from flops_lightning.meter import QueryMeter
-from flops_lightning.tasks.checkpoint_checks import Change
+from flops_lightning.tasks.checkpoint_checks import (
+    Change,
+    check_averaging,
+    check_optimizer,
+    check_settings,
+    within_epoch,
+)
+from flops_lightning.tasks.optimisation import OptimizerSettings, build_optimizer, read_settings
+from flops_lightning.tasks.run_settings import describe_task
+
+
+def obey_settings(
+    checkpoint: dict[str, Any],
+    state: dict[str, Any],
+    settings: Mapping[str, Any],
+    *,
+    backbone: nn.Module,
+    optimizer: OptimizerSettings,
+    callbacks: Sequence[object],
+) -> None:
+    """Let the settings given beside a checkpoint rule, and name in the log those that are other than before.
+
+    Args:
+        checkpoint: Of Lightning; changed in place, like the next.
+        state: The task's part of it, with the strategy's state and the settings of then.
+        settings: The present ones, as :func:`describe_run` gives them.
+        backbone: The network that is trained.
+        optimizer: Present settings of its optimiser.
+        callbacks: Those of the trainer.
+
+    Raises:
+        SettingError: the checkpoint trained other parameters than this configuration, or was made with settings that a
+            run cannot change (see :mod:`checkpoint_checks`).
+    """
+    now = build_optimizer(backbone, optimizer)
+    check_optimizer(now, checkpoint)
+    check_averaging(checkpoint, callbacks)
+    saved = dict(checkpoint.get("hyper_parameters", {}))
+    before = state.get("settings") or {**describe_task(saved), "freeze": settings["freeze"]}
+    changes = check_settings(before, settings, within_epoch=within_epoch(checkpoint))
+    if changes:
+        listed = ", ".join(f"{name} {old!r} -> {new!r}" for name, old, new in changes)
+        rank_zero_info(f"the run goes on with other settings than before: {listed}")
+    then = build_optimizer(backbone, read_settings("optimizer", OptimizerSettings, saved.get("optimizer")))
+    obey_optimizer(checkpoint, then=then, now=now)
+    obey_what_learns(checkpoint, state["strategy"], changes)
 
 
 def obey_optimizer(checkpoint: dict[str, Any], *, then: Optimizer, now: Optimizer) -> None:

@@ -257,6 +257,24 @@ def test_ranks_go_on_counting_what_was_paid_and_no_query_counts_twice(then, now,
     assert [meter.total().queries for meter in meters] == expected
 
 
+def test_a_checkpoint_from_before_settings_were_saved_is_compared_by_those_of_the_task(
+    make_task, make_trainer, digits, tmp_path
+):
+    def task(**optimizer):
+        return make_task(freeze=["blocks.0.*"], strategy=Backprop(), optimizer=OptimizerSettings(**optimizer))
+
+    first, spy = make_trainer(max_steps=3), Spy()
+    first.fit(task(lr=0.001), digits)
+    first.save_checkpoint(tmp_path / "run.ckpt")
+    saved = torch.load(tmp_path / "run.ckpt", weights_only=True)
+    del saved["forward_gradient"]["settings"]
+    torch.save(saved, tmp_path / "run.ckpt")
+    make_trainer(max_epochs=2, callbacks=[spy]).fit(task(lr=0.01), digits, ckpt_path=tmp_path / "run.ckpt")
+    assert {group["initial_lr"] for group in spy.groups} == {0.01}
+    with pytest.raises(SettingError, match=f"optimizer.name = 'sgd': {HAS} 'adam'"):
+        make_trainer(max_epochs=2).fit(task(name="sgd"), digits, ckpt_path=tmp_path / "run.ckpt")
+
+
 def test_as_many_classes_of_other_things_are_refused(make_task, make_trainer, digits, tmp_path):
     class Letters(DigitsDataModule):
         class_names = tuple("abcdefghij")
