@@ -124,16 +124,23 @@ def _run_and_keep(
     """Activations from ``start`` on: those in ``keep`` and the output."""
     if start:  # parameters changed: autocast must not reuse its copies of them
         torch.clear_autocast_cache()
-    kept: dict[int, list[Tensor]] = {i: [] for i in sorted({*keep, len(network)}) if i >= start}
+    kept: dict[int, Tensor] = {}
+
+    def copy(i: int, h: Tensor, first: int) -> None:
+        # Into its place at once: parts to be joined at the end would take twice the memory.
+        if i not in kept:
+            kept[i] = h.new_empty(len(inputs), *h.shape[1:])
+        kept[i][first : first + len(h)] = h
+
     with network.evaluating():
-        for x in inputs.split(rows):
-            h = x.clone()
+        for first in range(0, max(1, len(inputs)), rows):
+            h = inputs[first : first + rows].clone()
             for i, stage in enumerate(network.stages[start:], start):
-                if i in kept:
-                    kept[i].append(h.clone())  # the stage may work in place
+                if i in keep:
+                    copy(i, h, first)  # the stage may work in place
                 h = stage.run(h)
-            kept[len(network)].append(h)
-    return {i: torch.cat(parts) for i, parts in kept.items()}
+            copy(len(network), h, first)
+    return kept
 
 
 def at_least_float32(x: Tensor) -> Tensor:

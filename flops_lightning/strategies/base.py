@@ -210,11 +210,11 @@ def warn_silent(number: int, what: str, *, smaller: str = "sigma or learning rat
 
 
 def summed(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Sum of gradients by name."""
+    """Sum of gradients by name, in the tensors of the first part that has them."""
     total: dict[str, Tensor] = {}
     for part in parts:
         for name, gradient in part.items():
-            total[name] = total[name] + gradient if name in total else gradient
+            total[name] = total[name].add_(gradient) if name in total else gradient
     return total
 
 

@@ -155,11 +155,11 @@ class DeltaSums:
 
     def delta(self) -> Tensor:
         """``(b, ...)`` mean over the surviving queries; zero for a sample without one (leave-one-out: two)."""
-        n = _column(self.survivors, self.weighted)
+        n = column(self.survivors, self.weighted)
         if self.noise is None or self.weights is None:
             return self.weighted / n.clamp(min=1)
         # sum_q (w_q - mean of the others) z_q / n  =  sum_q (w_q - mean of all) z_q / (n - 1)
-        centred = self.weighted - _column(self.weights, self.weighted) / n.clamp(min=1) * self.noise
+        centred = self.weighted - column(self.weights, self.weighted) / n.clamp(min=1) * self.noise
         return torch.where(n > 1, centred / (n - 1).clamp(min=1), 0.0)
 
     def trace(self, sum_sq_norm: Tensor, unit: int) -> Tensor:
@@ -203,5 +203,6 @@ class DeltaSums:
         return (self.slopes / self.survivors.clamp(min=1)).mean()
 
 
-def _column(vector: Tensor, like: Tensor) -> Tensor:
+def column(vector: Tensor, like: Tensor) -> Tensor:
+    """``(r, 1, ...)``: one number for each line of ``like`` ``(r, ...)``."""
     return vector.view(-1, *(1,) * (like.dim() - 1))

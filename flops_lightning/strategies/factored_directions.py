@@ -52,6 +52,7 @@ class _Now:
 
     directions: Directions = field(default_factory=dict)
     sigma: Tensor = field(default_factory=lambda: torch.zeros(()))
+    overwrite: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,7 +183,8 @@ class FactoredDirections:
                 if i in others:
                     h = self._row_by_row(i, h, directions, sigma, others[i], now)
                 else:
-                    now.directions, now.sigma = directions, sigma
+                    # Transforms of torch.func (derivatives, rows one by one) know only what is not in place.
+                    now.directions, now.sigma, now.overwrite = directions, sigma, not self.forward_mode
                     h = self.network.run(h, i, i + 1)
         return h
 
@@ -193,7 +195,7 @@ class FactoredDirections:
             now.directions = {
                 name: RowDirection(**{leaf: part[None] for leaf, part in parts.items()}) for name, parts in own.items()
             }
-            now.sigma = width[None]
+            now.sigma, now.overwrite = width[None], False
             clean = {name: self.network.module.get_parameter(name) for name in names}
             values = {name: (p + width * own[name]["weight"]).to(p.dtype) for name, p in clean.items()}
             return self.replaced.run(stage, one[None], values)[0]
@@ -212,7 +214,8 @@ class FactoredDirections:
             def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
                 ran[layer.name] = ran.get(layer.name, 0) + 1
                 x = _layer_input(layer.name, args, len(now.sigma))
-                return moved_output(module, x, output, now.directions[layer.name], now.sigma)
+                direction = now.directions[layer.name]
+                return moved_output(module, x, output, direction, now.sigma, overwrite=now.overwrite)
 
             return hook
 

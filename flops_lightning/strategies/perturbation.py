@@ -38,6 +38,10 @@ class Perturbation:
     x: Tensor | None = None
 
 
+DRAWN_AGAIN = 2**23
+"""Bytes of a chunk's noise from which a CPU draws it again after the suffix instead of keeping it through it: it takes
+about a percent of the suffix's time and as much memory as an activation. A GPU is slow to draw (a launch a row)."""
+
 DrawNoise = Callable[[str, tuple[int, ...], Tensor], Tensor]
 """``(name of the layer or "", shape of a row, tensor with the device and dtype) -> (r, *shape)``."""
 
@@ -91,10 +95,15 @@ def perturbed_losses(
             h = boundary_activation(site, clean).index_select(0, index)
             active = h if site.tokens is None or site.narrow else h[:, site.tokens]
             step, z = width.scaled(draw("", tuple(active.shape[1:]), active))
-            perturbations = [Perturbation(None, z)]
-            h = moved(h, step, None if site.narrow else site.tokens, width.sigma)
+            entering = [moved(h, step, None if site.narrow else site.tokens, width.sigma)]
+            again = z.device.type == "cpu" and z.nbytes >= DRAWN_AGAIN
+            kept, shape, like = None if again else z, tuple(z.shape[1:]), active.new_empty(0)
+            del h, active, step, z
         with phase("suffix"):
-            output = network.run(h, site.start)
+            output = network.run(entering.pop(), site.start)  # which alone holds it: memory, while the suffix runs
+        with phase("noise"):
+            z = width.scaled(draw("", shape, like))[1] if kept is None else kept
+        perturbations = [Perturbation(None, z)]
     return row_losses(loss, output, clean.targets.index_select(0, index)), perturbations
 
 

@@ -15,7 +15,13 @@ from flops_lightning.strategies.row_directions import RowDirection
 
 
 def moved_output(
-    module: nn.Module, x: Tensor, output: Tensor, direction: RowDirection, sigma: float | Tensor
+    module: nn.Module,
+    x: Tensor,
+    output: Tensor,
+    direction: RowDirection,
+    sigma: float | Tensor,
+    *,
+    overwrite: bool = False,
 ) -> Tensor:
     """``(r, ...)`` output of a layer with the parameters ``theta + sigma D_r`` in row r.
 
@@ -25,10 +31,10 @@ def moved_output(
     Args:
         module: A module that ``has_row_directions`` knows.
         x: ``(r, ..., i)`` its input, or ``(r, i, h, w)``; ``(r, i, ...)`` for a group norm.
-        output: ``module(x)``; not modified, and returned itself where nothing is trained. Result and product
-            have its dtype.
+        output: ``module(x)``; returned itself where nothing is trained. Result and product have its dtype.
         direction: Directions of the ``r`` rows.
         sigma: Noise width, or ``(r,)`` one for each row: the sign of an antithetic pair goes here.
+        overwrite: ``output`` may be written to, which spares passes over memory; else it is not modified.
 
     Raises:
         TypeError: a layer family that is not known here.
@@ -37,13 +43,17 @@ def moved_output(
     if direction.a is not None and direction.b is not None:
         a = _times(direction.a, sigma, 1 / math.sqrt(direction.a.shape[1])).to(dtype)
         x, b = x.to(dtype), direction.b.to(dtype)
-        moved = _conv2d(module, x, output, a, b) if isinstance(module, nn.Conv2d) else _linear(x, output, a, b)
+        if isinstance(module, nn.Conv2d):
+            moved = _conv2d(module, x, output, a, b)
+        else:
+            moved = _linear(x, output, a, b, overwrite=overwrite)
     if direction.weight is not None:
-        weight = _times(direction.weight, sigma).to(dtype)
-        moved = torch.addcmul(output, _normalised(module, x.to(dtype)), _beside(module, weight, output.dim()))
+        weight = _beside(module, _times(direction.weight, sigma).to(dtype), output.dim())
+        normalised = _normalised(module, x.to(dtype))
+        moved = output.addcmul_(normalised, weight) if overwrite else torch.addcmul(output, normalised, weight)
     if direction.bias is not None:
         bias = _beside(module, _times(direction.bias, sigma).to(dtype), output.dim())
-        moved = output + bias if moved is output else moved.add_(bias)  # in place only in a tensor made here
+        moved = moved.add_(bias) if overwrite or moved is not output else output + bias
     return moved
 
 
@@ -53,10 +63,14 @@ def _times(part: Tensor, sigma: float | Tensor, factor: float = 1.0) -> Tensor:
     return part * (sigma * factor)
 
 
-def _linear(x: Tensor, output: Tensor, a: Tensor, b: Tensor) -> Tensor:
+def _linear(x: Tensor, output: Tensor, a: Tensor, b: Tensor, *, overwrite: bool) -> Tensor:
     rows, outputs = a.shape[0], a.shape[-1]
     inner = torch.bmm(x.reshape(rows, -1, x.shape[-1]), b.mT)  # (r, t, K)
-    return torch.baddbmm(output.reshape(rows, -1, outputs), inner, a).view(output.shape)
+    flat = output.reshape(rows, -1, outputs)
+    if a.shape[1] > 1:
+        return torch.baddbmm(flat, inner, a, out=flat if overwrite else None).view(output.shape)
+    # With one factor the product is elementwise, where a matrix product is slower by half.
+    return (flat.addcmul_(inner, a) if overwrite else torch.addcmul(flat, inner, a)).view(output.shape)
 
 
 def _conv2d(module: nn.Conv2d, x: Tensor, output: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from flops_lightning.queries import Chunk, CleanPass, LossFunction, RowPlan, dro
 from flops_lightning.staging import StagedNetwork
 from flops_lightning.strategies.base import summed
 from flops_lightning.strategies.closed_form import layer_gradient, linear_gradient_sq_norm
-from flops_lightning.strategies.delta import DeltaSums, Variant, query_weights
+from flops_lightning.strategies.delta import DeltaSums, Variant, column, query_weights
 from flops_lightning.strategies.engine import SiteGradient
 from flops_lightning.strategies.local_vjp import graph_rows, local_vjp
 from flops_lightning.strategies.perturbation import (
@@ -167,9 +167,15 @@ class SiteQueries:
         self, site: Site, clean: CleanPass, parts: Sequence[tuple[QueriedOutput, Tensor]]
     ) -> dict[str, Tensor]:
         """``1/B sum_b J_b^T sum_parts share_b delta_b`` by parameter name."""
-        deltas = [share.view(-1, *(1,) * (part.sums.weighted.dim() - 1)) * part.sums.delta() for part, share in parts]
         layer_input = next((part.layer_input for part, _ in parts if part.layer_input is not None), None)
-        return self.gradient(site, clean, torch.stack(deltas).sum(0) / clean.batch_size, layer_input)
+        with phase("accumulation"):
+            # In place: these are as large as the activations of the batch.
+            total, *others = (
+                part.sums.delta().mul_(column(share / len(share), part.sums.weighted)) for part, share in parts
+            )
+            for other in others:
+                total += other
+        return self.gradient(site, clean, total, layer_input)
 
     def gradient(
         self, site: Site, clean: CleanPass, delta: Tensor, layer_input: Tensor | None = None
@@ -261,7 +267,7 @@ def _row_gradient(site: Site, perturbation: Perturbation, weights: Tensor) -> di
     layer, x, z = perturbation.layer, perturbation.x, perturbation.z
     if layer is None or x is None:
         raise TypeError("only layers are perturbed jointly.")
-    delta = weights.to(z.dtype).view(-1, *(1,) * (z.dim() - 1)) * z
+    delta = column(weights.to(z.dtype), z) * z
     return _trained(site, layer.name, layer_gradient(layer.module, x, delta))
 
 

@@ -182,14 +182,20 @@ def sqrt_left_out_of_the_sum(monkeypatch):
     monkeypatch.setattr(row_directions, "math", SimpleNamespace(sqrt=float, prod=math.prod))
 
 
+def products_with(monkeypatch, change):
+    """The product beside a layer with its last factor changed; one factor is multiplied elementwise."""
+    for name in ("baddbmm", "addcmul"):
+        real = getattr(torch, name)
+        changed = lambda output, x, y, real=real, **named: real(output, x, change(y), **named)  # noqa: E731
+        monkeypatch.setattr(torch, name, changed)
+
+
 def sign_turned(monkeypatch):
-    real = torch.baddbmm
-    monkeypatch.setattr(torch, "baddbmm", lambda output, x, y: real(output, x, y, alpha=-1))
+    products_with(monkeypatch, torch.neg)
 
 
 def factors_of_the_row_beside(monkeypatch):
-    real = torch.baddbmm
-    monkeypatch.setattr(torch, "baddbmm", lambda output, x, y: real(output, x, y.roll(1, 0)))
+    products_with(monkeypatch, lambda factor: factor.roll(1, 0))
 
 
 @pytest.mark.parametrize(
@@ -202,6 +208,23 @@ def test_planted_faults_are_caught(name, fault, monkeypatch):
     fault(monkeypatch)
     with pytest.raises(AssertionError, match="not close"):
         check(module, x)
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize("name", ["linear", "conv", "layer norm"])
+def test_the_output_may_be_overwritten(name, rank):
+    if name == "layer norm":
+        module, x = shaken(nn.LayerNorm(4)), normal(3, 2, 4)
+    else:
+        module, x = layer_and_input(name)
+    direction = row_direction(module, BOTH, rank, normal(len(x), direction_size(module, BOTH, rank), seed=1))
+    output = module(x).detach()
+    kept = output.clone()
+    expected = moved_output(module, x, output, direction, 0.3)
+    assert torch.equal(output, kept)
+    found = moved_output(module, x, output, direction, 0.3, overwrite=True)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert (found.data_ptr() == output.data_ptr()) == (name != "conv")
 
 
 def test_a_negative_sigma_is_the_antithetic_partner_and_negated_normals_are_not():
