@@ -13,7 +13,7 @@ import torch
 
 from flops_lightning.benchmarks.cases import Case, full_cases, quick_cases
 from flops_lightning.benchmarks.measurement import measure, strategy_of
-from flops_lightning.benchmarks.memory import INFERENCE, OURS, in_a_process, run
+from flops_lightning.benchmarks.memory import INFERENCE, OURS, QUERIES_ALONE, in_a_process, run
 from flops_lightning.benchmarks.report import table
 from flops_lightning.process_memory import held
 
@@ -58,10 +58,11 @@ def memory_ratios(given: Sequence[str], place: int) -> dict[str, float]:
     """
     peaks = {
         name: in_a_process("flops_lightning.benchmarks", *given, "--peak", str(place), name)
-        for name in (INFERENCE, OURS, "backprop")
+        for name in (INFERENCE, QUERIES_ALONE, OURS, "backprop")
     }
     return {
-        "memory_over_inference": peaks[OURS] / peaks[INFERENCE],
+        "memory_over_inference": peaks[QUERIES_ALONE] / peaks[INFERENCE],
+        "memory_with_vjp_over_inference": peaks[OURS] / peaks[INFERENCE],
         "memory_over_backprop": peaks[OURS] / peaks["backprop"],
     }
 

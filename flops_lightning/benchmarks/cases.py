@@ -8,6 +8,9 @@ from typing import Any, Literal
 
 from torch import nn
 
+PILOTS = 4
+"""Queries of a sample that are pilots, where an allocator chooses the counts."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -26,6 +29,8 @@ class Case:
         strategy: ``LikelihoodRatio``, or ``SPSA`` with factored directions.
         kind: Kind of the likelihood ratio's sites: ``group`` (the paper's three groups and the head) or ``block``.
         references: Whether the plain reference steps are timed as well, by far the slowest.
+        allocation: ``equal`` counts, or those that a ``GaussianAllocator`` chooses anew at every step from pilots (4 of
+            the queries, at the highest group) and predictions, all of it part of the step.
     """
 
     model: str
@@ -39,6 +44,7 @@ class Case:
     strategy: Literal["LikelihoodRatio", "SPSA"] = "LikelihoodRatio"
     kind: Literal["group", "block"] = "group"
     references: bool = True
+    allocation: Literal["equal", "gaussian"] = "equal"
 
 
 def tiny_digits_vit() -> nn.Module:
@@ -88,7 +94,7 @@ VIT_MICRO = Case(
     "ViT-Micro/4, 32 px", vit_micro, (3, 32, 32), 10, batch=64, queries=20, chunk_rows=64, rounds=5
 )  # fmt: skip
 VIT_TINY = Case(
-    "ViT-Tiny/16, 224 px", vit_tiny, (3, 224, 224), 1000, batch=8, queries=20, chunk_rows=8, rounds=5
+    "ViT-Tiny/16, 224 px", vit_tiny, (3, 224, 224), 1000, batch=8, queries=20, chunk_rows=16, rounds=5
 )  # fmt: skip
 
 
@@ -106,8 +112,8 @@ VIT_BASE = Case(
 
 def full_cases() -> tuple[Case, ...]:
     """All cases at their full size; an hour on two cores."""
-    ways: tuple[dict[str, Any], ...] = ({}, {"kind": "block"}, {"strategy": "SPSA"})
-    others = [replace(case, **way, references=False) for case in (VIT_TINY, VIT_BASE) for way in ways[1:]]
+    ways: tuple[dict[str, Any], ...] = ({"allocation": "gaussian"}, {"kind": "block"}, {"strategy": "SPSA"})
+    others = [replace(case, **way, references=False) for case in (VIT_TINY, VIT_BASE) for way in ways]
     return DIGITS, VIT_TINY, VIT_BASE, *others
 
 

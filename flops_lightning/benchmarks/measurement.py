@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -15,13 +16,16 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import flops_lightning
-from flops_lightning.benchmarks.cases import Case
+from flops_lightning.allocators import GaussianAllocator, QueryAllocator
+from flops_lightning.benchmarks.cases import PILOTS, Case
 from flops_lightning.benchmarks.inference import full_inference, suffix_inference
 from flops_lightning.benchmarks.reference import keyed_noise, literal_gradient, reference_gradient
 from flops_lightning.benchmarks.report import MEMORY
 from flops_lightning.benchmarks.timing import Timings, alternate
+from flops_lightning.phases import PHASES, phase, timed_phases
 from flops_lightning.staging import StagedNetwork, stage_network
-from flops_lightning.strategies import SPSA, Backprop, ForwardGradientStrategy, LikelihoodRatio, SiteSpec
+from flops_lightning.strategies import SPSA, Backprop, ForwardGradientStrategy, LikelihoodRatio, PilotSpec, SiteSpec
+from flops_lightning.strategies.query_strategy import QueryStrategy
 from flops_lightning.strategies.site_queries import QueriedOutput
 from flops_lightning.strategies.site_specs import default_specs
 
@@ -46,6 +50,7 @@ class Setup:
         inputs: ``(b, c, h, w)`` images.
         targets: ``(b,)`` labels.
         references: Whether the plain reference steps are timed as well.
+        allocator: Who chooses the counts; None: they are equal.
     """
 
     network: StagedNetwork
@@ -53,6 +58,7 @@ class Setup:
     inputs: Tensor
     targets: Tensor
     references: bool = True
+    allocator: QueryAllocator | None = None
 
 
 def set_up(case: Case, device: torch.device) -> Setup:
@@ -63,7 +69,8 @@ def set_up(case: Case, device: torch.device) -> Setup:
     strategy.bind(network, row_cross_entropy)
     inputs = torch.randn(case.batch, *case.image).to(device)
     targets = torch.randint(case.classes, (case.batch,)).to(device)
-    return Setup(network, strategy, inputs, targets, case.references)
+    allocator = GaussianAllocator() if case.allocation == "gaussian" else None
+    return Setup(network, strategy, inputs, targets, case.references, allocator)
 
 
 def strategy_of(case: Case, network: StagedNetwork) -> LikelihoodRatio | SPSA:
@@ -73,7 +80,43 @@ def strategy_of(case: Case, network: StagedNetwork) -> LikelihoodRatio | SPSA:
         ends = [network.stages[0].name, network.stages[-1].name]
         sites = [SiteSpec(stages=ends, kind="block", queries_per_sample=case.queries)]
     common: dict[str, Any] = {"sites": sites, "chunk_rows": case.chunk_rows, "seed": 0}
+    if case.allocation == "gaussian":
+        common["pilots"] = PilotSpec(sites[-2].name, queries=PILOTS)  # the highest group
     return SPSA(layout="factored", **common) if case.strategy == "SPSA" else LikelihoodRatio(**common)
+
+
+def one_step(strategy: ForwardGradientStrategy, setup: Setup) -> None:
+    """Add a batch's estimate to ``.grad``: clean pass, pilots and allocation if there are any, queries, local VJP."""
+    clean = strategy.clean_pass(setup.inputs, setup.targets)
+    if setup.allocator is None or not isinstance(strategy, QueryStrategy):
+        strategy.estimate(clean)
+        return
+    with phase("allocation"):
+        known = strategy.sample_statistics(clean, setup.allocator.requests)
+        chosen = setup.allocator.allocate(known, strategy.budget)
+    estimate = strategy.estimate(clean, chosen.counts, pilot_weight=chosen.pilot_weight, traces=setup.allocator.learns)
+    if estimate.observation is not None:
+        with phase("allocation"):
+            setup.allocator.observe(estimate.observation)
+
+
+def seconds_by_phase(setup: Setup, synchronize: Callable[[], object]) -> dict[str, float]:
+    """Seconds of each phase of a step, its optimiser (AdamW) included, and of the ``rest``; the second of two steps."""
+    optimizer = torch.optim.AdamW(setup.network.module.parameters(), lr=0.0)
+
+    def step() -> dict[str, float]:
+        optimizer.zero_grad()
+        synchronize()
+        with timed_phases(synchronize) as seconds:
+            start = time.perf_counter()
+            one_step(setup.strategy, setup)
+            with phase("optimiser"):
+                optimizer.step()
+            whole = time.perf_counter() - start
+        return {name: seconds.get(name, 0.0) for name in PHASES} | {"rest": whole - sum(seconds.values())}
+
+    step()
+    return step()
 
 
 def contenders(setup: Setup) -> dict[str, Callable[[], object]]:
@@ -88,7 +131,7 @@ def contenders(setup: Setup) -> dict[str, Callable[[], object]]:
 
     def step(strategy: ForwardGradientStrategy) -> None:
         network.module.zero_grad()
-        strategy.estimate(strategy.clean_pass(inputs, targets))
+        one_step(strategy, setup)
 
     @torch.no_grad()
     def only_queries() -> None:
@@ -133,7 +176,8 @@ def measure(case: Case, device: torch.device) -> dict[str, Any]:
     """Time a case and return its record."""
     setup = set_up(case, device)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    return record(case, setup.strategy, device, alternate(contenders(setup), rounds=case.rounds, synchronize=wait))
+    timings = alternate(contenders(setup), rounds=case.rounds, synchronize=wait)
+    return record(case, setup.strategy, device, timings) | {"seconds_by_phase": seconds_by_phase(setup, wait)}
 
 
 def record(case: Case, strategy: LikelihoodRatio | SPSA, device: torch.device, timings: Timings) -> dict[str, Any]:
@@ -152,16 +196,24 @@ def record(case: Case, strategy: LikelihoodRatio | SPSA, device: torch.device, t
         "model": case.model,
         "batch": case.batch,
         "queries": case.queries,
+        "allocation": case.allocation,
         "strategy": f"{type(strategy).__name__} ({strategy.variant})",
         "layout": "factored" if isinstance(strategy, SPSA) else "activations",
         "sites": case.kind if case.kind == "block" else " ".join(site.name for site in strategy.sites),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         **dict.fromkeys(("ratio_reference", "ratio_batched_reference", *MEMORY)),
         **{name: ratio.median for name, ratio in ratios.items()},
         "quartiles": {name: [ratio.low, ratio.high] for name, ratio in ratios.items()},
         "rounds": case.rounds,
         "chunk_rows": case.chunk_rows,
-        "dtype": str(next(strategy.network.module.parameters()).dtype).removeprefix("torch."),
+        **environment_of(strategy.network, device),
+    }
+
+
+def environment_of(network: StagedNetwork, device: torch.device) -> dict[str, Any]:
+    """On what a record was measured."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "dtype": str(next(network.module.parameters()).dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "processor": platform.processor() or platform.machine(),
         "versions": {

@@ -19,7 +19,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from flops_lightning.benchmarks.cases import VIT_TINY, Case
 from flops_lightning.benchmarks.measurement import row_cross_entropy
@@ -34,10 +36,15 @@ from flops_lightning.strategies import (
     MeZO,
     SiteSpec,
 )
+from flops_lightning.strategies.base import add_gradients
+from flops_lightning.strategies.query_strategy import QueryStrategy
+from flops_lightning.strategies.site_queries import QueriedOutput
 from flops_lightning.strategies.site_specs import default_specs
 
 INFERENCE = "inference"
 OURS = "ours"
+QUERIES_ALONE = "ours, without local VJP"
+LR_QUERIES_ALONE = "LikelihoodRatio, groups, without local VJP"
 STEPS = 2
 QUERIES = 2
 """Of a sample at each site: more take longer and no more memory."""
@@ -55,13 +62,14 @@ def contenders(network: StagedNetwork, rows: int) -> dict[str, Callable[[], Forw
         "ES shared, whole network": lambda: EvolutionStrategies(sites=whole, **shared),  # type: ignore[arg-type]
         "SPSA factored, groups": lambda: SPSA(sites=groups, layout="factored", **shared),  # type: ignore[arg-type]
         "LikelihoodRatio, groups": lambda: LikelihoodRatio(sites=groups, chunk_rows=rows, seed=0),
+        LR_QUERIES_ALONE: lambda: LikelihoodRatio(sites=groups, chunk_rows=rows, seed=0),
         "backprop": Backprop,
     }
 
 
 NAMES = (
     INFERENCE, "MeZO", "SPSA shared, whole network", "ES shared, whole network", "SPSA shared, groups",
-    "SPSA factored, groups", "LikelihoodRatio, groups", "backprop",
+    "SPSA factored, groups", "LikelihoodRatio, groups", LR_QUERIES_ALONE, "backprop",
 )  # fmt: skip
 
 
@@ -89,14 +97,35 @@ def run(name: str, batch: int, case: Case = VIT_TINY, make: Callable[[StagedNetw
             for _ in range(STEPS):
                 network.module(inputs)
     else:
-        strategy = make(network) if name == OURS and make is not None else contenders(network, batch)[name]()
+        ours = make is not None and name in (OURS, QUERIES_ALONE)
+        strategy = make(network) if ours and make is not None else contenders(network, batch)[name]()
         strategy.bind(network, row_cross_entropy)
+        alone = name in (QUERIES_ALONE, LR_QUERIES_ALONE)
         for _ in range(STEPS):
             network.module.zero_grad()
-            strategy.estimate(strategy.clean_pass(inputs, targets))
+            if alone and isinstance(strategy, QueryStrategy):
+                step_without_vjp(strategy, inputs, targets)
+            else:
+                strategy.estimate(strategy.clean_pass(inputs, targets))
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return (held("VmHWM") or 0.0) - before
+
+
+@torch.no_grad()
+def step_without_vjp(strategy: QueryStrategy[Any], inputs: Tensor, targets: Tensor) -> None:
+    """A step that leaves out nothing but what takes the sums at a site's output to its parameters.
+
+    The sums stay until ``.grad`` is there, which is filled with zeros.
+    """
+    clean = strategy.clean_pass(inputs, targets)
+    with strategy.network.evaluating():
+        for site in strategy.sites:
+            counts = np.full(len(inputs), site.queries_per_sample)
+            queried = strategy.engine.query(site, clean, counts)
+            delta = queried.sums.delta() if isinstance(queried, QueriedOutput) else None
+            add_gradients(site.parameters, {name: torch.zeros_like(p) for name, p in site.parameters.items()})
+            del queried, delta
 
 
 def in_a_process(module: str, *arguments: str) -> float:

@@ -37,7 +37,11 @@ LEGEND = {
 
 
 MEMORY = {
-    "memory_over_inference": ("memory", "peak memory of our step / of plain inference with the same chunk of rows"),
+    "memory_over_inference": (
+        "memory",
+        "peak memory of our step without local VJP, .grad included / of inference with the same chunk of rows",
+    ),
+    "memory_with_vjp_over_inference": ("with VJP", "the same of the whole step"),
     "memory_over_backprop": ("of backprop's", "peak memory of our step / of a backprop step of the batch"),
 }
 """Key in the record -> (column, what it counts); measured in processes of their own."""
@@ -45,17 +49,35 @@ MEMORY = {
 
 def table(records: Sequence[Mapping[str, Any]]) -> str:
     """Readable table of records: medians with quartiles, then what each column counts."""
-    header = ["model", "batch", "queries", "strategy", "sites"]
+    header = ["model", "batch", "queries", "strategy", "sites", "allocation"]
     header += [column for column, _ in (*LEGEND.values(), *MEMORY.values())]
     lines = [header, *(_line(record) for record in records)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     rule = "-" * max(len(row) for row in rows)
-    return "\n".join([rows[0], rule, *rows[1:], "", *_explanation(records)])
+    return "\n".join([rows[0], rule, *rows[1:], "", *_phases(records), *_explanation(records)])
+
+
+def _phases(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Where the time of each step goes."""
+    measured = [record for record in records if record.get("seconds_by_phase")]
+    if not measured:
+        return []
+    lines = ["Shares of a step's time, its optimiser (AdamW) included:"]
+    for record in measured:
+        seconds = record["seconds_by_phase"]
+        whole = sum(seconds.values())
+        shares = ", ".join(f"{name} {taken / whole:.1%}" for name, taken in seconds.items())
+        lines.append(f"  {_name(record)}: {shares}")
+    return [*lines, ""]
+
+
+def _name(record: Mapping[str, Any]) -> str:
+    return ", ".join(str(record[name]) for name in ("model", "strategy", "sites", "allocation"))
 
 
 def _line(record: Mapping[str, Any]) -> list[str]:
-    cells = [str(record[name]) for name in ("model", "batch", "queries", "strategy", "sites")]
+    cells = [str(record[name]) for name in ("model", "batch", "queries", "strategy", "sites", "allocation")]
     for name in (*LEGEND, *MEMORY):
         low, high = record["quartiles"].get(name, (None, None))
         spread = "" if low is None else f" ({low:.2f}-{high:.2f})"
@@ -67,7 +89,8 @@ def _explanation(records: Sequence[Mapping[str, Any]]) -> list[str]:
     width = max(len(column) for column, _ in (*LEGEND.values(), *MEMORY.values()))
     ran = {f"{r['device']}, {r['threads']} thread(s), {r['dtype']}, torch {r['versions']['torch']}" for r in records}
     return [
-        "Our step: clean pass, all queries, local VJP, .grad; equal counts; no optimiser anywhere.",
+        "Our step: clean pass, all queries, local VJP, .grad; where an allocator chooses the counts, its pilots and",
+        "the allocation too. No optimiser, but in the shares by phase.",
         "Ratios of speed: above 1, this project is faster. Median over the rounds (quartiles).",
         *(f"  {column.ljust(width)}  {meaning}" for column, meaning in (*LEGEND.values(), *MEMORY.values())),
         *(f"Measured on {line}." for line in sorted(ran)),

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from flops_lightning.benchmarks.__main__ import main
-from flops_lightning.benchmarks.cases import Case
+from flops_lightning.benchmarks.cases import PILOTS, Case
 from flops_lightning.benchmarks.inference import full_inference, suffix_inference
 from flops_lightning.benchmarks.measurement import (
     BACKPROP,
@@ -26,21 +26,25 @@ from flops_lightning.benchmarks.measurement import (
     contenders,
     record,
     row_cross_entropy,
+    seconds_by_phase,
     set_up,
 )
 from flops_lightning.benchmarks.reference import keyed_noise, literal_gradient, reference_gradient
 from flops_lightning.benchmarks.report import table
 from flops_lightning.benchmarks.timing import Timings, alternate
 from flops_lightning.errors import SettingError
+from flops_lightning.phases import PHASES
 from flops_lightning.staging import Stage, StagedNetwork, stage_network
 from flops_lightning.strategies import LikelihoodRatio, SiteSpec
 
 CPU = torch.device("cpu")
 KEYS = {
-    "model": str, "batch": int, "queries": int, "strategy": str, "layout": str, "sites": str, "device": str,
+    "model": str, "batch": int, "queries": int, "allocation": str,
+    "strategy": str, "layout": str, "sites": str, "device": str,
     "ratio_full_inference": float, "ratio_suffix_inference": float, "ratio_backprop": float,
     "ratio_checkpointed_backprop": float, "ratio_reference": float, "ratio_batched_reference": float,
-    "memory_over_inference": type(None), "memory_over_backprop": type(None), "overhead_fraction": float,
+    "memory_over_inference": type(None), "memory_with_vjp_over_inference": type(None),
+    "memory_over_backprop": type(None), "seconds_by_phase": dict, "overhead_fraction": float,
     "quartiles": dict, "rounds": int, "chunk_rows": int, "dtype": str, "threads": int,
     "processor": str, "versions": dict,
 }  # fmt: skip
@@ -246,6 +250,9 @@ def test_the_command_writes_records_and_prints_the_table(tmp_path, capsys):
             assert math.isfinite(entry[name])
             assert entry[name] > 0 or name == "overhead_fraction"
         assert entry["overhead_fraction"] < 1
+        assert entry["seconds_by_phase"].keys() == {*PHASES, "rest"}
+        assert all(entry["seconds_by_phase"][name] > 0 for name in ("clean pass", "suffix", "local VJP", "optimiser"))
+        assert entry["seconds_by_phase"]["pilots"] == entry["seconds_by_phase"]["allocation"] == 0
 
     printed = capsys.readouterr().out
     for entry in records:
@@ -266,6 +273,16 @@ def test_bad_arguments_are_refused_before_anything_is_measured(arguments, remedy
     with pytest.raises(SystemExit, match="2"):
         main(arguments, cases=[MICRO])
     assert remedy in capsys.readouterr().err
+
+
+def test_a_case_with_an_allocator_takes_pilots_and_chooses_counts():
+    setup = set_up(replace(MICRO, queries=8, allocation="gaussian"), CPU)
+    seconds = seconds_by_phase(setup, lambda: None)
+    assert seconds["pilots"] > 0 < seconds["allocation"]
+    meter = setup.strategy.meter.sites
+    pilots = {name: spent.pilots for name, spent in meter.items() if name != "clean"}
+    assert pilots == {"group1": 0, "group2": 0, "group3": 2 * 3 * PILOTS, "head": 0}  # two steps of three samples
+    assert {name: meter[name].queries for name in pilots} == dict.fromkeys(pilots, 2 * 3 * 8)
 
 
 @pytest.mark.parametrize("way", [{"kind": "block"}, {"strategy": "SPSA"}, {"references": False}])

@@ -1,0 +1,264 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from flops_lightning.benchmarks import ranks
+from flops_lightning.benchmarks.ranks_load import Collective, SiteLoad, StepLoad
+from flops_lightning.benchmarks.ranks_measured import Job, launch
+from flops_lightning.benchmarks.ranks_methods import METHODS, PERCEPTRON, batch_of, load_of, run_step, taught, vit_loads
+from flops_lightning.benchmarks.ranks_model import (
+    Link,
+    Machine,
+    collective_seconds,
+    efficiency,
+    even_bandwidth,
+    step_seconds,
+)
+from flops_lightning.benchmarks.ranks_report import measured_tables
+from flops_lightning.staging import stage_network
+from flops_lightning.strategies import shared_directions
+
+SAMPLES, QUERIES = 6, 4
+BY_NAME = {method.name: method for method in METHODS}
+LR, ALLOCATED, GRADIENTS, LOSSES = BY_NAME
+LINK = Link(bandwidth=1e9, latency=1e-5)
+FREE = Link(bandwidth=float("inf"), latency=0.0)
+
+
+def made(name, *, chunk_rows=128):
+    torch.manual_seed(0)
+    strategy = BY_NAME[name].strategy(stage_network(PERCEPTRON.build()), queries=QUERIES, chunk_rows=chunk_rows)
+    return strategy, load_of(BY_NAME[name], strategy, batch_of(PERCEPTRON, 1, 1, 0)[0])
+
+
+@pytest.fixture(scope="module")
+def two_processes():
+    """What each of two real processes saw, by method."""
+    found = launch(Job("perceptron", list(BY_NAME), [SAMPLES], QUERIES, rounds=1), 2)
+    return {per_rank[0]["method"]: per_rank for per_rank in zip(*found, strict=True)}
+
+
+# -- two processes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", list(BY_NAME))
+def test_the_model_counts_the_bytes_and_passes_of_real_processes(two_processes, name):
+    load = made(name)[1]
+    for rank in two_processes[name]:
+        assert rank["bytes"] == load.bytes_sent(SAMPLES, 2)
+        assert rank["forward_equivalents"] == pytest.approx(load.forward_equivalents(SAMPLES), rel=1e-12)
+
+
+def test_the_bytes_by_hand(two_processes):
+    numbers, tensors, sites = (64 * 32 + 32) + 2 * (32 * 32 + 32) + (32 * 10 + 10), 8, 3
+    gradients = 8 * (1 + tensors) + 4 * numbers
+    gathered = 8 + 4 * SAMPLES * (1 + 32) + 8 + 4 * SAMPLES * 2 * sites
+    losses = sites * (8 + 24 * QUERIES // 2) + 4 * sites
+    expected = {LR: gradients, ALLOCATED: gradients + gathered, GRADIENTS: gradients, LOSSES: losses}
+    assert {name: per_rank[0]["bytes"] for name, per_rank in two_processes.items()} == expected
+
+
+@pytest.mark.parametrize("name", list(BY_NAME))
+def test_processes_have_the_gradient_of_the_same_ranks_one_after_the_other(two_processes, name):
+    first, second = two_processes[name]
+    assert first["gradient_bits"] == second["gradient_bits"]
+    parts = []
+    for rank in (0, 1):
+        strategy = made(name)[0]
+        strategy.rank, strategy.draw = rank, 1  # one step before the measured one
+        run_step(BY_NAME[name], strategy, *batch_of(PERCEPTRON, SAMPLES, 2, rank))
+        parts.append(torch.cat([p.grad.flatten() for p in taught(strategy)]))
+    assert first["gradient_norm"] == pytest.approx(float(torch.stack(parts).mean(0).norm()), rel=1e-5)
+
+
+def test_time_within_collectives_is_part_of_the_step(two_processes):
+    for per_rank in two_processes.values():
+        assert all(0 < rank["exchange"][0] < rank["seconds"][0] for rank in per_rank)
+
+
+# -- what a step consists of -------------------------------------------------------------------------------------------
+
+
+class Twin:
+    """One of two ranks, of which the other says the same."""
+
+    rank, size, sent = 0, 2, 0
+
+    def sum(self, tensor):
+        return tensor.mul_(2)
+
+    def gather(self, tensor):
+        return [tensor, tensor]
+
+
+@pytest.mark.parametrize("name", [GRADIENTS, LOSSES])
+@pytest.mark.parametrize("chunk_rows", [4, 128])
+def test_the_model_counts_the_numbers_that_are_drawn(monkeypatch, name, chunk_rows):
+    strategy, load = made(name, chunk_rows=chunk_rows)
+    drawn, draw = [], shared_directions.standard_normal
+
+    def counted(seeds, shape, **options):
+        drawn.append(len(seeds) * int(np.prod(shape)))
+        return draw(seeds, shape, **options)
+
+    monkeypatch.setattr(shared_directions, "standard_normal", counted)
+    strategy.join(Twin())
+    run_step(BY_NAME[name], strategy, *batch_of(PERCEPTRON, SAMPLES, 2, 0))
+    assert sum(drawn) == load.drawn_numbers(SAMPLES, 2)
+
+
+def test_numbers_drawn_by_hand():
+    site = SiteLoad(numbers=100, tensors=2, queries=10, query=1.0, gradient=0.0)
+    load = StepLoad((site,), drawn=True, chunk_rows=256)
+    assert load.drawn_numbers(300, 64) == 5 * 100 * (2 + 1)
+    assert replace(load, exchange="losses").drawn_numbers(300, 64) == 5 * 100 * (2 + 64)
+    assert replace(load, drawn=False).drawn_numbers(300, 64) == 0
+
+
+def test_passes_by_hand():
+    sites = (SiteLoad(1, 1, queries=4, query=0.5, gradient=0.75), SiteLoad(1, 1, queries=2, query=0.125, gradient=0.0))
+    assert StepLoad(sites, drawn=False).forward_equivalents(8) == 8 * (1 + 4 * 0.5 + 0.75 + 2 * 0.125)
+
+
+@pytest.mark.parametrize("numbers", [1, 10**6, 10**9])
+def test_bytes_of_losses_depend_on_neither_parameters_nor_samples_and_those_of_gradients_do(numbers):
+    load = StepLoad((SiteLoad(numbers, 5, 20, 1.0, 0.0),), drawn=True)
+    losses = replace(load, exchange="losses")
+    assert {losses.bytes_sent(samples, n) for samples in (1, 64) for n in (2, 64)} == {8 + 24 * 10 + 4}
+    assert load.bytes_sent(1, 2) == load.bytes_sent(64, 64) == 8 * (1 + 5) + 4 * numbers
+    assert load.bytes_sent(64, 1) == losses.bytes_sent(64, 1) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "multiply_adds"),
+    [("vit_base_patch16_224", 86_567_656, 17.6e9), ("vit_large_patch16_224", 304_326_632, 61.6e9)],
+)
+def test_sizes_of_the_vits(name, parameters, multiply_adds):
+    loads, flops = vit_loads(name, METHODS, queries=20)
+    assert {load.numbers for load in loads.values()} == {parameters}
+    # Published; less here, since the last block computes no more than the one token that is read.
+    assert 0.9 < flops / (2 * multiply_adds) < 1
+
+
+# -- seconds -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [2, 3, 8])
+def test_bytes_on_a_link_are_those_of_a_ring_played_through(n):
+    values = np.random.default_rng(0).integers(0, 9, (n, n)).astype(float)  # [rank, piece]
+    held, moved = values.copy(), np.zeros(n)
+    for step in range(2 * (n - 1)):
+        sent = [(rank, (rank - step) % n, held[rank, (rank - step) % n]) for rank in range(n)]
+        for rank, piece, value in sent:
+            after = (rank + 1) % n
+            held[after, piece] = value + (held[after, piece] if step < n - 1 else 0)
+            moved[rank] += 1
+    assert (held == values.sum(0)).all()
+    assert Collective("sum", 8 * n).bytes_on_link(n) == pytest.approx(8 * moved[0])
+    assert Collective("sum", 8 * n).steps(n) == 2 * (n - 1)
+    assert (Collective("gather", 8).bytes_on_link(n), Collective("gather", 8).steps(n)) == (8 * (n - 1), n - 1)
+
+
+def test_seconds_of_collectives_by_hand():
+    assert collective_seconds(Collective("sum", 10**9), 8, LINK) == pytest.approx(1.75 + 14e-5)
+    assert collective_seconds(Collective("gather", 10**6), 8, LINK) == pytest.approx(7e-3 + 7e-5)
+
+
+def test_seconds_of_a_step_by_hand_and_the_slowest_link():
+    machine = Machine(passes=100.0, draws=1e4, node=FREE, network=LINK)
+    load = StepLoad((SiteLoad(10**6, 2, queries=2, query=0.5, gradient=0.0),), drawn=True)
+    within, across = step_seconds(load, 5, 8, machine), step_seconds(load, 5, 9, machine)
+    assert (within.passes, within.draws, within.exchange) == (5 * 2 / 100, 2 * 10**6 / 1e4, 0)
+    assert across.exchange == pytest.approx(2 * 8 / 9 * (24 + 4e6) / 1e9 + 2 * 16 * 1e-5)
+    assert across.exchange_share == pytest.approx(across.exchange / (within.total + across.exchange))
+
+
+@pytest.mark.parametrize("scaling", ["strong", "weak"])
+def test_efficiency_is_one_alone_and_where_nothing_but_passes_takes_time(scaling):
+    load, machine = made(LR)[1], Machine(1.0, 1.0, FREE, FREE)
+    alone = step_seconds(load, 64, 1, machine).total
+    for n in (1, 4, 64):
+        together = step_seconds(load, 64 // n if scaling == "strong" else 64, n, machine).total
+        assert efficiency(alone, together, n, scaling) == pytest.approx(1)
+    assert efficiency(8.0, 2.0, 8, "strong") == 0.5
+    assert efficiency(8.0, 16.0, 8, "weak") == 0.5
+
+
+@pytest.mark.parametrize("n", [2, 8, 64])
+def test_both_exchanges_take_the_same_time_at_the_even_bandwidth(n):
+    draws, site = 1e10, SiteLoad(10**8, 2, queries=20, query=1.0, gradient=0.0)
+    gradients = StepLoad((site, site), drawn=True)
+    link = Link(even_bandwidth(10, n, draws), 0.0)
+    times = [
+        step_seconds(load, 4, n, Machine(1e9, draws, link, link)).total
+        for load in (gradients, replace(gradients, exchange="losses"))
+    ]
+    assert times[0] == pytest.approx(times[1], rel=1e-4)
+
+
+# -- what is reported --------------------------------------------------------------------------------------------------
+
+
+def test_a_step_is_as_slow_as_its_slowest_rank_and_the_exchange_as_long_as_the_shortest_wait():
+    common = {"method": GRADIENTS, "samples": SAMPLES, "bytes": 1, "forward_equivalents": 1.0, "gradient_norm": 1.0}
+    first = {"seconds": [1, 5, 3], "exchange": [0.5, 2, 0.1], "pass": [1, 1, 1], "draw": [0, 0, 0], "gradient_bits": 1}
+    second = {"seconds": [2, 4, 9], "exchange": [0.2, 3, 0.3], "pass": [2, 3, 1], "draw": [0, 0, 0], "gradient_bits": 2}
+    load = made(GRADIENTS)[1]
+    found = ranks.summary([common | first, common | second], load)
+    assert (found["seconds"], found["seconds_quartiles"]) == (5, [3.5, 7])
+    assert (found["exchange_seconds"], found["waiting_seconds"]) == (0.2, 0.5)
+    assert found["predicted_seconds"] == 2 * load.forward_equivalents(SAMPLES)
+    assert not found["alike"]
+
+
+@pytest.mark.parametrize(("cores", "crowded"), [(1, True), (2, False)])
+def test_more_ranks_than_cores_are_marked(two_processes, cores, crowded):
+    record = ranks.summary(two_processes[LR], made(LR)[1])
+    known = {"model": "perceptron", "queries": QUERIES, "rounds": 1, "cores": cores, "efficiency": 0.5}
+    text = measured_tables([record | known | {"scaling": "strong"}])
+    assert ("more ranks than cores" in text, "0.50*" in text) == (crowded, crowded)
+    assert f"{cores} cores" in text
+
+
+def test_the_command_models_apart_from_what_it_measures(tmp_path, capsys):
+    path = tmp_path / "ranks.json"
+    ranks.main(["--ranks", "--bandwidth", "200", "10", "--flops-per-second", "5e13", "--json", str(path)])
+    text = capsys.readouterr().out
+    assert "MODEL, not measured" in text
+    assert "MEASURED" not in text
+    assert "5e+13 FLOPs/s" in text
+    assert "10 GB/s and 10 us between nodes" in text
+    steps = json.loads(path.read_text())["modelled"]["steps"]
+    assert {row["efficiency"] for row in steps if row["ranks"] == 1} == {1.0}
+    assert len(steps) == 2 * 3 * 2 * 4
+    strong, weak = ([row for row in steps if row["scaling"] == how] for how in ("strong", "weak"))
+    for one, other in zip(strong, weak, strict=True):
+        if one["ranks"] == 64:  # where the two scalings have the same batches
+            assert one["passes_seconds"] == other["passes_seconds"] > 0
+            assert one["exchange_seconds"] == other["exchange_seconds"] > 0
+    for before, after in pairwise(weak):
+        if after["ranks"] > 1:
+            assert before["efficiency"] > after["efficiency"], "more ranks of a batch of one size only add to a step"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch", "9"], "--batch 9 cannot be split over 2 ranks"),
+        (["--modelled-batch", "100"], "--modelled-batch 100 cannot be split over 8 ranks"),
+        (["--queries", "3"], "--queries 3 makes no antithetic pairs"),
+        (["--rounds", "0"], "'0' is no number of 1 or more"),
+        (["--bandwidth", "300", "-1"], "'-1' is no speed"),
+        (["--json", "/no/such/folder/x.json"], "cannot be written"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_before_the_run(capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        ranks.main(arguments)
+    assert message in capsys.readouterr().err

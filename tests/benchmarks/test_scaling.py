@@ -1,0 +1,140 @@
+"""The count is the meter's, the networks are as stated, and ratios and exponents are what they say."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from flops_lightning.benchmarks import scaling
+from flops_lightning.benchmarks.scaling_points import BASE, SWEEPS, Point, set_up
+from flops_lightning.benchmarks.timing import Timings
+
+CPU = torch.device("cpu")
+TINY = Point(batch=2, queries=4, depth=3, width=32, groups=3, image=16)
+POINTS = list(dict.fromkeys(replace(BASE, **{sweep: value}) for sweep, values in SWEEPS.items() for value in values))
+
+
+def power_law(sweep: str, values: tuple[int, ...], power: float) -> Timings:
+    """Two rounds of a machine that is half as fast in the second; inference always takes a tenth of the base step."""
+    seconds = {}
+    for value in values:
+        factor = (value / getattr(TINY, sweep)) ** power
+        seconds[f"{scaling.STEP} {value}"] = (factor, 2 * factor)
+        seconds[f"{scaling.INFERENCE} {value}"] = (0.1, 0.2)
+    return Timings(seconds)
+
+
+@pytest.mark.parametrize("point", POINTS, ids=str)
+def test_every_network_has_the_stated_depth_and_width(point):
+    with torch.device("meta"):
+        vit = point.network()
+    assert len(vit.blocks) == point.depth
+    assert vit.embed_dim == point.width == vit.norm.normalized_shape[0]
+    assert vit.patch_embed.num_patches + vit.num_prefix_tokens == 65
+    assert vit.blocks[0].attn.head_dim == (64 if point.width >= 128 else point.width)
+
+
+@pytest.mark.parametrize("sweep", SWEEPS)
+def test_a_sweep_ascends_through_the_base_point(sweep):
+    assert getattr(BASE, sweep) in SWEEPS[sweep]
+    assert list(SWEEPS[sweep]) == sorted(set(SWEEPS[sweep]))
+
+
+@pytest.mark.parametrize("groups", SWEEPS["groups"])
+def test_groups_are_of_equal_depth_and_every_site_has_the_queries(groups):
+    setup = set_up(replace(TINY, depth=6, groups=groups), CPU)
+    *body, head = setup.strategy.sites
+    names = [stage.name for stage in setup.network.stages]
+    blocks = [sum(name.startswith("blocks.") for name in names[site.first : site.last + 1]) for site in body]
+    assert blocks == [6 // groups] * groups
+    assert names[head.first : head.last + 1] == ["pool", "head"]
+    assert {site.queries_per_sample for site in setup.strategy.sites} == {4}
+
+
+@pytest.mark.parametrize("point", [TINY, replace(TINY, depth=6, groups=2, queries=7, batch=3)], ids=str)
+def test_the_count_is_what_the_meter_counts(point):
+    setup = set_up(point, CPU)
+    counted = scaling.forward_equivalents(setup)
+    for _ in range(2):
+        scaling.step(setup)
+    assert setup.strategy.meter.total().forward_equivalents == pytest.approx(2 * point.batch * counted)
+
+
+def test_the_flops_are_those_of_a_vit_whose_last_block_runs_at_the_class_token():
+    patches, d, depth = 4, 32, 3
+    tokens = patches + 1
+    block = 24 * tokens * d**2 + 4 * tokens**2 * d
+    last = 6 * tokens * d**2 + 4 * tokens * d + (2 + 16) * d**2
+    expected = 2 * patches * 3 * 64 * d + (depth - 1) * block + last + 2 * d * 10
+    assert scaling.forward_flops(set_up(TINY, CPU)) == expected
+
+
+def test_all_but_the_clean_pass_and_the_local_vjp_doubles_with_the_queries():
+    once, twice = (scaling.forward_equivalents(set_up(replace(TINY, queries=q), CPU)) for q in (4, 8))
+    fixed = 1 + 3  # the clean pass, and the local VJPs: the sites cover the network
+    assert twice - fixed == pytest.approx(2 * (once - fixed))
+
+
+def test_the_prediction_doubles_with_the_batch():
+    values = (1, 2, 4)
+    setups = {value: set_up(replace(TINY, batch=value), CPU) for value in values}
+    found = scaling.records("batch", setups, power_law("batch", values, 1.0), base=TINY)
+    assert [record["predicted_over_base"] for record in found] == pytest.approx([0.5, 1, 2])
+    assert [record["measured_over_predicted"] for record in found] == pytest.approx([1, 1, 1])
+    assert found[0]["predicted_exponent"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("sizes", [(2, 4), (2, 3, 6), (3, 6, 12, 24)])
+def test_the_exponent_of_a_power_law_is_its_power(power, sizes):
+    assert scaling.exponent(sizes, [7 * size**power for size in sizes]) == pytest.approx(power)
+
+
+def test_the_exponent_is_that_of_the_upper_half():
+    assert scaling.exponent((1, 2, 4, 8, 16), [99, 98, 4, 8, 16]) == pytest.approx(1)
+
+
+def test_ratios_are_taken_within_rounds():
+    values = (2, 4, 8)
+    setups = {value: set_up(replace(TINY, queries=value), CPU) for value in values}
+    found = scaling.records("queries", setups, power_law("queries", values, 1.5), base=TINY)
+    assert [record["queries"] for record in found] == [2, 4, 8]
+    assert [record["step_over_base"] for record in found] == pytest.approx([0.5**1.5, 1, 2**1.5])
+    assert [record["step_over_inference"] for record in found] == pytest.approx([10 * 0.5**1.5, 10, 10 * 2**1.5])
+    for record in found:
+        assert record["exponent"] == pytest.approx(1.5)
+        assert record["quartiles"]["exponent"] == pytest.approx([1.5, 1.5])  # the slow round does not show
+        assert record["measured_over_counted"] * record["forward_equivalents"] == record["step_over_inference"]
+
+
+def test_the_base_point_is_one_and_the_records_say_where_they_were_made(tmp_path, capsys):
+    file = tmp_path / "records.json"
+    sweeps = {"queries": (2, 4), "depth": (3, 6)}
+    scaling.main(["--only", "depth", "--rounds", "2", "--json", str(file)], base=TINY, sweeps=sweeps)
+    text = capsys.readouterr().out
+    assert "| depth | 3 | 1.00 (1.00 - 1.00) | 1.00 | 1.00 |" in text
+    base, deeper = json.loads(file.read_text())
+    assert (base["depth"], deeper["depth"]) == (3, 6)
+    assert base["step_over_base"] == base["predicted_over_base"] == base["measured_over_predicted"] == 1
+    # The suffixes of a deeper network of as many groups cost about as much, the forward pass twice as much.
+    assert 1.8 < deeper["predicted_over_base"] < 2.7
+    assert (deeper["device"], deeper["dtype"], deeper["threads"]) == ("cpu", "float32", torch.get_num_threads())
+    assert torch.__version__.startswith(deeper["versions"]["torch"])
+    assert deeper["rounds"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--only", "nothing"], "argument --only: invalid choice: 'nothing'"),
+        (["--rounds", "0"], "argument --rounds: '0' leaves nothing to take a median of."),
+        (["--device", "abacus"], "argument --device: 'abacus' cannot be used"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_in_one_line(arguments, said, capsys):
+    with pytest.raises(SystemExit):
+        scaling.main(arguments)
+    assert said in capsys.readouterr().err.splitlines()[-1]
