@@ -31,6 +31,7 @@ class Case:
         references: Whether the plain reference steps are timed as well, by far the slowest.
         allocation: ``equal`` counts, or those that a ``GaussianAllocator`` chooses anew at every step from pilots (4 of
             the queries, at the highest group) and predictions, all of it part of the step.
+        suffixes_only: Time nothing but the queries and inference of the same suffixes.
     """
 
     model: str
@@ -45,6 +46,7 @@ class Case:
     kind: Literal["group", "block"] = "group"
     references: bool = True
     allocation: Literal["equal", "gaussian"] = "equal"
+    suffixes_only: bool = False
 
 
 def tiny_digits_vit() -> nn.Module:
@@ -106,13 +108,17 @@ def vit_base() -> nn.Module:
 
 
 VIT_BASE = Case(
-    "ViT-Base/16, 224 px", vit_base, (3, 224, 224), 1000, batch=1, queries=20, chunk_rows=4, rounds=3, references=False
+    "ViT-Base/16, 224 px", vit_base, (3, 224, 224), 1000, batch=1, queries=20, chunk_rows=10, rounds=3, references=False
 )  # fmt: skip
 
 
 def full_cases() -> tuple[Case, ...]:
     """All cases at their full size; an hour on two cores."""
-    ways: tuple[dict[str, Any], ...] = ({"allocation": "gaussian"}, {"kind": "block"}, {"strategy": "SPSA"})
+    ways: tuple[dict[str, Any], ...] = (
+        {"allocation": "gaussian"},
+        {"kind": "block", "suffixes_only": True, "rounds": 3},
+        {"strategy": "SPSA"},
+    )
     others = [replace(case, **way, references=False) for case in (VIT_TINY, VIT_BASE) for way in ways]
     return DIGITS, VIT_TINY, VIT_BASE, *others
 

@@ -33,6 +33,15 @@ from flops_lightning.strategies.site_specs import default_specs
 STEP, QUERIES = "step", "queries of the step"
 FULL, SUFFIX, BACKPROP, CHECKPOINTED = "full inference", "suffix inference", "backprop", "checkpointed backprop"
 REFERENCE, BATCHED = "reference", "batched reference"
+RATIOS = {
+    "ratio_full_inference": (FULL, STEP),
+    "ratio_suffix_inference": (SUFFIX, QUERIES),
+    "ratio_backprop": (BACKPROP, STEP),
+    "ratio_checkpointed_backprop": (CHECKPOINTED, STEP),
+    "ratio_reference": (REFERENCE, STEP),
+    "ratio_batched_reference": (BATCHED, STEP),
+}
+"""Key in the record -> (theirs, ours): time of the first over that of the second."""
 
 
 def row_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -51,6 +60,7 @@ class Setup:
         targets: ``(b,)`` labels.
         references: Whether the plain reference steps are timed as well.
         allocator: Who chooses the counts; None: they are equal.
+        suffixes_only: Time nothing but the queries and inference of the same suffixes.
     """
 
     network: StagedNetwork
@@ -59,6 +69,7 @@ class Setup:
     targets: Tensor
     references: bool = True
     allocator: QueryAllocator | None = None
+    suffixes_only: bool = False
 
 
 def set_up(case: Case, device: torch.device) -> Setup:
@@ -70,7 +81,7 @@ def set_up(case: Case, device: torch.device) -> Setup:
     inputs = torch.randn(case.batch, *case.image).to(device)
     targets = torch.randint(case.classes, (case.batch,)).to(device)
     allocator = GaussianAllocator() if case.allocation == "gaussian" else None
-    return Setup(network, strategy, inputs, targets, case.references, allocator)
+    return Setup(network, strategy, inputs, targets, case.references, allocator, case.suffixes_only)
 
 
 def strategy_of(case: Case, network: StagedNetwork) -> LikelihoodRatio | SPSA:
@@ -167,6 +178,8 @@ def contenders(setup: Setup) -> dict[str, Callable[[], object]]:
         BACKPROP: lambda: step(backprop),
         CHECKPOINTED: checkpointed,
     }
+    if setup.suffixes_only:
+        return {name: found[name] for name in (QUERIES, SUFFIX)}
     if setup.references and isinstance(ours, LikelihoodRatio):
         found |= {REFERENCE: literal, BATCHED: batched}
     return found
@@ -182,16 +195,12 @@ def measure(case: Case, device: torch.device) -> dict[str, Any]:
 
 def record(case: Case, strategy: LikelihoodRatio | SPSA, device: torch.device, timings: Timings) -> dict[str, Any]:
     """One record of the JSON file: what was measured, the ratios (medians), their quartiles, and on what they ran."""
+    timed = timings.seconds
     ratios = {
-        "ratio_full_inference": timings.speed_ratio(FULL, STEP),
-        "ratio_suffix_inference": timings.speed_ratio(SUFFIX, QUERIES),
-        "ratio_backprop": timings.speed_ratio(BACKPROP, STEP),
-        "ratio_checkpointed_backprop": timings.speed_ratio(CHECKPOINTED, STEP),
-        "overhead_fraction": timings.excess_fraction(STEP, SUFFIX),
+        key: timings.speed_ratio(other, own) for key, (other, own) in RATIOS.items() if other in timed and own in timed
     }
-    if REFERENCE in timings.seconds:
-        ratios["ratio_reference"] = timings.speed_ratio(REFERENCE, STEP)
-        ratios["ratio_batched_reference"] = timings.speed_ratio(BATCHED, STEP)
+    if STEP in timed:
+        ratios["overhead_fraction"] = timings.excess_fraction(STEP, SUFFIX)
     return {
         "model": case.model,
         "batch": case.batch,
@@ -200,7 +209,7 @@ def record(case: Case, strategy: LikelihoodRatio | SPSA, device: torch.device, t
         "strategy": f"{type(strategy).__name__} ({strategy.variant})",
         "layout": "factored" if isinstance(strategy, SPSA) else "activations",
         "sites": case.kind if case.kind == "block" else " ".join(site.name for site in strategy.sites),
-        **dict.fromkeys(("ratio_reference", "ratio_batched_reference", *MEMORY)),
+        **dict.fromkeys((*RATIOS, "overhead_fraction", *MEMORY)),
         **{name: ratio.median for name, ratio in ratios.items()},
         "quartiles": {name: [ratio.low, ratio.high] for name, ratio in ratios.items()},
         "rounds": case.rounds,

@@ -298,6 +298,17 @@ def test_other_strategies_and_sites_are_measured_too(way):
     assert "-" in table([entry]).splitlines()[2].split()
 
 
+def test_nothing_but_suffixes_may_be_timed():
+    case = replace(MICRO, suffixes_only=True)
+    setup = set_up(case, CPU)
+    timings = alternate(contenders(setup), rounds=1)
+    assert timings.seconds.keys() == {QUERIES, SUFFIX}
+    entry = record(case, setup.strategy, CPU, timings)
+    assert (
+        {name for name in MEASURED if entry[name] is not None} == {"ratio_suffix_inference"} == set(entry["quartiles"])
+    )
+
+
 def test_models_and_rounds_can_be_chosen(tmp_path):
     cases = [MICRO, replace(MICRO, model="other")]
     main(["--models", "oth", "--rounds", "1", "--json", str(tmp_path / "records.json")], cases=cases)
