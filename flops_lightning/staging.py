@@ -97,6 +97,10 @@ class StagedNetwork:
             x = stage.run(x)
         return x
 
+    def run_suffix(self, x: Tensor, start: int) -> Tensor:
+        """The same from ``start`` to the end, for queries: their chunks have one shape, which a compiler can use."""
+        return self.run(x, start)
+
     def parameters_of(self, first: int, last: int) -> dict[str, nn.Parameter]:
         """Trainable parameters owned by stages ``first`` to ``last`` (inclusive), by name."""
         stages = self.stages[first : last + 1]
@@ -200,8 +204,13 @@ class _Block:
     vit: VisionTransformer
     index: int
 
+    @property
+    def block(self) -> nn.Module:
+        return self.vit.blocks[self.index]
+
     def __call__(self, x: Tensor) -> Tensor:
-        return self.vit.blocks[self.index](x)
+        output: Tensor = self.block(x)
+        return output
 
 
 @dataclass(frozen=True, eq=False)

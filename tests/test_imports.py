@@ -14,7 +14,17 @@ PACKAGE = Path(flops_lightning.__file__).parent
 # From the ground up: a module may import from its own layer and from those below.
 LAYERS = [
     {"errors", "kept_settings", "loop_progress", "objectives", "phases"},
-    {"distributed", "meter", "noise", "noise_kinds", "process_memory", "queries", "staging"},
+    {
+        "compilation",
+        "distributed",
+        "free_memory",
+        "meter",
+        "noise",
+        "noise_kinds",
+        "process_memory",
+        "queries",
+        "staging",
+    },
     {"allocators", "strategies"},
     {"benchmarks", "callbacks", "checkpoint_io", "datamodules", "planning", "tasks"},
     {"cli", "cli_errors", "cli_places", "cli_resume", "cli_usage"},

@@ -32,6 +32,7 @@ class Case:
         allocation: ``equal`` counts, or those that a ``GaussianAllocator`` chooses anew at every step from pilots (4 of
             the queries, at the highest group) and predictions, all of it part of the step.
         suffixes_only: Time nothing but the queries and inference of the same suffixes.
+        compiled: Compile the suffixes, and all that inference runs but the embedding.
     """
 
     model: str
@@ -47,6 +48,7 @@ class Case:
     references: bool = True
     allocation: Literal["equal", "gaussian"] = "equal"
     suffixes_only: bool = False
+    compiled: bool = False
 
 
 def tiny_digits_vit() -> nn.Module:

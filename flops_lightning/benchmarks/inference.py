@@ -36,7 +36,7 @@ def full_inference(
         with network.evaluating():
             for q in queries:
                 for x in expanded[q].split(_even_rows(len(inputs), q, chunk_rows)):
-                    network.run(x)
+                    network.run_suffix(network.run(x, 0, 1), 1)
 
     return run
 
@@ -60,7 +60,7 @@ def suffix_inference(
         with network.evaluating():
             for site, rows in zip(sites, expanded, strict=True):
                 for h in rows.split(_even_rows(clean.batch_size, site.queries_per_sample, chunk_rows)):
-                    network.run(h, site.start)
+                    network.run_suffix(h, site.start)
 
     return run
 

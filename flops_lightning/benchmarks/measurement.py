@@ -91,6 +91,7 @@ def strategy_of(case: Case, network: StagedNetwork) -> LikelihoodRatio | SPSA:
         ends = [network.stages[0].name, network.stages[-1].name]
         sites = [SiteSpec(stages=ends, kind="block", queries_per_sample=case.queries)]
     common: dict[str, Any] = {"sites": sites, "chunk_rows": case.chunk_rows, "seed": 0}
+    common["compile_suffixes"] = case.compiled
     if case.allocation == "gaussian":
         common["pilots"] = PilotSpec(sites[-2].name, queries=PILOTS)  # the highest group
     return SPSA(layout="factored", **common) if case.strategy == "SPSA" else LikelihoodRatio(**common)
@@ -132,7 +133,8 @@ def seconds_by_phase(setup: Setup, synchronize: Callable[[], object]) -> dict[st
 
 def contenders(setup: Setup) -> dict[str, Callable[[], object]]:
     """What is timed, by name; see :data:`flops_lightning.benchmarks.report.LEGEND` for what each includes."""
-    network, ours, inputs, targets = setup.network, setup.strategy, setup.inputs, setup.targets
+    ours, inputs, targets = setup.strategy, setup.inputs, setup.targets
+    network = ours.network
     chunk_rows, sites = ours.chunk_rows, ours.sites
     backprop = Backprop()
     backprop.bind(network, row_cross_entropy)
@@ -206,6 +208,7 @@ def record(case: Case, strategy: LikelihoodRatio | SPSA, device: torch.device, t
         "batch": case.batch,
         "queries": case.queries,
         "allocation": case.allocation,
+        "compiled": case.compiled,
         "strategy": f"{type(strategy).__name__} ({strategy.variant})",
         "layout": "factored" if isinstance(strategy, SPSA) else "activations",
         "sites": case.kind if case.kind == "block" else " ".join(site.name for site in strategy.sites),

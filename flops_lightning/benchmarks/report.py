@@ -49,7 +49,7 @@ MEMORY = {
 
 def table(records: Sequence[Mapping[str, Any]]) -> str:
     """Readable table of records: medians with quartiles, then what each column counts."""
-    header = ["model", "batch", "queries", "strategy", "sites", "allocation"]
+    header = ["model", "batch", "queries", "strategy", "sites", "allocation", "compiled"]
     header += [column for column, _ in (*LEGEND.values(), *MEMORY.values())]
     lines = [header, *(_line(record) for record in records)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
@@ -73,11 +73,13 @@ def _phases(records: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _name(record: Mapping[str, Any]) -> str:
-    return ", ".join(str(record[name]) for name in ("model", "strategy", "sites", "allocation"))
+    return ", ".join(str(record[name]) for name in ("model", "strategy", "sites", "allocation")) + (
+        ", compiled" if record["compiled"] else ""
+    )
 
 
 def _line(record: Mapping[str, Any]) -> list[str]:
-    cells = [str(record[name]) for name in ("model", "batch", "queries", "strategy", "sites", "allocation")]
+    cells = [str(record[name]) for name in ("model", "batch", "queries", "strategy", "sites", "allocation", "compiled")]
     for name in (*LEGEND, *MEMORY):
         low, high = record["quartiles"].get(name, (None, None))
         spread = "" if low is None else f" ({low:.2f}-{high:.2f})"

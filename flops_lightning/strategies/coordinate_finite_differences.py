@@ -32,6 +32,7 @@ from flops_lightning.strategies.base import (
     resolve_seed,
     warn_silent,
 )
+from flops_lightning.strategies.chunk_rows import ChunkRows, RowsSetting
 from flops_lightning.strategies.coordinate_masks import Masks, draw_masks, inclusion_probabilities
 from flops_lightning.strategies.coordinate_probes import EVALUATIONS, CoordinateProbes, Scheme
 from flops_lightning.strategies.costs import site_costs
@@ -73,7 +74,7 @@ class CoordinateFiniteDifferences(WholeBatchStrategy):
         grasp_queries: int = 192,
         resample_every: int = 1,
         rescale: bool = False,
-        chunk_rows: int = 256,
+        chunk_rows: RowsSetting = 256,
         seed: int | None = None,
     ) -> None:
         """Keep the settings; they meet the network in :meth:`bind`.
@@ -90,6 +91,7 @@ class CoordinateFiniteDifferences(WholeBatchStrategy):
             resample_every: Steps for which a mask is kept.
             rescale: Divide each derivative by the probability of its coordinate.
             chunk_rows: Upper bound of the rows in one forward pass; bounds the memory, never changes the estimate.
+                ``auto``: as many as suit the device, chosen at the first batch.
             seed: Seed of the masks and of ZO-GraSP's directions; None: the seed of ``seed_everything``.
 
         Raises:
@@ -100,7 +102,6 @@ class CoordinateFiniteDifferences(WholeBatchStrategy):
         check_choice("strategy.ratios", ratios, get_args(Ratios))
         for name, number in (
             ("coordinates", coordinates), ("grasp_queries", grasp_queries), ("resample_every", resample_every),
-            ("chunk_rows", chunk_rows),
         ):  # fmt: skip
             if number < 1:
                 raise SettingError(f"strategy.{name}", number, "is too small.", "Write 1 or more.")
@@ -111,7 +112,7 @@ class CoordinateFiniteDifferences(WholeBatchStrategy):
         self.coordinates, self.step, self.keep, self.grasp_queries = coordinates, step, keep, grasp_queries
         self.scheme: Scheme = scheme
         self.ratios: Ratios = ratios
-        self.resample_every, self.rescale, self.chunk_rows = resample_every, rescale, chunk_rows
+        self.resample_every, self.rescale, self._chunks = resample_every, rescale, ChunkRows(chunk_rows, least=1)
         self._seed_given = seed is not None
         self.seed = resolve_seed(seed)
         self._stage_of: dict[str, int] = {}
@@ -136,10 +137,16 @@ class CoordinateFiniteDifferences(WholeBatchStrategy):
         self._stage_of = {name: i for i, s in enumerate(network.stages) for name in names if s.owns(name)}
         self._from_stage, self._found_ratios = (), None
 
+    @property
+    def chunk_rows(self) -> int:
+        """Upper bound of the rows in one forward pass."""
+        return self._chunks.rows
+
     def clean_pass(self, inputs: Tensor, targets: Tensor) -> CleanPass:
         """Run the batch unperturbed, keep what the masked coordinates start from, and advance the draw counter."""
         if not self._stage_of:
             raise RuntimeError("bind(network, loss) must come before the first clean_pass.")
+        self._chunks.settle(self.network, inputs)
         names = self.network.trainable() if self._ratios is None else self._masks(self.draw)
         keep = {self._stage_of[name] for name in names}
         clean = clean_pass(self.network, self.loss, inputs, targets, keep=keep, draw=self.draw, rows=self.chunk_rows)
@@ -272,7 +279,7 @@ class CoordinateFiniteDifferences(WholeBatchStrategy):
 
     def state_dict(self) -> dict[str, Any]:
         """Draw counter, meter, the seed of the masks, and the ratios that ZO-GraSP found."""
-        return {**super().state_dict(), "seed": self.seed, "ratios": self._found_ratios}
+        return {**super().state_dict(), "seed": self.seed, "ratios": self._found_ratios, **self._chunks.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned.
@@ -282,5 +289,6 @@ class CoordinateFiniteDifferences(WholeBatchStrategy):
         """
         refuse_other_seed(self.seed, state["seed"], given=self._seed_given, draws="masks")
         super().load_state_dict(state)
+        self._chunks.load_state_dict(state)
         self.seed = int(state["seed"])
         self._found_ratios = None if state["ratios"] is None else dict(state["ratios"])

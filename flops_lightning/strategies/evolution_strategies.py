@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from flops_lightning.errors import SettingError
 from flops_lightning.strategies.base import Exchange
+from flops_lightning.strategies.chunk_rows import RowsSetting
 from flops_lightning.strategies.delta import Variant
 from flops_lightning.strategies.parameter_perturbation import Layout, ParameterPerturbation
 from flops_lightning.strategies.pilots import PilotSpec
@@ -38,7 +39,8 @@ class EvolutionStrategies(ParameterPerturbation):
         update: UpdateOrder = "simultaneous",
         pilots: PilotSpec | None = None,
         exchange: Exchange = "gradients",
-        chunk_rows: int = 256,
+        chunk_rows: RowsSetting = 256,
+        compile_suffixes: bool = False,
         seed: int | None = None,
     ) -> None:
         """Keep the settings; they meet the network in :meth:`bind`.
@@ -58,6 +60,9 @@ class EvolutionStrategies(ParameterPerturbation):
             exchange: What several processes tell each other: ``gradients``, or ``losses`` (``shared`` only): a scalar
                 a direction, and every process draws the directions of all. Bytes do not depend on the parameters.
             chunk_rows: Upper bound of the rows in one forward pass; never changes the estimate.
+                ``auto``: as many as suit the device, chosen at the first batch.
+            compile_suffixes: Run what lies above a site through ``torch.compile``: seconds to minutes at the first
+                step, and again for each other number of rows.
             seed: Seed of all noise; None: the seed of ``seed_everything``.
 
         Raises:
@@ -67,5 +72,6 @@ class EvolutionStrategies(ParameterPerturbation):
             raise SettingError("strategy.variant", variant, "is SPSA.", "Use strategy SPSA, or variant: baseline.")
         super().__init__(
             sites=sites, sigma=sigma, variant=variant, layout=layout, rank=rank, activation_guided=activation_guided,
-            span=span, update=update, pilots=pilots, exchange=exchange, chunk_rows=chunk_rows, seed=seed,
+            span=span, update=update, pilots=pilots, exchange=exchange, chunk_rows=chunk_rows,
+            compile_suffixes=compile_suffixes, seed=seed,
         )  # fmt: skip

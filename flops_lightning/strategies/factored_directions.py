@@ -163,7 +163,7 @@ class FactoredDirections:
 
         def losses(sigma: Tensor) -> Tensor:
             # A copy made here, since a stage may work in place, and only on what the derivative knows of.
-            output = self.network.run(self._moved(site, h.clone(), directions, sigma), site.last + 1)
+            output = self.network.run_suffix(self._moved(site, h.clone(), directions, sigma), site.last + 1)
             return row_losses(self.loss, output, targets)
 
         if self.forward_mode:

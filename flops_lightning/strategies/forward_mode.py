@@ -21,6 +21,7 @@ from flops_lightning.noise_kinds import NoiseSpec
 from flops_lightning.queries import CleanPass, LossFunction, row_losses
 from flops_lightning.staging import StagedNetwork
 from flops_lightning.strategies.base import Exchange
+from flops_lightning.strategies.chunk_rows import RowsSetting
 from flops_lightning.strategies.likelihood_ratio import LikelihoodRatio
 from flops_lightning.strategies.parameter_perturbation import Layout, ParameterPerturbation
 from flops_lightning.strategies.pilots import PilotSpec
@@ -45,7 +46,7 @@ class ForwardMode(LikelihoodRatio):
         update: UpdateOrder = "simultaneous",
         pilots: PilotSpec | None = None,
         noise: NoiseSpec | None = None,
-        chunk_rows: int = 256,
+        chunk_rows: RowsSetting = 256,
         seed: int | None = None,
     ) -> None:
         """Keep the settings; they meet the network in :meth:`bind`.
@@ -57,6 +58,7 @@ class ForwardMode(LikelihoodRatio):
             noise: Kind of directions; None: dense and Gaussian. All kinds are unbiased here. Orthogonal ones give the
                 exact gradient with as many queries as a site has features at all its tokens, up to 32.
             chunk_rows: Upper bound of the rows in one forward pass; never changes the estimate.
+                ``auto``: as many as suit the device, chosen at the first batch.
             seed: Seed of all directions; None: the seed of ``seed_everything``.
 
         Raises:
@@ -106,7 +108,7 @@ class WeightForwardMode(ParameterPerturbation):
         update: UpdateOrder = "simultaneous",
         pilots: PilotSpec | None = None,
         exchange: Exchange = "gradients",
-        chunk_rows: int = 256,
+        chunk_rows: RowsSetting = 256,
         seed: int | None = None,
     ) -> None:
         """Keep the settings; they meet the network in :meth:`bind`.
@@ -123,6 +125,7 @@ class WeightForwardMode(ParameterPerturbation):
             exchange: What several processes tell each other: ``gradients``, or ``losses`` (``shared`` only): a scalar
                 a direction, and every process draws the directions of all. Bytes do not depend on the parameters.
             chunk_rows: Upper bound of the rows in one forward pass; never changes the estimate.
+                ``auto``: as many as suit the device, chosen at the first batch.
             seed: Seed of all directions; None: the seed of ``seed_everything``.
 
         Raises:

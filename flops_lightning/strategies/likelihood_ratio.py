@@ -28,6 +28,7 @@ from flops_lightning.distributed import gather_lines, mean_over_ranks
 from flops_lightning.noise_kinds import NoiseSpec, read_noise
 from flops_lightning.queries import CleanPass, LossFunction
 from flops_lightning.staging import StagedNetwork
+from flops_lightning.strategies.chunk_rows import RowsSetting
 from flops_lightning.strategies.delta import Variant
 from flops_lightning.strategies.engine import SiteGradient
 from flops_lightning.strategies.exact_head import check_exact_head, find_exact_head, output_gradient
@@ -63,7 +64,8 @@ class LikelihoodRatio(QueryStrategy[QueriedOutput]):
         token_sigma: bool = False,
         learn_sigma: float = 0.0,
         exact_head: bool = False,
-        chunk_rows: int = 256,
+        chunk_rows: RowsSetting = 256,
+        compile_suffixes: bool = False,
         seed: int | None = None,
     ) -> None:
         """Keep the settings; they meet the network in :meth:`bind`.
@@ -90,12 +92,18 @@ class LikelihoodRatio(QueryStrategy[QueriedOutput]):
                 cross-entropy, and what follows from it as from an estimate (``(p - y) x^T`` at a linear layer). The
                 site's own ``sigma`` and ``queries_per_sample`` are not used then, and allocators do not see it.
             chunk_rows: Upper bound of the rows in one forward pass; bounds the memory, never changes the estimate.
+                ``auto``: as many as suit the device, chosen at the first batch.
+            compile_suffixes: Run what lies above a site through ``torch.compile``: seconds to minutes at the first
+                step, and again for each other number of rows.
             seed: Seed of all noise; None: the seed of ``seed_everything``.
 
         Raises:
             SettingError: an unknown word, a value out of its range, or settings that do not go together.
         """
-        super().__init__(sites=sites, variant=variant, update=update, pilots=pilots, chunk_rows=chunk_rows, seed=seed)
+        super().__init__(
+            sites=sites, variant=variant, update=update, pilots=pilots, chunk_rows=chunk_rows,
+            compile_suffixes=compile_suffixes, seed=seed,
+        )  # fmt: skip
         self.noise = read_noise(noise)
         self.token_sigma, self.learn_sigma, self.exact_head = token_sigma, learn_sigma, exact_head
         check_noise(self.noise, self.pilots, token_sigma=token_sigma, learn_sigma=learn_sigma)

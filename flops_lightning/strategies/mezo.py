@@ -31,6 +31,7 @@ from flops_lightning.strategies.base import (
     resolve_seed,
     warn_silent,
 )
+from flops_lightning.strategies.chunk_rows import ChunkRows, RowsSetting
 from flops_lightning.strategies.costs import site_costs
 from flops_lightning.strategies.precision import warn_unresolved_sigma
 from flops_lightning.strategies.replaced_parameters import ReplacedParameters
@@ -60,7 +61,7 @@ class MeZO(WholeBatchStrategy):
         sigma: float = 1e-3,
         queries: int = 2,
         exchange: Exchange = "gradients",
-        chunk_rows: int = 256,
+        chunk_rows: RowsSetting = 256,
         seed: int | None = None,
     ) -> None:
         """Keep the settings; they meet the network in :meth:`bind`.
@@ -71,6 +72,7 @@ class MeZO(WholeBatchStrategy):
             exchange: What several processes tell each other: ``gradients``, or ``losses``: one scalar a direction, and
                 every process draws the directions of all. Bytes do not depend on the parameters.
             chunk_rows: Upper bound of the rows in one forward pass; never changes the estimate.
+                ``auto``: as many as suit the device, chosen at the first batch.
             seed: Seed of all noise; None: the seed of ``seed_everything``.
 
         Raises:
@@ -83,13 +85,11 @@ class MeZO(WholeBatchStrategy):
             )
         if queries < 2 or queries % 2:
             raise SettingError("strategy.queries", queries, "make no pairs.", "Write an even number, 2 or more.")
-        if chunk_rows < 1:
-            raise SettingError("strategy.chunk_rows", chunk_rows, "is too small.", "Write 1 or more, for example 256.")
         check_choice("strategy.exchange", exchange, get_args(Exchange))
         self.exchange = exchange
         self.sigma = sigma
         self.queries = queries
-        self.chunk_rows = chunk_rows
+        self._chunks = ChunkRows(chunk_rows, least=1)
         self._seed_given = seed is not None
         self.seed = resolve_seed(seed)
         self._sites: tuple[Site, ...] = ()
@@ -112,12 +112,18 @@ class MeZO(WholeBatchStrategy):
         self._query_cost = 1.0
 
     @property
+    def chunk_rows(self) -> int:
+        """Upper bound of the rows in one forward pass."""
+        return self._chunks.rows
+
+    @property
     def sites(self) -> tuple[Site, ...]:
         """One: the network, from the lowest stage that learns."""
         return self._sites
 
     def clean_pass(self, inputs: Tensor, targets: Tensor) -> CleanPass:
         """Take the batch; nothing but what is frozen below the parameters is run, and losses are not known."""
+        self._chunks.settle(self.network, inputs)
         dtype = torch.promote_types(next(iter(self._sites[0].parameters.values())).dtype, torch.float32)
         unknown = torch.full((len(inputs),), torch.nan, dtype=dtype, device=inputs.device)
         clean = CleanPass(targets, {0: inputs}, unknown[:, None], unknown, unknown[:, None], self.draw)
@@ -193,7 +199,7 @@ class MeZO(WholeBatchStrategy):
 
     def state_dict(self) -> dict[str, Any]:
         """Draw counter, meter and the seed of the noise."""
-        return {**super().state_dict(), "seed": self.seed}
+        return {**super().state_dict(), "seed": self.seed, **self._chunks.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned.
@@ -203,4 +209,5 @@ class MeZO(WholeBatchStrategy):
         """
         refuse_other_seed(self.seed, state["seed"], given=self._seed_given)
         super().load_state_dict(state)
+        self._chunks.load_state_dict(state)
         self.seed = int(state["seed"])

@@ -15,6 +15,7 @@ from flops_lightning.noise import NoiseKey
 from flops_lightning.queries import CleanPass, LossFunction
 from flops_lightning.staging import StagedNetwork
 from flops_lightning.strategies.base import Exchange
+from flops_lightning.strategies.chunk_rows import RowsSetting
 from flops_lightning.strategies.delta import Variant
 from flops_lightning.strategies.factored_directions import FactoredDirections, SiteParts, site_parts
 from flops_lightning.strategies.parameter_queries import DirectionLayout, ParameterQueries, QueriedParameters
@@ -50,7 +51,8 @@ class ParameterPerturbation(QueryStrategy[QueriedParameters]):
         update: UpdateOrder = "simultaneous",
         pilots: PilotSpec | None = None,
         exchange: Exchange = "gradients",
-        chunk_rows: int = 256,
+        chunk_rows: RowsSetting = 256,
+        compile_suffixes: bool = False,
         seed: int | None = None,
     ) -> None:
         """Keep the settings; see the subclasses.
@@ -58,7 +60,10 @@ class ParameterPerturbation(QueryStrategy[QueriedParameters]):
         Raises:
             SettingError: an unknown layout, or a setting that the layout does not use.
         """
-        super().__init__(sites=sites, variant=variant, update=update, pilots=pilots, chunk_rows=chunk_rows, seed=seed)
+        super().__init__(
+            sites=sites, variant=variant, update=update, pilots=pilots, chunk_rows=chunk_rows,
+            compile_suffixes=compile_suffixes, seed=seed,
+        )  # fmt: skip
         if not (sigma >= 0 and math.isfinite(sigma)):
             raise SettingError("strategy.sigma", sigma, "is no width.", "Write for example 1.0e-3, or 0.")
         self.sigma = sigma

@@ -100,7 +100,9 @@ def perturbed_losses(
             kept, shape, like = None if again else z, tuple(z.shape[1:]), active.new_empty(0)
             del h, active, step, z
         with phase("suffix"):
-            output = network.run(entering.pop(), site.start)  # which alone holds it: memory, while the suffix runs
+            output = network.run_suffix(
+                entering.pop(), site.start
+            )  # which alone holds it: memory, while the suffix runs
         with phase("noise"):
             z = width.scaled(draw("", shape, like))[1] if kept is None else kept
         perturbations = [Perturbation(None, z)]

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flops_lightning.allocators.statistics import QueryBudget, SampleStatistics, TraceObservation
+from flops_lightning.compilation import CompiledNetwork, check_compiler
 from flops_lightning.errors import SettingError
 from flops_lightning.meter import CLEAN
 from flops_lightning.phases import phase
@@ -31,6 +32,7 @@ from flops_lightning.strategies.base import (
     resolve_seed,
     warn_silent,
 )
+from flops_lightning.strategies.chunk_rows import ChunkRows, RowsSetting
 from flops_lightning.strategies.costs import SiteCosts, site_costs
 from flops_lightning.strategies.counts import check_counts, equal_counts
 from flops_lightning.strategies.delta import Variant
@@ -57,7 +59,8 @@ class QueryStrategy(ForwardGradientStrategy, Generic[Q]):
         variant: Variant = "baseline",
         update: UpdateOrder = "simultaneous",
         pilots: PilotSpec | None = None,
-        chunk_rows: int = 256,
+        chunk_rows: RowsSetting = 256,
+        compile_suffixes: bool = False,
         seed: int | None = None,
     ) -> None:
         """Keep the settings; they meet the network in :meth:`bind`.
@@ -70,6 +73,8 @@ class QueryStrategy(ForwardGradientStrategy, Generic[Q]):
                 down, with new losses in between (FLOPS, algorithm 1).
             pilots: Queries spent before the allocation.
             chunk_rows: Upper bound of the rows in one forward pass; bounds the memory, never changes the estimate.
+                ``auto``: chosen at the first batch, see :class:`ChunkRows`.
+            compile_suffixes: Run suffixes through ``torch.compile``, see :class:`CompiledNetwork`.
             seed: Seed of all noise; None: the seed of ``seed_everything``.
 
         Raises:
@@ -78,13 +83,12 @@ class QueryStrategy(ForwardGradientStrategy, Generic[Q]):
         super().__init__()
         check_choice("strategy.variant", variant, get_args(Variant))
         check_choice("strategy.update", update, get_args(UpdateOrder))
-        if chunk_rows < 2:
-            raise SettingError("strategy.chunk_rows", chunk_rows, "is too small.", "Write 2 or more, for example 256.")
         self.specs = tuple(read_specs(sites))
         self.variant: Variant = variant
         self.update: UpdateOrder = update
         self.pilots = read_pilots(pilots)
-        self.chunk_rows = chunk_rows
+        self._chunks = ChunkRows(chunk_rows, least=2)
+        self.compile_suffixes = compile_suffixes
         self._seed_given = seed is not None
         self.seed = resolve_seed(seed)
         self._sites: tuple[Site, ...] = ()
@@ -123,6 +127,9 @@ class QueryStrategy(ForwardGradientStrategy, Generic[Q]):
         if not all(spec.active_tokens for spec in self.specs):
             network = network.with_all_tokens()
         self._sites = self.resolve_sites(network)
+        if self.compile_suffixes:
+            self._check_compile(network)
+            network = CompiledNetwork(network)
         self.network, self.loss = network, loss
         self._costs, self._piloted, self._facts = None, (-1, {}), SampleFacts()
         for site in self._sites:
@@ -138,6 +145,19 @@ class QueryStrategy(ForwardGradientStrategy, Generic[Q]):
                 )  # fmt: skip
         if self.pilots.queries:
             check_pilots(self.pilots, self._sites, unit=self.unit, one_update=self.update == "simultaneous")
+
+    def _check_compile(self, network: StagedNetwork) -> None:
+        if all(site.layers for site in self._sites):
+            raise SettingError(
+                "strategy.compile_suffixes", True, "has no effect: layers are perturbed by hooks, which compiled "
+                "suffixes would not see.", "Use kind: block or group, or write compile_suffixes: false.",
+            )  # fmt: skip
+        check_compiler(next(network.module.parameters()).device)
+
+    @property
+    def chunk_rows(self) -> int:
+        """Upper bound of the rows in one forward pass."""
+        return self._chunks.rows
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -165,6 +185,7 @@ class QueryStrategy(ForwardGradientStrategy, Generic[Q]):
         """Run the batch unperturbed, keep what the sites need, and advance the draw counter."""
         if not self._sites:
             raise RuntimeError("bind(network, loss) must come before the first clean_pass.")
+        self._chunks.settle(self.network, inputs)
         clean = clean_pass(
             self.network, self.loss, inputs, targets, keep=self._kept, draw=self.draw, rows=self.chunk_rows
         )
@@ -416,7 +437,7 @@ class QueryStrategy(ForwardGradientStrategy, Generic[Q]):
 
     def state_dict(self) -> dict[str, Any]:
         """Draw counter, meter, the seed of the noise, and what was measured."""
-        return {**super().state_dict(), "seed": self.seed, **self._facts.state_dict()}
+        return {**super().state_dict(), "seed": self.seed, **self._facts.state_dict(), **self._chunks.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned.
@@ -428,4 +449,5 @@ class QueryStrategy(ForwardGradientStrategy, Generic[Q]):
         super().load_state_dict(state)
         self._piloted = (-1, {})
         self._facts.load_state_dict(state)
+        self._chunks.load_state_dict(state)
         self.seed = int(state["seed"])

@@ -112,7 +112,7 @@ class SharedDirections:
             for k, sigma in enumerate(sigmas):
                 values = {name: (p.detach() + sigma * noise[name]).to(p.dtype) for name, p in own.items()}
                 streams[k] = self.replaced.run(i, streams[k], values)
-        return [self.network.run(h, site.last + 1) for h in streams]
+        return [self.network.run_suffix(h, site.last + 1) for h in streams]
 
     def _by_stage(self, site: Site) -> dict[int, dict[str, nn.Parameter]]:
         """Parameters that the site teaches, by stage."""

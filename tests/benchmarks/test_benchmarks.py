@@ -39,7 +39,7 @@ from flops_lightning.strategies import LikelihoodRatio, SiteSpec
 
 CPU = torch.device("cpu")
 KEYS = {
-    "model": str, "batch": int, "queries": int, "allocation": str,
+    "model": str, "batch": int, "queries": int, "allocation": str, "compiled": bool,
     "strategy": str, "layout": str, "sites": str, "device": str,
     "ratio_full_inference": float, "ratio_suffix_inference": float, "ratio_backprop": float,
     "ratio_checkpointed_backprop": float, "ratio_reference": float, "ratio_batched_reference": float,

@@ -1,0 +1,86 @@
+"""How many rows a strategy runs in one forward pass: a number, or as many as suit the device."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from flops_lightning.errors import SettingError
+from flops_lightning.free_memory import fitting_rows, free_bytes, peak_bytes, rows_in
+from flops_lightning.staging import StagedNetwork
+
+RowsSetting = int | Literal["auto"]
+AUTO: Literal["auto"] = "auto"
+BEFORE_THE_FIRST_BATCH = 256
+
+_log = logging.getLogger(__name__)
+
+
+class ChunkRows:
+    """The setting ``chunk_rows`` and what became of it.
+
+    Attributes:
+        rows: Rows in one forward pass; with ``auto`` a guess until the first batch.
+    """
+
+    def __init__(self, setting: RowsSetting, *, least: int) -> None:
+        """Check the setting.
+
+        Args:
+            setting: A number of rows, or ``auto``.
+            least: The smallest number that will do.
+
+        Raises:
+            SettingError: It is neither, or too small.
+        """
+        if setting != AUTO and (not isinstance(setting, int) or setting < least):
+            problem = "is too small." if isinstance(setting, int) else "is no number of rows."
+            raise SettingError(
+                "strategy.chunk_rows", setting, problem, f"Write {least} or more, for example 256, or auto."
+            )
+        self.rows = BEFORE_THE_FIRST_BATCH if setting == AUTO else setting
+        self._open = setting == AUTO
+        self._auto = setting == AUTO
+        self._resumed: int | None = None
+
+    @torch.no_grad()
+    def settle(self, network: StagedNetwork, inputs: Tensor) -> None:
+        """With ``auto``, at the first batch: choose by the memory of one row's inference and by what is free.
+
+        A resumed run keeps the rows of the run it goes on with, whose sums it would otherwise round in another order,
+        as long as they fit.
+
+        Args:
+            network: The network, on its device.
+            inputs: ``(b, ...)`` inputs.
+        """
+        if not self._open or not len(inputs):
+            return
+        self._open = False
+        with network.evaluating():
+            row = max(1, peak_bytes(lambda: network.run(inputs[:1].clone())))
+        free = free_bytes(inputs.device)
+        self.rows = fitting_rows(row, inputs.device, free=free)
+        if self._resumed is not None:
+            if free is None or rows_in(free, row) >= self._resumed:
+                self.rows = self._resumed
+            else:
+                warnings.warn(
+                    f"strategy.chunk_rows: the run to be resumed had chunks of {self._resumed} rows, too many for the "
+                    f"memory here; {self.rows} from now on, with sums rounded in another order.", stacklevel=3,
+                )  # fmt: skip
+        _log.info("chunk_rows: auto is %d (a row takes %.1f MiB)", self.rows, row / 2**20)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rows that were chosen; nothing where they were given."""
+        return {"chunk_rows": self.rows} if self._auto and not self._open else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        self._resumed = state.get("chunk_rows")
+        self._open = self._auto

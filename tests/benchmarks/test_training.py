@@ -1,0 +1,52 @@
+"""Steps of real training are split by phase, and the share of allocator and callback is what the clock says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flops_lightning.benchmarks.training import CONTENDERS, StepClock, record, table, train
+from flops_lightning.phases import PHASES
+
+SMALL = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 4, "num_heads": 2}
+
+
+def test_steps_are_the_differences_of_looks(monkeypatch):
+    times = iter([10.0, 13.0, 17.0])
+    monkeypatch.setattr("flops_lightning.benchmarks.training.time.perf_counter", lambda: next(times))
+    seconds: dict[str, float] = {}
+    clock = StepClock(seconds, lambda: None)
+    clock.on_train_batch_start()
+    seconds |= {"suffix": 2.0}
+    clock.on_train_batch_start()
+    seconds |= {"suffix": 5.0, "allocation": 0.5}
+    clock.on_train_batch_start()
+    nothing = dict.fromkeys(PHASES, 0.0)
+    assert clock.steps == [
+        {**nothing, "step": 3.0, "suffix": 2.0},
+        {**nothing, "step": 4.0, "suffix": 3.0, "allocation": 0.5},
+    ]
+
+
+def test_a_record_leaves_the_pilots_out_of_the_step_that_it_divides_by():
+    nothing = dict.fromkeys(PHASES, 0.0)
+    steps = [{**nothing, "step": 10.0, "pilots": 2.0, "allocation": share, "suffix": 5.0} for share in (0.8, 0.4, 1.6)]
+    entry = record("gaussian", steps)
+    assert entry["allocation_share"] == pytest.approx(0.1)
+    assert entry["allocation_share_worst"] == pytest.approx(0.2)
+    assert entry["shares"]["rest"] == pytest.approx(1 - (2 + 0.8 + 5) / 10)
+    assert "| 10.00% (20.00%) |" in table([entry])
+
+
+@pytest.mark.parametrize("name", ["equal", "gaussian, pilots"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_training_run_has_all_its_phases(name):
+    steps = train(
+        CONTENDERS[name], model="vit_tiny_patch16_224", model_kwargs=SMALL, batch=4, queries=8, chunk_rows=16, steps=3,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    assert len(steps) == 3
+    for step in steps:
+        missing = {phase for phase in PHASES if not step[phase]}
+        assert missing == (set() if CONTENDERS[name].pilots else {"pilots"})
+        assert 0 < sum(step[phase] for phase in PHASES) < step["step"]
