@@ -39,7 +39,7 @@ class LearnedSigma:
 
     def sigma(self, site: Site) -> float:
         """Present sigma of a site."""
-        return float(self._of(site)[0].exp())
+        return float(self._of(site)[0].detach().exp())
 
     def step(self, site: Site, slope: Tensor) -> None:
         """One step of Adam against ``slope``, the derivative of the smoothed loss in log sigma."""
