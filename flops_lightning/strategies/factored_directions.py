@@ -151,26 +151,32 @@ class FactoredDirections:
             index = torch.from_numpy(chunk.samples).to(clean.loss.device)
             with phase("noise"):
                 directions = self._directions(site, clean, chunk, index, bases)
-            with phase("suffix"):
-                losses.append(self._run(site, clean, chunk, index, directions)[: chunk.rows])
             if traces:
                 norms.append(torch.stack([sq_norm(d) for d in directions.values()]).sum(0)[: chunk.rows])
+            with phase("suffix"):
+                losses.append(self._run(site, clean, chunk, index, directions)[: chunk.rows])
         return Evaluated(torch.cat(losses), torch.cat(norms) if norms else 1.0, bases)
 
     def _run(self, site: Site, clean: CleanPass, chunk: Chunk, index: Tensor, directions: Directions) -> Tensor:
-        h = clean.activations[site.first].index_select(0, index)
+        """``(r,)`` losses of a chunk's rows (forward mode: derivatives); ``directions`` are used up."""
         targets, signs = clean.targets.index_select(0, index), self._signs(chunk, clean.loss)
 
-        def losses(sigma: Tensor) -> Tensor:
+        def moved(sigma: Tensor) -> Tensor:
             # A copy made here, since a stage may work in place, and only on what the derivative knows of.
-            output = self.network.run_suffix(self._moved(site, h.clone(), directions, sigma), site.last + 1)
-            return row_losses(self.loss, output, targets)
+            return self._moved(site, clean.activations[site.first].index_select(0, index), directions, sigma)
 
         if self.forward_mode:
+
+            def losses(sigma: Tensor) -> Tensor:
+                return row_losses(self.loss, self.network.run(moved(sigma), site.last + 1), targets)
+
             zero = torch.zeros_like(signs)
             with plain_attention():
                 return torch.func.jvp(losses, (zero,), (signs,))[1]
-        return losses(site.sigma * signs)
+        leaving = [moved(site.sigma * signs)]
+        # Memory, while the suffix runs: directions are drawn again for the gradient, and it alone holds its input.
+        directions.clear()
+        return row_losses(self.loss, self.network.run_suffix(leaving.pop(), site.last + 1), targets)
 
     def _signs(self, chunk: Chunk, like: Tensor) -> Tensor:
         return torch.from_numpy(1.0 - 2.0 * (chunk.queries % self.unit)).to(like)

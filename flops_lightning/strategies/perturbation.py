@@ -94,18 +94,18 @@ def perturbed_losses(
         with phase("noise"):
             h = boundary_activation(site, clean).index_select(0, index)
             active = h if site.tokens is None or site.narrow else h[:, site.tokens]
-            step, z = width.scaled(draw("", tuple(active.shape[1:]), active))
+            shape, like = tuple(active.shape[1:]), active.new_empty(0)
+            step, z = width.scaled(draw("", shape, active))
             entering = [moved(h, step, None if site.narrow else site.tokens, width.sigma)]
-            again = z.device.type == "cpu" and z.nbytes >= DRAWN_AGAIN
-            kept, shape, like = None if again else z, tuple(z.shape[1:]), active.new_empty(0)
-            del h, active, step, z
+        kept = None if z.device.type == "cpu" and z.nbytes >= DRAWN_AGAIN else z
+        del h, active, step, z
         with phase("suffix"):
-            output = network.run_suffix(
-                entering.pop(), site.start
-            )  # which alone holds it: memory, while the suffix runs
-        with phase("noise"):
-            z = width.scaled(draw("", shape, like))[1] if kept is None else kept
-        perturbations = [Perturbation(None, z)]
+            # Popped, so that nothing else holds it while the suffix runs.
+            output = network.run_suffix(entering.pop(), site.start)
+        if kept is None:
+            with phase("noise"):
+                _, kept = width.scaled(draw("", shape, like))
+        perturbations = [Perturbation(None, kept)]
     return row_losses(loss, output, clean.targets.index_select(0, index)), perturbations
 
 
