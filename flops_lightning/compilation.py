@@ -6,6 +6,9 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
+from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +17,9 @@ from flops_lightning.errors import SettingError
 from flops_lightning.staging import StagedNetwork
 
 Run = Callable[[Tensor], Tensor]
+
+# Torch gives up on a piece of code after eight shapes, of all networks that share it; newer versions take another number.
+LIMIT: dict[str, Any] = {"recompile_limit": 64} if "recompile_limit" in signature(torch.compile).parameters else {}
 
 
 class CompiledNetwork(StagedNetwork):
@@ -32,7 +38,12 @@ class CompiledNetwork(StagedNetwork):
         """
         super().__init__(network.module, network.stages)
         self._suffixes: dict[int, list[Run]] = {}
-        self._blocks: dict[int, Run] = {}
+        self._blocks: dict[int, tuple[nn.Module, Run]] = {}
+
+    def compiles(self, start: int) -> bool:
+        """Whether anything is compiled of the suffix from ``start``."""
+        runs = [stage.run for stage in self.stages[start:]]
+        return any(isinstance(each, nn.Module) or isinstance(getattr(each, "block", None), nn.Module) for each in runs)
 
     def run_suffix(self, x: Tensor, start: int) -> Tensor:
         """Run the stages from ``start`` on, compiled."""
@@ -41,6 +52,14 @@ class CompiledNetwork(StagedNetwork):
         for part in self._suffixes[start]:
             x = part(x)
         return x
+
+    def _run_block(self, stage: int, x: Tensor) -> Tensor:
+        block: nn.Module = self.stages[stage].run.block  # type: ignore[attr-defined]
+        known, run = self._blocks.get(stage, (None, None))
+        if run is None or known is not block:  # the first time, or the network has another block there by now
+            run = _compiled(block)
+            self._blocks[stage] = block, run
+        return run(x)
 
     def _parts(self, start: int) -> list[Run]:
         parts: list[Run] = []
@@ -57,17 +76,14 @@ class CompiledNetwork(StagedNetwork):
                 continue
             compile_plain()
             block = getattr(stage.run, "block", None)
-            if isinstance(block, nn.Module):
-                parts.append(self._blocks.setdefault(i, _compiled(block)))
-            else:
-                parts.append(stage.run)
+            parts.append(partial(self._run_block, i) if isinstance(block, nn.Module) else stage.run)
         compile_plain()
         return parts
 
 
 def _compiled(module: nn.Module) -> Run:
     # Static: automatic dynamic shapes would give up on the second size of chunk what the first one gained.
-    run: Run = torch.compile(module, dynamic=False)
+    run: Run = torch.compile(module, dynamic=False, **LIMIT)
     return run
 
 

@@ -19,8 +19,8 @@ CPU_CACHE = 2**25
 """Bytes of activations on a CPU beyond which larger chunks are slower, since they leave the cache: 32 MiB."""
 SHARE = 0.5
 """Of the free memory; the rest is for what is kept of the batch, gradients, the optimiser and what comes later."""
-BESIDE_INFERENCE = 1.5
-"""A row of queries over one of inference: its noise, its place in the sums, buffers of the kernels."""
+BESIDE_INFERENCE = 2.0
+"""A row of queries over one of inference: its noise or its directions (of rank 1), buffers of the kernels."""
 
 
 class LivePeak(TorchDispatchMode):
@@ -91,7 +91,10 @@ def _left_of_limit(group: Path) -> int | None:
     limit, used = (group / name for name in ("memory.max", "memory.current"))
     if not (os.access(limit, os.R_OK) and os.access(used, os.R_OK)) or limit.read_text().strip() == "max":
         return None
-    return max(0, int(limit.read_text()) - int(used.read_text()))
+    # Files that were read and may be forgotten at any time count as used there.
+    lines = (group / "memory.stat").read_text().splitlines() if (group / "memory.stat").is_file() else []
+    cached = next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
+    return max(0, int(limit.read_text()) - int(used.read_text()) + cached)
 
 
 def rows_in(free: int, row_bytes: int) -> int:

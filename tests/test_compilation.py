@@ -114,6 +114,33 @@ def test_a_setting_without_effect_is_refused():
     strategy = LikelihoodRatio(sites=[{"stages": ["0", "2"], "kind": "linear"}], compile_suffixes=True)
     with pytest.raises(SettingError, match=r"strategy\.compile_suffixes.*hooks.*kind: block or group"):
         strategy.bind(network, row_loss)
+    whole = SPSA(sites=[{"stages": ["0", "2"], "name": "network"}], compile_suffixes=True)
+    with pytest.raises(SettingError, match=r"strategy\.compile_suffixes.*has no effect"):
+        whole.bind(network, row_loss)
+
+
+def test_a_block_that_was_replaced_is_the_one_that_runs(compiler):
+    module = tiny_vit(depth=5)
+    network = stage_network(module)
+    compiled = CompiledNetwork(network)
+    h = torch.randn(3, 5, 16, dtype=torch.float64)
+    with torch.no_grad(), network.evaluating():
+        before = compiled.run_suffix(h, 1)
+        module.blocks[1] = tiny_vit(depth=5).blocks[3].eval()
+        after = compiled.run_suffix(h, 1)
+        torch.testing.assert_close(after, network.run(h, 1))
+    assert not torch.allclose(before, after)
+
+
+def test_many_shapes_stay_compiled(compiler):
+    if not compilation.LIMIT:
+        pytest.skip("this torch gives up after eight shapes")
+    network = stage_network(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)))
+    compiled = CompiledNetwork(network)
+    with torch.no_grad():
+        for rows in range(2, 14):
+            compiled.run_suffix(torch.randn(rows, 8), 1)
+    assert compiler.graphs == 12
 
 
 def test_a_missing_compiler_is_found_out_at_once(monkeypatch):

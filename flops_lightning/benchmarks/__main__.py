@@ -7,10 +7,10 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
+from flops_lightning.benchmarks.arguments import a_device, writable
 from flops_lightning.benchmarks.cases import Case, full_cases, quick_cases
 from flops_lightning.benchmarks.measurement import measure, strategy_of
 from flops_lightning.benchmarks.memory import INFERENCE, OURS, QUERIES_ALONE, in_a_process, run
@@ -79,28 +79,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="fewer rows and rounds: below a minute on two cores")
     parser.add_argument("--models", nargs="+", help="only models whose names contain one of these, as ViT-Tiny")
     parser.add_argument("--rounds", type=int, default=0, help="timed rounds (default: each case's own)")
-    parser.add_argument("--json", type=_writable, metavar="FILE", help="also write the records to FILE")
+    parser.add_argument("--json", type=writable, metavar="FILE", help="also write the records to FILE")
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)  # a child process: case and contender
-    parser.add_argument("--device", type=_device, default=torch.device("cpu"), help="cpu (default), cuda, cuda:1, ...")
+    parser.add_argument("--device", type=a_device, default=torch.device("cpu"), help="cpu (default), cuda, cuda:1, ...")
     return parser
-
-
-def _writable(text: str) -> Path:
-    # Found out before the measurement, not after it.
-    path = Path(text)
-    if path.is_dir() or not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be written. Give a file in a folder that exists.")
-    return path
-
-
-def _device(text: str) -> torch.device:
-    try:
-        device = torch.device(text)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {reason}. Write cpu.") from None
-    return device
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from flops_lightning.benchmarks.__main__ import _device, _writable
+from flops_lightning.benchmarks.arguments import a_device, writable
 from flops_lightning.benchmarks.measurement import Setup, environment_of
 from flops_lightning.benchmarks.scaling_points import BASE, CHUNK_ROWS, SWEEPS, Point, set_up
 from flops_lightning.benchmarks.scaling_report import report
@@ -146,8 +146,8 @@ def _parser(sweeps: Sequence[str]) -> argparse.ArgumentParser:
     )
     parser.add_argument("--rounds", type=_rounds, default=5, help="timed rounds (default 5)")
     parser.add_argument("--only", choices=sweeps, help="a single sweep (default all)")
-    parser.add_argument("--json", type=_writable, metavar="FILE", help="also write the records to FILE")
-    parser.add_argument("--device", type=_device, default=torch.device("cpu"), help="cpu (default), cuda, cuda:1, ...")
+    parser.add_argument("--json", type=writable, metavar="FILE", help="also write the records to FILE")
+    parser.add_argument("--device", type=a_device, default=torch.device("cpu"), help="cpu (default), cuda, cuda:1, ...")
     return parser
 
 

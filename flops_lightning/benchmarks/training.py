@@ -1,8 +1,9 @@
 """``python -m flops_lightning.benchmarks.training``: where the time of real training steps goes, callback included.
 
 A Lightning trainer runs ``ForwardImageClassifier`` with :class:`QueryAllocatorCallback` and TensorBoard, which is what
-users run, and every step's time is split by phase. ``allocation`` is all that allocator and callback do in a step: what
-they ask of the network beside clean pass and pilots, the allocator's own search, what it learns, and its logging.
+users run, and every step's time is split by phase. ``allocation`` is what happens in the callback: what it asks of the
+network beside clean pass and pilots, the allocator's own search, what it learns, and its logging; traces are summed
+with the queries (``accumulation``). ``rest`` is data, logging, the trainer, and what is not large enough to have a name.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from flops_lightning.allocators import (
     QueryAllocator,
     TraceSettings,
 )
+from flops_lightning.benchmarks.arguments import a_device, writable
 from flops_lightning.benchmarks.cases import PILOTS
 from flops_lightning.callbacks import QueryAllocatorCallback
 from flops_lightning.phases import PHASES, timed_phases
@@ -179,9 +180,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--chunk-rows", type=int, default=16, help="rows of a forward pass (default 16)")
     parser.add_argument("--steps", type=int, default=5, help="steps that count (default 5)")
     parser.add_argument("--names", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="allocators")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu (default) or cuda")
-    parser.add_argument("--json", type=Path, help="file for the figures")
+    parser.add_argument("--device", type=a_device, default=torch.device("cpu"), help="cpu (default) or cuda")
+    parser.add_argument("--json", type=writable, help="file for the figures")
     options = parser.parse_args(argv)
+    for name in ("batch", "queries", "chunk_rows", "steps"):
+        least = 1 if name in ("batch", "steps") else 2 + PILOTS * (name == "queries")
+        if getattr(options, name) < least:
+            parser.error(f"--{name.replace('_', '-')} {getattr(options, name)} is too small: write {least} or more.")
     records = []
     for name in options.names:
         print(f"training with {name} ...", file=sys.stderr, flush=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -17,8 +17,6 @@ from flops_lightning.staging import StagedNetwork
 RowsSetting = int | Literal["auto"]
 AUTO: Literal["auto"] = "auto"
 BEFORE_THE_FIRST_BATCH = 256
-
-_log = logging.getLogger(__name__)
 
 
 class ChunkRows:
@@ -38,8 +36,8 @@ class ChunkRows:
         Raises:
             SettingError: It is neither, or too small.
         """
-        if setting != AUTO and (not isinstance(setting, int) or setting < least):
-            problem = "is too small." if isinstance(setting, int) else "is no number of rows."
+        if setting != AUTO and (not isinstance(setting, Integral) or setting < least):
+            problem = "is too small." if isinstance(setting, Integral) else "is no number of rows."
             raise SettingError(
                 "strategy.chunk_rows", setting, problem, f"Write {least} or more, for example 256, or auto."
             )
@@ -63,7 +61,9 @@ class ChunkRows:
             return
         self._open = False
         with network.evaluating():
-            row = max(1, peak_bytes(lambda: network.run(inputs[:1].clone())))
+            # Of two rows beyond one: what autocast keeps of the weights belongs to no row.
+            one, two = (peak_bytes(lambda n=n: network.run(inputs[:1].repeat_interleave(n, dim=0))) for n in (1, 2))
+        row = max(1, two - one)
         free = free_bytes(inputs.device)
         self.rows = fitting_rows(row, inputs.device, free=free)
         if self._resumed is not None:
@@ -74,11 +74,11 @@ class ChunkRows:
                     f"strategy.chunk_rows: the run to be resumed had chunks of {self._resumed} rows, too many for the "
                     f"memory here; {self.rows} from now on, with sums rounded in another order.", stacklevel=3,
                 )  # fmt: skip
-        _log.info("chunk_rows: auto is %d (a row takes %.1f MiB)", self.rows, row / 2**20)
 
     def state_dict(self) -> dict[str, Any]:
         """The rows that were chosen; nothing where they were given."""
-        return {"chunk_rows": self.rows} if self._auto and not self._open else {}
+        chosen = self._resumed if self._open else self.rows
+        return {"chunk_rows": chosen} if self._auto and chosen is not None else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""

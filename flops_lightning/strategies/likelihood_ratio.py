@@ -94,7 +94,7 @@ class LikelihoodRatio(QueryStrategy[QueriedOutput]):
             chunk_rows: Upper bound of the rows in one forward pass; bounds the memory, never changes the estimate.
                 ``auto``: as many as suit the device, chosen at the first batch.
             compile_suffixes: Run what lies above a site through ``torch.compile``: seconds to minutes at the first
-                step, and again for each other number of rows.
+                step, and again for each other number of rows. Hooks added to the network later are not seen there.
             seed: Seed of all noise; None: the seed of ``seed_everything``.
 
         Raises:

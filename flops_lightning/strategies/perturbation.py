@@ -97,7 +97,8 @@ def perturbed_losses(
             shape, like = tuple(active.shape[1:]), active.new_empty(0)
             step, z = width.scaled(draw("", shape, active))
             entering = [moved(h, step, None if site.narrow else site.tokens, width.sigma)]
-        kept = None if z.device.type == "cpu" and z.nbytes >= DRAWN_AGAIN else z
+        long = len(network) - site.start > 2  # more than a pool and a head, beside which drawing would take its time
+        kept = None if z.device.type == "cpu" and z.nbytes >= DRAWN_AGAIN and long else z
         del h, active, step, z
         with phase("suffix"):
             # Popped, so that nothing else holds it while the suffix runs.

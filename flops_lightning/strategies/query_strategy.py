@@ -128,8 +128,7 @@ class QueryStrategy(ForwardGradientStrategy, Generic[Q]):
             network = network.with_all_tokens()
         self._sites = self.resolve_sites(network)
         if self.compile_suffixes:
-            self._check_compile(network)
-            network = CompiledNetwork(network)
+            network = self._compiled(network)
         self.network, self.loss = network, loss
         self._costs, self._piloted, self._facts = None, (-1, {}), SampleFacts()
         for site in self._sites:
@@ -146,13 +145,15 @@ class QueryStrategy(ForwardGradientStrategy, Generic[Q]):
         if self.pilots.queries:
             check_pilots(self.pilots, self._sites, unit=self.unit, one_update=self.update == "simultaneous")
 
-    def _check_compile(self, network: StagedNetwork) -> None:
-        if all(site.layers for site in self._sites):
+    def _compiled(self, network: StagedNetwork) -> CompiledNetwork:
+        compiled = CompiledNetwork(network)
+        if not any(compiled.compiles(site.last + 1) for site in self._sites if not site.layers):
             raise SettingError(
-                "strategy.compile_suffixes", True, "has no effect: layers are perturbed by hooks, which compiled "
-                "suffixes would not see.", "Use kind: block or group, or write compile_suffixes: false.",
+                "strategy.compile_suffixes", True, "has no effect: above no site is there a block or layer to compile "
+                "(sites of kind: linear run uncompiled, since compiled code does not see their hooks).",
+                "Use several sites of kind: block or group, or write compile_suffixes: false.",
             )  # fmt: skip
-        check_compiler(next(network.module.parameters()).device)
+        return compiled
 
     @property
     def chunk_rows(self) -> int:
@@ -185,6 +186,8 @@ class QueryStrategy(ForwardGradientStrategy, Generic[Q]):
         """Run the batch unperturbed, keep what the sites need, and advance the draw counter."""
         if not self._sites:
             raise RuntimeError("bind(network, loss) must come before the first clean_pass.")
+        if self.compile_suffixes and self._costs is None:
+            check_compiler(inputs.device)
         self._chunks.settle(self.network, inputs)
         clean = clean_pass(
             self.network, self.loss, inputs, targets, keep=self._kept, draw=self.draw, rows=self.chunk_rows

@@ -65,7 +65,7 @@ AT_ANY_STEP = ("data.mixup_alpha", "data.cutmix_alpha", "data.rand_augment", "da
 WITHIN_AN_EPOCH = "data.*"
 """Settings in which it may not differ within an epoch, unless they are among those of the line above."""
 
-INTERNAL = "strategy.chunk_rows", "strategy.compile_suffixes", "data.num_workers"
+INTERNAL = "strategy.chunk_rows", "data.num_workers"
 """Settings that change no result, not worth a line."""
 
 

@@ -244,7 +244,10 @@ class ForwardImageClassifier(pl.LightningModule):
         if self._clean is None or self._clean[0] is not images:
             check_images(self.backbone, images)
             with self._loss_named():
+                rows = getattr(self.strategy, "chunk_rows", None)
                 self._clean = (images, self._strategy().clean_pass(images, labels))
+                if rows != getattr(self.strategy, "chunk_rows", None):
+                    rank_zero_info(f"strategy.chunk_rows: auto is {getattr(self.strategy, 'chunk_rows', None)} here")
         return self._clean[1]
 
     def _strategy(self) -> ForwardGradientStrategy:
