@@ -18,7 +18,7 @@ from flops_lightning.staging import StagedNetwork
 
 Run = Callable[[Tensor], Tensor]
 
-# Torch gives up on a piece of code after eight shapes, of all networks that share it; newer versions take another number.
+# Torch gives up on a piece of code after eight shapes, of all networks that share it; newer versions take a limit.
 LIMIT: dict[str, Any] = {"recompile_limit": 64} if "recompile_limit" in signature(torch.compile).parameters else {}
 
 

@@ -3,7 +3,7 @@
 A Lightning trainer runs ``ForwardImageClassifier`` with :class:`QueryAllocatorCallback` and TensorBoard, which is what
 users run, and every step's time is split by phase. ``allocation`` is what happens in the callback: what it asks of the
 network beside clean pass and pilots, the allocator's own search, what it learns, and its logging; traces are summed
-with the queries (``accumulation``). ``rest`` is data, logging, the trainer, and what is not large enough to have a name.
+with the queries (``accumulation``). ``rest`` is data, logging, the trainer, and what is too small to have a name.
 """
 
 from __future__ import annotations

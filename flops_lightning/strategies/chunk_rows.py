@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from numbers import Integral
 from typing import Any, Literal
 
@@ -62,7 +63,7 @@ class ChunkRows:
         self._open = False
         with network.evaluating():
             # Of two rows beyond one: what autocast keeps of the weights belongs to no row.
-            one, two = (peak_bytes(lambda n=n: network.run(inputs[:1].repeat_interleave(n, dim=0))) for n in (1, 2))
+            one, two = (peak_bytes(partial(network.run, inputs[:1].repeat_interleave(n, dim=0))) for n in (1, 2))
         row = max(1, two - one)
         free = free_bytes(inputs.device)
         self.rows = fitting_rows(row, inputs.device, free=free)
