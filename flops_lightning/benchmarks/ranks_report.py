@@ -76,6 +76,7 @@ def modelled_tables(rows: Sequence[Mapping[str, Any]], assumptions: Mapping[str,
         "",
         "queries: of a sample at all sites together. Every rank has directions of its own: of SPSA with shared",
         "directions, n ranks try n times as many, and splitting a batch makes none of them cheaper to draw.",
+        "Not in it: noise of LikelihoodRatio (a percent of a step on a CPU), optimiser, data.",
     ]
     several = sorted({row["ranks"] for row in rows} - {1})
     if several:
