@@ -35,6 +35,7 @@ from flops_lightning.allocators import (
 from flops_lightning.benchmarks.arguments import a_device, writable
 from flops_lightning.benchmarks.cases import PILOTS
 from flops_lightning.callbacks import QueryAllocatorCallback
+from flops_lightning.errors import SettingError
 from flops_lightning.phases import PHASES, timed_phases
 from flops_lightning.strategies import LikelihoodRatio, PilotSpec
 from flops_lightning.strategies.site_specs import default_specs
@@ -190,10 +191,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     records = []
     for name in options.names:
         print(f"training with {name} ...", file=sys.stderr, flush=True)
-        steps = train(
-            CONTENDERS[name], model=options.model, batch=options.batch, queries=options.queries,
-            chunk_rows=options.chunk_rows, steps=options.steps, device=options.device,
-        )  # fmt: skip
+        try:
+            steps = train(
+                CONTENDERS[name], model=options.model, batch=options.batch, queries=options.queries,
+                chunk_rows=options.chunk_rows, steps=options.steps, device=options.device,
+            )  # fmt: skip
+        except SettingError as error:
+            parser.error(str(error))
         records.append(record(name, steps))
     print(table(records))
     if options.json:

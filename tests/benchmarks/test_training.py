@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flops_lightning.benchmarks.training import CONTENDERS, StepClock, record, table, train
+from flops_lightning.benchmarks.training import CONTENDERS, StepClock, main, record, table, train
 from flops_lightning.phases import PHASES
 
 SMALL = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 4, "num_heads": 2}
@@ -50,3 +50,18 @@ def test_a_training_run_has_all_its_phases(name):
         missing = {phase for phase in PHASES if not step[phase]}
         assert missing == (set() if CONTENDERS[name].pilots else {"pilots"})
         assert 0 < sum(step[phase] for phase in PHASES) < step["step"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "0"], "--steps 0 is too small: write 1 or more."),
+        (["--queries", "4"], "--queries 4 is too small: write 6 or more."),
+        (["--model", "resnet18", "--names", "equal"], "'ResNet': is neither"),
+        (["--json", "no/such/folder/x.json"], "Give a file in a folder that exists."),
+    ],
+)
+def test_mistakes_are_told_in_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert message in capsys.readouterr().err.splitlines()[-1]
