@@ -44,10 +44,15 @@ def test_the_order_is_that_of_the_suffixes() -> None:
     net[4].requires_grad_(True)
     sites = [{"stages": ["0"]}, {"stages": ["1", "4"]}, {"stages": ["5", "9"], "kind": "block"}]
     strategy = bound(net, squared_error, sites)
-    seconds, counted = seconds_and_flops(strategy, torch.ones(8, 8), torch.zeros(8, 2))
     assert [site.name for site in strategy.sites] == ["0", "1..4", "9"]
-    assert counted.tolist() == sorted(counted.tolist(), reverse=True)
-    assert seconds[0] > 1.2 * seconds[1] > 1.2 * 1.2 * seconds[2]
+
+    def in_order() -> bool:
+        seconds, counted = seconds_and_flops(strategy, torch.ones(8, 8), torch.zeros(8, 2))
+        assert counted.tolist() == sorted(counted.tolist(), reverse=True)
+        return bool(seconds[0] > 1.2 * seconds[1] > 1.2 * 1.2 * seconds[2])
+
+    # Milliseconds each: another job may disturb one look, not all.
+    assert any(in_order() for _ in range(5))
 
 
 @pytest.mark.parametrize("batch", [1, 4, 2 * ROWS])
