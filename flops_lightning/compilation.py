@@ -6,7 +6,6 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Callable
-from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -38,12 +37,15 @@ class CompiledNetwork(StagedNetwork):
         """
         super().__init__(network.module, network.stages)
         self._suffixes: dict[int, list[Run]] = {}
-        self._blocks: dict[int, tuple[nn.Module, Run]] = {}
+        self._blocks = {
+            i: _CompiledBlock(stage.run) for i, stage in enumerate(self.stages) if hasattr(stage.run, "block")
+        }
 
     def compiles(self, start: int) -> bool:
         """Whether anything is compiled of the suffix from ``start``."""
-        runs = [stage.run for stage in self.stages[start:]]
-        return any(isinstance(each, nn.Module) or isinstance(getattr(each, "block", None), nn.Module) for each in runs)
+        return any(
+            i in self._blocks or isinstance(stage.run, nn.Module) for i, stage in enumerate(self.stages) if i >= start
+        )
 
     def run_suffix(self, x: Tensor, start: int) -> Tensor:
         """Run the stages from ``start`` on, compiled."""
@@ -52,14 +54,6 @@ class CompiledNetwork(StagedNetwork):
         for part in self._suffixes[start]:
             x = part(x)
         return x
-
-    def _run_block(self, stage: int, x: Tensor) -> Tensor:
-        block: nn.Module = self.stages[stage].run.block  # type: ignore[attr-defined]
-        known, run = self._blocks.get(stage, (None, None))
-        if run is None or known is not block:  # the first time, or the network has another block there by now
-            run = _compiled(block)
-            self._blocks[stage] = block, run
-        return run(x)
 
     def _parts(self, start: int) -> list[Run]:
         parts: list[Run] = []
@@ -75,10 +69,23 @@ class CompiledNetwork(StagedNetwork):
                 plain.append(stage.run)
                 continue
             compile_plain()
-            block = getattr(stage.run, "block", None)
-            parts.append(partial(self._run_block, i) if isinstance(block, nn.Module) else stage.run)
+            parts.append(self._blocks.get(i, stage.run))
         compile_plain()
         return parts
+
+
+class _CompiledBlock:
+    """A block of a ViT, compiled; another one that the network has in its place by now is compiled in its turn."""
+
+    def __init__(self, stage: Any) -> None:
+        self._stage = stage
+        self._known: nn.Module | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        block: nn.Module = self._stage.block
+        if self._known is not block:
+            self._known, self._run = block, _compiled(block)
+        return self._run(x)
 
 
 def _compiled(module: nn.Module) -> Run:

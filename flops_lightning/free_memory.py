@@ -123,4 +123,4 @@ def fitting_rows(row_bytes: int, device: torch.device, *, free: int | None) -> i
         rows = min(rows, rows_in(free, row_bytes))
     if device.type == "cpu":
         rows = min(rows, CPU_CACHE // row_bytes)
-    return 2 ** max(1, min(rows, MOST_ROWS).bit_length() - 1) if rows > 1 else 2
+    return 2 ** max(1, rows.bit_length() - 1)

@@ -16,6 +16,13 @@ def writable(text: str) -> Path:
     return path
 
 
+def a_number(text: str) -> int:
+    """A whole number of 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of 1 or more.")
+    return int(text)
+
+
 def a_device(text: str) -> torch.device:
     """A device that can be used."""
     try:

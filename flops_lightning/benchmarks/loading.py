@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from flops_lightning.benchmarks.arguments import a_number
 from flops_lightning.benchmarks.timing import alternate
 
 if TYPE_CHECKING:
@@ -185,23 +186,17 @@ def _parser() -> argparse.ArgumentParser:
     summary = (__doc__ or "").partition(": ")[2].partition("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m flops_lightning.benchmarks.loading", description=summary)
     parser.add_argument("--root", type=Path, help="folder with train/CLASS/*, instead of photos made up for it")
-    parser.add_argument("--images", type=_positive, default=256, help="images of a round (default 256)")
-    parser.add_argument("--image_size", type=_positive, default=224, help="pixels (default 224)")
+    parser.add_argument("--images", type=a_number, default=256, help="images of a round (default 256)")
+    parser.add_argument("--image_size", type=a_number, default=224, help="pixels (default 224)")
     parser.add_argument("--augment", action="store_true", help="crop at random and mirror, instead of resizing")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="default 0 1 2; 1 always is in it")
-    parser.add_argument("--rounds", type=_positive, default=5, help="timed rounds (default 5)")
-    parser.add_argument("--batch", type=_positive, default=128, help="images of a step on one GPU (default 128)")
+    parser.add_argument("--rounds", type=a_number, default=5, help="timed rounds (default 5)")
+    parser.add_argument("--batch", type=a_number, default=128, help="images of a step on one GPU (default 128)")
     parser.add_argument(
         "--step_seconds", type=float, nargs="+", default=[0.5, 1, 2, 5], help="of a step, for the workers it needs"
     )
-    parser.add_argument("--check_files", type=_positive, metavar="N", help="time the check before training on N files")
+    parser.add_argument("--check_files", type=a_number, metavar="N", help="time the check before training on N files")
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on.")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from flops_lightning.benchmarks.cases import PILOTS, Case
 from flops_lightning.benchmarks.inference import full_inference, suffix_inference
 from flops_lightning.benchmarks.reference import keyed_noise, literal_gradient, reference_gradient
 from flops_lightning.benchmarks.report import MEMORY
-from flops_lightning.benchmarks.timing import Timings, alternate
+from flops_lightning.benchmarks.timing import Timings, alternate, waiting_for
 from flops_lightning.phases import PHASES, phase, timed_phases
 from flops_lightning.staging import StagedNetwork, stage_network
 from flops_lightning.strategies import SPSA, Backprop, ForwardGradientStrategy, LikelihoodRatio, PilotSpec, SiteSpec
@@ -90,8 +90,9 @@ def strategy_of(case: Case, network: StagedNetwork) -> LikelihoodRatio | SPSA:
     if case.kind == "block":
         ends = [network.stages[0].name, network.stages[-1].name]
         sites = [SiteSpec(stages=ends, kind="block", queries_per_sample=case.queries)]
-    common: dict[str, Any] = {"sites": sites, "chunk_rows": case.chunk_rows, "seed": 0}
-    common["compile_suffixes"] = case.compiled
+    common: dict[str, Any] = {
+        "sites": sites, "chunk_rows": case.chunk_rows, "compile_suffixes": case.compiled, "seed": 0,
+    }  # fmt: skip
     if case.allocation == "gaussian":
         common["pilots"] = PilotSpec(sites[-2].name, queries=PILOTS)  # the highest group
     return SPSA(layout="factored", **common) if case.strategy == "SPSA" else LikelihoodRatio(**common)
@@ -190,7 +191,7 @@ def contenders(setup: Setup) -> dict[str, Callable[[], object]]:
 def measure(case: Case, device: torch.device) -> dict[str, Any]:
     """Time a case and return its record."""
     setup = set_up(case, device)
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait = waiting_for(device)
     timings = alternate(contenders(setup), rounds=case.rounds, synchronize=wait)
     return record(case, setup.strategy, device, timings) | {"seconds_by_phase": seconds_by_phase(setup, wait)}
 

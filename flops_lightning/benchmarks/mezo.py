@@ -14,7 +14,7 @@ import torch
 
 from flops_lightning.benchmarks.cases import DIGITS, VIT_MICRO, VIT_TINY, Case
 from flops_lightning.benchmarks.measurement import row_cross_entropy
-from flops_lightning.benchmarks.timing import Ratio, alternate
+from flops_lightning.benchmarks.timing import Ratio, alternate, waiting_for
 from flops_lightning.staging import stage_network
 from flops_lightning.strategies import MeZO
 
@@ -41,8 +41,7 @@ def overhead(case: Case, batch: int, *, rounds: int) -> Ratio:
         network.module.zero_grad()
         strategy.estimate(strategy.clean_pass(inputs, targets))
 
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    times = alternate({PASSES: passes, STEP: step}, rounds=rounds, synchronize=synchronize)
+    times = alternate({PASSES: passes, STEP: step}, rounds=rounds, synchronize=waiting_for(device))
     return times.speed_ratio(STEP, PASSES)
 
 

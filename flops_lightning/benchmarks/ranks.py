@@ -12,12 +12,12 @@ import platform
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from flops_lightning.benchmarks.arguments import a_number, writable
 from flops_lightning.benchmarks.ranks_load import StepLoad
 from flops_lightning.benchmarks.ranks_measured import Job, launch
 from flops_lightning.benchmarks.ranks_methods import METHODS, MODELS, batch_of, load_of, vit_loads
@@ -169,14 +169,6 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
                 parser.error(f"--{name} {batch} cannot be split over {n} ranks. Write a multiple of the ranks.")
     if options.queries % 2:
         parser.error(f"--queries {options.queries} makes no antithetic pairs. Write an even number.")
-    if options.json and not options.json.parent.is_dir():
-        parser.error(f"--json {options.json} cannot be written. Give a file in a folder that exists.")
-
-
-def _whole(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of 1 or more.")
-    return int(text)
 
 
 def _positive(text: str) -> float:
@@ -192,20 +184,26 @@ def _parser() -> argparse.ArgumentParser:
         description="Time and bytes of a step on several ranks: measured here, modelled for more.",
     )
     add = parser.add_argument
-    add("--ranks", type=_whole, nargs="*", default=[1, 2, 4], help="processes to measure (default 1 2 4); none: no run")
+    add(
+        "--ranks",
+        type=a_number,
+        nargs="*",
+        default=[1, 2, 4],
+        help="processes to measure (default 1 2 4); none: no run",
+    )
     add("--model", choices=list(MODELS), default="digits", help="network to measure (default digits)")
-    add("--batch", type=_whole, default=64, help="samples: of all ranks (strong) or of each (weak) (default 64)")
-    add("--queries", type=_whole, default=20, help="queries of a sample at each site, an even number (default 20)")
-    add("--rounds", type=_whole, default=5, help="timed steps (default 5)")
-    add("--modelled-ranks", type=_whole, nargs="*", default=[1, 8, 16, 64], help="ranks to model (default 1 8 16 64)")
-    add("--modelled-batch", type=_whole, default=1024, help="samples of all modelled ranks (default 1024)")
-    add("--ranks-per-node", type=_whole, default=8, help="GPUs of a node (default 8)")
+    add("--batch", type=a_number, default=64, help="samples: of all ranks (strong) or of each (weak) (default 64)")
+    add("--queries", type=a_number, default=20, help="queries of a sample at each site, an even number (default 20)")
+    add("--rounds", type=a_number, default=5, help="timed steps (default 5)")
+    add("--modelled-ranks", type=a_number, nargs="*", default=[1, 8, 16, 64], help="ranks to model (default 1 8 16 64)")
+    add("--modelled-batch", type=a_number, default=1024, help="samples of all modelled ranks (default 1024)")
+    add("--ranks-per-node", type=a_number, default=8, help="GPUs of a node (default 8)")
     pair: dict[str, Any] = {"type": _positive, "nargs": 2, "metavar": ("NODE", "NETWORK")}
     add("--bandwidth", default=[300.0, 25.0], **pair, help="GB/s of a link, one direction (assumed: 300 25)")
     add("--latency", default=[3.0, 10.0], **pair, help="microseconds of a message (assumed: 3 10)")
     add("--flops-per-second", type=_positive, default=1e14, help="FLOPs/s of forward passes on a GPU (assumed: 1e14)")
     add("--draws-per-second", type=_positive, default=5e10, help="random numbers/s, drawn and added (assumed: 5e10)")
-    add("--json", type=Path, metavar="FILE", help="also write the records to FILE")
+    add("--json", type=writable, metavar="FILE", help="also write the records to FILE")
     return parser
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flops_lightning.benchmarks.ranks_model import Scaling, even_bandwidth
+from flops_lightning.benchmarks.report import aligned
 
 SCALINGS: dict[Scaling, str] = {
     "strong": "strong scaling: one batch split over the ranks; efficiency T(1) / (n T(n))",
@@ -92,10 +93,3 @@ def _modelled_line(row: Mapping[str, Any]) -> list[str]:
         f"{row['passes_seconds'] + row['draws_seconds']:.4g}", f"{row['draws_seconds']:.3g}",
         f"{row['exchange_seconds']:.3g}", f"{row['exchange_share']:.2%}", f"{row['efficiency']:.3f}",
     ]  # fmt: skip
-
-
-def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Lines of cells as text with columns, a rule below the first."""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join([rows[0], "-" * max(len(row) for row in rows), *rows[1:]])

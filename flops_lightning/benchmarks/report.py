@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+CASE = ("model", "batch", "queries", "strategy", "sites", "allocation", "compiled")
+"""Keys in the record that say what was measured."""
+
 LEGEND = {
     "ratio_full_inference": (
         "full",
@@ -49,13 +52,22 @@ MEMORY = {
 
 def table(records: Sequence[Mapping[str, Any]]) -> str:
     """Readable table of records: medians with quartiles, then what each column counts."""
-    header = ["model", "batch", "queries", "strategy", "sites", "allocation", "compiled"]
-    header += [column for column, _ in (*LEGEND.values(), *MEMORY.values())]
+    header = [*CASE, *(column for column, _ in (*LEGEND.values(), *MEMORY.values()))]
     lines = [header, *(_line(record) for record in records)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    return "\n".join([aligned(lines), "", *_phases(records), *_explanation(records)])
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of cells as text with columns, a rule below the first."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    rule = "-" * max(len(row) for row in rows)
-    return "\n".join([rows[0], rule, *rows[1:], "", *_phases(records), *_explanation(records)])
+    return "\n".join([rows[0], "-" * max(len(row) for row in rows), *rows[1:]])
+
+
+def measured_on(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each machine that records were measured on."""
+    ran = {f"{r['device']}, {r['threads']} thread(s), {r['dtype']}, torch {r['versions']['torch']}" for r in records}
+    return [f"Measured on {line}." for line in sorted(ran)]
 
 
 def _phases(records: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -79,7 +91,7 @@ def _name(record: Mapping[str, Any]) -> str:
 
 
 def _line(record: Mapping[str, Any]) -> list[str]:
-    cells = [str(record[name]) for name in ("model", "batch", "queries", "strategy", "sites", "allocation", "compiled")]
+    cells = [str(record[name]) for name in CASE]
     for name in (*LEGEND, *MEMORY):
         low, high = record["quartiles"].get(name, (None, None))
         spread = "" if low is None else f" ({low:.2f}-{high:.2f})"
@@ -89,11 +101,10 @@ def _line(record: Mapping[str, Any]) -> list[str]:
 
 def _explanation(records: Sequence[Mapping[str, Any]]) -> list[str]:
     width = max(len(column) for column, _ in (*LEGEND.values(), *MEMORY.values()))
-    ran = {f"{r['device']}, {r['threads']} thread(s), {r['dtype']}, torch {r['versions']['torch']}" for r in records}
     return [
         "Our step: clean pass, all queries, local VJP, .grad; where an allocator chooses the counts, its pilots and",
         "the allocation too. No optimiser, but in the shares by phase.",
         "Ratios of speed: above 1, this project is faster. Median over the rounds (quartiles).",
         *(f"  {column.ljust(width)}  {meaning}" for column, meaning in (*LEGEND.values(), *MEMORY.values())),
-        *(f"Measured on {line}." for line in sorted(ran)),
+        *measured_on(records),
     ]

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 
 from flops_lightning.benchmarks.arguments import a_device, writable
-from flops_lightning.benchmarks.measurement import Setup, environment_of
+from flops_lightning.benchmarks.measurement import Setup, environment_of, one_step
 from flops_lightning.benchmarks.scaling_points import BASE, CHUNK_ROWS, SWEEPS, Point, set_up
 from flops_lightning.benchmarks.scaling_report import report
-from flops_lightning.benchmarks.timing import Ratio, Timings, alternate
+from flops_lightning.benchmarks.timing import Ratio, Timings, alternate, waiting_for
 from flops_lightning.staging import flops
 from flops_lightning.strategies.costs import site_costs
 
@@ -32,7 +32,7 @@ STEP, INFERENCE = "step", "inference"
 def step(setup: Setup) -> None:
     """Clean pass, all queries with equal counts, local VJPs, ``.grad``."""
     setup.network.module.zero_grad()
-    setup.strategy.estimate(setup.strategy.clean_pass(setup.inputs, setup.targets))
+    one_step(setup.strategy, setup)
 
 
 @torch.inference_mode()
@@ -79,8 +79,7 @@ def measure(
     contenders: dict[str, Callable[[], object]] = {}
     for value, setup in setups.items():
         contenders |= {f"{STEP} {value}": partial(step, setup), f"{INFERENCE} {value}": partial(inference, setup)}
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    timings = alternate(contenders, rounds=rounds, synchronize=synchronize)
+    timings = alternate(contenders, rounds=rounds, synchronize=waiting_for(device))
     return records(sweep, setups, timings, base=base)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from flops_lightning.benchmarks.report import measured_on
+
 LEGEND = {
     "step / base": "time of the step / time of the base point's, both in the same rounds",
     "predicted": "the same by count: forward-equivalents of the step x FLOPs of a forward pass of its network",
@@ -23,7 +25,6 @@ def report(records: Sequence[Mapping[str, Any]], base: Mapping[str, int]) -> str
     *columns, exponent = LEGEND
     points = [[record["sweep"], str(record[record["sweep"]]), *_cells(record)] for record in records]
     slopes = [[s, _spread(record, "exponent"), f"{record['predicted_exponent']:.2f}"] for s, record in sweeps.items()]
-    ran = {f"{r['device']}, {r['threads']} thread(s), {r['dtype']}, torch {r['versions']['torch']}" for r in records}
     lines = [
         *_table(["sweep", "value", *columns], points),
         "",
@@ -35,7 +36,7 @@ def report(records: Sequence[Mapping[str, Any]], base: Mapping[str, int]) -> str
         "",
         *(f"- {column}: {meaning}" for column, meaning in LEGEND.items()),
         "",
-        *(f"Measured on {line}." for line in sorted(ran)),
+        *measured_on(records),
     ]
     return "\n".join(lines)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from flops_lightning.errors import SettingError
 
@@ -49,6 +50,11 @@ class Timings:
 
     def _array(self, name: str) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
         return np.asarray(self.seconds[name], dtype=np.float64)
+
+
+def waiting_for(device: torch.device) -> Callable[[], object]:
+    """What waits until a device has done its work: nothing on a CPU, which is done when a call returns."""
+    return torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
 
 def alternate(

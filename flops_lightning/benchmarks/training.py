@@ -23,17 +23,11 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader, TensorDataset
 
-from flops_lightning.allocators import (
-    BernoulliAllocator,
-    CostAwareAllocator,
-    EqualAllocator,
-    GaussianAllocator,
-    OptimalAllocator,
-    QueryAllocator,
-    TraceSettings,
-)
+from flops_lightning.allocators import GaussianAllocator, QueryAllocator
+from flops_lightning.benchmarks.allocation import ALLOCATORS
 from flops_lightning.benchmarks.arguments import a_device, writable
 from flops_lightning.benchmarks.cases import PILOTS
+from flops_lightning.benchmarks.timing import waiting_for
 from flops_lightning.callbacks import QueryAllocatorCallback
 from flops_lightning.errors import SettingError
 from flops_lightning.phases import PHASES, timed_phases
@@ -42,7 +36,6 @@ from flops_lightning.strategies.site_specs import default_specs
 from flops_lightning.tasks import ForwardImageClassifier
 
 WARM_UP = 2
-PREDICTED = TraceSettings(source="prediction")
 
 
 @dataclass(frozen=True)
@@ -59,12 +52,12 @@ class Contender:
 
 
 CONTENDERS = {
-    "equal": Contender(EqualAllocator),
-    "bernoulli": Contender(lambda: BernoulliAllocator(traces=PREDICTED)),
-    "gaussian": Contender(lambda: GaussianAllocator(traces=PREDICTED)),
+    "equal": Contender(ALLOCATORS["equal"]),
+    "bernoulli": Contender(ALLOCATORS["bernoulli"]),
+    "gaussian": Contender(ALLOCATORS["gaussian, pathwise"]),
     "gaussian, pilots": Contender(GaussianAllocator, PILOTS),
-    "optimal": Contender(lambda: OptimalAllocator(traces=PREDICTED)),
-    "cost-aware": Contender(lambda: CostAwareAllocator(traces=PREDICTED)),
+    "optimal": Contender(ALLOCATORS["optimal"]),
+    "cost-aware": Contender(ALLOCATORS["cost-aware"]),
 }
 
 
@@ -131,7 +124,7 @@ def train(
     shape = (embedding.proj.in_channels, *embedding.img_size)
     number = batch * (WARM_UP + steps + 1)
     data = TensorDataset(torch.randn(number, *shape), torch.arange(number) % 10)
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize = waiting_for(device)
     with tempfile.TemporaryDirectory() as folder, timed_phases(synchronize) as seconds:
         clock = StepClock(seconds, synchronize)
         trainer = Trainer(

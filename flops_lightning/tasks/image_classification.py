@@ -244,10 +244,12 @@ class ForwardImageClassifier(pl.LightningModule):
         if self._clean is None or self._clean[0] is not images:
             check_images(self.backbone, images)
             with self._loss_named():
-                rows = getattr(self.strategy, "chunk_rows", None)
-                self._clean = (images, self._strategy().clean_pass(images, labels))
-                if rows != getattr(self.strategy, "chunk_rows", None):
-                    rank_zero_info(f"strategy.chunk_rows: auto is {getattr(self.strategy, 'chunk_rows', None)} here")
+                strategy = self._strategy()
+                rows = getattr(strategy, "chunk_rows", None)
+                self._clean = (images, strategy.clean_pass(images, labels))
+                chosen = getattr(strategy, "chunk_rows", None)
+                if chosen != rows:
+                    rank_zero_info(f"strategy.chunk_rows: auto is {chosen} here")
         return self._clean[1]
 
     def _strategy(self) -> ForwardGradientStrategy:
