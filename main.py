@@ -10,7 +10,7 @@ def run() -> None:
     # Importing torch and Lightning makes hundreds of thousands of objects that all stay: looking for garbage among them
     # takes a fifth of the time until --help appears.
     gc.disable()
-    from flops_lightning.cli import main
+    from flops_lightning.cli.command import main
 
     gc.enable()
     main()

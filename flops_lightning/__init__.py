@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     )
     from flops_lightning.callbacks import QueryAllocatorCallback
     from flops_lightning.datamodules import CIFAR10DataModule, DigitsDataModule
-    from flops_lightning.staging import Stage, StagedNetwork, stage_network
+    from flops_lightning.network import Stage, StagedNetwork, stage_network
     from flops_lightning.strategies import (
         SPSA,
         Backprop,
@@ -57,10 +57,10 @@ _HOMES = {
     "QueryAllocatorCallback": "callbacks",
     "SPSA": "strategies",
     "SiteSpec": "strategies",
-    "Stage": "staging",
-    "StagedNetwork": "staging",
+    "Stage": "network",
+    "StagedNetwork": "network",
     "WeightForwardMode": "strategies",
-    "stage_network": "staging",
+    "stage_network": "network",
 }
 
 __all__ = [

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flops_lightning.errors import SettingError
+from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.phases import phase
-from flops_lightning.staging import StagedNetwork
 
 EMBEDDING_FEATURES = 4096
 

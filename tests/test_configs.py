@@ -17,7 +17,7 @@ from lightning.pytorch import Trainer
 from PIL import Image
 from safetensors.torch import save_file
 
-from flops_lightning.cli import build, main
+from flops_lightning.cli.command import build, main
 from flops_lightning.datamodules import CIFAR10DataModule
 
 ROOT = Path(__file__).parent.parent

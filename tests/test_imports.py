@@ -13,22 +13,12 @@ import flops_lightning
 PACKAGE = Path(flops_lightning.__file__).parent
 # From the ground up: a module may import from its own layer and from those below.
 LAYERS = [
-    {"errors", "kept_settings", "loop_progress", "objectives", "phases"},
-    {
-        "compilation",
-        "distributed",
-        "free_memory",
-        "meter",
-        "noise",
-        "noise_kinds",
-        "process_memory",
-        "queries",
-        "staging",
-    },
+    {"errors", "objectives", "phases", "settings"},
+    {"distributed", "meter", "network", "noise", "queries"},
     {"allocators", "strategies"},
-    {"benchmarks", "callbacks", "checkpoint_io", "datamodules", "planning", "tasks"},
-    {"cli", "cli_errors", "cli_places", "cli_resume", "cli_usage"},
-    {"studies"},
+    {"callbacks", "datamodules", "optim", "plan", "resume", "tasks"},
+    {"cli"},
+    {"benchmarks", "experiments"},
 ]
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
 WITHOUT_LIGHTNING = LAYERS[0] | LAYERS[1] | LAYERS[2]

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from examples import zero_one_error as example
 from flops_lightning.allocators import EqualAllocator, OptimalAllocator, TraceSettings
 from flops_lightning.errors import SettingError
+from flops_lightning.network.staging import stage_network
 from flops_lightning.objectives import cross_entropy, dotted_path, find_objective, zero_one_error
-from flops_lightning.staging import stage_network
 from flops_lightning.strategies import Backprop, LikelihoodRatio, SiteSpec
 
 LOGITS = torch.tensor([[2.0, 0.0, 1.0], [0.0, 3.0, 1.0], [1.0, 0.0, 5.0]])

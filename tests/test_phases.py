@@ -11,8 +11,8 @@ from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile
 
 from flops_lightning.allocators import GaussianAllocator
+from flops_lightning.network.staging import stage_network
 from flops_lightning.phases import PHASES, PhaseClock, phase, timed_phases
-from flops_lightning.staging import stage_network
 from flops_lightning.strategies import SPSA, LikelihoodRatio, MeZO
 
 SITES = [

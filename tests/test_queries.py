@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from flops_lightning.errors import SettingError
+from flops_lightning.network.staging import stage_network
 from flops_lightning.queries import clean_pass, drop_rows, plan_rows, refresh, row_losses
-from flops_lightning.staging import stage_network
 from tests.reference.networks import bound, cross_entropy, estimated, freeze, shaken, squared_error
 
 COUNTS = st.lists(st.integers(0, 30), min_size=0, max_size=12)

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from experiments.table1_paper import DATA_SETS, PAPER, published
 from flops_lightning.allocators import GaussianAllocator
 from flops_lightning.callbacks import QueryAllocatorCallback
-from flops_lightning.cli import build, main
+from flops_lightning.cli.command import build, main
 from flops_lightning.datamodules import Caltech101DataModule, CIFAR10DataModule, CIFAR100DataModule
 from flops_lightning.strategies import LikelihoodRatio
 from flops_lightning.strategies.costs import site_costs
-from flops_lightning.studies.table1_paper import DATA_SETS, PAPER, published
 from tests.datamodules.photo_folders import (
     DISHES,
     WNIDS,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flops_lightning.allocators.statistics import QueryBudget, SampleStatistics, TraceObservation
 from flops_lightning.errors import SettingError
-from flops_lightning.kept_settings import KeepsSettings
+from flops_lightning.settings import KeepsSettings
 
 
 @dataclass(frozen=True)

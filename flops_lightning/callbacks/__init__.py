@@ -11,13 +11,13 @@ if TYPE_CHECKING:
     from flops_lightning.callbacks.class_report import ClassReport
     from flops_lightning.callbacks.prediction_writer import PredictionWriter
     from flops_lightning.callbacks.run_summary import RunSummary
-    from flops_lightning.callbacks.save_on_signal import SaveOnSignal
+    from flops_lightning.resume.signals import SaveOnSignal
 
 _HOMES = {
-    "ClassReport": "class_report",
-    "PredictionWriter": "prediction_writer",
-    "RunSummary": "run_summary",
-    "SaveOnSignal": "save_on_signal",
+    "ClassReport": "callbacks.class_report",
+    "PredictionWriter": "callbacks.prediction_writer",
+    "RunSummary": "callbacks.run_summary",
+    "SaveOnSignal": "resume.signals",
 }
 
 __all__ = ["ClassReport", "PredictionWriter", "QueryAllocatorCallback", "RunSummary", "SaveOnSignal"]
@@ -27,4 +27,4 @@ def __getattr__(name: str) -> object:
     """Import a callback on first use (PEP 562)."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(f"flops_lightning.{_HOMES[name]}"), name)

@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from flops_lightning.process_memory import held
+from flops_lightning.network.process_memory import held
 
 
 def peak_memory(device: torch.device) -> tuple[float | None, str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from lightning.pytorch import Trainer
 
 from flops_lightning.errors import SettingError
-from flops_lightning.tasks.checkpoint_checks import class_names_of
+from flops_lightning.resume.rules import class_names_of
 
 
 def class_names(trainer: Trainer, classes: int) -> Sequence[str]:

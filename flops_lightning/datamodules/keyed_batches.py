@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from flops_lightning.datamodules.global_batches import ImageKey
-from flops_lightning.noise import NoiseKey, row_seeds
+from flops_lightning.noise.keys import NoiseKey, row_seeds
 
 Mixing = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """``(images (b, ...), labels (b,)) -> (images (b, ...), targets (b, c))``."""

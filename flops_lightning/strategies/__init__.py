@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flops_lightning.noise_kinds import NoiseSpec
+from flops_lightning.noise.kinds import NoiseSpec
 from flops_lightning.strategies.backprop import Backprop
 from flops_lightning.strategies.base import Estimate, ForwardGradientStrategy
 from flops_lightning.strategies.coordinate_finite_differences import CoordinateFiniteDifferences

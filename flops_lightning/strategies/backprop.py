@@ -10,8 +10,8 @@ from torch import Tensor
 
 from flops_lightning.errors import SettingError
 from flops_lightning.meter import CLEAN
+from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.queries import CleanPass, LossFunction, at_least_float32, full_precision, row_losses
-from flops_lightning.staging import StagedNetwork
 from flops_lightning.strategies.base import Estimate, add_gradients
 from flops_lightning.strategies.whole_batch import WholeBatchStrategy
 

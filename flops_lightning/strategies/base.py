@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from flops_lightning.allocators.statistics import QueryBudget, SampleStatistics, TraceObservation
 from flops_lightning.distributed import Communicator, SingleProcess
 from flops_lightning.errors import SettingError
-from flops_lightning.kept_settings import KeepsSettings
 from flops_lightning.meter import QueryMeter
+from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.queries import CleanPass, LossFunction
-from flops_lightning.staging import StagedNetwork
+from flops_lightning.settings import KeepsSettings
 from flops_lightning.strategies.setting_checks import check_common_seed
 from flops_lightning.strategies.sites import Site
 

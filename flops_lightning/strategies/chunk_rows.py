@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from flops_lightning.errors import SettingError
-from flops_lightning.free_memory import fitting_rows, free_bytes, peak_bytes, rows_in
-from flops_lightning.staging import StagedNetwork
+from flops_lightning.network.free_memory import fitting_rows, free_bytes, peak_bytes, rows_in
+from flops_lightning.network.staging import StagedNetwork
 
 RowsSetting = int | Literal["auto"]
 AUTO: Literal["auto"] = "auto"

@@ -24,8 +24,8 @@ from torch import Tensor
 from flops_lightning.distributed import mean_over_ranks
 from flops_lightning.errors import SettingError
 from flops_lightning.meter import CLEAN
+from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.queries import CleanPass, LossFunction, clean_pass
-from flops_lightning.staging import StagedNetwork
 from flops_lightning.strategies.base import (
     Estimate,
     add_gradients,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from flops_lightning.noise import NoiseKey, row_seeds
+from flops_lightning.noise.keys import NoiseKey, row_seeds
 
 Masks = Mapping[str, NDArray[np.int64]]
 """Ascending indices into each flattened tensor, by name, of the tensors that are in the mask."""

@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.queries import CleanPass, LossFunction, row_losses
-from flops_lightning.staging import StagedNetwork
 from flops_lightning.strategies.coordinate_masks import Masks
 from flops_lightning.strategies.replaced_parameters import ReplacedParameters
 from flops_lightning.strategies.zo_grasp import Values

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from flops_lightning.staging import StagedNetwork, flops
+from flops_lightning.network.staging import StagedNetwork, flops
 from flops_lightning.strategies.sites import Site
 
 

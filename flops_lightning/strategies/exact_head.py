@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from flops_lightning.errors import SettingError
+from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.queries import CleanPass, LossFunction, row_losses
-from flops_lightning.staging import StagedNetwork
 from flops_lightning.strategies.pilots import PilotSpec
 from flops_lightning.strategies.sites import Site
 

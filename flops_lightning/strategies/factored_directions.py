@@ -20,16 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from flops_lightning.errors import SettingError
-from flops_lightning.noise import NoiseKey, row_seeds, standard_normal
-from flops_lightning.phases import phase
-from flops_lightning.queries import Chunk, CleanPass, LossFunction, RowPlan, full_precision, row_losses
-from flops_lightning.staging import StagedNetwork
-from flops_lightning.strategies.activation_guided import input_basis
-from flops_lightning.strategies.base import summed
-from flops_lightning.strategies.forward_derivatives import plain_attention
-from flops_lightning.strategies.parameter_queries import Evaluated
-from flops_lightning.strategies.replaced_parameters import ReplacedParameters
-from flops_lightning.strategies.row_directions import (
+from flops_lightning.network.staging import StagedNetwork
+from flops_lightning.noise.activation_guided import input_basis
+from flops_lightning.noise.keys import NoiseKey, row_seeds, standard_normal
+from flops_lightning.noise.row_directions import (
     RowDirection,
     accumulate,
     direction_size,
@@ -37,6 +31,12 @@ from flops_lightning.strategies.row_directions import (
     row_direction,
     sq_norm,
 )
+from flops_lightning.phases import phase
+from flops_lightning.queries import Chunk, CleanPass, LossFunction, RowPlan, full_precision, row_losses
+from flops_lightning.strategies.base import summed
+from flops_lightning.strategies.forward_derivatives import plain_attention
+from flops_lightning.strategies.parameter_queries import Evaluated
+from flops_lightning.strategies.replaced_parameters import ReplacedParameters
 from flops_lightning.strategies.row_layers import moved_output
 from flops_lightning.strategies.sites import Site
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from flops_lightning.errors import SettingError
-from flops_lightning.noise_kinds import NoiseSpec
+from flops_lightning.network.staging import StagedNetwork
+from flops_lightning.noise.kinds import NoiseSpec
 from flops_lightning.queries import CleanPass, LossFunction, row_losses
-from flops_lightning.staging import StagedNetwork
 from flops_lightning.strategies.base import Exchange
 from flops_lightning.strategies.chunk_rows import RowsSetting
 from flops_lightning.strategies.likelihood_ratio import LikelihoodRatio

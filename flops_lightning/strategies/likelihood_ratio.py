@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flops_lightning.distributed import gather_lines, mean_over_ranks
-from flops_lightning.noise_kinds import NoiseSpec, read_noise
+from flops_lightning.network.staging import StagedNetwork
+from flops_lightning.noise.kinds import NoiseSpec, read_noise
 from flops_lightning.queries import CleanPass, LossFunction
-from flops_lightning.staging import StagedNetwork
 from flops_lightning.strategies.chunk_rows import RowsSetting
 from flops_lightning.strategies.delta import Variant
 from flops_lightning.strategies.engine import SiteGradient

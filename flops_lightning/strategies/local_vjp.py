@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.queries import CleanPass, at_least_float32, full_precision
-from flops_lightning.staging import StagedNetwork
 from flops_lightning.strategies.precision import differentiable
 from flops_lightning.strategies.sites import Site
 

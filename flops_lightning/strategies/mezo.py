@@ -20,10 +20,10 @@ from torch import Tensor
 
 from flops_lightning.errors import SettingError
 from flops_lightning.meter import CLEAN
-from flops_lightning.noise import NoiseKey
+from flops_lightning.network.staging import StagedNetwork
+from flops_lightning.noise.keys import NoiseKey
 from flops_lightning.phases import phase
 from flops_lightning.queries import CleanPass, LossFunction, plan_rows
-from flops_lightning.staging import StagedNetwork
 from flops_lightning.strategies.base import (
     Estimate,
     Exchange,

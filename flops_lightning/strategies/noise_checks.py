@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from flops_lightning.errors import SettingError
-from flops_lightning.noise_kinds import NoiseSpec, tokens_and_features
+from flops_lightning.noise.kinds import NoiseSpec, tokens_and_features
 from flops_lightning.strategies.pilots import PilotSpec
 from flops_lightning.strategies.sites import Site
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from flops_lightning.errors import SettingError
-from flops_lightning.noise import NoiseKey
+from flops_lightning.network.staging import StagedNetwork
+from flops_lightning.noise.keys import NoiseKey
 from flops_lightning.queries import CleanPass, LossFunction
-from flops_lightning.staging import StagedNetwork
 from flops_lightning.strategies.base import Exchange
 from flops_lightning.strategies.chunk_rows import RowsSetting
 from flops_lightning.strategies.delta import Variant

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from flops_lightning.errors import SettingError
-from flops_lightning.noise import NoiseKey
-from flops_lightning.noise_kinds import NoiseSpec, draw_noise
+from flops_lightning.network.staging import StagedNetwork
+from flops_lightning.noise.keys import NoiseKey
+from flops_lightning.noise.kinds import NoiseSpec, draw_noise
 from flops_lightning.phases import phase
 from flops_lightning.queries import Chunk, CleanPass, LossFunction, row_losses
-from flops_lightning.staging import StagedNetwork
 from flops_lightning.strategies.forward_derivatives import plain_attention
 from flops_lightning.strategies.site_widths import SiteWidth
 from flops_lightning.strategies.sites import LayerTarget, Site

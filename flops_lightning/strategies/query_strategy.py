@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flops_lightning.allocators.statistics import QueryBudget, SampleStatistics, TraceObservation
-from flops_lightning.compilation import CompiledNetwork, check_compiler
 from flops_lightning.errors import SettingError
 from flops_lightning.meter import CLEAN
+from flops_lightning.network.compilation import CompiledNetwork, check_compiler
+from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.phases import phase
 from flops_lightning.queries import CleanPass, LossFunction, clean_pass, refresh
-from flops_lightning.staging import StagedNetwork
 from flops_lightning.strategies.base import (
     Estimate,
     ForwardGradientStrategy,

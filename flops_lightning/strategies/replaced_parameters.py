@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from flops_lightning.staging import Stage, StagedNetwork
+from flops_lightning.network.staging import Stage, StagedNetwork
 
 
 class _StageModule(nn.Module):

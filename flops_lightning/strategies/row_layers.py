@@ -1,6 +1,6 @@
 """Outputs of layers whose parameters are another tensor in every row, from the clean output and a small product.
 
-Legend as in :mod:`flops_lightning.strategies.row_directions`.
+Legend as in :mod:`flops_lightning.noise.row_directions`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flops_lightning.strategies.row_directions import RowDirection
+from flops_lightning.noise.row_directions import RowDirection
 
 
 def moved_output(

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from flops_lightning.meter import CLEAN, QueryMeter
+from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.queries import CleanPass, LossFunction, refresh
-from flops_lightning.staging import StagedNetwork
 from flops_lightning.strategies.costs import SiteCosts
 from flops_lightning.strategies.sites import Site
 from flops_lightning.strategies.trace_predictors import PREDICTORS, kept_for_predictors, trace_predictors

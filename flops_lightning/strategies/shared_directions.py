@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from flops_lightning.distributed import Communicator, gather_lines
-from flops_lightning.noise import NoiseKey, row_seeds, standard_normal
+from flops_lightning.network.staging import StagedNetwork
+from flops_lightning.noise.keys import NoiseKey, row_seeds, standard_normal
 from flops_lightning.phases import phase
 from flops_lightning.queries import CleanPass, LossFunction, RowPlan, row_losses
-from flops_lightning.staging import StagedNetwork
 from flops_lightning.strategies.forward_derivatives import plain_attention
 from flops_lightning.strategies.parameter_queries import Evaluated
 from flops_lightning.strategies.replaced_parameters import ReplacedParameters

@@ -11,11 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from flops_lightning.noise import NoiseKey
-from flops_lightning.noise_kinds import NoiseSpec
+from flops_lightning.network.staging import StagedNetwork
+from flops_lightning.noise.keys import NoiseKey
+from flops_lightning.noise.kinds import NoiseSpec
 from flops_lightning.phases import phase
 from flops_lightning.queries import Chunk, CleanPass, LossFunction, RowPlan, drop_rows, plan_rows
-from flops_lightning.staging import StagedNetwork
 from flops_lightning.strategies.base import summed
 from flops_lightning.strategies.closed_form import layer_gradient, linear_gradient_sq_norm
 from flops_lightning.strategies.delta import DeltaSums, Variant, column, query_weights

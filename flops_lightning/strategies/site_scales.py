@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flops_lightning.errors import SettingError
-from flops_lightning.noise import NoiseKey, row_seeds, standard_normal
+from flops_lightning.noise.keys import NoiseKey, row_seeds, standard_normal
 from flops_lightning.queries import CleanPass
 from flops_lightning.strategies.perturbation import clean_layer_input
 from flops_lightning.strategies.site_queries import SiteQueries, in_parameter_space, sq_norm

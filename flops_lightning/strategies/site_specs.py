@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from flops_lightning.errors import SettingError
-from flops_lightning.staging import StagedNetwork
+from flops_lightning.network.staging import StagedNetwork
 
 SiteKind = Literal["linear", "block", "group"]
 

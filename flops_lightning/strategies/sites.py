@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from flops_lightning.errors import SettingError
-from flops_lightning.staging import StagedNetwork
+from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.strategies.closed_form import has_closed_form
 from flops_lightning.strategies.site_specs import SiteSpec, default_specs
 

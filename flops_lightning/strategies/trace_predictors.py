@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from flops_lightning.errors import SettingError
+from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.queries import CleanPass, LossFunction, at_least_float32, full_precision, row_losses
-from flops_lightning.staging import StagedNetwork
 from flops_lightning.strategies.precision import differentiable
 from flops_lightning.strategies.sites import Site
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flops_lightning.noise import NoiseKey, row_seeds, standard_normal
+from flops_lightning.noise.keys import NoiseKey, row_seeds, standard_normal
 
 Values = Callable[[str], Tensor]
 """The value of the parameter of a name."""

@@ -24,18 +24,9 @@ from torchmetrics.classification import MulticlassAccuracy
 from flops_lightning.allocators.statistics import SampleStatistics, TraceObservation
 from flops_lightning.distributed import gather_plain, present_communicator
 from flops_lightning.errors import LostQueriesError, SettingError
-from flops_lightning.loop_progress import settle_progress
+from flops_lightning.network.staging import stage_network
 from flops_lightning.objectives import Objective, dotted_path, find_objective, most_probable
-from flops_lightning.phases import phase
-from flops_lightning.queries import CleanPass, row_losses
-from flops_lightning.staging import stage_network
-from flops_lightning.strategies.base import Estimate, ForwardGradientStrategy
-from flops_lightning.tasks.backbone import check_images, create_backbone, load_weights, save_weights
-from flops_lightning.tasks.backbone import freeze as freeze_parameters
-from flops_lightning.tasks.checkpoint_checks import check_classes, check_weights, class_names_of
-from flops_lightning.tasks.evaluation import first_seen, metrics_of_test, metrics_of_validation
-from flops_lightning.tasks.mean_gradient import MeanGradient
-from flops_lightning.tasks.optimisation import (
+from flops_lightning.optim.optimizers import (
     ClipSettings,
     OptimizerSettings,
     build_optimizer,
@@ -44,9 +35,18 @@ from flops_lightning.tasks.optimisation import (
     read_settings,
     squared_step_sizes,
 )
+from flops_lightning.phases import phase
+from flops_lightning.queries import CleanPass, row_losses
+from flops_lightning.resume.loop_progress import settle_progress
+from flops_lightning.resume.restore import obey_schedule, obey_settings, share_meters
+from flops_lightning.resume.rules import check_classes, check_weights, class_names_of
+from flops_lightning.resume.run_settings import describe_run
+from flops_lightning.strategies.base import Estimate, ForwardGradientStrategy
+from flops_lightning.tasks.backbone import check_images, create_backbone, load_weights, save_weights
+from flops_lightning.tasks.backbone import freeze as freeze_parameters
+from flops_lightning.tasks.evaluation import first_seen, metrics_of_test, metrics_of_validation
+from flops_lightning.tasks.mean_gradient import MeanGradient
 from flops_lightning.tasks.parameter_efficient import TargetSettings, apply_target, check_target_learns
-from flops_lightning.tasks.resumption import obey_schedule, obey_settings, share_meters
-from flops_lightning.tasks.run_settings import describe_run
 from flops_lightning.tasks.trainer_checks import check_trainer
 
 Batch = tuple[Tensor, Tensor]

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from flops_lightning.benchmarks.__main__ import main
-from flops_lightning.benchmarks.cases import PILOTS, Case
-from flops_lightning.benchmarks.inference import full_inference, suffix_inference
-from flops_lightning.benchmarks.measurement import (
+from benchmarks.__main__ import main
+from benchmarks.cases import PILOTS, Case
+from benchmarks.inference import full_inference, suffix_inference
+from benchmarks.measurement import (
     BACKPROP,
     BATCHED,
     CHECKPOINTED,
@@ -29,12 +29,12 @@ from flops_lightning.benchmarks.measurement import (
     seconds_by_phase,
     set_up,
 )
-from flops_lightning.benchmarks.reference import keyed_noise, literal_gradient, reference_gradient
-from flops_lightning.benchmarks.report import table
-from flops_lightning.benchmarks.timing import Timings, alternate
+from benchmarks.reference import keyed_noise, literal_gradient, reference_gradient
+from benchmarks.report import table
+from benchmarks.timing import Timings, alternate
 from flops_lightning.errors import SettingError
+from flops_lightning.network.staging import Stage, StagedNetwork, stage_network
 from flops_lightning.phases import PHASES
-from flops_lightning.staging import Stage, StagedNetwork, stage_network
 from flops_lightning.strategies import LikelihoodRatio, SiteSpec
 
 CPU = torch.device("cpu")

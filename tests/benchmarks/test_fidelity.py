@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from flops_lightning.benchmarks.fidelity import Fidelity, main, measure, strategies
-from flops_lightning.benchmarks.precision import gradient, random_vit_tiny
-from flops_lightning.staging import stage_network
+from benchmarks.fidelity import Fidelity, main, measure, strategies
+from benchmarks.precision import gradient, random_vit_tiny
+from flops_lightning.network.staging import stage_network
 from flops_lightning.strategies import Backprop, LikelihoodRatio, SiteSpec
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from flops_lightning.benchmarks import loading
-from flops_lightning.benchmarks.timing import Timings
+from benchmarks import loading
+from benchmarks.timing import Timings
 from flops_lightning.errors import SettingError
 
 

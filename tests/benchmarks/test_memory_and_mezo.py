@@ -4,9 +4,9 @@ import math
 
 import pytest
 
-from flops_lightning.benchmarks import memory, mezo
-from flops_lightning.benchmarks.cases import DIGITS
-from flops_lightning.staging import stage_network
+from benchmarks import memory, mezo
+from benchmarks.cases import DIGITS
+from flops_lightning.network.staging import stage_network
 
 
 def test_every_name_is_a_contender() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from flops_lightning.benchmarks import precision
+from benchmarks import precision
 
 
 def cells(text: str) -> list[tuple[float, float]]:

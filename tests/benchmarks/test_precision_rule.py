@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from flops_lightning.benchmarks import precision_rule
+from benchmarks import precision_rule
 from flops_lightning.strategies.precision import Resolution
 
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from flops_lightning.benchmarks import ranks
-from flops_lightning.benchmarks.ranks_load import Collective, SiteLoad, StepLoad
-from flops_lightning.benchmarks.ranks_measured import Job, launch
-from flops_lightning.benchmarks.ranks_methods import METHODS, PERCEPTRON, batch_of, load_of, run_step, taught, vit_loads
-from flops_lightning.benchmarks.ranks_model import (
+from benchmarks import ranks
+from benchmarks.ranks_load import Collective, SiteLoad, StepLoad
+from benchmarks.ranks_measured import Job, launch
+from benchmarks.ranks_methods import METHODS, PERCEPTRON, batch_of, load_of, run_step, taught, vit_loads
+from benchmarks.ranks_model import (
     Link,
     Machine,
     collective_seconds,
@@ -20,8 +20,8 @@ from flops_lightning.benchmarks.ranks_model import (
     even_bandwidth,
     step_seconds,
 )
-from flops_lightning.benchmarks.ranks_report import measured_tables
-from flops_lightning.staging import stage_network
+from benchmarks.ranks_report import measured_tables
+from flops_lightning.network.staging import stage_network
 from flops_lightning.strategies import shared_directions
 
 SAMPLES, QUERIES = 6, 4

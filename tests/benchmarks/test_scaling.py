@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flops_lightning.benchmarks import scaling
-from flops_lightning.benchmarks.scaling_points import BASE, SWEEPS, Point, set_up
-from flops_lightning.benchmarks.timing import Timings
+from benchmarks import scaling
+from benchmarks.scaling_points import BASE, SWEEPS, Point, set_up
+from benchmarks.timing import Timings
 
 CPU = torch.device("cpu")
 TINY = Point(batch=2, queries=4, depth=3, width=32, groups=3, image=16)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flops_lightning.benchmarks.training import CONTENDERS, StepClock, main, record, table, train
+from benchmarks.training import CONTENDERS, StepClock, main, record, table, train
 from flops_lightning.phases import PHASES
 
 SMALL = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 4, "num_heads": 2}
@@ -13,7 +13,7 @@ SMALL = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth"
 
 def test_steps_are_the_differences_of_looks(monkeypatch):
     times = iter([10.0, 13.0, 17.0])
-    monkeypatch.setattr("flops_lightning.benchmarks.training.time.perf_counter", lambda: next(times))
+    monkeypatch.setattr("benchmarks.training.time.perf_counter", lambda: next(times))
     seconds: dict[str, float] = {}
     clock = StepClock(seconds, lambda: None)
     clock.on_train_batch_start()

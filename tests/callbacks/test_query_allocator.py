@@ -460,7 +460,7 @@ def test_callback_knows_no_task_and_allocators_know_no_lightning() -> None:
     for file in files:
         names = imported_modules(file)
         assert not [name for name in names if name.startswith("lightning")]
-        lower = (*allowed, "flops_lightning.distributed", "flops_lightning.kept_settings")
+        lower = (*allowed, "flops_lightning.distributed", "flops_lightning.settings")
         assert all(name.startswith(lower) for name in names if name.startswith("flops_lightning"))
 
 

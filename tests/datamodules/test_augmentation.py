@@ -17,7 +17,7 @@ from flops_lightning.datamodules.global_batches import ImageKey
 from flops_lightning.datamodules.images import ImageSubset, image_transform
 from flops_lightning.datamodules.keyed_batches import KeyedBatches
 from flops_lightning.errors import SettingError
-from flops_lightning.noise import NoiseKey, row_seeds
+from flops_lightning.noise.keys import NoiseKey, row_seeds
 
 
 class Draws(TensorDataset):

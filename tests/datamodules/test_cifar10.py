@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torchvision.datasets import CIFAR10
 from torchvision.transforms.v2 import functional
 
-from flops_lightning.cli import main
+from flops_lightning.cli.command import main
 from flops_lightning.datamodules import CIFAR10DataModule
 from flops_lightning.datamodules.augmentation import RandAugmentSettings
 from flops_lightning.datamodules.cifar10 import STATISTICS

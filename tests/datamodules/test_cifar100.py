@@ -17,7 +17,7 @@ from PIL import Image
 from torch import nn
 from torchvision.datasets import CIFAR100
 
-from flops_lightning.cli import main
+from flops_lightning.cli.command import main
 from flops_lightning.datamodules import CIFAR10DataModule, CIFAR100DataModule
 from flops_lightning.datamodules.cifar100 import STATISTICS
 from flops_lightning.errors import DamagedImageError, SettingError

@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 from scipy.io import savemat
 
-from flops_lightning.cli import main
+from flops_lightning.cli.command import main
 from flops_lightning.datamodules import photos, stored_images
 from flops_lightning.datamodules.images import read_photo
 from flops_lightning.errors import DamagedImageError, SettingError

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
 from flops_lightning.datamodules import DigitsDataModule
-from flops_lightning.loop_progress import settle_progress
+from flops_lightning.resume.loop_progress import settle_progress
 
 BATCHES, STEPS = 5, 17  # 1257 images in batches of 300; the run ends within the fourth epoch
 

@@ -18,6 +18,7 @@ from flops_lightning.allocators import (
     TraceObservation,
     TraceSettings,
 )
+from flops_lightning.optim.optimizers import OptimizerSettings
 from flops_lightning.strategies import (
     SPSA,
     Backprop,
@@ -30,7 +31,6 @@ from flops_lightning.strategies import (
     SiteSpec,
 )
 from flops_lightning.tasks import ForwardImageClassifier
-from flops_lightning.tasks.optimisation import OptimizerSettings
 
 MODEL = {
     "model_name": "vit_tiny_patch16_224",

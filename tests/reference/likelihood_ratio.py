@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flops_lightning.noise import NoiseKey
-from flops_lightning.noise_kinds import draw_noise
+from flops_lightning.noise.keys import NoiseKey
+from flops_lightning.noise.kinds import draw_noise
 from flops_lightning.strategies import LikelihoodRatio, Site
 from tests.reference.networks import Loss, estimated, stage_output
 

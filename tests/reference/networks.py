@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flops_lightning.network.staging import stage_network
 from flops_lightning.queries import CleanPass
-from flops_lightning.staging import stage_network
 from flops_lightning.strategies import LikelihoodRatio, SiteSpec
 
 Loss = Callable[[Tensor, Tensor], Tensor]

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from flops_lightning.noise import NoiseKey, row_seeds, standard_normal
-from flops_lightning.staging import stage_network
+from flops_lightning.network.staging import stage_network
+from flops_lightning.noise.keys import NoiseKey, row_seeds, standard_normal
 from flops_lightning.strategies import Site, SiteSpec
 from tests.reference.networks import Loss, estimated
 from tests.reference.smoothed import flat

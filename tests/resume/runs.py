@@ -19,7 +19,7 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from flops_lightning.checkpoint_io import AtomicCheckpointIO
+from flops_lightning.resume.checkpoint_files import AtomicCheckpointIO
 
 REPOSITORY = Path(__file__).parents[2]
 NAME = "run"
@@ -27,7 +27,9 @@ EPOCHS, BATCHES = 2, 4
 
 # One that has imported everything and forks: a run then starts in a fraction of a second.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload([__name__, "flops_lightning.cli", "sklearn.datasets", "sklearn.model_selection", "timm"])
+FORKS.set_forkserver_preload(
+    [__name__, "flops_lightning.cli.command", "sklearn.datasets", "sklearn.model_selection", "timm"]
+)
 
 SETTINGS: dict[str, Any] = {
     "trainer": {
@@ -99,7 +101,7 @@ def _fit(folder: str, arguments: tuple[str, ...], environment: dict[str, str]) -
     os.chdir(folder)
     os.environ.update(environment)
     torch.set_num_threads(1)
-    from flops_lightning.cli import main
+    from flops_lightning.cli.command import main
 
     with Path("log.txt").open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         os.dup2(log.fileno(), sys.__stderr__.fileno())

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from flops_lightning.callbacks import QueryAllocatorCallback
-from flops_lightning.cli import build
+from flops_lightning.cli.command import build
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 METHODS = sorted(file.stem for file in (CONFIGS / "method").glob("*.yaml"))

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from flops_lightning.allocators import OptimalAllocator
 from flops_lightning.callbacks import QueryAllocatorCallback, SaveOnSignal
-from flops_lightning.checkpoint_io import AtomicCheckpointIO
 from flops_lightning.datamodules import DigitsDataModule
 from flops_lightning.errors import SettingError
+from flops_lightning.resume.checkpoint_files import AtomicCheckpointIO
 from flops_lightning.strategies import LikelihoodRatio, SiteSpec
 from flops_lightning.tasks import ForwardImageClassifier, OptimizerSettings
 from tests.resume.runs import files, finish, outcome, start, wait_until, write_config

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from flops_lightning.staging import stage_network
+from flops_lightning.network.staging import stage_network
 from flops_lightning.strategies import (
     SPSA,
     EvolutionStrategies,

@@ -20,7 +20,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flops_lightning import noise_kinds
 from flops_lightning.allocators import (
     BernoulliAllocator,
     EqualAllocator,
@@ -33,7 +32,8 @@ from flops_lightning.allocators import (
     optimal_shares,
     water_fill,
 )
-from flops_lightning.noise import NoiseKey, row_seeds
+from flops_lightning.noise.keys import NoiseKey, row_seeds
+from flops_lightning.noise.keys import kinds as noise_kinds
 from flops_lightning.strategies import (
     SPSA,
     EvolutionStrategies,

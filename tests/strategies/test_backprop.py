@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from flops_lightning.errors import SettingError
-from flops_lightning.staging import stage_network
+from flops_lightning.network.staging import stage_network
 from flops_lightning.strategies import Backprop
 from tests.reference.networks import Loss, autograd_gradient, cross_entropy, freeze, gradients, squared_error
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from flops_lightning.errors import SettingError
-from flops_lightning.staging import stage_network
+from flops_lightning.network.staging import stage_network
 from flops_lightning.strategies import CoordinateFiniteDifferences, coordinate_finite_differences
 from flops_lightning.strategies.coordinate_masks import Masks, draw_masks, inclusion_probabilities
 from flops_lightning.strategies.coordinate_probes import CoordinateProbes, Probe

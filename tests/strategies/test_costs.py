@@ -15,7 +15,7 @@ def per_sample(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def bound(network: nn.Module, **settings: object) -> LikelihoodRatio:
-    from flops_lightning.staging import stage_network
+    from flops_lightning.network.staging import stage_network
 
     strategy = LikelihoodRatio(seed=0, **settings)
     strategy.bind(stage_network(network), per_sample)

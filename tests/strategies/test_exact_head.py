@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from flops_lightning.allocators import CostAwareAllocator, EqualAllocator, OptimalAllocator, QueryAllocator
 from flops_lightning.callbacks import QueryAllocatorCallback
 from flops_lightning.errors import SettingError
+from flops_lightning.network.staging import Stage, StagedNetwork
 from flops_lightning.objectives import zero_one_error
-from flops_lightning.staging import Stage, StagedNetwork
 from flops_lightning.strategies import LikelihoodRatio, PilotSpec, SiteSpec, exact_head
 from flops_lightning.tasks import ForwardImageClassifier
 from tests.reference.footprint import everything

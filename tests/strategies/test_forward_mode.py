@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from flops_lightning.errors import SettingError
-from flops_lightning.noise import NoiseKey, row_seeds, standard_normal
+from flops_lightning.noise.keys import NoiseKey, row_seeds, standard_normal
 from flops_lightning.strategies import (
     EvolutionStrategies,
     ForwardMode,

@@ -11,7 +11,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from flops_lightning.errors import SettingError
-from flops_lightning.noise_kinds import NoiseSpec
+from flops_lightning.noise.kinds import NoiseSpec
 from flops_lightning.strategies import LikelihoodRatio, PilotSpec
 from flops_lightning.strategies.learned_sigma import RANGE, LearnedSigma
 from flops_lightning.strategies.site_queries import SiteQueries

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flops_lightning.errors import SettingError
-from flops_lightning.staging import stage_network
+from flops_lightning.network.staging import stage_network
 from flops_lightning.strategies import SPSA, MeZO
 from flops_lightning.strategies.costs import site_costs
 from flops_lightning.strategies.shared_directions import SharedDirections

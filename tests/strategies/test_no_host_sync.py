@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flops_lightning.staging import stage_network
+from flops_lightning.network.staging import stage_network
 from flops_lightning.strategies import SPSA, EvolutionStrategies, ForwardMode, LikelihoodRatio
 from flops_lightning.strategies.delta import Variant
 from tests.reference.networks import tiny_vit

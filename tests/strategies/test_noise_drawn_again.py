@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flops_lightning.staging import stage_network
+from flops_lightning.network.staging import stage_network
 from flops_lightning.strategies import ForwardMode, LikelihoodRatio, perturbation
 from tests.reference.networks import cross_entropy, tiny_vit
 

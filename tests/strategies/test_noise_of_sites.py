@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from flops_lightning.errors import SettingError
-from flops_lightning.noise import NoiseKey, row_seeds, standard_normal
-from flops_lightning.noise_kinds import NoiseSpec
+from flops_lightning.noise.keys import NoiseKey, row_seeds, standard_normal
+from flops_lightning.noise.kinds import NoiseSpec
 from flops_lightning.strategies import ForwardMode, LikelihoodRatio, PilotSpec, SiteSpec, perturbation
 from tests.reference.layouts import COUNTS, TOKEN_SITES, VIT_SITES, convolutional, vit_for
 from tests.reference.likelihood_ratio import assert_equals_reference, reference_traces

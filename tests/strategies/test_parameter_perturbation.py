@@ -1036,7 +1036,7 @@ def test_a_guided_convolution_of_several_groups_is_refused() -> None:
 
 
 def test_a_second_network_is_refused(tokens_net: nn.Sequential, vit: nn.Module) -> None:
-    from flops_lightning.staging import stage_network
+    from flops_lightning.network.staging import stage_network
 
     chosen = perturbing("spsa", "factored", tokens_net, WHOLE)
     with pytest.raises(SettingError, match="already serves another network"):

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flops_lightning.benchmarks.simulated_tf32 import SimulatedTF32, tf32_rounded
+from benchmarks.simulated_tf32 import SimulatedTF32, tf32_rounded
 from flops_lightning.errors import SettingError
+from flops_lightning.network.staging import stage_network
 from flops_lightning.queries import plan_rows, row_losses
-from flops_lightning.staging import stage_network
 from flops_lightning.strategies import (
     SPSA,
     Backprop,

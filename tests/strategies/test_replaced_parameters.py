@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from flops_lightning.staging import Stage, StagedNetwork, stage_network
+from flops_lightning.network.staging import Stage, StagedNetwork, stage_network
 from flops_lightning.strategies.replaced_parameters import ReplacedParameters
 from tests.reference.footprint import everything
 from tests.reference.networks import shaken

@@ -10,7 +10,7 @@ import pytest
 from torch import nn
 
 from flops_lightning.errors import SettingError
-from flops_lightning.staging import stage_network
+from flops_lightning.network.staging import stage_network
 from flops_lightning.strategies import LikelihoodRatio
 from flops_lightning.strategies.site_specs import SiteSpec
 from flops_lightning.strategies.sites import resolve_sites

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flops_lightning.errors import SettingError
-from flops_lightning.staging import stage_network
+from flops_lightning.network.staging import stage_network
 from flops_lightning.strategies import LikelihoodRatio, SiteSpec
 from tests.reference.layouts import TOKEN_SITES, VIT_SITES, vit_for
 from tests.reference.networks import (

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from flops_lightning.network.staging import stage_network
 from flops_lightning.queries import clean_pass
-from flops_lightning.staging import stage_network
 from flops_lightning.strategies import CoordinateFiniteDifferences
 from flops_lightning.strategies.coordinate_probes import CoordinateProbes
 from flops_lightning.strategies.replaced_parameters import ReplacedParameters

@@ -10,9 +10,9 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from flops_lightning.errors import SettingError
+from flops_lightning.optim.optimizers import OptimizerSettings
 from flops_lightning.strategies import Backprop
 from flops_lightning.tasks import ForwardImageClassifier
-from flops_lightning.tasks.optimisation import OptimizerSettings
 
 Make = Callable[..., Any]
 

@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from flops_lightning.cli import build
+from flops_lightning.cli.command import build
 from flops_lightning.errors import SettingError
-from flops_lightning.staging import stage_network
+from flops_lightning.network.staging import stage_network
 from flops_lightning.strategies import Backprop, LikelihoodRatio
 from flops_lightning.tasks import ForwardImageClassifier, OptimizerSettings, TargetSettings
 from flops_lightning.tasks.parameter_efficient import PROMPT, VisualPrompt, apply_target, plain_weights

@@ -1,0 +1,141 @@
+"""``python -m experiments.strategies_cosine --output FILE -- ARGUMENTS``: estimates beside the gradient.
+
+The configuration's method estimates the gradient of fixed batches again and again, each time with new noise, by a run
+whose learning rate is too small to move a weight; allocators learn from some batches before. The cosine is taken over
+all trained parameters, with the gradient by ``Backprop`` on the same batch and weights.
+
+Writes JSON: ``cosines``, one list a batch, one number a draw.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from flops_lightning.callbacks import QueryAllocatorCallback
+from flops_lightning.errors import SettingError
+from flops_lightning.strategies import Backprop
+from flops_lightning.tasks import ForwardImageClassifier
+
+STILL = 1e-30
+"""A learning rate that moves no weight: far below what float32 and float64 resolve beside it."""
+WINDOW = 10
+"""Batches from which allocators learn before."""
+
+
+class Recorder(Callback):
+    """Compares the gradient of each step, as the optimiser gets it, with the one by backprop."""
+
+    def __init__(self, task: ForwardImageClassifier, *, window: int, batches: int) -> None:
+        """Measure on this task's network, after ``window`` batches, on ``batches`` that come in turn."""
+        self.task, self.window = task, window
+        self.parameters = task.network.trainable()
+        self.exact = Backprop()
+        self.exact.bind(task.network, task.loss)
+        self.cosines: list[list[float]] = [[] for _ in range(batches)]
+        self._known: dict[int, Tensor] = {}
+        self._parts: list[Tensor] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Look at what every step of the optimiser is given; methods may make several, each for some parameters."""
+        trainer.optimizers[0].register_step_pre_hook(self._keep)
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,  # noqa: ARG002
+        pl_module: LightningModule,  # noqa: ARG002
+        outputs: Any,  # noqa: ARG002
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Compare."""
+        parts, self._parts = self._parts, []
+        if batch_idx < self.window:
+            return
+        turn = (batch_idx - self.window) % len(self.cosines)
+        if turn not in self._known:
+            self._known[turn] = self._gradient(batch)
+        exact = self._known[turn]
+        estimate = torch.stack(parts or [torch.zeros_like(exact)]).sum(0)  # none: all queries of the step were lost
+        self.cosines[turn].append(float(torch.nn.functional.cosine_similarity(estimate, exact, dim=0)))
+
+    def _keep(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        del optimizer, args, kwargs
+        self._parts.append(self._flat())
+
+    def _gradient(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        self.task.zero_grad()
+        with torch.enable_grad():
+            self.exact.estimate(self.exact.clean_pass(*batch))
+        gradient = self._flat()
+        self.task.zero_grad()
+        return gradient
+
+    def _flat(self) -> Tensor:
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters.values()]
+        return torch.cat([grad.detach().double().flatten() for grad in grads])
+
+
+def measure(arguments: Sequence[str], *, batches: int, draws: int) -> list[list[float]]:
+    """Cosines of a method's estimates with the gradient.
+
+    Args:
+        arguments: The configuration, as after ``main.py fit``.
+        batches: Batches of the training set.
+        draws: Estimates of each.
+
+    Returns:
+        One list a batch, one number a draw.
+
+    Raises:
+        SettingError: the model is not one that this study can measure.
+    """
+    from flops_lightning.cli.command import build
+
+    still = ["--model.init_args.optimizer.lr", str(STILL), "--model.init_args.clip", '{"norm": 0, "attention_norm": 0}']
+    quiet = ["--trainer.logger", "false", "--trainer.enable_checkpointing", "false", "--trainer.limit_val_batches", "0"]
+    bar = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
+    length = ["--trainer.max_epochs", "1", "--trainer.max_steps", "-1"]
+    cli = build([*arguments, *still, *quiet, *bar, *length])
+    task, trainer = cli.model, cast("Any", cli.trainer)
+    if not isinstance(task, ForwardImageClassifier):
+        raise SettingError(
+            "model.class_path", type(task).__name__, "has no strategy to measure.", "Give a ForwardImageClassifier."
+        )
+    allocators = [each for each in trainer.callbacks if isinstance(each, QueryAllocatorCallback)]
+    learns = any(each.allocator.learns for each in allocators)
+    cli.datamodule.setup("fit")
+    taken = list(islice(cli.datamodule.train_dataloader(), WINDOW + batches))
+    before, fixed = taken[:-batches] if learns else [], taken[-batches:]
+    recorder = Recorder(task, window=len(before), batches=len(fixed))
+    trainer.callbacks = [*allocators, recorder]
+    loader: Any = DataLoader(cast("Any", [*before, *(fixed * draws)]), batch_size=None)  # they are batches already
+    trainer.fit(task, train_dataloaders=loader)
+    return recorder.cosines
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Measure and write."""
+    summary = (__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m experiments.strategies_cosine", description=summary)
+    parser.add_argument("--output", type=Path, required=True, help="the file that is written")
+    parser.add_argument("--batches", type=int, default=4, help="batches (default 4)")
+    parser.add_argument("--draws", type=int, default=8, help="estimates of each (default 8)")
+    parser.add_argument("extra", nargs="*", help="the configuration as after main.py fit, after --")
+    options = parser.parse_args(args)
+    cosines = measure(options.extra, batches=options.batches, draws=options.draws)
+    options.output.write_text(json.dumps({"cosines": cosines}) + "\n")
+
+
+if __name__ == "__main__":
+    main()

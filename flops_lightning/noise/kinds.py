@@ -1,0 +1,226 @@
+"""Kinds of noise: its distribution, its layout over tokens and features, and how directions of a sample relate.
+
+Every kind has ``E z = 0`` and ``E z z^T = I``, so the likelihood-ratio estimate is unbiased as sigma -> 0 with all of
+them, and every row is a function of its key alone (:mod:`flops_lightning.noise.keys`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from flops_lightning.errors import SettingError
+from flops_lightning.noise.keys import NoiseKey, row_seeds, standard_normal
+
+Distribution = Literal["gaussian", "rademacher"]
+Layout = Literal["dense", "factored"]
+
+ORTHOGONAL_BLOCK = 32
+"""Most directions in a block of orthogonal noise."""
+
+FRAME_ENTRIES = 2**22
+"""Numbers in the blocks of orthogonal noise that are drawn at a time: 16 MiB in float32."""
+
+
+@dataclass(frozen=True)
+class NoiseSpec:
+    """Setting: what noise queries perturb activations with.
+
+    Attributes:
+        distribution: ``gaussian``: the estimate is the gradient of the loss smoothed by ``N(0, sigma^2 I)``, at any
+            sigma. ``rademacher``: entries +1 and -1, cheaper to draw and of constant length; the gradient of no
+            smoothed loss, unbiased as sigma -> 0 only.
+        layout: ``dense``: independent entries. ``factored``: ``z = u v^T`` over (token, feature) with +1 and -1 in
+            ``u`` and ``distribution`` in ``v``, several times cheaper to draw. Not Gaussian: unbiased as sigma -> 0
+            only. The trace is that of dense noise where tokens have little in common, and up to 3 times as large where
+            they are aligned, in their inputs and in their gradients. Dense for single tokens and single features
+            (:func:`tokens_and_features`), where every direction has rank one.
+        orthogonal: Dense Gaussian directions of a sample are made orthogonal and of length ``sqrt(dim)``, in blocks of
+            ``min(dim, 32)`` queries: the estimate is the gradient of the loss smoothed over the ball of radius ``sigma
+            sqrt(dim)``. With ``A`` queries in a block a linear loss has the variance ``(dim - A) / (dim + 1)`` times
+            that of Gaussian noise: none at all with as many queries as dimensions, and no gain worth its price where
+            dimensions are many. Queries of a block are not independent, as rules of the form ``trace / queries``, and
+            products of the estimates of two halves of the queries, assume them to be.
+    """
+
+    distribution: Distribution = "gaussian"
+    layout: Layout = "dense"
+    orthogonal: bool = False
+
+    def check(self, setting: str = "strategy.noise") -> None:
+        """Refuse what no noise is defined for.
+
+        Args:
+            setting: Name of this setting as the user writes it.
+
+        Raises:
+            SettingError: an unknown distribution or layout; orthogonal directions that are not dense and Gaussian.
+        """
+        for name, known in (("distribution", get_args(Distribution)), ("layout", get_args(Layout))):
+            value = getattr(self, name)
+            if value not in known:
+                raise SettingError(f"{setting}.{name}", value, "is unknown.", f"Write one of {', '.join(known)}.")
+        for name, needed in (("distribution", "gaussian"), ("layout", "dense")):
+            value = getattr(self, name)
+            if self.orthogonal and value != needed:
+                raise SettingError(
+                    f"{setting}.orthogonal", True, f"orthogonal directions are not {value}.",
+                    f"Write {name}: {needed}, or orthogonal: false.",
+                )  # fmt: skip
+
+
+def read_noise(noise: NoiseSpec | Mapping[str, Any] | None, setting: str = "strategy.noise") -> NoiseSpec:
+    """The setting as it comes from Python, a plain mapping allowed; None: dense Gaussian noise.
+
+    Raises:
+        SettingError: neither a NoiseSpec nor a mapping of its settings, or one that :meth:`NoiseSpec.check` refuses.
+    """
+    try:
+        spec = NoiseSpec(**noise) if isinstance(noise, Mapping) else noise or NoiseSpec()
+    except TypeError as error:
+        raise SettingError(setting, noise, f"{error}.", "See NoiseSpec.") from error
+    if not isinstance(spec, NoiseSpec):
+        raise SettingError(setting, noise, "is not a NoiseSpec.", "Write for example NoiseSpec(layout='factored').")
+    spec.check(setting)
+    return spec
+
+
+def tokens_and_features(shape: tuple[int, ...]) -> tuple[int, int]:
+    """How factored noise divides a row of this shape: positions that share a direction up to its sign, and its length.
+
+    Features are the last dimension of ``(t, d)`` and the first of a feature map ``(c, h, w)`` or larger; ``(d,)`` is a
+    single token. With one token or one feature the noise is dense.
+    """
+    *before, features = (1, *shape) if len(shape) < 3 else (*shape[1:], shape[0])
+    return math.prod(before), features
+
+
+def draw_noise(
+    spec: NoiseSpec,
+    key: NoiseKey,
+    samples: NDArray[np.int64],
+    directions: NDArray[np.int64],
+    shape: tuple[int, ...],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Noise of the rows ``(sample, direction)``, each a function of its key, whatever the other rows.
+
+    Args:
+        spec: Kind of noise, checked.
+        key: Shared part of the rows' keys.
+        samples: ``(r,)`` place of each row's sample in the rank's batch.
+        directions: ``(r,)`` index of each row's direction among those of its sample (antithetic: of its pair).
+        shape: Shape of a row.
+        device: Where to draw. Devices have different generators, hence different noise.
+        dtype: Of the activation; half-precision ones get float32 noise.
+
+    Returns:
+        ``(r, *shape)``. The same row is the same to the last bit whatever the other rows; orthogonal noise to rounding,
+        since it goes through a matrix factorisation.
+    """
+    dtype = torch.promote_types(dtype, torch.float32)
+    if spec.orthogonal:
+        noise = _orthogonal(key, samples, directions, math.prod(shape), device=device, dtype=dtype)
+        return noise.view(len(samples), *shape)
+    seeds = row_seeds(key, samples, directions)
+    if spec.layout == "factored" and min(tokens_and_features(shape)) > 1:
+        return _factored(spec.distribution, seeds, shape, device=device, dtype=dtype)
+    if spec.distribution == "gaussian":
+        return standard_normal(seeds, shape, device=device, dtype=dtype)
+    size = math.prod(shape)
+    bits, generator = _room_for_bits(len(seeds), size, device), torch.Generator(device=device)
+    for row, seed in zip(bits, seeds, strict=True):
+        row.random_(generator=generator.manual_seed(seed))
+    return _signs(bits, size, dtype).view(len(seeds), *shape)
+
+
+def _room_for_bits(rows: int, size: int, device: torch.device) -> Tensor:
+    return torch.empty((rows, -(-size // 8)), dtype=torch.uint8, device=device)
+
+
+def _signs(bits: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """``(r, size)`` +1 and -1 from ``(r, ceil(size / 8))`` random bytes."""
+    # A table of the 256 bytes: eight signs for one memory access, and a draw for eight signs instead of one each.
+    table = (torch.arange(256, device=bits.device)[:, None] >> torch.arange(8, device=bits.device) & 1) * 2 - 1
+    signs = table.to(dtype).index_select(0, bits.flatten().int())
+    return signs.view(len(bits), 8 * bits.shape[1])[:, :size].contiguous()
+
+
+def _factored(
+    distribution: Distribution, seeds: list[int], shape: tuple[int, ...], *, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    tokens, features = tokens_and_features(shape)
+    generator = torch.Generator(device=device)
+    u_bits, v_bits = (_room_for_bits(len(seeds), size, device) for size in (tokens, features))
+    v = torch.empty((len(seeds), features), device=device, dtype=dtype)
+    for r, seed in enumerate(seeds):
+        u_bits[r].random_(generator=generator.manual_seed(seed))
+        if distribution == "gaussian":
+            v[r].normal_(generator=generator)
+        else:
+            v_bits[r].random_(generator=generator)
+    u = _signs(u_bits, tokens, dtype)
+    if distribution == "rademacher":
+        v = _signs(v_bits, features, dtype)
+    noise = u[:, :, None] * v[:, None] if len(shape) == 2 else v[:, :, None] * u[:, None]
+    return noise.view(len(seeds), *shape)
+
+
+def _orthogonal(
+    key: NoiseKey,
+    samples: NDArray[np.int64],
+    directions: NDArray[np.int64],
+    dim: int,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``(r, dim)``: row ``q`` of a sample is vector ``q % m`` of the frame of its block ``q // m``."""
+    noise = torch.empty((len(samples), dim), device=device, dtype=dtype)
+    if not noise.numel():
+        return noise
+    size = min(dim, ORTHOGONAL_BLOCK)
+    block, place = np.divmod(directions, size)
+    blocks, frame = np.unique(np.stack((samples, block), axis=1), axis=0, return_inverse=True)
+    frame = frame.reshape(-1)  # numpy 2.0 alone returns a column
+    needed = np.zeros(len(blocks), dtype=np.int64)
+    np.maximum.at(needed, frame, place + 1)
+    step = max(1, FRAME_ENTRIES // (size * dim))
+    for first in range(0, len(blocks), step):
+        part = blocks[first : first + step]
+        drawn = np.arange(size) < needed[first : first + step, None]
+        of, nth = drawn.nonzero()
+        seeds = row_seeds(key, part[of, 0], part[of, 1] * size + nth)
+        frames = _frames(standard_normal(seeds, (dim,), device=device, dtype=dtype), drawn)
+        rows = np.flatnonzero((frame >= first) & (frame < first + step))
+        chosen = (torch.from_numpy(index).to(device) for index in (frame[rows] - first, place[rows]))
+        noise[torch.from_numpy(rows).to(device)] = frames[tuple(chosen)]
+    return noise
+
+
+def _frames(gaussians: Tensor, drawn: NDArray[np.bool_]) -> Tensor:
+    """Uniformly random orthogonal vectors of length ``sqrt(dim)``, each a function of the Gaussians up to its own.
+
+    Args:
+        gaussians: ``(g, dim)`` standard normal noise, frame after frame.
+        drawn: ``(n, m)`` the first vectors of each of ``n`` frames, ``g`` in all and at most ``dim`` of each.
+
+    Returns:
+        ``(n, longest drawn, dim)``, meaningless where not drawn.
+    """
+    dim = gaussians.shape[1]
+    raw = gaussians.new_zeros(*drawn.shape, dim)
+    raw[torch.from_numpy(drawn).to(raw.device)] = gaussians
+    q, r = torch.linalg.qr(raw[:, : int(drawn.sum(1).max())].mT)
+    # With the diagonal of r positive the frame is uniform, Haar distributed (Mezzadri 2007); LAPACK's signs are not.
+    signs = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(raw.dtype)
+    return q.mT * (signs * math.sqrt(dim))[..., None]

@@ -1,0 +1,3 @@
+"""Optimisers, their schedules, and the clipping of gradients."""
+
+from __future__ import annotations

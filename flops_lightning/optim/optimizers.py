@@ -1,0 +1,208 @@
+"""Optimiser, learning-rate schedule and gradient clipping by plain settings, for manual optimisation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, TypeVar, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from flops_lightning.errors import SettingError
+
+OptimizerName = Literal["adam", "adamw", "sgd"]
+ScheduleName = Literal["constant", "cosine"]
+S = TypeVar("S")
+
+
+@dataclass
+class OptimizerSettings:
+    """How gradients become steps; the defaults are the paper's (Adam, 1e-4, constant).
+
+    Attributes:
+        name: ``adam``, ``adamw`` or ``sgd``.
+        lr: Learning rate (its peak, under a schedule).
+        weight_decay: Weight decay, left off biases, norms and whatever else has one dimension.
+        momentum: Momentum of ``sgd``.
+        schedule: ``constant``, or ``cosine`` down to zero at the last step.
+        warmup_steps: Steps of linear warm-up from zero.
+        layer_decay: Factor of the learning rate from each block to the one below it, counted by timm from the head
+            down; 1: the same for all.
+        accumulate_grad_batches: Batches whose mean gradient makes one step (the Trainer's own setting of this name does
+            not serve manual optimisation). At the end of an epoch fewer may make one.
+    """
+
+    name: OptimizerName = "adam"
+    lr: float = 1e-4
+    weight_decay: float = 0.0
+    momentum: float = 0.0
+    schedule: ScheduleName = "constant"
+    warmup_steps: int = 0
+    layer_decay: float = 1.0
+    accumulate_grad_batches: int = 1
+
+    def check(self) -> None:
+        """Refuse settings that cannot work together.
+
+        Raises:
+            SettingError: an unknown name, a negative number, or momentum for an optimiser that has betas.
+        """
+        for setting, value, choices in (
+            ("optimizer.name", self.name, get_args(OptimizerName)),
+            ("optimizer.schedule", self.schedule, get_args(ScheduleName)),
+        ):
+            if value not in choices:
+                raise SettingError(setting, value, "is not known.", f"Choose from {list(choices)}.")
+        if not self.lr > 0:
+            raise SettingError("optimizer.lr", self.lr, "must be positive.", "Write for example 1.0e-4.")
+        for setting in ("weight_decay", "momentum", "warmup_steps"):
+            if getattr(self, setting) < 0:
+                raise SettingError(f"optimizer.{setting}", getattr(self, setting), "is negative.", "Write 0 or more.")
+        if not 0 < self.layer_decay <= 1:
+            raise SettingError("optimizer.layer_decay", self.layer_decay, "is not in (0, 1].", "Write 0.75, say, or 1.")
+        if self.accumulate_grad_batches < 1:
+            raise SettingError(
+                "optimizer.accumulate_grad_batches", self.accumulate_grad_batches, "makes no step.", "Write 1 or more."
+            )
+        if self.momentum and self.name != "sgd":
+            raise SettingError(
+                "optimizer.momentum", self.momentum, f"{self.name} has no momentum setting.", "Write 0, or name: sgd."
+            )
+
+
+@dataclass
+class ClipSettings:
+    """Clipping of the gradient's norm.
+
+    Attributes:
+        norm: Largest norm of the gradient, 0 for no clipping. With ``attention_norm`` it holds for all other
+            parameters.
+        attention_norm: Largest norm of the gradient of the attention layers (names with ``.attn.``), clipped apart from
+            the rest as the paper advises (FLOPS, appendix C.4); 0: not apart.
+    """
+
+    norm: float = 0.0
+    attention_norm: float = 0.0
+
+    def check(self) -> None:
+        """Refuse negative norms.
+
+        Raises:
+            SettingError: a norm below zero.
+        """
+        for setting in ("norm", "attention_norm"):
+            if not getattr(self, setting) >= 0:
+                raise SettingError(f"clip.{setting}", getattr(self, setting), "is negative.", "Write 0 for none.")
+
+
+def read_settings(name: str, cls: type[S], value: S | None) -> S:
+    """Settings as they come from Python, or from a checkpoint, which holds them as plain mappings.
+
+    Raises:
+        SettingError: neither settings of that class nor a mapping of them.
+    """
+    try:
+        settings = cls(**value) if isinstance(value, Mapping) else value or cls()
+    except TypeError as error:
+        raise SettingError(name, value, f"{error}.", f"See {cls.__name__}.") from error
+    if not isinstance(settings, cls):
+        raise SettingError(name, value, "is of the wrong kind.", f"Write {cls.__name__}(...).")
+    return settings
+
+
+def build_optimizer(module: nn.Module, settings: OptimizerSettings) -> Optimizer:
+    """The optimiser of the trainable parameters of ``module``."""
+    settings.check()
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    groups: list[dict[str, object]] = [{"params": parameters}]
+    if settings.weight_decay:
+        groups = [{"params": [p for p in parameters if p.ndim > 1]}]
+        groups += [{"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]
+    if settings.layer_decay != 1:
+        from timm.optim import param_groups_layer_decay
+
+        groups = param_groups_layer_decay(module, settings.weight_decay, layer_decay=settings.layer_decay)
+        groups = [{**group, "lr": settings.lr * float(str(group.pop("lr_scale")))} for group in groups]
+    groups = [group for group in groups if group["params"]]
+    if settings.name == "sgd":
+        return torch.optim.SGD(groups, lr=settings.lr, weight_decay=settings.weight_decay, momentum=settings.momentum)
+    family = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[settings.name]
+    return family(groups, lr=settings.lr, weight_decay=settings.weight_decay)
+
+
+def lr_factor(step: int, *, schedule: ScheduleName, warmup_steps: int, total_steps: float) -> float:
+    """Factor of the learning rate at a step: linear warm-up, then constant or half a cosine down to zero."""
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    if schedule == "constant":
+        return 1.0
+    progress = (step - warmup_steps) / max(1.0, total_steps - warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def build_schedule(optimizer: Optimizer, settings: OptimizerSettings, total_steps: float) -> LambdaLR:
+    """The learning-rate schedule, to be stepped after each optimiser step.
+
+    Raises:
+        SettingError: a cosine without a known end.
+    """
+    if settings.schedule == "cosine" and not math.isfinite(total_steps):
+        raise SettingError(
+            "optimizer.schedule", "cosine", "needs to know the number of steps.", "Set trainer.max_epochs or max_steps."
+        )
+    factor = partial(lr_factor, schedule=settings.schedule, warmup_steps=settings.warmup_steps, total_steps=total_steps)
+    return LambdaLR(optimizer, factor)
+
+
+@torch.no_grad()
+def squared_step_sizes(optimizer: Optimizer, named: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """What the optimiser multiplies each squared derivative with: ``1 / (sqrt(v) + eps)^2`` under Adam.
+
+    Args:
+        optimizer: Adam or AdamW.
+        named: Parameters by name.
+
+    Returns:
+        Weights shaped like the parameters that have been stepped, relative to the largest learning rate of a group;
+        none before the first step.
+
+    Raises:
+        SettingError: the optimiser does not scale the gradient by its mean square.
+    """
+    if not isinstance(optimizer, torch.optim.Adam):  # AdamW is one
+        raise SettingError(
+            "allocator.metric", "preconditioned", f"{type(optimizer).__name__} does not precondition.",
+            "Write metric: parameters, or take adam.",
+        )  # fmt: skip
+    weights = {}
+    largest = max(group.get("initial_lr", group["lr"]) for group in optimizer.param_groups)
+    for name, parameter in named.items():
+        state = optimizer.state.get(parameter, {})
+        if "exp_avg_sq" not in state:
+            continue
+        group = next(group for group in optimizer.param_groups if any(p is parameter for p in group["params"]))
+        correction = 1.0 - group["betas"][1] ** float(state["step"])
+        share = group.get("initial_lr", group["lr"]) / largest
+        weights[name] = share**2 * ((state["exp_avg_sq"] / correction).sqrt() + group["eps"]).pow(-2)
+    return weights
+
+
+def clip_gradients(named_parameters: Iterable[tuple[str, nn.Parameter]], settings: ClipSettings) -> Tensor:
+    """Clip in place and return the norm of the whole gradient before clipping."""
+    named = [(name, p) for name, p in named_parameters if p.grad is not None]
+    total = torch.nn.utils.get_total_norm([p.grad for _, p in named if p.grad is not None])
+    attention = [p for name, p in named if ".attn." in name] if settings.attention_norm else []
+    chosen = {id(p) for p in attention}
+    _clip(attention, settings.attention_norm)
+    _clip([p for _, p in named if id(p) not in chosen], settings.norm)
+    return total
+
+
+def _clip(parameters: Sequence[nn.Parameter], norm: float) -> None:
+    if parameters and norm:
+        torch.nn.utils.clip_grad_norm_(parameters, norm)

@@ -1,0 +1,141 @@
+"""A few real training steps: Lightning's own loop on the run's task, data and allocator, and nothing is kept."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.warnings import PossibleUserWarning
+
+from flops_lightning.callbacks import QueryAllocatorCallback
+from flops_lightning.datamodules import ImageDataModule
+from flops_lightning.datamodules.global_batches import local_batch_size
+from flops_lightning.errors import SettingError
+from flops_lightning.plan.measured import Measured
+from flops_lightning.plan.stopwatch import Clock, Stopwatch
+from flops_lightning.strategies import ForwardGradientStrategy
+
+VALIDATION_BATCHES = 5
+"""Of which the first is not timed, if there are more."""
+NEVER = 10**9
+LIMITS = ("max_epochs", "max_steps", "limit_train_batches", "limit_val_batches")
+
+Settings = Mapping[str, Any]
+
+
+def measure(
+    task: LightningModule,
+    strategy: ForwardGradientStrategy,
+    datamodule: LightningDataModule | None,
+    run: Trainer,
+    settings: Settings,
+    *,
+    seconds: float,
+    clock: Clock = time.perf_counter,
+) -> Measured:
+    """Train for a few seconds and say what was seen.
+
+    Args:
+        task: What is trained; its weights move.
+        strategy: That of the task, whose meter is read.
+        datamodule: Its data.
+        run: The trainer of the run that is planned; it is asked for its limits and runs nothing.
+        settings: Arguments of that trainer.
+        seconds: How long steps are timed, at least one.
+        clock: Seconds.
+
+    Raises:
+        SettingError: the run would make no step, or what a fit refuses.
+    """
+    with TemporaryDirectory(prefix="plan_") as folder, share_of_batch(datamodule, run.world_size):
+        watch = Stopwatch(strategy, run, Path(folder), seconds=seconds, clock=clock)
+        trainer = Trainer(**measuring_settings(run, settings, watch, folder))
+        trainer.fit(task, datamodule=datamodule)
+    if not watch.ends:
+        limits = {name: getattr(run, name) for name in LIMITS[:3]}
+        raise SettingError("trainer", limits, "makes no step.", "Set these limits above 0, or -1 for none.")
+    return watch.measured()
+
+
+def measuring_settings(run: Trainer, settings: Settings, watch: Callback, folder: str) -> dict[str, Any]:
+    """Arguments of a trainer that takes the run's steps in one process and keeps what it writes in a folder."""
+    logs = settings.get("logger") not in (False, []) and not settings.get("barebones")
+    changed: dict[str, Any] = {
+        "default_root_dir": folder,
+        "logger": TensorBoardLogger(folder) if logs else False,
+        "callbacks": [*allocators_of(settings), watch],
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "barebones": False,
+        "fast_dev_run": False,
+        # Validation is timed beforehand, batch by batch: a whole one could take longer than all that is measured.
+        "num_sanity_val_steps": VALIDATION_BATCHES,
+        "check_val_every_n_epoch": NEVER,
+        # As the run has them: a schedule looks at its end.
+        **{name: getattr(run, name) for name in LIMITS},
+        **dict.fromkeys(("max_time", "min_epochs", "min_steps", "profiler")),
+    }
+    if settings.get("check_val_every_n_epoch", 1) is None or validates_by_the_clock(settings):
+        changed["val_check_interval"] = 1.0
+    if run.world_size > 1:
+        changed |= {"devices": 1, "num_nodes": 1, "strategy": "auto"}
+    return {**settings, **changed}
+
+
+def callbacks_of(settings: Settings) -> list[Callback]:
+    """The callbacks among a trainer's arguments."""
+    given = settings.get("callbacks")
+    return [given] if isinstance(given, Callback) else list(given or [])
+
+
+def allocators_of(settings: Settings) -> list[QueryAllocatorCallback]:
+    """Those of them that choose queries."""
+    return [callback for callback in callbacks_of(settings) if isinstance(callback, QueryAllocatorCallback)]
+
+
+def validates_by_the_clock(settings: Settings) -> bool:
+    """Whether validation comes after so much time, and not after so many batches."""
+    return not isinstance(settings.get("val_check_interval"), (int, float, type(None)))
+
+
+@contextmanager
+def share_of_batch(datamodule: LightningDataModule | None, processes: int) -> Iterator[None]:
+    """With the batches that each of several processes gets; other data modules than ours count in those anyway.
+
+    Raises:
+        SettingError: the batch cannot be divided.
+    """
+    if not isinstance(datamodule, ImageDataModule):
+        yield
+        return
+    whole = datamodule.batch_size
+    datamodule.batch_size = local_batch_size(whole, processes)
+    try:
+        yield
+    finally:
+        datamodule.batch_size = whole
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what Lightning tells of every fit: this one is none of the user's."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PossibleUserWarning)
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

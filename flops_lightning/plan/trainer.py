@@ -1,0 +1,58 @@
+"""Lightning's Trainer with the command ``plan``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+
+from flops_lightning.errors import SettingError
+
+
+def refuse_checkpoint(path: str | None) -> None:
+    """A plan is of a whole run, from its start.
+
+    Raises:
+        SettingError: a checkpoint is given.
+    """
+    if path:
+        raise SettingError("ckpt_path", path, "a plan goes on from no run.", "Leave it out: steps cost the same.")
+
+
+class PlanningTrainer(Trainer):
+    """A Trainer that can also say beforehand what a fit would cost.
+
+    Attributes:
+        settings: The arguments that it was made from.
+    """
+
+    settings: Mapping[str, Any]
+
+    def plan(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+        seconds: float = 10.0,
+        backprop: bool = True,
+    ) -> None:
+        """Measure a few training steps and print what a fit would cost: queries, time, memory, beside backprop.
+
+        Args:
+            model: What would be trained; its weights move meanwhile.
+            datamodule: Its data.
+            ckpt_path: None: a plan is of a whole run.
+            weights_only: A plan reads no checkpoint; here so that the settings of a fit can be given.
+            seconds: How long steps are timed, with the run's own strategy and as long again with backprop.
+            backprop: Whether to measure the same with backprop.
+
+        Raises:
+            SettingError: a checkpoint is given; or see :func:`make_plan`.
+        """
+        refuse_checkpoint(ckpt_path)
+        from flops_lightning.plan.plan import make_plan
+        from flops_lightning.plan.table import text
+
+        print(text(make_plan(model, datamodule, self.settings, seconds=seconds, backprop=backprop)))

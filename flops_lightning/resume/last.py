@@ -1,0 +1,79 @@
+"""What the command line adds so that a run can be left and gone on with: checkpoints that are whole, and ``last``."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.plugins.io import CheckpointIO
+
+from flops_lightning.resume.checkpoint_files import AtomicCheckpointIO
+from flops_lightning.resume.signals import SaveOnSignal, slurm_job
+
+
+def with_checkpoint_io(given: Any) -> list[Any]:
+    """The plugins with one that writes whole checkpoints, unless the user has chosen who writes them."""
+    plugins = _listed(given)
+    return plugins if any(isinstance(each, CheckpointIO) for each in plugins) else [*plugins, AtomicCheckpointIO()]
+
+
+def with_savers(given: Callback | Sequence[Callback] | None) -> list[Callback]:
+    """The callbacks with Lightning's ``ModelCheckpoint``, if there is none, and :class:`SaveOnSignal`."""
+    callbacks: list[Callback] = _listed(given)
+    if not any(isinstance(each, Checkpoint) and not isinstance(each, SaveOnSignal) for each in callbacks):
+        callbacks.append(ModelCheckpoint())
+    return callbacks if any(isinstance(each, SaveOnSignal) for each in callbacks) else [*callbacks, SaveOnSignal()]
+
+
+def job_version(folder: Path) -> str | None:
+    """A new name for a run's folder that tells the SLURM job it belongs to; None outside SLURM."""
+    name = _job_name()
+    if name is None:
+        return None
+    taken = len(list(folder.glob(f"{name}.*"))) if folder.is_dir() else 0
+    return f"{name}.{taken}"
+
+
+def started_again() -> bool:
+    """Whether SLURM has started this job before."""
+    return _job_name() is not None and int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
+
+
+def last_checkpoint(runs: Path | None, own: Sequence[Path]) -> Path | None:
+    """The checkpoint that was written last.
+
+    Args:
+        runs: Folder of all runs of a name, one folder for each, if they have one.
+        own: Folders that are written to besides.
+
+    Returns:
+        Under SLURM, first of all one of this job; None where there is none. Damaged files are passed over.
+    """
+    name = _job_name()
+    for pattern in (f"{name}.*", "*") if name else ("*",):
+        folders = [*own, *(runs.glob(f"{pattern}/checkpoints") if runs else ())]
+        files = {f: f.stat().st_mtime_ns for folder in folders for f in folder.glob("*.ckpt") if zipfile.is_zipfile(f)}
+        if files:
+            return max(files, key=files.__getitem__)
+    return None
+
+
+def written_to(callbacks: Any) -> list[Path]:
+    """The folders that callbacks, as configured, were told to write checkpoints to."""
+    given = [each.get("init_args") for each in _listed(callbacks)]
+    return [Path(str(each.get("dirpath"))) for each in given if each and each.get("dirpath")]
+
+
+def _job_name() -> str | None:
+    job = slurm_job() if SLURMEnvironment.detect() else None
+    return None if job is None else f"job_{job}"
+
+
+def _listed(given: Any) -> list[Any]:
+    return list(given) if isinstance(given, (list, tuple)) else [] if given is None else [given]

@@ -1,0 +1,88 @@
+"""The settings of a run by the names that a user writes, as plain values for its checkpoints."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+
+from flops_lightning.allocators.base import QueryAllocator
+from flops_lightning.settings import plain
+from flops_lightning.strategies.base import ForwardGradientStrategy
+
+OF_TRAINER = (
+    "max_epochs", "max_steps", "min_epochs", "min_steps", "precision", "world_size", "limit_train_batches",
+    "limit_val_batches", "overfit_batches", "val_check_interval", "check_val_every_n_epoch",
+    "reload_dataloaders_every_n_epochs",
+)  # fmt: skip
+"""Settings of the trainer on which the course of a run depends, by the names that they have there."""
+
+
+def describe_run(
+    trainer: pl.Trainer, hyper_parameters: Mapping[str, Any], strategy: ForwardGradientStrategy
+) -> dict[str, Any]:
+    """Everything a run is made of that a user can set and that a resumed run could be given otherwise.
+
+    Args:
+        trainer: The trainer of the run, with data module and callbacks.
+        hyper_parameters: Settings of the task, by name; those that come in groups as mappings.
+        strategy: The bound strategy.
+
+    Returns:
+        Plain values by dotted name.
+    """
+    return {
+        **describe_task(hyper_parameters),
+        **_strategy(strategy),
+        **_allocator(trainer),
+        **_data(trainer),
+        **{f"trainer.{name}": plain(getattr(trainer, name)) for name in OF_TRAINER},
+        "seed_everything": int(os.environ["PL_GLOBAL_SEED"]) if "PL_GLOBAL_SEED" in os.environ else None,
+    }
+
+
+def describe_task(hyper_parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of the task; ``optimizer: {lr: ...}`` becomes ``optimizer.lr``."""
+    flat: dict[str, Any] = {}
+    for name, value in hyper_parameters.items():
+        grouped = isinstance(value, Mapping) and not name.endswith("_kwargs")
+        flat |= {f"{name}.{key}": plain(each) for key, each in value.items()} if grouped else {name: plain(value)}
+    return flat
+
+
+def _strategy(strategy: ForwardGradientStrategy) -> dict[str, Any]:
+    # Where its noise enters is described by what became of `sites`; the seed is part of the strategy's own state.
+    own = {name: value for name, value in strategy.settings.items() if name not in ("sites", "seed")}
+    described = {f"strategy.{name}": value for name, value in own.items()}
+    described["strategy"] = type(strategy).__name__
+    described["strategy.sites"] = {
+        site.name: list(site.parameters) for site in (*strategy.sites, *strategy.exact_sites)
+    }
+    for site in strategy.sites:
+        described[f"strategy.sites.{site.name}.sigma"] = site.sigma
+        described[f"strategy.sites.{site.name}.queries_per_sample"] = site.queries_per_sample
+    return described
+
+
+def _allocator(trainer: pl.Trainer) -> dict[str, Any]:
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
+        allocator = getattr(callback, "allocator", None)
+        if isinstance(allocator, QueryAllocator):
+            own = {f"allocator.{name}": value for name, value in allocator.settings.items()}
+            return {"allocator": type(allocator).__name__, **own}
+    return {"allocator": None}
+
+
+def _data(trainer: pl.Trainer) -> dict[str, Any]:
+    module = trainer.datamodule  # type: ignore[attr-defined]
+    if module is None:
+        return {}
+    # A setting is an argument that the module keeps under its name.
+    classes = [cls for cls in type(module).__mro__ if "__init__" in vars(cls)]  # a class may pass settings on
+    given = dict.fromkeys(name for cls in classes for name in inspect.signature(vars(cls)["__init__"]).parameters)
+    names = [name for name in given if hasattr(module, name)]
+    return {"data": type(module).__name__, **{f"data.{name}": plain(getattr(module, name)) for name in names}}

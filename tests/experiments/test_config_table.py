@@ -1,0 +1,97 @@
+"""The README's table of configurations says what the files say."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from experiments.config_table import END, START, description, main, renewed, tables
+from flops_lightning.errors import SettingError
+
+ROOT = Path(__file__).parent.parent.parent
+FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml"))
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def test_the_readme_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    main(["--check"])
+
+
+def test_every_configuration_is_linked_once() -> None:
+    assert sorted(re.findall(r"\]\((configs/[^)]+)\)", tables(ROOT))) == FILES
+
+
+def test_the_cells_of_the_paper_stand_in_a_grid_with_its_figures() -> None:
+    grid, _, rows = tables(ROOT).partition("\n\n")
+    lines = grid.splitlines()
+    assert len(lines) == 2 + 7
+    assert {line.count("|") for line in lines} == {4}
+    assert "[vit_base_cifar10](configs/vit_base_cifar10.yaml) 93.2 |" in grid
+    assert "[vit_large_eurosat](configs/vit_large_eurosat.yaml) 90.1 |" in grid
+    assert "vit_base_" not in rows
+
+
+def test_descriptions_are_short_enough_for_a_row() -> None:
+    cells = {path for path in FILES if re.match(r"configs/vit_(base|large)_", path)}
+    assert {path for path in set(FILES) - cells if len(description(ROOT / path)) > 120} == set()
+
+
+@pytest.mark.parametrize(
+    ("header", "expected"),
+    [
+        ("# One GPU.\n#   launch:  x\n", "One GPU"),
+        ("# Two words\n# and more (see a.yaml, v1.5). Not this.\nseed: 1\n", "Two words and more (see a.yaml, v1.5)"),
+    ],
+)
+def test_a_description_is_the_first_sentence_of_the_header(tmp_path: Path, header: str, expected: str) -> None:
+    assert description(write(tmp_path / "a.yaml", header)) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["seed: 1\n", "", "# no full stop\n", "#   launch:  python main.py fit.\n", "\n# Late.\n"]
+)
+def test_a_file_without_a_header_is_named(tmp_path: Path, text: str) -> None:
+    write(tmp_path / "configs" / "bare.yaml", text)
+    with pytest.raises(SettingError, match=r"configs/bare\.yaml.*does not open with a comment.*Begin it with"):
+        renewed(START + END, tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", START, END, END + START, START + START + END, START + END + END])
+def test_without_both_markers_nothing_is_guessed(text: str) -> None:
+    with pytest.raises(SettingError, match="two markers"):
+        renewed(text, ROOT)
+
+
+def test_check_finds_an_old_table_and_a_run_renews_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "configs" / "method" / "new.yaml", "# Method overlay: a new one.\n")
+    readme = write(tmp_path / "README.md", f"# Title\n\n{START}| old |\n{END}\nThe rest.\n")
+    before = readme.read_text()
+    with pytest.raises(SystemExit, match="run it") as leaving:
+        main(["--check"])
+    assert leaving.value.code not in (0, 2)  # a text: Python prints it and exits with 1
+    assert readme.read_text() == before
+    main([])
+    text = readme.read_text()
+    assert text.startswith(f"# Title\n\n{START}")
+    assert text.endswith(f"| [method/new](configs/method/new.yaml) | Method overlay: a new one |\n\n{END}\nThe rest.\n")
+    assert "old" not in text
+    main(["--check"])
+
+
+def test_elsewhere_it_says_where_to_run_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as leaving:
+        main([])
+    assert leaving.value.code == 2
+    assert "Run from the repository's root." in capsys.readouterr().err

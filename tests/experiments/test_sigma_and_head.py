@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from experiments import sigma_and_head
+from experiments.sigma_and_head import accuracy_table, difference
+from experiments.sigma_and_head_variance import (
+    BASE,
+    compared,
+    read_table,
+    site_variances,
+    spread_queries,
+    variance_table,
+)
+from flops_lightning.errors import SettingError
+from flops_lightning.strategies import SiteSpec
+from tests.reference.networks import bound, estimated, squared_error
+
+ROOT = Path(__file__).parent.parent.parent
+SITES = [{"stages": ["0", "1"]}, {"stages": ["2", "3"]}, {"stages": ["4"], "queries_per_sample": 7}]
+
+
+def test_the_heads_queries_are_given_to_the_others() -> None:
+    specs = [SiteSpec([str(i)], queries_per_sample=20) for i in range(4)]
+    assert [spec.queries_per_sample for spec in spread_queries(specs)] == [27, 27, 26, 20]
+    assert spread_queries(specs)[3] is specs[3]
+
+
+def test_settings_compared_have_equal_queries(tokens_net: nn.Sequential) -> None:
+    totals = {}
+    for name, settings in compared(bound(tokens_net, squared_error, SITES)).items():
+        sites = settings.get("sites", SITES)
+        strategy = bound(tokens_net, squared_error, sites, **{k: v for k, v in settings.items() if k != "sites"})
+        totals[name] = sum(strategy.budget.queries_per_sample)
+    assert totals.pop("exact head") == 40
+    assert set(totals.values()) == {47}
+    assert BASE in totals
+
+
+def test_sites_that_one_entry_makes_several_of_are_refused(tokens_net: nn.Sequential) -> None:
+    with pytest.raises(SettingError, match=r"strategy.sites = .*is not one site for each entry"):
+        compared(bound(tokens_net, squared_error, [{"stages": ["0", "4"], "kind": "block"}]))
+
+
+def test_variances_are_those_of_the_estimates(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+    found = site_variances(bound(tokens_net, squared_error, SITES, exact_head=True), tokens, draws=6)
+    again = bound(tokens_net, squared_error, SITES, exact_head=True)
+    gradients = [estimated(again, *tokens)[1] for _ in range(6)]
+    for site in (*again.sites, *again.exact_sites):
+        by_draw = torch.stack([torch.cat([g[name].flatten() for name in site.parameters]) for g in gradients])
+        assert found[site.name] == pytest.approx(float(by_draw.var(0).sum()), rel=1e-9, abs=1e-12)
+    assert found["4"] == pytest.approx(0.0, abs=1e-12)
+    assert all(parameter.grad is None for parameter in tokens_net.parameters())
+
+
+def variance_rows(values: dict[str, list[float]]) -> list[dict[str, str]]:
+    return [
+        {"checkpoint": "0", "setting": setting, "batch": str(i), "site": site, "variance": str(value * scale)}
+        for setting, by_batch in values.items()
+        for i, value in enumerate(by_batch)
+        for site, scale in (("body", 3.0), ("head", 0.0 if setting == "exact head" else 1.0))
+    ]
+
+
+def test_variances_are_compared_batch_by_batch() -> None:
+    rows = variance_rows({BASE: [2.0, 8.0], "token sigma": [1.0, 4.0], "exact head": [2.0, 8.0]})
+    lines = variance_table(rows).splitlines()
+    assert lines[2] == f"| 0 | token sigma | {' | '.join(['2.00 (2.00 - 2.00)'] * 3)} |"
+    assert lines[3] == "| 0 | exact head | 1.33 (1.33 - 1.33) | 1.00 (1.00 - 1.00) | exact |"
+
+
+def test_accuracies_are_compared_seed_by_seed() -> None:
+    assert difference([0.92, 0.83, 0.74], [0.91, 0.81, 0.71]) == "+2.0 (-0.5 to +4.5)"
+    half = 4.30 * 1.0 / math.sqrt(3)
+    assert pytest.approx(2.0 - half, abs=0.06) == -0.5
+    assert difference([0.9], [0.8]) == "+10.0"
+    row = {"queries_per_sample": "80.0", "late_loss": "0.5", "test_accuracy": "0.9"}
+    better = {**row, "setting": "token sigma", "late_loss": "0.25", "test_accuracy": "0.95"}
+    lines = accuracy_table([{**row, "setting": BASE}, better]).splitlines()
+    assert lines[2] == f"| {BASE} | 80 | 90.0% (90.0% - 90.0%) |  | 0.500 |  |"
+    assert lines[3].startswith("| token sigma | 80 | 95.0% (95.0% - 95.0%) | +5.0 | 0.250 | 0.50 (")
+
+
+@pytest.mark.slow
+def test_a_short_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    threads = torch.get_num_threads()
+    short = ["--", "--data.init_args.batch_size=16", "--trainer.max_epochs=1", "--trainer.limit_train_batches=4"]
+    few = ["--seeds", "1", "--checkpoints", "1", "--batches", "2", "--draws", "3", "--threads", "1"]
+    sigma_and_head.main(["--output", str(tmp_path), *few, *short])
+    rows = {row["setting"]: row for row in read_table(tmp_path / "accuracy.csv")}
+    assert {name: float(row["queries_per_sample"]) for name, row in rows.items()} == {
+        BASE: 80, "token sigma": 80, "exact head": 60, "exact head, its queries given": 80, "both, queries given": 80,
+    }  # fmt: skip
+    variances = read_table(tmp_path / "variance.csv")
+    assert len(variances) == 5 * 2 * 4
+    heads = [float(row["variance"]) for row in variances if row["site"] == "head" and "exact" in row["setting"]]
+    assert max(heads) == pytest.approx(0.0, abs=1e-9)
+    before = (tmp_path / "accuracy.csv").read_text()
+    sigma_and_head.main(["--output", str(tmp_path), *few, *short])  # what is done is not done again
+    assert (tmp_path / "accuracy.csv").read_text() == before
+    with pytest.raises(SystemExit):  # nor another study mixed with it
+        sigma_and_head.main(["--output", str(tmp_path), *few, "--draws", "4", *short])
+    assert "| both, queries given |" in (tmp_path / "sigma_and_head.md").read_text()
+    torch.set_num_threads(threads)

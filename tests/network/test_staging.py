@@ -1,0 +1,342 @@
+from __future__ import annotations
+
+import copy
+import pickle
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.models.vision_transformer import Block, ParallelScalingBlock, ParallelThingsBlock
+from torch import Tensor, nn
+
+from flops_lightning.errors import SettingError
+from flops_lightning.network.staging import Stage, StagedNetwork, stage_network
+from flops_lightning.strategies.sites import SiteSpec, resolve_sites
+from tests.reference.networks import TokenMean, freeze, shaken, tiny_vit
+
+VITS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "pre_norm": {"pre_norm": True},
+    "registers": {"reg_tokens": 3},
+    "registers without positions": {"reg_tokens": 2, "no_embed_class": True},
+    "avg": {"global_pool": "avg"},
+    "avg with registers": {"global_pool": "avg", "reg_tokens": 2},
+    "avg with prefix": {"global_pool": "avg", "pool_include_prefix": True},
+    "avg without class token": {"global_pool": "avg", "class_token": False},
+    "max": {"global_pool": "max"},
+    "avgmax": {"global_pool": "avgmax"},
+    "map": {"global_pool": "map"},
+    "map without class token": {"global_pool": "map", "class_token": False},
+    "no pooling": {"global_pool": ""},
+    "no position": {"pos_embed": "none"},
+    "no final norm": {"final_norm": False},
+    "fc_norm": {"fc_norm": True},
+    "qk_norm and layer scale": {"qk_norm": True, "init_values": 0.5},
+    "normed attention and mlp": {"scale_attn_norm": True, "scale_mlp_norm": True},
+    "drop": {"drop_rate": 0.3, "drop_path_rate": 0.3, "attn_drop_rate": 0.3, "patch_drop_rate": 0.3},
+    "parallel scaling": {"block_fn": ParallelScalingBlock},
+    "parallel things": {"block_fn": ParallelThingsBlock},
+    "no classes": {"num_classes": 0},
+    "one block": {"depth": 1},
+}
+
+
+@pytest.fixture(params=VITS)
+def any_vit(request: pytest.FixtureRequest) -> nn.Module:
+    return tiny_vit(**VITS[request.param]).eval()
+
+
+@pytest.fixture
+def x(images: tuple[Tensor, Tensor]) -> Tensor:
+    return images[0]
+
+
+def assert_prefixes_fit(module: nn.Module, x: Tensor) -> None:
+    """Wherever the network is cut, the two parts give what the whole gives."""
+    network = stage_network(module)
+    whole = network.run(x)
+    torch.testing.assert_close(whole, module(x), rtol=1e-12, atol=1e-14)  # products of other shapes round otherwise
+    for i in range(len(network) + 1):
+        torch.testing.assert_close(network.run(network.run(x, 0, i), i), whole, rtol=0, atol=0)
+
+
+def test_of_the_last_block_only_the_tokens_that_are_read_are_computed(any_vit: nn.Module, x: Tensor) -> None:
+    network = stage_network(any_vit)
+    pool = network.stages[-2]
+    h = network.run(x, 0, len(network) - 2)
+    block = any_vit.blocks[-1]
+    if pool.narrows and type(block) is Block and isinstance(block.attn.norm, nn.Identity):
+        assert h.shape[1] == 1
+        whole = any_vit.blocks[-1](network.run(x, 0, len(network) - 3))
+        torch.testing.assert_close(h, whole[:, :1], rtol=1e-12, atol=1e-14)
+    else:
+        assert h.shape[1] > 1
+
+
+@pytest.mark.parametrize("option", [{"scale_attn_norm": True}, {"qk_norm": True, "init_values": 0.1}])
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_last_block_of_other_kinds_gives_what_timm_gives(option: dict[str, Any], fused: bool, x: Tensor) -> None:
+    vit = shaken(tiny_vit(**option)).eval()
+    for block in vit.blocks:
+        block.attn.fused_attn = fused
+    torch.testing.assert_close(stage_network(vit).run(x), vit(x), rtol=1e-12, atol=1e-14)
+
+
+def test_prefix_and_suffix_of_a_vit(any_vit: nn.Module, x: Tensor) -> None:
+    assert_prefixes_fit(any_vit, x)
+
+
+def test_prefix_and_suffix_at_another_image_size() -> None:
+    vit = tiny_vit(dynamic_img_size=True).eval()
+    x = torch.randn(2, 1, 12, 16, dtype=torch.float64)
+    assert_prefixes_fit(vit, x)
+
+
+def test_prefix_and_suffix_of_a_sequential(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+    assert_prefixes_fit(tokens_net, tokens[0])
+
+
+def test_a_module_used_twice_runs_twice(tokens: tuple[Tensor, Tensor]) -> None:
+    act = nn.SiLU()
+    assert_prefixes_fit(shaken(nn.Sequential(nn.Linear(3, 4), act, nn.Linear(4, 4), act, nn.Linear(4, 2))), tokens[0])
+
+
+def test_a_sequential_with_a_forward_of_its_own_is_refused() -> None:
+    class Doubled(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    with pytest.raises(SettingError, match="network = 'Doubled'"):
+        stage_network(Doubled(nn.Linear(3, 3), nn.Linear(3, 2)))
+
+
+def test_a_stage_depends_on_the_tokens_it_reads_and_on_no_others(any_vit: nn.Module, x: Tensor) -> None:
+    network = stage_network(any_vit)
+    for i, stage in enumerate(network.stages):
+        if stage.reads is None:
+            continue
+        h = network.run(x, 0, i)
+        clean = stage.run(h)
+        others = h.clone()
+        others[:, stage.reads] = 0.0
+        torch.testing.assert_close(stage.run(h + others), clean, rtol=0, atol=0)
+        for t in range(h.shape[1])[stage.reads]:
+            moved = h.clone()
+            moved[:, t] += torch.linspace(1, 2, h.shape[2], dtype=h.dtype)
+            assert not torch.equal(stage.run(moved), clean), f"token {t} is said to be read and is not"
+
+
+def test_a_stage_that_narrows_needs_only_the_tokens_it_reads(any_vit: nn.Module, x: Tensor) -> None:
+    network = stage_network(any_vit)
+    for i, stage in enumerate(network.stages):
+        if stage.narrows:
+            h = network.run(x, 0, i)
+            torch.testing.assert_close(network.run(h[:, stage.reads], i), network.run(h, i), rtol=1e-13, atol=1e-13)
+
+
+def test_the_class_token_alone_is_read_where_it_is_the_pooled_one() -> None:
+    reads = {name: stage_network(tiny_vit(**kwargs)).stages[-2].reads for name, kwargs in VITS.items()}
+    assert reads["plain"] == reads["registers"] == slice(0, 1)
+    assert reads["avg"] == slice(1, None)
+    assert reads["avg with registers"] == slice(3, None)
+    assert reads["avg with prefix"] is reads["map"] is reads["no pooling"] is None
+
+
+def test_tokenwise_modules_reach_their_own_token_only(any_vit: nn.Module, x: Tensor) -> None:
+    network = stage_network(any_vit)
+    for i, stage in enumerate(network.stages):
+        h = network.run(x, 0, i)
+        clean = stage.run(h)
+        token = 0 if min(clean[0].numel(), h[0].numel()) == any_vit.embed_dim else 2  # one token alone is read
+        for name in stage.tokenwise:
+
+            def move(_: nn.Module, __: Any, output: Tensor, token: int = token) -> Tensor:
+                output = output.clone()
+                output[:, token] += 1.0
+                return output
+
+            handle = any_vit.get_submodule(name).register_forward_hook(move)
+            changed = stage.run(h) != clean
+            handle.remove()
+            if stage.reads is None:
+                assert changed.flatten(2).any(2).any(0).nonzero().flatten().tolist() == [token], name
+            else:  # the stage pools: the token is read, or it changes nothing
+                read = token in range(*stage.reads.indices(h.shape[1]))
+                assert bool(changed.any()) <= read, name
+
+
+# Ownership
+
+
+def meta_vit(name: str) -> nn.Module:
+    with torch.device("meta"):
+        return timm.create_model(name)
+
+
+def owners(network: StagedNetwork, specs: list[SiteSpec]) -> Counter[str]:
+    return Counter(name for site in resolve_sites(network, specs) for name in site.parameters)
+
+
+WHOLE = ["embed", "head"]
+
+
+@pytest.mark.parametrize("name", ["vit_base_patch16_224", "vit_large_patch16_224"])
+@pytest.mark.parametrize(
+    ("specs", "frozen"),
+    [
+        ([], []),
+        ([SiteSpec(WHOLE, kind="block")], []),
+        ([SiteSpec(WHOLE, kind="linear")], ["cls_token", "pos_embed"]),
+        ([SiteSpec(WHOLE, kind="linear", together=True)], ["cls_token", "pos_embed"]),
+        ([SiteSpec(["embed"]), SiteSpec(["blocks.0", "blocks.11"], kind="linear")], "after blocks.11"),
+    ],
+    ids=["default", "block", "linear", "together", "mixed"],
+)
+def test_every_tensor_of_a_big_vit_has_one_owner(name: str, specs: list[SiteSpec], frozen: Any) -> None:
+    vit = meta_vit(name)
+    network = stage_network(vit)
+    if isinstance(frozen, str):
+        after = network.index[frozen.removeprefix("after ")]
+        frozen = [n for n, _ in vit.named_parameters() if any(s.owns(n) for s in network.stages[after + 1 :])]
+    freeze(vit, *frozen)
+    expected = {n for n, _ in vit.named_parameters()} - set(frozen)
+    assert len(expected) + len(frozen) == {"vit_base_patch16_224": 152, "vit_large_patch16_224": 296}[name]
+    found = owners(network, specs)
+    assert set(found) == expected
+    assert set(found.values()) == {1}
+    assert set(network.frozen()) == set(frozen)
+
+
+def test_the_paper_s_layout_of_vit_base() -> None:
+    """Appendix C.1: three groups of four blocks, and the head."""
+    sites = resolve_sites(stage_network(meta_vit("vit_base_patch16_224")), [])
+    network = stage_network(meta_vit("vit_base_patch16_224"))
+    ends = [(site.name, network.stages[site.first].name, network.stages[site.last].name) for site in sites]
+    assert ends == [
+        ("group1", "embed", "blocks.3"),
+        ("group2", "blocks.4", "blocks.7"),
+        ("group3", "blocks.8", "blocks.11"),
+        ("head", "pool", "head"),
+    ]
+    assert [site.tokens for site in sites] == [None, None, slice(0, 1), None]
+
+
+@pytest.mark.parametrize("depth", range(1, 8))
+def test_the_default_layout_owns_everything_at_any_depth(depth: int) -> None:
+    vit = tiny_vit(depth=depth)
+    found = owners(stage_network(vit), [])
+    assert found == Counter({name: 1 for name, _ in vit.named_parameters()})
+
+
+# Nothing is copied
+
+
+def test_staging_leaves_the_network_as_it_is(vit: nn.Module) -> None:
+    attributes = {name: set(vars(module)) for name, module in vit.named_modules()}
+    before = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in vit.state_dict().items()}
+    network = stage_network(vit)
+    after = vit.state_dict()
+    assert network.module is vit
+    assert {id(p) for p in network.trainable().values()} == {id(p) for p in vit.parameters()}
+    assert list(after) == list(before)
+    for name, (pointer, value) in before.items():
+        assert after[name].data_ptr() == pointer
+        torch.testing.assert_close(after[name], value, rtol=0, atol=0)
+    assert {name: set(vars(module)) for name, module in vit.named_modules()} == attributes
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda network: pickle.loads(pickle.dumps(network))])
+@pytest.mark.parametrize("build", [tiny_vit, lambda: shaken(nn.Sequential(nn.Flatten(), nn.Linear(64, 5)))])
+def test_the_stages_of_a_copy_are_those_of_the_copied_network(
+    duplicate: Callable[[StagedNetwork], StagedNetwork], build: Callable[[], nn.Module], x: Tensor
+) -> None:
+    network = stage_network(build().eval())
+    before = network.run(x)
+    twin = duplicate(network)
+    torch.testing.assert_close(twin.run(x), before, rtol=0, atol=0)
+    with torch.no_grad():
+        for parameter in twin.module.parameters():
+            parameter.mul_(1.5)
+    torch.testing.assert_close(twin.run(x), twin.module(x), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(network.run(x), before, rtol=0, atol=0)
+    assert not torch.allclose(twin.run(x), before)
+
+
+def test_modes_come_back_even_after_an_error(vit: nn.Module) -> None:
+    vit.train()
+    vit.blocks[1].eval()
+    vit.head.eval()
+    modes = {name: module.training for name, module in vit.named_modules()}
+
+    def inside() -> None:
+        with stage_network(vit).evaluating():
+            assert not any(module.training for module in vit.modules())
+            raise ArithmeticError
+
+    with pytest.raises(ArithmeticError):
+        inside()
+    assert {name: module.training for name, module in vit.named_modules()} == modes
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.BatchNorm1d(3), nn.BatchNorm2d(3), nn.SyncBatchNorm(3), timm.layers.BatchNormAct2d(3)]
+)
+def test_batch_normalisation_is_refused(norm: nn.Module) -> None:
+    with pytest.raises(SettingError, match=r"1\.0: .*batch normalisation.*GroupNorm"):
+        stage_network(nn.Sequential(nn.Linear(3, 3), nn.Sequential(norm)))
+
+
+def test_weights_tied_across_stages_are_refused() -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    net[1].weight = net[0].weight
+    with pytest.raises(SettingError, match=r"tied across \['0', '1'\].*Untie"):
+        stage_network(net)
+
+
+def test_weights_tied_within_a_stage_are_not() -> None:
+    net = nn.Sequential(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), TokenMean())
+    net[0][1].weight = net[0][0].weight
+    assert set(stage_network(net).trainable()) == {"0.0.weight", "0.0.bias", "0.1.bias"}
+
+
+@pytest.mark.parametrize(
+    "name", ["deit_tiny_distilled_patch16_224", "resnet18", "convnext_atto", "swin_tiny_patch4_window7_224"]
+)
+def test_other_networks_are_refused_with_a_remedy(name: str) -> None:
+    with pytest.raises(SettingError, match=r"VisionTransformer.*StagedNetwork"):
+        stage_network(meta_vit(name))
+
+
+def test_lazy_parameters_are_refused() -> None:
+    with pytest.raises(SettingError, match=r"lazy.*forward pass"):
+        stage_network(nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2)))
+
+
+@pytest.mark.parametrize(
+    ("members", "owned"),
+    [([("0",), ("0", "1")], r"\['a', 'b'\]"), ([("0",), ()], r"\[\]"), ([("0",), ("1.w",)], r"\[\]")],
+)
+def test_stages_made_by_hand_must_own_every_parameter_once(members: list[tuple[str, ...]], owned: str) -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    stages = tuple(Stage(name, net[i], members[i]) for i, name in enumerate("ab"))
+    with pytest.raises(SettingError, match=f"belongs to the stages {owned}"):
+        StagedNetwork(net, stages)
+
+
+def test_names_that_only_begin_alike_are_not_owned() -> None:
+    stage = Stage("blocks.1", nn.Identity(), ("blocks.1",))
+    assert stage.owns("blocks.1")
+    assert stage.owns("blocks.1.weight")
+    assert not stage.owns("blocks.10.weight")
+
+
+def test_a_layer_used_twice_is_refused_as_tied() -> None:
+    layer = nn.Linear(3, 3)
+    with pytest.raises(SettingError, match=r"tied across \['0', '2'\]"):
+        stage_network(nn.Sequential(layer, nn.Tanh(), layer))

@@ -1,0 +1,126 @@
+"""Keyed noise: the same for the same key, and independent in every part of the key."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from flops_lightning.noise.keys import NoiseKey, row_seeds, standard_normal
+
+KEY = NoiseKey(seed=3, draw=5, site="blocks.1", rank=0)
+CPU = torch.device("cpu")
+
+
+def noise(key: NoiseKey, samples: list[int], queries: list[int], size: int = 8) -> Tensor:
+    seeds = row_seeds(key, np.array(samples), np.array(queries))
+    return standard_normal(seeds, (size,), device=CPU, dtype=torch.float64)
+
+
+def correlation_matrix(rows: Tensor) -> Tensor:
+    """Uncentred: the mean is known to be zero. Entries off the diagonal have the standard error 1 / sqrt(size)."""
+    return rows @ rows.T / rows.shape[1]
+
+
+def test_neighbouring_keys_are_independent() -> None:
+    """All pairs of 288 keys that differ by little: seeds, draws, sites, ranks, samples and queries."""
+    size, samples, queries = 3000, [0, 0, 0, 1, 1, 1, 2, 2, 2], [0, 1, 2] * 3
+    keys = [
+        NoiseKey(seed, draw, site, rank)
+        for seed, draw, site, rank in itertools.product((0, 1), (0, 1, 2, 3), ("blocks.0", "blocks.1"), (0, 1))
+    ]
+    rows = torch.cat([noise(key, samples, queries, size) for key in keys])
+    z = correlation_matrix(rows)[tuple(torch.triu_indices(len(rows), len(rows), 1))] * size**0.5
+    assert float(z.abs().max()) < 5.5  # 41328 pairs: one beyond 5.5 in 600 runs of independent noise
+    # Spread of the correlations: their mean square is 1 with standard error sqrt(2 / pairs).
+    assert abs(float(z.square().mean()) - 1) < 4 * (2 / len(z)) ** 0.5
+    assert abs(float(z.mean())) < 4 / len(z) ** 0.5
+
+
+def test_moments() -> None:
+    rows = noise(KEY, [0] * 400, list(range(400)), 501)
+    z = rows.flatten()
+    for power, moment, variance in [(1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)]:
+        error = (variance / len(z)) ** 0.5
+        assert abs(float((z**power).mean()) - moment) < 4 * error, power
+    # Nor may the place within the row matter, the last ones least of all (they do not fill a vector register).
+    assert float((rows.mean(0).abs() * 400**0.5).max()) < 5
+    assert float(((rows.var(0) - 1).abs() / (2 / 400) ** 0.5).max()) < 5.5
+
+
+@pytest.mark.parametrize("size", [1, 2, 15, 16, 17])
+def test_short_rows_are_independent_too(size: int) -> None:
+    rows = noise(KEY, [0] * 4000, list(range(4000)), size)
+    covariance = rows.T @ rows / len(rows) - torch.eye(size, dtype=rows.dtype)
+    assert float(covariance.abs().max()) < 5.5 * (2 / len(rows)) ** 0.5
+    # Rows one after the other, as sums over the queries of a sample see them.
+    lagged = (rows[1:] * rows[:-1]).mean(0) * (len(rows) - 1) ** 0.5
+    assert float(lagged.abs().max()) < 5
+
+
+@given(
+    rows=st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 100000)), min_size=1, max_size=12),
+    order=st.randoms(use_true_random=False),
+)
+def test_a_row_depends_on_its_key_and_not_on_the_other_rows(rows: list[tuple[int, int]], order: random.Random) -> None:
+    alone = {row: noise(KEY, [row[0]], [row[1]]) for row in rows}
+    shuffled = order.sample(rows, len(rows))
+    together = noise(KEY, [b for b, _ in shuffled], [q for _, q in shuffled])
+    for row, z in zip(shuffled, together, strict=True):
+        torch.testing.assert_close(z, alone[row][0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        replace(KEY, seed=4),
+        replace(KEY, seed=3 + 2**32),
+        replace(KEY, seed=-3),
+        replace(KEY, draw=6),
+        replace(KEY, site="blocks.10"),
+        replace(KEY, rank=1),
+        # The same numbers in other places
+        replace(KEY, seed=5, draw=3),
+        replace(KEY, draw=0, rank=5),
+    ],
+)
+def test_every_part_of_the_key_counts(other: NoiseKey) -> None:
+    ours, theirs = noise(KEY, [0, 1], [1, 0], 3000), noise(other, [0, 1], [1, 0], 3000)
+    z = correlation_matrix(torch.cat([ours, theirs])) * 3000**0.5
+    assert float(z[:2, 2:].abs().max()) < 4.5
+    assert abs(float(z[0, 1])) < 4.5  # (sample 0, query 1) and (sample 1, query 0)
+
+
+def test_seeds_hardly_collide() -> None:
+    """10^5 rows over 2^32 seeds: 1.2 coinciding pairs are expected, 9 or more have a probability of 10^-5."""
+    samples, queries = np.divmod(np.arange(100_000), 100)
+    seeds = row_seeds(KEY, samples, queries)
+    assert min(seeds) >= 0
+    assert max(seeds) < 2**32
+    assert len(seeds) - len(set(seeds)) < 9
+
+
+def test_no_other_generator_is_touched() -> None:
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
+    noise(KEY, [0, 1], [0, 0])
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (np.random.get_state()[1] == before[1]).all()  # noqa: NPY002
+    assert random.getstate() == before[2]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float64, torch.float64)],
+)
+def test_half_precision_gets_float32_noise(dtype: torch.dtype, expected: torch.dtype) -> None:
+    z = standard_normal([1, 2], (3, 4), device=CPU, dtype=dtype)
+    assert z.dtype == expected
+    assert z.shape == (2, 3, 4)
+    torch.testing.assert_close(z, standard_normal([1, 2], (3, 4), device=CPU, dtype=expected), rtol=0, atol=0)

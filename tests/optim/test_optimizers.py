@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from flops_lightning.errors import SettingError
+from flops_lightning.optim.optimizers import (
+    ClipSettings,
+    OptimizerSettings,
+    build_optimizer,
+    build_schedule,
+    clip_gradients,
+    lr_factor,
+    squared_step_sizes,
+)
+from tests.reference.networks import tiny_vit
+
+
+def test_schedule_rises_linearly_and_falls_as_half_a_cosine() -> None:
+    factors = [lr_factor(step, schedule="cosine", warmup_steps=4, total_steps=14) for step in range(15)]
+    assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert factors[9] == pytest.approx(0.5)
+    assert factors[14] == pytest.approx(0.0)
+    assert factors[6] == pytest.approx(0.5 * (1 + math.cos(0.2 * math.pi)))
+    assert lr_factor(1000, schedule="constant", warmup_steps=4, total_steps=math.inf) == 1.0
+
+
+def test_cosine_without_an_end_is_refused() -> None:
+    settings = OptimizerSettings(schedule="cosine")
+    with pytest.raises(SettingError, match=r"Set trainer.max_epochs or max_steps"):
+        build_schedule(build_optimizer(nn.Linear(2, 2), settings), settings, math.inf)
+
+
+@pytest.mark.parametrize(
+    ("name", "family"), [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD)]
+)
+def test_decay_spares_vectors_and_frozen_parameters_are_left_out(name: str, family: type) -> None:
+    module = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
+    module[0].weight.requires_grad_(False)
+    optimizer = build_optimizer(nn.Sequential(module, nn.Linear(2, 2)), OptimizerSettings(name=name, weight_decay=0.1))
+    assert type(optimizer) is family
+    decays = {tuple(p.shape): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    assert decays == {(2, 2): 0.1, (2,): 0.0}
+
+
+def test_clipping_keeps_directions_and_bounds_norms() -> None:
+    module = nn.ModuleDict({"attn": nn.Linear(3, 3), "mlp": nn.Linear(3, 3)})
+    for p in module.parameters():
+        p.grad = torch.randn_like(p)
+    before = {n: p.grad.clone() for n, p in module.named_parameters()}
+    named = [(f"blocks.0.{n}", p) for n, p in module.named_parameters()]
+    norm = clip_gradients(named, ClipSettings(norm=0.5, attention_norm=0.25))
+    assert float(norm) == pytest.approx(float(torch.cat([g.flatten() for g in before.values()]).norm()))
+    for part, bound in (("attn", 0.25), ("mlp", 0.5)):
+        clipped = torch.cat([p.grad.flatten() for n, p in named if part in n])
+        original = torch.cat([g.flatten() for n, g in before.items() if part in n])
+        assert float(clipped.norm()) == pytest.approx(bound, rel=1e-4)
+        assert float(torch.cosine_similarity(clipped, original, dim=0)) == pytest.approx(1.0)
+
+
+def test_squared_step_sizes_are_those_of_the_step() -> None:
+    layer = torch.nn.Linear(3, 2, dtype=torch.float64)
+    optimizer = build_optimizer(layer, OptimizerSettings(lr=1.0))
+    assert squared_step_sizes(optimizer, dict(layer.named_parameters())) == {}
+    layer(torch.randn(5, 3, dtype=torch.float64)).square().sum().backward()
+    before = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    optimizer.step()
+    sizes = squared_step_sizes(optimizer, dict(layer.named_parameters()))
+    for name, parameter in layer.named_parameters():
+        # The first step of Adam has no memory of another gradient.
+        assert parameter.grad is not None
+        torch.testing.assert_close((parameter - before[name]).square(), sizes[name] * parameter.grad.square())
+
+
+def test_only_adam_preconditions() -> None:
+    layer = torch.nn.Linear(3, 2)
+    optimizer = build_optimizer(layer, OptimizerSettings(name="sgd"))
+    with pytest.raises(SettingError, match=r"allocator.metric = 'preconditioned': SGD does not precondition"):
+        squared_step_sizes(optimizer, dict(layer.named_parameters()))
+
+
+def test_layers_decay_from_the_head_down() -> None:
+    vit = tiny_vit()
+    settings = OptimizerSettings(lr=0.1, weight_decay=0.2, layer_decay=0.5)
+    optimizer = build_optimizer(vit, settings)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    by_name = {name: rates[id(p)] for name, p in vit.named_parameters()}
+    assert by_name["head.weight"] == pytest.approx(0.1)
+    for block in range(3):
+        assert by_name[f"blocks.{block}.mlp.fc1.weight"] == pytest.approx(0.1 * 0.5 ** (3 - block))
+    assert by_name["pos_embed"] == by_name["patch_embed.proj.weight"] == pytest.approx(0.1 * 0.5**4)
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert {decays[id(p)] for p in vit.parameters() if p.ndim <= 1} == {0.0}
+    assert decays[id(vit.blocks[0].mlp.fc1.weight)] == 0.2
+    schedule = build_schedule(optimizer, OptimizerSettings(lr=0.1, warmup_steps=4), 100)
+    assert max(schedule.get_last_lr()) == pytest.approx(0.02), "the schedule scales every layer's own rate"
+
+
+def test_squared_step_sizes_know_the_rates_of_layers() -> None:
+    vit = tiny_vit()
+    optimizer = build_optimizer(vit, OptimizerSettings(lr=0.1, layer_decay=0.5))
+    for p in vit.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    weights = squared_step_sizes(optimizer, dict(vit.named_parameters()))
+    head, block = weights["head.weight"], weights["blocks.2.mlp.fc1.weight"]
+    assert float(block.mean() / head.mean()) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("setting", [{"layer_decay": 0.0}, {"layer_decay": 1.1}, {"accumulate_grad_batches": 0}])
+def test_numbers_that_make_no_sense_are_refused(setting: dict[str, float]) -> None:
+    with pytest.raises(SettingError, match=next(iter(setting))):
+        OptimizerSettings(**setting).check()

@@ -1,0 +1,412 @@
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from itertools import count
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+
+from flops_lightning.allocators import EqualAllocator, GaussianAllocator
+from flops_lightning.callbacks import QueryAllocatorCallback
+from flops_lightning.cli.command import main
+from flops_lightning.datamodules import DigitsDataModule
+from flops_lightning.datamodules.global_batches import GlobalBatches
+from flops_lightning.errors import SettingError
+from flops_lightning.network.process_memory import held, restart_peak
+from flops_lightning.plan.cost import Cost, typical_seconds
+from flops_lightning.plan.length import Epoch
+from flops_lightning.plan.memory import StepMemory, lasting_bytes
+from flops_lightning.plan.plan import Plan, make_plan
+from flops_lightning.plan.table import text
+from flops_lightning.strategies import SPSA, Backprop, CoordinateFiniteDifferences, LikelihoodRatio, MeZO, SiteSpec
+from flops_lightning.strategies.costs import site_costs
+from flops_lightning.tasks import ForwardImageClassifier
+
+REPOSITORY = Path(__file__).parents[2]
+TINY = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0}
+SITES = [
+    SiteSpec(["embed", "blocks.0"], queries_per_sample=4),
+    SiteSpec(["blocks.1"], queries_per_sample=6, name="top"),
+    SiteSpec(["pool", "head"], queries_per_sample=2),
+]
+LEAN = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+
+
+def task(strategy, **settings) -> ForwardImageClassifier:
+    if isinstance(strategy, CoordinateFiniteDifferences):  # elsewhere what a step costs is a matter of its mask
+        settings["freeze"] = ["cls_token", "pos_embed", "patch_embed.*", "blocks.*", "norm.*"]
+    return ForwardImageClassifier(
+        model_name="vit_tiny_patch16_224", num_classes=10, model_kwargs=TINY, strategy=strategy, **settings
+    )
+
+
+def allocation(strategy: str) -> list[QueryAllocatorCallback]:
+    return {
+        "pilots": [QueryAllocatorCallback(allocator=GaussianAllocator(traces={"source": "pilots"}))],
+        "equal": [QueryAllocatorCallback(allocator=EqualAllocator())],
+    }.get(strategy, [])
+
+
+STRATEGIES = {
+    "likelihood ratio": lambda: LikelihoodRatio(sites=SITES, seed=0),
+    "pilots": lambda: LikelihoodRatio(sites=SITES, pilots={"sites": "top", "queries": 4}, seed=0),
+    "site by site": lambda: LikelihoodRatio(sites=SITES, update="site_by_site", seed=0),
+    "equal": lambda: SPSA(sites=SITES, seed=0),
+    "mezo": lambda: MeZO(seed=0),
+    "coordinates": lambda: CoordinateFiniteDifferences(coordinates=5, grasp_queries=4, seed=0),
+    "backprop": Backprop,
+}
+
+
+def planned(method="likelihood ratio", batch_size=500, **settings) -> Plan:
+    """A plan measured in a blink: by a clock that moves by itself, after each of a few steps."""
+    given = {**LEAN, "callbacks": allocation(method), "max_epochs": 1, **settings}
+    ticks = count()
+    return make_plan(
+        task(STRATEGIES[method]()),
+        DigitsDataModule(batch_size=batch_size),
+        given,
+        seconds=1,
+        backprop=False,
+        clock=lambda: float(next(ticks)),
+    )
+
+
+# -- numbers against those of a real run -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", list(STRATEGIES))
+def test_steps_queries_and_compute_are_those_that_a_fit_counts(strategy):
+    plan = planned(strategy, max_epochs=2)
+    run = task(STRATEGIES[strategy]())
+    trainer = Trainer(
+        **LEAN, callbacks=allocation(strategy), max_epochs=2, enable_checkpointing=False, limit_val_batches=0
+    )
+    trainer.fit(run, datamodule=DigitsDataModule(batch_size=500))
+    spent = run.strategy.meter.total()
+    assert plan.steps == trainer.global_step == 6  # batches of 500, 500 and 257, twice
+    assert plan.samples == 2 * 1257
+    assert plan.queries == spent.queries
+    assert plan.forward_equivalents == pytest.approx(spent.forward_equivalents, rel=1e-9)
+    by_site = {site.name: site.queries * plan.samples for site in plan.own.sites}
+    once = plan.own.cost.queries_once
+    assert sum(by_site.values()) + once == pytest.approx(spent.queries)
+    for name, counted in run.strategy.meter.sites.items():
+        if counted.queries and not once:
+            assert by_site[name] == pytest.approx(counted.queries)
+
+
+def test_a_step_is_split_by_site_with_what_a_query_costs_there():
+    plan = planned(batch_size=64, limit_train_batches=3)
+    bound = task(STRATEGIES["likelihood ratio"]())
+    costs = site_costs(bound.network, bound.strategy.sites, torch.zeros(1, 1, 8, 8))
+    clean, *sites = plan.own.sites
+    assert (clean.name, clean.queries, clean.query_cost, clean.forward_equivalents) == ("clean", 0, None, 1)
+    assert {site.name: site.queries for site in sites} == {"embed..blocks.0": 4, "top": 6, "pool..head": 2}
+    for site in sites:
+        assert site.query_cost == pytest.approx(costs.query[site.name])
+        whole = site.queries * costs.query[site.name] + costs.gradient[site.name]
+        assert site.forward_equivalents == pytest.approx(whole)
+    assert plan.own.cost.forward_equivalents == pytest.approx(sum(site.forward_equivalents for site in plan.own.sites))
+
+
+def test_what_is_spent_before_all_steps_counts_once():
+    cost = planned("coordinates").own.cost
+    assert cost.queries_once > 0
+    assert planned("coordinates", max_epochs=3).queries == round(cost.queries_once + 3 * 1257 * cost.queries)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_epochs": 3},
+        {"max_epochs": 5, "check_val_every_n_epoch": 2},
+        {"max_epochs": 2, "val_check_interval": 0.5},
+        {"max_epochs": 2, "val_check_interval": 2},
+        {"max_steps": 7, "max_epochs": -1},
+        {"max_steps": 7, "max_epochs": 2, "limit_train_batches": 3},
+        {"max_steps": 7, "val_check_interval": 3, "check_val_every_n_epoch": None},
+        {"max_epochs": 2, "limit_train_batches": 0.6, "limit_val_batches": 1},
+        {"max_epochs": 2, "limit_val_batches": 0},
+        {"max_epochs": 5, "max_steps": 100, "overfit_batches": 2},
+        {"fast_dev_run": 2},
+    ],
+)
+def test_steps_and_validations_are_those_of_the_trainer(settings):
+    seen = {"steps": 0, "validations": 0, "batches": 0}
+
+    class Counting(ForwardImageClassifier):
+        def training_step(self, batch, batch_idx):
+            seen["steps"] += 1
+            super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch, batch_idx):
+            seen["batches"] += 1
+
+        def on_validation_epoch_end(self):
+            seen["validations"] += 1
+
+    backprop = {"model_name": "vit_tiny_patch16_224", "num_classes": 10, "model_kwargs": TINY}
+    quiet = {**LEAN, "enable_checkpointing": False, "num_sanity_val_steps": 0}
+    Trainer(**{**quiet, **settings}).fit(
+        Counting(**backprop, strategy=Backprop()), datamodule=DigitsDataModule(batch_size=300)
+    )
+    plan = planned("backprop", batch_size=300, **{"max_epochs": None, **settings})
+    assert plan.steps == seen["steps"]
+    assert plan.validations == seen["validations"]
+    assert plan.validations * plan.own.validation_batches == seen["batches"]
+
+
+def test_accumulated_batches_make_fewer_steps_of_the_optimiser():
+    epoch = Epoch.of(1257, 64, 20)
+    # An epoch makes 7 of them, the last of two batches.
+    assert epoch.steps_until(max_epochs=-1, max_steps=9, accumulate=3) == 20 + 2 * 3
+    assert epoch.steps_until(max_epochs=1, max_steps=9, accumulate=3) == 20
+
+
+def test_without_an_end_the_whole_is_unknown():
+    plan = planned(max_epochs=-1)
+    assert (plan.steps, plan.samples, plan.queries, plan.forward_equivalents) == (None,) * 4
+    assert plan.seconds(plan.own) is None
+    assert "3 an epoch, unknown in all" in text(plan)
+    assert re.search(r"the whole fit +unknown", text(plan))
+
+
+def test_an_epoch_of_unknown_length_needs_a_number_of_steps():
+    epoch = Epoch.of(None, 8, float("inf"))
+    assert epoch.steps_until(max_epochs=4, max_steps=-1) is None
+    assert epoch.steps_until(max_epochs=4, max_steps=30) == 30
+    assert epoch.samples_of(30) == 240
+    assert epoch.validations(30, every_epochs=1, interval=1.0) == 0
+    assert epoch.validations(30, every_epochs=None, interval=7) == 4
+
+
+def test_of_several_processes_one_is_measured_with_its_share(monkeypatch):
+    monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("a process was launched"))
+    monkeypatch.setattr("multiprocessing.Process.start", lambda *_: pytest.fail("a process was launched"))
+    plan = planned(batch_size=64, devices=2, strategy="ddp", max_epochs=2)
+    assert not torch.distributed.is_initialized()
+    assert plan.processes == 2
+    assert plan.own.epoch == Epoch(samples=629, batch_size=32, steps=20)
+    assert plan.steps == 40
+    assert plan.queries == 2 * 629 * 12
+    assert plan.own.validation_batches == 3  # 180 images, half of them in batches of 32
+    assert "share of one of 2 processes" in text(plan)
+    with pytest.raises(SettingError, match="cannot be divided evenly between 2 processes"):
+        planned(batch_size=33, devices=2, strategy="ddp")
+    with pytest.raises(SettingError, match="cannot clip under manual optimisation"):
+        planned(devices=2, strategy="ddp", gradient_clip_val=1.0)
+
+
+# -- time --------------------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Moves only when told to."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_the_time_of_the_whole_follows_from_that_of_its_parts():
+    clock = Clock()
+
+    class Timed(ForwardImageClassifier):
+        def training_step(self, batch, batch_idx):
+            super().training_step(batch, batch_idx)
+            first = self.trainer.global_step == 1
+            clock.now += 4.0 if first else 0.5
+
+        def on_train_epoch_start(self):
+            clock.now += 2.0 if self.current_epoch else 0.0
+
+        def validation_step(self, batch, batch_idx):
+            clock.now += 0.25
+
+    made = Timed(model_name="vit_tiny_patch16_224", num_classes=10, model_kwargs=TINY, strategy=Backprop())
+    settings = {**LEAN, "max_epochs": 100}
+    plan = make_plan(made, DigitsDataModule(batch_size=100), settings, seconds=20, clock=clock)  # 13 steps an epoch
+    assert plan.own.cost.seconds == 0.5
+    assert plan.own.epoch_seconds == 2.0
+    assert (plan.own.validation_batches, plan.own.validation_seconds) == (2, 0.25)
+    start = 2 * 0.25  # validation beforehand
+    assert plan.seconds(plan.own) == start + 4.0 + (1300 - 1) * 0.5 + 99 * 2.0 + 100 * 2 * 0.25
+    assert clock.now == pytest.approx(start + 4.0 + 0.5 + 20, abs=2.0)  # warmed up, then 20 seconds
+
+
+def test_a_burst_of_another_process_does_not_count_and_what_is_done_every_so_often_does():
+    assert typical_seconds([0.5, 0.5, 9.0, 0.5]) == 0.5
+    steps = ([1.0] * 9 + [11.0]) * 8
+    assert typical_seconds(steps, period=10) == 2.0
+    steps[25] = 500.0
+    assert typical_seconds(steps, period=10) == 2.0
+    assert typical_seconds([1.0, 1.0, 11.0, 1.0], period=10) == 1.0  # too few to tell
+
+
+def test_a_run_of_one_step_is_its_own_measurement():
+    plan = planned(max_steps=1, max_epochs=-1)
+    assert plan.queries == 500 * 12
+    assert plan.own.cost.seconds == plan.own.cost.seconds_once
+    assert Cost.of({"queries": [6.0], "forward_equivalents": [3.0]}, [3], seconds=1, seconds_once=1).queries == 2
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(held("VmHWM") is None or not restart_peak(), reason="the system does not tell the peak memory")
+def test_the_peak_is_what_lasts_and_what_comes_and_goes():
+    module = nn.Linear(1024, 1024, bias=False)  # 4 MiB
+    optimizer = torch.optim.Adam(module.parameters())
+    module.weight.grad = torch.ones_like(module.weight)
+    optimizer.step()
+    assert lasting_bytes(module, [optimizer]) == 4 * 4 * 2**20 + 4  # weight, gradient, two moments, a count
+    torch.ones(2**26)  # 256 MiB that are gone before
+    memory = StepMemory(module, [optimizer], torch.device("cpu"))
+    torch.ones(2**24)  # 64 MiB
+    assert memory.peak() == pytest.approx(16 + 64, rel=0.05)
+
+
+# -- nothing stays -----------------------------------------------------------------------------------------------------
+
+
+def files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def test_nothing_is_left_behind(tmp_path):
+    callbacks = [ModelCheckpoint(dirpath="weights", every_n_train_steps=1), *allocation("equal")]
+    kept = list(callbacks)
+    data = DigitsDataModule(batch_size=500)
+    settings = {"accelerator": "cpu", "max_epochs": 3, "callbacks": callbacks, "default_root_dir": "runs"}
+    plan = make_plan(task(STRATEGIES["equal"]()), data, settings, seconds=0.1)
+    assert plan.left_out == ("ModelCheckpoint",)
+    assert plan.backprop is not None
+    assert callbacks == kept
+    assert data.batch_size == 500
+    assert files(tmp_path) == []
+    assert not list((tmp_path / "temporary").iterdir())
+
+
+# -- the command line --------------------------------------------------------------------------------------------------
+
+
+QUICKSTART = [
+    "plan", "--config", str(REPOSITORY / "configs/vit_tiny_digits.yaml"), "--model.init_args.checkpoint", "",
+]  # fmt: skip
+
+
+@pytest.fixture
+def refused(capsys):
+    def run(*args: str) -> str:
+        with pytest.raises(SystemExit) as leaving:
+            main(list(args))
+        assert leaving.value.code == 2
+        return capsys.readouterr().err.splitlines()[-1].removeprefix("error: ")
+
+    return run
+
+
+def test_the_command_says_what_the_quickstart_costs(capsys, tmp_path):
+    main([*QUICKSTART, "--seconds", "1"])
+    lines = {line[:22].strip(): line[22:].split() for line in capsys.readouterr().out.splitlines() if line}
+    assert " ".join(lines["run"]).startswith("LikelihoodRatio with GaussianAllocator, on cpu")
+    assert " ".join(lines["samples of an epoch"]) == "1,257, in batches of 64"
+    assert " ".join(lines["steps"]) == "20 an epoch, 240 in all"
+    assert " ".join(lines["validations"]) == "12, of 3 batches each"
+    assert [lines[site][0] for site in ("lower", "middle", "top", "head", "all")] == ["1,280"] * 4 + ["5,120"]
+    assert lines["the whole run"][0] == f"{12 * 1257 * 80:,}"
+    own, backprop = (float(seconds) for seconds in lines["seconds a step"])
+    assert 0 < backprop < own
+    assert lines["forward-equivalents"][1] == f"{3 * 64}"
+    assert lines["Not in the time: what"] == ["RunSummary", "does."]
+    assert files(tmp_path) == []
+
+
+def test_overlays_and_settings_hold_as_for_fit(capsys):
+    overlay = str(REPOSITORY / "configs/method/bp.yaml")
+    main([*QUICKSTART, "--config", overlay, "--trainer.max_steps", "30", "--data.batch_size", "32", "--seconds", "0.1"])
+    said = capsys.readouterr().out
+    assert re.search(r"^run +Backprop, on cpu", said, re.MULTILINE)
+    assert re.search(r"^steps +40 an epoch, 30 in all", said, re.MULTILINE)
+    assert said.count("Backprop") == 2  # in the first line and as the one column
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--ckpt_path", "x.ckpt"], "ckpt_path = 'x.ckpt': a plan goes on from no run. Leave it out"),
+        (["--seconds", "0"], "seconds = 0.0: leaves no time to measure. Write for example 10."),
+        (["--second", "3"], "--second is not a setting. Did you mean `seconds`?"),
+        (["--trainer.max_epoch", "3"], "--trainer.max_epoch is not a setting. Did you mean `max_epochs`?"),
+        (["--trainer.max_epochs", "0"], "makes no step. Set these limits above 0, or -1 for none."),
+    ],
+)
+def test_a_mistake_is_named_with_its_remedy(args, message, refused):
+    assert message in refused(*QUICKSTART, *args)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--trainer.gradient_clip_val", "1"],
+        ["--trainer.precision", "16-true"],
+        ["--trainer.max_epochs", "-1"],  # the schedule is a cosine
+        ["--model.init_args.strategy", "null"],
+        ["--trainer.callbacks", "null"],  # and nobody reads the pilots
+        ["--data.batch_size", "0"],
+        ["--trainer.max_epochs", "x"],
+    ],
+)
+def test_what_a_fit_refuses_is_refused_in_the_same_words(args, refused):
+    planned, fitted = (refused(command, *QUICKSTART[1:], *args) for command in ("plan", "fit"))
+    assert planned == fitted
+    assert planned
+
+
+def test_what_lightning_refuses_of_a_fit_it_refuses_of_a_plan():
+    with pytest.raises(ValueError, match=r"`val_check_interval` \(4\) must be less than or equal"):
+        planned("backprop", val_check_interval=4)
+
+
+def test_without_a_derivative_there_is_no_backprop():
+    settings = {**LEAN, "max_epochs": 1}
+    made = task(STRATEGIES["likelihood ratio"](), loss="flops_lightning.objectives.zero_one_error")
+    plan = make_plan(made, DigitsDataModule(batch_size=500), settings, seconds=0.01)
+    assert plan.backprop is None
+    assert "has no derivative." in plan.no_backprop
+    assert f"Backprop: {plan.no_backprop}" in text(plan)
+
+
+def test_a_module_that_does_not_tell_what_it_spends_is_refused():
+    with pytest.raises(SettingError, match=r"LightningModule.*has no `strategy`"):
+        make_plan(LightningModule(), None, {**LEAN, "max_epochs": 1})
+
+
+def test_the_threads_are_told():
+    assert f"{torch.get_num_threads()} threads" in text(planned("mezo"))
+    assert os.listdir() == []  # noqa: PTH208
+
+
+@pytest.mark.parametrize(
+    ("samples", "batch_size", "processes"), [(1257, 157, 2), (1256, 157, 8), (100, 5, 4), (99, 5, 4)]
+)
+def test_a_rest_too_small_for_all_processes_is_no_batch(samples, batch_size, processes):
+    seen = GlobalBatches(range(samples), batch_size=batch_size * processes, world_size=processes, rank=0, seed=0)
+    batches = -(-len(seen) // batch_size)
+    assert Epoch.of(samples, batch_size, float("inf"), processes=processes).steps == batches
