@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -23,6 +25,24 @@ class SettingError(ValueError):
     def __reduce__(self) -> tuple[type[SettingError], tuple[str, object, str, str]]:
         """Rebuild from the four parts, so that the error crosses process boundaries."""
         return type(self), (self.setting, self.value, self.problem, self.remedy)
+
+
+def check_choice(setting: str, value: str, choices: Sequence[str]) -> None:
+    """Raise a :class:`SettingError` unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise SettingError(setting, value, "is not one of the choices.", f"Choose from {', '.join(choices)}.")
+
+
+def check_at_least(setting: str, value: float, least: float, remedy: str = "") -> None:
+    """Raise a :class:`SettingError` unless ``value`` is a finite number, ``least`` or more."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < math.inf:
+        raise SettingError(setting, value, f"must be {least} or more.", remedy or f"Write {least} or more.")
+
+
+def check_positive(setting: str, value: float, remedy: str) -> None:
+    """Raise a :class:`SettingError` unless ``value`` is a finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise SettingError(setting, value, "must be a number above 0.", remedy)
 
 
 class DamagedImageError(ValueError):

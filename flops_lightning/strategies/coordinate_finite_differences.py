@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from flops_lightning.distributed import mean_over_ranks
-from flops_lightning.errors import SettingError
+from flops_lightning.errors import SettingError, check_choice
 from flops_lightning.meter import CLEAN
 from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.queries import CleanPass, LossFunction, clean_pass
@@ -38,7 +38,7 @@ from flops_lightning.strategies.coordinate_probes import EVALUATIONS, Coordinate
 from flops_lightning.strategies.costs import site_costs
 from flops_lightning.strategies.precision import resolution, rounded_up
 from flops_lightning.strategies.replaced_parameters import ReplacedParameters
-from flops_lightning.strategies.setting_checks import check_choice, refuse_other_seed
+from flops_lightning.strategies.setting_checks import refuse_other_seed
 from flops_lightning.strategies.whole_batch import WholeBatchStrategy
 from flops_lightning.strategies.zo_grasp import kept_ratios, zo_grasp_scores
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flops_lightning.errors import SettingError
+from flops_lightning.errors import SettingError, check_choice
 from flops_lightning.meter import CLEAN
 from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.noise.keys import NoiseKey
@@ -35,7 +35,7 @@ from flops_lightning.strategies.chunk_rows import ChunkRows, RowsSetting
 from flops_lightning.strategies.costs import site_costs
 from flops_lightning.strategies.precision import warn_unresolved_sigma
 from flops_lightning.strategies.replaced_parameters import ReplacedParameters
-from flops_lightning.strategies.setting_checks import check_choice, refuse_other_seed
+from flops_lightning.strategies.setting_checks import refuse_other_seed
 from flops_lightning.strategies.shared_directions import SharedDirections
 from flops_lightning.strategies.site_specs import SiteSpec
 from flops_lightning.strategies.sites import Site, resolve_sites

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from flops_lightning.errors import SettingError
+from flops_lightning.errors import SettingError, check_choice
 from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.noise.keys import NoiseKey
 from flops_lightning.queries import CleanPass, LossFunction
@@ -22,7 +22,6 @@ from flops_lightning.strategies.parameter_queries import DirectionLayout, Parame
 from flops_lightning.strategies.pilots import PilotSpec
 from flops_lightning.strategies.query_strategy import QueryStrategy, UpdateOrder
 from flops_lightning.strategies.replaced_parameters import ReplacedParameters
-from flops_lightning.strategies.setting_checks import check_choice
 from flops_lightning.strategies.shared_directions import SharedDirections
 from flops_lightning.strategies.site_specs import SiteSpec, default_specs
 from flops_lightning.strategies.sites import Site, resolve_sites

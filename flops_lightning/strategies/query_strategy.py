@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flops_lightning.allocators.statistics import QueryBudget, SampleStatistics, TraceObservation
-from flops_lightning.errors import SettingError
+from flops_lightning.errors import SettingError, check_choice
 from flops_lightning.meter import CLEAN
 from flops_lightning.network.compilation import CompiledNetwork, check_compiler
 from flops_lightning.network.staging import StagedNetwork
@@ -42,7 +42,7 @@ from flops_lightning.strategies.pilots import PilotSpec, check_pilots, pilot_sha
 from flops_lightning.strategies.precision import warn_unresolved_sigma
 from flops_lightning.strategies.sample_facts import SampleFacts
 from flops_lightning.strategies.seen_traces import SeenTraces
-from flops_lightning.strategies.setting_checks import check_choice, refuse_other_seed
+from flops_lightning.strategies.setting_checks import refuse_other_seed
 from flops_lightning.strategies.site_specs import SiteSpec, read_specs
 from flops_lightning.strategies.sites import Site, resolve_sites
 

@@ -2,22 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from flops_lightning.distributed import Communicator, gather_plain
 from flops_lightning.errors import SettingError
-
-
-def check_choice(setting: str, value: str, choices: Sequence[str]) -> None:
-    """Refuse a word that is not among the choices.
-
-    Raises:
-        SettingError: it is not.
-    """
-    if value not in choices:
-        raise SettingError(setting, value, "is not known.", f"Choose from {list(choices)}.")
 
 
 def check_common_seed(communicator: Communicator, seed: int, *, device: torch.device) -> None:
