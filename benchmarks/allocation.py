@@ -53,7 +53,7 @@ def batch_statistics(batch: int, seed: int, device: torch.device) -> tuple[Sampl
         loss=loss.to(device),
         embedding=torch.randn(batch, FEATURES, generator=generator).to(device),
         predictors={name: value.to(device) for name, value in predictors.items()},
-        query_flops=torch.tensor([0.67, 0.33, 0.001, 0.0], device=device),
+        counted_costs=torch.tensor([0.67, 0.33, 0.001, 0.0], device=device),
         scale=torch.ones(SITES, device=device),
     )
     seen = (log_trace.exp() * scatter).to(device)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flops_lightning.allocators.objective import effective_counts, estimated_gain_optimal, objective
-from flops_lightning.allocators.statistics import TraceObservation
+from flops_lightning.protocol import TraceObservation
 
 # Two-sided 95 % points of Student's t by degrees of freedom; beyond the table the normal one.
 T95 = (math.inf, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)

@@ -16,7 +16,7 @@ LABORATORY = ("benchmarks", "experiments")
 # From the ground up: a module may import from its own layer and from those below.
 LAYERS = [
     {"errors", "objectives", "phases", "settings"},
-    {"distributed", "meter", "network", "noise", "queries"},
+    {"distributed", "meter", "network", "noise", "protocol", "queries"},
     {"allocators", "strategies"},
     {"callbacks", "datamodules", "optim", "plan", "resume", "tasks"},
     {"cli"},

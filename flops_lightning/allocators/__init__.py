@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-from flops_lightning.allocators.base import (
-    Allocation,
-    QueryAllocator,
-    QueryBudget,
-    SampleStatistics,
-    SupportsQueryAllocation,
-    SupportsTraceFeedback,
-)
+from flops_lightning.allocators.base import QueryAllocator
 from flops_lightning.allocators.bernoulli import BernoulliAllocator
 from flops_lightning.allocators.cost_aware import CostAwareAllocator
 from flops_lightning.allocators.equal import EqualAllocator
@@ -18,8 +11,17 @@ from flops_lightning.allocators.gaussian_parameters import GaussianParameters
 from flops_lightning.allocators.objective import equal_objective, gain_optimal, objective, optimal_shares
 from flops_lightning.allocators.optimal import OptimalAllocator
 from flops_lightning.allocators.rounding import largest_remainder, water_fill
-from flops_lightning.allocators.statistics import TraceObservation
 from flops_lightning.allocators.trace_estimator import TraceSettings
+from flops_lightning.protocol import (
+    Allocation,
+    QueryBudget,
+    SampleStatistics,
+    SupportsPilotWeights,
+    SupportsQueryAllocation,
+    SupportsStatisticsRequests,
+    SupportsTraceFeedback,
+    TraceObservation,
+)
 
 __all__ = [
     "Allocation",
@@ -32,7 +34,9 @@ __all__ = [
     "QueryAllocator",
     "QueryBudget",
     "SampleStatistics",
+    "SupportsPilotWeights",
     "SupportsQueryAllocation",
+    "SupportsStatisticsRequests",
     "SupportsTraceFeedback",
     "TraceObservation",
     "TraceSettings",

@@ -1,36 +1,16 @@
-"""What an allocator is given, what it returns, and the interface between allocators and whoever trains."""
+"""The base class of allocators."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from flops_lightning.allocators.statistics import QueryBudget, SampleStatistics, TraceObservation
 from flops_lightning.errors import SettingError
+from flops_lightning.protocol import Allocation, QueryBudget, SampleStatistics, TraceObservation
 from flops_lightning.settings import KeepsSettings
-
-
-@dataclass(frozen=True)
-class Allocation:
-    """Counts for one batch.
-
-    Attributes:
-        counts: ``(s, b)`` int64 on the CPU; row ``s`` sums exactly to ``queries_per_sample[s] * b``.
-        diagnostics: Named floats to be logged (lambda, J / J_equal, convergence, ...).
-        pilot_weight: ``(s, b)`` weight of reused pilots in each sample's gradient, chosen without a look at them, or
-            None for the share of the pilots in the budget.
-        most: ``(s,)`` upper bound of a sample's counts at each site; None: none.
-    """
-
-    counts: Tensor
-    diagnostics: dict[str, float] = field(default_factory=dict)
-    pilot_weight: Tensor | None = None
-    most: Tensor | None = None
 
 
 class QueryAllocator(KeepsSettings, ABC):
@@ -93,35 +73,6 @@ class QueryAllocator(KeepsSettings, ABC):
                     + (" (set `strategy.pilots`)" if name == "trace" else "")
                     + ", or use EqualAllocator.",
                 )
-
-
-@runtime_checkable
-class SupportsQueryAllocation(Protocol):
-    """What a LightningModule must offer so that :class:`QueryAllocatorCallback` can serve it."""
-
-    def sample_statistics(self, batch: Any) -> SampleStatistics:
-        """Run the clean pass (and pilots, if any) and return what the allocator may look at."""
-
-    def set_query_counts(self, counts: Tensor) -> None:
-        """Take the ``(s, b)`` counts for the step that follows on the same batch."""
-
-
-@runtime_checkable
-class SupportsTraceFeedback(Protocol):
-    """What a LightningModule may offer besides, for allocators that learn from each step's own queries.
-
-    Two more methods are called where a module has them: ``request_statistics(names)``, once before training, with the
-    names of the statistics that the allocator reads and ``observation`` if :meth:`trace_observation` will be asked for;
-    and ``set_pilot_weights(weights)`` on every batch with reused pilots, with :attr:`Allocation.pilot_weight`.
-    """
-
-    def trace_observation(self) -> TraceObservation | None:
-        """What the queries of the step just made tell of the traces; None where there is nothing to tell."""
-
-
-def equal_shares(batch_size: int) -> Tensor:
-    """``(b,)`` float64 shares that are all the same."""
-    return torch.full((batch_size,), 1.0 / batch_size, dtype=torch.float64)
 
 
 def batch_generator(seed: int, batch: int) -> torch.Generator:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flops_lightning.allocators.base import Allocation, QueryAllocator, batch_generator
+from flops_lightning.allocators.base import QueryAllocator, batch_generator
 from flops_lightning.allocators.bernoulli_optimisation import (
     LEAST_P,
     Optimum,
@@ -19,10 +19,10 @@ from flops_lightning.allocators.bernoulli_optimisation import (
 )
 from flops_lightning.allocators.objective import equal_objective, objective
 from flops_lightning.allocators.rounding import check_budget, next_multiple, round_at_sites
-from flops_lightning.allocators.statistics import QueryBudget, SampleStatistics, TraceObservation
 from flops_lightning.allocators.threads import one_thread
 from flops_lightning.allocators.trace_estimator import TraceEstimator, TraceSettings
 from flops_lightning.errors import SettingError
+from flops_lightning.protocol import Allocation, QueryBudget, SampleStatistics, TraceObservation
 
 DRAWS = 32
 MAX_ITERATIONS = 100

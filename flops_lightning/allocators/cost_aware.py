@@ -11,13 +11,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from flops_lightning.allocators.base import Allocation, QueryAllocator
+from flops_lightning.allocators.base import QueryAllocator
 from flops_lightning.allocators.optimal import count_diagnostics
 from flops_lightning.allocators.rounding import next_multiple
-from flops_lightning.allocators.statistics import QueryBudget, SampleStatistics, TraceObservation
 from flops_lightning.allocators.threads import one_thread
 from flops_lightning.allocators.trace_estimator import TraceEstimate, TraceEstimator, TraceSettings
 from flops_lightning.errors import SettingError
+from flops_lightning.protocol import Allocation, QueryBudget, SampleStatistics, TraceObservation
 
 Costs = Literal["flops", "measured", "given"]
 Metric = Literal["parameters", "preconditioned"]
@@ -105,7 +105,7 @@ class CostAwareAllocator(QueryAllocator):
     @property
     def requests(self) -> frozenset[str]:
         """Traces, costs and scales."""
-        costs = {"flops": {"query_flops"}, "measured": {"query_seconds"}, "given": set()}[self.costs]
+        costs = {"flops": {"counted_costs"}, "measured": {"measured_costs"}, "given": set()}[self.costs]
         return self._traces.requests | frozenset(costs) | {self._scale_name}
 
     @property
@@ -198,7 +198,7 @@ class CostAwareAllocator(QueryAllocator):
         if self.costs == "given":
             costs: Tensor | None = torch.tensor(self.given_costs, dtype=torch.float64)
         else:
-            costs = statistics.query_flops if self.costs == "flops" else statistics.query_seconds
+            costs = statistics.counted_costs if self.costs == "flops" else statistics.measured_costs
         if costs is None or len(costs) != sites:
             raise SettingError(
                 "costs", self.costs, f"needs one cost for each of {sites} sites, "

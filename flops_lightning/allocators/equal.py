@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from flops_lightning.allocators.base import Allocation, QueryAllocator, QueryBudget, SampleStatistics
+from flops_lightning.allocators.base import QueryAllocator
+from flops_lightning.protocol import Allocation, QueryBudget, SampleStatistics
 
 
 class EqualAllocator(QueryAllocator):

@@ -9,17 +9,17 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from flops_lightning.allocators.base import Allocation, QueryAllocator, batch_generator
+from flops_lightning.allocators.base import QueryAllocator, batch_generator
 from flops_lightning.allocators.correlation import Covariance, embedding_distance
 from flops_lightning.allocators.gaussian_objective import AllocationProblem, make_draws
 from flops_lightning.allocators.gaussian_optimisation import Optimum, descend, search
 from flops_lightning.allocators.gaussian_parameters import GaussianParameters, from_coordinates, to_coordinates
 from flops_lightning.allocators.objective import equal_objective, objective
 from flops_lightning.allocators.rounding import check_budget, next_multiple, round_at_sites
-from flops_lightning.allocators.statistics import QueryBudget, SampleStatistics, TraceObservation
 from flops_lightning.allocators.threads import one_thread
 from flops_lightning.allocators.trace_estimator import TraceEstimator, TraceSettings
 from flops_lightning.errors import SettingError
+from flops_lightning.protocol import Allocation, QueryBudget, SampleStatistics, TraceObservation
 
 Gradient = Literal["pathwise", "score", "exact"]
 

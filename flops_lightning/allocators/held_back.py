@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flops_lightning.allocators.objective import effective_counts, estimated_gain_optimal, objective
-from flops_lightning.allocators.statistics import TraceObservation
+from flops_lightning.protocol import TraceObservation
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flops_lightning.allocators.base import Allocation, QueryAllocator
+from flops_lightning.allocators.base import QueryAllocator
 from flops_lightning.allocators.objective import equal_objective, objective
 from flops_lightning.allocators.rounding import round_at_sites, water_fill
-from flops_lightning.allocators.statistics import QueryBudget, SampleStatistics, TraceObservation
 from flops_lightning.allocators.threads import one_thread
 from flops_lightning.allocators.trace_estimator import TraceEstimate, TraceEstimator, TraceSettings
 from flops_lightning.errors import SettingError
+from flops_lightning.protocol import Allocation, QueryBudget, SampleStatistics, TraceObservation
 
 
 class OptimalAllocator(QueryAllocator):

@@ -13,10 +13,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from flops_lightning.allocators.base import Allocation
 from flops_lightning.allocators.rounding import largest_remainder
-from flops_lightning.allocators.statistics import PER_SITE, SampleStatistics, TraceObservation
 from flops_lightning.distributed import Communicator, gather_lines
+from flops_lightning.protocol import PER_SITE, Allocation, SampleStatistics, TraceObservation
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from flops_lightning.allocators.gamma_regression import GammaRegression, fit_gamma
-from flops_lightning.allocators.statistics import SampleStatistics, TraceObservation
 from flops_lightning.errors import SettingError
+from flops_lightning.protocol import SampleStatistics, TraceObservation
 
 Source = Literal["prediction", "pilots", "both"]
 

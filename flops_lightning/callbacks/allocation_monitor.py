@@ -44,11 +44,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.nn import functional as F
 
-from flops_lightning.allocators import Allocation, SampleStatistics, TraceObservation
 from flops_lightning.allocators.held_back import held_back_ratios
 from flops_lightning.allocators.rank_correlation import rank_correlation
 from flops_lightning.allocators.threads import one_thread
 from flops_lightning.errors import SettingError
+from flops_lightning.protocol import Allocation, SampleStatistics, TraceObservation
 
 PICTURES_EVERY = 10
 """Watched steps from one set of pictures to the next."""

@@ -8,19 +8,21 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from flops_lightning.allocators import (
-    Allocation,
-    QueryAllocator,
-    QueryBudget,
-    SampleStatistics,
-    SupportsQueryAllocation,
-    SupportsTraceFeedback,
-)
+from flops_lightning.allocators import QueryAllocator
 from flops_lightning.allocators.ranks import Gathered, gather_observation, gather_statistics, with_fixed_totals
 from flops_lightning.callbacks.allocation_monitor import AllocationMonitor
 from flops_lightning.distributed import Communicator, SingleProcess, present_communicator
 from flops_lightning.errors import SettingError
 from flops_lightning.phases import phase
+from flops_lightning.protocol import (
+    Allocation,
+    QueryBudget,
+    SampleStatistics,
+    SupportsPilotWeights,
+    SupportsQueryAllocation,
+    SupportsStatisticsRequests,
+    SupportsTraceFeedback,
+)
 
 SIGNATURES = {
     "sample_statistics": "def sample_statistics(self, batch) -> SampleStatistics",
@@ -180,14 +182,13 @@ class QueryAllocatorCallback(Callback):
         allocation = with_fixed_totals(allocation, gathered.sizes, multiple=budget.multiple)
         module.set_query_counts(gathered.own(allocation.counts))
         if allocation.pilot_weight is not None:
-            hand_over = getattr(pl_module, "set_pilot_weights", None)
-            if not callable(hand_over):
+            if not isinstance(pl_module, SupportsPilotWeights):
                 raise SettingError(
                     "allocator.traces.source", "both", f"weighs reused pilots, and {type(pl_module).__name__} has no "
                     "method to take the weights.", "Add `def set_pilot_weights(self, weights: Tensor) -> None`, or "
                     "return pilots_reused=False in the statistics.",
                 )  # fmt: skip
-            hand_over(gathered.own(allocation.pilot_weight))
+            pl_module.set_pilot_weights(gathered.own(allocation.pilot_weight))
         self._last = (gathered, allocation)
         if self._monitor is not None and allocation.diagnostics:
             self._log(pl_module, allocation.diagnostics)
@@ -225,10 +226,9 @@ class QueryAllocatorCallback(Callback):
                 f"{type(pl_module).__name__} does not tell what they showed.",
                 "Add `def trace_observation(self) -> TraceObservation | None`, or write traces: {source: pilots}.",
             )  # fmt: skip
-        request = getattr(pl_module, "request_statistics", None)
-        if callable(request):
+        if isinstance(pl_module, SupportsStatisticsRequests):
             watched = feeds_back and (self.allocator.learns or self._monitor is not None)
-            request(self.allocator.requests | frozenset({"observation"} if watched else ()))
+            pl_module.request_statistics(self.allocator.requests | frozenset({"observation"} if watched else ()))
 
     def _budget(self, statistics: SampleStatistics) -> QueryBudget:
         return resolve_budget(statistics.budget, queries_per_sample=self.queries_per_sample, multiple=self.multiple)

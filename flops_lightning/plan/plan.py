@@ -21,6 +21,7 @@ from flops_lightning.plan.measurement import (
     validates_by_the_clock,
 )
 from flops_lightning.plan.stopwatch import Clock
+from flops_lightning.protocol import SupportsStatisticsRequests
 from flops_lightning.strategies import Backprop, ForwardGradientStrategy
 
 
@@ -178,9 +179,8 @@ def _with_backprop(
     try:
         strategy.bind(task.network, task.loss)  # type: ignore[arg-type]
         task.strategy = strategy  # type: ignore[assignment]
-        request = getattr(task, "request_statistics", None)
-        if callable(request):
-            request(frozenset())  # what the allocator asked for
+        if isinstance(task, SupportsStatisticsRequests):
+            task.request_statistics(frozenset())  # no longer what the allocator asked for
         told = {**settings, "callbacks": alone}
         return measure(task, strategy, datamodule, run, told, seconds=seconds, clock=clock), ""
     except SettingError as error:  # all other settings have just served

@@ -11,11 +11,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from flops_lightning.allocators.statistics import QueryBudget, SampleStatistics, TraceObservation
 from flops_lightning.distributed import Communicator, SingleProcess
 from flops_lightning.errors import SettingError
 from flops_lightning.meter import QueryMeter
 from flops_lightning.network.staging import StagedNetwork
+from flops_lightning.protocol import QueryBudget, SampleStatistics, TraceObservation
 from flops_lightning.queries import CleanPass, LossFunction
 from flops_lightning.settings import KeepsSettings
 from flops_lightning.strategies.setting_checks import check_common_seed

@@ -17,12 +17,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flops_lightning.allocators.statistics import QueryBudget, SampleStatistics, TraceObservation
 from flops_lightning.errors import SettingError, check_choice
 from flops_lightning.meter import CLEAN
 from flops_lightning.network.compilation import CompiledNetwork, check_compiler
 from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.phases import phase
+from flops_lightning.protocol import QueryBudget, SampleStatistics, TraceObservation
 from flops_lightning.queries import CleanPass, LossFunction, clean_pass, refresh
 from flops_lightning.strategies.base import (
     Estimate,
@@ -174,7 +174,8 @@ class QueryStrategy(ForwardGradientStrategy, Generic[Q]):
     def budget(self) -> QueryBudget:
         """Queries of a sample at each site, pilots taken off."""
         left = [s.queries_per_sample - (self.pilots.queries if self._is_pilot_site(s) else 0) for s in self._sites]
-        return QueryBudget(tuple(left), multiple=self.unit, minimum=2 if self.variant == "leave_one_out" else 0)
+        minimum, names = 2 if self.variant == "leave_one_out" else 0, tuple(site.name for site in self._sites)
+        return QueryBudget(tuple(left), multiple=self.unit, minimum=minimum, sites=names)
 
     @property
     def update_groups(self) -> tuple[tuple[str, ...], ...]:

@@ -74,11 +74,11 @@ class SampleFacts:
         filled: dict[str, Any] = {}
         if self.predicted:
             filled["predictors"] = trace_predictors(network, loss, sites, clean, self.predicted)
-        if "query_flops" in names:
-            filled["query_flops"] = clean.loss.new_tensor([costs.query[site.name] for site in sites])
-        if "query_seconds" in names:
+        if "counted_costs" in names:
+            filled["counted_costs"] = clean.loss.new_tensor([costs.query[site.name] for site in sites])
+        if "measured_costs" in names:
             self._seconds = self._seconds or seconds(clean)
-            filled["query_seconds"] = clean.loss.new_tensor(self._seconds)
+            filled["measured_costs"] = clean.loss.new_tensor(self._seconds)
         for name, weights in (("scale", None), ("preconditioned_scale", metric)):
             if name not in names:
                 continue

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flops_lightning.allocators.statistics import TraceObservation
+from flops_lightning.protocol import TraceObservation
 
 
 @dataclass(frozen=True, eq=False)

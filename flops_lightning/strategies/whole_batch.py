@@ -6,9 +6,9 @@ from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor
 
-from flops_lightning.allocators.statistics import SampleStatistics
 from flops_lightning.errors import SettingError
 from flops_lightning.network.staging import StagedNetwork
+from flops_lightning.protocol import SampleStatistics
 from flops_lightning.queries import CleanPass
 from flops_lightning.strategies.base import ForwardGradientStrategy, refuse_second_network
 from flops_lightning.strategies.sites import Site

@@ -21,7 +21,6 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from flops_lightning.allocators.statistics import SampleStatistics, TraceObservation
 from flops_lightning.distributed import gather_plain, present_communicator
 from flops_lightning.errors import LostQueriesError, SettingError
 from flops_lightning.network.staging import stage_network
@@ -36,6 +35,7 @@ from flops_lightning.optim.optimizers import (
     squared_step_sizes,
 )
 from flops_lightning.phases import phase
+from flops_lightning.protocol import SampleStatistics, TraceObservation
 from flops_lightning.queries import CleanPass, row_losses
 from flops_lightning.resume.loop_progress import settle_progress
 from flops_lightning.resume.restore import obey_schedule, obey_settings, share_meters

@@ -37,7 +37,7 @@ def statistics(sites: int = 2, size: int = 12, *, seed: int = 0, **more: Any) ->
     """A batch with exact traces, costs that fall from bottom to top, and scales of one."""
     given_ = {
         "trace": normal(sites, size, seed=seed).exp(),
-        "query_flops": torch.linspace(0.9, 0.2, sites, dtype=D),
+        "counted_costs": torch.linspace(0.9, 0.2, sites, dtype=D),
         "scale": torch.ones(sites, dtype=D),
     }
     return SampleStatistics(loss=torch.ones(size, dtype=D), **(given_ | more))
@@ -174,7 +174,7 @@ def test_never_more_compute_than_the_budget(
     trace = (3.0 * normal(sites, size, seed=seed)).exp() * (not silent)
     own = multiple * torch.randint(2, 15, (sites,), generator=generator)
     budget = QueryBudget(tuple(own.tolist()), multiple=multiple, minimum=minimum)
-    told = statistics(sites, size, trace=trace, query_flops=costs)
+    told = statistics(sites, size, trace=trace, counted_costs=costs)
     charged = costs.clamp_min(1e-4 * float(costs.max()))
     total = float((charged * own).sum())
     least = -(-max(minimum, 1) // multiple) * multiple
@@ -203,13 +203,13 @@ def test_never_more_compute_than_the_budget(
 def test_budget_that_pays_for_just_the_least_is_enough() -> None:
     # 0.1 + 0.2 + 0.7 summed in different orders differ in the last digit.
     for costs in itertools.permutations([0.1, 0.2, 0.7, 0.3]):
-        told = statistics(4, 7, query_flops=torch.tensor(costs, dtype=D))
+        told = statistics(4, 7, counted_costs=torch.tensor(costs, dtype=D))
         allocator = CostAwareAllocator(traces=PILOTS, min_queries=3)
         assert allocator.allocate(told, QueryBudget((3,) * 4)).counts.tolist() == [[3] * 7] * 4
 
 
 def test_remedy_of_too_little_compute_is_enough() -> None:
-    told = statistics(3, 5, query_flops=torch.tensor([0.91237, 0.55551, 0.111113], dtype=D))
+    told = statistics(3, 5, counted_costs=torch.tensor([0.91237, 0.55551, 0.111113], dtype=D))
     with pytest.raises(SettingError, match=r"compute = 0.5: does not pay for 2 queries") as caught:
         CostAwareAllocator(traces=PILOTS, compute=0.5, min_queries=2).allocate(told, QueryBudget((20,) * 3))
     assert caught.value.remedy.startswith("Lower min_queries, or write at least ")
@@ -234,10 +234,10 @@ def test_floor_cap_and_multiple() -> None:
 
 
 def test_costs_are_those_that_were_chosen() -> None:
-    told = statistics(query_flops=torch.tensor([0.9, 0.1], dtype=D), query_seconds=torch.tensor([0.3, 0.2], dtype=D))
-    given_ = {name: getattr(told, name).tolist() for name in ("query_flops", "query_seconds")}
+    told = statistics(counted_costs=torch.tensor([0.9, 0.1], dtype=D), measured_costs=torch.tensor([0.3, 0.2], dtype=D))
+    given_ = {name: getattr(told, name).tolist() for name in ("counted_costs", "measured_costs")}
     counts = {}
-    for costs, name in (("flops", "query_flops"), ("measured", "query_seconds")):
+    for costs, name in (("flops", "counted_costs"), ("measured", "measured_costs")):
         allocator = CostAwareAllocator(traces=PILOTS, costs=costs)  # type: ignore[arg-type]
         assert allocator.requests == {"trace", "trace_queries", "scale", name}
         counts[costs] = allocator.allocate(told, BUDGET).counts
@@ -246,17 +246,17 @@ def test_costs_are_those_that_were_chosen() -> None:
         assert torch.equal(same.allocate(replace(told, **{name: None}), BUDGET).counts, counts[costs])
     assert not torch.equal(counts["flops"], counts["measured"])
     # Only the ratio of the costs matters.
-    scaled = CostAwareAllocator(traces=PILOTS, costs="given", given_costs=[7 * c for c in given_["query_flops"]])
+    scaled = CostAwareAllocator(traces=PILOTS, costs="given", given_costs=[7 * c for c in given_["counted_costs"]])
     assert torch.equal(scaled.allocate(told, BUDGET).counts, counts["flops"])
 
 
 def test_costs_of_zero() -> None:
-    told = statistics(query_flops=torch.tensor([1.0, 0.0], dtype=D))
-    floored = statistics(query_flops=torch.tensor([1.0, 1e-4], dtype=D))
+    told = statistics(counted_costs=torch.tensor([1.0, 0.0], dtype=D))
+    floored = statistics(counted_costs=torch.tensor([1.0, 1e-4], dtype=D))
     free, cheap = (CostAwareAllocator(traces=PILOTS).allocate(each, BUDGET).counts for each in (told, floored))
     assert torch.equal(free, cheap)
     assert free[1].tolist() == [200] * 12  # capped
-    nothing = CostAwareAllocator(traces=PILOTS).allocate(statistics(query_flops=torch.zeros(2, dtype=D)), BUDGET)
+    nothing = CostAwareAllocator(traces=PILOTS).allocate(statistics(counted_costs=torch.zeros(2, dtype=D)), BUDGET)
     ones = CostAwareAllocator(traces=PILOTS, costs="given", given_costs=[1, 1]).allocate(statistics(), BUDGET)
     assert torch.equal(nothing.counts, ones.counts)
 
@@ -292,7 +292,7 @@ def test_diagnostics() -> None:
 
 @pytest.mark.parametrize("compute", [0.0, 11.0, 44.0])
 def test_nothing_to_choose_by_keeps_the_modules_own_split(compute: float) -> None:
-    told = statistics(trace=torch.zeros(2, 12, dtype=D), query_flops=torch.tensor([0.9, 0.2], dtype=D))
+    told = statistics(trace=torch.zeros(2, 12, dtype=D), counted_costs=torch.tensor([0.9, 0.2], dtype=D))
     allocation = CostAwareAllocator(traces=PILOTS, compute=compute).allocate(told, QueryBudget((20, 20)))
     # 20 (0.9 + 0.2) = 22 is what the own budgets cost.
     queries = 20 * (compute or 22.0) / 22.0
@@ -330,9 +330,9 @@ def test_pilots_that_are_reused_leave_less_to_do() -> None:
     # What is left to the other queries is Tr (1 - w)^2 / A.
     estimate = estimator.estimate(told.on_cpu(), sites=2)
     assert estimate.prediction is not None
-    assert told.query_flops is not None
-    total = float(told.query_flops.sum()) * 20 * 12
-    settled = {"costs": told.query_flops, "total": total, "least": 1, "most": torch.full((2,), 200.0), "multiple": 1}
+    assert told.counted_costs is not None
+    total = float(told.counted_costs.sum()) * 20 * 12
+    settled = {"costs": told.counted_costs, "total": total, "least": 1, "most": torch.full((2,), 200.0), "multiple": 1}
     alone = cheapest_counts(estimate.prediction, **settled)
     torch.testing.assert_close(allocation.pilot_weight, estimate.pilots / (estimate.pilots + alone))
     left = estimate.trace * (1 - allocation.pilot_weight).square()
@@ -355,7 +355,7 @@ def test_learns_which_site_is_worth_its_cost() -> None:
         told = SampleStatistics(
             loss=torch.ones(32, dtype=D),
             predictors={"top_gradient": known},
-            query_flops=torch.tensor([1.0, 0.1]),
+            counted_costs=torch.tensor([1.0, 0.1]),
             scale=torch.ones(2),
         )
         counts = allocator.allocate(told, QueryBudget((50, 50))).counts
@@ -400,18 +400,23 @@ def test_settings_without_sense_are_refused(kwargs: dict[str, Any], setting: str
 @pytest.mark.parametrize(
     ("kwargs", "changed", "setting", "message"),
     [
-        ({}, {"query_flops": None}, "costs", "'flops': needs one cost for each of 2 sites, and .* returned none"),
+        ({}, {"counted_costs": None}, "costs", "'flops': needs one cost for each of 2 sites, and .* returned none"),
         ({"costs": "measured"}, {}, "costs", "'measured': needs one cost for each of 2 sites, and .* returned none"),
-        ({}, {"query_flops": torch.ones(3)}, "costs", "'flops': needs one cost for each of 2 sites, and there are 3"),
+        ({}, {"counted_costs": torch.ones(3)}, "costs", "'flops': needs one cost for each of 2 sites, and there are 3"),
         (
             {"costs": "given", "given_costs": [1, 2, 3]},
             {},
             "costs",
             "'given': needs one cost for each of 2 sites, and there are 3. Write costs: given and one number for each",
         ),
-        ({}, {"query_flops": torch.tensor([1.0, math.nan])}, "costs", r"'flops': gave \[1.0, nan\], which is no cost"),
-        ({}, {"query_flops": torch.tensor([1.0, math.inf])}, "costs", r"'flops': gave \[1.0, inf\]"),
-        ({}, {"query_flops": torch.tensor([1.0, -1.0])}, "costs", r"'flops': gave \[1.0, -1.0\]"),
+        (
+            {},
+            {"counted_costs": torch.tensor([1.0, math.nan])},
+            "costs",
+            r"'flops': gave \[1.0, nan\], which is no",
+        ),
+        ({}, {"counted_costs": torch.tensor([1.0, math.inf])}, "costs", r"'flops': gave \[1.0, inf\]"),
+        ({}, {"counted_costs": torch.tensor([1.0, -1.0])}, "costs", r"'flops': gave \[1.0, -1.0\]"),
         ({}, {"scale": None}, "metric", "'parameters': needs the statistic `scale` to compare 2 sites. Return it"),
         ({"metric": "preconditioned"}, {}, "metric", "'preconditioned': needs the statistic `preconditioned_scale`"),
         ({}, {"scale": torch.ones(3)}, "sample_statistics.scale", r"\(3,\): has no factor for each of 2 sites"),

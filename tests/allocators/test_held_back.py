@@ -8,7 +8,7 @@ from torch import Tensor
 from flops_lightning.allocators.held_back import held_back_ratios
 from flops_lightning.allocators.objective import equal_objective, gain_optimal, objective, optimal_shares
 from flops_lightning.allocators.rounding import largest_remainder
-from flops_lightning.allocators.statistics import TraceObservation
+from flops_lightning.protocol import TraceObservation
 
 EXACTLY = {"rtol": 1e-12, "atol": 0.0}
 

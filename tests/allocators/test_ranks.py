@@ -64,7 +64,7 @@ def test_statistics_of_all_ranks_stand_rank_by_rank() -> None:
         trace=torch.tensor([[1.0, torch.nan], [3.0, 4.0]]),
         trace_queries=torch.tensor([2, 2]),
         predictors={"one_minus_p": torch.tensor([0.5, 0.25])},
-        query_seconds=torch.tensor([1.0, 3.0]),
+        measured_costs=torch.tensor([1.0, 3.0]),
         budget=QueryBudget((4, 4)),
     )
     gathered = gather_statistics(TenTimes(), own)
@@ -79,8 +79,8 @@ def test_statistics_of_all_ranks_stand_rank_by_rank() -> None:
     assert found.trace_queries.tolist() == [2, 2, 20, 20]
     assert found.predictors is not None
     assert found.predictors["one_minus_p"].tolist() == [0.5, 0.25, 5, 2.5]
-    assert found.query_seconds is not None
-    assert found.query_seconds.tolist() == [5.5, 16.5]  # the mean of 1 and 10, of 3 and 30
+    assert found.measured_costs is not None
+    assert found.measured_costs.tolist() == [5.5, 16.5]  # the mean of 1 and 10, of 3 and 30
     assert found.budget == own.budget
 
 

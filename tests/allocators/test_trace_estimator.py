@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from flops_lightning.allocators.gamma_regression import fit_gamma
-from flops_lightning.allocators.statistics import SampleStatistics, TraceObservation
 from flops_lightning.allocators.trace_estimator import (
     START_PRIOR,
     TraceEstimate,
@@ -19,6 +18,7 @@ from flops_lightning.allocators.trace_estimator import (
     mean_over_sites,
 )
 from flops_lightning.errors import SettingError
+from flops_lightning.protocol import SampleStatistics, TraceObservation
 
 D = torch.float64
 NAN = math.nan

@@ -13,8 +13,8 @@ from tests.reference.networks import bound, gradients, squared_error, token_netw
 
 
 def seconds_and_flops(strategy: LikelihoodRatio, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    statistics = strategy.sample_statistics(strategy.clean_pass(x, y), {"query_seconds", "query_flops"})
-    return statistics.query_seconds, statistics.query_flops
+    statistics = strategy.sample_statistics(strategy.clean_pass(x, y), {"measured_costs", "counted_costs"})
+    return statistics.measured_costs, statistics.counted_costs
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_any_batch(batch: int, tokens: tuple[Tensor, Tensor]) -> None:
     strategy = bound(token_network(), loss, [{"stages": ["0", "1"]}, {"stages": ["2", "4"]}], variant="antithetic")
     clean = strategy.clean_pass(x, y)
     calls.clear()
-    strategy.sample_statistics(clean, {"query_seconds"})
+    strategy.sample_statistics(clean, {"measured_costs"})
     assert sum(calls) == 2 * 4 * max(ROWS, 2 * batch)
 
 
@@ -76,15 +76,15 @@ def test_it_is_measured_once_and_changes_no_estimate(
     tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: list[dict[str, Any]] = []
-    for names in ({"query_seconds"}, set()):
+    for names in ({"measured_costs"}, set()):
         strategy = bound(tokens_net, squared_error, TOKEN_SITES["block"])
         clean = strategy.clean_pass(*tokens)
-        first = strategy.sample_statistics(clean, names).query_seconds
+        first = strategy.sample_statistics(clean, names).measured_costs
         strategy.estimate(clean)
         found.append(gradients(tokens_net))
         if names:
             monkeypatch.delattr("flops_lightning.strategies.query_strategy.measured_costs")  # else a NameError
-            again = strategy.sample_statistics(strategy.clean_pass(*tokens), names).query_seconds
+            again = strategy.sample_statistics(strategy.clean_pass(*tokens), names).measured_costs
             torch.testing.assert_close(again, first, rtol=0, atol=0)
             monkeypatch.undo()
     assert all(torch.equal(found[1][name], gradient) for name, gradient in found[0].items())

@@ -17,7 +17,7 @@ from tests.reference.networks import bound, gradients, squared_error
 
 SITES = [{"stages": ["0", "1"], "queries_per_sample": 10}, {"stages": ["2", "3"], "queries_per_sample": 8}]
 SITES_AND_HEAD = [*SITES, {"stages": ["4"], "queries_per_sample": 6}]
-ALL = frozenset({"predictors", "query_flops", "query_seconds", "scale", "preconditioned_scale"})
+ALL = frozenset({"predictors", "counted_costs", "measured_costs", "scale", "preconditioned_scale"})
 GIVEN = {"loss", "embedding", "pilots_reused", "budget"}
 """Fields that cost nothing."""
 
@@ -45,7 +45,7 @@ def calls_counted(net: nn.Sequential) -> Iterator[list[str]]:
     [
         (set(), set(), []),
         ({"observation", "loss", "embedding", "trace", "trace_queries"}, set(), []),
-        ({"query_flops"}, {"query_flops"}, []),
+        ({"counted_costs"}, {"counted_costs"}, []),
         ({"predictors.output_gradient"}, {"predictors"}, []),
         ({"predictors.activation"}, {"predictors"}, []),
         ({"predictors.head_gradient"}, {"predictors"}, ["4"]),
@@ -79,7 +79,7 @@ def test_what_was_not_asked_for_is_not_computed(
     ("names", "kept"),
     [
         (set(), {0, 2, 5}),
-        ({"predictors.output_gradient", "predictors.activation", "query_flops", "scale"}, {0, 2, 5}),
+        ({"predictors.output_gradient", "predictors.activation", "counted_costs", "scale"}, {0, 2, 5}),
         ({"predictors.head_gradient"}, {0, 2, 4, 5}),
         ({"predictors"}, {0, 2, 4, 5}),
     ],

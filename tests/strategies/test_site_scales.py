@@ -185,7 +185,7 @@ def test_scales_are_estimated_anew_every_so_often(tokens_net: nn.Sequential, tok
 def test_what_was_measured_survives_a_checkpoint(
     tokens: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = {*NAMES, "query_seconds"}
+    names = {*NAMES, "measured_costs"}
 
     def fresh() -> LikelihoodRatio:
         return bound(token_network(), squared_error, TOKEN_SITES["block"], seed=None)
@@ -219,7 +219,7 @@ def test_what_was_measured_survives_a_checkpoint(
 
 def test_a_checkpoint_from_before_there_were_scales(tokens: tuple[Tensor, Tensor]) -> None:
     strategy = bound(token_network(), squared_error, TOKEN_SITES["block"])
-    strategy.sample_statistics(strategy.clean_pass(*tokens), {"scale", "query_seconds", "predictors"})
+    strategy.sample_statistics(strategy.clean_pass(*tokens), {"scale", "measured_costs", "predictors"})
     state: dict[str, Any] = {
         key: value for key, value in strategy.state_dict().items() if key in ("draw", "meter", "seed")
     }

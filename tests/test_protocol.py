@@ -21,8 +21,8 @@ def full(batch_size: int = 5, sites: int = 3) -> dict[str, Any]:
         "trace": torch.rand(sites, batch_size, dtype=torch.float64),
         "trace_queries": torch.randint(2, 9, (sites, batch_size)),
         "predictors": {"top_gradient": torch.rand(batch_size), "loss": torch.rand(sites, batch_size)},
-        "query_flops": torch.rand(sites),
-        "query_seconds": torch.rand(sites, dtype=torch.float64),
+        "counted_costs": torch.rand(sites),
+        "measured_costs": torch.rand(sites, dtype=torch.float64),
         "scale": torch.rand(sites),
         "preconditioned_scale": torch.rand(sites),
     }
@@ -85,8 +85,12 @@ def test_traces_and_predictors_may_have_a_line_for_each_site(size: int) -> None:
         ("trace", (5, 3), r"sample_statistics.trace = \(5, 3\): must have"),
         ("trace", (2, 3, 5), r"sample_statistics.trace = \(2, 3, 5\): must have"),
         ("trace_queries", (1,), r"sample_statistics.trace_queries = \(1,\): must have"),
-        ("query_flops", (), r"sample_statistics.query_flops = \(\): must have the shape \(s,\). Return one number for"),
-        ("query_seconds", (3, 5), r"sample_statistics.query_seconds = \(3, 5\): must have the shape \(s,\)"),
+        (
+            "counted_costs",
+            (),
+            r"sample_statistics.counted_costs = \(\): must have the shape \(s,\). Return one",
+        ),
+        ("measured_costs", (3, 5), r"sample_statistics.measured_costs = \(3, 5\): must have the shape \(s,\)"),
         ("scale", (3, 1), r"sample_statistics.scale = \(3, 1\): must have the shape \(s,\)"),
         ("preconditioned_scale", (1, 1), r"sample_statistics.preconditioned_scale = \(1, 1\): must have"),
     ],
@@ -115,7 +119,7 @@ def test_observation_on_cpu_changes_the_type_and_nothing_else() -> None:
 @pytest.mark.parametrize(
     ("arguments", "setting", "message"),
     [
-        ({"queries_per_sample": (4,), "multiple": 0}, "multiple", "0: must be at least 1. Write 2 for antithetic"),
+        ({"queries_per_sample": (4,), "multiple": 0}, "multiple", "0: must be 1 or more. Write 2 for antithetic"),
         ({"queries_per_sample": ()}, "queries_per_sample", r"\(\): no site has a budget. Give at least one"),
         ({"queries_per_sample": (4, 0)}, "queries_per_sample", "0: must be a positive multiple of 1"),
         ({"queries_per_sample": (4, 5), "multiple": 2}, "queries_per_sample", "5: must be a positive multiple of 2"),

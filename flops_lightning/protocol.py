@@ -1,0 +1,281 @@
+"""What a module and an allocator tell each other: the hooks of a module, and the objects that pass through them.
+
+:class:`~flops_lightning.callbacks.QueryAllocatorCallback` serves every ``LightningModule`` that has the two methods of
+:class:`SupportsQueryAllocation`. At each batch it calls, in this order:
+
+==================================  ====================================================================================
+``sample_statistics(batch)``        Required. Before the training step: what is known of the samples.
+``set_query_counts(counts)``        Required. The ``(s, b)`` queries to spend in the training step on this batch.
+``set_pilot_weights(weights)``      Optional (:class:`SupportsPilotWeights`). Weights of pilots that are reused.
+``training_step(batch)``            Lightning's own: spend the queries and update the parameters.
+``trace_observation()``             Optional (:class:`SupportsTraceFeedback`). What the queries showed.
+==================================  ====================================================================================
+
+and once, before training, ``request_statistics(names)`` (optional, :class:`SupportsStatisticsRequests`). The letters
+are ``s`` for sites (the places where a method perturbs; 1 for methods that perturb the parameters), ``b`` for the
+samples of the batch and ``d`` for features.
+
+Example:
+    A module needs no base class of this package, only the methods:
+
+    >>> import torch
+    >>> from flops_lightning.protocol import SampleStatistics, SupportsQueryAllocation, SupportsTraceFeedback
+    >>> class MyModule(torch.nn.Module):  # in practice a LightningModule
+    ...     def sample_statistics(self, batch):
+    ...         images, losses = batch
+    ...         return SampleStatistics(loss=losses, embedding=images.flatten(1))
+    ...     def set_query_counts(self, counts):
+    ...         self.counts = counts  # read by training_step
+    >>> module = MyModule()
+    >>> isinstance(module, SupportsQueryAllocation), isinstance(module, SupportsTraceFeedback)
+    (True, False)
+    >>> sorted(module.sample_statistics((torch.ones(3, 2, 2), torch.ones(3))).tensors())
+    ['embedding', 'loss']
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from flops_lightning.errors import SettingError, check_at_least
+
+PER_SITE = ("counted_costs", "measured_costs", "scale", "preconditioned_scale")
+"""Statistics with one number for each site."""
+FIELDS = ("loss", "embedding", "trace", "trace_queries", *PER_SITE)
+"""Statistics that are tensors."""
+
+
+@dataclass(frozen=True)
+class QueryBudget:
+    """Queries to split over the samples of a batch, for each site.
+
+    Attributes:
+        queries_per_sample: Average number of queries of a sample, one entry for each of the ``s`` sites.
+        multiple: Counts are multiples of this (2 if queries come in antithetic pairs).
+        minimum: Fewest queries that the estimator can use (2 for leave-one-out); an allocator may set a higher floor.
+        sites: Names of the sites in logs; by default their numbers.
+
+    Raises:
+        SettingError: No allocation can meet the budget.
+
+    Example:
+        >>> QueryBudget((20, 8), multiple=2, sites=("lower", "upper")).site_names
+        ('lower', 'upper')
+        >>> QueryBudget((7,), multiple=2)
+        Traceback (most recent call last):
+        flops_lightning.errors.SettingError: queries_per_sample = 7: must be a positive multiple of 2. ...
+    """
+
+    queries_per_sample: tuple[int, ...]
+    multiple: int = 1
+    minimum: int = 0
+    sites: tuple[str, ...] = field(default=(), compare=False)
+
+    def __post_init__(self) -> None:
+        """Check that an allocation can meet the budget."""
+        check_at_least("multiple", self.multiple, 1, "Write 2 for antithetic pairs, else 1.")
+        if not self.queries_per_sample:
+            raise SettingError("queries_per_sample", (), "no site has a budget.", "Give at least one number.")
+        for queries in self.queries_per_sample:
+            if queries < self.multiple or queries % self.multiple:
+                raise SettingError(
+                    "queries_per_sample", queries, f"must be a positive multiple of {self.multiple}.",
+                    "With antithetic pairs write an even number, for example 20.",
+                )  # fmt: skip
+        if self.sites and len(self.sites) != len(self.queries_per_sample):
+            raise SettingError(
+                "budget.sites", self.sites, f"must name each of {len(self.queries_per_sample)} sites.",
+                "Give one name for each number in `queries_per_sample`, or none.",
+            )  # fmt: skip
+
+    @property
+    def site_names(self) -> tuple[str, ...]:
+        """Name of each site, from bottom to top."""
+        return self.sites or tuple(str(i) for i in range(len(self.queries_per_sample)))
+
+
+@dataclass(frozen=True)
+class SampleStatistics:
+    """What is known of the samples of a batch before their queries are spent.
+
+    Only ``loss`` is required. A module learns what else the allocator reads from ``request_statistics(names)``, if it
+    has this method (:class:`SupportsStatisticsRequests`).
+
+    Attributes:
+        loss: ``(b,)`` clean losses.
+        embedding: ``(b, d)`` features by which samples are compared (in the paper the top CLS token), or None.
+        trace: ``(b,)``, or ``(s, b)`` with one row for each site: pilot estimates of the trace of the covariance of one
+            query's gradient, or None. NaN: unknown.
+        trace_queries: ``(b,)`` or ``(s, b)`` like ``trace``: the pilots behind each estimate, or None.
+        pilots_reused: Whether the pilots enter the gradient.
+        predictors: ``(b,)`` or ``(s, b)`` nonnegative numbers from the clean pass that predict the trace, by name, or
+            None. A regression uses their logarithms.
+        counted_costs: ``(s,)`` cost of one query at each site, counted in forward-equivalents, or None.
+        measured_costs: ``(s,)`` the same, measured, or None.
+        scale: ``(s,)`` factors that convert the traces of each site to squared units of its parameters, or None.
+        preconditioned_scale: ``(s,)`` the same, in the metric of the optimiser's steps, or None.
+        budget: The module's own budget, or None if the callback's setting holds.
+
+    Raises:
+        SettingError: A tensor does not have one entry for each sample, or each site.
+
+    Example:
+        >>> statistics = SampleStatistics(loss=torch.tensor([0.5, 2.0]), predictors={"output_gradient": torch.ones(2)})
+        >>> sorted(statistics.tensors())
+        ['loss', 'predictors.output_gradient']
+        >>> SampleStatistics(loss=torch.tensor(1.25))
+        Traceback (most recent call last):
+        flops_lightning.errors.SettingError: sample_statistics.loss = (): must have the shape (b,), with one entry ...
+    """
+
+    loss: Tensor
+    embedding: Tensor | None = None
+    trace: Tensor | None = None
+    trace_queries: Tensor | None = None
+    pilots_reused: bool = True
+    predictors: Mapping[str, Tensor] | None = None
+    counted_costs: Tensor | None = None
+    measured_costs: Tensor | None = None
+    scale: Tensor | None = None
+    preconditioned_scale: Tensor | None = None
+    budget: QueryBudget | None = None
+
+    def __post_init__(self) -> None:
+        """Check the shapes."""
+        for name, value in self.tensors().items():
+            problem, remedy = "", "Return what belongs to each sample, not reduced over the batch."
+            if name in PER_SITE:
+                shape, fits = "(s,)", value.ndim == 1
+                remedy = "Return one number for each site."
+            else:
+                problem = ", with one entry for each sample as in `loss`"
+                if name == "embedding":
+                    shape, fits = "(b, d)", value.ndim == 2 and value.shape[:1] == self.loss.shape
+                elif name == "loss":
+                    shape, fits = "(b,)", value.ndim == 1
+                else:
+                    shape, fits = "(b,) or (s, b)", value.ndim in (1, 2) and value.shape[-1:] == self.loss.shape
+            if not fits:
+                problem = f"must have the shape {shape}{problem}."
+                raise SettingError(f"sample_statistics.{name}", tuple(value.shape), problem, remedy)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name; predictors as ``predictors.<name>``."""
+        named = {name: getattr(self, name) for name in FIELDS if getattr(self, name) is not None}
+        return named | {f"predictors.{name}": value for name, value in (self.predictors or {}).items()}
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> SampleStatistics:
+        """A copy with other tensors, named as by :meth:`tensors`."""
+        fields: dict[str, Any] = {name: value for name, value in tensors.items() if name in FIELDS}
+        predictors = {name.removeprefix("predictors."): v for name, v in tensors.items() if name not in FIELDS}
+        return replace(self, **fields, predictors=None if self.predictors is None else predictors)
+
+    def on_cpu(self) -> SampleStatistics:
+        """A detached copy in float64 on the CPU; takes one transfer from an accelerator."""
+        tensors = {name: value.detach().to(self.loss.device) for name, value in self.tensors().items()}
+        flat = torch.cat([value.flatten() for value in tensors.values()]).cpu().double()
+        parts = flat.split([value.numel() for value in tensors.values()])
+        return self.with_tensors(
+            {name: part.view(tensors[name].shape) for name, part in zip(tensors, parts, strict=True)}
+        )
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What an allocator returns for one batch.
+
+    Attributes:
+        counts: ``(s, b)`` int64 on the CPU; row ``s`` sums exactly to ``queries_per_sample[s] * b``.
+        diagnostics: Numbers to log by name (parameters, ``J_over_J_equal``, convergence, ...).
+        pilot_weight: ``(s, b)`` weight of reused pilots in each sample's gradient, chosen before the pilots were seen,
+            or None for the share of the pilots in the budget.
+        most: ``(s,)`` upper bound of a sample's counts at each site, or None.
+    """
+
+    counts: Tensor
+    diagnostics: dict[str, float] = field(default_factory=dict)
+    pilot_weight: Tensor | None = None
+    most: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class TraceObservation:
+    """What the queries of a step, spent after the allocation, show about the traces.
+
+    Attributes:
+        trace: ``(s, b)`` unbiased estimates of the trace of the covariance of one query's gradient; NaN if fewer than
+            two queries survived.
+        queries: ``(s, b)`` surviving queries behind each estimate.
+        unit: Queries that are independent of others only as a group (2 in antithetic pairs).
+
+    Example:
+        The trace of one query's covariance is the sum of the variances of its gradient's entries:
+
+        >>> gradients = torch.tensor([[[1.0, 0.0], [3.0, 0.0]]])  # (b = 1 sample, 2 queries, 2 parameters)
+        >>> trace = gradients.var(dim=1).sum(dim=-1)[None]  # (s = 1, b)
+        >>> TraceObservation(trace, torch.tensor([[2.0]])).trace
+        tensor([[2.]])
+    """
+
+    trace: Tensor
+    queries: Tensor
+    unit: int = 1
+
+    def joined(self, other: TraceObservation) -> TraceObservation:
+        """All known traces of both; those of ``other`` where both have one."""
+        newer = other.trace.isfinite()
+        trace = torch.where(newer, other.trace, self.trace)
+        return replace(self, trace=trace, queries=torch.where(newer, other.queries, self.queries))
+
+    def on_cpu(self) -> TraceObservation:
+        """A copy in float64 on the CPU; takes one transfer."""
+        both = torch.stack([self.trace.detach(), self.queries.to(self.trace)]).cpu().double()
+        return replace(self, trace=both[0], queries=both[1])
+
+
+@runtime_checkable
+class SupportsQueryAllocation(Protocol):
+    """The two methods that a LightningModule must have for ``QueryAllocatorCallback``."""
+
+    def sample_statistics(self, batch: Any) -> SampleStatistics:
+        """Run the clean pass (and pilots, if any) and return what the allocator may see.
+
+        Called before the training step, without autograd and under the trainer's precision. The module is in train
+        mode: switch dropout and the like off here if the losses should be clean.
+        """
+
+    def set_query_counts(self, counts: Tensor) -> None:
+        """Keep the ``(s, b)`` int64 counts, on the CPU, for the training step that follows on the same batch."""
+
+
+@runtime_checkable
+class SupportsStatisticsRequests(Protocol):
+    """Optional: computes only those statistics that the allocator reads."""
+
+    def request_statistics(self, names: frozenset[str]) -> None:
+        """Take, once before training, the names of fields of :class:`SampleStatistics` that the allocator reads.
+
+        ``predictors.<name>`` asks for one predictor, ``predictors`` for all; ``observation`` says that
+        ``trace_observation`` will be called.
+        """
+
+
+@runtime_checkable
+class SupportsPilotWeights(Protocol):
+    """Optional: weighs the pilots of each sample, if they are reused in its gradient."""
+
+    def set_pilot_weights(self, weights: Tensor) -> None:
+        """Keep the ``(s, b)`` weights :attr:`Allocation.pilot_weight` for the training step that follows."""
+
+
+@runtime_checkable
+class SupportsTraceFeedback(Protocol):
+    """Optional: reports the traces that each step's queries showed; required by allocators that predict traces."""
+
+    def trace_observation(self) -> TraceObservation | None:
+        """What the queries of the training step just made showed, or None."""
