@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 K = TypeVar("K", bound="KeepsSettings")
 
@@ -14,33 +14,40 @@ K = TypeVar("K", bound="KeepsSettings")
 class KeepsSettings:
     """Keeps the arguments of its constructor as plain values; subclasses need not do anything.
 
+    A subclass passes what it does not name itself to its base with ``super().__init__(**settings)``.
+
     Attributes:
         settings: Values by name, defaults included (:func:`plain`).
+        fixed: Settings of a base class whose values the class chooses itself: they cannot be given.
     """
 
     settings: dict[str, Any]
+    fixed: ClassVar[frozenset[str]] = frozenset()
 
     def __new__(cls: type[K], *args: Any, **given: Any) -> K:
         """Note the arguments before the constructor reads them."""
         made = super().__new__(cls)
-        made.settings = constructor_settings(cls, args, given)
+        named = constructor_parameters(cls)
+        values = {name: p.default for name, p in named.items() if p.default is not p.empty}
+        values |= dict(zip(named, args, strict=False))
+        values |= {name: value for name, value in given.items() if name in named}  # others: the constructor refuses
+        made.settings = {name: plain(value) for name, value in values.items()}
         return made
 
     def __init__(self) -> None:
         """Refuse arguments where no subclass takes any: beside a ``__new__``, that of ``object`` would swallow them."""
 
 
-def constructor_settings(cls: type, args: tuple[Any, ...], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Plain values of a constructor's arguments by name, without what it does not take and what it takes by ``*``.
-
-    Arguments that are wrong are the constructor's to refuse.
-    """
-    parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]  # type: ignore[misc]
-    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    values = {p.name: p.default for p in named if p.default is not p.empty}
-    values |= dict(zip((p.name for p in named), args, strict=False))
-    values |= {name: value for name, value in given.items() if any(p.name == name for p in named)}
-    return {name: plain(value) for name, value in values.items()}
+def constructor_parameters(cls: type) -> dict[str, inspect.Parameter]:
+    """Named parameters of a constructor, those that it passes to its base class by ``**`` included."""
+    found: dict[str, inspect.Parameter] = {}
+    for layer in (each for each in cls.__mro__ if "__init__" in vars(each)):
+        parameters = list(inspect.signature(vars(layer)["__init__"]).parameters.values())[1:]
+        named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        found |= {p.name: p for p in named if p.name not in found}
+        if all(p.kind is not p.VAR_KEYWORD for p in parameters):
+            break
+    return {name: p for name, p in found.items() if name not in getattr(cls, "fixed", ())}
 
 
 def plain(value: Any) -> Any:

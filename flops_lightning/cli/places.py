@@ -88,7 +88,7 @@ def settings_of(owner: Any) -> dict[str, Any] | None:
         found = {name: hints.get(name, Any) for name in named} | found
         if all(p.kind is not p.VAR_KEYWORD for p in parameters):
             break
-    return found or None
+    return {name: hint for name, hint in found.items() if name not in getattr(owner, "fixed", ())} or None
 
 
 def _walk(node: yaml.Node | None, hint: Any, file: str, path: str, keys: tuple[str, ...]) -> Iterator[Place]:

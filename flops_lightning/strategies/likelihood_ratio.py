@@ -16,7 +16,7 @@ differentiates the loss function in the logits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -28,19 +28,15 @@ from flops_lightning.distributed import gather_lines, mean_over_ranks
 from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.noise.kinds import NoiseSpec, read_noise
 from flops_lightning.queries import CleanPass, LossFunction
-from flops_lightning.strategies.chunk_rows import RowsSetting
-from flops_lightning.strategies.delta import Variant
 from flops_lightning.strategies.engine import SiteGradient
 from flops_lightning.strategies.exact_head import check_exact_head, find_exact_head, output_gradient
 from flops_lightning.strategies.learned_sigma import LearnedSigma
 from flops_lightning.strategies.noise_checks import check_learnable, check_noise, check_tokens
 from flops_lightning.strategies.perturbation import noise_shapes
-from flops_lightning.strategies.pilots import PilotSpec
-from flops_lightning.strategies.query_strategy import QueryStrategy, UpdateOrder
+from flops_lightning.strategies.query_strategy import QueryStrategy
 from flops_lightning.strategies.seen_traces import SeenTraces
 from flops_lightning.strategies.site_queries import QueriedOutput, SiteQueries
 from flops_lightning.strategies.site_scales import site_scales
-from flops_lightning.strategies.site_specs import SiteSpec
 from flops_lightning.strategies.site_widths import SiteWidth
 from flops_lightning.strategies.sites import Site
 from flops_lightning.strategies.token_sigma import TokenSigma
@@ -56,54 +52,35 @@ class LikelihoodRatio(QueryStrategy[QueriedOutput]):
     def __init__(
         self,
         *,
-        sites: Sequence[SiteSpec] = (),
-        variant: Variant = "baseline",
-        update: UpdateOrder = "simultaneous",
-        pilots: PilotSpec | None = None,
         noise: NoiseSpec | None = None,
         token_sigma: bool = False,
         learn_sigma: float = 0.0,
         exact_head: bool = False,
-        chunk_rows: RowsSetting = 256,
-        compile_suffixes: bool = False,
-        seed: int | None = None,
+        **settings: Any,
     ) -> None:
-        """Keep the settings; they meet the network in :meth:`bind`.
+        """Keep the settings; :meth:`bind` checks them against the network.
 
         Args:
-            sites: Where noise enters; empty: the paper's layout (three groups and the head).
-            variant: The control variate: ``plain`` (none), ``baseline`` (clean loss), ``leave_one_out``,
-                ``antithetic``.
-            update: All sites from the same network and one optimiser step, or one step for each site, from the top
-                down, with new losses in between (FLOPS, algorithm 1).
-            pilots: Queries spent before the allocation.
             noise: Kind of noise; None: dense and Gaussian.
             token_sigma: Learn from each step's queries how wide the noise of later steps should be at each token of a
-                site (or position of a feature map): ``sigma_t ~ ||delta_t||^(-1/2)``, mean square sigma^2. It lowers
-                the variance where tokens differ in their gradients. Sites with one token are left as they are. It needs
-                batches of two samples or more.
-            learn_sigma: Learning rate of log sigma, one a site, for steps of Adam against the derivative of the
-                *smoothed* loss; sigma stays within a factor of 10 of the one that was set. 0: sigma is fixed. Good for
-                losses that take steps (the 0-1 error) and flat regions, where a sigma that reaches the next step is not
-                known beforehand. It is not the sigma of least variance or bias: noise raises a convex loss, so there
-                sigma tends to shrink, down to its bound.
-            exact_head: Where the loss has a derivative: the site that ends the network (noise at the logits) spends no
-                query. The derivative of the loss in the logits is taken by autograd of the loss alone, ``p - y`` under
-                cross-entropy, and what follows from it as from an estimate (``(p - y) x^T`` at a linear layer). The
-                site's own ``sigma`` and ``queries_per_sample`` are not used then, and allocators do not see it.
-            chunk_rows: Upper bound of the rows in one forward pass; bounds the memory, never changes the estimate.
-                ``auto``: as many as suit the device, chosen at the first batch.
-            compile_suffixes: Run what lies above a site through ``torch.compile``: seconds to minutes at the first
-                step, and again for each other number of rows. Hooks added to the network later are not seen there.
-            seed: Seed of all noise; None: the seed of ``seed_everything``.
+                site (or position of a feature map): ``sigma_t ~ ||delta_t||^(-1/2)``, mean square sigma^2. This lowers
+                the variance where the tokens' gradients differ. Sites with one token are left alone. Batches need two
+                samples or more.
+            learn_sigma: Learning rate of log sigma, one for each site, stepped by Adam down the derivative of the
+                *smoothed* loss; sigma stays within a factor of 10 of its setting. 0: sigma is fixed. Useful for
+                piecewise constant losses (the 0-1 error) and flat regions, where no one knows which sigma reaches the
+                next step. It does not minimise variance or bias: noise raises a convex loss, so there sigma tends to
+                shrink to its bound.
+            exact_head: The site that ends the network (noise at the logits) spends no queries: autograd of the loss
+                alone gives its derivative in the logits (``p - y`` under cross-entropy), and the parameters' gradient
+                follows as from an estimate. Needs a differentiable loss. The site's ``sigma`` and
+                ``queries_per_sample`` are not used, and allocators do not see it.
+            **settings: See :class:`QueryStrategy`.
 
         Raises:
-            SettingError: an unknown word, a value out of its range, or settings that do not go together.
+            SettingError: an unknown choice, a value out of range, or settings that exclude each other.
         """
-        super().__init__(
-            sites=sites, variant=variant, update=update, pilots=pilots, chunk_rows=chunk_rows,
-            compile_suffixes=compile_suffixes, seed=seed,
-        )  # fmt: skip
+        super().__init__(**settings)
         self.noise = read_noise(noise)
         self.token_sigma, self.learn_sigma, self.exact_head = token_sigma, learn_sigma, exact_head
         check_noise(self.noise, self.pilots, token_sigma=token_sigma, learn_sigma=learn_sigma)

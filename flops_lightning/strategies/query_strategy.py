@@ -63,7 +63,7 @@ class QueryStrategy(ForwardGradientStrategy, Generic[Q]):
         compile_suffixes: bool = False,
         seed: int | None = None,
     ) -> None:
-        """Keep the settings; they meet the network in :meth:`bind`.
+        """Keep the settings; :meth:`bind` checks them against the network.
 
         Args:
             sites: Where noise enters; empty: the paper's layout (three groups and the head).
@@ -73,8 +73,10 @@ class QueryStrategy(ForwardGradientStrategy, Generic[Q]):
                 down, with new losses in between (FLOPS, algorithm 1).
             pilots: Queries spent before the allocation.
             chunk_rows: Upper bound of the rows in one forward pass; bounds the memory, never changes the estimate.
-                ``auto``: chosen at the first batch, see :class:`ChunkRows`.
-            compile_suffixes: Run suffixes through ``torch.compile``, see :class:`CompiledNetwork`.
+                ``auto``: as many as suit the device, chosen at the first batch.
+            compile_suffixes: Run the network above a site through ``torch.compile``, which takes seconds to minutes
+                at the first step and again for each other number of rows. Hooks added to the network later are ignored
+                there.
             seed: Seed of all noise; None: the seed of ``seed_everything``.
 
         Raises:
