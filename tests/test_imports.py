@@ -18,7 +18,7 @@ LAYERS = [
     {"errors", "objectives", "phases", "settings"},
     {"distributed", "meter", "network", "noise", "protocol", "queries"},
     {"allocators", "strategies"},
-    {"callbacks", "datamodules", "optim", "plan", "resume", "tasks"},
+    {"callbacks", "datamodules", "optim", "plan", "resume", "tasks", "tensorboard"},
     {"cli"},
     {"benchmarks", "experiments"},
 ]

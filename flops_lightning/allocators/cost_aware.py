@@ -43,7 +43,7 @@ class CostAwareAllocator(QueryAllocator):
     rounding leaves of the compute is spent where it lowers J most for its cost.
 
     Diagnostics: ``J_over_J_own`` (against equal counts of the module's own budget, with the estimated traces),
-    ``compute_used`` (share of C), ``queries_site<s>`` (average of a sample at each site), ``count_min``, ``count_max``.
+    ``compute_used`` (share of C), ``queries/<site>`` (average of a sample at each site), ``count_min``, ``count_max``.
     """
 
     def __init__(
@@ -166,7 +166,9 @@ class CostAwareAllocator(QueryAllocator):
             "J_over_J_own": float((variance / counts).sum()) / equal if equal > 0 else 1.0,
             "compute_used": float((costs[:, None] * counts).sum()) / total,
         }
-        values |= {f"queries_site{i}": float(line.double().mean()) for i, line in enumerate(counts)}
+        values |= {
+            f"queries/{site}": float(row.double().mean()) for site, row in zip(budget.site_names, counts, strict=True)
+        }
         return Allocation(counts, values, weight, most.long())
 
     def _variance(self, trace: Tensor, estimate: TraceEstimate, scales: Tensor, own: Tensor, costs: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from flops_lightning.protocol import PER_SITE, Allocation, SampleStatistics, Tra
 
 
 @dataclass(frozen=True)
-class Gathered:
+class GatheredStatistics:
     """The statistics of all ranks' samples, rank by rank.
 
     Attributes:
@@ -37,10 +37,10 @@ class Gathered:
         return table if len(self.sizes) == 1 else table.split(list(self.sizes), dim=1)[self.rank]
 
 
-def gather_statistics(communicator: Communicator, statistics: SampleStatistics) -> Gathered:
+def gather_statistics(communicator: Communicator, statistics: SampleStatistics) -> GatheredStatistics:
     """Statistics of the samples of all ranks; factors and costs of sites are the mean of what the ranks measured."""
     if communicator.size == 1:
-        return Gathered(statistics, (len(statistics.loss),), 0)
+        return GatheredStatistics(statistics, (len(statistics.loss),), 0)
     tensors = {name: value.detach().to(statistics.loss.device) for name, value in statistics.tensors().items()}
     by_sample = {name: value for name, value in tensors.items() if name not in PER_SITE}
     # `(b, d)` embeddings have the sample first, `(b,)` and `(s, b)` tables have it last.
@@ -55,7 +55,7 @@ def gather_statistics(communicator: Communicator, statistics: SampleStatistics) 
     if sites:
         mean = communicator.sum(torch.stack([tensors[name] for name in sites])) / communicator.size
         found |= dict(zip(sites, mean, strict=True))
-    return Gathered(statistics.with_tensors(found), tuple(len(rank) for rank in ranks), communicator.rank)
+    return GatheredStatistics(statistics.with_tensors(found), tuple(len(rank) for rank in ranks), communicator.rank)
 
 
 def gather_observation(communicator: Communicator, observation: TraceObservation) -> TraceObservation:

@@ -1,23 +1,22 @@
-"""What an allocation was worth, told from queries that it was not made from.
+"""What an allocation was worth, measured with queries that it was not made from.
 
-The counts of a step are chosen from predictions and pilots; the queries then spent show traces that the counts did not
-know (held back). Every ``log_every_n_steps`` batches this gives, as ``allocation/<name>``:
+The counts of a step are chosen from predictions and pilots; the queries then spent show traces that were unknown when
+the counts were chosen (held back). Every ``log_every_n_steps`` batches this gives:
 
 ==================================  ====================================================================================
-``J_over_J_equal_seen``             J of the counts used over J of equal counts, both by the traces seen; the mean over
-                                    the sites. Below 1: the allocator lowers the variance of the gradient by so much.
-                                    The allocators' own ``J_over_J_equal`` is by the traces that they went by, and
-                                    flatters. Pilots count as queries; where they are reused, with their weight.
-``J_over_J_equal_seen_site<s>``     The same at each site, from bottom to top, where there are 2 to 8 of them.
+``J_over_J_equal_seen``             J of the counts used over J of equal counts, both with the traces seen, mean over
+                                    the sites. Below 1, the allocator lowers the gradient's variance by this factor.
+                                    The allocators' own ``J_over_J_equal`` uses the traces that they chose by, and
+                                    flatters. Pilots count as queries; if they are reused, with their weight.
+``J_over_J_equal_seen/<site>``      The same at each site, if there are 2 to 8.
 ``J_over_J_optimal_seen``           J of the counts used over the least possible with as many queries, mean over the
-                                    sites: 1 is as good as can be. What noise in the traces adds to the apparent prize
-                                    is taken off.
+                                    sites: 1 is perfect. Corrected for the noise in the traces.
 ``seen_share``                      Share of the traces that were seen. A sample shows none at a site with fewer than
                                     two queries (antithetic: pairs) there, and is left out of both sums of a ratio:
-                                    see :func:`held_back_ratios` for what this hides.
+                                    :func:`held_back_ratios` says what this hides.
 ``loss_trace_correlation``          Spearman's rank correlation over the batch of clean loss and trace seen, mean over
-                                    the sites: how far the loss alone, by which the Gaussian and the Bernoulli allocator
-                                    go, can tell noisy samples from others. Noise in the traces lowers this and the
+                                    the sites: how far the loss alone, which the Gaussian and the Bernoulli allocator
+                                    use, can tell noisy samples from others. Noise in the traces lowers this and the
                                     next two.
 ``pilot_trace_correlation``         The same of the pilots' trace and the trace seen, at the sites that have pilots.
 ``pilot_rank_correlation``          The same of the pilots' traces at two sites, mean over all pairs of sites with
@@ -25,22 +24,21 @@ know (held back). Every ``log_every_n_steps`` batches this gives, as ``allocatio
 ==================================  ====================================================================================
 
 A figure that does not exist for a batch (nothing seen, all traces zero, a constant loss) is not logged. Ratios of one
-batch are noisy; look at their smoothed curve. They compare the split over samples at each site; what a split over sites
-gained is not in them.
+batch are noisy: look at the smoothed curve. They compare the split over samples at each site, not the split over sites.
 
-TensorBoard also gets, at the trainer's ``global_step``, the histogram of the counts at each site
-(``allocation/counts/<s>``) and, every tenth time, the images of the batch with the most and the fewest queries of all
-sites together (``allocation/most_queries``, ``allocation/fewest_queries``), the brightness of each stretched to 0..1.
+TensorBoard also gets, at the trainer's ``global_step``, the histogram of the counts at each site (``counts/<site>``)
+and, every tenth time, the images of the batch with the most and the fewest queries over all sites
+(``allocation/most_queries``, ``allocation/fewest_queries``), the brightness of each stretched to 0..1.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -49,13 +47,14 @@ from flops_lightning.allocators.rank_correlation import rank_correlation
 from flops_lightning.allocators.threads import one_thread
 from flops_lightning.errors import SettingError
 from flops_lightning.protocol import Allocation, SampleStatistics, TraceObservation
+from flops_lightning.tensorboard import tensorboard_writers
 
 PICTURES_EVERY = 10
 """Watched steps from one set of pictures to the next."""
 IMAGES = 8
-"""Images of a picture."""
+"""Images in a picture."""
 SITES_SHOWN = 8
-"""Sites up to which each has a figure of its own."""
+"""Largest number of sites with a figure for each."""
 GAP = 2
 """Pixels between the images of a picture."""
 
@@ -64,7 +63,7 @@ class AllocationMonitor:
     """Figures and pictures of the allocations, for the logger of a run."""
 
     def __init__(self) -> None:
-        """Nothing to choose."""
+        """Start counting watched steps."""
         self._watched = 0
 
     def watch(
@@ -76,40 +75,41 @@ class AllocationMonitor:
         batch: Any,
         *,
         samples: int,
+        sites: Sequence[str],
     ) -> dict[str, float]:
-        """Show counts and images in TensorBoard, where there is one, and return the figures worth logging.
+        """Show counts and images in TensorBoard, if the trainer logs there, and return :func:`allocation_figures`.
 
         Args:
-            trainer: Whose loggers and step.
-            statistics: What the allocator was told of the batch.
+            trainer: Provides loggers and step.
+            statistics: What the allocator knew of the batch.
             allocation: What it chose.
-            observation: What the queries of the step showed; None where the module does not tell.
-            batch: The batch; pictures are drawn of ``(images (b, c, h, w), ...)`` with one or three channels.
-            samples: Samples of this process, which has the first of the tables where it is the first.
-
-        Raises:
-            SettingError: ``observation`` does not fit the counts.
+            observation: What the queries of the step showed, or None.
+            batch: The batch; :func:`count_pictures` says which can be drawn.
+            samples: Number of samples of this process; in the tables of the first process they come first.
+            sites: Names of the sites.
         """
-        if trainer.is_global_zero:
-            for logger in trainer.loggers:
-                if isinstance(logger, TensorBoardLogger):
-                    self._show(logger.experiment, allocation.counts, samples, batch, trainer.global_step)
+        for writer in tensorboard_writers(trainer):
+            for site, counts in zip(_names(sites, len(allocation.counts)), allocation.counts, strict=True):
+                writer.add_histogram(f"counts/{site}", counts, trainer.global_step, bins="auto")
+            if self._watched % PICTURES_EVERY == 0:
+                for name, picture in count_pictures(allocation.counts[:, :samples], batch).items():
+                    writer.add_image(f"allocation/{name}", picture, trainer.global_step)
         self._watched += 1
-        return allocation_figures(statistics, allocation, observation)
+        return allocation_figures(statistics, allocation, observation, sites)
 
-    def _show(self, writer: Any, counts: Tensor, samples: int, batch: Any, step: int) -> None:
-        for site, line in enumerate(counts):
-            writer.add_histogram(f"allocation/counts/{site}", line, step, bins="auto")
-        if self._watched % PICTURES_EVERY == 0:
-            for name, picture in count_pictures(counts[:, :samples], batch).items():
-                writer.add_image(f"allocation/{name}", picture, step)
+
+def _names(sites: Sequence[str], number: int) -> Sequence[str]:
+    return sites if len(sites) == number else [str(i) for i in range(number)]
 
 
 @one_thread()
 def allocation_figures(
-    statistics: SampleStatistics, allocation: Allocation, observation: TraceObservation | None
+    statistics: SampleStatistics,
+    allocation: Allocation,
+    observation: TraceObservation | None,
+    sites: Sequence[str] = (),
 ) -> dict[str, float]:
-    """The figures of one batch, by their names in the module's docstring; those that do not exist are left out.
+    """The figures of one batch, by their names in the module's docstring, without those that do not exist.
 
     Raises:
         SettingError: ``observation`` does not fit the counts.
@@ -128,7 +128,8 @@ def allocation_figures(
         )
         values["J_over_J_equal_seen"] = ratios.over_equal.nanmean()
         if 2 <= len(ratios.over_equal) <= SITES_SHOWN:
-            values |= {f"J_over_J_equal_seen_site{i}": ratio for i, ratio in enumerate(ratios.over_equal)}
+            named = zip(_names(sites, len(ratios.over_equal)), ratios.over_equal, strict=True)
+            values |= {f"J_over_J_equal_seen/{site}": ratio for site, ratio in named}
         values["J_over_J_optimal_seen"] = ratios.over_optimal.nanmean()
         values["seen_share"] = ratios.seen.double().mean()
         values["loss_trace_correlation"] = rank_correlation(tables["loss"], seen.trace).nanmean()
@@ -137,14 +138,14 @@ def allocation_figures(
     if pilot is not None and len(pilot) > 1:
         pairs = [rank_correlation(pilot[i], pilot[i + 1 :]) for i in range(len(pilot) - 1)]
         values["pilot_rank_correlation"] = torch.cat(pairs).nanmean()
-    names, numbers = list(values), torch.stack(list(values.values())).tolist() if values else []
-    return {name: number for name, number in zip(names, numbers, strict=True) if not math.isnan(number)}
+    numbers = torch.stack(list(values.values())).tolist() if values else []
+    return {name: number for name, number in zip(values, numbers, strict=True) if not math.isnan(number)}
 
 
 def _tables(
     statistics: SampleStatistics, allocation: Allocation, observation: TraceObservation | None
 ) -> dict[str, Tensor]:
-    """What the figures are made of, ``(s, b)`` or ``(1, b)`` each, in float64 on the CPU, by one transfer."""
+    """The tables behind the figures, ``(s, b)`` or ``(1, b)`` each, in float64 on the CPU, by one transfer."""
     given = {"loss": statistics.loss, "pilot": statistics.trace, "pilots": statistics.trace_queries}
     if observation is not None:
         given |= {"seen": observation.trace, "queries": observation.queries}
@@ -155,7 +156,7 @@ def _tables(
         if len(table) not in (1, sites) or table.shape[1] != len(statistics.loss):
             raise SettingError(
                 "trace_observation", (sites, len(statistics.loss)), f"does not fit {name} of the shape "
-                f"{tuple(table.shape)}.", "Return (s, b): a line for each site, an entry for each sample.",
+                f"{tuple(table.shape)}.", "Return (s, b): one row for each site, one entry for each sample.",
             )  # fmt: skip
     flat = torch.cat(list(tables.values())).cpu().double()
     return dict(zip(tables, flat.split([len(table) for table in tables.values()]), strict=True))
@@ -166,11 +167,11 @@ def count_pictures(counts: Tensor, batch: Any) -> dict[str, Tensor]:
 
     Args:
         counts: ``(s, b)``.
-        batch: ``(images (b, c, h, w), ...)`` with one or three channels; there is no picture of anything else.
+        batch: ``(images (b, c, h, w), ...)`` with one or three channels; other batches give no picture.
 
     Returns:
-        ``most_queries`` and ``fewest_queries``, ``(c, h, w')`` on the CPU in 0..1, of up to eight images each and of no
-        image in common; empty where all counts are alike.
+        ``most_queries`` and ``fewest_queries``, ``(c, h, w')`` on the CPU in 0..1, of up to eight images each, none in
+        common; empty if all counts are equal.
     """
     images = batch[0] if isinstance(batch, (tuple, list)) and batch else None
     total = counts.sum(dim=0)
@@ -186,7 +187,7 @@ def count_pictures(counts: Tensor, batch: Any) -> dict[str, Tensor]:
 
 
 def image_row(images: Tensor) -> Tensor:
-    """``(c, h, w')`` row of ``(n, c, h, w)`` images, each stretched to 0..1 over all its channels, black in between."""
+    """``(c, h, w')`` row of ``(n, c, h, w)`` images, each stretched to 0..1 over its channels, with black gaps."""
     images = images.float().nan_to_num()
     low, high = images.amin(dim=(1, 2, 3), keepdim=True), images.amax(dim=(1, 2, 3), keepdim=True)
     stretched = torch.where(high > low, (images - low) / (high - low), 0.0)

@@ -48,6 +48,7 @@ from flops_lightning.tasks.evaluation import first_seen, metrics_of_test, metric
 from flops_lightning.tasks.mean_gradient import MeanGradient
 from flops_lightning.tasks.parameter_efficient import TargetSettings, apply_target, check_target_learns
 from flops_lightning.tasks.trainer_checks import check_trainer
+from flops_lightning.tensorboard import write_page
 
 Batch = tuple[Tensor, Tensor]
 
@@ -382,6 +383,7 @@ class ForwardImageClassifier(pl.LightningModule):
             self.train_accuracy(estimate.output, most_probable(labels))
             self.log("train/loss", estimate.loss.mean(), prog_bar=True, sync_dist=self.trainer.world_size > 1)
             self.log("train/accuracy", self.train_accuracy, prog_bar=True)
+            self.log("train/lr", max(group["lr"] for group in self._optimizer().param_groups))
         total = self._strategy().meter.total()
         counted = {"total": total.queries, "lost": total.lost, "forward_equivalents": total.forward_equivalents}
         self._log_sums({f"queries/{name}": float(value) for name, value in counted.items()})
@@ -490,6 +492,7 @@ class ForwardImageClassifier(pl.LightningModule):
         schedule = self.lr_schedulers()
         if self._resumed and isinstance(schedule, LambdaLR):
             obey_schedule(schedule)
+        write_page(self.trainer, self._settings(), self._strategy().budget)
 
     def _settings(self) -> dict[str, Any]:
         given = {**self.hparams, **self._start_weights, "freeze": self.network.frozen()}

@@ -281,8 +281,8 @@ def test_diagnostics() -> None:
     allocation = CostAwareAllocator(traces=PILOTS).allocate(statistics(), BUDGET)
     counts = allocation.counts.double()
     expected = {
-        "queries_site0": float(counts[0].mean()),
-        "queries_site1": float(counts[1].mean()),
+        "queries/0": float(counts[0].mean()),
+        "queries/1": float(counts[1].mean()),
         "count_min": float(counts.min()),
         "count_max": float(counts.max()),
     }
@@ -326,7 +326,7 @@ def test_pilots_that_are_reused_leave_less_to_do() -> None:
     assert torch.equal(allocation.pilot_weight, other.pilot_weight)  # fixed before the pilots are seen
     assert afresh.pilot_weight is None
     assert allocation.pilot_weight[1].tolist() == [0.0] * 12
-    assert allocation.diagnostics["queries_site0"] < afresh.diagnostics["queries_site0"]
+    assert allocation.diagnostics["queries/0"] < afresh.diagnostics["queries_site0"]
     # What is left to the other queries is Tr (1 - w)^2 / A.
     estimate = estimator.estimate(told.on_cpu(), sites=2)
     assert estimate.prediction is not None

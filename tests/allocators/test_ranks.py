@@ -9,7 +9,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flops_lightning.allocators import Allocation, QueryBudget, SampleStatistics, TraceObservation
-from flops_lightning.allocators.ranks import Gathered, gather_observation, gather_statistics, with_fixed_totals
+from flops_lightning.allocators.ranks import (
+    GatheredStatistics,
+    gather_observation,
+    gather_statistics,
+    with_fixed_totals,
+)
 from flops_lightning.distributed import SingleProcess
 
 
@@ -102,7 +107,7 @@ def test_one_rank_keeps_what_it_has() -> None:
 
 @pytest.mark.parametrize(("rank", "expected"), [(0, [0, 1]), (1, [2, 3, 4])])
 def test_a_rank_cuts_out_its_own(rank: int, expected: list[int]) -> None:
-    gathered = Gathered(SampleStatistics(loss=torch.zeros(5)), (2, 3), rank)
+    gathered = GatheredStatistics(SampleStatistics(loss=torch.zeros(5)), (2, 3), rank)
     assert gathered.own(torch.arange(5)[None]).tolist() == [expected]
 
 
