@@ -54,13 +54,13 @@ def contenders(network: StagedNetwork, rows: int) -> dict[str, Callable[[], Forw
     """Strategies by name; the chunks of all have ``rows`` rows."""
     whole = [SiteSpec([network.stages[0].name, network.stages[-1].name], queries_per_sample=QUERIES, name="network")]
     groups = [replace(spec, queries_per_sample=QUERIES) for spec in default_specs(network)]
-    shared = {"chunk_rows": rows, "seed": 0, "sigma": 1e-3}
+    shared: dict[str, Any] = {"chunk_rows": rows, "seed": 0, "sigma": 1e-3}
     return {
         "MeZO": lambda: MeZO(chunk_rows=rows, seed=0),
-        "SPSA shared, whole network": lambda: SPSA(sites=whole, **shared),  # type: ignore[arg-type]
-        "SPSA shared, groups": lambda: SPSA(sites=groups, **shared),  # type: ignore[arg-type]
-        "ES shared, whole network": lambda: EvolutionStrategies(sites=whole, **shared),  # type: ignore[arg-type]
-        "SPSA factored, groups": lambda: SPSA(sites=groups, layout="factored", **shared),  # type: ignore[arg-type]
+        "SPSA shared, whole network": lambda: SPSA(sites=whole, **shared),
+        "SPSA shared, groups": lambda: SPSA(sites=groups, **shared),
+        "ES shared, whole network": lambda: EvolutionStrategies(sites=whole, **shared),
+        "SPSA factored, groups": lambda: SPSA(sites=groups, layout="factored", **shared),
         "LikelihoodRatio, groups": lambda: LikelihoodRatio(sites=groups, chunk_rows=rows, seed=0),
         LR_QUERIES_ALONE: lambda: LikelihoodRatio(sites=groups, chunk_rows=rows, seed=0),
         "backprop": Backprop,

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flops_lightning.errors import SettingError
+from flops_lightning.errors import SettingError, check_choice
 from flops_lightning.noise.keys import NoiseKey, row_seeds, standard_normal
 
 Distribution = Literal["gaussian", "rademacher"]
@@ -48,6 +48,22 @@ class NoiseSpec:
             that of Gaussian noise: none at all with as many queries as dimensions, and no gain worth its price where
             dimensions are many. Queries of a block are not independent, as rules of the form ``trace / queries``, and
             products of the estimates of two halves of the queries, assume them to be.
+
+    Example:
+        >>> import numpy as np
+        >>> import torch
+        >>> from flops_lightning.noise.keys import NoiseKey
+        >>> from flops_lightning.noise.kinds import draw_noise
+        >>> from flops_lightning.strategies import NoiseSpec
+        >>> key, first, both = NoiseKey(seed=0, draw=0, site="head"), np.array([0, 0]), np.array([0, 1])
+        >>> rows = {"shape": (2,), "device": torch.device("cpu"), "dtype": torch.float64}
+        >>> draw_noise(NoiseSpec(distribution="rademacher"), key, first, both, **rows).abs()
+        tensor([[1., 1.],
+                [1., 1.]], dtype=torch.float64)
+        >>> z = draw_noise(NoiseSpec(orthogonal=True), key, first, both, **rows)
+        >>> (z @ z.T).round(decimals=6).abs()
+        tensor([[2., 0.],
+                [0., 2.]], dtype=torch.float64)
     """
 
     distribution: Distribution = "gaussian"
@@ -63,10 +79,8 @@ class NoiseSpec:
         Raises:
             SettingError: an unknown distribution or layout; orthogonal directions that are not dense and Gaussian.
         """
-        for name, known in (("distribution", get_args(Distribution)), ("layout", get_args(Layout))):
-            value = getattr(self, name)
-            if value not in known:
-                raise SettingError(f"{setting}.{name}", value, "is unknown.", f"Write one of {', '.join(known)}.")
+        check_choice(f"{setting}.distribution", self.distribution, get_args(Distribution))
+        check_choice(f"{setting}.layout", self.layout, get_args(Layout))
         for name, needed in (("distribution", "gaussian"), ("layout", "dense")):
             value = getattr(self, name)
             if self.orthogonal and value != needed:

@@ -19,7 +19,18 @@ from flops_lightning.strategies.whole_batch import WholeBatchStrategy
 class Backprop(WholeBatchStrategy):
     """Reverse-mode gradient of the mean loss, in eval mode like the queries (no dropout), so that objectives agree.
 
-    Not under float16 autocast: a backward pass in float16 needs a loss scaler, which nothing else here does.
+    Float16 autocast is refused: a backward pass in float16 needs a loss scaler, which nothing else here does.
+
+    Example:
+        >>> import torch
+        >>> from flops_lightning import Backprop, stage_network
+        >>> network = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False))
+        >>> strategy = Backprop()
+        >>> strategy.bind(stage_network(network), lambda output, target: (output - target)[:, 0])
+        >>> strategy.estimate(strategy.clean_pass(torch.tensor([[3.0]]), torch.tensor([[0.0]]))).loss.shape
+        torch.Size([1])
+        >>> network[0].weight.grad
+        tensor([[3.]])
     """
 
     why = "spends no queries"
@@ -45,10 +56,7 @@ class Backprop(WholeBatchStrategy):
             output = at_least_float32(self.network.run(embedding, len(self.network) - 1))
             loss = row_losses(self.loss, output, targets)
         if not loss.requires_grad:
-            raise SettingError(
-                "loss", getattr(self.loss, "__name__", type(self.loss).__name__), "has no derivative.",
-                "Use a strategy that needs none, such as LikelihoodRatio, or a loss such as cross-entropy.",
-            )  # fmt: skip
+            raise without_derivative(self.loss)
         self.draw += 1
         self.meter.add(CLEAN, clean_passes=len(loss), forward_equivalents=len(loss))
         return CleanPass(targets, {0: inputs}, output, loss, embedding.detach().flatten(1), self.draw - 1)
@@ -86,6 +94,14 @@ class Backprop(WholeBatchStrategy):
         zeros = {name: torch.zeros_like(p) for name, p in parameters.items()}
         add_gradients(parameters, {n: zeros[n] if g is None else g for n, g in zip(parameters, gradients, strict=True)})
         return Estimate(detached.loss, detached.output, 0, silent_samples=int((~finite).sum()))
+
+
+def without_derivative(loss: LossFunction, problem: str = "") -> SettingError:
+    """The error for a loss that a strategy needs to differentiate and cannot."""
+    return SettingError(
+        "loss", getattr(loss, "__name__", type(loss).__name__), f"has no derivative{problem}.",
+        "Use a strategy that needs none, such as LikelihoodRatio, or a loss such as cross-entropy.",
+    )  # fmt: skip
 
 
 def _refuse_float16(device: str) -> None:

@@ -1,4 +1,4 @@
-"""Losses of a batch at parameters that differ from the network's, and the finite differences they give."""
+"""Coordinates measured in a step, a random mask whose density differs from tensor to tensor, and their losses."""
 
 from __future__ import annotations
 
@@ -6,19 +6,69 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from flops_lightning.network.functional import FunctionalStages
 from flops_lightning.network.staging import StagedNetwork
+from flops_lightning.noise.keys import NoiseKey, row_seeds
 from flops_lightning.queries import CleanPass, LossFunction, row_losses
-from flops_lightning.strategies.coordinate_masks import Masks
-from flops_lightning.strategies.replaced_parameters import ReplacedParameters
 from flops_lightning.strategies.zo_grasp import Values
+
+Masks = Mapping[str, NDArray[np.int64]]
+"""Ascending indices into each flattened tensor, by name, of the tensors that are in the mask."""
 
 Scheme = Literal["forward", "central"]
 
 EVALUATIONS: dict[Scheme, int] = {"forward": 1, "central": 2}
 """Passes of the batch for each coordinate, the clean one left out."""
+
+
+def inclusion_probabilities(
+    sizes: Mapping[str, int], ratios: Mapping[str, float], coordinates: int
+) -> dict[str, float]:
+    """Probability with which each entry of a tensor is in the mask: ``c r_l / sum_m r_m n_m``.
+
+    Args:
+        sizes: Number of entries ``n`` of each tensor.
+        ratios: Relative density ``r`` of each tensor, between 0 and 1.
+        coordinates: Size ``c`` of the mask, at most ``sum_m r_m n_m``.
+    """
+    total = sum(ratios[name] * size for name, size in sizes.items())
+    return {name: coordinates * ratios[name] / total for name in sizes}
+
+
+def draw_masks(sizes: Mapping[str, int], probabilities: Mapping[str, float], *, seed: int, draw: int) -> Masks:
+    """A mask of a fixed size, a pure function of ``(seed, draw)``.
+
+    How many coordinates a tensor gets is its expected number rounded down or up at random (systematic sampling: one
+    uniform number for all tensors), so that an entry is in the mask with exactly its probability. Rounding by largest
+    remainder would never measure a tensor whose expected number stays small, such as a bias. Within a tensor,
+    coordinates are drawn uniformly and without replacement.
+
+    Args:
+        sizes: Number of entries of each tensor.
+        probabilities: Those of :func:`inclusion_probabilities`.
+        seed: The run's seed.
+        draw: Number of the mask.
+    """
+    expected = np.array([probabilities[name] * size for name, size in sizes.items()])
+    # Rounded, because a sum that misses a whole number by 1e-12 could ask a full tensor for one entry too many.
+    edges = np.floor(np.round(expected.cumsum(), 9) + _generator(seed, draw, "").random()).astype(np.int64)
+    counts = np.diff(edges, prepend=0)
+    return {
+        name: np.sort(_generator(seed, draw, name).choice(size, count, replace=False, shuffle=False))
+        for (name, size), count in zip(sizes.items(), counts.tolist(), strict=True)
+        if count
+    }
+
+
+def _generator(seed: int, draw: int, name: str) -> np.random.Generator:
+    # Without the rank: the mean over ranks of gradients under one mask is the gradient of all samples under that mask.
+    first = np.zeros(1, dtype=np.int64)
+    return np.random.default_rng(row_seeds(NoiseKey(seed, draw, f"coordinates.{name}"), first, first))
 
 
 @dataclass(frozen=True)
@@ -35,16 +85,16 @@ class CoordinateProbes:
     """Runs a network with moved parameters, without writing to them.
 
     Attributes:
-        network: The network, in eval mode while this runs.
+        network: The network, in eval mode.
         loss: Its loss, one value a row.
-        replaced: Runs its stages with other values.
+        stages: Its stages as functions of their parameters.
         stage_of: Index of the stage that owns each parameter.
         chunk_rows: Upper bound of the rows in one forward pass.
     """
 
     network: StagedNetwork
     loss: LossFunction
-    replaced: ReplacedParameters
+    stages: FunctionalStages
     stage_of: Mapping[str, int]
     chunk_rows: int
 
@@ -91,7 +141,7 @@ class CoordinateProbes:
         entry = copy.view(-1)[probe.index]
         before = entry.clone()
         entry += probe.move
-        output = self.replaced.run(stage, x.clone(), {probe.name: copy})  # the stage may work in place
+        output = self.stages.run(stage, x.clone(), {probe.name: copy})  # the stage may work in place
         entry.copy_(before)
         return output
 
@@ -101,5 +151,5 @@ class CoordinateProbes:
         chunks = [x.clone() for x in clean.activations[0].split(self.chunk_rows)]  # the first stage may work in place
         for stage in range(len(self.network)):
             moved = {name: values(name) for name in trainable if self.stage_of[name] == stage}
-            chunks = [self.replaced.run(stage, x, moved) for x in chunks]
+            chunks = [self.stages.run(stage, x, moved) for x in chunks]
         return row_losses(self.loss, torch.cat(chunks), clean.targets)

@@ -2,161 +2,157 @@
 
 For a direction ``z`` with ``E z z^T = I`` the estimate is ``(dL_b . z) z``, unbiased without any sigma (Silver et al.,
 2021). The derivative comes with the forward pass by ``torch.func.jvp``, at about the price of two passes and without
-stored activations; network and loss must be differentiable. ``ForwardMode`` perturbs activities (Ren et al., 2022): the
-parameters' gradient follows as for :class:`LikelihoodRatio`. ``WeightForwardMode`` perturbs weights, as
-:class:`EvolutionStrategies` does.
+stored activations; network and loss must be differentiable.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from flops_lightning.errors import SettingError
+from flops_lightning.network.functional import directional_derivative
 from flops_lightning.network.staging import StagedNetwork
-from flops_lightning.noise.kinds import NoiseSpec
 from flops_lightning.queries import CleanPass, LossFunction, row_losses
-from flops_lightning.strategies.base import Exchange
-from flops_lightning.strategies.chunk_rows import RowsSetting
+from flops_lightning.strategies.backprop import without_derivative
+from flops_lightning.strategies.engine import Q
 from flops_lightning.strategies.likelihood_ratio import LikelihoodRatio
-from flops_lightning.strategies.parameter_perturbation import Layout, ParameterPerturbation
-from flops_lightning.strategies.pilots import PilotSpec
-from flops_lightning.strategies.query_strategy import UpdateOrder
-from flops_lightning.strategies.site_queries import SiteQueries
+from flops_lightning.strategies.parameter_perturbation import ParameterPerturbation
+from flops_lightning.strategies.parameter_queries import Losses, ParameterQueryResult, Response
+from flops_lightning.strategies.query_strategy import QueryStrategy
+from flops_lightning.strategies.site_queries import QueriedOutput, SiteQueries
 from flops_lightning.strategies.site_specs import SiteSpec
-from flops_lightning.strategies.sites import Site
-
-PASSES = 2.0
-"""Forward passes that a pass with a tangent costs, about."""
 
 
-class ForwardMode(LikelihoodRatio):
-    """Forward gradients with directions in the activity at the output of sites."""
+class _ExactDerivatives(QueryStrategy[Q]):
+    """Queries without a noise width, for losses with a derivative."""
 
-    passes_per_query = PASSES
+    passes_per_query = 2.0
 
-    def __init__(
-        self,
-        *,
-        sites: Sequence[SiteSpec] = (),
-        update: UpdateOrder = "simultaneous",
-        pilots: PilotSpec | None = None,
-        noise: NoiseSpec | None = None,
-        chunk_rows: RowsSetting = 256,
-        seed: int | None = None,
-    ) -> None:
-        """Keep the settings; they meet the network in :meth:`bind`.
+    def bind(self, network: StagedNetwork, loss: LossFunction) -> None:
+        """Resolve sites; their directions have no width."""
+        for i, spec in enumerate(self.specs):
+            if spec.sigma != SiteSpec.sigma:
+                warnings.warn(
+                    f"strategy.sites[{i}].sigma = {spec.sigma:g} has no effect: derivatives are exact.", stacklevel=2
+                )
+        super().bind(network, loss)
+        self._sites = tuple(replace(site, sigma=0.0) for site in self._sites)
+
+    def clean_pass(self, inputs: Tensor, targets: Tensor) -> CleanPass:
+        """Run the batch unperturbed.
+
+        Raises:
+            SettingError: at the first batch: the loss has no derivative.
+        """
+        first = self._costs is None
+        clean = super().clean_pass(inputs, targets)
+        if first:
+            _check_derivative(self.loss, clean)
+        return clean
+
+
+class ForwardMode(_ExactDerivatives[QueriedOutput], LikelihoodRatio):
+    """Forward gradients with directions in the activity at the output of sites (Ren et al., 2022).
+
+    The parameters' gradient follows as for :class:`LikelihoodRatio`. All kinds of noise are unbiased here; orthogonal
+    directions give the exact gradient with as many queries as a site has features at all its tokens, up to 32.
+
+    Example:
+        >>> import torch
+        >>> from flops_lightning import ForwardMode, SiteSpec, stage_network
+        >>> from flops_lightning.strategies import NoiseSpec
+        >>> network = torch.nn.Sequential(torch.nn.Linear(1, 2, bias=False))
+        >>> site = SiteSpec(stages=["0"], kind="linear", queries_per_sample=2)
+        >>> strategy = ForwardMode(sites=[site], noise=NoiseSpec(orthogonal=True), seed=0)
+        >>> strategy.bind(stage_network(network), lambda output, target: (output - target).sum(1))
+        >>> strategy.estimate(strategy.clean_pass(torch.tensor([[3.0]]), torch.zeros(1, 2))).queries
+        2
+        >>> [round(entry, 3) for entry in network[0].weight.grad.flatten().tolist()]
+        [3.0, 3.0]
+    """
+
+    fixed = frozenset({"variant", "token_sigma", "learn_sigma", "exact_head", "compile_suffixes"})
+
+    def __init__(self, **settings: Any) -> None:
+        """Keep the settings.
 
         Args:
-            sites: Where directions enter, as for ``LikelihoodRatio``; ``sigma`` has no effect.
-            update: See :class:`QueryStrategy`.
-            pilots: Queries spent before the allocation.
-            noise: Kind of directions; None: dense and Gaussian. All kinds are unbiased here. Orthogonal ones give the
-                exact gradient with as many queries as a site has features at all its tokens, up to 32.
-            chunk_rows: Upper bound of the rows in one forward pass; never changes the estimate.
-                ``auto``: as many as suit the device, chosen at the first batch.
-            seed: Seed of all directions; None: the seed of ``seed_everything``.
+            **settings: See :class:`LikelihoodRatio`; the ``sigma`` of sites has no effect.
 
         Raises:
             SettingError: an unknown update or kind of noise, orthogonal noise with pilots, or fewer than two rows in a
                 chunk.
         """
-        super().__init__(sites=sites, update=update, pilots=pilots, noise=noise, chunk_rows=chunk_rows, seed=seed)
-        _warn_of_sigma(self.specs)
-
-    def bind(self, network: StagedNetwork, loss: LossFunction) -> None:
-        """Resolve sites; their directions have no width."""
-        super().bind(network, loss)
-        self._sites = _without_width(self._sites)
-
-    def clean_pass(self, inputs: Tensor, targets: Tensor) -> CleanPass:
-        """Run the batch unperturbed.
-
-        Raises:
-            SettingError: at the first batch: the loss has no derivative.
-        """
-        first = self._costs is None
-        clean = super().clean_pass(inputs, targets)
-        if first:
-            _check_derivative(self.loss, clean)
-        return clean
+        super().__init__(
+            variant="baseline", token_sigma=False, learn_sigma=0.0, exact_head=False, compile_suffixes=False, **settings
+        )
 
     @property
     def site_queries(self) -> SiteQueries:
-        """What runs the queries of a site, with these settings."""
+        """Runs the queries of a site, with these settings."""
         return replace(super().site_queries, forward_mode=True)
 
 
-class WeightForwardMode(ParameterPerturbation):
-    """Forward gradients with directions in the weights of sites."""
+class WeightForwardMode(_ExactDerivatives[ParameterQueryResult], ParameterPerturbation):
+    """Forward gradients with directions in the weights of sites, as :class:`EvolutionStrategies` has.
 
-    passes_per_query = PASSES
-    forward_mode = True
+    Example:
+        >>> import torch
+        >>> from flops_lightning import SiteSpec, WeightForwardMode, stage_network
+        >>> network = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False))
+        >>> site = SiteSpec(stages=["0"], queries_per_sample=20_000)
+        >>> strategy = WeightForwardMode(sites=[site], layout="factored", chunk_rows=20_000, seed=0)
+        >>> strategy.bind(stage_network(network), lambda output, target: (output - target)[:, 0])
+        >>> strategy.estimate(strategy.clean_pass(torch.tensor([[3.0]]), torch.tensor([[0.0]]))).queries
+        20000
+        >>> round(network[0].weight.grad.item())  # the derivative of 3 w
+        3
+    """
 
-    def __init__(
-        self,
-        *,
-        sites: Sequence[SiteSpec] = (),
-        layout: Layout = "shared",
-        rank: int = 1,
-        activation_guided: bool = False,
-        span: int = 0,
-        update: UpdateOrder = "simultaneous",
-        pilots: PilotSpec | None = None,
-        exchange: Exchange = "gradients",
-        chunk_rows: RowsSetting = 256,
-        seed: int | None = None,
-    ) -> None:
-        """Keep the settings; they meet the network in :meth:`bind`.
+    fixed = frozenset({"sigma", "variant", "compile_suffixes"})
+
+    def __init__(self, **settings: Any) -> None:
+        """Keep the settings.
 
         Args:
-            sites: Stages whose parameters get directions together, as for ``EvolutionStrategies``; ``sigma`` has no
-                effect.
-            layout: ``shared`` or ``factored``, see ``EvolutionStrategies``.
-            rank: Rank of the factored directions.
-            activation_guided: Draw the input factors in the span of the layer's own inputs (``factored`` only).
-            span: So many leading directions of that span (biased); 0: all of it.
-            update: See :class:`QueryStrategy`.
-            pilots: Queries spent before the allocation.
-            exchange: What several processes tell each other: ``gradients``, or ``losses`` (``shared`` only): a scalar
-                a direction, and every process draws the directions of all. Bytes do not depend on the parameters.
-            chunk_rows: Upper bound of the rows in one forward pass; never changes the estimate.
-                ``auto``: as many as suit the device, chosen at the first batch.
-            seed: Seed of all directions; None: the seed of ``seed_everything``.
+            **settings: See :class:`ParameterPerturbation`; the ``sigma`` of sites has no effect.
 
         Raises:
-            SettingError: an unknown word, or a setting without effect.
+            SettingError: an unknown choice, a number out of range, or a setting without effect.
         """
-        super().__init__(
-            sites=sites, layout=layout, rank=rank, activation_guided=activation_guided, span=span, update=update,
-            pilots=pilots, exchange=exchange, chunk_rows=chunk_rows, seed=seed,
-        )  # fmt: skip
-        _warn_of_sigma(self.specs)
+        super().__init__(sigma=0.0, variant="baseline", compile_suffixes=False, **settings)
 
-    def bind(self, network: StagedNetwork, loss: LossFunction) -> None:
-        """Resolve sites; their directions have no width."""
-        super().bind(network, loss)
-        self._sites = _without_width(self._sites)
+    @property
+    def response(self) -> Response:
+        """Derivatives along the directions."""
+        return _Derivative(self.variant)
 
-    def clean_pass(self, inputs: Tensor, targets: Tensor) -> CleanPass:
-        """Run the batch unperturbed.
 
-        Raises:
-            SettingError: at the first batch: the loss has no derivative.
-        """
-        first = self._costs is None
-        clean = super().clean_pass(inputs, targets)
-        if first:
-            _check_derivative(self.loss, clean)
-        return clean
+@dataclass(frozen=True)
+class _Derivative(Response):
+    """What a row tells of its direction: the exact derivative of the loss along it."""
+
+    in_place: ClassVar[bool] = False
+
+    def values(self, losses: Losses, sigma: float, signs: Tensor) -> Tensor:
+        """Derivatives at ``theta``."""
+        del sigma
+        derivatives: Tensor = directional_derivative(losses, signs)
+        return derivatives
+
+    def weights(self, values: Tensor, clean: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+        """The derivatives themselves."""
+        del sigma
+        alive = torch.isfinite(values) & torch.isfinite(clean)
+        return torch.where(alive, values, 0.0), alive
 
 
 def _check_derivative(loss: LossFunction, clean: CleanPass) -> None:
-    # Forward mode would find slopes of zero, and a run would learn nothing without a word.
+    # Forward mode would find slopes of zero, and the run would silently learn nothing.
     problem = ""
     with torch.enable_grad():
         try:
@@ -164,19 +160,4 @@ def _check_derivative(loss: LossFunction, clean: CleanPass) -> None:
         except RuntimeError as error:  # it leaves torch
             known, problem = False, f" ({error})"
     if not known:
-        raise SettingError(
-            "loss", getattr(loss, "__name__", type(loss).__name__), f"has no derivative{problem}.",
-            "Use a strategy that needs none, such as LikelihoodRatio, or a loss such as cross-entropy.",
-        )  # fmt: skip
-
-
-def _without_width(sites: Sequence[Site]) -> tuple[Site, ...]:
-    return tuple(replace(site, sigma=0.0) for site in sites)
-
-
-def _warn_of_sigma(specs: Sequence[SiteSpec]) -> None:
-    for i, spec in enumerate(specs):
-        if spec.sigma != SiteSpec.sigma:
-            warnings.warn(
-                f"strategy.sites[{i}].sigma = {spec.sigma:g} has no effect: derivatives are exact.", stacklevel=3
-            )
+        raise without_derivative(loss, problem)

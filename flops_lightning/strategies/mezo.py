@@ -10,88 +10,77 @@ One scalar a step; with ``queries = n`` the mean over ``n / 2`` directions (n-SP
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from flops_lightning.errors import SettingError, check_choice
+from flops_lightning.errors import SettingError, check_choice, check_positive
 from flops_lightning.meter import CLEAN
+from flops_lightning.network.functional import FunctionalStages
 from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.noise.keys import NoiseKey
 from flops_lightning.phases import phase
 from flops_lightning.queries import CleanPass, LossFunction, plan_rows
-from flops_lightning.strategies.base import (
-    Estimate,
-    Exchange,
-    add_gradients,
-    resolve_seed,
-    warn_silent,
-)
-from flops_lightning.strategies.chunk_rows import ChunkRows, RowsSetting
+from flops_lightning.strategies.base import Estimate, Exchange, add_gradients, warn_silent
 from flops_lightning.strategies.costs import site_costs
+from flops_lightning.strategies.parameter_queries import Response
 from flops_lightning.strategies.precision import warn_unresolved_sigma
-from flops_lightning.strategies.replaced_parameters import ReplacedParameters
-from flops_lightning.strategies.setting_checks import refuse_other_seed
 from flops_lightning.strategies.shared_directions import SharedDirections
 from flops_lightning.strategies.site_specs import SiteSpec
 from flops_lightning.strategies.sites import Site, resolve_sites
-from flops_lightning.strategies.whole_batch import WholeBatchStrategy
+from flops_lightning.strategies.whole_batch import WholeBatchQueries
 
 SITE = "all"
 
 
-class MeZO(WholeBatchStrategy):
+class MeZO(WholeBatchQueries):
     """Memory-efficient zeroth-order estimates; no autograd anywhere.
 
     Memory stays at that of inference: directions are drawn stage by stage and drawn again for the gradient. There is no
-    unperturbed pass either: loss and output that are reported are those under the first direction (the mean of both
-    signs, and the output under ``+z``).
+    unperturbed pass either: the loss and output it reports are those under the first direction (the mean of both signs,
+    and the output under ``+z``).
+
+    Example:
+        >>> import torch
+        >>> from flops_lightning import MeZO, stage_network
+        >>> network = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False))
+        >>> strategy = MeZO(queries=2000, seed=0)
+        >>> strategy.bind(stage_network(network), lambda output, target: (output - target)[:, 0])
+        >>> strategy.estimate(strategy.clean_pass(torch.tensor([[3.0]]), torch.tensor([[0.0]]))).queries
+        2000
+        >>> round(network[0].weight.grad.item())  # the derivative of 3 w
+        3
     """
 
     why = "gives all samples the same directions"
     instead = "SPSA"
 
     def __init__(
-        self,
-        *,
-        sigma: float = 1e-3,
-        queries: int = 2,
-        exchange: Exchange = "gradients",
-        chunk_rows: RowsSetting = 256,
-        seed: int | None = None,
+        self, *, sigma: float = 1e-3, queries: int = 2, exchange: Exchange = "gradients", **settings: Any
     ) -> None:
-        """Keep the settings; they meet the network in :meth:`bind`.
+        """Keep the settings; :meth:`bind` checks them against the network.
 
         Args:
             sigma: Standard deviation of the noise on every parameter.
             queries: Queries of every sample and step, in antithetic pairs; 2 in the original.
-            exchange: What several processes tell each other: ``gradients``, or ``losses``: one scalar a direction, and
-                every process draws the directions of all. Bytes do not depend on the parameters.
-            chunk_rows: Upper bound of the rows in one forward pass; never changes the estimate.
-                ``auto``: as many as suit the device, chosen at the first batch.
-            seed: Seed of all noise; None: the seed of ``seed_everything``.
+            exchange: What processes tell each other: ``gradients``, or ``losses``, one scalar a direction, whose bytes
+                do not depend on the parameters; every process then draws the directions of all.
+            **settings: See :class:`WholeBatchQueries`.
 
         Raises:
-            SettingError: a sigma that is not positive, queries that make no pairs, or fewer than one row in a chunk.
+            SettingError: a sigma that is not positive, an odd number of queries, or fewer than one row in a chunk.
         """
-        super().__init__()
-        if not (sigma > 0 and math.isfinite(sigma)):
-            raise SettingError(
-                "strategy.sigma", sigma, "the noise needs a positive width.", "Write for example 1.0e-3."
-            )
+        super().__init__(**settings)
+        check_positive("strategy.sigma", sigma, "Write for example 1.0e-3.")
         if queries < 2 or queries % 2:
-            raise SettingError("strategy.queries", queries, "make no pairs.", "Write an even number, 2 or more.")
+            raise SettingError("strategy.queries", queries, "must be even and 2 or more.", "Write for example 2.")
         check_choice("strategy.exchange", exchange, get_args(Exchange))
         self.exchange = exchange
         self.sigma = sigma
         self.queries = queries
-        self._chunks = ChunkRows(chunk_rows, least=1)
-        self._seed_given = seed is not None
-        self.seed = resolve_seed(seed)
         self._sites: tuple[Site, ...] = ()
 
     def bind(self, network: StagedNetwork, loss: LossFunction) -> None:
@@ -101,28 +90,23 @@ class MeZO(WholeBatchStrategy):
             SettingError: see :meth:`check_network`.
         """
         self.check_network(network)
-        taught = (i for i, stage in enumerate(network.stages) if any(stage.owns(n) for n in network.trainable()))
-        first = next(taught, 0)
+        trained = (i for i, stage in enumerate(network.stages) if any(stage.owns(n) for n in network.trainable()))
+        first = next(trained, 0)
         ends = [network.stages[first].name, network.stages[-1].name]
         spec = SiteSpec(stages=ends, sigma=self.sigma, queries_per_sample=self.queries, name=SITE)
         self._sites = resolve_sites(network, [spec], in_parameters=True)
         self.network, self.loss = network, loss
-        self._replaced = ReplacedParameters(network)
+        self._stages = FunctionalStages(network)
         self._warned = False
         self._query_cost = 1.0
 
     @property
-    def chunk_rows(self) -> int:
-        """Upper bound of the rows in one forward pass."""
-        return self._chunks.rows
-
-    @property
     def sites(self) -> tuple[Site, ...]:
-        """One: the network, from the lowest stage that learns."""
+        """One: the network from the lowest stage with trainable parameters on."""
         return self._sites
 
     def clean_pass(self, inputs: Tensor, targets: Tensor) -> CleanPass:
-        """Take the batch; nothing but what is frozen below the parameters is run, and losses are not known."""
+        """Take the batch and run what is frozen below the parameters; losses are not known."""
         self._chunks.settle(self.network, inputs)
         dtype = torch.promote_types(next(iter(self._sites[0].parameters.values())).dtype, torch.float32)
         unknown = torch.full((len(inputs),), torch.nan, dtype=dtype, device=inputs.device)
@@ -162,16 +146,17 @@ class MeZO(WholeBatchStrategy):
         chunks = -(-clean.batch_size // self.chunk_rows)
 
         def loss(output: Tensor, targets: Tensor) -> Tensor:
-            if len(first_outputs) < 2 * chunks:  # the first direction's, + and - in turn
+            if len(first_outputs) < 2 * chunks:  # of the first direction, + and - in turn
                 first_outputs.append(output)
             return self.loss(output, targets)
 
         key = NoiseKey(self.seed, 0, "", self.rank)
         ranks = self.communicator if self.exchange == "losses" else None
-        layout = SharedDirections(self.network, self._replaced, loss, key, 2, self.chunk_rows, ranks=ranks)
+        response = Response("antithetic")
+        layout = SharedDirections(self.network, self._stages, loss, key, 2, self.chunk_rows, response, ranks)
         plan = plan_rows(np.full(clean.batch_size, self.queries), self.chunk_rows, multiple=2)
         with self.network.evaluating():
-            losses = layout.evaluate(site, clean, plan, traces=False).losses.view(clean.batch_size, -1, 2)
+            losses = layout.run(site, clean, plan, traces=False).values.view(clean.batch_size, -1, 2)
         slopes = (losses[..., 0] - losses[..., 1]) / (2 * self.sigma)
         alive = torch.isfinite(slopes)
         pairs = alive.sum(1, keepdim=True)
@@ -196,18 +181,3 @@ class MeZO(WholeBatchStrategy):
             silent_samples=silent,
             lost_batch=not used,
         )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Draw counter, meter and the seed of the noise."""
-        return {**super().state_dict(), "seed": self.seed, **self._chunks.state_dict()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned.
-
-        Raises:
-            SettingError: another seed was given explicitly.
-        """
-        refuse_other_seed(self.seed, state["seed"], given=self._seed_given)
-        super().load_state_dict(state)
-        self._chunks.load_state_dict(state)
-        self.seed = int(state["seed"])

@@ -1,92 +1,95 @@
-"""What evolution strategies, SPSA and forward gradients in the weights have in common: noise in the parameters."""
+"""Noise in the parameters: :class:`EvolutionStrategies` (FLOPS, eq. 2) and :class:`SPSA` (eq. 3).
+
+Weights are in ``delta.py``, sums over queries in ``parameter_queries.py``, directions in ``shared_directions.py`` and
+``factored_directions.py``. No autograd anywhere.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from flops_lightning.errors import SettingError, check_choice
+from flops_lightning.errors import SettingError, check_at_least, check_choice
+from flops_lightning.network.functional import FunctionalStages
 from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.noise.keys import NoiseKey
 from flops_lightning.queries import CleanPass, LossFunction
 from flops_lightning.strategies.base import Exchange
-from flops_lightning.strategies.chunk_rows import RowsSetting
 from flops_lightning.strategies.delta import Variant
-from flops_lightning.strategies.factored_directions import FactoredDirections, SiteParts, site_parts
-from flops_lightning.strategies.parameter_queries import DirectionLayout, ParameterQueries, QueriedParameters
-from flops_lightning.strategies.pilots import PilotSpec
-from flops_lightning.strategies.query_strategy import QueryStrategy, UpdateOrder
-from flops_lightning.strategies.replaced_parameters import ReplacedParameters
+from flops_lightning.strategies.factored_directions import FactoredDirections
+from flops_lightning.strategies.parameter_queries import (
+    DirectionLayout,
+    ParameterQueries,
+    ParameterQueryResult,
+    Response,
+)
+from flops_lightning.strategies.query_strategy import QueryStrategy
+from flops_lightning.strategies.row_layers import SiteParts, site_parts
 from flops_lightning.strategies.shared_directions import SharedDirections
-from flops_lightning.strategies.site_specs import SiteSpec, default_specs
+from flops_lightning.strategies.site_specs import default_specs
 from flops_lightning.strategies.sites import Site, resolve_sites
 
 Layout = Literal["shared", "factored"]
 
 
-class ParameterPerturbation(QueryStrategy[QueriedParameters]):
+class ParameterPerturbation(QueryStrategy[ParameterQueryResult]):
     """Gradient estimates from forward passes with noise in the parameters of sites.
 
-    A query at a site runs the site itself and everything above it: what lies below is reused from the clean pass.
+    A query at a site runs the site itself and everything above it; what lies below is reused from the clean pass.
     """
-
-    forward_mode = False
 
     def __init__(
         self,
         *,
-        sites: Sequence[SiteSpec] = (),
         sigma: float = 0.0,
-        variant: Variant = "baseline",
         layout: Layout = "shared",
         rank: int = 1,
         activation_guided: bool = False,
         span: int = 0,
-        update: UpdateOrder = "simultaneous",
-        pilots: PilotSpec | None = None,
         exchange: Exchange = "gradients",
-        chunk_rows: RowsSetting = 256,
-        compile_suffixes: bool = False,
-        seed: int | None = None,
+        **settings: Any,
     ) -> None:
-        """Keep the settings; see the subclasses.
+        """Keep the settings; :meth:`bind` checks them against the network.
+
+        Args:
+            sigma: Standard deviation of the noise at all sites, in place of their own; 0: their own.
+            layout: ``shared``: one dense direction for each query index (or pair), used by all samples. ``factored``: a
+                low-rank direction for every row (or pair) of its own, on every linear and convolution.
+            rank: Rank of the factored directions.
+            activation_guided: Draw the input factors in the span of the layer's own inputs (``factored`` only).
+            span: Number of leading directions of that span to keep (biased); 0: all.
+            exchange: What processes tell each other: ``gradients``, or ``losses`` (``shared`` only), one scalar a
+                direction, whose bytes do not depend on the parameters; every process then draws the directions of all.
+            **settings: See :class:`QueryStrategy`; the parameters of a site, a block or a group, move together.
 
         Raises:
-            SettingError: an unknown layout, or a setting that the layout does not use.
+            SettingError: an unknown choice, a number out of range, or a setting that the layout does not use.
         """
-        super().__init__(
-            sites=sites, variant=variant, update=update, pilots=pilots, chunk_rows=chunk_rows,
-            compile_suffixes=compile_suffixes, seed=seed,
-        )  # fmt: skip
-        if not (sigma >= 0 and math.isfinite(sigma)):
-            raise SettingError("strategy.sigma", sigma, "is no width.", "Write for example 1.0e-3, or 0.")
-        self.sigma = sigma
+        super().__init__(**settings)
+        check_at_least("strategy.sigma", sigma, 0, "Write for example 1.0e-3, or 0 for the sites' own.")
         check_choice("strategy.layout", layout, get_args(Layout))
-        for name, value, unused, needs in (
-            ("rank", rank, 1, layout == "factored"),
-            ("activation_guided", activation_guided, False, layout == "factored"),
-            ("span", span, 0, activation_guided),
-            ("exchange", exchange, "gradients", layout == "shared"),
-        ):
-            if value != unused and not needs:
-                remedy = {"span": "activation_guided: true", "exchange": "layout: shared"}.get(name, "layout: factored")
-                raise SettingError(f"strategy.{name}", value, "has no effect here.", f"Remove it, or write {remedy}.")
-        if rank < 1:
-            raise SettingError("strategy.rank", rank, "is no rank.", "Write 1 or more.")
-        if span < 0:
-            raise SettingError("strategy.span", span, "is negative.", "Write 0 for the whole span.")
         check_choice("strategy.exchange", exchange, get_args(Exchange))
+        for name, value, unused, used, remedy in (
+            ("rank", rank, 1, layout == "factored", "layout: factored"),
+            ("activation_guided", activation_guided, False, layout == "factored", "layout: factored"),
+            ("span", span, 0, activation_guided, "activation_guided: true"),
+            ("exchange", exchange, "gradients", layout == "shared", "layout: shared"),
+        ):
+            if value != unused and not used:
+                raise SettingError(f"strategy.{name}", value, "has no effect here.", f"Remove it, or write {remedy}.")
+        check_at_least("strategy.rank", rank, 1)
+        check_at_least("strategy.span", span, 0, "Write 0 for the whole span.")
+        self.sigma = sigma
         self.exchange = exchange
         self.layout: Layout = layout
         self.rank_of_directions = rank
         self.activation_guided = activation_guided
         self.span = span
-        self._replaced: ReplacedParameters | None = None
+        self._stages: FunctionalStages | None = None
         self._parts: dict[str, SiteParts] = {}
 
     def bind(self, network: StagedNetwork, loss: LossFunction) -> None:
@@ -97,18 +100,15 @@ class ParameterPerturbation(QueryStrategy[QueriedParameters]):
                 convolution of several groups.
         """
         super().bind(network, loss)
-        self._replaced = ReplacedParameters(network)
+        self._stages = FunctionalStages(network)
         if self.layout == "factored":
             self._parts = {site.name: site_parts(network, site) for site in self.sites}
-            self._check_guided()
-
-    def _check_guided(self) -> None:
-        for layer in (layer for parts in self._parts.values() for layer in parts.layers if self.activation_guided):
-            if layer.has_matrix and getattr(layer.module, "groups", 1) > 1:
-                raise SettingError(
-                    "strategy.activation_guided", True, f"{layer.name} is a convolution of several groups, each with "
-                    "inputs of its own.", f"Freeze {layer.name!r}, or write activation_guided: false.",
-                )  # fmt: skip
+            for layer in (layer for parts in self._parts.values() for layer in parts.layers if self.activation_guided):
+                if layer.has_matrix and getattr(layer.module, "groups", 1) > 1:
+                    raise SettingError(
+                        "strategy.activation_guided", True, f"{layer.name} is a convolution of several groups, each "
+                        "with inputs of its own.", f"Freeze {layer.name!r}, or write activation_guided: false.",
+                    )  # fmt: skip
 
     def resolve_sites(self, network: StagedNetwork) -> tuple[Site, ...]:
         """Blocks and groups of stages, whose parameters are perturbed."""
@@ -127,24 +127,28 @@ class ParameterPerturbation(QueryStrategy[QueriedParameters]):
         return clean
 
     @property
-    def engine(self) -> ParameterQueries:
-        """What runs the queries of a site, with these settings."""
-        return ParameterQueries(self._direction_layout, self.variant, self.chunk_rows, self.forward_mode)
+    def response(self) -> Response:
+        """What a query tells of its direction."""
+        return Response(self.variant)
 
     @property
-    def _direction_layout(self) -> DirectionLayout:
-        key = NoiseKey(self.seed, 0, "", self.rank)
-        if self._replaced is None:
+    def engine(self) -> ParameterQueries:
+        """Runs the queries of a site, with these settings."""
+        if self._stages is None:
             raise RuntimeError("bind(network, loss) must come first.")
+        key = NoiseKey(self.seed, 0, "", self.rank)
+        layout: DirectionLayout
         if self.layout == "factored":
-            return FactoredDirections(
-                self.network, self._replaced, self._parts, self.loss, key, self.unit, self.rank_of_directions,
-                self.activation_guided, self.span, self.chunk_rows, self.forward_mode,
+            layout = FactoredDirections(
+                self.network, self._stages, self._parts, self.loss, key, self.unit, self.rank_of_directions,
+                self.activation_guided, self.span, self.chunk_rows, self.response,
             )  # fmt: skip
-        return SharedDirections(
-            self.network, self._replaced, self.loss, key, self.unit, self.chunk_rows, self.forward_mode,
-            self.communicator if self.exchange == "losses" else None,
-        )  # fmt: skip
+        else:
+            ranks = self.communicator if self.exchange == "losses" else None
+            layout = SharedDirections(
+                self.network, self._stages, self.loss, key, self.unit, self.chunk_rows, self.response, ranks
+            )
+        return ParameterQueries(layout, self.response, self.chunk_rows)
 
     def site_scales(self, clean: CleanPass, metric: Mapping[str, Tensor] | None) -> list[float]:
         """Traces are those of the parameters' gradient: 1, or the mean weight, since directions are isotropic."""
@@ -153,3 +157,82 @@ class ParameterPerturbation(QueryStrategy[QueriedParameters]):
             return [1.0] * len(self.sites)
         weights = [torch.cat([metric[name].flatten() for name in site.parameters]) for site in self.sites]
         return [float(each.mean()) for each in weights]
+
+
+class EvolutionStrategies(ParameterPerturbation):
+    """One-sided estimates with noise in the parameters: FLOPS (Ren et al., ICLR 2025), eq. 2; Salimans et al., 2017.
+
+    With noise ``z ~ N(0, I)`` and width ``sigma`` on the parameters of a site, for sample ``b`` with ``A_b`` queries::
+
+        g_b = 1 / A_b  sum_q (L_b(theta + sigma z_q) - c_bq) z_q / sigma        grad = 1 / B  sum_b g_b
+
+    ``c_bq`` is 0 (``plain``, the paper's), the clean loss (``baseline``) or the mean of the sample's other queries
+    (``leave_one_out``).
+
+    Example:
+        >>> import torch
+        >>> from flops_lightning import EvolutionStrategies, SiteSpec, stage_network
+        >>> network = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False))
+        >>> site = SiteSpec(stages=["0"], sigma=1e-3, queries_per_sample=20_000)
+        >>> strategy = EvolutionStrategies(sites=[site], layout="factored", chunk_rows=20_000, seed=0)
+        >>> strategy.bind(stage_network(network), lambda output, target: (output - target)[:, 0])
+        >>> clean = strategy.clean_pass(torch.tensor([[3.0]]), torch.tensor([[0.0]]))
+        >>> strategy.estimate(clean).queries
+        20000
+        >>> round(network[0].weight.grad.item())  # the derivative of 3 w
+        3
+    """
+
+    def __init__(self, *, variant: Variant = "baseline", **settings: Any) -> None:
+        """Keep the settings.
+
+        Args:
+            variant: The control variate: ``plain`` (none), ``baseline`` (clean loss), ``leave_one_out``.
+            **settings: See :class:`ParameterPerturbation`.
+
+        Raises:
+            SettingError: an unknown choice, a number out of range, or a setting without effect.
+        """
+        if variant == "antithetic":
+            raise SettingError(
+                "strategy.variant", variant, "is the estimator SPSA.", "Use strategy SPSA, or variant: baseline."
+            )
+        super().__init__(variant=variant, **settings)
+
+
+class SPSA(ParameterPerturbation):
+    """Two-sided estimates with noise in the parameters: FLOPS (Ren et al., ICLR 2025), eq. 3; Spall, 1992.
+
+    With pairs of queries ``+z_p`` and ``-z_p``, ``z ~ N(0, I)``, on the parameters of a site, ``n_b = A_b / 2``::
+
+        g_b = 1 / n_b  sum_p [L_b(theta + sigma z_p) - L_b(theta - sigma z_p)] z_p / (2 sigma)
+        grad = 1 / B  sum_b g_b
+
+    The paper's eq. 3, with ``z ~ N(0, sigma^2)``, is off by a factor sigma.
+
+    Example:
+        >>> import torch
+        >>> from flops_lightning import SPSA, SiteSpec, stage_network
+        >>> network = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False))
+        >>> site = SiteSpec(stages=["0"], sigma=1e-3, queries_per_sample=20_000)
+        >>> strategy = SPSA(sites=[site], layout="factored", chunk_rows=20_000, seed=0)
+        >>> strategy.bind(stage_network(network), lambda output, target: (output - target)[:, 0])
+        >>> clean = strategy.clean_pass(torch.tensor([[3.0]]), torch.tensor([[0.0]]))
+        >>> strategy.estimate(clean).queries
+        20000
+        >>> round(network[0].weight.grad.item())  # the derivative of 3 w
+        3
+    """
+
+    fixed = frozenset({"variant"})
+
+    def __init__(self, **settings: Any) -> None:
+        """Keep the settings.
+
+        Args:
+            **settings: See :class:`ParameterPerturbation`.
+
+        Raises:
+            SettingError: an unknown choice, a number out of range, or a setting without effect.
+        """
+        super().__init__(variant="antithetic", **settings)

@@ -1,15 +1,14 @@
-"""Queries with noise in the parameters: losses first, then the directions are drawn again and weighted.
+"""Queries with noise in the parameters: run all rows, then draw their directions again and sum them with weights.
 
-Nothing is kept per query but its loss: a direction is a pure function of its key, so the gradient
-``sum_r c_r D_r`` is made by a second drawing once the coefficients ``c_r`` of all rows are known. How directions are
-laid over the rows is the business of a :class:`DirectionLayout`.
+Only the losses are kept. A direction is a pure function of its key, so the gradient ``sum_r c_r D_r`` is made by a
+second drawing once the coefficients ``c_r`` of all rows are known. A :class:`DirectionLayout` gives rows directions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -22,19 +21,44 @@ from flops_lightning.strategies.base import summed
 from flops_lightning.strategies.delta import Variant, query_weights
 from flops_lightning.strategies.sites import Site
 
+Losses = Callable[[Tensor], Tensor]
+"""Losses of rows as a function of how far their parameters move along their directions."""
 
-@dataclass(frozen=True, eq=False)
-class Evaluated:
-    """Losses under the directions of a plan's rows.
+
+@dataclass(frozen=True)
+class Response:
+    """What a row tells of its direction: the change of the loss from ``theta`` to ``theta + sigma D``, over sigma.
 
     Attributes:
-        losses: ``(R,)`` losses; in forward mode their derivatives along the directions.
-        sq_norms: ``(R,)`` squared norms of the directions, or their common mean ``d`` plus 2 (see
-            :attr:`QueriedParameters.squares`).
+        variant: The control variate.
+        in_place: Layers may overwrite their outputs, since nothing is differentiated.
+    """
+
+    variant: Variant
+    in_place: ClassVar[bool] = True
+
+    def values(self, losses: Losses, sigma: float, signs: Tensor) -> Tensor:
+        """What is read off the rows: their losses. ``signs`` is -1 on the minus rows of antithetic pairs, else 1."""
+        return losses(sigma * signs)
+
+    def weights(self, values: Tensor, clean: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+        """``(R,)`` weights of the directions and the mask of rows that count; ``clean``: the rows' clean losses."""
+        real = torch.ones_like(values, dtype=torch.bool)
+        return query_weights(values, clean, real, sigma=sigma, variant=self.variant)
+
+
+@dataclass(frozen=True, eq=False)
+class RowResponses:
+    """Responses of a plan's rows.
+
+    Attributes:
+        values: ``(R,)`` see :meth:`Response.values`.
+        sq_norms: ``(R,)`` squared norms of the directions, or one number for all (see
+            :attr:`ParameterQueryResult.squares`).
         kept: What the layout needs to draw the directions again beside their keys.
     """
 
-    losses: Tensor
+    values: Tensor
     sq_norms: Tensor | float
     kept: Any = None
 
@@ -42,32 +66,32 @@ class Evaluated:
 class DirectionLayout(Protocol):
     """How directions are laid over rows."""
 
-    def evaluate(self, site: Site, clean: CleanPass, plan: RowPlan, *, traces: bool) -> Evaluated:
+    def run(self, site: Site, clean: CleanPass, plan: RowPlan, *, traces: bool) -> RowResponses:
         """Run all rows."""
 
     def gradient(
         self, site: Site, clean: CleanPass, plan: RowPlan, coefficients: Tensor, kept: Any
     ) -> dict[str, Tensor]:
-        """``sum_r c_r D_r`` by parameter name, ``coefficients`` ``(R,)``; the sign of an antithetic row is in D."""
+        """``sum_r c_r D_r`` by parameter name, ``coefficients`` ``(R,)``; D has the sign of an antithetic row."""
 
 
 @dataclass(frozen=True, eq=False)
-class QueriedParameters:
-    """What queries with noise in the parameters showed.
+class ParameterQueryResult:
+    """Result of the queries at a site.
 
     Attributes:
         plan: The rows, ``R`` in all.
-        sample: ``(R,)`` place of each row's sample.
-        weights: ``(R,)`` ``(L - c) / sigma``, zero on rows that do not count.
+        sample: ``(R,)`` sample of each row.
+        weights: ``(R,)`` weights of the directions, zero on rows that do not count.
         alive: ``(R,)`` rows that count.
-        survivors: ``(b,)`` rows that count, by sample.
+        survivors: ``(b,)`` rows of each sample that count.
         squares: ``(b,)`` sum over units (queries, or antithetic pairs) of ``w_u^2 (||D_u||^2 - 1)``. Directions have
             ``E D D^T = I``, so ``E w^2`` is the squared norm of the mean gradient where the loss is linear in sigma,
             and the expectation of ``w^2 (||D||^2 - 1)`` is the trace of the covariance of ``w D``. Dense Gaussian
             directions share one number for ``||D||^2``: ``d + 2``, since ``E w^2 ||D||^2 = (d + 2) E w^2``.
         unit: Rows in a unit.
-        centred: Weights are taken less the mean of the sample's other queries (leave-one-out).
-        kept: Of the layout.
+        centred: Weights are centred on the mean of the sample's other queries (leave-one-out).
+        kept: See :class:`RowResponses`.
     """
 
     plan: RowPlan
@@ -87,15 +111,15 @@ class QueriedParameters:
 
     @property
     def small(self) -> bool:
-        """Whether losses are all that is kept (activation-guided directions need their bases too)."""
+        """Whether only losses are kept (activation-guided directions need their bases too)."""
         return not self.kept
 
     def trace(self) -> Tensor:
         """``(b,)`` trace of the covariance of one query's gradient (of a pair's, times 2); NaN without a query.
 
         Exact on average where the loss is linear over sigma; curvature and, without a control variate, the loss itself
-        make it wrong by a share of the order of one over the number of parameters. A sum that is negative, as it
-        may be of few factored directions shorter than 1, counts as 0.
+        make it wrong by a share of the order of one over the number of parameters. A negative sum, possible with few
+        factored directions shorter than 1, counts as 0.
         """
         n = self.survivors / self.unit
         return torch.where(n > 0, self.unit * self.squares.clamp(min=0) / n.clamp(min=1), torch.nan)
@@ -117,50 +141,41 @@ class ParameterQueries:
 
     Attributes:
         layout: Lays directions over rows and runs them.
-        variant: The control variate.
+        response: Turns what the rows showed into weights.
         chunk_rows: Upper bound of rows in one forward pass.
-        forward_mode: ``layout`` returns derivatives instead of losses.
     """
 
     layout: DirectionLayout
-    variant: Variant
+    response: Response
     chunk_rows: int
-    forward_mode: bool = False
 
     @property
     def unit(self) -> int:
         """Rows that are independent of others only together: 2 in antithetic pairs, else 1."""
-        return 2 if self.variant == "antithetic" else 1
+        return 2 if self.response.variant == "antithetic" else 1
 
     def query(
         self, site: Site, clean: CleanPass, counts: NDArray[np.int64], *, first_query: int = 0, traces: bool = False
-    ) -> QueriedParameters | None:
+    ) -> ParameterQueryResult | None:
         """Run queries; see :class:`QueryEngine`."""
         first = -(-first_query // self.unit) * self.unit  # a pair starts at an even index
         plan = plan_rows(counts, self.chunk_rows, first_query=first, multiple=self.unit)
         if not len(plan.samples):
             return None
-        run = self.layout.evaluate(site, clean, plan, traces=traces)
+        rows = self.layout.run(site, clean, plan, traces=traces)
         sample = torch.from_numpy(plan.samples).to(clean.loss.device)
-        weights, alive = self._weights(site, run.losses, clean.loss[sample])
+        weights, alive = self.response.weights(rows.values, clean.loss[sample], site.sigma)
         by_sample = torch.zeros(clean.batch_size, dtype=weights.dtype, device=weights.device)
         survivors = by_sample.index_add(0, sample, alive.to(weights.dtype))
         signs = torch.tensor([1.0, -1.0], dtype=weights.dtype, device=weights.device)[: self.unit]
         per_unit = (weights.view(-1, self.unit) * signs).mean(1).square()
-        norms = run.sq_norms.view(-1, self.unit)[:, 0] if isinstance(run.sq_norms, Tensor) else run.sq_norms
+        norms = rows.sq_norms.view(-1, self.unit)[:, 0] if isinstance(rows.sq_norms, Tensor) else rows.sq_norms
         squares = by_sample.index_add(0, sample[:: self.unit], per_unit * (norms - 1))
-        centred = self.variant == "leave_one_out"
-        return QueriedParameters(plan, sample, weights, alive, survivors, squares, self.unit, centred, run.kept)
-
-    def _weights(self, site: Site, losses: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:
-        if self.forward_mode:
-            alive = torch.isfinite(losses) & torch.isfinite(clean)
-            return torch.where(alive, losses, 0.0), alive
-        real = torch.ones_like(losses, dtype=torch.bool)
-        return query_weights(losses, clean, real, sigma=site.sigma, variant=self.variant)
+        centred = self.response.variant == "leave_one_out"
+        return ParameterQueryResult(plan, sample, weights, alive, survivors, squares, self.unit, centred, rows.kept)
 
     def mixed_gradient(
-        self, site: Site, clean: CleanPass, parts: Sequence[tuple[QueriedParameters, Tensor]]
+        self, site: Site, clean: CleanPass, parts: Sequence[tuple[ParameterQueryResult, Tensor]]
     ) -> dict[str, Tensor]:
         """``1/B sum_b sum_parts share_b g_b`` by parameter name, directions drawn again."""
         with phase("accumulation"):

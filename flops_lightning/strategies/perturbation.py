@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from flops_lightning.errors import SettingError
+from flops_lightning.network.functional import directional_derivative
 from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.noise.keys import NoiseKey
 from flops_lightning.noise.kinds import NoiseSpec, draw_noise
 from flops_lightning.phases import phase
 from flops_lightning.queries import Chunk, CleanPass, LossFunction, row_losses
-from flops_lightning.strategies.forward_derivatives import plain_attention
 from flops_lightning.strategies.site_widths import SiteWidth
 from flops_lightning.strategies.sites import LayerTarget, Site
 
@@ -121,11 +121,7 @@ def directional_derivatives(
         layers.extend(p.layer for p in perturbations)
         return values, [(p.z,) if p.x is None else (p.z, p.x) for p in perturbations]
 
-    zero = clean.loss.new_zeros(())
-    with plain_attention():
-        # Its annotation leaves out what `has_aux` adds.
-        found: Any = torch.func.jvp(losses, (zero,), (torch.ones_like(zero),), has_aux=True)
-    _, derivatives, noise = found
+    derivatives, noise = directional_derivative(losses, clean.loss.new_ones(()), has_aux=True)
     return derivatives, [Perturbation(layer, *parts) for layer, parts in zip(layers, noise, strict=True)]
 
 

@@ -1,4 +1,4 @@
-"""Outputs of layers whose parameters are another tensor in every row, from the clean output and a small product.
+"""Layers whose parameters differ from row to row: the clean output plus a small product.
 
 Legend as in :mod:`flops_lightning.noise.row_directions`.
 """
@@ -6,12 +6,80 @@ Legend as in :mod:`flops_lightning.noise.row_directions`.
 from __future__ import annotations
 
 import math
+from collections import Counter
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flops_lightning.noise.row_directions import RowDirection
+from flops_lightning.errors import SettingError
+from flops_lightning.network.staging import StagedNetwork
+from flops_lightning.noise.row_directions import RowDirection, has_row_directions
+from flops_lightning.strategies.sites import Site
+
+
+@dataclass(frozen=True, eq=False)
+class RowLayer:
+    """A layer with row directions, and which of its parameters a site owns (leaf names)."""
+
+    name: str
+    module: nn.Module
+    trained: frozenset[str]
+
+    @property
+    def has_matrix(self) -> bool:
+        """Whether its weight gets a low-rank direction."""
+        return "weight" in self.trained and isinstance(self.module, (nn.Linear, nn.Conv2d))
+
+
+@dataclass(frozen=True, eq=False)
+class SiteParts:
+    """How a site's parameters are moved.
+
+    Attributes:
+        layers: In the order of the network.
+        others: Names of the parameters outside such layers (class token, position embedding, prompts, ...), by stage.
+            They get a dense direction a row, and their stage is run row by row (``torch.func.vmap``).
+    """
+
+    layers: list[RowLayer]
+    others: dict[int, list[str]]
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the other parameters, those of one stage next to each other."""
+        return [name for names in self.others.values() for name in names]
+
+
+def site_parts(network: StagedNetwork, site: Site) -> SiteParts:
+    """The layers of a site with directions by row, and its other parameters.
+
+    Raises:
+        SettingError: a layer shares a parameter with another module.
+    """
+    layers: list[RowLayer] = []
+    rest = list(site.parameters)
+    holders = Counter(id(p) for module in network.module.modules() for p in module.parameters(recurse=False))
+    for stage in range(site.first, site.last + 1):
+        for name, module in network.modules_of(stage):
+            own = dict(module.named_parameters(recurse=False))
+            mine = {leaf: full for leaf, p in own.items() for full, q in site.parameters.items() if p is q}
+            if not mine or not has_row_directions(module):
+                continue
+            tied = [full for leaf, full in mine.items() if holders[id(own[leaf])] > 1]
+            if tied:
+                raise SettingError(
+                    "strategy.layout", "factored", f"moves layers one by one, and {tied[0]!r} belongs to two modules.",
+                    f"Freeze it (freeze: {tied}), or write layout: shared.",
+                )  # fmt: skip
+            layers.append(RowLayer(name, module, frozenset(mine)))
+            rest = [full for full in rest if full not in mine.values()]
+    others: dict[int, list[str]] = {}
+    for name in rest:
+        stage = next(i for i in range(site.first, site.last + 1) if network.stages[i].owns(name))
+        others.setdefault(stage, []).append(name)
+    return SiteParts(layers, others)
 
 
 def moved_output(

@@ -10,8 +10,9 @@ between samples, ``1/B^2 sum_{b != c} min(A_b, A_c) / (A_b A_c) Cov_bc``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,13 +21,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from flops_lightning.distributed import Communicator, gather_lines
+from flops_lightning.network.functional import FunctionalStages
 from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.noise.keys import NoiseKey, row_seeds, standard_normal
 from flops_lightning.phases import phase
 from flops_lightning.queries import CleanPass, LossFunction, RowPlan, row_losses
-from flops_lightning.strategies.forward_derivatives import plain_attention
-from flops_lightning.strategies.parameter_queries import Evaluated
-from flops_lightning.strategies.replaced_parameters import ReplacedParameters
+from flops_lightning.strategies.parameter_queries import Response, RowResponses
 from flops_lightning.strategies.sites import Site
 
 
@@ -36,86 +36,55 @@ class SharedDirections:
 
     Attributes:
         network: The staged network.
-        replaced: Runs its stages with other parameters.
+        stages: Its stages as functions of their parameters.
         loss: One loss a row.
         key: Seed and rank of the noise.
-        unit: 2: rows ``2p`` and ``2p + 1`` of a sample take ``+z_p`` and ``-z_p``.
+        unit: With 2, rows ``2p`` and ``2p + 1`` of a sample take ``+z_p`` and ``-z_p``.
         chunk_rows: Upper bound of rows in one forward pass.
-        forward_mode: Derivatives along the directions (``torch.func.jvp``) instead of losses.
-        ranks: Ranks that exchange the scalars of their directions and each draw those of all; None: this rank's alone.
+        response: What is read off the rows.
+        ranks: Ranks that exchange the scalars of their directions and each draw those of all; None: this one only.
     """
 
     network: StagedNetwork
-    replaced: ReplacedParameters
+    stages: FunctionalStages
     loss: LossFunction
     key: NoiseKey
     unit: int
     chunk_rows: int
-    forward_mode: bool = False
+    response: Response
     ranks: Communicator | None = None
 
-    def evaluate(self, site: Site, clean: CleanPass, plan: RowPlan, *, traces: bool) -> Evaluated:
+    def run(self, site: Site, clean: CleanPass, plan: RowPlan, *, traces: bool) -> RowResponses:
         """Run direction by direction, all its samples in chunks, both signs of a pair stage by stage."""
-        del traces  # what they take is known without a look at the directions
-        losses = clean.loss.new_empty(len(plan.samples))
+        del traces  # the norms they take are known without a look at the directions
+        values = clean.loss.new_empty(len(plan.samples))
         direction, sample = plan.queries // self.unit, torch.from_numpy(plan.samples).to(clean.loss.device)
-        taught = self._by_stage(site)
-        for p in np.unique(direction):
+        signs = values.new_tensor([1.0, -1.0])[: self.unit]
+        for p in np.unique(direction).tolist():
             rows = np.flatnonzero(direction == p)[:: self.unit]
             for some in np.split(rows, range(self.chunk_rows, len(rows), self.chunk_rows)):
                 at = torch.from_numpy(some).to(sample.device)
+                losses = partial(self._losses, site, clean, sample[at], p)
                 with phase("suffix"):
-                    for offset, values in enumerate(self._run(site, taught, clean, sample[at], int(p))):
-                        losses[at + offset] = values.to(losses.dtype)
-        return Evaluated(losses, sum(p.numel() for p in site.parameters.values()) + 2)
+                    for offset, found in enumerate(self.response.values(losses, site.sigma, signs)):
+                        values[at + offset] = found.to(values.dtype)
+        return RowResponses(values, sum(p.numel() for p in site.parameters.values()) + 2)
 
-    def _run(
-        self,
-        site: Site,
-        taught: Mapping[int, Mapping[str, nn.Parameter]],
-        clean: CleanPass,
-        index: Tensor,
-        direction: int,
-    ) -> Sequence[Tensor]:
-        targets = clean.targets.index_select(0, index)
-        entering = clean.activations[site.first]
-        if self.forward_mode:
-
-            def losses(sigma: Tensor) -> Tensor:
-                streams = [entering.index_select(0, index)]
-                (moved,) = self._moved(site, taught, clean.draw, streams, direction, [sigma])
-                return row_losses(self.loss, moved, targets)
-
-            zero = clean.loss.new_zeros(())
-            with plain_attention():
-                return [torch.func.jvp(losses, (zero,), (torch.ones_like(zero),))[1]]
-        sigmas = [site.sigma, -site.sigma][: self.unit]
+    def _losses(self, site: Site, clean: CleanPass, index: Tensor, direction: int, sigmas: Tensor) -> Tensor:
+        """``(unit, r)`` losses of samples at ``theta + sigma z`` for every sigma; each stage's ``z`` is drawn once."""
         # A copy for each, since a stage may work in place; nothing else holds them while the stages above run.
-        streams = [entering.index_select(0, index) for _ in sigmas]
-        return [
-            row_losses(self.loss, output, targets)
-            for output in self._moved(site, taught, clean.draw, streams, direction, sigmas)
-        ]
-
-    def _moved(
-        self,
-        site: Site,
-        taught: Mapping[int, Mapping[str, nn.Parameter]],
-        draw: int,
-        streams: list[Tensor],
-        direction: int,
-        sigmas: Sequence[float | Tensor],
-    ) -> list[Tensor]:
-        """Outputs of the network at ``theta + sigma z`` for every sigma; each stage's ``z`` is drawn once."""
-        for i, own in taught.items():
-            noise = _split(self._noise(site, draw, i, own, direction, self.key.rank), own) if own else {}
+        streams = [clean.activations[site.first].index_select(0, index) for _ in sigmas]
+        for i, own in self._by_stage(site).items():
+            noise = _split(self._noise(site, clean.draw, i, own, direction, self.key.rank), own) if own else {}
             for k, sigma in enumerate(sigmas):
                 values = {name: (p.detach() + sigma * noise[name]).to(p.dtype) for name, p in own.items()}
-                streams[k] = self.replaced.run(i, streams[k], values)
-        return [self.network.run_suffix(h, site.last + 1) for h in streams]
+                streams[k] = self.stages.run(i, streams[k], values)
+        outputs = (self.network.run_suffix(h, site.last + 1) for h in streams)
+        targets = clean.targets.index_select(0, index)
+        return torch.stack([row_losses(self.loss, output, targets) for output in outputs])
 
     def _by_stage(self, site: Site) -> dict[int, dict[str, nn.Parameter]]:
-        """Parameters that the site teaches, by stage."""
+        """Parameters of the site by stage."""
         stages = range(site.first, site.last + 1)
         return {i: {n: p for n, p in site.parameters.items() if self.network.stages[i].owns(n)} for i in stages}
 

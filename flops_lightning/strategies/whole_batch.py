@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -10,7 +11,9 @@ from flops_lightning.errors import SettingError
 from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.protocol import SampleStatistics
 from flops_lightning.queries import CleanPass
-from flops_lightning.strategies.base import ForwardGradientStrategy, refuse_second_network
+from flops_lightning.strategies.base import ForwardGradientStrategy, refuse_second_network, resolve_seed
+from flops_lightning.strategies.chunk_rows import ChunkRows, RowsSetting
+from flops_lightning.strategies.setting_checks import refuse_other_seed
 from flops_lightning.strategies.sites import Site
 
 
@@ -19,14 +22,14 @@ class WholeBatchStrategy(ForwardGradientStrategy):
 
     Attributes:
         why: Why there is nothing to allocate: what follows the strategy's name in a sentence.
-        instead: What to use for allocation.
+        instead: What to use with an allocator.
     """
 
     why: str
     instead: str = "a strategy whose samples have queries of their own such as LikelihoodRatio"
 
     def check_network(self, network: StagedNetwork) -> None:
-        """Refuse a network that cannot be bound.
+        """Check that a network can be bound.
 
         Raises:
             SettingError: it has no trainable parameter, or another one is bound.
@@ -60,7 +63,7 @@ class WholeBatchStrategy(ForwardGradientStrategy):
     def sample_statistics(
         self, clean: CleanPass, names: Collection[str] = (), metric: Mapping[str, Tensor] | None = None
     ) -> SampleStatistics:
-        """Not to be had: there is nothing to allocate.
+        """Not available: there is nothing to allocate.
 
         Raises:
             SettingError: always.
@@ -77,7 +80,7 @@ class WholeBatchStrategy(ForwardGradientStrategy):
         """Check the arguments of ``estimate``.
 
         Raises:
-            SettingError: counts or pilot weights were given, traces asked for, or other sites than there are.
+            SettingError: counts, pilot weights or traces are asked for, or sites that do not exist.
         """
         if counts is not None or pilot_weight is not None or traces:
             given = None if counts is None else tuple(counts.shape)
@@ -86,3 +89,49 @@ class WholeBatchStrategy(ForwardGradientStrategy):
         if sites and list(sites) != names:
             own = f"has the site {names[0]!r} alone" if names else "has no sites"
             raise SettingError("sites", list(sites), f"{type(self).__name__} {own}.", "Leave `sites` out.")
+
+
+class WholeBatchQueries(WholeBatchStrategy):
+    """Whole-batch strategies that run forward passes with noise or masks: rows in chunks, and a seed.
+
+    Attributes:
+        draws: What the seed decides, in messages.
+    """
+
+    draws = "noise"
+
+    def __init__(self, *, chunk_rows: RowsSetting = 256, seed: int | None = None) -> None:
+        """Keep the settings.
+
+        Args:
+            chunk_rows: Upper bound of the rows in one forward pass; bounds the memory, never changes the estimate.
+                ``auto``: as many as suit the device, chosen at the first batch.
+            seed: Seed of all noise and masks; None: the seed of ``seed_everything``.
+
+        Raises:
+            SettingError: fewer than one row in a chunk.
+        """
+        super().__init__()
+        self._chunks = ChunkRows(chunk_rows, least=1)
+        self._seed_given = seed is not None
+        self.seed = resolve_seed(seed)
+
+    @property
+    def chunk_rows(self) -> int:
+        """Upper bound of the rows in one forward pass."""
+        return self._chunks.rows
+
+    def state_dict(self) -> dict[str, Any]:
+        """Draw counter, meter, seed and chosen rows."""
+        return {**super().state_dict(), "seed": self.seed, **self._chunks.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned.
+
+        Raises:
+            SettingError: another seed was given explicitly.
+        """
+        refuse_other_seed(self.seed, state["seed"], given=self._seed_given, draws=self.draws)
+        super().load_state_dict(state)
+        self._chunks.load_state_dict(state)
+        self.seed = int(state["seed"])

@@ -25,12 +25,12 @@ Values = Callable[[str], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class GraspScores:
-    """What :func:`zo_grasp_scores` found.
+    """Scores, and what they cost.
 
     Attributes:
         scores: ``-theta * (H g)`` by name, shaped like the parameters.
-        queries: Forward passes of one sample that it took, the clean ones left out.
-        lost: How many of them were lost to non-finite losses.
+        queries: Forward passes of one sample, without the clean ones.
+        lost: Number of them lost to non-finite losses.
     """
 
     scores: dict[str, Tensor]

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flops_lightning.errors import SettingError
+from flops_lightning.noise import kinds as noise_kinds
 from flops_lightning.noise.keys import NoiseKey, row_seeds, standard_normal
-from flops_lightning.noise.keys import kinds as noise_kinds
 from flops_lightning.noise.kinds import NoiseSpec, draw_noise, tokens_and_features
 
 KEY = NoiseKey(seed=3, draw=5, site="blocks.1", rank=0)
@@ -269,9 +269,12 @@ def test_good_settings(spec: NoiseSpec) -> None:
     [
         (
             {"distribution": "normal"},
-            r"strategy.noise.distribution = 'normal': is unknown. Write one of gaussian, rademacher.",
+            r"strategy.noise.distribution = 'normal': is not one of the choices. Choose from gaussian, rademacher.",
         ),
-        ({"layout": "rank1"}, r"strategy.noise.layout = 'rank1': is unknown. Write one of dense, factored."),
+        (
+            {"layout": "rank1"},
+            r"strategy.noise.layout = 'rank1': is not one of the choices. Choose from dense, factored.",
+        ),
         (
             {"orthogonal": True, "layout": "factored"},
             r"strategy.noise.orthogonal = True: orthogonal directions are not factored. Write layout: dense, or",

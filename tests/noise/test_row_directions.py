@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrizations
 
+from flops_lightning.noise import row_directions
 from flops_lightning.noise.row_directions import (
     RowDirection,
     accumulate,
@@ -22,7 +23,7 @@ from flops_lightning.noise.row_directions import (
     row_direction,
     sq_norm,
 )
-from flops_lightning.strategies import row_directions, row_layers
+from flops_lightning.strategies import row_layers
 from flops_lightning.strategies.row_layers import moved_output
 from tests.reference.networks import shaken
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from flops_lightning.network.staging import stage_network
 from flops_lightning.noise.keys import NoiseKey, row_seeds, standard_normal
-from flops_lightning.strategies import Site, SiteSpec
+from flops_lightning.strategies import Site, SiteSpec, WeightForwardMode
 from tests.reference.networks import Loss, estimated
 from tests.reference.smoothed import flat
 
@@ -227,7 +227,7 @@ def queries_of_sample(
     for q in range(count):
         d = direction_of(module, strategy, site, x, b, q // unit, draw)
         d = {name: -part for name, part in d.items()} if q % unit else d
-        run = _derivative if getattr(strategy, "forward_mode", False) else _loss
+        run = _derivative if isinstance(strategy, WeightForwardMode) else _loss
         found.append(Query(run(module, strategy.loss, x[b : b + 1], y[b : b + 1], d, site.sigma), flat([*d.values()])))
     return found
 
@@ -367,7 +367,7 @@ def _gradient_of_sample(rows: list[Query], clean: float, strategy: Any, site: Si
 
 def _weight(unit: list[Query], alive: list[Query], clean: float, strategy: Any, site: Site) -> float:
     """The scalar that a unit's direction is multiplied with."""
-    if getattr(strategy, "forward_mode", False):
+    if isinstance(strategy, WeightForwardMode):
         return unit[0].loss
     if len(unit) == 2:
         return (unit[0].loss - unit[1].loss) / (2 * site.sigma)

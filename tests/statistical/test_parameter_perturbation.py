@@ -33,7 +33,7 @@ from flops_lightning.strategies import (
     parameter_queries,
     query_strategy,
 )
-from flops_lightning.strategies.parameter_queries import QueriedParameters
+from flops_lightning.strategies.parameter_queries import ParameterQueryResult
 from tests.reference.networks import autograd_gradient, freeze, gradients, squared_error, token_network
 from tests.reference.parameter_perturbation import Factors, Numbers, bound, numbers_of
 from tests.reference.smoothed import Sampled, assert_unbiased, estimates, flat
@@ -346,7 +346,7 @@ def test_pilots_do_not_bias_though_the_counts_depend_on_them(layout: str, tier: 
 def test_pilots_pooled_with_the_rest_do(monkeypatch: pytest.MonkeyPatch) -> None:
     """A sample whose pilots happen to be small gets few other queries, and its pilots then weigh more."""
 
-    def pooled(early: QueriedParameters, rest: QueriedParameters, _: Any) -> Tensor:
+    def pooled(early: ParameterQueryResult, rest: ParameterQueryResult, _: Any) -> Tensor:
         return early.survivors / (early.survivors + rest.survivors)
 
     monkeypatch.setattr(query_strategy, "pilot_share", pooled)
@@ -358,7 +358,7 @@ def test_pilots_pooled_with_the_rest_do(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def average_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(QueriedParameters, "coefficients", lambda self, _: self.weights / self.survivors.sum())
+    monkeypatch.setattr(ParameterQueryResult, "coefficients", lambda self, _: self.weights / self.survivors.sum())
 
 
 def change_weights(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor], Tensor]) -> None:

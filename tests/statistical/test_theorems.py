@@ -32,8 +32,8 @@ from flops_lightning.allocators import (
     optimal_shares,
     water_fill,
 )
+from flops_lightning.noise import kinds as noise_kinds
 from flops_lightning.noise.keys import NoiseKey, row_seeds
-from flops_lightning.noise.keys import kinds as noise_kinds
 from flops_lightning.strategies import (
     SPSA,
     EvolutionStrategies,

@@ -15,9 +15,14 @@ from torch import Tensor, nn
 
 from flops_lightning.errors import SettingError
 from flops_lightning.network.staging import stage_network
-from flops_lightning.strategies import CoordinateFiniteDifferences, coordinate_finite_differences
-from flops_lightning.strategies.coordinate_masks import Masks, draw_masks, inclusion_probabilities
-from flops_lightning.strategies.coordinate_probes import CoordinateProbes, Probe
+from flops_lightning.strategies import CoordinateFiniteDifferences, coordinates
+from flops_lightning.strategies.coordinate_probes import (
+    CoordinateProbes,
+    Masks,
+    Probe,
+    draw_masks,
+    inclusion_probabilities,
+)
 from tests.reference.footprint import everything
 from tests.reference.networks import (
     Loss,
@@ -460,7 +465,7 @@ def test_other_parameters_than_zo_grasp_s_are_refused(tokens_net: nn.Sequential,
     strategy = bound(tokens_net, squared_error, ratios="zo_grasp")
     strategy.estimate(strategy.clean_pass(*tokens))
     freeze(tokens_net, "4.bias")
-    with pytest.raises(SettingError, match=r"freeze = \['4.bias'\].*ratios: uniform"):
+    with pytest.raises(SettingError, match=r"freeze = \['4.bias'\]: are not frozen as they were.*ratios: uniform"):
         strategy.clean_pass(*tokens)
 
 
@@ -507,7 +512,7 @@ def test_it_has_nothing_to_allocate(tokens_net: nn.Sequential, tokens: tuple[Ten
 def never_restore(monkeypatch: pytest.MonkeyPatch) -> None:
     def moved(self: CoordinateProbes, stage: int, x: Tensor, copied: Tensor, probe: Probe) -> Tensor:
         copied.view(-1)[probe.index] += probe.move
-        return self.replaced.run(stage, x, {probe.name: copied})
+        return self.stages.run(stage, x, {probe.name: copied})
 
     monkeypatch.setattr(CoordinateProbes, "_moved_output", moved)
 
@@ -524,7 +529,7 @@ def start_one_stage_late(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def neighbouring_coordinates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        coordinate_finite_differences,
+        coordinates,
         "draw_masks",
         lambda entries, *args, **kwargs: {
             name: (index + 1) % entries[name] for name, index in draw_masks(entries, *args, **kwargs).items()

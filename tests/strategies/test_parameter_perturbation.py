@@ -30,7 +30,7 @@ from flops_lightning.strategies import (
     precision,
 )
 from flops_lightning.strategies.factored_directions import FactoredDirections
-from flops_lightning.strategies.parameter_queries import QueriedParameters
+from flops_lightning.strategies.parameter_queries import ParameterQueryResult
 from flops_lightning.strategies.shared_directions import SharedDirections
 from tests.reference.footprint import everything
 from tests.reference.layouts import SIGMA, TOKEN_SITES, VIT_SITES, convolutional
@@ -786,22 +786,25 @@ def test_the_width_of_the_noise_is_compared_without_a_copy_of_the_weights() -> N
 
 
 def keep_the_sign_of_the_minus_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    moved = SharedDirections._moved
+    losses = SharedDirections._losses
 
-    def unsigned(self: Any, site: Any, taught: Any, draw: int, streams: Any, direction: int, sigmas: Any) -> Any:
-        return moved(self, site, taught, draw, streams, direction, [abs(sigma) for sigma in sigmas])
+    def unsigned(self: Any, *args: Any) -> Any:
+        *others, sigmas = args
+        return losses(self, *others, sigmas.abs())
 
-    monkeypatch.setattr(SharedDirections, "_moved", unsigned)
+    monkeypatch.setattr(SharedDirections, "_losses", unsigned)
     monkeypatch.setattr(FactoredDirections, "_signs", lambda _, chunk, like: like.new_ones(len(chunk.queries)))
 
 
 def forget_the_batch_in_the_divisor(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = QueriedParameters.coefficients
-    monkeypatch.setattr(QueriedParameters, "coefficients", lambda self, share: whole(self, share) * len(self.survivors))
+    whole = ParameterQueryResult.coefficients
+    monkeypatch.setattr(
+        ParameterQueryResult, "coefficients", lambda self, share: whole(self, share) * len(self.survivors)
+    )
 
 
 def average_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(QueriedParameters, "coefficients", lambda self, _: self.weights / self.survivors.sum())
+    monkeypatch.setattr(ParameterQueryResult, "coefficients", lambda self, _: self.weights / self.survivors.sum())
 
 
 def draw_the_gradient_s_noise_in_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -874,20 +877,20 @@ def test_planted_faults_are_caught(
 @pytest.mark.parametrize(
     ("kind", "settings", "problem"),
     [
-        (EvolutionStrategies, {"variant": "antithetic"}, r"variant = 'antithetic': is SPSA\."),
-        (EvolutionStrategies, {"variant": "base"}, r"variant = 'base': is not known"),
+        (EvolutionStrategies, {"variant": "antithetic"}, r"variant = 'antithetic': is the estimator SPSA\."),
+        (EvolutionStrategies, {"variant": "base"}, r"variant = 'base': is not one of the choices"),
         (SPSA, {"update": "both"}, r"update = 'both'"),
-        (SPSA, {"layout": "dense"}, r"layout = 'dense': is not known.*'shared', 'factored'"),
+        (SPSA, {"layout": "dense"}, r"layout = 'dense': is not one of the choices\. Choose from shared, factored"),
         (SPSA, {"chunk_rows": 1}, r"chunk_rows = 1"),
         (SPSA, {"rank": 2}, r"rank = 2: has no effect here.*layout: factored"),
-        (SPSA, {"layout": "factored", "rank": 0}, r"rank = 0: is no rank"),
+        (SPSA, {"layout": "factored", "rank": 0}, r"rank = 0: must be 1 or more"),
         (SPSA, {"activation_guided": True}, r"activation_guided = True: has no effect here.*layout: factored"),
         (SPSA, {"span": 2}, r"span = 2: has no effect here.*activation_guided: true"),
         (SPSA, {"layout": "factored", "span": 2}, r"span = 2: has no effect here.*activation_guided: true"),
-        (SPSA, {"layout": "factored", "activation_guided": True, "span": -1}, r"span = -1: is negative"),
-        (SPSA, {"sigma": -1.0}, r"sigma = -1.0: is no width"),
-        (EvolutionStrategies, {"sigma": math.nan}, r"sigma = nan: is no width"),
-        (EvolutionStrategies, {"sigma": math.inf}, r"sigma = inf: is no width"),
+        (SPSA, {"layout": "factored", "activation_guided": True, "span": -1}, r"span = -1: must be 0 or more"),
+        (SPSA, {"sigma": -1.0}, r"sigma = -1.0: must be 0 or more"),
+        (EvolutionStrategies, {"sigma": math.nan}, r"sigma = nan: must be 0"),
+        (EvolutionStrategies, {"sigma": math.inf}, r"sigma = inf: must be 0"),
         (WeightForwardMode, {"rank": 2}, r"rank = 2: has no effect here"),
         (WeightForwardMode, {"layout": "dense"}, r"layout = 'dense'"),
     ],

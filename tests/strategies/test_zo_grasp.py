@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from flops_lightning.network.functional import FunctionalStages
 from flops_lightning.network.staging import stage_network
 from flops_lightning.queries import clean_pass
 from flops_lightning.strategies import CoordinateFiniteDifferences
 from flops_lightning.strategies.coordinate_probes import CoordinateProbes
-from flops_lightning.strategies.replaced_parameters import ReplacedParameters
 from flops_lightning.strategies.zo_grasp import GraspScores, Values, kept_ratios, zo_grasp_scores
 from tests.reference.networks import TokenMean, shaken, squared_error
 
@@ -155,7 +155,7 @@ def exact_scores(module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 def test_scores_of_a_network_are_grasp_s(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
     network = stage_network(tokens_net)
     stage_of = {name: int(name[0]) for name, _ in tokens_net.named_parameters()}
-    probes = CoordinateProbes(network, squared_error, ReplacedParameters(network), stage_of, chunk_rows=3)
+    probes = CoordinateProbes(network, squared_error, FunctionalStages(network), stage_of, chunk_rows=3)
     clean = clean_pass(network, squared_error, *tokens, keep=[0], draw=0, rows=4)
     found = zo_grasp_scores(
         lambda values: probes.losses_at(clean, values), dict(tokens_net.named_parameters()), clean.loss,

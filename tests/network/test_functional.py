@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from flops_lightning.network.functional import FunctionalStages
 from flops_lightning.network.staging import Stage, StagedNetwork, stage_network
-from flops_lightning.strategies.replaced_parameters import ReplacedParameters
 from tests.reference.footprint import everything
 from tests.reference.networks import shaken
 
@@ -52,26 +52,26 @@ def by_hand(values: dict[str, Tensor], x: Tensor) -> Tensor:
 def test_a_stage_runs_with_what_it_is_given() -> None:
     """Under every name of a tied weight, and whatever is not given stays."""
     net = network()
-    replaced = ReplacedParameters(stage_network(net))
+    functional = FunctionalStages(stage_network(net))
     values = others(net, "1.")
-    torch.testing.assert_close(replaced.run(1, X, values), by_hand(values, X))
+    torch.testing.assert_close(functional.run(1, X, values), by_hand(values, X))
     shift = {"1.shift": values["1.shift"]}
-    torch.testing.assert_close(replaced.run(1, X, shift), by_hand({**dict(net.named_parameters()), **shift}, X))
+    torch.testing.assert_close(functional.run(1, X, shift), by_hand({**dict(net.named_parameters()), **shift}, X))
 
 
 def test_without_values_it_is_the_stage_itself() -> None:
     net = network()
     staged = stage_network(net)
     for i in range(len(staged)):
-        assert torch.equal(ReplacedParameters(staged).run(i, X, {}), net[i](X))
+        assert torch.equal(FunctionalStages(staged).run(i, X, {}), net[i](X))
 
 
 def test_the_network_stays_as_it_was() -> None:
     net = network()
-    replaced = ReplacedParameters(stage_network(net))
+    functional = FunctionalStages(stage_network(net))
     before = everything(net)
     with torch.no_grad():
-        replaced.run(1, X, others(net, "1."))
+        functional.run(1, X, others(net, "1."))
     assert everything(net) == before
     assert net[1].up.weight is net[1].down.weight
 
@@ -83,10 +83,10 @@ def test_so_it_does_where_the_stage_fails() -> None:
         raise ArithmeticError
 
     net[1].down.register_forward_hook(fail)
-    replaced = ReplacedParameters(stage_network(net))
+    functional = FunctionalStages(stage_network(net))
     before = everything(net)
     with pytest.raises(ArithmeticError):
-        replaced.run(1, X, others(net, "1."))
+        functional.run(1, X, others(net, "1."))
     assert everything(net) == before
 
 
@@ -94,7 +94,7 @@ def test_hooks_of_the_stage_s_modules_run() -> None:
     net = network()
     net[1].up.register_forward_hook(lambda _, __, output: 2 * output)
     values = others(net, "1.")
-    found = ReplacedParameters(stage_network(net)).run(1, X, values)
+    found = FunctionalStages(stage_network(net)).run(1, X, values)
     weight = values["1.up.weight"]
     expected = (2 * (X @ weight.T + values["1.up.bias"])).tanh() @ weight.T + values["1.shift"]
     torch.testing.assert_close(found, expected)
@@ -102,11 +102,11 @@ def test_hooks_of_the_stage_s_modules_run() -> None:
 
 def test_values_may_carry_tangents() -> None:
     net = network()
-    replaced = ReplacedParameters(stage_network(net))
+    functional = FunctionalStages(stage_network(net))
     values, tangents = others(net, "1."), {n: torch.ones_like(v) for n, v in others(net, "1.").items()}
 
     def along(t: Tensor) -> Tensor:
-        return replaced.run(1, X, {name: value + t * tangents[name] for name, value in values.items()})
+        return functional.run(1, X, {name: value + t * tangents[name] for name, value in values.items()})
 
     def along_by_hand(t: Tensor) -> Tensor:
         return by_hand({name: value + t * tangents[name] for name, value in values.items()}, X)
@@ -119,9 +119,9 @@ def test_values_may_carry_tangents() -> None:
 def test_values_may_be_batched() -> None:
     """One set of parameters a row."""
     net = network()
-    replaced = ReplacedParameters(stage_network(net))
+    functional = FunctionalStages(stage_network(net))
     values = {name: torch.stack([value, -value, 2 * value, 0 * value]) for name, value in others(net, "1.").items()}
-    found = torch.func.vmap(lambda x, own: replaced.run(1, x[None], own)[0])(X, values)
+    found = torch.func.vmap(lambda x, own: functional.run(1, x[None], own)[0])(X, values)
     for b in range(4):
         torch.testing.assert_close(found[b], by_hand({name: value[b] for name, value in values.items()}, X[b]))
 
@@ -133,10 +133,10 @@ def test_stages_that_are_not_modules() -> None:
         Stage("first", lambda x: net[1](net[0](x)), ("0", "1")),
         Stage("last", lambda x: net[2](x).relu(), ("2",)),
     )
-    replaced = ReplacedParameters(StagedNetwork(net, stages))
+    functional = FunctionalStages(StagedNetwork(net, stages))
     values = others(net, "")
     first = {name: value for name, value in values.items() if not name.startswith("2.")}
     entered = X @ values["0.weight"].T + values["0.bias"]
-    torch.testing.assert_close(replaced.run(0, X, first), by_hand(values, entered))
+    torch.testing.assert_close(functional.run(0, X, first), by_hand(values, entered))
     last = {name: value for name, value in values.items() if name.startswith("2.")}
-    torch.testing.assert_close(replaced.run(1, X, last), (X @ last["2.weight"].T + last["2.bias"]).relu())
+    torch.testing.assert_close(functional.run(1, X, last), (X @ last["2.weight"].T + last["2.bias"]).relu())

@@ -1,4 +1,4 @@
-"""``CoordinateFiniteDifferences``: DeepZero (Chen et al., ICLR 2024, arXiv 2310.02025) as a strategy.
+"""``CoordinateFiniteDifferences``: DeepZero (Chen et al., ICLR 2024, arXiv 2310.02025).
 
 At each step a random mask of coordinates ``j`` is measured, one after the other, on the whole batch (CGE, eq. 2)::
 
@@ -6,7 +6,7 @@ At each step a random mask of coordinates ``j`` is measured, one after the other
     central:  g_j = [L(theta + step e_j) - L(theta - step e_j)] / (2 step)
 
 and every other coordinate gets zero. What lies below the stage that owns the coordinate is not run again (the paper's
-feature reuse). Which coordinates: ``coordinate_masks.py``; how dense in which layer: ``zo_grasp.py``.
+feature reuse). Masks and their losses are in ``coordinate_probes.py``, the density of each layer in ``zo_grasp.py``.
 
 Strictly forward: no autograd anywhere.
 """
@@ -22,24 +22,23 @@ import torch
 from torch import Tensor
 
 from flops_lightning.distributed import mean_over_ranks
-from flops_lightning.errors import SettingError, check_choice
+from flops_lightning.errors import SettingError, check_at_least, check_choice, check_positive
 from flops_lightning.meter import CLEAN
+from flops_lightning.network.functional import FunctionalStages
 from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.queries import CleanPass, LossFunction, clean_pass
-from flops_lightning.strategies.base import (
-    Estimate,
-    add_gradients,
-    resolve_seed,
-    warn_silent,
+from flops_lightning.strategies.base import Estimate, add_gradients, warn_silent
+from flops_lightning.strategies.coordinate_probes import (
+    EVALUATIONS,
+    CoordinateProbes,
+    Masks,
+    Scheme,
+    draw_masks,
+    inclusion_probabilities,
 )
-from flops_lightning.strategies.chunk_rows import ChunkRows, RowsSetting
-from flops_lightning.strategies.coordinate_masks import Masks, draw_masks, inclusion_probabilities
-from flops_lightning.strategies.coordinate_probes import EVALUATIONS, CoordinateProbes, Scheme
 from flops_lightning.strategies.costs import site_costs
 from flops_lightning.strategies.precision import resolution, rounded_up
-from flops_lightning.strategies.replaced_parameters import ReplacedParameters
-from flops_lightning.strategies.setting_checks import refuse_other_seed
-from flops_lightning.strategies.whole_batch import WholeBatchStrategy
+from flops_lightning.strategies.whole_batch import WholeBatchQueries
 from flops_lightning.strategies.zo_grasp import kept_ratios, zo_grasp_scores
 
 Ratios = Literal["zo_grasp", "uniform"]
@@ -47,7 +46,7 @@ Ratios = Literal["zo_grasp", "uniform"]
 COORDINATES, ZO_GRASP = "coordinates", "zo_grasp"  # names in the meter
 
 
-class CoordinateFiniteDifferences(WholeBatchStrategy):
+class CoordinateFiniteDifferences(WholeBatchQueries):
     """Coordinate-wise finite differences under a random mask.
 
     The estimate is the **masked** gradient: right at the coordinates of the mask, zero elsewhere, and so on average
@@ -55,13 +54,25 @@ class CoordinateFiniteDifferences(WholeBatchStrategy):
     makes the estimate unbiased for the whole gradient (as ``step -> 0``), and as noisy as a small mask has to be.
 
     A coordinate costs a forward pass of the batch from its stage on, so a step costs at most ``coordinates`` of them
-    (twice that when central). All samples are needed at every coordinate: there is nothing to allocate.
+    (twice that when central). Every coordinate needs all samples: there is nothing to allocate.
 
     Masks do not depend on the rank, so ranks with the same ratios measure the same coordinates, each on its own samples
     (ZO-GraSP's ratios are found on a rank's own first batch).
+
+    Example:
+        >>> import torch
+        >>> from flops_lightning import CoordinateFiniteDifferences, stage_network
+        >>> network = torch.nn.Sequential(torch.nn.Linear(2, 1, bias=False))
+        >>> strategy = CoordinateFiniteDifferences(coordinates=1, ratios="uniform", seed=0)
+        >>> strategy.bind(stage_network(network), lambda output, target: (output - target)[:, 0])
+        >>> strategy.estimate(strategy.clean_pass(torch.tensor([[3.0, 3.0]]), torch.tensor([[0.0]]))).queries
+        1
+        >>> sorted(round(entry, 1) for entry in network[0].weight.grad[0].tolist())  # 3 at one of two coordinates
+        [0.0, 3.0]
     """
 
     why = "measures every coordinate on every sample"
+    draws = "masks"
 
     def __init__(
         self,
@@ -74,10 +85,9 @@ class CoordinateFiniteDifferences(WholeBatchStrategy):
         grasp_queries: int = 192,
         resample_every: int = 1,
         rescale: bool = False,
-        chunk_rows: RowsSetting = 256,
-        seed: int | None = None,
+        **settings: Any,
     ) -> None:
-        """Keep the settings; they meet the network in :meth:`bind`.
+        """Keep the settings; :meth:`bind` checks them against the network.
 
         Args:
             coordinates: Coordinates measured in a step.
@@ -90,31 +100,24 @@ class CoordinateFiniteDifferences(WholeBatchStrategy):
             grasp_queries: Directions of ZO-GraSP's gradient estimates (DeepZero's code: 192).
             resample_every: Steps for which a mask is kept.
             rescale: Divide each derivative by the probability of its coordinate.
-            chunk_rows: Upper bound of the rows in one forward pass; bounds the memory, never changes the estimate.
-                ``auto``: as many as suit the device, chosen at the first batch.
-            seed: Seed of the masks and of ZO-GraSP's directions; None: the seed of ``seed_everything``.
+            **settings: See :class:`WholeBatchQueries`.
 
         Raises:
-            SettingError: an unknown scheme or ratios, a number out of its range.
+            SettingError: an unknown scheme or ratios, or a number out of range.
         """
-        super().__init__()
+        super().__init__(**settings)
         check_choice("strategy.scheme", scheme, get_args(Scheme))
         check_choice("strategy.ratios", ratios, get_args(Ratios))
-        for name, number in (
-            ("coordinates", coordinates), ("grasp_queries", grasp_queries), ("resample_every", resample_every),
-        ):  # fmt: skip
-            if number < 1:
-                raise SettingError(f"strategy.{name}", number, "is too small.", "Write 1 or more.")
-        if not (step > 0 and math.isfinite(step)):
-            raise SettingError("strategy.step", step, "is no positive length.", "Write for example 0.001.")
+        check_at_least("strategy.coordinates", coordinates, 1)
+        check_at_least("strategy.grasp_queries", grasp_queries, 1)
+        check_at_least("strategy.resample_every", resample_every, 1)
+        check_positive("strategy.step", step, "Write for example 0.001.")
         if not 0 < keep <= 1:
-            raise SettingError("strategy.keep", keep, "is no part of the weights.", "Write for example 0.1.")
+            raise SettingError("strategy.keep", keep, "must be above 0 and at most 1.", "Write for example 0.1.")
         self.coordinates, self.step, self.keep, self.grasp_queries = coordinates, step, keep, grasp_queries
         self.scheme: Scheme = scheme
         self.ratios: Ratios = ratios
-        self.resample_every, self.rescale, self._chunks = resample_every, rescale, ChunkRows(chunk_rows, least=1)
-        self._seed_given = seed is not None
-        self.seed = resolve_seed(seed)
+        self.resample_every, self.rescale = resample_every, rescale
         self._stage_of: dict[str, int] = {}
         self._from_stage: tuple[float, ...] = ()
         self._found_ratios: dict[str, float] | None = None
@@ -129,18 +132,13 @@ class CoordinateFiniteDifferences(WholeBatchStrategy):
         entries = sum(p.numel() for p in network.trainable().values())
         if entries < self.coordinates:
             raise SettingError(
-                "strategy.coordinates", self.coordinates, f"there are {entries} trainable weights.",
+                "strategy.coordinates", self.coordinates, f"exceeds the {entries} trainable weights.",
                 f"Write {entries} or less, or freeze less.",
             )  # fmt: skip
-        self.network, self.loss, self._replaced = network, loss, ReplacedParameters(network)
+        self.network, self.loss, self._stages = network, loss, FunctionalStages(network)
         names = [name for name, _ in network.module.named_parameters()]
         self._stage_of = {name: i for i, s in enumerate(network.stages) for name in names if s.owns(name)}
         self._from_stage, self._found_ratios = (), None
-
-    @property
-    def chunk_rows(self) -> int:
-        """Upper bound of the rows in one forward pass."""
-        return self._chunks.rows
 
     def clean_pass(self, inputs: Tensor, targets: Tensor) -> CleanPass:
         """Run the batch unperturbed, keep what the masked coordinates start from, and advance the draw counter."""
@@ -182,7 +180,7 @@ class CoordinateFiniteDifferences(WholeBatchStrategy):
             if self._ratios is None:
                 self._found_ratios = self._agreed(self._find_ratios(clean) if known else None)
             if not known:
-                # Nothing can be learned from it, least of all the ratios of the whole run.
+                # Such a batch must not decide the ratios of the whole run.
                 return Estimate(clean.loss, clean.output, 0, silent_samples=clean.batch_size, lost_batch=True)
             masks = self._masks(clean.draw)
             slopes = self._probes.slopes(clean, masks, step=self.step, scheme=self.scheme)
@@ -235,9 +233,7 @@ class CoordinateFiniteDifferences(WholeBatchStrategy):
 
     @property
     def _probes(self) -> CoordinateProbes:
-        return CoordinateProbes(self.network, self.loss, self._replaced, self._stage_of, self.chunk_rows)
-
-    # -- masks ---------------------------------------------------------------------------------------------------------
+        return CoordinateProbes(self.network, self.loss, self._stages, self._stage_of, self.chunk_rows)
 
     @property
     def _ratios(self) -> dict[str, float] | None:
@@ -253,8 +249,8 @@ class CoordinateFiniteDifferences(WholeBatchStrategy):
             raise RuntimeError("the ratios are found in the first estimate.")
         if ratios.keys() != sizes.keys():
             raise SettingError(
-                "freeze", sorted(ratios.keys() ^ sizes.keys()), "was trained when ZO-GraSP was run and is not now, or "
-                "the other way round.", "Freeze the same parameters as then, or write ratios: uniform.",
+                "freeze", sorted(ratios.keys() ^ sizes.keys()), "are not frozen as they were when ZO-GraSP ran.",
+                "Freeze the same parameters as then, or write ratios: uniform.",
             )  # fmt: skip
         return inclusion_probabilities(sizes, ratios, self.coordinates)
 
@@ -275,11 +271,9 @@ class CoordinateFiniteDifferences(WholeBatchStrategy):
                 RuntimeWarning, stacklevel=3,
             )  # fmt: skip
 
-    # -- checkpoints ---------------------------------------------------------------------------------------------------
-
     def state_dict(self) -> dict[str, Any]:
-        """Draw counter, meter, the seed of the masks, and the ratios that ZO-GraSP found."""
-        return {**super().state_dict(), "seed": self.seed, "ratios": self._found_ratios, **self._chunks.state_dict()}
+        """Draw counter, meter, seed, chosen rows, and the ratios that ZO-GraSP found."""
+        return {**super().state_dict(), "ratios": self._found_ratios}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned.
@@ -287,8 +281,5 @@ class CoordinateFiniteDifferences(WholeBatchStrategy):
         Raises:
             SettingError: another seed was given explicitly.
         """
-        refuse_other_seed(self.seed, state["seed"], given=self._seed_given, draws="masks")
         super().load_state_dict(state)
-        self._chunks.load_state_dict(state)
-        self.seed = int(state["seed"])
         self._found_ratios = None if state["ratios"] is None else dict(state["ratios"])
