@@ -9,7 +9,8 @@ takes steps therefore wants a sigma at which perturbed outputs cross them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pkgutil import resolve_name
 from typing import Any
 
@@ -80,3 +81,14 @@ def dotted_path(objective: Objective) -> str:
         return path if resolve_name(path) is objective else f"{path}(...)"
     except (ImportError, AttributeError, ValueError):
         return f"{path}(...)"
+
+
+@contextmanager
+def naming_the_loss(path: str) -> Iterator[None]:
+    """Let errors name the loss by the path that the user gave; whoever raises them may know a method of a task only."""
+    try:
+        yield
+    except SettingError as error:
+        if error.setting != "loss" or not path:
+            raise
+        raise SettingError("loss", path, error.problem, error.remedy) from error

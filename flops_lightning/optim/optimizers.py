@@ -6,18 +6,17 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, TypeVar, get_args
+from typing import Any, Literal, Protocol, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from flops_lightning.errors import SettingError
+from flops_lightning.errors import SettingError, check_at_least, check_choice, check_positive
 
 OptimizerName = Literal["adam", "adamw", "sgd"]
 ScheduleName = Literal["constant", "cosine"]
-S = TypeVar("S")
 
 
 @dataclass
@@ -27,14 +26,22 @@ class OptimizerSettings:
     Attributes:
         name: ``adam``, ``adamw`` or ``sgd``.
         lr: Learning rate (its peak, under a schedule).
-        weight_decay: Weight decay, left off biases, norms and whatever else has one dimension.
+        weight_decay: Weight decay, not applied to biases, norms and other parameters of one dimension.
         momentum: Momentum of ``sgd``.
         schedule: ``constant``, or ``cosine`` down to zero at the last step.
         warmup_steps: Steps of linear warm-up from zero.
         layer_decay: Factor of the learning rate from each block to the one below it, counted by timm from the head
             down; 1: the same for all.
-        accumulate_grad_batches: Batches whose mean gradient makes one step (the Trainer's own setting of this name does
-            not serve manual optimisation). At the end of an epoch fewer may make one.
+        accumulate_grad_batches: Batches whose mean gradient makes one step, fewer at the end of an epoch (the trainer's
+            own setting of this name has no effect under manual optimisation).
+
+    Example:
+        >>> from flops_lightning.tasks import OptimizerSettings
+        >>> OptimizerSettings(lr=1e-3, schedule="cosine", warmup_steps=10).check()
+        >>> OptimizerSettings(lr=-1.0).check()
+        Traceback (most recent call last):
+        ...
+        flops_lightning.errors.SettingError: optimizer.lr = -1.0: must be a number above 0. Write for example 1.0e-4.
     """
 
     name: OptimizerName = "adam"
@@ -50,24 +57,17 @@ class OptimizerSettings:
         """Refuse settings that cannot work together.
 
         Raises:
-            SettingError: an unknown name, a negative number, or momentum for an optimiser that has betas.
+            SettingError: An unknown name, a number out of range, or momentum for an optimiser that has betas.
         """
-        for setting, value, choices in (
-            ("optimizer.name", self.name, get_args(OptimizerName)),
-            ("optimizer.schedule", self.schedule, get_args(ScheduleName)),
-        ):
-            if value not in choices:
-                raise SettingError(setting, value, "is not known.", f"Choose from {list(choices)}.")
-        if not self.lr > 0:
-            raise SettingError("optimizer.lr", self.lr, "must be positive.", "Write for example 1.0e-4.")
+        check_choice("optimizer.name", self.name, get_args(OptimizerName))
+        check_choice("optimizer.schedule", self.schedule, get_args(ScheduleName))
+        check_positive("optimizer.lr", self.lr, "Write for example 1.0e-4.")
         for setting in ("weight_decay", "momentum", "warmup_steps"):
-            if getattr(self, setting) < 0:
-                raise SettingError(f"optimizer.{setting}", getattr(self, setting), "is negative.", "Write 0 or more.")
+            check_at_least(f"optimizer.{setting}", getattr(self, setting), 0)
+        check_at_least("optimizer.accumulate_grad_batches", self.accumulate_grad_batches, 1)
         if not 0 < self.layer_decay <= 1:
-            raise SettingError("optimizer.layer_decay", self.layer_decay, "is not in (0, 1].", "Write 0.75, say, or 1.")
-        if self.accumulate_grad_batches < 1:
             raise SettingError(
-                "optimizer.accumulate_grad_batches", self.accumulate_grad_batches, "makes no step.", "Write 1 or more."
+                "optimizer.layer_decay", self.layer_decay, "must be in (0, 1].", "Write 0.75, say, or 1."
             )
         if self.momentum and self.name != "sgd":
             raise SettingError(
@@ -80,10 +80,20 @@ class ClipSettings:
     """Clipping of the gradient's norm.
 
     Attributes:
-        norm: Largest norm of the gradient, 0 for no clipping. With ``attention_norm`` it holds for all other
-            parameters.
-        attention_norm: Largest norm of the gradient of the attention layers (names with ``.attn.``), clipped apart from
-            the rest as the paper advises (FLOPS, appendix C.4); 0: not apart.
+        norm: Largest norm of the gradient, 0 for no clipping. With ``attention_norm``, of all other parameters.
+        attention_norm: Largest norm of the gradient of the attention layers (names with ``.attn.``), clipped separately
+            as the paper advises (FLOPS, appendix C.4); 0: not separately.
+
+    Example:
+        >>> import torch
+        >>> from flops_lightning.optim.optimizers import clip_gradients
+        >>> from flops_lightning.tasks import ClipSettings
+        >>> weight = torch.nn.Parameter(torch.zeros(2))
+        >>> weight.grad = torch.tensor([3.0, 4.0])
+        >>> clip_gradients([("head.weight", weight)], ClipSettings(norm=1.0))
+        tensor(5.)
+        >>> torch.allclose(weight.grad, torch.tensor([0.6, 0.8]))
+        True
     """
 
     norm: float = 0.0
@@ -93,25 +103,35 @@ class ClipSettings:
         """Refuse negative norms.
 
         Raises:
-            SettingError: a norm below zero.
+            SettingError: A norm below zero.
         """
         for setting in ("norm", "attention_norm"):
-            if not getattr(self, setting) >= 0:
-                raise SettingError(f"clip.{setting}", getattr(self, setting), "is negative.", "Write 0 for none.")
+            check_at_least(f"clip.{setting}", getattr(self, setting), 0, "Write 0 for none.")
 
 
-def read_settings(name: str, cls: type[S], value: S | None) -> S:
-    """Settings as they come from Python, or from a checkpoint, which holds them as plain mappings.
+class Settings(Protocol):
+    """Settings that can check themselves."""
+
+    def check(self) -> None:
+        """Refuse what is out of range."""
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def read_settings(name: str, cls: type[S], value: S | Mapping[str, Any] | None) -> S:
+    """Checked settings from Python, or from a checkpoint, which holds them as plain mappings; None: the defaults.
 
     Raises:
-        SettingError: neither settings of that class nor a mapping of them.
+        SettingError: Neither settings of that class nor a mapping of them, or values out of range.
     """
     try:
         settings = cls(**value) if isinstance(value, Mapping) else value or cls()
     except TypeError as error:
         raise SettingError(name, value, f"{error}.", f"See {cls.__name__}.") from error
     if not isinstance(settings, cls):
-        raise SettingError(name, value, "is of the wrong kind.", f"Write {cls.__name__}(...).")
+        raise SettingError(name, value, f"must be a {cls.__name__}.", f"Write {cls.__name__}(...).")
+    settings.check()
     return settings
 
 
@@ -149,7 +169,7 @@ def build_schedule(optimizer: Optimizer, settings: OptimizerSettings, total_step
     """The learning-rate schedule, to be stepped after each optimiser step.
 
     Raises:
-        SettingError: a cosine without a known end.
+        SettingError: A cosine without a known end.
     """
     if settings.schedule == "cosine" and not math.isfinite(total_steps):
         raise SettingError(
@@ -159,20 +179,27 @@ def build_schedule(optimizer: Optimizer, settings: OptimizerSettings, total_step
     return LambdaLR(optimizer, factor)
 
 
+def set_scheduled_rates(schedule: LambdaLR) -> None:
+    """Set the learning rates of the present step, where a checkpoint has restored those of its own schedule."""
+    groups = schedule.optimizer.param_groups
+    for group, base, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+        group["lr"] = base * factor(schedule.last_epoch)
+
+
 @torch.no_grad()
 def squared_step_sizes(optimizer: Optimizer, named: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """What the optimiser multiplies each squared derivative with: ``1 / (sqrt(v) + eps)^2`` under Adam.
+    """Factors of the squared derivatives in Adam's squared step, ``1 / (sqrt(v) + eps)^2``.
 
     Args:
         optimizer: Adam or AdamW.
         named: Parameters by name.
 
     Returns:
-        Weights shaped like the parameters that have been stepped, relative to the largest learning rate of a group;
-        none before the first step.
+        Weights in the parameters' shapes, relative to the largest learning rate of a group; none for a parameter before
+        its first step.
 
     Raises:
-        SettingError: the optimiser does not scale the gradient by its mean square.
+        SettingError: Another optimiser.
     """
     if not isinstance(optimizer, torch.optim.Adam):  # AdamW is one
         raise SettingError(
@@ -197,9 +224,9 @@ def clip_gradients(named_parameters: Iterable[tuple[str, nn.Parameter]], setting
     named = [(name, p) for name, p in named_parameters if p.grad is not None]
     total = torch.nn.utils.get_total_norm([p.grad for _, p in named if p.grad is not None])
     attention = [p for name, p in named if ".attn." in name] if settings.attention_norm else []
-    chosen = {id(p) for p in attention}
+    apart = {id(p) for p in attention}
     _clip(attention, settings.attention_norm)
-    _clip([p for _, p in named if id(p) not in chosen], settings.norm)
+    _clip([p for _, p in named if id(p) not in apart], settings.norm)
     return total
 
 

@@ -1,75 +1,143 @@
-"""A checkpoint rewritten so that the settings given beside it rule, where those saved in it would.
+"""What a task adds to its checkpoints, and how a resumed run takes it back under the settings that are given to it.
 
-Optimisers and schedules restore their own settings together with their state; so do a few parts that learn.
+Optimisers and schedules restore their own settings together with their state, and so do parts that learn. Checkpoints
+are therefore rewritten before Lightning reads them, so that the present settings apply.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import nn
+from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
-from flops_lightning.distributed import Communicator
+from flops_lightning.distributed import Communicator, gather_plain, present_communicator
 from flops_lightning.meter import QueryMeter
+from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.optim.optimizers import OptimizerSettings, build_optimizer, read_settings
+from flops_lightning.resume.loop_progress import settle_progress
 from flops_lightning.resume.rules import (
     Change,
     check_averaging,
+    check_classes,
     check_optimizer,
     check_settings,
+    check_weights,
+    class_names_of,
     within_epoch,
 )
-from flops_lightning.resume.run_settings import describe_task
+from flops_lightning.resume.run_settings import describe_run, describe_task
+from flops_lightning.strategies.base import ForwardGradientStrategy
+
+KEY = "forward_gradient"
 
 
-def obey_settings(
-    checkpoint: dict[str, Any],
-    state: dict[str, Any],
-    settings: Mapping[str, Any],
-    *,
-    backbone: nn.Module,
-    optimizer: OptimizerSettings,
-    callbacks: Sequence[object],
-) -> None:
-    """Let the settings given beside a checkpoint rule, and name in the log those that are other than before.
+class ForwardTask(Protocol):
+    """What is read of a task.
+
+    Attributes:
+        network: The staged network.
+        strategy: The bound strategy, if there is one.
+        optimizer_settings: Present settings of the optimiser.
+        start_weights: Settings that only chose where the weights started.
+    """
+
+    network: StagedNetwork
+    strategy: ForwardGradientStrategy | None
+    optimizer_settings: OptimizerSettings
+    start_weights: dict[str, Any]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the task is."""
+
+    @property
+    def hparams(self) -> Any:
+        """Settings of the task, by name; those that come in groups as mappings."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Its tensors."""
+
+
+def save_run(checkpoint: dict[str, Any], task: ForwardTask, trainer: pl.Trainer | None, own: Mapping[str, Any]) -> None:
+    """Add the names of the classes, the strategy's state (draw counter, seed, meters) and all settings.
 
     Args:
-        checkpoint: Of Lightning; changed in place, like the next.
-        state: The task's part of it, with the strategy's state and the settings of then.
-        settings: The present ones, as :func:`describe_run` gives them.
-        backbone: The network that is trained.
-        optimizer: Present settings of its optimiser.
-        callbacks: Those of the trainer.
+        checkpoint: Of Lightning; changed in place.
+        task: The task.
+        trainer: Its trainer; every process of a run must call this.
+        own: What the task keeps itself.
+    """
+    names = class_names_of(trainer)
+    if names is not None:
+        checkpoint["class_names"] = names
+    strategy = task.strategy
+    if strategy is not None:
+        assert trainer is not None
+        meter = strategy.meter.state_dict()
+        checkpoint[KEY] = {
+            **own,
+            "strategy": strategy.state_dict(),
+            "meters": gather_plain(strategy.communicator, meter, device=task.device),
+            "settings": _settings(task, trainer, strategy),
+        }
+
+
+def restore_run(checkpoint: dict[str, Any], task: ForwardTask, trainer: pl.Trainer | None) -> dict[str, Any] | None:
+    """Check a checkpoint against the task, and if training is resumed from it, restore what :func:`save_run` added.
+
+    Settings that differ from those of the checkpoint are obeyed and named in the log, or refused (see
+    :mod:`flops_lightning.resume.rules`).
+
+    Args:
+        checkpoint: Of Lightning; changed in place, before optimiser, schedule, loops and callbacks are restored.
+        task: The task.
+        trainer: Its trainer, if there is one.
+
+    Returns:
+        What the task keeps itself; None where no training is resumed: testing and fine-tuning count from zero.
 
     Raises:
-        SettingError: the checkpoint trained other parameters than this configuration, or was made with settings that a
-            run cannot change (see :mod:`checkpoint_checks`).
+        SettingError: The checkpoint is of another network, of other classes, trained other parameters, or was made with
+            settings that cannot change.
     """
-    now = build_optimizer(backbone, optimizer)
-    check_optimizer(now, checkpoint)
-    check_averaging(checkpoint, callbacks)
-    saved = dict(checkpoint.get("hyper_parameters", {}))
+    check_weights(task.state_dict(), checkpoint["state_dict"])
+    check_classes(checkpoint.get("class_names"), class_names_of(trainer))
+    state: dict[str, Any] | None = checkpoint.get(KEY)
+    strategy = task.strategy
+    if state is None or strategy is None or trainer is None or trainer.state.fn != TrainerFn.FITTING:
+        return None
+    optimizer = build_optimizer(task.network.module, task.optimizer_settings)
+    check_optimizer(optimizer, checkpoint)
+    check_averaging(checkpoint, trainer.callbacks)  # type: ignore[attr-defined]
+    settings, saved = _settings(task, trainer, strategy), dict(checkpoint.get("hyper_parameters", {}))
     before = state.get("settings") or {**describe_task(saved), "freeze": settings["freeze"]}
     changes = check_settings(before, settings, within_epoch=within_epoch(checkpoint))
     if changes:
         listed = ", ".join(f"{name} {old!r} -> {new!r}" for name, old, new in changes)
-        rank_zero_info(f"the run goes on with other settings than before: {listed}")
-    then = build_optimizer(backbone, read_settings("optimizer", OptimizerSettings, saved.get("optimizer")))
-    obey_optimizer(checkpoint, then=then, now=now)
-    obey_what_learns(checkpoint, state["strategy"], changes)
+        rank_zero_info(f"resuming with settings that differ from the checkpoint's: {listed}")
+    then = build_optimizer(task.network.module, read_settings("optimizer", OptimizerSettings, saved.get("optimizer")))
+    _obey_optimizer(checkpoint, then=then, now=optimizer)
+    _obey_strategy_and_allocator(checkpoint, state["strategy"], changes)
+    strategy.load_state_dict(state["strategy"])
+    share_meters(strategy.meter, state.get("meters", [state["strategy"]["meter"]]), present_communicator())
+    settle_progress(checkpoint)
+    return state
 
 
-def obey_optimizer(checkpoint: dict[str, Any], *, then: Optimizer, now: Optimizer) -> None:
+def _settings(task: ForwardTask, trainer: pl.Trainer, strategy: ForwardGradientStrategy) -> dict[str, Any]:
+    return describe_run(trainer, {**task.hparams, **task.start_weights, "freeze": task.network.frozen()}, strategy)
+
+
+def _obey_optimizer(checkpoint: dict[str, Any], *, then: Optimizer, now: Optimizer) -> None:
     """Give the saved state of the optimiser the present groups and their settings.
 
-    Args:
-        checkpoint: Of Lightning, with one optimiser; changed in place.
-        then: An optimiser of these parameters by the settings of the run that made the checkpoint.
-        now: One by the present settings.
+    ``then`` has the groups of the run that made the checkpoint: moments follow their parameters from group to group.
     """
     (saved,) = checkpoint["optimizer_states"]
     place = {id(p): i for i, p in enumerate(_parameters(now))}
@@ -81,21 +149,12 @@ def obey_optimizer(checkpoint: dict[str, Any], *, then: Optimizer, now: Optimize
         schedule["lr_lambdas"] = [None] * len(groups)
 
 
-def obey_schedule(schedule: LambdaLR) -> None:
-    """Set the rates that the schedule has for the present step; they are those already there, unless it was changed."""
-    optimizer = schedule.optimizer
-    for group, base, factor in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
-        group["lr"] = base * factor(schedule.last_epoch)
+def _parameters(optimizer: Optimizer) -> list[Any]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def obey_what_learns(checkpoint: dict[str, Any], state: dict[str, Any], changes: Sequence[Change]) -> None:
-    """Forget what was learned from a setting that was given anew.
-
-    Args:
-        checkpoint: Of Lightning; changed in place, like the next.
-        state: The strategy's part of it.
-        changes: The settings that differ.
-    """
+def _obey_strategy_and_allocator(checkpoint: dict[str, Any], state: dict[str, Any], changes: Sequence[Change]) -> None:
+    """Forget what was learned from a setting that has changed."""
     for setting, _, now in changes:
         parts = setting.split(".")
         if parts[:2] == ["strategy", "sites"] and parts[-1] == "sigma":
@@ -109,7 +168,7 @@ def obey_what_learns(checkpoint: dict[str, Any], state: dict[str, Any], changes:
 
 
 def share_meters(meter: QueryMeter, saved: Sequence[dict[str, Any]], communicator: Communicator) -> None:
-    """Give each rank what it had paid; with another number of ranks than then, all of it to the first.
+    """Restore each rank's own meter; if the number of ranks has changed, the first rank gets the sum.
 
     Args:
         meter: This rank's; changed in place.
@@ -120,7 +179,3 @@ def share_meters(meter: QueryMeter, saved: Sequence[dict[str, Any]], communicato
     same = len(saved) == communicator.size
     for state in [saved[communicator.rank]] if same else saved if communicator.rank == 0 else []:
         meter.add_state(state)
-
-
-def _parameters(optimizer: Optimizer) -> list[Any]:
-    return [p for group in optimizer.param_groups for p in group["params"]]

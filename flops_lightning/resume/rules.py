@@ -47,7 +47,7 @@ from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import WeightAveraging
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from flops_lightning.errors import SettingError
@@ -77,13 +77,13 @@ class Change(NamedTuple):
     now: Any
 
 
-def check_weights(module: nn.Module, saved: Mapping[str, Tensor]) -> None:
+def check_weights(present: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
     """Compare names and shapes.
 
     Raises:
-        SettingError: the checkpoint is of another network; the first tensor that differs is named.
+        SettingError: The checkpoint is of another network; the first tensor that differs is named.
     """
-    own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    own = {name: tuple(tensor.shape) for name, tensor in present.items()}
     given = {name: tuple(tensor.shape) for name, tensor in saved.items()}
     for name in dict.fromkeys([*own, *given]):
         there, here = given.get(name, "missing"), own.get(name, "missing")

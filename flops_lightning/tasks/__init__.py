@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from flops_lightning.optim.optimizers import ClipSettings, OptimizerSettings
+from flops_lightning.tasks.forward_module import ForwardModule
 from flops_lightning.tasks.image_classification import ForwardImageClassifier
 from flops_lightning.tasks.parameter_efficient import TargetSettings
 
-__all__ = ["ClipSettings", "ForwardImageClassifier", "OptimizerSettings", "TargetSettings"]
+__all__ = ["ClipSettings", "ForwardImageClassifier", "ForwardModule", "OptimizerSettings", "TargetSettings"]

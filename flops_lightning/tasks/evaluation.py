@@ -1,4 +1,4 @@
-"""What a test tells about a classifier, one metric a quantity; torchmetrics adds up the processes."""
+"""Metrics of a classifier; torchmetrics adds up the processes."""
 
 from __future__ import annotations
 
@@ -7,17 +7,22 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.utils.data.distributed import DistributedSampler
-from torchmetrics import Metric, MetricCollection
+from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 TOP_K = 5
 BINS = 15
 
 
+def _mean_loss() -> MeanMetric:
+    # By default it drops losses that are NaN. "disable" drops weights instead (torchmetrics#3434): update without any.
+    return MeanMetric(nan_strategy="disable")
+
+
 def metrics_of_validation(num_classes: int) -> MetricCollection:
     """``val/loss`` and ``val/accuracy``, see :func:`metrics_of_test`."""
     accuracy = MulticlassAccuracy(num_classes, average="micro")
-    return MetricCollection({"loss": MeanLoss(), "accuracy": accuracy}, prefix="val/", compute_groups=False)
+    return MetricCollection({"loss": _mean_loss(), "accuracy": accuracy}, prefix="val/", compute_groups=False)
 
 
 def metrics_of_test(num_classes: int) -> MetricCollection:
@@ -26,11 +31,11 @@ def metrics_of_test(num_classes: int) -> MetricCollection:
     ``test/loss``: mean of ``value``. ``test/accuracy``: share of images whose largest logit is the label's.
     ``test/accuracy_top5``: share whose label is among the five largest (of fewer classes: among all).
     ``test/accuracy_class_mean`` and ``test/calibration_error``: see :class:`ClassMeanAccuracy` and
-    :class:`CalibrationError`. They add up over processes, with other numbers of images too.
+    :class:`CalibrationError`.
     """
     return MetricCollection(
         {
-            "loss": MeanLoss(),
+            "loss": _mean_loss(),
             "accuracy": MulticlassAccuracy(num_classes, average="micro"),
             "accuracy_top5": MulticlassAccuracy(num_classes, average="micro", top_k=min(TOP_K, num_classes)),
             "accuracy_class_mean": ClassMeanAccuracy(num_classes),
@@ -41,44 +46,14 @@ def metrics_of_test(num_classes: int) -> MetricCollection:
     )
 
 
-class MeanLoss(Metric):
-    """Mean of losses over all images.
-
-    Lightning's own mean over processes is wrong where these have different numbers of images: it rounds their mean
-    down. torchmetrics' mean drops a loss that is not a number.
-    """
-
-    is_differentiable = False
-    higher_is_better = False
-    full_state_update = False
-
-    total: Tensor
-    images: Tensor
-
-    def __init__(self) -> None:
-        """Count from zero."""
-        super().__init__()
-        self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
-        self.add_state("images", torch.tensor(0), dist_reduce_fx="sum")
-
-    def update(self, value: Tensor) -> None:
-        """Add the losses ``(b,)`` of a batch."""
-        self.total += value.float().sum()
-        self.images += len(value)
-
-    def compute(self) -> Tensor:
-        """The mean, a number."""
-        return self.total / self.images
-
-
 class ClassMeanAccuracy(Metric):
-    """Mean of the accuracies of the classes that have images; NaN where none has.
+    """Mean accuracy of the classes that have images; NaN where none has.
 
-    torchmetrics' ``macro`` counts a class without images as 0 once an image is taken for it.
+    torchmetrics' ``macro`` counts a class without images as 0 once it is predicted.
 
     Attributes:
-        right: Images of each class that are classified right, of this process ``(c,)`` int64.
-        images: Images of each class, of this process ``(c,)`` int64.
+        right: ``(c,)`` int64, this process's images of each class that are classified right.
+        images: ``(c,)`` int64, this process's images of each class.
     """
 
     is_differentiable = False
@@ -125,15 +100,15 @@ class CalibrationError(MulticlassCalibrationError):
 
 
 def first_seen(loaders: Any, batch_idx: int, size: int) -> int:
-    """How many images of this process's batch, from its beginning, no process has had before.
+    """Number of images at the beginning of this process's batch that no process has had before.
 
-    The sampler of several processes gives each as many images as the others: where their number is no multiple of the
-    processes, it repeats the first images at the end.
+    The sampler of several processes gives every process the same number of images: unless that divides the data set, it
+    repeats the first images at the end.
 
     Args:
         loaders: The loader that the Trainer reads, or a list with it alone.
         batch_idx: Number of the batch, from 0.
-        size: Its images.
+        size: Images in the batch.
     """
     loader = loaders[0] if isinstance(loaders, (list, tuple)) else loaders
     sampler = getattr(loader, "sampler", None)

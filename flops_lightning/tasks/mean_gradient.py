@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,30 +12,37 @@ from torch import Tensor, nn
 from flops_lightning.distributed import Communicator, reduce_gradients
 from flops_lightning.strategies.base import ForwardGradientStrategy
 
+Parameters = Mapping[str, nn.Parameter]
+
 
 class MeanGradient:
-    """Gathers ``.grad`` over batches, each of which counts by its samples, then over ranks."""
+    """Accumulates ``.grad`` over batches, each weighted by its samples, then over ranks.
+
+    Attributes:
+        batches: Batches of a step, 1 or more.
+        saved: A state to be restored once training starts.
+    """
 
     def __init__(self, batches: int) -> None:
-        """Say how many batches make a step, 1 or more."""
+        """Start empty."""
         self.batches = batches
-        self._gathered = 0
+        self.saved: Mapping[str, Any] = {}
+        self._done = 0
         self._samples = 0
 
     @property
     def empty(self) -> bool:
         """Whether no batch waits for its step."""
-        return not self._gathered
+        return not self._done
 
     @contextmanager
-    def adding(self, parameters: Iterable[nn.Parameter], samples: int) -> Iterator[None]:
-        """Inside, the mean gradient of one more batch is added to ``.grad``.
-
-        Args:
-            parameters: All that may get one.
-            samples: Of the batch, of this rank or of all.
-        """
+    def adding(
+        self, strategy: ForwardGradientStrategy, parameters: Iterable[nn.Parameter], *, samples: int
+    ) -> Iterator[None]:
+        """Inside, the mean gradient of one more batch of this rank's ``samples`` is added to ``.grad``."""
         given = list(parameters)
+        if strategy.exchange == "losses" and self.batches > 1:  # the gradient is that of the samples of all ranks
+            samples = int(strategy.communicator.sum(torch.tensor([samples], device=given[0].device)))
         if self.empty:
             for p in given:
                 p.grad = None
@@ -43,30 +50,38 @@ class MeanGradient:
             _scale(given, self._samples / samples)
         yield
         self._samples += samples
-        self._gathered += 1
-        if self._gathered > 1:
+        self._done += 1
+        if self._done > 1:
             _scale(given, samples / self._samples)
 
     def complete(self, *, last: bool) -> bool:
         """Whether it is time for the step; ``last``: no further batch comes in this epoch."""
-        return last or self._gathered >= self.batches
+        return last or self._done >= self.batches
 
-    def reduce(self, strategy: ForwardGradientStrategy, parameters: Iterable[nn.Parameter]) -> bool:
-        """Reduce over the ranks, and begin anew.
+    def reduce(self, strategy: ForwardGradientStrategy, parameters: Parameters, sites: Sequence[str]) -> bool:
+        """Average the parameters' gradients over the ranks, and start anew.
+
+        Args:
+            strategy: Says what the ranks exchange.
+            parameters: All that are trained.
+            sites: Reduce those that these sites own; all of them if empty.
 
         Returns:
-            Whether there is a gradient on any rank, on which all agree.
+            Whether any rank has a gradient, on which all agree.
         """
-        weight, self._samples, self._gathered = self._samples, 0, 0
+        named = [site for site in (*strategy.sites, *strategy.exact_sites) if site.name in sites]
+        owned = {name for site in named for name in site.parameters} if named else parameters.keys()
+        reduced = [p for name, p in parameters.items() if name in owned]  # in the same order on every rank
+        weight, self._samples, self._done = self._samples, 0, 0
         if strategy.exchange == "losses":
-            return any(p.grad is not None for p in parameters)
-        return reduce_gradients(strategy.communicator, parameters, weight=weight)
+            return any(p.grad is not None for p in reduced)
+        return reduce_gradients(strategy.communicator, reduced, weight=weight)
 
-    def state_dict(self, strategy: ForwardGradientStrategy, parameters: Mapping[str, nn.Parameter]) -> dict[str, Any]:
+    def state_dict(self, strategy: ForwardGradientStrategy, parameters: Parameters) -> dict[str, Any]:
         """What waits for its step, for a checkpoint in the middle of one; every rank must ask.
 
-        Of several ranks it is the mean over them, so that a run that goes on equals the uninterrupted one up to the
-        rounding of a sum in another order; in one process it is exact.
+        Of several ranks it is their mean, so that a resumed run equals the uninterrupted one up to the rounding of a
+        sum in another order; in one process it is exact.
         """
         if self.empty:
             return {}
@@ -75,20 +90,18 @@ class MeanGradient:
         if strategy.exchange == "gradients" and ranks.size > 1:
             samples = int(ranks.sum(torch.tensor([self._samples], device=next(iter(parameters.values())).device)))
             gradients = {name: _mean(ranks, p, self._samples, samples) for name, p in parameters.items()}
-        return {"batches": self._gathered, "samples": samples, "gradients": gradients}
+        return {"batches": self._done, "samples": samples, "gradients": gradients}
 
-    def load_state_dict(
-        self, state: Mapping[str, Any], strategy: ForwardGradientStrategy, parameters: Mapping[str, nn.Parameter]
-    ) -> None:
-        """Restore what :meth:`state_dict` returned; where ranks sum their gradients, the first has it all."""
-        if not state:
+    def restore(self, strategy: ForwardGradientStrategy, parameters: Parameters) -> None:
+        """Restore the ``saved`` state, if any; where ranks sum their gradients, the first rank gets it all."""
+        saved, self.saved = self.saved, {}
+        if not saved:
             return
-        self._gathered = state["batches"]
+        self._done = saved["batches"]
         if strategy.exchange == "losses" or strategy.communicator.rank == 0:
-            self._samples = state["samples"]
-            for name, gradient in state["gradients"].items():
-                p = parameters[name]
-                p.grad = gradient.to(p, copy=True)
+            self._samples = saved["samples"]
+            for name, gradient in saved["gradients"].items():
+                parameters[name].grad = gradient.to(parameters[name], copy=True)
 
 
 def _mean(ranks: Communicator, parameter: nn.Parameter, own: int, samples: int) -> Tensor:

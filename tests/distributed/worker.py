@@ -14,7 +14,7 @@ import lightning.pytorch as pl
 import torch
 
 from flops_lightning.callbacks import QueryAllocatorCallback, RunSummary
-from flops_lightning.tasks.ddp import ForwardDDPStrategy
+from flops_lightning.tasks.trainer_setup import ForwardDDPStrategy
 from tests.distributed.scenarios import SCENARIOS, SUMMARISED, make_task, rank_batches
 
 
@@ -26,8 +26,8 @@ class Watcher(pl.Callback):
         self.sent: list[int] = []
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if pl_module._counts is not None:
-            self.counts.append(pl_module._counts.clone())
+        if pl_module._state.counts is not None:
+            self.counts.append(pl_module._state.counts.clone())
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.sent.append(pl_module.strategy.communicator.sent)

@@ -30,7 +30,7 @@ from flops_lightning.errors import LostQueriesError, SettingError
 from flops_lightning.objectives import cross_entropy, zero_one_error
 from flops_lightning.strategies import Backprop, LikelihoodRatio, PilotSpec
 from flops_lightning.tasks import ClipSettings, ForwardImageClassifier, OptimizerSettings
-from flops_lightning.tasks.trainer_checks import check_trainer
+from flops_lightning.tasks.trainer_setup import check_trainer
 from tests.tasks.conftest import MODEL, two_sites
 
 
@@ -233,14 +233,14 @@ def test_copies_and_pickles_keep_their_stages(make_task: Any) -> None:
         ({"model_kwargs": {"num_classes": 3}}, r"model_kwargs.num_classes = 3: comes from the data. Remove it"),
         ({"pretrained": True, "checkpoint": "x.ckpt"}, "pretrained = True: `checkpoint` is given as well"),
         ({"freeze": ["blocks.9.*"]}, r"freeze = 'blocks.9.\*': matches no parameter. Write a pattern"),
-        ({"label_smoothing": 1.0}, "label_smoothing = 1.0"),
+        ({"label_smoothing": 1.0}, "label_smoothing = 1.0: must be in .0, 1."),
         ({"loss": zero_one_error, "label_smoothing": 0.1}, "label_smoothing = 0.1: has no effect on a `loss`"),
         ({"loss": "flops_lightning.objectives.zero_won"}, "loss = '.*zero_won': cannot be imported .*dotted path"),
-        ({"max_skipped_steps": -1}, "max_skipped_steps = -1"),
-        ({"optimizer": OptimizerSettings(lr=0.0)}, "optimizer.lr = 0.0: must be positive"),
+        ({"max_skipped_steps": -1}, "max_skipped_steps = -1: must be 0 or more"),
+        ({"optimizer": OptimizerSettings(lr=0.0)}, "optimizer.lr = 0.0: must be a number above 0"),
         ({"optimizer": OptimizerSettings(name="adam", momentum=0.9)}, "optimizer.momentum = 0.9: adam has no"),
-        ({"optimizer": OptimizerSettings(name="lion")}, r"optimizer.name = 'lion': is not known. Choose from \['adam'"),
-        ({"clip": ClipSettings(norm=-1.0)}, "clip.norm = -1.0: is negative. Write 0 for none"),
+        ({"optimizer": OptimizerSettings(name="lion")}, "optimizer.name = 'lion': is not one of the choices. Choose from adam, adamw, sgd."),
+        ({"clip": ClipSettings(norm=-1.0)}, "clip.norm = -1.0: must be 0 or more. Write 0 for none"),
     ],
 )
 def test_bad_settings_name_themselves_and_the_remedy(settings: dict[str, Any], message: str) -> None:
@@ -268,7 +268,7 @@ def test_images_of_another_shape_are_refused(
     [
         ({"gradient_clip_val": 1.0}, r"trainer.gradient_clip_val = 1.0: .*clip.norm"),
         ({"accumulate_grad_batches": 2}, "trainer.accumulate_grad_batches = 2: .*optimizer.accumulate_grad_batches"),
-        ({"precision": "bf16-true"}, "trainer.precision = 'bf16-true': .*Choose from .'32-true'"),
+        ({"precision": "bf16-true"}, "trainer.precision = 'bf16-true': .*Choose from 32-true"),
     ],
 )
 def test_trainer_settings_that_cannot_work_are_refused_at_once(
@@ -294,10 +294,10 @@ def fitting(**attributes: Any) -> Any:
 @pytest.mark.parametrize(
     ("attributes", "message"),
     [
-        ({"strategy": object.__new__(FSDPStrategy)}, "trainer.strategy = 'FSDPStrategy': shards .*strategy: auto"),
+        ({"strategy": object.__new__(FSDPStrategy)}, "trainer.strategy = 'FSDPStrategy': shards .*trainer.strategy: auto"),
         ({"strategy": object.__new__(DeepSpeedStrategy)}, "trainer.strategy = 'DeepSpeedStrategy': shards"),
-        ({"world_size": 2}, "trainer.strategy = 'SingleDeviceStrategy': .*Write strategy: auto"),
-        ({"precision": "16-true"}, "trainer.precision = '16-true': .*Choose from .'32-true'"),
+        ({"world_size": 2}, "trainer.strategy = 'SingleDeviceStrategy': .*Write trainer.strategy: auto"),
+        ({"precision": "16-true"}, "trainer.precision = '16-true': .*Choose from 32-true"),
     ],
 )
 def test_hardware_settings_that_cannot_work_are_refused(attributes: dict[str, Any], message: str) -> None:
@@ -430,7 +430,7 @@ def test_a_checkpoint_of_another_configuration_is_refused(
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
-        ({"image": torch.zeros(2, 1, 8, 8)}, r"is no \(images, labels\) batch"),
+        ({"image": torch.zeros(2, 1, 8, 8)}, r"data = 'dict': a batch must be an \(inputs, targets\) pair"),
         ((torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.zeros(2, dtype=torch.long)), "images must be floats"),
     ],
 )
@@ -444,7 +444,7 @@ def test_batches_of_another_kind_are_refused(make_task: Any, batch: Any, message
     [
         ({"optimizer": {"betas": (0.9, 0.99)}}, "optimizer = .*betas.*See OptimizerSettings"),
         ({"optimizer": torch.optim.Adam}, "optimizer = .*Write OptimizerSettings"),
-        ({"clip": 1.0}, "clip = 1.0: is of the wrong kind. Write ClipSettings"),
+        ({"clip": 1.0}, "clip = 1.0: must be a ClipSettings. Write ClipSettings"),
     ],
 )
 def test_settings_of_the_wrong_kind_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -465,7 +465,7 @@ def test_a_checkpoint_of_another_network_is_refused(
 
 def test_pilots_that_the_allocator_ignores_are_refused(make_task: Any, make_trainer: Any, digits: Any) -> None:
     task = make_task(strategy=two_sites(**PILOTED))
-    with pytest.raises(SettingError, match=r"strategy.pilots.queries = 2: the allocator does not read.*Write 0, or"):
+    with pytest.raises(SettingError, match=r"strategy.pilots.queries = 2: the allocator does not read the pilots.*Write 0, or"):
         make_trainer(callbacks=[QueryAllocatorCallback(allocator=OptimalAllocator())]).fit(task, digits)
 
 

@@ -1,0 +1,311 @@
+"""What every task trained by a forward-gradient strategy shares: step, optimiser, logs and checkpoints."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import asdict
+from typing import Any, cast
+
+import lightning.pytorch as pl
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from flops_lightning.distributed import present_communicator
+from flops_lightning.errors import LostQueriesError, SettingError, check_at_least
+from flops_lightning.network.staging import StagedNetwork, stage_network
+from flops_lightning.objectives import naming_the_loss
+from flops_lightning.optim.optimizers import (
+    ClipSettings,
+    OptimizerSettings,
+    build_optimizer,
+    build_schedule,
+    clip_gradients,
+    read_settings,
+    set_scheduled_rates,
+    squared_step_sizes,
+)
+from flops_lightning.phases import phase
+from flops_lightning.protocol import SampleStatistics, TraceObservation
+from flops_lightning.queries import CleanPass
+from flops_lightning.resume.restore import restore_run, save_run
+from flops_lightning.strategies.base import Estimate, ForwardGradientStrategy
+from flops_lightning.tasks.mean_gradient import MeanGradient
+from flops_lightning.tasks.query_log import QueryLog
+from flops_lightning.tasks.step_state import StepState
+from flops_lightning.tasks.trainer_setup import check_trainer, optimizer_steps, remove_reducer_and_scaler
+
+Batch = tuple[Tensor, Tensor]
+
+
+class ForwardModule(pl.LightningModule, ABC):
+    """A LightningModule trained by a :class:`~flops_lightning.strategies.ForwardGradientStrategy`.
+
+    A subclass creates its network, passes it to :meth:`stage`, and defines :meth:`loss`; batches are ``(inputs,
+    targets)`` pairs. A ``QueryAllocatorCallback`` can allocate its queries; without one every sample gets the same.
+
+    Example:
+        >>> import torch
+        >>> from flops_lightning.strategies import LikelihoodRatio
+        >>> from flops_lightning.tasks import ForwardModule
+        >>> class Regression(ForwardModule):
+        ...     def __init__(self, **settings):
+        ...         super().__init__(**settings)
+        ...         self.net = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+        ...         self.stage(self.net)
+        ...
+        ...     def loss(self, outputs, targets):
+        ...         return (outputs - targets).square().sum(dim=1)
+        >>> task = Regression(strategy=LikelihoodRatio(seed=0), optimizer={"name": "sgd", "lr": 0.1})
+        >>> task.sample_statistics((torch.zeros(5, 2), torch.zeros(5, 1))).loss.shape
+        torch.Size([5])
+    """
+
+    automatic_optimization = False
+    network: StagedNetwork
+    loss_path = ""
+    """Dotted path by which error messages name the loss."""
+
+    def __init__(
+        self,
+        *,
+        strategy: ForwardGradientStrategy | None = None,
+        optimizer: OptimizerSettings | None = None,
+        clip: ClipSettings | None = None,
+        max_skipped_steps: int = 10,
+    ) -> None:
+        """Check the settings.
+
+        Args:
+            strategy: How gradients are estimated; None is enough to validate, test and predict.
+            optimizer: Optimiser and learning-rate schedule.
+            clip: Gradient clipping.
+            max_skipped_steps: Consecutive steps that may lose all their queries before the run stops.
+
+        Raises:
+            SettingError: A setting is invalid.
+        """
+        super().__init__()
+        check_at_least("max_skipped_steps", max_skipped_steps, 0)
+        self.strategy = strategy
+        self.optimizer_settings = read_settings("optimizer", OptimizerSettings, optimizer)
+        self.clip_settings = read_settings("clip", ClipSettings, clip)
+        self.max_skipped_steps = max_skipped_steps
+        grouped = {"optimizer": asdict(self.optimizer_settings), "clip": asdict(self.clip_settings)}
+        # Plain values only, so that checkpoints load with weights_only=True.
+        self.save_hyperparameters({**grouped, "max_skipped_steps": max_skipped_steps})
+        self.start_weights: dict[str, Any] = {}  # settings that only chose where the weights started
+        self._gradient = MeanGradient(self.optimizer_settings.accumulate_grad_batches)
+        self._state = StepState()
+        self._requested: frozenset[str] = frozenset()
+        self._skipped = 0
+        self._query_log = QueryLog()
+
+    # -- the network ---------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """``(r,)`` losses of ``(r, ...)`` outputs, one a row; a derivative is needed by ``Backprop`` only."""
+
+    def stage(self, network: nn.Module) -> None:
+        """Cut the network into stages and bind the strategy to them.
+
+        Raises:
+            SettingError: The network cannot be staged, or the strategy does not fit it.
+        """
+        self.network = stage_network(network)
+        if self.strategy is not None:
+            self.strategy.bind(self.network, self.loss)
+
+    def check_inputs(self, inputs: Tensor) -> None:
+        """Override to refuse inputs that the network cannot take."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """The network's ``(b, ...)`` outputs."""
+        self.check_inputs(inputs)
+        outputs: Tensor = self.network.module(inputs)
+        return outputs
+
+    # -- hooks of QueryAllocatorCallback -------------------------------------------------------------------------------
+
+    def sample_statistics(self, batch: Batch) -> SampleStatistics:
+        """Run the clean pass and the pilots; ``training_step`` reuses both.
+
+        Raises:
+            SettingError: The strategy has nothing to allocate.
+        """
+        strategy, metric = self._training_strategy(), None
+        if "preconditioned_scale" in self._requested:
+            metric = squared_step_sizes(self._optimizer(), dict(self.network.module.named_parameters())) or None
+        return strategy.sample_statistics(self._clean_pass(batch), self._requested, metric)
+
+    def set_query_counts(self, counts: Tensor) -> None:
+        """Take the ``(s, b)`` counts of the batch whose statistics were asked for."""
+        self._state.counts = counts
+
+    def set_pilot_weights(self, weights: Tensor) -> None:
+        """Take the ``(s, b)`` weights of that batch's pilots."""
+        self._state.pilot_weights = weights
+
+    def request_statistics(self, names: frozenset[str]) -> None:
+        """Take the names of the statistics that the allocator reads.
+
+        Raises:
+            SettingError: The strategy spends pilots that the allocator does not read.
+        """
+        if self._pilot_queries() and "trace" not in names:
+            raise SettingError(
+                "strategy.pilots.queries", self._pilot_queries(), "the allocator does not read the pilots.",
+                "Write 0, or let the allocator read them (traces: {source: both}, where it has traces).",
+            )  # fmt: skip
+        self._requested = names
+
+    def trace_observation(self) -> TraceObservation | None:
+        """Traces seen in the queries of the last step, if ``observation`` was requested."""
+        return self._state.observation
+
+    def _clean_pass(self, batch: Batch) -> CleanPass:
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise SettingError(
+                "data", type(batch).__name__, "a batch must be an (inputs, targets) pair.", "Return one."
+            )
+        if self._state.inputs is not batch[0]:
+            self.check_inputs(batch[0])
+        with naming_the_loss(self.loss_path):
+            return self._state.clean_pass_of(self._training_strategy(), *batch)
+
+    def _training_strategy(self) -> ForwardGradientStrategy:
+        if self.strategy is None:
+            raise SettingError("strategy", None, "training needs one.", "Give for example LikelihoodRatio().")
+        return self.strategy
+
+    def _pilot_queries(self) -> int:
+        pilots = getattr(self.strategy, "pilots", None)
+        return 0 if pilots is None else pilots.queries
+
+    # -- training ------------------------------------------------------------------------------------------------------
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """Add no callback: Lightning calls this first, early enough to refuse and adapt the trainer."""
+        check_trainer(self.trainer)
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            remove_reducer_and_scaler(self.trainer)
+        return []
+
+    def configure_optimizers(self) -> Any:
+        """The optimiser of the trainable parameters, and its schedule by step."""
+        optimizer = build_optimizer(self.network.module, self.optimizer_settings)
+        schedule = build_schedule(
+            optimizer, self.optimizer_settings, optimizer_steps(self.trainer, self._gradient.batches)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr"}}
+
+    def on_fit_start(self) -> None:
+        """Join the ranks, check that the strategy owns what is trained, and list what is not."""
+        strategy = self._training_strategy()
+        strategy.join(present_communicator())
+        owned = {id(p) for site in (*strategy.sites, *strategy.exact_sites) for p in site.parameters.values()}
+        if strategy.sites and owned != {id(p) for p in self.network.trainable().values()}:
+            strategy.bind(self.network, self.loss)  # the network was changed after the task was made
+        if self._gradient.batches > 1 and len(strategy.update_groups) > 1:
+            raise SettingError(
+                "optimizer.accumulate_grad_batches", self._gradient.batches,
+                "cannot be combined with update: site_by_site, which makes several steps of one batch.",
+                "Write 1, or update: simultaneous.",
+            )  # fmt: skip
+        if self.network.frozen():
+            rank_zero_info(f"frozen parameters: {', '.join(self.network.frozen())}")
+
+    def on_train_start(self) -> None:
+        """Continue with the gradient and the learning rate that a checkpoint stopped at."""
+        self._gradient.restore(self._training_strategy(), self.network.trainable())
+        set_scheduled_rates(self._schedule())
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """Estimate the gradient from queries and step, once or (Algorithm 1) once for each site."""
+        strategy, clean, state = self._training_strategy(), self._clean_pass(batch), self._state
+        if state.counts is None and self._pilot_queries():
+            raise SettingError(
+                "strategy.pilots.queries", self._pilot_queries(), "no allocator asks for pilots.",
+                "Add QueryAllocatorCallback to trainer.callbacks, or write 0.",
+            )  # fmt: skip
+        self._state = StepState()
+        # Only the last of several updates counts as a step of the trainer.
+        counted, uncounted = cast("LightningOptimizer", self.optimizers()), self._optimizer()
+        groups, watched = strategy.update_groups, "observation" in self._requested
+        stepped = has_gradient = False
+        for i, sites in enumerate(groups):
+            if i:
+                clean = strategy.refresh(clean, groups[i - 1])
+            with self._gradient.adding(strategy, self.network.trainable().values(), samples=len(batch[1])):
+                estimate = strategy.estimate(
+                    clean, state.counts, sites or None, pilot_weight=state.pilot_weights, traces=watched
+                )
+            self._state.observe(estimate.observation)
+            if i == 0:
+                self.log_batch(estimate, batch[1])
+            self._query_log.batch(self, strategy.meter)
+            if not self._gradient.complete(last=self.trainer.is_last_batch):
+                return
+            has_gradient = self._gradient.reduce(strategy, self.network.trainable(), sites)
+            if has_gradient:
+                norm = clip_gradients(self.network.module.named_parameters(), self.clip_settings)
+                self.log(f"grad_norm/{sites[0] if len(groups) > 1 else 'all'}", norm)
+                with phase("optimiser"):
+                    (counted if i == len(groups) - 1 else uncounted).step()
+                stepped = True
+        if stepped and not has_gradient:
+            counted.zero_grad()
+            counted.step()  # changes nothing without gradients; the trainer counts it
+        self._query_log.step(self, strategy.meter)
+        self._count_skipped(stepped)
+        if stepped:
+            self._schedule().step()
+
+    def _optimizer(self) -> Optimizer:
+        return cast("Optimizer", self.optimizers(use_pl_optimizer=False))
+
+    def _schedule(self) -> LambdaLR:
+        return cast("LambdaLR", self.lr_schedulers())
+
+    def _count_skipped(self, stepped: bool) -> None:
+        self._skipped = 0 if stepped else self._skipped + 1
+        if self._skipped > self.max_skipped_steps:
+            raise LostQueriesError(
+                f"{self._skipped} steps in a row lost every query to non-finite losses (max_skipped_steps = "
+                f"{self.max_skipped_steps}). Lower optimizer.lr or the sites' sigma, or set clip.norm."
+            )
+
+    def log_batch(self, estimate: Estimate, targets: Tensor) -> None:
+        """Log ``train/loss`` of a batch; override to log more."""
+        self.log("train/loss", estimate.loss.mean(), prog_bar=True, sync_dist=self.trainer.world_size > 1)
+
+    def on_train_epoch_end(self) -> None:
+        """Log the queries of every site."""
+        strategy = self._training_strategy()
+        self._query_log.epoch(self, strategy.meter, [site.name for site in strategy.sites])
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    @property
+    def between_steps(self) -> bool:
+        """Whether no accumulated gradient waits for its step."""
+        return self._gradient.empty
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what a resumed run needs, see :func:`~flops_lightning.resume.restore.save_run`."""
+        waiting = self._gradient.state_dict(self.strategy, self.network.trainable()) if self.strategy else {}
+        save_run(checkpoint, self, self._trainer, {"skipped": self._skipped, "gathered": waiting})
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore it where a run is resumed, see :func:`~flops_lightning.resume.restore.restore_run`.
+
+        Raises:
+            SettingError: The checkpoint does not fit this network or these settings.
+        """
+        own = restore_run(checkpoint, self, self._trainer)
+        if own is not None:
+            self._skipped, self._gradient.saved = own["skipped"], own.get("gathered", {})

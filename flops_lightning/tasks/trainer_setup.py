@@ -1,0 +1,89 @@
+"""The trainer of a forward-only run: what it cannot honour is refused, and its parts for ``backward`` are removed."""
+
+from __future__ import annotations
+
+import math
+
+import lightning.pytorch as pl
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+
+from flops_lightning.distributed import broadcast_state
+from flops_lightning.errors import SettingError
+
+PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
+
+
+def check_trainer(trainer: pl.Trainer) -> None:
+    """Refuse trainer settings that would be silently wrong or fail late.
+
+    Raises:
+        SettingError: A sharded strategy, several processes without DDP, an untested precision, ``gradient_clip_val`` or
+            ``accumulate_grad_batches``.
+    """
+    strategy = type(trainer.strategy).__name__
+    if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
+        raise SettingError(
+            "trainer.strategy", strategy, "shards parameters, but queries and closed-form gradients need them whole.",
+            "Write trainer.strategy: auto.",
+        )  # fmt: skip
+    if trainer.state.fn != TrainerFn.FITTING:
+        return
+    if trainer.world_size > 1 and not isinstance(trainer.strategy, DDPStrategy):
+        raise SettingError(
+            "trainer.strategy", strategy, "does not give every process a replica of the network.",
+            "Write trainer.strategy: auto.",
+        )  # fmt: skip
+    if trainer.precision not in PRECISIONS:
+        raise SettingError(
+            "trainer.precision", trainer.precision, "is not supported: parameters and gradients must be in float32.",
+            f"Choose from {', '.join(PRECISIONS)}.",
+        )  # fmt: skip
+    if trainer.gradient_clip_val:
+        raise SettingError(
+            "trainer.gradient_clip_val", trainer.gradient_clip_val, "has no effect under manual optimisation.",
+            "Remove it and set model.init_args.clip.norm (and clip.attention_norm) instead.",
+        )  # fmt: skip
+    if trainer.accumulate_grad_batches != 1:
+        raise SettingError(
+            "trainer.accumulate_grad_batches", trainer.accumulate_grad_batches,
+            "has no effect under manual optimisation.",
+            "Remove it and set model.init_args.optimizer.accumulate_grad_batches instead.",
+        )  # fmt: skip
+
+
+class ForwardDDPStrategy(DDPStrategy):
+    """Lightning's data-parallel strategy without torch's reducer: a replica in each process, from rank 0's start.
+
+    ``DistributedDataParallel`` reduces gradients in hooks of ``backward``, which is never called, and its reducer would
+    hold a second copy of them; the task reduces gradients itself. Processes start as under ``strategy: ddp``.
+    """
+
+    def configure_ddp(self) -> None:
+        """Give every rank the state of rank 0, and leave the module as it is."""
+        if self.lightning_module is not None:
+            broadcast_state(self.lightning_module)
+
+
+def remove_reducer_and_scaler(trainer: pl.Trainer) -> None:
+    """Turn ``DDPStrategy`` into :class:`ForwardDDPStrategy`, and remove the loss scaler of ``16-mixed``.
+
+    Lightning builds both from words before a module has a say. Changing the strategy's class adds no state; subclasses
+    of ``DDPStrategy`` stay as they are. A scaler that never scaled a loss fails in the optimiser's step; without one,
+    Lightning steps as it does in bfloat16.
+    """
+    if type(trainer.strategy) is DDPStrategy:
+        trainer.strategy.__class__ = ForwardDDPStrategy
+    if trainer.precision == "16-mixed" and isinstance(trainer.precision_plugin, MixedPrecision):
+        trainer.precision_plugin.scaler = None
+
+
+def optimizer_steps(trainer: pl.Trainer, accumulated: int) -> float:
+    """Optimiser steps of the whole run, where ``accumulated`` batches make one; infinite if it has no end."""
+    batches = trainer.estimated_stepping_batches  # Lightning counts a step a batch
+    endless = trainer.max_epochs in (None, -1)  # then it is max_steps, or infinite
+    if accumulated == 1 or endless or not math.isfinite(batches):
+        return batches
+    steps = math.ceil(trainer.num_training_batches / accumulated) * (trainer.max_epochs or 1)
+    return steps if trainer.max_steps < 0 else min(steps, trainer.max_steps)
