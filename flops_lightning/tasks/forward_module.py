@@ -66,8 +66,7 @@ class ForwardModule(pl.LightningModule, ABC):
 
     automatic_optimization = False
     network: StagedNetwork
-    loss_path = ""
-    """Dotted path by which error messages name the loss."""
+    loss_path = ""  # by which error messages name the loss
 
     def __init__(
         self,
@@ -156,11 +155,9 @@ class ForwardModule(pl.LightningModule, ABC):
         Raises:
             SettingError: The strategy spends pilots that the allocator does not read.
         """
-        if self._pilot_queries() and "trace" not in names:
-            raise SettingError(
-                "strategy.pilots.queries", self._pilot_queries(), "the allocator does not read the pilots.",
-                "Write 0, or let the allocator read them (traces: {source: both}, where it has traces).",
-            )  # fmt: skip
+        if "trace" not in names:
+            reading = "let the allocator read them (traces: {source: both}, where it has traces)"
+            self._refuse_pilots("the allocator does not read the pilots.", f"Write 0, or {reading}.")
         self._requested = names
 
     def trace_observation(self) -> TraceObservation | None:
@@ -169,9 +166,7 @@ class ForwardModule(pl.LightningModule, ABC):
 
     def _clean_pass(self, batch: Batch) -> CleanPass:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            raise SettingError(
-                "data", type(batch).__name__, "a batch must be an (inputs, targets) pair.", "Return one."
-            )
+            raise SettingError("data", type(batch).__name__, "a batch must be (inputs, targets).", "Return such pairs.")
         if self._state.inputs is not batch[0]:
             self.check_inputs(batch[0])
         with naming_the_loss(self.loss_path):
@@ -182,9 +177,10 @@ class ForwardModule(pl.LightningModule, ABC):
             raise SettingError("strategy", None, "training needs one.", "Give for example LikelihoodRatio().")
         return self.strategy
 
-    def _pilot_queries(self) -> int:
+    def _refuse_pilots(self, problem: str, remedy: str) -> None:
         pilots = getattr(self.strategy, "pilots", None)
-        return 0 if pilots is None else pilots.queries
+        if pilots is not None and pilots.queries:
+            raise SettingError("strategy.pilots.queries", pilots.queries, problem, remedy)
 
     # -- training ------------------------------------------------------------------------------------------------------
 
@@ -198,9 +194,8 @@ class ForwardModule(pl.LightningModule, ABC):
     def configure_optimizers(self) -> Any:
         """The optimiser of the trainable parameters, and its schedule by step."""
         optimizer = build_optimizer(self.network.module, self.optimizer_settings)
-        schedule = build_schedule(
-            optimizer, self.optimizer_settings, optimizer_steps(self.trainer, self._gradient.batches)
-        )
+        steps = optimizer_steps(self.trainer, self._gradient.batches)
+        schedule = build_schedule(optimizer, self.optimizer_settings, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr"}}
 
     def on_fit_start(self) -> None:
@@ -226,13 +221,11 @@ class ForwardModule(pl.LightningModule, ABC):
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Estimate the gradient from queries and step, once or (Algorithm 1) once for each site."""
-        strategy, clean, state = self._training_strategy(), self._clean_pass(batch), self._state
-        if state.counts is None and self._pilot_queries():
-            raise SettingError(
-                "strategy.pilots.queries", self._pilot_queries(), "no allocator asks for pilots.",
-                "Add QueryAllocatorCallback to trainer.callbacks, or write 0.",
-            )  # fmt: skip
-        self._state = StepState()
+        strategy, clean = self._training_strategy(), self._clean_pass(batch)
+        counts, weights, self._state = self._state.counts, self._state.pilot_weights, StepState()
+        if counts is None:
+            remedy = "Add QueryAllocatorCallback to trainer.callbacks, or write 0."
+            self._refuse_pilots("no allocator asks for pilots.", remedy)
         # Only the last of several updates counts as a step of the trainer.
         counted, uncounted = cast("LightningOptimizer", self.optimizers()), self._optimizer()
         groups, watched = strategy.update_groups, "observation" in self._requested
@@ -241,9 +234,7 @@ class ForwardModule(pl.LightningModule, ABC):
             if i:
                 clean = strategy.refresh(clean, groups[i - 1])
             with self._gradient.adding(strategy, self.network.trainable().values(), samples=len(batch[1])):
-                estimate = strategy.estimate(
-                    clean, state.counts, sites or None, pilot_weight=state.pilot_weights, traces=watched
-                )
+                estimate = strategy.estimate(clean, counts, sites or None, pilot_weight=weights, traces=watched)
             self._state.observe(estimate.observation)
             if i == 0:
                 self.log_batch(estimate, batch[1])

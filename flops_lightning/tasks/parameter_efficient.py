@@ -46,6 +46,14 @@ class TargetSettings:
         modules: ``lora`` only: patterns (as in a shell) of the full names of the linear and convolution modules that
             get an addition. The head never gets one.
         tokens: ``visual_prompt`` only: number of prompts.
+
+    Example:
+        >>> from flops_lightning.tasks import TargetSettings
+        >>> TargetSettings(kind="bias", head=False).check()
+        >>> TargetSettings(kind="bias", rank=2).check()
+        Traceback (most recent call last):
+        ...
+        flops_lightning.errors.SettingError: target.rank = 2: has no effect with kind: bias. Remove it.
     """
 
     kind: TargetKind = "all"

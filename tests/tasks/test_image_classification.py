@@ -239,7 +239,7 @@ def test_copies_and_pickles_keep_their_stages(make_task: Any) -> None:
         ({"max_skipped_steps": -1}, "max_skipped_steps = -1: must be 0 or more"),
         ({"optimizer": OptimizerSettings(lr=0.0)}, "optimizer.lr = 0.0: must be a number above 0"),
         ({"optimizer": OptimizerSettings(name="adam", momentum=0.9)}, "optimizer.momentum = 0.9: adam has no"),
-        ({"optimizer": OptimizerSettings(name="lion")}, "optimizer.name = 'lion': is not one of the choices. Choose from adam, adamw, sgd."),
+        ({"optimizer": OptimizerSettings(name="lion")}, "optimizer.name = 'lion': .*Choose from adam, adamw, sgd."),
         ({"clip": ClipSettings(norm=-1.0)}, "clip.norm = -1.0: must be 0 or more. Write 0 for none"),
     ],
 )
@@ -294,7 +294,7 @@ def fitting(**attributes: Any) -> Any:
 @pytest.mark.parametrize(
     ("attributes", "message"),
     [
-        ({"strategy": object.__new__(FSDPStrategy)}, "trainer.strategy = 'FSDPStrategy': shards .*trainer.strategy: auto"),
+        ({"strategy": object.__new__(FSDPStrategy)}, "strategy = 'FSDPStrategy': shards .*trainer.strategy: auto"),
         ({"strategy": object.__new__(DeepSpeedStrategy)}, "trainer.strategy = 'DeepSpeedStrategy': shards"),
         ({"world_size": 2}, "trainer.strategy = 'SingleDeviceStrategy': .*Write trainer.strategy: auto"),
         ({"precision": "16-true"}, "trainer.precision = '16-true': .*Choose from 32-true"),
@@ -430,7 +430,7 @@ def test_a_checkpoint_of_another_configuration_is_refused(
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
-        ({"image": torch.zeros(2, 1, 8, 8)}, r"data = 'dict': a batch must be an \(inputs, targets\) pair"),
+        ({"image": torch.zeros(2, 1, 8, 8)}, r"data = 'dict': a batch must be \(inputs, targets\)"),
         ((torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.zeros(2, dtype=torch.long)), "images must be floats"),
     ],
 )
@@ -465,7 +465,7 @@ def test_a_checkpoint_of_another_network_is_refused(
 
 def test_pilots_that_the_allocator_ignores_are_refused(make_task: Any, make_trainer: Any, digits: Any) -> None:
     task = make_task(strategy=two_sites(**PILOTED))
-    with pytest.raises(SettingError, match=r"strategy.pilots.queries = 2: the allocator does not read the pilots.*Write 0, or"):
+    with pytest.raises(SettingError, match=r"pilots.queries = 2: the allocator does not read the pilots.*Write 0, or"):
         make_trainer(callbacks=[QueryAllocatorCallback(allocator=OptimalAllocator())]).fit(task, digits)
 
 
