@@ -84,7 +84,7 @@ def save_run(checkpoint: dict[str, Any], task: ForwardTask, trainer: pl.Trainer 
             **own,
             "strategy": strategy.state_dict(),
             "meters": gather_plain(strategy.communicator, meter, device=task.device),
-            "settings": _settings(task, trainer, strategy),
+            "settings": settings_of(task, trainer, strategy),
         }
 
 
@@ -115,7 +115,7 @@ def restore_run(checkpoint: dict[str, Any], task: ForwardTask, trainer: pl.Train
     optimizer = build_optimizer(task.network.module, task.optimizer_settings)
     check_optimizer(optimizer, checkpoint)
     check_averaging(checkpoint, trainer.callbacks)  # type: ignore[attr-defined]
-    settings, saved = _settings(task, trainer, strategy), dict(checkpoint.get("hyper_parameters", {}))
+    settings, saved = settings_of(task, trainer, strategy), dict(checkpoint.get("hyper_parameters", {}))
     before = state.get("settings") or {**describe_task(saved), "freeze": settings["freeze"]}
     changes = check_settings(before, settings, within_epoch=within_epoch(checkpoint))
     if changes:
@@ -130,7 +130,8 @@ def restore_run(checkpoint: dict[str, Any], task: ForwardTask, trainer: pl.Train
     return state
 
 
-def _settings(task: ForwardTask, trainer: pl.Trainer, strategy: ForwardGradientStrategy) -> dict[str, Any]:
+def settings_of(task: ForwardTask, trainer: pl.Trainer, strategy: ForwardGradientStrategy) -> dict[str, Any]:
+    """All settings of a run with this task, by name."""
     return describe_run(trainer, {**task.hparams, **task.start_weights, "freeze": task.network.frozen()}, strategy)
 
 

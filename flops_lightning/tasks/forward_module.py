@@ -31,12 +31,13 @@ from flops_lightning.optim.optimizers import (
 from flops_lightning.phases import phase
 from flops_lightning.protocol import SampleStatistics, TraceObservation
 from flops_lightning.queries import CleanPass
-from flops_lightning.resume.restore import restore_run, save_run
+from flops_lightning.resume.restore import restore_run, save_run, settings_of
 from flops_lightning.strategies.base import Estimate, ForwardGradientStrategy
 from flops_lightning.tasks.mean_gradient import MeanGradient
 from flops_lightning.tasks.query_log import QueryLog
 from flops_lightning.tasks.step_state import StepState
 from flops_lightning.tasks.trainer_setup import check_trainer, optimizer_steps, remove_reducer_and_scaler
+from flops_lightning.tensorboard import write_page
 
 Batch = tuple[Tensor, Tensor]
 
@@ -102,8 +103,6 @@ class ForwardModule(pl.LightningModule, ABC):
         self._requested: frozenset[str] = frozenset()
         self._skipped = 0
         self._query_log = QueryLog()
-
-    # -- the network ---------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -215,9 +214,11 @@ class ForwardModule(pl.LightningModule, ABC):
             rank_zero_info(f"frozen parameters: {', '.join(self.network.frozen())}")
 
     def on_train_start(self) -> None:
-        """Continue with the gradient and the learning rate that a checkpoint stopped at."""
-        self._gradient.restore(self._training_strategy(), self.network.trainable())
+        """Continue with the gradient and the learning rate that a checkpoint stopped at; write TensorBoard's page."""
+        strategy = self._training_strategy()
+        self._gradient.restore(strategy, self.network.trainable())
         set_scheduled_rates(self._schedule())
+        write_page(self.trainer, settings_of(self, self.trainer, strategy), strategy.budget)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Estimate the gradient from queries and step, once or (Algorithm 1) once for each site."""
@@ -271,15 +272,14 @@ class ForwardModule(pl.LightningModule, ABC):
             )
 
     def log_batch(self, estimate: Estimate, targets: Tensor) -> None:
-        """Log ``train/loss`` of a batch; override to log more."""
+        """Log ``train/loss`` and ``train/lr`` of a batch; override to log more."""
         self.log("train/loss", estimate.loss.mean(), prog_bar=True, sync_dist=self.trainer.world_size > 1)
+        self.log("train/lr", max(group["lr"] for group in self._optimizer().param_groups))
 
     def on_train_epoch_end(self) -> None:
         """Log the queries of every site."""
         strategy = self._training_strategy()
         self._query_log.epoch(self, strategy.meter, [site.name for site in strategy.sites])
-
-    # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     @property
     def between_steps(self) -> bool:

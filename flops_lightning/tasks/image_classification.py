@@ -129,7 +129,7 @@ class ForwardImageClassifier(ForwardModule):
         save_weights(self.backbone, path)
 
     def log_batch(self, estimate: Estimate, targets: Tensor) -> None:
-        """Log ``train/loss`` and ``train/accuracy``."""
+        """Log ``train/loss``, ``train/lr`` and ``train/accuracy``."""
         super().log_batch(estimate, targets)
         self.train_accuracy(estimate.output, most_probable(targets))
         self.log("train/accuracy", self.train_accuracy, prog_bar=True)
