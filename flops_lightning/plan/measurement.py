@@ -21,6 +21,7 @@ from flops_lightning.datamodules.global_batches import local_batch_size
 from flops_lightning.errors import SettingError
 from flops_lightning.plan.measured import Measured
 from flops_lightning.plan.stopwatch import Clock, Stopwatch
+from flops_lightning.plan.trainer import callbacks_of
 from flops_lightning.strategies import ForwardGradientStrategy
 
 VALIDATION_BATCHES = 5
@@ -89,12 +90,6 @@ def measuring_settings(run: Trainer, settings: Settings, watch: Callback, folder
     if run.world_size > 1:
         changed |= {"devices": 1, "num_nodes": 1, "strategy": "auto"}
     return {**settings, **changed}
-
-
-def callbacks_of(settings: Settings) -> list[Callback]:
-    """The callbacks among a trainer's arguments."""
-    given = settings.get("callbacks")
-    return [given] if isinstance(given, Callback) else list(given or [])
 
 
 def allocators_of(settings: Settings) -> list[QueryAllocatorCallback]:

@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
 from flops_lightning.errors import SettingError
+
+
+def callbacks_of(settings: Mapping[str, Any]) -> list[Callback]:
+    """The callbacks among a trainer's arguments, in a new list."""
+    given = settings.get("callbacks")
+    return [given] if isinstance(given, Callback) else list(given or [])
 
 
 def refuse_checkpoint(path: str | None) -> None:

@@ -20,8 +20,7 @@ from safetensors.torch import save_file
 
 from flops_lightning.callbacks import ClassReport
 from flops_lightning.cli.command import main
-from flops_lightning.cli.errors import explain
-from flops_lightning.cli.usage import Context
+from flops_lightning.cli.messages import Given, explain
 from flops_lightning.datamodules import DigitsDataModule
 from flops_lightning.errors import SettingError
 
@@ -53,6 +52,8 @@ class Toy(LightningModule):
     def __init__(self, num_classes: int, lr: float = 0.1, fault: str = "") -> None:
         super().__init__()
         self.save_hyperparameters()
+        if fault == "setting":
+            raise SettingError("fault[0].name", fault, "does not exist.", "Leave it out.")
         self.layer = torch.nn.Linear(64, num_classes)
 
     def training_step(self, batch):
@@ -174,11 +175,10 @@ def refused(capsys):
         (["fit", "-c", "given.yaml", "--ckpt_path", "gone.ckpt"], "ckpt_path = 'gone.ckpt': is not a file."),
         (["test", "-c", "given.yaml", "--ckpt_path", "best"], "ckpt_path = 'best': this process has trained nothing"),
         (["fit", "-c", "given.yaml", "--model.init_args.strat.x=3"], "--model.init_args.strat.x is not a setting."),
-        (["fit", "-c", "given.yaml", "--trainer.strategy", "x"], "invalid strategy name"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_named_with_its_remedy(args, message, refused):
-    written(TOY if "x" in args and "--trainer.strategy" in args else SETTINGS)
+    written(SETTINGS)
     assert message in refused(*args)
 
 
@@ -238,6 +238,11 @@ def test_a_file_that_is_not_settings_is_named_with_the_place(content, message, r
         ("trainr", {"max_epochs": 1}, " is not a setting. Did you mean `trainer`?"),
         ("model.init_arg", {}, " is not a setting. Did you mean `init_args`?"),
         ("model.class_path", "flops_lightning.tasks.ImageClassifier", "tasks.ForwardImageClassifier`?"),
+        (
+            "model.class_path",
+            "flops_lightning.old.ForwardImageClassifier",
+            ": it has moved. Write flops_lightning.tasks.F",
+        ),
         ("model.class_path", "flop.tasks.Classifier", "No module named 'flop'. Correct the module or its name"),
         ("model.class_path", "flops_lightning.errors.SettingError", " is not a LightningModule."),
         ("model.init_args.model_nam", "x", " is not a setting. Did you mean `model_name`?"),
@@ -309,35 +314,75 @@ def test_the_last_file_that_sets_a_value_is_the_one_named(refused):
     assert refused("fit", "-c", first, "-c", second).startswith("trainer.max_epochs (second.yaml, line 2) = x")
 
 
+@pytest.mark.parametrize("overlay", [{"lr": 0.5}, {"lrr": 0.5}])
+def test_an_overlay_needs_no_class_and_is_not_told_to_name_one(overlay, refused):
+    base = changed("model.init_args", {"lrr": 0.1}, TOY) if "lr" in overlay else written(TOY)
+    message = refused("fit", "-c", base, "-c", written({"model": {"init_args": overlay}}, "overlay.yaml"))
+    place = "given.yaml, line 11" if "lr" in overlay else "overlay.yaml, line 3"
+    assert message == f"model.init_args.lrr ({place}) is not a setting. Did you mean `lr`?"
+
+
 def test_a_report_in_unknown_words_is_passed_on():
-    assert explain("something never heard of", Context([], "fit", {})) == "something never heard of"
+    assert explain("something never heard of", Given([], "fit", {})) == "something never heard of"
 
 
-def test_a_refusal_while_building_is_printed_alone(refused):
-    file = changed("data", {**TOY["data"], "init_args": {"batch_size": 0}}, TOY)
-    assert refused("fit", "-c", file) == "data.batch_size = 0: is below 1. Give the number of images per batch."
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("data.init_args", {"batch_size": 0}, "data.batch_size = 0: "),
+        (
+            "model.init_args",
+            {"num_classes": 7},
+            "model.init_args.num_classes = 7: but the data has 10 classes. Leave it",
+        ),
+        ("model.init_args", {"fault": "setting"}, "model.fault[0].name = 'setting': does not exist. Leave it out."),
+        ("trainer.strategy", "x", "trainer: You selected an invalid strategy name: `strategy='x'`"),
+    ],
+)
+def test_a_refusal_while_building_is_printed_alone_with_the_setting_as_users_write_it(key, value, message, refused):
+    assert refused("fit", "-c", changed(key, value, TOY)).startswith(message)
 
 
-def test_a_number_of_classes_that_the_data_does_not_have_is_refused_and_not_overridden(refused):
-    file = changed("model", {**TOY["model"], "init_args": {"num_classes": 7}}, TOY)
-    message = refused("fit", "-c", file)
-    assert message == "model.init_args.num_classes = 7: but the data has 10 classes. Leave it out: the data decides."
-
-
-def test_a_refusal_while_running_is_printed_alone(refused):
-    message = refused("fit", "-c", written(TOY), "--model.fault", "misconfigured")
-    assert message == "this does not go with that. Leave this out."
-
-
-def test_the_traceback_can_be_asked_for(monkeypatch):
+def test_a_refusal_while_running_is_printed_alone_and_its_traceback_can_be_asked_for(refused, monkeypatch):
+    arguments = ["fit", "-c", written(TOY), "--model.fault", "misconfigured"]
+    assert refused(*arguments) == "this does not go with that. Leave this out."
     monkeypatch.setenv("FLOPS_TRACEBACK", "1")
     with pytest.raises(MisconfigurationException):
-        main(["fit", "-c", written(TOY), "--model.fault", "misconfigured"])
+        main(arguments)
 
 
 def test_a_bug_is_not_dressed_up_as_a_mistake_of_the_user():
     with pytest.raises(RuntimeError, match="a bug"):
         main(["fit", "-c", written(TOY), "--model.fault", "bug"])
+
+
+@pytest.mark.parametrize("parents", [[7, 7, 1], [7] * 500])
+def test_a_further_rank_repeats_a_message_only_if_the_first_rank_stays(parents, monkeypatch, capsys):
+    remaining = iter(parents)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr("os.getppid", lambda: next(remaining))
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    monkeypatch.setattr("time.monotonic", iter(range(500)).__next__)
+    with pytest.raises(SystemExit):
+        main(["fit", "-c", written(TOY), "--trainer.max_epoch", "3"])
+    assert capsys.readouterr().err.count("error: ") == (0 if parents[-1] == 1 else 1)
+
+
+@pytest.mark.slow
+def test_a_batch_that_two_processes_cannot_share_is_told_once():
+    command = [
+        sys.executable,
+        str(REPOSITORY / "main.py"),
+        "fit",
+        "-c",
+        str(REPOSITORY / "configs/vit_tiny_digits.yaml"),
+    ]
+    given = ["--model.checkpoint=", "--data.batch_size=63", "--trainer.devices=2", "--trainer.strategy=ddp"]
+    answer = subprocess.run([*command, *given], capture_output=True, text=True, check=False, cwd=REPOSITORY)
+    assert answer.returncode == 2
+    assert re.findall("error: .*", answer.stderr) == [
+        "error: data.batch_size = 63: cannot be divided evenly between 2 processes. Use 62 or 64."
+    ]
 
 
 def test_interrupting_ends_with_130(capsys):
@@ -376,19 +421,25 @@ def test_the_folder_and_the_logger_can_be_chosen():
     assert not Path("runs").exists()
 
 
-def test_settings_given_beside_a_checkpoint_win_over_those_saved_in_it():
-    main(["fit", "-c", written(TOY, "toy.yaml"), "--model.lr", "0.25"])
-    checkpoint = next(Path("runs/toy/version_0/checkpoints").glob("*.ckpt"))
-    weight = torch.load(checkpoint, weights_only=True)["state_dict"]["layer.weight"]
-    main(["test", "-c", "toy.yaml", "--ckpt_path", str(checkpoint), "--model.lr", "0.5"])
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """The checkpoint of a short run."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        main(["fit", "-c", written(TOY, "toy.yaml"), "--model.lr", "0.25"])
+    return next((folder / "runs/toy/version_0/checkpoints").glob("*.ckpt"))
+
+
+def test_settings_given_beside_a_checkpoint_win_over_those_saved_in_it(trained):
+    weight = torch.load(trained, weights_only=True)["state_dict"]["layer.weight"]
+    main(["test", "-c", written(TOY), "--ckpt_path", str(trained), "--model.lr", "0.5"])
     assert torch.equal(Toy.seen["weight"], weight)
     assert Toy.seen["lr"] == 0.5
 
 
-def test_a_checkpoint_of_the_command_line_loads_without_it():
-    main(["fit", "-c", written(TOY, "toy.yaml"), "--model.lr", "0.25"])
-    checkpoint = next(Path("runs/toy/version_0/checkpoints").glob("*.ckpt"))
-    assert Toy.load_from_checkpoint(checkpoint, weights_only=True).hparams["lr"] == 0.25
+def test_a_checkpoint_of_the_command_line_loads_without_it(trained):
+    assert Toy.load_from_checkpoint(trained, weights_only=True).hparams["lr"] == 0.25
 
 
 def write_damaged(file: str, content: object) -> None:
@@ -428,43 +479,35 @@ def test_a_file_that_is_no_checkpoint_is_refused_before_anything_is_built(
     assert not Path("ran").exists()
 
 
-def test_training_goes_on_only_from_a_checkpoint_that_holds_the_optimiser(refused):
-    main(["fit", "-c", written(TOY, "toy.yaml")])
-    whole = next(Path("runs/toy/version_0/checkpoints").glob("*.ckpt"))
-    state = torch.load(whole, weights_only=True)
+def test_training_goes_on_only_from_a_checkpoint_that_holds_the_optimiser(trained, refused):
+    state = torch.load(trained, weights_only=True)
     del state["optimizer_states"]
     torch.save(state, "weights.ckpt")
-    message = refused("fit", "-c", "toy.yaml", "--ckpt_path", "weights.ckpt")
+    message = refused("fit", "-c", written(TOY), "--ckpt_path", "weights.ckpt")
     assert message.startswith("ckpt_path = 'weights.ckpt': holds weights and no state of the optimiser.")
-    main(["test", "-c", "toy.yaml", "--ckpt_path", "weights.ckpt"])
+    main(["test", "-c", written(TOY), "--ckpt_path", "weights.ckpt"])
     assert torch.equal(Toy.seen["weight"], state["state_dict"]["layer.weight"])
 
 
-def test_pickled_objects_are_read_where_the_user_trusts_them():
-    main(["fit", "-c", written(TOY, "toy.yaml")])
-    whole = next(Path("runs/toy/version_0/checkpoints").glob("*.ckpt"))
-    state = torch.load(whole, weights_only=True)
+def test_pickled_objects_are_read_where_the_user_trusts_them(trained):
+    state = torch.load(trained, weights_only=True)
     torch.save(state | {"more": Code()}, "trusted.ckpt")
-    main(["test", "-c", "toy.yaml", "--ckpt_path", "trusted.ckpt", "--weights_only", "false"])
+    main(["test", "-c", written(TOY), "--ckpt_path", "trusted.ckpt", "--weights_only", "false"])
     assert torch.equal(Toy.seen["weight"], state["state_dict"]["layer.weight"])
 
 
-def test_a_checkpoint_that_the_task_refuses_is_reported_in_its_words(refused):
-    main(["fit", "-c", written(TOY, "toy.yaml")])
-    checkpoint = next(Path("runs/toy/version_0/checkpoints").glob("*.ckpt"))
-    for command in ("fit", "test"):
-        answer = refused(command, "-c", "toy.yaml", "--model.fault", "foreign", "--ckpt_path", str(checkpoint))
-        assert answer == "ckpt_path = 'x.ckpt': is of another configuration. Give its own."
+@pytest.mark.parametrize("command", ["fit", "test"])
+def test_a_checkpoint_that_the_task_refuses_is_reported_in_its_words(command, trained, refused):
+    answer = refused(command, "-c", written(TOY), "--model.fault", "foreign", "--ckpt_path", str(trained))
+    assert answer == "ckpt_path = 'x.ckpt': is of another configuration. Give its own."
 
 
-def test_predict_writes_a_table():
-    main(["fit", "-c", written(TOY, "toy.yaml")])
-    checkpoint = next(Path("runs/toy/version_0/checkpoints").glob("*.ckpt"))
-    main(["predict", "-c", "toy.yaml", "--ckpt_path", str(checkpoint)])
-    with Path("runs/toy/version_1/predictions.csv").open() as file:
+def test_predict_writes_a_table(trained):
+    main(["predict", "-c", written(TOY, "toy.yaml"), "--ckpt_path", str(trained)])
+    with Path("runs/toy/version_0/predictions.csv").open() as file:
         rows = list(csv.DictReader(file))
 
-    state = torch.load(checkpoint, weights_only=True)["state_dict"]
+    state = torch.load(trained, weights_only=True)["state_dict"]
     data = DigitsDataModule()
     data.setup("predict")
     images = torch.cat([batch[0] for batch in data.predict_dataloader()])
@@ -518,17 +561,14 @@ def test_test_writes_one_table_of_the_classes(given, monkeypatch):
     assert [int(row["images"]) for row in rows] == labels.bincount().tolist()
 
 
-def test_a_model_that_counts_no_classes_is_tested_without_a_table():
-    main(["test", "-c", written(TOY)])
-    assert not list(Path("runs").rglob("*.csv"))
-
-
-def test_only_predict_has_a_writer(monkeypatch):
+def test_a_model_that_counts_no_classes_is_tested_without_a_table(monkeypatch):
     given = []
-    monkeypatch.setattr(Trainer, "test", lambda self, *_, **__: given.extend(self.callbacks))
+    test = Trainer.test
+    monkeypatch.setattr(Trainer, "test", lambda self, *a, **k: (given.extend(self.callbacks), test(self, *a, **k)))
     main(["test", "-c", written(TOY)])
     assert given
-    assert not any(isinstance(each, BasePredictionWriter) for each in given)
+    assert not any(isinstance(each, (BasePredictionWriter, ClassReport)) for each in given)
+    assert not list(Path("runs").rglob("*.csv"))
 
 
 def test_the_seed_is_0_unless_given(monkeypatch):
@@ -557,9 +597,8 @@ def test_help_appears_fast():
         assert re.search(rf"^\s+{command}\s", answer.stdout, re.MULTILINE)
 
 
-def test_two_methods_at_once_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.chdir(Path(__file__).parents[2])
+def test_two_methods_at_once_are_refused(monkeypatch, refused):
+    monkeypatch.chdir(REPOSITORY)
     files = ["configs/vit_tiny_digits.yaml", "configs/method/mezo.yaml", "configs/method/lr.yaml"]
-    with pytest.raises(SystemExit, match="2"):
-        main(["fit", *(part for file in files for part in ("--config", file))])
-    assert "are two methods" in capsys.readouterr().err
+    message = refused("fit", *(part for file in files for part in ("--config", file)))
+    assert "are two methods: settings of the first would stay in the second. Give one of them." in message
