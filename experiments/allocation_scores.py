@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import math
-import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from flops_lightning.allocators.objective import effective_counts, estimated_gain_optimal, objective
+from flops_lightning.allocators.objective import (
+    effective_counts,
+    equal_objective,
+    estimated_gain_optimal,
+    objective,
+)
+from flops_lightning.allocators.rank_correlation import rank_correlation
+from flops_lightning.allocators.rounding import water_fill
 from flops_lightning.protocol import TraceObservation
+from flops_lightning.queries import CleanPass
+from flops_lightning.strategies import LikelihoodRatio
 
-# Two-sided 95 % points of Student's t by degrees of freedom; beyond the table the normal one.
-T95 = (math.inf, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
+PROXY_SAMPLES, PROXY_DIRECTIONS, PROXY_FIRST_QUERY = 32, 32, 2_000_000
 
 
 @dataclass(frozen=True)
@@ -51,8 +58,7 @@ class HeldOut:
             weight: Weights of the pilots; None: their share of ``queries``.
             queries: Queries of a sample and site, pilots included.
         """
-        weight = pilots / queries if weight is None else weight
-        effective = effective_counts(counts, pilots, weight)
+        effective = effective_counts(counts, pilots, pilots / queries if weight is None else weight)
         return self.scale * torch.stack([objective(t, a) for t, a in zip(self.trace, effective, strict=True)])
 
     def optimal(self, queries: int) -> Tensor:
@@ -60,12 +66,48 @@ class HeldOut:
         return self.equal(queries) / estimated_gain_optimal(self.trace, self.freedom)
 
 
-def interval(gains: Sequence[float]) -> tuple[float, float, float]:
-    """Geometric mean of the gains of several batches and its 95 % confidence interval (Student's t)."""
-    logs = [math.log(gain) for gain in gains]
-    mean = statistics.fmean(logs)
-    if len(logs) < 2:
-        return math.exp(mean), math.nan, math.nan
-    point = T95[len(logs) - 1] if len(logs) <= len(T95) else 1.96
-    half = point * statistics.stdev(logs) / math.sqrt(len(logs))
-    return math.exp(mean), math.exp(mean - half), math.exp(mean + half)
+# -- traces in activation space and in parameter space, at block and group sites ---------------------------------------
+
+
+@torch.no_grad()
+def proxy_rows(strategy: LikelihoodRatio, clean: CleanPass, step: int) -> list[tuple[Any, ...]]:
+    """Rank correlation of the two traces at each site, and how much of the gain in parameter space the proxy keeps.
+
+    Both traces come from the same directions, of the first samples of the batch: each single query's gradient is built,
+    which no training step does.
+    """
+    few = _samples(clean, slice(0, PROXY_SAMPLES))
+    rows: list[tuple[Any, ...]] = []
+    for site in strategy.sites:
+        proxy, exact = torch.empty(few.batch_size).double(), torch.empty(few.batch_size).double()
+        counts = np.ones(few.batch_size, dtype=np.int64)
+        by_query = []
+        for query in range(PROXY_DIRECTIONS):
+            with strategy.network.evaluating():
+                sums = strategy.site_queries.sums(site, few, counts, first_query=PROXY_FIRST_QUERY + query)
+            if sums is not None:
+                by_query.append(sums.delta())
+        for b in range(few.batch_size):
+            one = _samples(few, slice(b, b + 1))
+            vectors = [
+                torch.cat([g.flatten() for g in strategy.site_queries.gradient(site, one, delta[b : b + 1]).values()])
+                for delta in by_query
+            ]
+            exact[b] = torch.stack(vectors).double().var(dim=0).sum()
+            proxy[b] = torch.stack([delta[b].flatten() for delta in by_query]).double().var(dim=0).sum()
+        agreement = float(rank_correlation(proxy, exact))
+        rows.append((step, site.name, "trace in activation with that in parameter space", agreement))
+        rows.append((step, site.name, "gain in parameter space that the proxy keeps", gain_kept(proxy, exact)))
+    return rows
+
+
+def gain_kept(proxy: Tensor, exact: Tensor) -> float:
+    """Gain of counts made from the proxy over the gain of counts made from the exact traces, both scored by these."""
+    total = 20.0 * len(exact)
+    j = [float(objective(exact, water_fill(trace.sqrt(), total, floor=1.0))) for trace in (proxy, exact)]
+    return j[1] / j[0] if float(equal_objective(exact, total)) > 0 else 1.0
+
+
+def _samples(clean: CleanPass, part: slice) -> CleanPass:
+    tensors = {name: getattr(clean, name)[part] for name in ("targets", "output", "loss", "embedding")}
+    return replace(clean, activations={i: h[part] for i, h in clean.activations.items()}, **tensors)

@@ -13,29 +13,28 @@ Everything runs as ``main.py fit`` in processes of their own. Finished runs are 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
-import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
-from experiments.running import RUNNING
-from experiments.strategies_budget import BUDGETS, BudgetKind, Cell, Reference, cell
-from experiments.strategies_plot import draw
-from experiments.strategies_runs import Job, arguments, fit
+from experiments.harness import Cell, StudyParser, arguments, configs, fit, run_all
+from experiments.pictures import draw_if_possible, draw_strategies
 from experiments.strategies_table import (
     AT_END,
     AT_START,
+    BUDGETS,
+    BudgetKind,
     Cosines,
+    Length,
+    Reference,
     Row,
-    Run,
+    length,
     report,
-    write_cosines,
-    write_csv,
+    write_tables,
 )
 from flops_lightning.errors import SettingError
 from flops_lightning.plan.cost import Cost, typical_seconds
@@ -47,6 +46,8 @@ METHODS = (
 REFERENCE = "lr"
 TUNING_SEED = 1000
 PROBE_STEPS = 5
+LOGGED_STEPS = 200
+"""Steps of a run whose training loss is logged, about: logging every step would slow the fast methods."""
 
 
 class Study:
@@ -57,8 +58,7 @@ class Study:
         self.options = options
         self.output: Path = options.output
         self.methods: list[str] = list(dict.fromkeys(options.methods))
-        self.extra: tuple[str, ...] = tuple(options.extra)
-        self.threads = max(1, (os.cpu_count() or 1) // options.jobs)
+        self.tried: list[float] = sorted(set(options.rates))
 
     # -- what is run ---------------------------------------------------------------------------------------------------
 
@@ -66,53 +66,60 @@ class Study:
         """Configuration files of a method."""
         return (*self.options.config, f"configs/method/{method}.yaml")
 
+    def fit(self, name: str, method: str, seed: int, *, steps: int = 0, settings: Any = (), **cell: Any) -> Cell:
+        """A run of so many optimiser steps (0: as configured), without validation and checkpoints."""
+        own = {"trainer.enable_checkpointing": "false", "trainer.limit_val_batches": 0, "seed_everything": seed}
+        if steps:
+            logged = max(1, steps // LOGGED_STEPS)
+            own |= {"trainer.max_epochs": -1, "trainer.max_steps": steps, "trainer.log_every_n_steps": logged}
+        return fit(self.output, name, self.files(method), self.options.extra, {**own, **dict(settings)}, **cell)
+
     @cached_property
-    def reference_job(self) -> Job:
+    def reference_run(self) -> Cell:
         """The run that fixes the budgets."""
-        folder, settings = self.output / "reference", {"seed_everything": 0}
-        return fit(folder, self.files(REFERENCE), self.extra, settings, keep_weights=True)
+        return self.fit("reference", REFERENCE, 0, keeps_weights=True)
 
-    def probe(self, method: str) -> Job:
+    def probe(self, method: str) -> Cell:
         """A run of a few steps."""
-        settings = {"seed_everything": 0, "trainer.log_every_n_steps": 1}
-        return fit(self.output / "probes" / method, self.files(method), self.extra, settings, steps=PROBE_STEPS)
+        return self.fit(f"probes/{method}", method, 0, steps=PROBE_STEPS)
 
-    def training(self, method: str, rate: float, steps: int, seed: int) -> Job:
+    def training(self, method: str, rate: float, steps: int, seed: int) -> Cell:
         """A run; two budgets that buy the same number of steps share it."""
-        folder = self.output / "runs" / method / f"lr_{rate:g}" / f"steps_{steps}" / f"seed_{seed}"
-        settings = {"seed_everything": seed, "model.init_args.optimizer.lr": rate}
-        return fit(folder, self.files(method), self.extra, settings, steps=steps)
+        name = f"runs/{method}/lr_{rate:g}/steps_{steps}/seed_{seed}"
+        settings = {"model.init_args.optimizer.lr": rate}
+        return self.fit(name, method, seed, steps=steps, settings=settings, may_diverge=True)
 
-    def cosine(self, method: str, where: str) -> Job:
+    def cosine(self, method: str, where: str) -> Cell:
         """Estimates of a method beside the gradient."""
-        number = f"{self.options.batches}_batches_{self.options.draws}_draws"
-        folder = self.output / "cosines" / method / where / number
-        configs = [part for file in self.files(method) for part in ("--config", file)]
-        settings: dict[str, object] = {"seed_everything": TUNING_SEED, "trainer.default_root_dir": folder}
+        own = {"batches": self.options.batches, "draws": self.options.draws}
+        name = f"cosines/{method}/{where}/{own['batches']}_batches_{own['draws']}_draws"
+        folder = self.output / name
+        settings: dict[str, Any] = {"seed_everything": TUNING_SEED, "trainer.default_root_dir": folder}
         if where == AT_END:
-            (weights,) = self.reference_job.folder.rglob("model.safetensors")
-            settings["model.init_args.checkpoint"] = weights
-        own = {"output": folder / "cosines.json", "batches": self.options.batches, "draws": self.options.draws}
-        given = [*arguments(own), "--", *configs, *self.extra, *arguments(settings)]
-        command = (sys.executable, "-m", "experiments.strategies_cosine", *given)
-        return Job(folder, command, result="cosines.json")
+            (settings["model.init_args.checkpoint"],) = self.reference_run.folder.rglob("model.safetensors")
+        command = ("-m", "experiments.strategies_cosine", *arguments({"output": folder / "cosines.json", **own}), "--",
+                   *configs(self.files(method)), *self.options.extra, *arguments(settings))  # fmt: skip
+        return Cell(self.output, name, command, result="cosines.json")
 
     # -- what follows from it ------------------------------------------------------------------------------------------
 
     @cached_property
     def reference(self) -> Reference:
         """What the budgets are."""
-        return Reference.of(self.reference_job.output)
+        return Reference.of(self.reference_run.summary)
 
     @cached_property
     def costs(self) -> dict[str, Cost]:
         """What a step of each method costs."""
         costs = {}
         for method in self.methods:
-            job = self.probe(method)
-            summary = job.output
-            queries, times = job.curve("queries/total")
-            curves = {"queries": queries, "forward_equivalents": job.curve("queries/forward_equivalents")[0]}
+            probe = self.probe(method)
+            summary, queries = probe.summary, probe.curve("queries/total")
+            times = [event.wall_time for event in queries]
+            curves = {
+                "queries": [event.value for event in queries],
+                "forward_equivalents": [event.value for event in probe.curve("queries/forward_equivalents")],
+            }
             costs[method] = Cost.of(
                 curves,
                 [summary["samples"] / summary["steps"]] * len(times),
@@ -121,73 +128,71 @@ class Study:
             )
         return costs
 
-    def cell(self, budget: BudgetKind, method: str) -> Cell:
-        """Steps of a method under a budget, or why they are not made."""
+    def length(self, budget: BudgetKind, method: str) -> Length:
+        """Steps of a method under a budget, or why it is not run."""
         limits = {"max_steps_factor": self.options.max_steps_factor, "max_minutes": self.options.max_minutes}
-        return cell(budget, self.costs[method], self.reference, **limits)
+        return length(budget, self.costs[method], self.reference, **limits)
 
     def tuning_steps(self, method: str) -> int:
         """Steps of a run that tries a learning rate; 0 for a method that no budget is feasible for."""
-        feasible = [c.steps for budget in BUDGETS if not (c := self.cell(budget, method)).reason]
+        feasible = [found.steps for budget in BUDGETS if not (found := self.length(budget, method)).reason]
         return max(1, round(self.options.tuning_fraction * feasible[0])) if feasible else 0
 
-    def tuning(self, method: str) -> dict[float, Job]:
+    def tuning(self, method: str) -> dict[float, Cell]:
         """Runs that try learning rates; none where there is no choice."""
-        steps, rates = self.tuning_steps(method), sorted(set(self.options.rates))
-        if not steps or len(rates) == 1:
+        steps = self.tuning_steps(method)
+        if not steps or len(self.tried) == 1:
             return {}
-        return {rate: self.training(method, rate, steps, TUNING_SEED) for rate in rates}
+        return {rate: self.training(method, rate, steps, TUNING_SEED) for rate in self.tried}
 
     @cached_property
     def rates(self) -> dict[str, float]:
         """The best learning rate of each method; NaN where all diverged or none was tried."""
+        if len(self.tried) == 1:
+            return dict.fromkeys(self.methods, self.tried[0])
         best = {}
         for method in self.methods:
-            if len(set(self.options.rates)) == 1:
-                best[method] = self.options.rates[0]
-                continue
-            losses = {rate: job.late_loss for rate, job in self.tuning(method).items()}
-            finite = {rate: loss for rate, loss in losses.items() if math.isfinite(loss)}
-            best[method] = min(finite, key=finite.__getitem__) if finite else math.nan
+            losses = {rate: cell.late_loss for rate, cell in self.tuning(method).items()}
+            rate = min(losses, key=losses.__getitem__, default=math.nan)
+            best[method] = rate if math.isfinite(losses.get(rate, math.inf)) else math.nan
         return best
+
+    def runs(self, budget: BudgetKind, method: str) -> dict[int, Cell]:
+        """The runs of a row by seed; none where it is infeasible."""
+        found, rate = self.length(budget, method), self.rates[method]
+        if found.reason or math.isnan(rate):
+            return {}
+        return {seed: self.training(method, rate, found.steps, seed) for seed in range(self.options.seeds)}
 
     def row(self, budget: BudgetKind, method: str, cosines: Cosines) -> Row:
         """A method's line under a budget."""
-        planned, rate = self.cell(budget, method), self.rates[method]
-        if not planned.reason and math.isnan(rate):
-            planned = Cell(planned.steps, "it diverged at every learning rate")
-        if planned.reason:
-            return Row(method, planned, cosines=cosines)
-        tried = sorted(set(self.options.rates))
-        jobs = {seed: self.training(method, rate, planned.steps, seed) for seed in range(self.options.seeds)}
-        runs = [Run(seed, None if job.diverged else job.output) for seed, job in jobs.items()]
-        return Row(method, planned, rate, len(tried) > 1 and rate in (tried[0], tried[-1]), runs, cosines)
+        found, rate, runs = self.length(budget, method), self.rates[method], self.runs(budget, method)
+        if not runs:
+            reason = found.reason or "it diverged at every learning rate"
+            return Row(method, Length(found.steps, reason), cosines=cosines)
+        edge = len(self.tried) > 1 and rate in (self.tried[0], self.tried[-1])
+        summaries = {seed: None if cell.diverged else cell.summary for seed, cell in runs.items()}
+        return Row(method, found, rate, edge, summaries, cosines)
 
-    def finals(self) -> list[Job]:
-        """The runs of the tables."""
-        return [
-            self.training(method, self.rates[method], planned.steps, seed)
-            for seed in range(self.options.seeds)
-            for budget in BUDGETS
-            for method in self.methods
-            if not (planned := self.cell(budget, method)).reason and math.isfinite(self.rates[method])
-        ]
+    def finals(self) -> list[Cell]:
+        """The runs of the tables; seeds change slowest."""
+        rows = [self.runs(budget, method) for budget in BUDGETS for method in self.methods]
+        return [row[seed] for seed in range(self.options.seeds) for row in rows if row]
 
     def plan(self) -> str:
         """What is about to be run, and about how long it takes."""
         lines, total = [], 0.0
         for method in self.methods:
-            cost, cells = self.costs[method], {budget: self.cell(budget, method) for budget in BUDGETS}
-            steps = {c.steps for c in cells.values() if not c.reason}  # equal numbers share their runs
+            cost, found = self.costs[method], {budget: self.length(budget, method) for budget in BUDGETS}
+            steps = {each.steps for each in found.values() if not each.reason}  # equal numbers share their runs
             tried = len(self.tuning(method))
             made = self.options.seeds * sum(steps) + tried * self.tuning_steps(method)
-            runs = self.options.seeds * len(steps) + tried
-            seconds = made * cost.seconds + runs * cost.seconds_once
+            seconds = made * cost.seconds + (self.options.seeds * len(steps) + tried) * cost.seconds_once
             total += seconds
-            told = "; ".join(f"{BUDGETS[b]}: {c.reason or f'{c.steps:,} steps'}" for b, c in cells.items())
+            text = "; ".join(f"{BUDGETS[b]}: {each.reason or f'{each.steps:,} steps'}" for b, each in found.items())
             lines.append(
                 f"{method}: {cost.queries:g} queries and {cost.forward_equivalents:.3g} forward-equivalents a sample, "
-                f"{cost.seconds:.3g} s a step; {told}; {seconds / 60:.0f} min"
+                f"{cost.seconds:.3g} s a step; {text}; {seconds / 60:.0f} min"
             )
         hours = total / 3600 / self.options.jobs
         lines.append(f"training: about {hours:.1f} hours with {self.options.jobs} at a time, processes' start apart")
@@ -197,9 +202,9 @@ class Study:
         """What the report tells of the settings."""
         options = self.options
         return {
-            "configs": " + ".join(options.config) + (f" {' '.join(self.extra)}" if self.extra else ""),
-            "start_accuracy": f"{self.reference_job.output['start_accuracy']:.1%}",
-            "rates": ", ".join(f"{rate:g}" for rate in sorted(set(options.rates))),
+            "configs": " ".join((" + ".join(options.config), *options.extra)),
+            "start_accuracy": f"{self.reference_run.summary['start_accuracy']:.1%}",
+            "rates": ", ".join(f"{rate:g}" for rate in self.tried),
             "tuning": f"the best by the late training loss of one run with seed {TUNING_SEED}, not used again, over "
             f"{options.tuning_fraction:g} of the method's steps (of the first table that it has any in) with a "
             "schedule that ends there; the same rate serves both tables",
@@ -210,87 +215,39 @@ class Study:
     # -- running -------------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Run what is not finished and write the tables."""
-        probes = [self.probe(method) for method in self.methods]
-        run_all([self.reference_job, *probes], "costs", self.options.jobs, self.threads)
+        """Run what is not finished and write the tables; each phase needs the one before."""
+        run = partial(run_all, jobs=self.options.jobs, dry_run=self.options.dry_run)
+        if not run([self.reference_run, *map(self.probe, self.methods)]):
+            return
         print(self.plan(), flush=True)
         if self.options.plan:
             return
-        tuning = [job for method in self.methods for job in self.tuning(method).values()]
-        run_all(tuning, "learning rates", self.options.jobs, self.threads)
-        run_all(self.finals(), "training", self.options.jobs, self.threads)
-        jobs = {method: {where: self.cosine(method, where) for where in (AT_START, AT_END)} for method in self.methods}
-        run_all([job for each in jobs.values() for job in each.values()], "cosines", self.options.jobs, self.threads)
-        cosines = {method: {w: job.output["cosines"] for w, job in each.items()} for method, each in jobs.items()}
-        self.write(cosines)
+        if not run([cell for method in self.methods for cell in self.tuning(method).values()]) or not run(
+            self.finals()
+        ):
+            return
+        by_method = {method: {where: self.cosine(method, where) for where in (AT_START, AT_END)}
+                     for method in self.methods}  # fmt: skip
+        if run([cell for by_weights in by_method.values() for cell in by_weights.values()]):
+            self.write({m: {where: c.summary["cosines"] for where, c in each.items()} for m, each in by_method.items()})
 
     def write(self, cosines: Mapping[str, Cosines]) -> None:
-        """Write tables and plot."""
+        """Write tables and picture."""
         tables = {budget: [self.row(budget, method, cosines[method]) for method in self.methods] for budget in BUDGETS}
         text = report(tables, self.reference, self.about())
         (self.output / "strategies.md").write_text(text)
-        write_csv(self.output / "strategies.csv", tables)
-        write_cosines(self.output / "cosines.csv", cosines)
-        try:
-            draw(self.output)
-        except SettingError as error:  # matplotlib is an extra, and hours of training are not to end in an error
-            print(f"no plot: {error}")
+        write_tables(self.output, tables, cosines)
+        draw_if_possible(draw_strategies, self.output)
         print(f"\n{text}\nwritten to {self.output}")
 
 
-def run_all(jobs: Sequence[Job], what: str, at_a_time: int, threads: int) -> None:
-    """Run jobs that are not finished, with a bar on a terminal and lines elsewhere.
-
-    Raises:
-        RuntimeError: one failed; those that run are ended first, the rest is not begun.
-        StudyStopped: a signal ended the study.
-    """
-    from tqdm import tqdm
-
-    unique = {job.folder: job for job in jobs}
-    left = [job for job in unique.values() if not job.finished]
-    with (
-        tqdm(total=len(unique), initial=len(unique) - len(left), desc=what, unit="run", disable=None) as bar,
-        ThreadPoolExecutor(at_a_time) as pool,
-    ):
-        futures = {pool.submit(job.run, threads): job for job in left}
-        try:
-            for i, future in enumerate(as_completed(futures), start=len(unique) - len(left) + 1):
-                future.result()
-                bar.update()
-                if bar.disable:
-                    ending = " diverged" if futures[future].diverged else ""
-                    print(f"[{i}/{len(unique)}] {what}: {futures[future].folder}{ending}", flush=True)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def check_output(output: Path, settings: Mapping[str, object]) -> None:
-    """Take a folder for these settings, or go on in one that was taken for them.
-
-    Raises:
-        SettingError: the folder holds runs of other settings.
-    """
-    file, text = output / "study.json", json.dumps(settings, indent=2) + "\n"
-    if file.exists() and file.read_text() != text:
-        raise SettingError(
-            "output", str(output), "holds runs of another configuration, see study.json there.",
-            "Give another folder, or remove it.",
-        )  # fmt: skip
-    output.mkdir(parents=True, exist_ok=True)
-    file.write_text(text)
-
-
-def _parser() -> argparse.ArgumentParser:
-    summary = (__doc__ or "").partition("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m experiments.compare_strategies", description=summary)
+def parse(args: Sequence[str] | None) -> tuple[StudyParser, argparse.Namespace]:
+    """Read the command line."""
+    parser = StudyParser(__doc__)
     add = parser.add_argument
     add("--config", action="append", required=True, help="configuration file; may be repeated")
-    add("--output", type=Path, required=True, help="folder of the runs, the tables and the plot")
     add("--methods", nargs="+", default=list(METHODS), help="names of configs/method/*.yaml (default: all)")
     add("--seeds", type=int, default=5, help="seeds 0 to N-1 (default 5)")
-    add("--jobs", type=int, default=1, help="runs at a time; they share the cores (default 1)")
     add("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3], help="learning rates to choose from")
     add("--tuning-fraction", type=float, default=0.25, help="part of a run that rates are tried for (default 0.25)")
     add("--max-steps-factor", type=float, default=50.0, help="steps of a run, in those of lr, at most (default 50)")
@@ -298,31 +255,25 @@ def _parser() -> argparse.ArgumentParser:
     add("--batches", type=int, default=4, help="batches on which cosines are measured (default 4)")
     add("--draws", type=int, default=8, help="estimates of each (default 8)")
     add("--plan", action="store_true", help="measure what steps cost, say what would be run, and stop")
-    add("extra", nargs="*", help="further arguments of main.py fit, after --")
-    return parser
+    return parser, parser.parse(args, at_least_one=["seeds", "batches", "draws"])
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the study.
-
-    Raises:
-        StudyStopped: a signal ended it; its runs were ended first.
-    """
-    parser = _parser()
-    options = parser.parse_args(args)
-    for name in options.methods:
-        if not Path(f"configs/method/{name}.yaml").is_file():
-            parser.error(f"configs/method/{name}.yaml is not here: start this from the root of a checkout.")
-    if not 0 < options.tuning_fraction <= 1:
-        parser.error(f"--tuning-fraction {options.tuning_fraction:g} is not in (0, 1].")
-    for name in ("seeds", "jobs", "batches", "draws"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} {getattr(options, name)} is below 1.")
-    try:
-        check_output(options.output, {"config": options.config, "extra": options.extra})
-    except SettingError as error:
-        parser.error(str(error))
-    with RUNNING.ended_by_signals():
+    """Run the study."""
+    parser, options = parse(args)
+    with parser.mistakes():
+        for name in options.methods:
+            if not Path(f"configs/method/{name}.yaml").is_file():
+                raise SettingError(
+                    "--methods", name, f"has no configs/method/{name}.yaml.", "Name files of configs/method."
+                )
+        if not 0 < options.tuning_fraction <= 1:
+            raise SettingError(
+                "--tuning-fraction",
+                options.tuning_fraction,
+                "must be above 0 and at most 1.",
+                "Write for example 0.25.",
+            )
         Study(options).run()
 
 

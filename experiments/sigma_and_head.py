@@ -8,177 +8,221 @@ estimate summed over the parameters. The widths of tokens are learned at the che
 The exact head is shown twice: without the queries that it saves, and with them given to the other sites, so that the
 queries are equal.
 
-Interrupted, it goes on when started again. Writes ``variance.csv``, ``accuracy.csv`` and ``sigma_and_head.md``.
+Interrupted, it continues when started again. Writes ``variance.csv``, ``accuracy.csv`` and ``sigma_and_head.md``.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import os
-import shutil
 import statistics
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
+from torch import Tensor
 
-from experiments.allocation import Run
-from experiments.allocation_scores import T95
-from experiments.fewer_queries import read_curve
-from experiments.sigma_and_head_variance import (
-    BASE,
-    Settings,
-    append,
-    compared,
-    measure_variances,
-    ratio,
-    read_table,
-    variance_table,
-)
+from experiments.harness import Cell, StudyParser, claim, configs, fit, run_all
+from experiments.stats import paired_difference, paired_ratio
+from experiments.tables import markdown, read_csv, spread, write_csv
+from experiments.training import Batch, EqualCountsRun
+from flops_lightning.errors import SettingError
+from flops_lightning.strategies import LikelihoodRatio
+from flops_lightning.strategies.site_specs import SiteSpec
+from flops_lightning.strategies.token_sigma import HALF_LIFE
 
 CONFIGS = ("configs/vit_tiny_digits.yaml", "configs/digits/equal.yaml")
+BASE = "neither"
+VARIANCE_COLUMNS = ("checkpoint", "setting", "batch", "site", "variance")
 ACCURACY_COLUMNS = ("setting", "seed", "queries_per_sample", "late_loss", "test_accuracy")
+Settings = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One run.
+def compared(strategy: LikelihoodRatio) -> dict[str, Settings]:
+    """Settings of the strategy that are compared, by name; :data:`BASE` changes nothing.
 
-    Attributes:
-        setting: Name of the setting.
-        settings: What it changes of the strategy.
-        seed: Seed of the run.
-        output: Folder of the study.
+    Raises:
+        SettingError: the strategy names no sites, or several by one entry, so that the head's queries cannot be given
+            to the others one by one.
     """
-
-    setting: str
-    settings: Settings
-    seed: int
-    output: Path
-
-    @property
-    def folder(self) -> Path:
-        """Where its files go."""
-        return self.output / self.setting.replace(", ", "_").replace(" ", "_") / f"seed_{self.seed}"
-
-    def row(self, configs: Sequence[str], extra: Sequence[str], threads: int) -> tuple[Any, ...]:
-        """Its row of ``accuracy.csv``, from a run that is made if there is none.
-
-        Raises:
-            RuntimeError: the run failed; its output is in ``log.txt`` of its folder.
-        """
-        if not list(self.folder.rglob("summary.json")):
-            shutil.rmtree(self.folder, ignore_errors=True)  # what an interrupted run left
-            self.folder.mkdir(parents=True)
-            overlay = self.folder / "setting.yaml"
-            strategy = {"strategy": {"init_args": dict(self.settings)}}
-            overlay.write_text(yaml.safe_dump({"model": {"init_args": strategy}}))
-            own = {
-                "seed_everything": self.seed,
-                "trainer.default_root_dir": self.folder,
-                "trainer.enable_progress_bar": "false",
-                "trainer.log_every_n_steps": 1,
-            }
-            command = [sys.executable, "main.py", "fit", *config_arguments([*configs, str(overlay)])]
-            command += [part for name, value in own.items() for part in (f"--{name}", str(value))]
-            environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-            with (self.folder / "log.txt").open("w") as log:
-                done = subprocess.run([*command, *extra], stdout=log, stderr=log, env=environment, check=False)
-            if done.returncode:
-                raise RuntimeError(f"{self.folder}: exit code {done.returncode}, see log.txt there")
-        (summary,) = self.folder.rglob("summary.json")
-        spent = json.loads(summary.read_text())["queries_per_sample"]
-        curve = read_curve(self.folder)
-        return (self.setting, self.seed, spent, curve.late_loss, curve.test_accuracy)
+    specs = strategy.specs
+    if len(specs) < 2 or len(specs) != len(strategy.sites):
+        raise SettingError(
+            "strategy.sites", [site.name for site in strategy.sites], "does not have one entry for each site.",
+            "Name two or more sites of kind group.",
+        )  # fmt: skip
+    given = {"exact_head": True, "sites": [asdict(spec) for spec in spread_queries(specs)]}
+    return {
+        BASE: {},
+        "token sigma": {"token_sigma": True},
+        "exact head": {"exact_head": True},
+        "exact head, its queries given": given,
+        "both, queries given": {**given, "token_sigma": True},
+    }
 
 
-def config_arguments(files: Sequence[str]) -> list[str]:
-    """Configuration files as arguments."""
-    return [part for file in files for part in ("--config", file)]
+def spread_queries(specs: Sequence[SiteSpec]) -> list[SiteSpec]:
+    """Sites that have the queries of the last one as well, in parts as equal as can be; the lower get the remainder."""
+    *others, head = specs
+    share, left = divmod(head.queries_per_sample, len(others))
+    raised = [spec.queries_per_sample + share + (i < left) for i, spec in enumerate(others)]
+    return [*(replace(spec, queries_per_sample=n) for spec, n in zip(others, raised, strict=True)), head]
 
 
-def difference(own: Sequence[float], base: Sequence[float]) -> str:
-    """Mean of the differences in points, seed by seed, with its 95 % interval (Student's t)."""
-    points = [100 * (a - b) for a, b in zip(own, base, strict=True)]
-    if len(points) < 2:
-        return f"{points[0]:+.1f}"
-    mean, half = statistics.fmean(points), T95[len(points) - 1] * statistics.stdev(points) / math.sqrt(len(points))
-    return f"{mean:+.1f} ({mean - half:+.1f} to {mean + half:+.1f})"
+# -- variance ----------------------------------------------------------------------------------------------------------
 
 
-def accuracy_table(rows: Sequence[Mapping[str, str]]) -> str:
+def site_variances(strategy: LikelihoodRatio, batch: Batch, *, draws: int) -> dict[str, float]:
+    """Sum over each site's parameters of the variance of the gradient estimate, by ``draws`` estimates of one batch."""
+    sums: dict[str, Tensor] = {}
+    squares: dict[str, float] = {}
+    for _ in range(draws):
+        strategy.network.module.zero_grad()
+        strategy.estimate(strategy.clean_pass(*batch))
+        for site in (*strategy.sites, *strategy.exact_sites):
+            found = [p.grad for p in site.parameters.values() if p.grad is not None]
+            flat = torch.cat([g.flatten() for g in found]).double()
+            squares[site.name] = squares.get(site.name, 0.0) + float(flat.square().sum())
+            sums[site.name] = sums.get(site.name, torch.zeros_like(flat)) + flat
+    strategy.network.module.zero_grad()
+    return {name: (squares[name] - float(sums[name].square().sum()) / draws) / (draws - 1) for name in sums}
+
+
+def random_batches(run: EqualCountsRun, number: int, seed: int) -> list[Batch]:
+    """Batches of the training set."""
+    return [run.images(run.shuffled(seed * 10_000 + i)[: run.data.batch_size]) for i in range(number)]
+
+
+def measure(run: EqualCountsRun, step: int, *, batches: int, draws: int) -> list[tuple[Any, ...]]:
+    """Rows of ``variance.csv`` at one checkpoint."""
+    rows: list[tuple[Any, ...]] = []
+    measured = random_batches(run, batches, seed=2 * step)
+    own = {name: getattr(run.strategy, name) for name in ("variant", "chunk_rows", "seed")}
+    for name, settings in compared(run.strategy).items():
+        strategy = LikelihoodRatio(**{"sites": run.strategy.specs, **own, **settings})
+        strategy.bind(run.task.network, run.task.loss)
+        if strategy.token_sigma:
+            for batch in random_batches(run, 3 * HALF_LIFE, seed=2 * step + 1):
+                strategy.estimate(strategy.clean_pass(*batch))
+        for i, batch in enumerate(measured):
+            found = site_variances(strategy, batch, draws=draws)
+            rows += [(step, name, i, site, value) for site, value in found.items()]
+    return rows
+
+
+def measure_variances(run: EqualCountsRun, path: Path, *, checkpoints: int, batches: int, draws: int) -> None:
+    """Train and measure before the first step, at halves of the run and at its end, where the file has no rows yet."""
+    steps = {0, *(run.steps // 2**k for k in range(checkpoints - 1))}
+    left = sorted(steps - {int(row["checkpoint"]) for row in read_csv(path)})
+    for step, (images, labels) in run.batches(0):
+        if not left:
+            return
+        if step == left[0]:
+            rows = measure(run, left.pop(0), batches=batches, draws=draws)
+            write_csv(path, VARIANCE_COLUMNS, rows, append=True)
+            print(f"variance measured before step {step} of {run.steps}", flush=True)
+        run.step(run.strategy.clean_pass(images, labels))
+
+
+def variance_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Markdown: variance without a setting over variance with it, at each checkpoint and site."""
+    values = {(row["checkpoint"], row["setting"], row["batch"], row["site"]): float(row["variance"]) for row in rows}
+    sites, settings, checkpoints = (
+        list(dict.fromkeys(row[k] for row in rows)) for k in ("site", "setting", "checkpoint")
+    )
+    lines = []
+    for checkpoint in checkpoints:
+        batches = dict.fromkeys(row["batch"] for row in rows if row["checkpoint"] == checkpoint)
+        for setting in settings:
+            if setting == BASE:
+                continue
+            line = [checkpoint, setting]
+            for group in (sites, *([site] for site in sites)):
+                before, after = (
+                    [sum(values[checkpoint, name, batch, site] for site in group) for batch in batches]
+                    for name in (BASE, setting)
+                )
+                exact = all(a <= 1e-9 * b for a, b in zip(after, before, strict=True))
+                line.append("exact" if exact else paired_ratio(before, after))
+            lines.append(line)
+    return markdown(["before step", "setting", "all parameters", *sites], lines)
+
+
+# -- accuracy ----------------------------------------------------------------------------------------------------------
+
+
+def accuracy_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Markdown: every setting against the one without either, seed by seed."""
-    by_setting: dict[str, list[Mapping[str, str]]] = {}
+    by_setting: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         by_setting.setdefault(row["setting"], []).append(row)
-    names = [
-        "setting", "queries a sample", "test accuracy, mean (min - max)", "difference, points",
-        "training loss, last quarter", "ratio",
-    ]  # fmt: skip
-    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    base_accuracy, base_loss = ([row[k] for row in by_setting[BASE]] for k in ("test_accuracy", "late_loss"))
+    lines = []
     for setting, own in by_setting.items():
-        base = by_setting[BASE]
-        accuracy, loss = ([float(row[column]) for row in own] for column in ("test_accuracy", "late_loss"))
-        compared_with = [[float(row[column]) for row in base] for column in ("test_accuracy", "late_loss")]
+        accuracy, loss = ([row[column] for row in own] for column in ("test_accuracy", "late_loss"))
         itself = setting == BASE
-        cells = [
-            setting,
-            f"{float(own[0]['queries_per_sample']):g}",
-            f"{statistics.fmean(accuracy):.1%} ({min(accuracy):.1%} - {max(accuracy):.1%})",
-            "" if itself else difference(accuracy, compared_with[0]),
-            f"{statistics.fmean(loss):.3f}",
-            "" if itself else ratio([a / b for a, b in zip(loss, compared_with[1], strict=True)]),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append([
+            setting, f"{own[0]['queries_per_sample']:g}", spread(accuracy),
+            "" if itself else paired_difference(accuracy, base_accuracy), f"{statistics.fmean(loss):.3f}",
+            "" if itself else paired_ratio(loss, base_loss),
+        ])  # fmt: skip
+    columns = ["setting", "queries a sample", "test accuracy, mean (min - max)", "difference, points",
+               "training loss, last quarter", "ratio"]  # fmt: skip
+    return markdown(columns, lines)
+
+
+def cells(settings: Mapping[str, Settings], options: argparse.Namespace) -> dict[tuple[str, int], Cell]:
+    """The runs by setting and seed."""
+    found = {}
+    for seed in range(options.seeds):
+        for name, changed in settings.items():
+            own = {"seed_everything": seed, "trainer.log_every_n_steps": 1}
+            own |= {f"model.init_args.strategy.init_args.{key}": value for key, value in changed.items()}
+            folder = f"{name.replace(', ', '_').replace(' ', '_')}/seed_{seed}"
+            found[name, seed] = fit(options.output, folder, options.config, options.extra, own)
+    return found
+
+
+def study(options: argparse.Namespace) -> None:
+    """Measure and run what is missing, and write the tables."""
+    arguments = [*configs(options.config), *options.extra]
+    torch.set_num_threads(options.threads)
+    run, variance = EqualCountsRun(arguments), options.output / "variance.csv"
+    runs = cells(compared(run.strategy), options)
+    if not options.dry_run:
+        measured = {name: getattr(options, name) for name in ("checkpoints", "batches", "draws")}
+        claim(options.output, {"arguments": arguments, **measured})
+        measure_variances(run, variance, **measured)
+    if not run_all([*runs.values()], jobs=options.jobs, threads=options.threads, dry_run=options.dry_run,
+                   outcome=lambda cell: f"test accuracy {cell.summary['test_accuracy']:.1%}"):  # fmt: skip
+        return
+    results = [
+        (*key, cell.summary["queries_per_sample"], cell.late_loss, cell.summary["test_accuracy"])
+        for key, cell in runs.items()
+    ]
+    write_csv(options.output / "accuracy.csv", ACCURACY_COLUMNS, results)
+    rows = [dict(zip(ACCURACY_COLUMNS, result, strict=True)) for result in results]
+    text = f"{variance_table(read_csv(variance))}\n{accuracy_table(rows)}"
+    (options.output / "sigma_and_head.md").write_text(text)
+    print(f"\n{text}\nwritten to {options.output}")
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the study."""
-    summary = (__doc__ or "").partition("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m experiments.sigma_and_head", description=summary)
-    parser.add_argument("--output", type=Path, required=True, help="folder of the runs and of the tables")
-    parser.add_argument("--config", action="append", help=f"configuration file; may be repeated (default {CONFIGS})")
-    parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to N-1 (default 5)")
-    parser.add_argument("--checkpoints", type=int, default=3, help="checkpoints of the variance (default 3)")
-    parser.add_argument("--batches", type=int, default=5, help="batches measured at each (default 5)")
-    parser.add_argument("--draws", type=int, default=20, help="estimates of each batch (default 20)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="threads of a run (default: all)")
-    parser.add_argument("extra", nargs="*", help="further arguments of main.py fit, after --")
-    options = parser.parse_args(args)
-    configs = options.config or list(CONFIGS)
-    if not Path(configs[0]).is_file():
-        parser.error(f"{configs[0]} is not here: start this from the root of a checkout.")
-    arguments = [*config_arguments(configs), *options.extra]
-    options.output.mkdir(parents=True, exist_ok=True)
-    plan, kept = options.output / "plan.txt", repr((arguments, options.checkpoints, options.batches, options.draws))
-    if plan.exists() and plan.read_text() != kept:
-        parser.error(f"{options.output} holds another study, {plan.read_text()}: give another folder, or remove it.")
-    plan.write_text(kept)
-    variance, accuracy = options.output / "variance.csv", options.output / "accuracy.csv"
-    torch.set_num_threads(options.threads)
-    measure_variances(
-        arguments, variance, checkpoints=options.checkpoints, batches=options.batches, draws=options.draws
-    )  # fmt: skip
-    settings = compared(Run(arguments).strategy)
-    cells = [Cell(name, settings[name], seed, options.output) for seed in range(options.seeds) for name in settings]
-    done = {(row["setting"], int(row["seed"])) for row in read_table(accuracy)}
-    for i, cell in enumerate(cells, start=1):
-        if (cell.setting, cell.seed) in done:
-            continue
-        row = cell.row(configs, options.extra, options.threads)
-        append(accuracy, ACCURACY_COLUMNS, [row])
-        print(f"[{i}/{len(cells)}] {cell.folder}: test accuracy {row[-1]:.1%}", flush=True)
-    text = f"{variance_table(read_table(variance))}\n{accuracy_table(read_table(accuracy))}"
-    (options.output / "sigma_and_head.md").write_text(text)
-    print(f"\n{text}\nwritten to {options.output}")
+    parser = StudyParser(__doc__)
+    add = parser.add_argument
+    add("--config", action="append", help=f"configuration file; may be repeated (default {CONFIGS})")
+    add("--seeds", type=int, default=5, help="seeds 0 to N-1 (default 5)")
+    add("--checkpoints", type=int, default=3, help="checkpoints of the variance (default 3)")
+    add("--batches", type=int, default=5, help="batches measured at each (default 5)")
+    add("--draws", type=int, default=20, help="estimates of each batch (default 20)")
+    add("--threads", type=int, default=os.cpu_count() or 1, help="threads of a run (default: all)")
+    options = parser.parse(args, at_least_one=["seeds", "checkpoints", "batches", "draws", "threads"])
+    options.config = options.config or list(CONFIGS)
+    with parser.mistakes():
+        study(options)
 
 
 if __name__ == "__main__":

@@ -1,42 +1,95 @@
-"""The tables of the comparison of strategies."""
+"""The comparison of strategies: how many steps a budget buys, and its tables; pure functions."""
 
 from __future__ import annotations
 
-import csv
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from experiments.strategies_budget import BUDGETS, BudgetKind, Cell, Reference
+from experiments.tables import markdown, spread, write_csv
+from flops_lightning.plan.cost import Cost
 
+BudgetKind = Literal["queries", "forward_equivalents"]
+BUDGETS: Mapping[BudgetKind, str] = {
+    "queries": "equal total queries",
+    "forward_equivalents": "equal forward-equivalents",
+}
 COLUMNS = (
     "method", "budget", "lr", "seed", "steps", "accuracy", "queries", "forward_equivalents", "seconds",
     "peak_memory_mb", "cosine",
 )  # fmt: skip
-COSINE_COLUMNS = ("method", "weights", "batch", "draw", "cosine")
+SUMMARY_KEYS = ("test_accuracy", "queries", "forward_equivalents", "train_seconds", "peak_memory_mb")
 AT_START, AT_END = "start", "end"
 """Weights at which cosines are measured: those that all runs start from, and those of the reference run's end."""
 EDGE = "\\*"
 ROUNDING = 1e-9
 """Spread below which estimates are the same."""
+MEMORY = {
+    "cuda": "of the tensors on the GPU (`torch.cuda.max_memory_allocated`)",
+    "process": "of the whole process, libraries and data included (its high-water mark)",
+}
 
 Cosines = Mapping[str, Sequence[Sequence[float]]]
+"""By weights: one list a batch, one number a draw."""
 
 
 @dataclass(frozen=True)
-class Run:
-    """A finished run.
+class Reference:
+    """The run that fixes the budgets: its optimiser steps, the samples it saw, and what it spent."""
 
-    Attributes:
-        seed: Its seed.
-        summary: Its ``summary.json``; None if it diverged.
+    steps: int
+    samples: int
+    queries: float
+    forward_equivalents: float
+
+    @classmethod
+    def of(cls, summary: Mapping[str, Any]) -> Reference:
+        """From the ``summary.json`` of the run."""
+        return cls(**{name: summary[name] for name in ("steps", "samples", "queries", "forward_equivalents")})
+
+    @property
+    def samples_per_step(self) -> float:
+        """On average: the last batch of an epoch may be smaller."""
+        return self.samples / self.steps
+
+
+@dataclass(frozen=True)
+class Length:
+    """Optimiser steps of a method under a budget; ``reason``: why it is not run; ``note``: a remark for the table."""
+
+    steps: int
+    reason: str = ""
+    note: str = ""
+
+
+def steps_for(budget: BudgetKind, cost: Cost, reference: Reference) -> int:
+    """Optimiser steps after which the method has spent what the reference spent, rounded; 0: it costs too much at once.
+
+    A method that pays nothing of the kind (backprop has no queries) gets the steps of the reference.
     """
+    each, once = (getattr(cost, name) for name in (budget, f"{budget}_once"))
+    if each == 0:
+        return reference.steps
+    return max(0, round((getattr(reference, budget) - once) / (each * reference.samples_per_step)))
 
-    seed: int
-    summary: Mapping[str, Any] | None
+
+def length(
+    budget: BudgetKind, cost: Cost, reference: Reference, *, max_steps_factor: float, max_minutes: float
+) -> Length:
+    """Steps of a method under a budget, or why it is not run."""
+    steps = steps_for(budget, cost, reference)
+    minutes = (cost.seconds_once + steps * cost.seconds) / 60
+    if not steps:
+        return Length(0, "the first step alone costs more than the budget")
+    if steps > max_steps_factor * reference.steps:
+        times = steps / reference.steps
+        return Length(steps, f"{steps:,} steps, {times:.0f} times those of the reference (limit {max_steps_factor:g})")
+    if minutes > max_minutes:
+        return Length(steps, f"{steps:,} steps would take {minutes:.0f} minutes (limit {max_minutes:g})")
+    return Length(steps, note="no queries: as many steps as the reference" if getattr(cost, budget) == 0 else "")
 
 
 @dataclass(frozen=True)
@@ -45,19 +98,24 @@ class Row:
 
     Attributes:
         method: Its name.
-        cell: Its steps, or why there are none.
+        length: Its steps, or why there are none.
         rate: Its learning rate; NaN if it was not tuned.
         edge: Whether that is the least or the largest of those tried.
-        runs: One a seed.
-        cosines: By weights: one list a batch, one number a draw.
+        summaries: ``summary.json`` of each run by seed; None where it diverged.
+        cosines: Of its estimates with the gradient.
     """
 
     method: str
-    cell: Cell
+    length: Length
     rate: float = math.nan
     edge: bool = False
-    runs: Sequence[Run] = ()
+    summaries: Mapping[int, Mapping[str, Any] | None] = field(default_factory=dict)
     cosines: Cosines = field(default_factory=dict)
+
+    @property
+    def finished(self) -> list[Mapping[str, Any]]:
+        """Summaries of the runs that did not diverge."""
+        return [summary for summary in self.summaries.values() if summary is not None]
 
 
 def mean_cosine(cosines: Cosines) -> float:
@@ -71,49 +129,36 @@ def _cosine(batches: Sequence[Sequence[float]] | None) -> str:
         return "-"
     values = [value for batch in batches for value in batch]
     # Mean and spread with as many digits as the spread leaves meaningful.
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.fmean(values):.2g} ± {spread if spread > ROUNDING else 0:.1g}"
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.fmean(values):.2g} ± {deviation if deviation > ROUNDING else 0:.1g}"
 
 
-def _line(row: Row) -> str:
+def _line(row: Row) -> list[str]:
     cosines = [_cosine(row.cosines.get(where)) for where in (AT_START, AT_END)]
-    if row.cell.reason:
-        cells = [row.method, "-", "-", f"infeasible: {row.cell.reason}", "-", "-", "-", "-", *cosines]
-        return "| " + " | ".join(cells) + " |"
-    rate = f"{row.rate:g}{' ' + EDGE if row.edge else ''}"
-    summaries = [run.summary for run in row.runs if run.summary is not None]
-    lost = len(row.runs) - len(summaries)
-    if not summaries:
-        cells = [row.method, rate, f"{row.cell.steps:,}", f"diverged ({lost} of {lost})", "-", "-", "-", "-", *cosines]
-        return "| " + " | ".join(cells) + " |"
-    accuracy = [summary["test_accuracy"] for summary in summaries]
-    mean = {
-        name: statistics.fmean(summary[name] for summary in summaries)
-        for name in ("queries", "forward_equivalents", "train_seconds")
-    }
-    peaks = [summary["peak_memory_mb"] for summary in summaries if summary["peak_memory_mb"] is not None]
-    cells = [
-        row.method + (f" ({row.cell.note})" if row.cell.note else ""),
-        rate,
-        f"{row.cell.steps:,}",
-        f"{statistics.fmean(accuracy):.1%} ({min(accuracy):.1%} - {max(accuracy):.1%})"
-        + (f", {lost} of {len(row.runs)} diverged" if lost else ""),
-        f"{mean['queries']:,.0f}",
-        f"{mean['forward_equivalents']:,.0f}",
-        f"{mean['train_seconds']:,.0f}",
-        f"{max(peaks):,.0f}" if peaks else "-",
-        *cosines,
-    ]
-    return "| " + " | ".join(cells) + " |"
+    if row.length.reason:
+        return [row.method, "-", "-", f"infeasible: {row.length.reason}", *"----", *cosines]
+    rate, steps = f"{row.rate:g}{' ' + EDGE if row.edge else ''}", f"{row.length.steps:,}"
+    lost = len(row.summaries) - len(row.finished)
+    if not row.finished:
+        return [row.method, rate, steps, f"diverged ({lost} of {lost})", *"----", *cosines]
+    accuracy, queries, equivalents, seconds, peaks = (
+        [value for each in row.finished if (value := each[key]) is not None] for key in SUMMARY_KEYS
+    )
+    return [
+        row.method + (f" ({row.length.note})" if row.length.note else ""), rate, steps,
+        spread(accuracy) + (f", {lost} of {len(row.summaries)} diverged" if lost else ""),
+        *(f"{statistics.fmean(values):,.0f}" for values in (queries, equivalents, seconds)),
+        f"{max(peaks):,.0f}" if peaks else "-", *cosines,
+    ]  # fmt: skip
 
 
-def table(rows: Iterable[Row]) -> str:
+def strategies_table(rows: Iterable[Row]) -> str:
     """Markdown: one line a method."""
-    names = [
+    columns = [
         "method", "learning rate", "steps", "test accuracy, mean (min - max)", "queries", "forward-equivalents",
         "wall time, s", "peak memory, MB", "cosine at the start", "cosine at the end",
     ]  # fmt: skip
-    return "\n".join(["| " + " | ".join(names) + " |", "|" + "---|" * len(names), *map(_line, rows)]) + "\n"
+    return markdown(columns, map(_line, rows))
 
 
 def report(tables: Mapping[BudgetKind, Sequence[Row]], reference: Reference, about: Mapping[str, str]) -> str:
@@ -125,59 +170,40 @@ def report(tables: Mapping[BudgetKind, Sequence[Row]], reference: Reference, abo
         about: ``configs``, ``start_accuracy``, ``rates``, ``tuning``, ``cosines``, ``processes``, as they are to be
             read.
     """
-    parts = [f"# Strategies on {about['configs']}\n"]
-    parts.append(
+    parts = [
+        f"# Strategies on {about['configs']}\n",
         f"Every method starts from the same weights (test accuracy {about['start_accuracy']}) and trains in a process "
-        f"of its own. The reference, `lr` for {reference.steps:,} steps, fixes the budgets.\n"
-    )
+        f"of its own. The reference, `lr` for {reference.steps:,} steps, fixes the budgets.\n",
+    ]
     for budget, rows in tables.items():
-        amount = getattr(reference, budget)
-        unit = "queries" if budget == "queries" else "forward-equivalents"
-        parts += [f"## {BUDGETS[budget].capitalize()}: {amount:,.0f} {unit}\n", table(rows)]
-    where = {s["peak_memory_of"] for rows in tables.values() for row in rows for s in _summaries(row)}
-    memory = {
-        "cuda": "of the tensors on the GPU (`torch.cuda.max_memory_allocated`)",
-        "process": "of the whole process, libraries and data included (its high-water mark)",
-    }
+        amount, unit = getattr(reference, budget), budget.replace("_", "-")
+        parts += [f"## {BUDGETS[budget].capitalize()}: {amount:,.0f} {unit}\n", strategies_table(rows)]
+    where = {summary["peak_memory_of"] for rows in tables.values() for row in rows for summary in row.finished}
     parts.append(
         f"Learning rates: {about['rates']}; {about['tuning']}. {EDGE}: at the edge of these, a better one may lie "
         "beyond. Wall time: training alone, without the tests before and after, mean over the seeds, "
         f"{about['processes']}. Peak memory: the largest over the seeds, "
-        f"{' or '.join(memory[name] for name in sorted(where)) or 'unknown'}. Cosine: of one step's estimate of all "
+        f"{' or '.join(MEMORY[name] for name in sorted(where)) or 'unknown'}. Cosine: of one step's estimate of all "
         f"trained parameters with the gradient by backprop on the same batch, {about['cosines']}; at the start, and "
         "at the weights where the reference ends."
     )
     return "\n".join(parts) + "\n"
 
 
-def _summaries(row: Row) -> list[Mapping[str, Any]]:
-    return [run.summary for run in row.runs if run.summary is not None]
-
-
-def write_csv(path: Path, tables: Mapping[BudgetKind, Sequence[Row]]) -> None:
-    """One line a run; a run that diverged has no accuracy."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        for budget, rows in tables.items():
-            for row in rows:
-                cosine = mean_cosine(row.cosines)
-                for run in row.runs:
-                    keys = ("test_accuracy", "queries", "forward_equivalents", "train_seconds", "peak_memory_mb")
-                    values = [run.summary[key] if run.summary else "" for key in keys]
-                    shown = "" if math.isnan(cosine) else f"{cosine:.6g}"
-                    writer.writerow([row.method, budget, row.rate, run.seed, row.cell.steps, *values, shown])
-
-
-def write_cosines(path: Path, cosines: Mapping[str, Cosines]) -> None:
-    """One line an estimate."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(COSINE_COLUMNS)
-        for method, by_weights in cosines.items():
-            for where, batches in by_weights.items():
-                writer.writerows(
-                    [method, where, i, k, f"{value:.6g}"]
-                    for i, batch in enumerate(batches)
-                    for k, value in enumerate(batch)
-                )
+def write_tables(
+    output: Path, tables: Mapping[BudgetKind, Sequence[Row]], cosines: Mapping[str, Cosines]
+) -> None:  # fmt: skip
+    """``strategies.csv``: a line a run, without accuracy where it diverged. ``cosines.csv``: a line an estimate."""
+    runs = [
+        [row.method, budget, row.rate, seed, row.length.steps,
+         *(summary[key] if summary else "" for key in SUMMARY_KEYS),
+         "" if math.isnan(cosine := mean_cosine(row.cosines)) else f"{cosine:.6g}"]
+        for budget, rows in tables.items() for row in rows for seed, summary in row.summaries.items()
+    ]  # fmt: skip
+    write_csv(output / "strategies.csv", COLUMNS, runs)
+    estimates = [
+        [method, where, i, k, f"{value:.6g}"]
+        for method, by_weights in cosines.items() for where, batches in by_weights.items()
+        for i, batch in enumerate(batches) for k, value in enumerate(batch)
+    ]  # fmt: skip
+    write_csv(output / "cosines.csv", ("method", "weights", "batch", "draw", "cosine"), estimates)

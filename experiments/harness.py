@@ -1,0 +1,354 @@
+"""Runs of a study as child processes: a finished run is not repeated, and no run outlives its study."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flops_lightning.errors import SettingError, check_at_least
+
+COMMAND, DIVERGED = "command.json", "diverged"
+NON_FINITE = "lost every query to non-finite losses"
+"""In the log of a run that stopped because its losses were not finite any more."""
+GRACE = 120.0
+"""Seconds that a run has to save and leave."""
+
+
+class StudyStopped(SystemExit):
+    """A signal ended the study before its runs were done."""
+
+
+class RunFailedError(RuntimeError):
+    """A run ended without its result; the message says where its output is."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a study, in a folder of its own.
+
+    Attributes:
+        study: Folder of the study.
+        name: Path of the run's folder in it.
+        arguments: What Python runs, for example ``("main.py", "fit", ...)``.
+        result: Name of the JSON file that marks the run as finished.
+        resumes: Whether the command continues from its last checkpoint; otherwise an unfinished folder is emptied.
+        keeps_weights: Whether checkpoints and weights stay when the run has finished.
+        may_diverge: Whether non-finite losses are an outcome, and not a failure.
+    """
+
+    study: Path
+    name: str
+    arguments: tuple[str, ...] = field(repr=False)
+    result: str = "summary.json"
+    resumes: bool = False
+    keeps_weights: bool = False
+    may_diverge: bool = False
+
+    @property
+    def folder(self) -> Path:
+        """Where its files go."""
+        return self.study / self.name
+
+    @property
+    def command(self) -> list[str]:
+        """The process that makes it."""
+        return [sys.executable, *self.arguments]
+
+    @property
+    def diverged(self) -> bool:
+        """Whether it stopped because its losses were not finite any more."""
+        return (self.folder / DIVERGED).exists()
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to run."""
+        return self.diverged or bool(self._results())
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """Content of the result of a finished run."""
+        return self._results()[-1][1]
+
+    def curve(self, tag: str) -> list[Any]:
+        """TensorBoard events (``step``, ``value``, ``wall_time``) of a finished run under a tag."""
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        # Beside the result: attempts that were interrupted left their events in other folders.
+        reader = EventAccumulator(str(self._results()[-1][0].parent), size_guidance={"scalars": 0})
+        reader.Reload()
+        return list(reader.Scalars(tag))
+
+    @property
+    def late_loss(self) -> float:
+        """Mean training loss over the last quarter of the run; infinite where it is not finite."""
+        return math.inf if self.diverged else late_mean([event.value for event in self.curve("train/loss")])
+
+    def check(self) -> None:
+        """Raise a :class:`SettingError` if the folder holds a run with other settings."""
+        note = self.folder / COMMAND
+        if note.is_file() and self._settings(json.loads(note.read_text())) != self._settings(self.arguments):
+            raise SettingError(
+                "--output", str(self.study), f"holds {self.name} with other settings (see {COMMAND} in it).",
+                "Use the settings of that run, or choose another folder.",
+            )  # fmt: skip
+
+    def run(self, children: Children, threads: int) -> None:
+        """Run it.
+
+        Raises:
+            RunFailedError: it failed; its output is in ``log.txt`` of its folder.
+            StudyStopped: a signal ended it.
+        """
+        children.check()
+        if not self.resumes:
+            shutil.rmtree(self.folder, ignore_errors=True)  # what an interrupted run left
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / COMMAND).write_text(json.dumps(self._settings(self.arguments)))
+        log = self.folder / "log.txt"
+        with log.open("a") as output:
+            code = children.run(self.command, stdout=output, stderr=output, threads=threads)
+        if self.may_diverge and code and NON_FINITE in log.read_text():
+            (self.folder / DIVERGED).touch()
+        elif not self.finished:
+            raise RunFailedError(f"{self.folder}: exit code {code}, see log.txt there")
+        if not self.keeps_weights:  # by far the largest files
+            for file in (*self.folder.rglob("*.ckpt"), *self.folder.rglob("model.safetensors")):
+                file.unlink()
+
+    def _settings(self, arguments: Sequence[str]) -> list[str]:
+        # Without the study's path: a folder may be moved, and named from elsewhere.
+        return [re.sub(rf"^{re.escape(str(self.study))}(?=/|$)", "STUDY", part) for part in arguments]
+
+    def _results(self) -> list[tuple[Path, dict[str, Any]]]:
+        found = []
+        for file in sorted(self.folder.rglob(self.result), key=lambda path: path.stat().st_mtime):
+            with suppress(json.JSONDecodeError):  # the run was killed as it wrote
+                found.append((file, json.loads(file.read_text())))
+        return found
+
+
+class Children:
+    """The child processes of a study."""
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self._running: set[subprocess.Popen[bytes]] = set()
+
+    def run(self, command: Sequence[str], *, threads: int, **settings: Any) -> int:
+        """Run a command to its end; its exit code. Raises :class:`StudyStopped` if it was stopped."""
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        # In a session of its own, so that Ctrl-C reaches it once: from here.
+        with subprocess.Popen(command, env=environment, start_new_session=True, **settings) as process:
+            self._running.add(process)
+            if self.stopped:  # before it was in the set
+                process.terminate()
+            try:
+                code = process.wait()
+            finally:
+                self._running.discard(process)
+        if code:
+            self.check()
+        return code
+
+    def check(self) -> None:
+        """Raise :class:`StudyStopped` if the study was stopped."""
+        if self.stopped:
+            raise StudyStopped("stopped; the same command continues")
+
+    def stop(self, *_: object) -> None:
+        """Let the runs save and leave; kill them after :data:`GRACE` seconds, or when called again."""
+        if self.stopped:
+            self._kill()
+            return
+        self.stopped = True
+        for process in list(self._running):
+            process.terminate()
+        timer = threading.Timer(GRACE, self._kill)
+        timer.daemon = True
+        timer.start()
+
+    def _kill(self) -> None:
+        for process in list(self._running):
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # the group: with its workers and ranks
+
+    @contextmanager
+    def stopped_by_signals(self) -> Iterator[None]:
+        """Within, SIGTERM, SIGHUP and Ctrl-C stop the children; in the main thread only."""
+        numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+        before = {each: handler for each in numbers if (handler := signal.getsignal(each)) is not signal.SIG_IGN}
+        for number in before:
+            signal.signal(number, self.stop)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def run_all(
+    cells: Sequence[Cell],
+    *,
+    jobs: int = 1,
+    threads: int = 0,
+    keep_going: bool = False,
+    dry_run: bool = False,
+    outcome: Callable[[Cell], str] = lambda cell: "diverged" if cell.diverged else "done",
+) -> bool:
+    """Run the cells that are not finished; whether all are finished afterwards.
+
+    On a signal or an exception, the runs under way are ended and waited for, and no other is begun.
+
+    Args:
+        cells: Runs, in order. The same run may be given twice.
+        jobs: Runs at a time.
+        threads: Threads of a run; 0 shares the cores.
+        keep_going: Whether the others run when one has failed.
+        dry_run: Print the commands of these cells instead.
+        outcome: What to print about a finished run; called after each.
+
+    Raises:
+        RunFailedError: a run failed, without ``keep_going``.
+        SettingError: a folder holds a run with other settings.
+        StudyStopped: a signal ended the study.
+    """
+    from tqdm import tqdm
+
+    unique = list({cell.folder: cell for cell in cells}.values())
+    for cell in unique:
+        cell.check()
+    left = [cell for cell in unique if not cell.finished]
+    if dry_run:
+        print(*(shlex.join(cell.command) for cell in left), sep="\n")
+        return not left
+    done = len(unique) - len(left)
+    threads = threads or max(1, (os.cpu_count() or 1) // jobs)
+    children, failed = Children(), False
+    with (
+        children.stopped_by_signals(),
+        tqdm(total=len(unique), initial=done, unit="run", disable=None) as bar,
+        ThreadPoolExecutor(jobs) as pool,
+    ):
+        futures = {pool.submit(cell.run, children, threads): cell for cell in left}
+        try:
+            for i, future in enumerate(as_completed(futures), start=done + 1):
+                try:
+                    future.result()
+                    text = f"{futures[future].name}: {outcome(futures[future])}"
+                except RunFailedError as error:
+                    if not keep_going:
+                        raise
+                    failed, text = True, f"FAILED: {error}"
+                bar.update()
+                with bar.external_write_mode():
+                    print(f"[{i}/{len(unique)}] {text}", flush=True)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            children.stop()
+            raise
+    return not failed
+
+
+def late_mean(values: Sequence[float]) -> float:
+    """Mean of the last quarter; infinite where it is not finite."""
+    mean = statistics.fmean(values[-max(1, len(values) // 4) :])
+    return mean if math.isfinite(mean) else math.inf
+
+
+def claim(output: Path, settings: Mapping[str, Any]) -> None:
+    """Take a folder for a study with these settings, or continue in one that was taken for them.
+
+    Raises:
+        SettingError: the folder holds a study with other settings.
+    """
+    note, text = output / "study.json", json.dumps(settings, indent=2, default=str) + "\n"
+    if note.exists() and note.read_text() != text:
+        raise SettingError(
+            "--output", str(output), "holds a study with other settings (see study.json in it).",
+            "Use the settings of that study, or choose another folder.",
+        )  # fmt: skip
+    output.mkdir(parents=True, exist_ok=True)
+    note.write_text(text)
+
+
+def arguments(settings: Mapping[str, Any]) -> list[str]:
+    """Settings as on the command line; lists and mappings as JSON."""
+    texts = {name: json.dumps(v) if isinstance(v, (list, dict)) else str(v) for name, v in settings.items()}
+    return [part for name, text in texts.items() for part in (f"--{name}", text)]
+
+
+def configs(files: Sequence[str]) -> list[str]:
+    """Configuration files as on the command line."""
+    return [part for file in files for part in ("--config", file)]
+
+
+def fit(
+    study: Path, name: str, files: Sequence[str], extra: Sequence[str], settings: Mapping[str, Any], **cell: Any
+) -> Cell:
+    """A run of ``main.py fit``: ``settings`` overrule the user's ``extra`` arguments, and these the ``files``."""
+    own = {"trainer.default_root_dir": study / name, "trainer.enable_progress_bar": "false", **settings}
+    return Cell(study, name, ("main.py", "fit", *configs(files), *extra, *arguments(own)), **cell)
+
+
+class StudyParser(argparse.ArgumentParser):
+    """The command line of a study: its own options, then ``--`` and arguments for every run."""
+
+    def __init__(self, doc: str | None, *, runs: bool = True) -> None:
+        """Options that all studies share; those of ``run_all`` with ``runs``.
+
+        Args:
+            doc: Docstring of the study's module; its first line begins with the command in backticks.
+            runs: Whether the study starts runs.
+        """
+        summary = (doc or "").partition("\n")[0]
+        command = re.search(r"python -m \S+", summary)
+        super().__init__(prog=command[0].strip("`") if command else None, description=summary,
+                         epilog="Arguments after -- go to every run of main.py fit.")  # fmt: skip
+        self.add_argument("--output", type=Path, required=True, help="folder of the study's files")
+        if runs:
+            self.add_argument("--jobs", type=int, default=1, help="runs at a time; they share the cores (default 1)")
+            self.add_argument("--dry_run", action="store_true", help="print the commands and run nothing")
+
+    def parse(self, args: Sequence[str] | None, *, at_least_one: Sequence[str] = ()) -> argparse.Namespace:
+        """Options, and as ``extra`` what stands after ``--``; exits with code 2 after a mistake.
+
+        Args:
+            args: The command line; None: that of the process.
+            at_least_one: Options that must be 1 or more.
+        """
+        given = list(sys.argv[1:] if args is None else args)
+        end = given.index("--") if "--" in given else len(given)
+        options = self.parse_args(given[:end])
+        options.extra = tuple(given[end + 1 :])
+        with self.mistakes():
+            for name in (*(("jobs",) if hasattr(options, "jobs") else ()), *at_least_one):
+                check_at_least(f"--{name}", getattr(options, name), 1)
+            if not Path("configs").is_dir():
+                raise SettingError("folder", str(Path.cwd()), "has no configs.", "Run from the repository's root.")
+        return options
+
+    @contextmanager
+    def mistakes(self) -> Iterator[None]:
+        """Within, a wrong setting and a failed run end the program with a message, with code 2 and 1."""
+        try:
+            yield
+        except SettingError as error:
+            self.error(str(error))
+        except RunFailedError as error:
+            sys.exit(f"{self.prog}: {error}")

@@ -1,0 +1,109 @@
+"""Pictures of the studies, drawn from their tables; matplotlib is an extra."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from experiments.strategies_table import BUDGETS
+from experiments.tables import read_csv
+from flops_lightning.errors import SettingError
+
+SHOWN_ALLOCATORS = (
+    "bernoulli", "gaussian", "gaussian, pilots lowest", "optimal", "optimal, loss only", "optimal, both", "cost-aware",
+)  # fmt: skip
+SHOWN_BUDGET = "20"
+
+
+def pyplot() -> Any:
+    """Matplotlib's pyplot, without a display.
+
+    Raises:
+        SettingError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib as mpl
+    except ImportError as error:
+        raise SettingError("matplotlib", None, "is not installed.", 'Run pip install -e ".[plots]".') from error
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def draw_if_possible(draw: Callable[[Path], None], output: Path) -> None:
+    """Draw; without matplotlib say so, for hours of runs must not end in an error."""
+    try:
+        draw(output)
+    except SettingError as error:
+        print(f"no picture: {error} The tables are written.")
+
+
+def draw_allocation(output: Path) -> None:
+    """Gains along the run at one budget, and by budget at the last checkpoint, from ``allocation.csv``."""
+    plt, rows = pyplot(), read_csv(output / "allocation.csv")
+    budgets = sorted({row["budget"] for row in rows}, key=int)
+    budget, last = SHOWN_BUDGET if SHOWN_BUDGET in budgets else budgets[-1], rows[-1]["checkpoint"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
+    for axes, key, kept in (
+        (left, "checkpoint", [row for row in rows if row["budget"] == budget]),
+        (right, "budget", [row for row in rows if row["checkpoint"] == last]),
+    ):
+        for name in SHOWN_ALLOCATORS:
+            own = [row for row in kept if row["allocator"] == name]
+            x = [int(row[key]) for row in own]
+            (line,) = axes.plot(x, [float(row["gain"]) for row in own], marker="o", markersize=3, label=name)
+            low, high = ([float(row[column]) for row in own] for column in ("gain_low", "gain_high"))
+            axes.fill_between(x, low, high, alpha=0.12, color=line.get_color(), linewidth=0)
+        ideal = [row for row in kept if row["allocator"] == "equal"]
+        gains = [float(row["gain_optimal"]) for row in ideal]
+        axes.plot([int(row[key]) for row in ideal], gains, "k--", label="exact traces")
+        axes.axhline(1.0, color="gray", linewidth=0.8)
+        axes.set(yscale="log")
+        axes.grid(alpha=0.3, which="both")
+    left.set(xlabel="optimiser step", ylabel="gain: J of equal counts / J", title=f"{budget} queries a sample and site")
+    right.set(xlabel="queries a sample and site", xscale="log", title=f"at step {last}")
+    left.legend(fontsize=7)
+    figure.savefig(output / "allocation.png", dpi=110)
+    plt.close(figure)
+
+
+def draw_strategies(output: Path) -> None:
+    """Test accuracy under both budgets, and cosines, from ``strategies.csv`` and ``cosines.csv``."""
+    plt, runs, cosines = pyplot(), read_csv(output / "strategies.csv"), read_csv(output / "cosines.csv")
+    methods = list(dict.fromkeys(row["method"] for row in (*runs, *cosines)))
+    size = (13, 1.5 + 0.32 * len(methods))
+    figure, axes = plt.subplots(1, 3, figsize=size, layout="constrained", sharey=True)
+    for axis, (budget, title) in zip(axes, BUDGETS.items(), strict=False):
+        values = _by_method((row for row in runs if row["budget"] == budget and row["accuracy"]), "accuracy")
+        for method, accuracies in values.items():
+            y = methods.index(method)
+            axis.plot([min(accuracies), max(accuracies)], [y, y], color="C0", linewidth=1.5)
+            axis.plot(statistics.fmean(accuracies), y, "o", color="C0", markersize=5)
+        place = {"transform": axis.get_yaxis_transform(), "va": "center", "fontsize": 7}
+        for method in set(methods) - set(values):
+            axis.text(0.02, methods.index(method), "no run", **place)
+        axis.set(xlabel="test accuracy, mean and range", title=title, xlim=(0, 1))
+    for where, marker in (("start", "o"), ("end", "s")):
+        values = _by_method((row for row in cosines if row["weights"] == where), "cosine")
+        means = {method: mean for method, each in values.items() if (mean := statistics.fmean(each)) > 0}
+        heights = [methods.index(method) for method in means]
+        axes[2].plot(list(means.values()), heights, marker, label=f"at the {where}", markersize=5)
+    axes[2].set(xlabel="cosine of a step's estimate with the gradient", xscale="log", title="direction")
+    axes[2].legend(fontsize=7)
+    axes[0].set_yticks(range(len(methods)), methods)
+    axes[0].invert_yaxis()
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    figure.savefig(output / "strategies.png", dpi=110)
+    plt.close(figure)
+
+
+def _by_method(rows: Iterable[Mapping[str, str]], column: str) -> dict[str, list[float]]:
+    groups: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        groups[row["method"]].append(float(row[column]))
+    return groups
