@@ -20,7 +20,6 @@ from typing import NamedTuple
 from experiments.harness import Cell, StudyParser, arguments, configs, run_all
 from experiments.table1_paper import DATA_SETS, PAPER, ROWS, published
 from experiments.tables import markdown, write_csv
-from flops_lightning.errors import SettingError
 
 FILES: Mapping[str, tuple[str, ...]] = {
     # A cell's configuration is the paper's own method.
@@ -48,28 +47,17 @@ class Key(NamedTuple):
 
 
 def cells(options: argparse.Namespace) -> dict[Key, Cell]:
-    """All runs; seeds change slowest, so that an interrupted table has all its cells once.
-
-    Raises:
-        SettingError: there is no configuration of a model and data set.
-    """
+    """All runs; seeds change slowest, so that an interrupted table has all its cells once."""
     found = {}
     for seed, model, data_set, method in product(
         *map(dict.fromkeys, (options.seeds, options.models, options.data_sets, options.methods))
     ):
-        config = f"configs/{model}_{data_set}.yaml"
-        if not Path(config).is_file():
-            raise SettingError("--models", model, f"has no {config}.", "Run from the repository's root.")
         name = f"{model}/{data_set}/{method}/seed_{seed}"
         # The method's files come last: they replace what an overlay of the user's says of the strategy.
-        given = [
-            *options.extra,
-            *options.only.get(data_set, ()),
-            *configs(FILES[method]),
-            *OWN.get((model, method), ()),
-        ]
+        given = (*options.extra, *options.only.get(data_set, ()))
+        on_top = (*configs(FILES[method]), *OWN.get((model, method), ()))
         own = {"seed_everything": seed, "trainer.default_root_dir": options.output / name, "ckpt_path": "last"}
-        command = ("main.py", "fit", "--config", config, *given, *arguments(own))
+        command = ("main.py", "fit", "--config", f"configs/{model}_{data_set}.yaml", *given, *on_top, *arguments(own))
         found[Key(model, data_set, method, seed)] = Cell(options.output, name, command, resumes=True)
     return found
 
@@ -114,54 +102,51 @@ def write(runs: Mapping[Key, Cell], output: Path, *, small: bool) -> None:
     write_csv(output / "table1.csv", ("model", "data_set", "method", "seed", *COLUMNS, "paper"), rows)
 
 
-def study(options: argparse.Namespace) -> None:
-    """Run what is missing, and write the table after every cell.
-
-    Raises:
-        SettingError: ``--only`` names no data set or no setting; a folder holds a run with other settings.
-        SystemExit: with code 1 if a cell failed, after all others were tried.
-    """
+def parse(args: Sequence[str] | None) -> tuple[StudyParser, argparse.Namespace]:
+    """Read the command line; ``only`` becomes a mapping from data sets to arguments."""
+    parser = StudyParser(__doc__)
+    add = parser.add_argument
+    add("--models", nargs="+", choices=PAPER, default=list(PAPER), help="default all")
+    add("--methods", nargs="+", choices=METHODS, default=list(ROWS), help="default the paper's rows")
+    add("--data_sets", nargs="+", choices=DATA_SETS, default=list(DATA_SETS), help="default all")
+    add("--seeds", nargs="+", type=int, default=[0], help="default 0")
+    add("--small", action="store_true", help=f"with {SMALL}, for two CPU cores")
+    add("--only", nargs="+", default=[], metavar="DATA_SET:NAME=VALUE", help="settings of the runs on one data set")
+    options = parser.parse(args)
     options.extra = (*(("--config", SMALL) if options.small else ()), *options.extra)
     only: dict[str, tuple[str, ...]] = {}
     for each in options.only:
         data_set, _, setting = each.partition(":")
         if data_set not in DATA_SETS or setting.find("=") < 1:
-            raise SettingError(
-                "--only", each, "is not DATA_SET:NAME=VALUE.", "Write for example cifar10:data.init_args.download=true."
-            )
+            parser.error(f"--only = {each!r}: is not DATA_SET:NAME=VALUE, as cifar10:data.init_args.download=true is.")
         only[data_set] = (*only.get(data_set, ()), f"--{setting}")
     options.only = only
+    return parser, options
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run what is missing, and write the table after every cell.
+
+    Raises:
+        SystemExit: with code 1 if a cell failed, after all others were tried.
+    """
+    parser, options = parse(args)
     runs = cells(options)
 
     def outcome(cell: Cell) -> str:
         write(runs, options.output, small=options.small)
         return f"{100 * cell.summary['test_accuracy']:.1f} %"
 
-    complete = run_all(
-        [*runs.values()], jobs=options.jobs, keep_going=True, dry_run=options.dry_run, outcome=outcome
-    )  # fmt: skip
+    with parser.mistakes():
+        complete = run_all(
+            [*runs.values()], jobs=options.jobs, keep_going=True, dry_run=options.dry_run, outcome=outcome
+        )
     if options.dry_run:
         return
     write(runs, options.output, small=options.small)
     print(report(runs, small=options.small))
     if not complete:
         sys.exit(1)
-
-
-def main(args: Sequence[str] | None = None) -> None:
-    """Run the study."""
-    parser = StudyParser(__doc__)
-    parser.add_argument("--models", nargs="+", choices=PAPER, default=list(PAPER), help="default all")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(ROWS), help="default the paper's rows")
-    parser.add_argument("--data_sets", nargs="+", choices=DATA_SETS, default=list(DATA_SETS), help="default all")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="default 0")
-    parser.add_argument("--small", action="store_true", help=f"with {SMALL}, for two CPU cores")
-    parser.add_argument(
-        "--only", nargs="+", default=[], metavar="DATA_SET:NAME=VALUE", help="settings of the runs on one data set"
-    )
-    options = parser.parse(args)
-    with parser.mistakes():
-        study(options)
 
 
 if __name__ == "__main__":

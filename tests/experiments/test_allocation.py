@@ -1,8 +1,8 @@
 from __future__ import annotations
 
-import csv
-import math
 import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,31 +11,38 @@ import torch
 
 from experiments import allocation
 from experiments.allocation_cases import CASES, Case
-from experiments.allocation_scores import HeldOut, interval
+from experiments.allocation_scores import HeldOut
+from experiments.tables import read_csv
 from flops_lightning.allocators import GaussianAllocator, TraceObservation, gain_optimal
-from flops_lightning.errors import SettingError
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = ["--checkpoints", "0", "3", "--budgets", "4", "20", "--batches", "2", "--directions", "6", "--window", "2"]
 DATA = ["--", "--data.init_args.batch_size=12", "--trainer.max_epochs=1"]
 
 
-@pytest.fixture
-def few_cases(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
+@pytest.fixture(autouse=True, scope="module")
+def few_cases() -> Iterator[None]:
     kept = ("equal", "gaussian", "best linear", "optimal", "optimal, both", "cost-aware")
-    cases = [case for case in CASES if case.name in kept]
-    monkeypatch.setattr(allocation, "CASES", cases)
-    monkeypatch.setattr(allocation, "proxy_rows", lambda *_: [])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setattr(allocation, "CASES", [case for case in CASES if case.name in kept])
+        patch.setattr(allocation, "proxy_rows", lambda *_: [])
+        yield
 
 
-def study(output: Path, *more: str) -> dict[str, list[dict[str, str]]]:
+Tables = dict[str, list[dict[str, str]]]
+
+
+def study(output: Path, *more: str) -> Tables:
     allocation.main(["--config", "configs/vit_tiny_digits.yaml", "--output", str(output), *SMALL, *more, *DATA])
-    tables = {}
-    for name in ("allocation", "allocation_sites", "traces"):
-        with (output / f"{name}.csv").open() as file:
-            tables[name] = list(csv.DictReader(file))
-    return tables
+    return {name: read_csv(output / f"{name}.csv") for name in allocation.TABLES}
+
+
+@pytest.fixture(scope="module")
+def whole(few_cases: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tables]:
+    """A short study: its folder and its tables."""
+    output = tmp_path_factory.mktemp("whole")
+    return output, study(output)
 
 
 def held_out(sites: int = 2, batch: int = 5) -> HeldOut:
@@ -79,14 +86,6 @@ def test_lost_samples_count_as_without_variance() -> None:
     assert held.freedom.tolist() == [[4.0, 0.0]]
 
 
-def test_the_interval_is_students() -> None:
-    mean, low, high = interval([1.0, 2.0, 4.0])
-    half = 4.303 * math.log(2) / math.sqrt(3)
-    assert (mean, low, high) == pytest.approx((2.0, 2 * math.exp(-half), 2 * math.exp(half)), rel=2e-3)
-    assert interval([3.0])[0] == pytest.approx(3.0)
-    assert math.isnan(interval([3.0])[1])
-
-
 @pytest.mark.parametrize(
     ("budget", "unit", "minimum", "expected"), [(20, 1, 0, 4), (4, 1, 0, 3), (2, 1, 0, 0), (20, 2, 0, 8), (4, 2, 0, 0)]
 )
@@ -101,8 +100,8 @@ def test_every_case_names_one_that_is_there() -> None:
     assert {case.best_linear for case in CASES} <= names
 
 
-def test_tables_of_a_short_run(tmp_path: Path, few_cases: None) -> None:
-    tables = study(tmp_path)
+def test_tables_of_a_short_run(whole: tuple[Path, Tables]) -> None:
+    output, tables = whole
     rows = tables["allocation"]
     assert tuple(rows[0]) == allocation.COLUMNS
     assert {(row["checkpoint"], row["budget"]) for row in rows} == {(c, b) for c in "03" for b in ("4", "20")}
@@ -113,29 +112,13 @@ def test_tables_of_a_short_run(tmp_path: Path, few_cases: None) -> None:
         elif row["allocator"] != "cost-aware":  # at equal queries of each site nothing beats exact traces, noise apart
             assert float(row["gain"]) < 1.5 * float(row["gain_optimal"])
     assert {row["site"] for row in tables["allocation_sites"]} == {"lower", "middle", "top", "head"}
+    if find_spec("matplotlib"):
+        assert (output / "allocation.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_plot(tmp_path: Path, few_cases: None) -> None:
-    pytest.importorskip("matplotlib")
-    study(tmp_path)
-    assert (tmp_path / "allocation.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "allocation.png").stat().st_size > 10_000
-
-
-def test_without_matplotlib_the_tables_are_there(
-    tmp_path: Path, few_cases: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_interrupted_and_without_matplotlib_it_ends_with_the_same_tables(
+    whole: tuple[Path, Tables], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert study(tmp_path)["allocation"]
-    assert 'no plot: matplotlib = None: is not installed; the tables are written. Run pip install "matplotlib' in (
-        capsys.readouterr().out
-    )
-
-
-def test_an_interrupted_study_goes_on_and_ends_the_same(
-    tmp_path: Path, few_cases: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = study(tmp_path / "whole")
     measured = allocation.measure
 
     def stop_at_three(run: Any, plan: Any, step: int, *rest: Any) -> Any:
@@ -146,17 +129,22 @@ def test_an_interrupted_study_goes_on_and_ends_the_same(
     with monkeypatch.context() as patch:
         patch.setattr(allocation, "measure", stop_at_three)
         with pytest.raises(KeyboardInterrupt):
-            study(tmp_path / "parts")
-    assert study(tmp_path / "parts") == whole
+            study(tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert study(tmp_path) == whole[1]
+    assert 'no picture: matplotlib = None: is not installed. Run pip install -e ".[plots]".' in capsys.readouterr().out
 
 
-def test_another_study_in_the_same_folder_is_refused(tmp_path: Path, few_cases: None) -> None:
-    study(tmp_path)
-    with pytest.raises(SettingError, match="holds another study"):
-        study(tmp_path, "--batches", "1")
-
-
-def test_configurations_without_queries_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(ROOT)
-    with pytest.raises(SettingError, match="trains with Backprop"):
-        allocation.main(["--config", "configs/vit_tiny_digits_upright.yaml", "--output", str(tmp_path)])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["configs/vit_tiny_digits.yaml", *SMALL, "--batches", "1"], "holds a study with other settings"),
+        (["configs/vit_tiny_digits_upright.yaml"], "trains with Backprop"),
+    ],
+)
+def test_another_study_and_configurations_without_queries_are_refused(
+    given: list[str], message: str, whole: tuple[Path, Tables], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        allocation.main(["--output", str(whole[0]), "--config", *given, *DATA])
+    assert message in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The README's table of configurations says what the files say."""
+"""The tables of docs/configs.md say what the configurations say."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def test_the_readme_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     main(["--check"])
 
 
 def test_every_configuration_is_linked_once() -> None:
-    assert sorted(re.findall(r"\]\((configs/[^)]+)\)", tables(ROOT))) == FILES
+    assert sorted(re.findall(r"\]\(\.\./(configs/[^)]+)\)", tables(ROOT))) == FILES
 
 
 def test_the_cells_of_the_paper_stand_in_a_grid_with_its_figures() -> None:
@@ -34,8 +34,8 @@ def test_the_cells_of_the_paper_stand_in_a_grid_with_its_figures() -> None:
     lines = grid.splitlines()
     assert len(lines) == 2 + 7
     assert {line.count("|") for line in lines} == {4}
-    assert "[vit_base_cifar10](configs/vit_base_cifar10.yaml) 93.2 |" in grid
-    assert "[vit_large_eurosat](configs/vit_large_eurosat.yaml) 90.1 |" in grid
+    assert "[vit_base_cifar10](../configs/vit_base_cifar10.yaml) 93.2 " in grid
+    assert "[vit_large_eurosat](../configs/vit_large_eurosat.yaml) 90.1 " in grid
     assert "vit_base_" not in rows
 
 
@@ -73,16 +73,16 @@ def test_without_both_markers_nothing_is_guessed(text: str) -> None:
 def test_check_finds_an_old_table_and_a_run_renews_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "configs" / "method" / "new.yaml", "# Method overlay: a new one.\n")
-    readme = write(tmp_path / "README.md", f"# Title\n\n{START}| old |\n{END}\nThe rest.\n")
-    before = readme.read_text()
+    page = write(tmp_path / "docs" / "configs.md", f"# Title\n\n{START}| old |\n{END}\nThe rest.\n")
+    before = page.read_text()
     with pytest.raises(SystemExit, match="run it") as leaving:
         main(["--check"])
     assert leaving.value.code not in (0, 2)  # a text: Python prints it and exits with 1
-    assert readme.read_text() == before
+    assert page.read_text() == before
     main([])
-    text = readme.read_text()
+    text = page.read_text()
     assert text.startswith(f"# Title\n\n{START}")
-    assert text.endswith(f"| [method/new](configs/method/new.yaml) | Method overlay: a new one |\n\n{END}\nThe rest.\n")
+    assert text.endswith(f"](../configs/method/new.yaml) | Method overlay: a new one |\n\n{END}\nThe rest.\n")
     assert "old" not in text
     main(["--check"])
 

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import shlex
-import signal
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +14,15 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
-from experiments.table1 import FILES, METHODS, RUNNING, TITLES, Cell, cells, entry, main, parse
+from experiments.harness import Cell, Children, run_all
+from experiments.table1 import FILES, METHODS, SMALL, TITLES, cells, entry, main, parse
 from experiments.table1_paper import DATA_SETS, PAPER, ROWS, published
+from experiments.tables import read_csv
 from flops_lightning.callbacks import QueryAllocatorCallback
 from flops_lightning.cli.command import build
 from flops_lightning.datamodules import CIFAR10DataModule
-from flops_lightning.errors import SettingError
 
 ROOT = Path(__file__).parent.parent.parent
-SMALL = "configs/small/vit_micro.yaml"
 
 
 @pytest.fixture(autouse=True)
@@ -44,11 +40,9 @@ class Machine:
     def __init__(self) -> None:
         self.commands: list[list[str]] = []
         self.failing: set[str] = set()
-        self.environment: dict[str, str] = {}
 
-    def __call__(self, command: list[str], *, env: dict[str, str], **_: Any) -> int:
+    def __call__(self, command: list[str], **_: Any) -> int:
         self.commands.append(command)
-        self.environment = env
         folder = Path(value(command, "--trainer.default_root_dir"))
         if folder.parent.name in self.failing:
             return 3
@@ -70,7 +64,7 @@ class Machine:
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     fake = Machine()
-    monkeypatch.setattr(RUNNING, "run", fake)
+    monkeypatch.setattr(Children, "run", lambda _, command, **settings: fake(command, **settings))
     return fake
 
 
@@ -104,8 +98,13 @@ def test_every_method_has_files_and_a_title() -> None:
 # -- commands ----------------------------------------------------------------------------------------------------------
 
 
+def planned(*given: str) -> list[Cell]:
+    return list(cells(parse(list(given))[1]).values())
+
+
 def test_a_command_puts_the_methods_files_on_top_of_all_others(tmp_path: Path) -> None:
-    cell = Cell("vit_base", "ops_spsa", "cifar10", 2, tmp_path, ("--config", SMALL, "--trainer.max_epochs=1"))
+    given = study(tmp_path, "--seeds", "2", "--small", "--", "--trainer.max_epochs=1", methods=("ops_spsa",))
+    (cell,) = planned(*given)
     assert cell.command == [
         sys.executable, "main.py", "fit", "--config", "configs/vit_base_cifar10.yaml",
         "--config", SMALL, "--trainer.max_epochs=1",
@@ -116,20 +115,27 @@ def test_a_command_puts_the_methods_files_on_top_of_all_others(tmp_path: Path) -
 
 
 def test_cells_have_folders_of_their_own_and_all_come_once_before_the_second_seed(tmp_path: Path) -> None:
-    found = cells(parse(["--output", str(tmp_path), "--seeds", "0", "1", "0"]))
-    assert len(found) == len({cell.folder for cell in found}) == 2 * 2 * 7 * 7
-    assert [cell.seed for cell in found] == [0] * 98 + [1] * 98
-    assert {cell.method for cell in found} == set(ROWS)
+    found = cells(parse(["--output", str(tmp_path), "--seeds", "0", "1", "0"])[1])
+    assert len(found) == len({cell.folder for cell in found.values()}) == 2 * 2 * 7 * 7
+    assert [key.seed for key in found] == [0] * 98 + [1] * 98
+    assert {key.method for key in found} == set(ROWS)
 
 
 def test_settings_of_one_data_set_reach_its_runs_alone(tmp_path: Path) -> None:
     only = ["--only", "cifar10:data.init_args.root=/a", "cifar10:data.init_args.download=true", "eurosat:data.x=b:c=d"]
-    sets = ["--models", "vit_base", "--methods", "lr", "--data_sets", "cifar10", "cifar100", "eurosat"]
-    found = cells(parse([*sets, "--output", str(tmp_path), *only, "--", "--trainer.max_epochs", "1"]))
-    every = ("--trainer.max_epochs", "1")
-    assert [cell.extra for cell in found] == [
-        (*every, "--data.init_args.root=/a", "--data.init_args.download=true"), every, (*every, "--data.x=b:c=d"),
-    ]  # fmt: skip
+    sets = ["--models", "vit_base", "--methods", "ops_lr", "--data_sets", "cifar10", "cifar100", "eurosat"]
+    found = planned(*sets, "--output", str(tmp_path), *only, "--", "--trainer.max_epochs", "1")
+    assert [cell.command[5 : cell.command.index("--seed_everything")] for cell in found] == [
+        ["--trainer.max_epochs", "1", "--data.init_args.root=/a", "--data.init_args.download=true"],
+        ["--trainer.max_epochs", "1"],
+        ["--trainer.max_epochs", "1", "--data.x=b:c=d"],
+    ]
+
+
+def test_five_sites_get_as_many_queries_in_all_as_for_the_other_methods(tmp_path: Path) -> None:
+    base, large = planned("--output", str(tmp_path), "--methods", "mezo_nspsa", "--data_sets", "cifar10")
+    assert not [part for part in base.command if "queries=" in part]
+    assert "--model.init_args.strategy.init_args.queries=100" in large.command
 
 
 @pytest.mark.parametrize("wrong", ["mnist:data.root=a", "cifar10:data.root", "cifar10", "cifar10:=a", "data.root=a"])
@@ -140,35 +146,6 @@ def test_a_wrong_only_is_told(wrong: str, tmp_path: Path, capsys: pytest.Capture
     assert f"--only = '{wrong}': is not DATA_SET:NAME=VALUE" in capsys.readouterr().err
 
 
-def test_no_run_at_a_time_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match="--jobs = 0: is below 1"):
-        parse(study(tmp_path, "--jobs", "0"))
-
-
-def test_away_from_the_configurations_it_says_where_to_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as leaving:
-        main(study(tmp_path))
-    assert leaving.value.code == 2
-    assert "Run from the repository's root." in capsys.readouterr().err
-
-
-def test_a_dry_run_prints_every_command_as_a_shell_reads_it(
-    tmp_path: Path, machine: Machine, capsys: pytest.CaptureFixture[str]
-) -> None:
-    output = tmp_path / "with space"
-    arguments = study(output, "--seeds", "0", "1", "--small", "--dry_run", "--", "--model.init_args.x={a: 1}")
-    main(arguments)
-    printed = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
-    assert printed == [cell.command for cell in cells(parse(arguments))]
-    assert len(printed) == 4
-    assert all(SMALL in command and "--model.init_args.x={a: 1}" in command for command in printed)
-    assert machine.commands == []
-    assert not output.exists()
-
-
 # -- running -----------------------------------------------------------------------------------------------------------
 
 
@@ -177,42 +154,22 @@ def test_a_finished_cell_is_not_run_again_and_keeps_no_weights(
 ) -> None:
     main(study(tmp_path))
     assert machine.ran == [("bp", 0), ("lr", 0)]
-    assert "vit_base cifar10 bp seed 0: 50.0 %" in capsys.readouterr().out
+    assert "[1/2] vit_base/cifar10/bp/seed_0: 50.0 %" in capsys.readouterr().out
     assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {
         "summary.json", "command.json", "log.txt", "table1.md", "table1.csv",
     }  # fmt: skip
     main(study(tmp_path, "--seeds", "0", "1"))
     assert machine.ran[2:] == [("bp", 1), ("lr", 1)]
-    assert "vit_base cifar10 bp seed 0: was there" in capsys.readouterr().out
 
 
-def test_a_summary_that_was_cut_short_does_not_count(tmp_path: Path, machine: Machine) -> None:
-    cell = Cell("vit_base", "bp", "cifar10", 0, tmp_path)
-    (cell.folder / "name" / "version_1").mkdir(parents=True)
-    (cell.folder / "name" / "version_1" / "summary.json").write_text('{"test_acc')
-    assert cell.accuracy is None
-    main(study(tmp_path, methods=("bp",)))
-    assert machine.ran == [("bp", 0)]
-    assert cell.accuracy == 0.5
-
-
-@pytest.mark.parametrize("jobs", [1, 2])
-def test_a_failed_cell_stops_no_other_and_is_tried_again(
-    jobs: int, tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("os.cpu_count", lambda: 8)
+def test_a_failed_cell_stops_no_other_and_is_tried_again(tmp_path: Path, machine: Machine) -> None:
     machine.failing = {"bp"}
-    arguments = study(tmp_path, "--jobs", str(jobs), methods=("bp", "lr", "mezo"))
-    with pytest.raises(SystemExit) as leaving:
-        main(arguments)
-    assert leaving.value.code == 1
-    assert sorted(machine.ran) == [("bp", 0), ("lr", 0), ("mezo", 0)]
-    assert machine.environment["OMP_NUM_THREADS"] == str(8 // jobs)
-    said = capsys.readouterr().out
-    assert f"FAILED with code 3, see {tmp_path / 'vit_base/cifar10/bp/seed_0/log.txt'}" in said
-    assert "| BP (upper bound) | - | 96.3 |" in said
+    with pytest.raises(SystemExit, match="1"):
+        main(study(tmp_path, methods=("bp", "lr", "mezo")))
+    assert machine.ran == [("bp", 0), ("lr", 0), ("mezo", 0)]
+    assert "| BP (upper bound) | - " in (tmp_path / "table1.md").read_text()
     machine.failing, machine.commands = set(), []
-    main(arguments)
+    main(study(tmp_path, methods=("bp", "lr", "mezo")))
     assert machine.ran == [("bp", 0)]
 
 
@@ -220,14 +177,11 @@ def test_a_failed_cell_stops_no_other_and_is_tried_again(
 
 
 def test_an_entry_is_mean_and_standard_deviation_of_what_is_there(tmp_path: Path, machine: Machine) -> None:
-    given = [Cell("vit_base", "lr", "cifar10", seed, tmp_path) for seed in range(3)]
+    given = planned(*study(tmp_path, "--seeds", "0", "1", "2", methods=("lr",)))
     assert entry(given) == "-"
-    given[0].run(1)
-    assert entry(given) == "50.0 (1 of 3 seeds)"
-    given[2].run(1)
-    assert entry(given) == "52.0 ± 2.8 (2 of 3 seeds)"  # 50 and 54
-    given[1].run(1)
-    assert entry(given) == "52.0 ± 2.0"
+    for i, text in ((0, "50.0 (1 of 3 seeds)"), (2, "52.0 ± 2.8 (2 of 3 seeds)"), (1, "52.0 ± 2.0")):
+        run_all([given[i]])
+        assert entry(given) == text
 
 
 def test_the_tables_stand_beside_the_papers_figures(
@@ -238,18 +192,16 @@ def test_the_tables_stand_beside_the_papers_figures(
     with pytest.raises(SystemExit):
         main(["--models", "vit_base", *sets, *methods, "--seeds", "0", "1", "--output", str(tmp_path), "--small"])
     text = (tmp_path / "table1.md").read_text()
-    assert text.splitlines() == [
-        "vit_base in small, test accuracy in percent, mean ± sd over seeds:",
-        "",
-        "| method | cifar10 | paper | eurosat | paper |",
-        "|---|---|---|---|---|",
-        "| LR | - | 87.7 | - | 82.9 |",
-        "| OPS-LR | 51.0 ± 1.4 | 93.2 | 51.0 ± 1.4 | 89.3 |",
-        "| OPS-LR, optimal allocator, no pilots (ours) | 51.0 ± 1.4 | - | 51.0 ± 1.4 | - |",
+    title, _, *table = text.splitlines()
+    assert title == "vit_base in small, test accuracy in percent, mean ± sd over seeds:"
+    assert [[entry.strip() for entry in line.strip("|").split("|")] for line in (table[0], *table[2:])] == [
+        ["method", "cifar10", "paper", "eurosat", "paper"],
+        ["LR", "-", "87.7", "-", "82.9"],
+        ["OPS-LR", "51.0 ± 1.4", "93.2", "51.0 ± 1.4", "89.3"],
+        ["OPS-LR, optimal allocator, no pilots (ours)", "51.0 ± 1.4", "-", "51.0 ± 1.4", "-"],
     ]
     assert text in capsys.readouterr().out
-    with (tmp_path / "table1.csv").open() as stream:
-        rows = list(csv.DictReader(stream))
+    rows = read_csv(tmp_path / "table1.csv")
     assert len(rows) == 2 * 3 * 2
     (row,) = [r for r in rows if (r["data_set"], r["method"], r["seed"]) == ("eurosat", "ops_lr", "1")]
     assert (row["test_accuracy"], row["queries"], row["steps"], row["paper"]) == ("0.52", "560", "7", "89.3")
@@ -292,7 +244,7 @@ STRATEGIES = {
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_command_line_takes_a_cells_arguments_in_small(method: str, tmp_path: Path, cifar10: list[str]) -> None:
-    (cell,) = cells(parse(study(tmp_path, "--seeds", "5", *cifar10, methods=(method,))))
+    (cell,) = planned(*study(tmp_path, "--seeds", "5", *cifar10, methods=(method,)))
     *given, checkpoint, word = cell.command[3:]
     assert (checkpoint, word) == ("--ckpt_path", "last")
     cli = build(given)
@@ -311,37 +263,3 @@ def test_the_command_line_takes_a_cells_arguments_in_small(method: str, tmp_path
         assert [site.queries_per_sample for site in sites] == [20] * 4
         assert [s.sigma for s in sites] == ([1e-5, 1e-4, 1e-3, 1e-3] if strategy == "LikelihoodRatio" else [1e-3] * 4)
         assert cli.model.strategy.pilots.queries == (4 if method == "ops_lr" else 0)
-
-
-# -- what is not to happen ---------------------------------------------------------------------------------------------
-
-
-def test_a_folder_of_other_settings_is_refused(
-    machine: Machine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    main(study(tmp_path, "--", "--trainer.max_epochs", "6"))
-    with pytest.raises(SystemExit, match="2"):
-        main(study(tmp_path))
-    assert "of other settings" in capsys.readouterr().err
-    main(study(tmp_path, "--", "--trainer.max_epochs", "6"))
-    assert len(machine.commands) == 2
-
-
-def test_a_signal_ends_the_runs_and_begins_no_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    sleeper = tmp_path / "sleeper.py"
-    sleeper.write_text("import os, signal, time\nos.kill(os.getppid(), signal.SIGTERM)\ntime.sleep(60)\n")
-    monkeypatch.setattr(Cell, "command", property(lambda cell: [sys.executable, str(sleeper), cell.method]))
-    before = signal.getsignal(signal.SIGTERM)
-    start = time.monotonic()
-    with pytest.raises(SystemExit, match="1"):
-        main(study(tmp_path / "out"))
-    assert time.monotonic() - start < 30
-    assert [path.parent.name for path in (tmp_path / "out").rglob("log.txt")] == ["seed_0"]
-    assert signal.getsignal(signal.SIGTERM) == before
-
-
-def test_five_sites_get_as_many_queries_in_all_as_for_the_other_methods(tmp_path: Path) -> None:
-    options = parse(["--output", str(tmp_path), "--methods", "mezo_nspsa", "--data_sets", "cifar10"])
-    queries = {cell.model: [part for part in cell.command if "queries=" in part] for cell in cells(options)}
-    assert queries["vit_base"] == []
-    assert queries["vit_large"] == ["--model.init_args.strategy.init_args.queries=100"]

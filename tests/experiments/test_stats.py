@@ -1,0 +1,36 @@
+"""Intervals, against scipy's and the textbook's."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from experiments.stats import geometric_interval, mean_interval, paired_difference, paired_ratio
+
+
+@pytest.mark.parametrize(("number", "point"), [(2, 12.706), (3, 4.303), (17, 2.120), (18, 2.110), (200, 1.972)])
+def test_the_interval_is_students_for_any_number(number: int, point: float) -> None:
+    values = np.random.default_rng(number).normal(2.0, size=number)
+    mean, low, high = mean_interval(list(values))
+    half = point * values.std(ddof=1) / math.sqrt(number)
+    assert (mean, low, high) == pytest.approx((values.mean(), mean - half, mean + half), rel=1e-3)
+    assert (low, high) == pytest.approx(stats.ttest_1samp(values, 0).confidence_interval(), rel=1e-9)
+
+
+def test_the_geometric_interval_is_that_of_the_logarithms() -> None:
+    half = 4.303 * math.log(2) / math.sqrt(3)
+    expected = (2.0, 2 * math.exp(-half), 2 * math.exp(half))
+    assert geometric_interval([1.0, 2.0, 4.0]) == pytest.approx(expected, rel=2e-3)
+    assert geometric_interval([3.0]) == pytest.approx((3.0, math.nan, math.nan), nan_ok=True)
+
+
+def test_pairs_are_compared_one_by_one() -> None:
+    assert paired_ratio([50.0, 100.0], [100.0, 200.0]) == "0.50 (0.50 - 0.50)"
+    assert paired_ratio([1.0, 4.0], [1.0, 2.0], ", but") == "1.41 (0.02 - 115.61, but)"
+    assert paired_difference([0.92, 0.83, 0.74], [0.91, 0.81, 0.71]) == "+2.0 (-0.5 to +4.5)"
+    assert paired_difference([0.9], [0.8]) == "+10.0"
+    seeds = [0.9 + 0.001 * i for i in range(21)]
+    assert paired_difference(seeds, [0.9] * 21) == "+1.0 (+0.7 to +1.3)"
