@@ -36,7 +36,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Query:
-    """What one perturbed forward pass gave: the loss, and by place the noise and the module's own input."""
+    """Loss of one perturbed forward pass (its derivative where sigma is 0), and by place the noise and the input."""
 
     loss: float
     noise: dict[str, Tensor]
@@ -97,7 +97,7 @@ def reference_gradient(
         if pilots:
             early = _delta(rows[:pilots], clean, place, sigma, strategy.variant)
             share = pilots / site.queries_per_sample if pilot_weight is None else pilot_weight[b]
-            delta = _mixed(early, delta, share)
+            delta = mixed(early, delta, share)
         if delta is not None:
             _add_vjp(total, module, place, site.parameters, x[b : b + 1], delta)
     return {name: gradient / len(x) for name, gradient in total.items()}
@@ -180,9 +180,23 @@ def assert_equals_reference(
     """Compare every gradient of one estimate with the slow one."""
     draw = strategy.draw
     _, found = estimated(strategy, x.clone(), y, table)  # the network may work in place
+    assert_gradients(reference_gradient, module, strategy, x, y, table, found, draw=draw, **reference)
+
+
+def assert_gradients(
+    slow: Callable[..., dict[str, Tensor]],
+    module: nn.Module,
+    strategy: Any,
+    x: Tensor,
+    y: Tensor,
+    table: Tensor,
+    found: dict[str, Tensor | None],
+    **reference: Any,
+) -> None:
+    """Compare gradients with those of a ``slow`` reference, site by site."""
+    found = dict(found)
     for site, counts in zip(strategy.sites, table.expand(len(strategy.sites), -1).tolist(), strict=True):
-        expected = reference_gradient(module, strategy, site, x, y, counts, draw=draw, **reference)
-        for name, gradient in expected.items():
+        for name, gradient in slow(module, strategy, site, x, y, counts, **reference).items():
             actual = found.pop(name)
             if actual is None:  # the site lost everything and left `.grad` alone
                 assert not gradient.any(), name
@@ -202,6 +216,8 @@ def _query(
 ) -> Query:  # fmt: skip
     noise: dict[str, Tensor] = {}
     inputs: dict[str, Tensor] = {}
+    width = strategy.widths[site.name].sigma
+    sigma = torch.tensor(width, dtype=torch.float64, requires_grad=width == 0)
 
     def mover(place: Place) -> Callable[..., Tensor]:
         def move(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -210,7 +226,7 @@ def _query(
             r = _relative_width(strategy, site, z)
             noise[place.name], inputs[place.name] = z / r, args[0].detach().clone()
             moved = output.clone()
-            place.active(moved)[0] += strategy.widths[site.name].sigma * r * z
+            place.active(moved)[0] += sigma * r * z
             return moved
 
         return move
@@ -219,8 +235,10 @@ def _query(
         for place in places:
             handle = place.module.register_forward_hook(mover(place))
             stack.callback(handle.remove)
-        loss = _loss(module, strategy.loss, x[b : b + 1], y[b : b + 1])
-    return Query(loss, noise, inputs)
+        if width:
+            return Query(_loss(module, strategy.loss, x[b : b + 1], y[b : b + 1]), noise, inputs)
+        loss = strategy.loss(module(x[b : b + 1].clone()), y[b : b + 1]).sum()
+    return Query(torch.autograd.grad(loss, sigma)[0].item(), noise, inputs)
 
 
 def _noise(site_key: str, shape: torch.Size, strategy: LikelihoodRatio, b: int, q: int, draw: int) -> Tensor:
@@ -254,7 +272,7 @@ def _delta(rows: list[Query], clean: float, place: Place, sigma: float, variant:
     elif variant == "leave_one_out" and len(alive) == 1:
         terms = []  # no other query to centre it with
     else:
-        terms = [(row.loss - _control(row, alive, clean, variant)) * row.noise[place.name] / sigma for row in alive]
+        terms = [_weight(row, _control(row, alive, clean, variant), sigma) * row.noise[place.name] for row in alive]
     return torch.stack(terms).mean(0) if terms else None
 
 
@@ -265,6 +283,10 @@ def _survivors(rows: list[Query], clean: float, variant: str) -> list[Query]:
     return [row for row, gone in zip(rows, lost, strict=True) if not gone]
 
 
+def _weight(row: Query, control: float, sigma: float) -> float:
+    return (row.loss - control) / sigma if sigma else row.loss
+
+
 def _control(row: Query, alive: list[Query], clean: float, variant: str) -> float:
     if variant == "leave_one_out":
         others = [other.loss for other in alive if other is not row]
@@ -272,7 +294,7 @@ def _control(row: Query, alive: list[Query], clean: float, variant: str) -> floa
     return {"plain": 0.0, "baseline": clean}[variant]
 
 
-def _mixed(early: Tensor | None, late: Tensor | None, share: float) -> Tensor | None:
+def mixed(early: Tensor | None, late: Tensor | None, share: float) -> Tensor | None:
     if early is None or late is None:
         return late if early is None else early
     return share * early + (1 - share) * late
@@ -303,7 +325,7 @@ def _add_rows(
     """
     alive = _survivors(rows, clean, variant)
     for row in alive:
-        weight = (row.loss - (0.0 if variant == "plain" else clean)) / site.sigma / len(alive)
+        weight = _weight(row, 0.0 if variant == "plain" else clean, site.sigma) / len(alive)
         for place in places:
             leaves = {f"{place.name}.{leaf}": p for leaf, p in place.module.named_parameters(recurse=False)}
             leaves = {name: p for name, p in leaves.items() if name in total}

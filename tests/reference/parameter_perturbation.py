@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ from torch.nn import functional as F
 from flops_lightning.network.staging import stage_network
 from flops_lightning.noise.keys import NoiseKey, row_seeds, standard_normal
 from flops_lightning.strategies import Site, SiteSpec, WeightForwardMode
+from tests.reference import likelihood_ratio
+from tests.reference.likelihood_ratio import mixed
 from tests.reference.networks import Loss, estimated
 from tests.reference.smoothed import flat
 
@@ -138,17 +141,17 @@ def numbers_of(module: nn.Module, strategy: Any, site: Site, x: Tensor) -> Numbe
 
 
 def _layers(module: nn.Module, strategy: Any, site: Site) -> list[str]:
-    """Names of the layers whose parameters the site teaches, stage by stage."""
+    """Names of the layers whose parameters the site owns, stage by stage."""
     kinds = ("Linear", "Conv2d", "LayerNorm", "GroupNorm")
     return [
         name
         for stage in strategy.network.stages[site.first : site.last + 1]
         for name, layer in module.named_modules()
-        if type(layer).__name__ in kinds and stage.owns(name) and _taught(site, name)
+        if type(layer).__name__ in kinds and stage.owns(name) and _trained(site, name)
     ]
 
 
-def _taught(site: Site, layer: str) -> list[str]:
+def _trained(site: Site, layer: str) -> list[str]:
     return [leaf for leaf in ("weight", "bias") if f"{layer}.{leaf}" in site.parameters]
 
 
@@ -163,7 +166,7 @@ def _shapes_of_layer(
     layer: nn.Module, name: str, site: Site, rank: int, bases: dict[str, Tensor]
 ) -> dict[tuple[str, str], tuple[int, ...]]:
     shapes: dict[tuple[str, str], tuple[int, ...]] = {}
-    for leaf in _taught(site, name):
+    for leaf in _trained(site, name):
         full, parameter = f"{name}.{leaf}", site.parameters[f"{name}.{leaf}"]
         if leaf == "bias" or not isinstance(layer, (nn.Linear, nn.Conv2d)):
             shapes[full, ""] = tuple(parameter.shape)
@@ -286,7 +289,7 @@ def reference_gradient(
         if pilots:
             early = _gradient_of_sample(rows[:pilots], clean, strategy, site)
             share = pilots / site.queries_per_sample if pilot_weight is None else pilot_weight[b]
-            gradient = _mixed(early, gradient, share)
+            gradient = mixed(early, gradient, share)
         if gradient is not None:
             total += gradient / len(x)
     parts = total.split([p.numel() for p in site.parameters.values()])
@@ -334,25 +337,8 @@ def assert_equals_reference(
     assert_gradients(module, strategy, x, y, table, found, draw=draw, **reference)
 
 
-def assert_gradients(
-    module: nn.Module,
-    strategy: Any,
-    x: Tensor,
-    y: Tensor,
-    table: Tensor,
-    found: dict[str, Tensor | None],
-    **reference: Any,
-) -> None:
-    """Compare gradients that were found with the slow ones."""
-    found = dict(found)
-    for site, counts in zip(strategy.sites, table.expand(len(strategy.sites), -1).tolist(), strict=True):
-        for name, gradient in reference_gradient(module, strategy, site, x, y, counts, **reference).items():
-            actual = found.pop(name)
-            if actual is None:  # the site lost everything and left `.grad` alone
-                assert not gradient.any(), name
-            else:
-                torch.testing.assert_close(actual, gradient, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
-    assert all(gradient is None for gradient in found.values()), "a parameter without a site got a gradient"
+assert_gradients = partial(likelihood_ratio.assert_gradients, reference_gradient)
+"""Compare gradients that were found with the slow ones."""
 
 
 def _gradient_of_sample(rows: list[Query], clean: float, strategy: Any, site: Site) -> Tensor | None:
@@ -387,9 +373,3 @@ def _survivors(rows: list[Query], clean: float, strategy: Any) -> list[Query]:
     if unit_of(strategy) == 2:
         lost = [lost[q - q % 2] or lost[q - q % 2 + 1] for q in range(len(rows))]
     return [row for row, gone in zip(rows, lost, strict=True) if not gone]
-
-
-def _mixed(early: Tensor | None, late: Tensor | None, share: float) -> Tensor | None:
-    if early is None or late is None:
-        return late if early is None else early
-    return share * early + (1 - share) * late

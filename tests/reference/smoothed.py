@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from scipy import stats
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from flops_lightning.strategies import LikelihoodRatio, Site
 from tests.reference.likelihood_ratio import Place, places_of
-from tests.reference.networks import Loss, gradients
+from tests.reference.networks import Loss, autograd_gradient, gradients, squared_error, token_network
 
 LARGEST_ERROR = 0.02
 """Largest standard error of the slope with which a test may say anything."""
@@ -92,6 +93,33 @@ def true_gradients(
         )
         for site in strategy.sites
     }
+
+
+def shifted_squared_error(output: Tensor, target: Tensor) -> Tensor:
+    """Squared error less an offset in the last column of the target: small losses, or `plain` would need a day."""
+    return squared_error(output, target[:, :-1]) - target[:, -1]
+
+
+def token_problem() -> tuple[nn.Sequential, Tensor, Tensor]:
+    """A network on 3 tokens, 4 samples, and targets that leave clean losses of +-0.3."""
+    net = token_network()
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(4, 3, 3, generator=generator, dtype=torch.float64)
+    y = 2 + torch.randn(4, 2, generator=generator, dtype=torch.float64)
+    offset = squared_error(net(x), y).detach() - torch.tensor([0.3, -0.2, 0.2, -0.3])
+    return net, x, torch.cat([y, offset[:, None]], dim=1)
+
+
+def exact_gradients(strategy: Any, x: Tensor, y: Tensor) -> list[Sampled]:
+    """By site, where sigma is so small that the smoothed loss is the loss."""
+    truth = autograd_gradient(strategy.network.module, strategy.loss, x, y)
+    return [Sampled(flat([truth[name] for name in site.parameters]).repeat(2, 1)) for site in strategy.sites]
+
+
+def total_variance(draws: Tensor) -> tuple[float, float]:
+    """Trace of the covariance of ``(k, n)`` draws of a gradient, and its standard error."""
+    squares = (draws - draws.mean(0)).square().sum(1)
+    return float(squares.sum() / (len(draws) - 1)), float(squares.std() / len(draws) ** 0.5)
 
 
 def assert_unbiased(estimate: Sampled, truth: Sampled, *, largest_error: float = LARGEST_ERROR) -> None:

@@ -17,16 +17,22 @@ from torch import Tensor, nn
 from flops_lightning.strategies import LikelihoodRatio, PilotSpec, site_queries
 from flops_lightning.strategies.delta import DeltaSums
 from tests.reference.networks import (
-    autograd_gradient,
     bound,
     cross_entropy,
     freeze,
     gradients,
-    squared_error,
     tiny_vit,
-    token_network,
 )
-from tests.reference.smoothed import Sampled, assert_unbiased, estimates, flat, true_gradients
+from tests.reference.smoothed import (
+    Sampled,
+    assert_unbiased,
+    estimates,
+    exact_gradients,
+    flat,
+    shifted_squared_error,
+    token_problem,
+    true_gradients,
+)
 
 LAYOUTS: dict[str, list[dict[str, Any]]] = {
     "group": [{"stages": ["0", "1"]}, {"stages": ["2", "3"]}, {"stages": ["4"]}],
@@ -42,21 +48,6 @@ CASES = [
 ]
 # Uneven, and in step with the samples' shares of the gradient, so that weighting samples by their counts shows.
 COUNTS = torch.tensor([300, 640, 300, 60])
-
-
-def shifted_squared_error(output: Tensor, target: Tensor) -> Tensor:
-    """Squared error less an offset in the last column of the target: small losses, or `plain` would need a day."""
-    return squared_error(output, target[:, :-1]) - target[:, -1]
-
-
-def token_problem() -> tuple[nn.Module, Tensor, Tensor]:
-    """A network on 3 tokens, 4 samples, and targets that leave clean losses of +-0.3."""
-    net = token_network()
-    generator = torch.Generator().manual_seed(2)
-    x = torch.randn(4, 3, 3, generator=generator, dtype=torch.float64)
-    y = 2 + torch.randn(4, 2, generator=generator, dtype=torch.float64)
-    offset = squared_error(net(x), y).detach() - torch.tensor([0.3, -0.2, 0.2, -0.3])
-    return net, x, torch.cat([y, offset[:, None]], dim=1)
 
 
 def token_strategy(layout: str, *, sigma: float, **settings: Any) -> tuple[LikelihoodRatio, Tensor, Tensor]:
@@ -80,10 +71,9 @@ def check(layout: str, variant: str, *, sigma: float = 0.5, draws: int = 20) -> 
 
 def check_against_autograd(strategy: LikelihoodRatio, x: Tensor, y: Tensor, *, counts: Tensor, draws: int) -> None:
     """The same where sigma is so small that the smoothed loss is the loss."""
-    truth = autograd_gradient(strategy.network.module, strategy.loss, x, y)
-    for site, estimate in zip(strategy.sites, estimates(strategy, x, y, counts, draws=draws).values(), strict=True):
-        exact = flat([truth[name] for name in site.parameters])
-        assert_unbiased(estimate, Sampled(exact.repeat(2, 1)))
+    found = estimates(strategy, x, y, counts, draws=draws).values()
+    for estimate, exact in zip(found, exact_gradients(strategy, x, y), strict=True):
+        assert_unbiased(estimate, exact)
 
 
 @pytest.mark.parametrize(("variant", "layout"), CASES)
@@ -102,9 +92,8 @@ def test_wide_noise_smooths() -> None:
     """Else the tests with wide noise would say no more than those with narrow noise."""
     strategy, x, y = token_strategy("block", sigma=0.5)
     smoothed = token_truth("block", sigma=0.5)["0"]
-    exact = flat(list(autograd_gradient(strategy.network.module, strategy.loss, x, y).values())[:2])
     with pytest.raises(AssertionError, match="slope"):
-        assert_unbiased(Sampled(exact.repeat(2, 1)), smoothed)
+        assert_unbiased(exact_gradients(strategy, x, y)[0], smoothed)
 
 
 @pytest.mark.parametrize("variant", ["baseline", "antithetic"])

@@ -34,9 +34,18 @@ from flops_lightning.strategies import (
     query_strategy,
 )
 from flops_lightning.strategies.parameter_queries import ParameterQueryResult
-from tests.reference.networks import autograd_gradient, freeze, gradients, squared_error, token_network
+from tests.reference.networks import autograd_gradient, freeze, gradients, squared_error
 from tests.reference.parameter_perturbation import Factors, Numbers, bound, numbers_of
-from tests.reference.smoothed import Sampled, assert_unbiased, estimates, flat
+from tests.reference.smoothed import (
+    Sampled,
+    assert_unbiased,
+    estimates,
+    exact_gradients,
+    flat,
+    shifted_squared_error,
+    token_problem,
+    total_variance,
+)
 
 
 class Tier(NamedTuple):
@@ -70,27 +79,14 @@ COUNTS = torch.tensor([30, 64, 30, 6])
 COUNTS_SHARED = torch.tensor([24, 32, 24, 16])
 
 
-def shifted_squared_error(output: Tensor, target: Tensor) -> Tensor:
-    """Squared error less an offset in the last column of the target: small losses, or `plain` would need a day."""
-    return squared_error(output, target[:, :-1]) - target[:, -1]
-
-
 def problem(*, only: str = "") -> tuple[nn.Module, Tensor, Tensor]:
-    """A network on 3 tokens, 4 samples, and targets that leave clean losses of +-0.3.
-
-    Args:
-        only: Freeze all but this layer: shared directions are run one by one, and many are needed.
-    """
-    net = token_network()
+    """The tokens' problem with all but one layer frozen: shared directions run one by one, and many are needed."""
+    net, x, y = token_problem()
     freeze(net, *(name for name, _ in net.named_parameters() if only and not name.startswith(only + ".")))
-    generator = torch.Generator().manual_seed(2)
-    x = torch.randn(4, 3, 3, generator=generator, dtype=torch.float64)
-    y = 2 + torch.randn(4, 2, generator=generator, dtype=torch.float64)
-    offset = squared_error(net(x), y).detach() - torch.tensor([0.3, -0.2, 0.2, -0.3])
-    return net, x, torch.cat([y, offset[:, None]], dim=1)
+    return net, x, y
 
 
-def taught(strategy: str, layout: str, *, sigma: float, **more: Any) -> tuple[Any, Tensor, Tensor]:
+def perturbing(strategy: str, layout: str, *, sigma: float, **more: Any) -> tuple[Any, Tensor, Tensor]:
     kind, settings = STRATEGIES[strategy]
     only = "" if layout != "shared" else "4" if strategy == "forward" else "2"
     net, x, y = problem(only=only)
@@ -141,18 +137,12 @@ def projected(gradient: Tensor, direction: Factors) -> Tensor:
 @cache
 def wide_truth(layout: str, times: int) -> list[Sampled]:
     """By site, the same for all variants."""
-    strategy, x, y = taught("baseline", layout, sigma=WIDE)
+    strategy, x, y = perturbing("baseline", layout, sigma=WIDE)
     sites = strategy.sites
     return [smoothed_gradient(strategy, x, y, site, copies=1000, draws=10 * min(times, 30)) for site in sites]
 
 
 WIDE, NARROW = 0.3, 1e-4
-
-
-def exact(strategy: Any, x: Tensor, y: Tensor) -> list[Sampled]:
-    """By site, where the smoothed loss is the loss."""
-    truth = autograd_gradient(strategy.network.module, strategy.loss, x, y)
-    return [Sampled(flat([truth[name] for name in site.parameters]).repeat(2, 1)) for site in strategy.sites]
 
 
 def check(strategy: Any, x: Tensor, y: Tensor, truth: list[Sampled], tier: Tier, *, more: int = 1) -> None:
@@ -174,15 +164,15 @@ def judge(estimate: Sampled, truth: Sampled, tier: Tier) -> None:
 @pytest.mark.parametrize("layout", ["shared", "factored", "guided"])
 @pytest.mark.parametrize("strategy", ["plain", "baseline", "leave_one_out", "spsa"])
 def test_wide_noise(strategy: str, layout: str, tier: Tier) -> None:
-    check(*taught(strategy, layout, sigma=WIDE), wide_truth(layout, tier.times), tier)
+    check(*perturbing(strategy, layout, sigma=WIDE), wide_truth(layout, tier.times), tier)
 
 
 @pytest.mark.parametrize("layout", ["shared", "factored", "guided"])
 def test_wide_noise_smooths(layout: str) -> None:
     """Else the tests with wide noise would say no more than those with narrow noise."""
-    strategy, x, y = taught("baseline", layout, sigma=WIDE)
+    strategy, x, y = perturbing("baseline", layout, sigma=WIDE)
     differ = []
-    for smoothed, plain in zip(wide_truth(layout, 1), exact(strategy, x, y), strict=True):
+    for smoothed, plain in zip(wide_truth(layout, 1), exact_gradients(strategy, x, y), strict=True):
         slope = float(smoothed.mean @ plain.mean / plain.mean.square().sum())
         doubt = float((smoothed.draws @ plain.mean / plain.mean.square().sum()).std()) / len(smoothed.draws) ** 0.5
         differ.append(abs(slope - 1) > 5 * doubt + 0.02)
@@ -194,15 +184,15 @@ def test_wide_noise_smooths(layout: str) -> None:
     [*(("baseline", layout) for layout in LAYOUTS), *(("spsa", layout) for layout in ("shared", "factored", "guided"))],
 )
 def test_narrow_noise(strategy: str, layout: str) -> None:
-    chosen, x, y = taught(strategy, layout, sigma=NARROW)
-    check(chosen, x, y, exact(chosen, x, y), LIGHT)
+    chosen, x, y = perturbing(strategy, layout, sigma=NARROW)
+    check(chosen, x, y, exact_gradients(chosen, x, y), LIGHT)
 
 
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_forward_gradients_in_the_weights(layout: str, tier: Tier) -> None:
-    chosen, x, y = taught("forward", layout, sigma=0.0)
-    check(chosen, x, y, exact(chosen, x, y), tier)
+    chosen, x, y = perturbing("forward", layout, sigma=0.0)
+    check(chosen, x, y, exact_gradients(chosen, x, y), tier)
 
 
 @pytest.mark.parametrize("tier", TIERS)
@@ -216,7 +206,7 @@ def test_forward_gradients_in_the_activity(kind: str, tier: Tier) -> None:
     }
     net, x, y = problem()
     strategy = bound(ForwardMode, net, shifted_squared_error, sites[kind], chunk_rows=1000)
-    check(strategy, x, y, exact(strategy, x, y), tier, more=10 if kind == "together" else 1)
+    check(strategy, x, y, exact_gradients(strategy, x, y), tier, more=10 if kind == "together" else 1)
 
 
 @pytest.mark.parametrize("tier", TIERS)
@@ -245,7 +235,7 @@ def test_a_capped_span_gives_the_projected_gradient() -> None:
         leading = torch.linalg.svd(inputs[b]).Vh[0]
         parts.append(gradient @ torch.outer(leading, leading))
     truth = torch.stack(parts).mean(0).flatten()
-    (whole,) = exact(strategy, x, y)
+    (whole,) = exact_gradients(strategy, x, y)
     assert (truth - whole.mean).norm() > 0.05 * whole.mean.norm()
     check(strategy, x, y, [Sampled(truth.repeat(2, 1))], LIGHT)
 
@@ -261,12 +251,6 @@ def queries_of_one(strategy: str, layout: str, **more: Any) -> tuple[Any, Tensor
     site = [{"stages": ["2"], **width}]
     chosen = bound(kind, net, squared_error, site, chunk_rows=1000, **settings, **LAYOUTS[layout], **more)
     return chosen, x[:1], y[:1, :2]
-
-
-def total_variance(draws: Tensor) -> tuple[float, float]:
-    """Trace of the covariance of ``(k, n)`` draws, and its standard error."""
-    squares = (draws - draws.mean(0)).square().sum(1)
-    return float(squares.sum() / (len(draws) - 1)), float(squares.std() / len(draws) ** 0.5)
 
 
 @pytest.mark.parametrize(
@@ -333,7 +317,7 @@ def with_pilots(layout: str, *, draws: int) -> tuple[Sampled, Sampled]:
         strategy.estimate(clean, 2 + 2 * (30 * trace / trace.sum()).floor().long())
         grads = gradients(net)
         found.append(flat([grads[name] for name in strategy.sites[0].parameters]))
-    return Sampled(torch.stack(found)), exact(strategy, x, y)[0]
+    return Sampled(torch.stack(found)), exact_gradients(strategy, x, y)[0]
 
 
 @pytest.mark.parametrize("tier", TIERS)
@@ -400,8 +384,8 @@ def forget_the_root_of_the_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_planted_faults_are_caught(
     fault: Callable[[pytest.MonkeyPatch], None], layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen, x, y = taught("spsa", layout, sigma=NARROW)
-    truth = exact(chosen, x, y)
+    chosen, x, y = perturbing("spsa", layout, sigma=NARROW)
+    truth = exact_gradients(chosen, x, y)
     fault(monkeypatch)
     with pytest.raises(AssertionError, match=r"^slope"):
         check(chosen, x, y, truth, Tier(2, 1.0))

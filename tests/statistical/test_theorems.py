@@ -45,7 +45,7 @@ from flops_lightning.strategies.delta import DeltaSums
 from flops_lightning.strategies.site_queries import QueriedOutput
 from tests.reference.networks import autograd_gradient, gradients, squared_error, token_network
 from tests.reference.parameter_perturbation import bound
-from tests.reference.smoothed import Sampled, assert_unbiased, estimates, flat
+from tests.reference.smoothed import Sampled, assert_unbiased, estimates, flat, total_variance
 
 LONG = [pytest.mark.statistical_heavy, pytest.mark.timeout(1500)]
 SITE = "2"
@@ -59,10 +59,10 @@ class Measured(NamedTuple):
     error: float
 
 
-def taught(
+def perturbing(
     kind: str, *, batch: int = 12, strategy: type[Any] = LikelihoodRatio, **settings: Any
 ) -> tuple[Any, Tensor, Tensor]:
-    """A strategy that teaches one layer of a tiny network, and samples whose gradients point about the same way."""
+    """A strategy that trains one layer of a tiny network, and samples whose gradients point about the same way."""
     net = token_network()
     net.requires_grad_(False)
     net.get_submodule(SITE).requires_grad_(True)
@@ -75,13 +75,6 @@ def taught(
 
 
 # Theorem 1
-
-
-def total_variance(draws: Tensor) -> Measured:
-    """Trace of the covariance of ``(k, n)`` draws of a gradient."""
-    squares = (draws - draws.mean(0)).square().sum(1)
-    k = len(draws)
-    return Measured(float(squares.sum() / (k - 1)), float(squares.std() / k**0.5))
 
 
 def traces_of(strategy: LikelihoodRatio, x: Tensor, y: Tensor, *, queries: int, repeats: int = 10) -> Sampled:
@@ -101,11 +94,11 @@ def predicted_variance(traces: Sampled, counts: Tensor) -> Measured:
 
 
 def ratio_to_theorem_1(settings: dict[str, Any], counts: Tensor, *, draws: int, queries: int) -> Measured:
-    """Total variance of an estimator's gradient over that which its traces predict; settings as for ``taught``."""
-    strategy, x, y = taught(**settings)
+    """Total variance of an estimator's gradient over that which its traces predict; settings as for ``perturbing``."""
+    strategy, x, y = perturbing(**settings)
     predicted = predicted_variance(traces_of(strategy, x, y, queries=queries), counts)
     (gradient,) = estimates(strategy, x, y, counts, draws=draws).values()
-    found = total_variance(gradient.draws)
+    found = Measured(*total_variance(gradient.draws))
     ratio = found.value / predicted.value
     return Measured(ratio, ratio * ((found.error / found.value) ** 2 + (predicted.error / predicted.value) ** 2) ** 0.5)
 
@@ -185,7 +178,7 @@ def test_shared_directions_add_the_covariances_between_samples(draws: int, large
     Where the loss is linear over sigma, ``Cov_bc = E[(g_b . z) (g_c . z) ||z||^2] - g_b . g_c = (d + 1) g_b . g_c``,
     and twice that for pairs.
     """
-    strategy, x, y = taught(**SHARED[name])
+    strategy, x, y = perturbing(**SHARED[name])
     module = strategy.network.module
     g = torch.stack(
         [flat([*autograd_gradient(module, squared_error, x[b : b + 1], y[b : b + 1]).values()]) for b in range(12)]
@@ -195,7 +188,7 @@ def test_shared_directions_add_the_covariances_between_samples(draws: int, large
     expected = float((together * covariances).sum()) / len(x) ** 2
     theorem = float((covariances.diagonal() / FEW).sum()) / len(x) ** 2
     (gradient,) = estimates(strategy, x, y, FEW, draws=draws).values()
-    found = total_variance(gradient.draws)
+    found = Measured(*total_variance(gradient.draws))
     assert found.error < largest_error * found.value, "too noisy to tell"
     assert abs(found.value - expected) < 4 * found.error, (found, expected)
     assert found.value - theorem > 5 * found.error, (found, theorem)
@@ -327,7 +320,7 @@ def test_equal_traces_leave_nothing_to_gain(name: str) -> None:
 )
 def test_theorem_2_in_the_gradients_themselves(draws: int, queries: int, largest_error: float) -> None:
     """What the optimal counts take off the variance of the estimator's gradient, as a part of the right-hand side."""
-    strategy, x, y = taught("linear")
+    strategy, x, y = perturbing("linear")
     trace = traces_of(strategy, x, y, queries=queries).mean
     budget = strategy.budget
     statistics = SampleStatistics(loss=squared_error(strategy.network.module(x), y).detach(), trace=trace)
@@ -335,7 +328,7 @@ def test_theorem_2_in_the_gradients_themselves(draws: int, queries: int, largest
     variances = []
     for counts in (torch.full_like(best, *budget.queries_per_sample), best):
         (gradient,) = estimates(strategy, x, y, counts, draws=draws).values()
-        variances.append(total_variance(gradient.draws))
+        variances.append(Measured(*total_variance(gradient.draws)))
     # The bound's gain is eta^2 L / (2 B) times that of J, and the variance J / B^2.
     limit = right_hand_side(trace, float(best.sum()))
     part, error = (
@@ -355,7 +348,7 @@ def test_theorem_2_in_the_gradients_themselves(draws: int, queries: int, largest
 
 def slope_draws(allocator: QueryAllocator, kind: str, *, pilots: int, draws: int) -> tuple[Sampled, Tensor, Tensor]:
     """Estimates whose counts an allocator chose after a look at pilots, and those pilots' traces and the counts."""
-    strategy, x, y = taught(kind, batch=48, pilots=PilotSpec("lowest", pilots))
+    strategy, x, y = perturbing(kind, batch=48, pilots=PilotSpec("lowest", pilots))
     names = list(strategy.sites[0].parameters)
     found, traces, counts = [], [], []
     for _ in range(draws):
@@ -382,7 +375,7 @@ def correlation(traces: Tensor, counts: Tensor) -> float:
 
 def true_gradient(kind: str) -> Sampled:
     """By autograd: sigma is so small that the smoothed loss is the loss."""
-    strategy, x, y = taught(kind, batch=48)
+    strategy, x, y = perturbing(kind, batch=48)
     truth = autograd_gradient(strategy.network.module, strategy.loss, x, y)
     return Sampled(flat(list(truth.values())).repeat(2, 1))
 

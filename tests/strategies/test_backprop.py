@@ -2,11 +2,9 @@ from __future__ import annotations
 
 import math
 
-import pytest
 import torch
 from torch import Tensor, nn
 
-from flops_lightning.errors import SettingError
 from flops_lightning.network.staging import stage_network
 from flops_lightning.strategies import Backprop
 from tests.reference.networks import Loss, autograd_gradient, cross_entropy, freeze, gradients, squared_error
@@ -45,15 +43,6 @@ def test_dropout_is_off_and_modes_come_back(tokens_net: nn.Sequential, tokens: t
         torch.testing.assert_close(gradient, expected[name])
 
 
-def test_it_adds_to_grad(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
-    strategy = bound_backprop(tokens_net, squared_error)
-    for _ in range(2):
-        strategy.estimate(strategy.clean_pass(*tokens))
-    expected = autograd_gradient(tokens_net, squared_error, *tokens)
-    for name, gradient in gradients(tokens_net).items():
-        torch.testing.assert_close(gradient, 2 * expected[name])
-
-
 def test_a_parameter_that_does_not_matter_gets_zeros(tokens: tuple[Tensor, Tensor]) -> None:
     class Idle(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
@@ -79,39 +68,6 @@ def test_a_sample_without_a_finite_loss_contributes_nothing(
     for name, gradient in gradients(tokens_net).items():
         torch.testing.assert_close(gradient, expected[name] * 3 / 4)
     assert (estimate.silent_samples, estimate.lost_batch) == (1, False)
-
-
-def test_a_lost_batch_touches_no_gradient(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
-    strategy = bound_backprop(tokens_net, squared_error)
-    estimate = strategy.estimate(strategy.clean_pass(tokens[0] * math.nan, tokens[1]))
-    assert estimate.lost_batch
-    assert all(p.grad is None for p in tokens_net.parameters())
-    assert strategy.draw == 1
-
-
-def test_it_has_nothing_to_allocate(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
-    strategy = bound_backprop(tokens_net, squared_error)
-    clean = strategy.clean_pass(*tokens)
-    assert (strategy.sites, strategy.budget, strategy.update_groups) == ((), None, ((),))
-    assert strategy.pilot_traces(clean) is None
-    with pytest.raises(SettingError, match=r"counts = \(4,\).*allocator"):
-        strategy.estimate(clean, torch.full((4,), 2))
-    for more in ({"pilot_weight": torch.ones(4)}, {"traces": True}):
-        with pytest.raises(SettingError, match=r"spends no queries.*allocator"):
-            strategy.estimate(clean, **more)
-    with pytest.raises(SettingError, match=r"Backprop spends no queries .*batch of 4.*\['scale'\].*LikelihoodRatio"):
-        strategy.sample_statistics(clean, {"scale"})
-    assert set(gradients(tokens_net).values()) == {None}
-    with pytest.raises(SettingError, match=r"sites = \['0'\]"):
-        strategy.estimate(clean, sites=["0"])
-    with pytest.raises(RuntimeError, match="one update group"):
-        strategy.refresh(clean, [])
-
-
-def test_a_frozen_network_is_refused(tokens_net: nn.Sequential) -> None:
-    tokens_net.requires_grad_(False)
-    with pytest.raises(SettingError, match="Freeze less"):
-        bound_backprop(tokens_net, squared_error)
 
 
 def test_what_it_pays(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:

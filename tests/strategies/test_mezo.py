@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 import warnings
@@ -16,7 +15,6 @@ from flops_lightning.errors import SettingError
 from flops_lightning.network.staging import stage_network
 from flops_lightning.strategies import SPSA, MeZO
 from flops_lightning.strategies.costs import site_costs
-from flops_lightning.strategies.shared_directions import SharedDirections
 from tests.reference.footprint import everything
 from tests.reference.layouts import convolutional
 from tests.reference.networks import (
@@ -199,17 +197,6 @@ def test_so_it_does_where_a_step_fails(
     assert all(p.grad is None for p in tokens_net.parameters())
 
 
-def test_estimates_add_up_in_grad(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
-    strategy = mezo(tokens_net, squared_error)
-    clean = strategy.clean_pass(*tokens)
-    strategy.estimate(clean)
-    alone = {name: gradient.clone() for name, gradient in gradients(tokens_net).items()}
-    strategy.estimate(clean)
-    strategy.estimate(clean, sites=["all"])
-    for name, gradient in gradients(tokens_net).items():
-        torch.testing.assert_close(gradient, 2 * alone[name])
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_losses_are_compared_in_float32_at_least(
     dtype: torch.dtype, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
@@ -219,26 +206,6 @@ def test_losses_are_compared_in_float32_at_least(
     estimate = strategy.estimate(strategy.clean_pass(tokens[0].to(dtype), tokens[1].to(dtype)))
     assert estimate.loss.dtype == estimate.output.dtype == torch.float32
     assert {p.grad.dtype for p in net.parameters()} == {dtype}
-
-
-def test_a_resumed_run_goes_on_with_the_same_directions(
-    tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
-) -> None:
-    def step(strategy: MeZO) -> dict[str, Tensor | None]:
-        strategy.estimate(strategy.clean_pass(*tokens))
-        return gradients(tokens_net)
-
-    strategy = mezo(tokens_net, squared_error, seed=3)
-    step(strategy)
-    state = copy.deepcopy(strategy.state_dict())
-    second = step(strategy)
-    with pytest.raises(SettingError, match=r"strategy.seed = 99: .* noise from 3. Leave the seed out, or write 3"):
-        mezo(tokens_net, squared_error, seed=99).load_state_dict(state)
-    resumed = mezo(tokens_net, squared_error, seed=None)
-    resumed.load_state_dict(state)
-    for name, gradient in step(resumed).items():
-        torch.testing.assert_close(gradient, second[name], rtol=0, atol=0)
-    assert resumed.meter.state_dict() == strategy.meter.state_dict()
 
 
 # Lost queries
@@ -273,45 +240,7 @@ def test_a_sample_that_loses_every_query_contributes_nothing(
     assert_gradients(tokens_net, strategy, x, y, torch.tensor([4, 4, 0, 4]), gradients(tokens_net), draw=0)
 
 
-def test_a_lost_batch_touches_no_gradient(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
-    strategy = mezo(tokens_net, lambda output, target: squared_error(output, target) * math.nan)
-    before = tokens_net[0].weight.grad = torch.ones_like(tokens_net[0].weight)
-    with pytest.warns(RuntimeWarning, match="4 samples lost every query"):
-        estimate = strategy.estimate(strategy.clean_pass(*tokens))
-    assert estimate.lost_batch
-    assert estimate.lost == 8
-    assert tokens_net[0].weight.grad is before
-    assert (before == 1).all()
-    assert all(p.grad is None for name, p in tokens_net.named_parameters() if name != "0.weight")
-    assert strategy.draw == 1, "the next batch must draw another direction"
-
-
 # Faults to plant
-
-
-@pytest.mark.parametrize("fault", ["the same sign", "the gradient's noise in another order"])
-def test_planted_faults_are_caught(
-    fault: str, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    strategy = mezo(tokens_net, squared_error, queries=4)
-    if fault == "the same sign":
-        losses = SharedDirections._losses
-
-        def unsigned(self: Any, *args: Any) -> Any:
-            *others, sigmas = args
-            return losses(self, *others, sigmas.abs())
-
-        monkeypatch.setattr(SharedDirections, "_losses", unsigned)
-    else:
-        whole = SharedDirections.gradient
-
-        def reversed_(self: Any, site: Any, clean: Any, plan: Any, *rest: Any) -> Any:
-            queries = plan.queries.max() - plan.queries
-            return whole(self, site, clean, type(plan)(plan.samples, queries, plan.chunk_rows), *rest)
-
-        monkeypatch.setattr(SharedDirections, "gradient", reversed_)
-    with pytest.raises(AssertionError, match="not close"):
-        assert_equals_reference(strategy, *tokens)
 
 
 # Refusals
@@ -334,39 +263,6 @@ def test_settings_that_are_refused(settings: dict[str, Any], problem: str) -> No
         MeZO(**settings)
 
 
-@pytest.mark.parametrize(
-    "asked",
-    [{"counts": torch.full((4,), 2)}, {"pilot_weight": torch.full((1, 4), 0.5)}, {"traces": True}],
-)
-def test_there_is_nothing_to_allocate(
-    asked: dict[str, Any], tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
-) -> None:
-    strategy = mezo(tokens_net, squared_error)
-    clean = strategy.clean_pass(*tokens)
-    with pytest.raises(SettingError, match=r"MeZO gives all samples the same directions\. Remove the allocator"):
-        strategy.estimate(clean, **asked)
-    assert all(p.grad is None for p in tokens_net.parameters())
-
-
-def test_there_is_one_site_and_one_update(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
-    strategy = mezo(tokens_net, squared_error)
-    clean = strategy.clean_pass(*tokens)
-    with pytest.raises(SettingError, match="Remove the callback, or use SPSA"):
-        strategy.sample_statistics(clean)
-    with pytest.raises(SettingError, match=r"'typo'.*MeZO has the site 'all' alone"):
-        strategy.estimate(clean, sites=["typo"])
-    with pytest.raises(RuntimeError, match="nothing to refresh"):
-        strategy.refresh(clean, ["all"])
-    assert strategy.pilot_traces(clean) is None
-    assert strategy.budget is None
-    assert strategy.update_groups == (("all",),)
-
-
-def test_a_network_without_trainable_parameters_is_refused(tokens_net: nn.Sequential) -> None:
-    with pytest.raises(SettingError, match=r"^freeze = .*leaves nothing to train"):
-        mezo(tokens_net.requires_grad_(False), squared_error)
-
-
 @pytest.mark.parametrize(("sigma", "warned"), [(1e-2, False), (1e-7, True)])
 def test_a_sigma_below_the_precision_is_warned_of_once(
     sigma: float, warned: bool, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
@@ -377,9 +273,3 @@ def test_a_sigma_below_the_precision_is_warned_of_once(
         for _ in range(2):
             strategy.clean_pass(tokens[0].float(), tokens[1].float())
     assert ["sigma = 1e-07" in str(each.message) for each in caught] == [True] * warned
-
-
-def test_the_seed_is_that_of_seed_everything() -> None:
-    torch.manual_seed(1234)
-    assert MeZO().seed == 1234
-    assert MeZO(seed=5).seed == 5
