@@ -1,21 +1,44 @@
-"""``python -m benchmarks [--quick] [--json FILE] [--device DEVICE]``."""
+"""``python -m benchmarks``: speed and memory of a training step beside the inference it is made of, as ratios."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
-
-from benchmarks.arguments import a_device, writable
 from benchmarks.cases import Case, full_cases, quick_cases
-from benchmarks.measurement import measure, strategy_of
-from benchmarks.memory import INFERENCE, OURS, QUERIES_ALONE, in_a_process, run
-from benchmarks.report import table
+from benchmarks.harness import Record, at_least, command, finish, say, table
+from benchmarks.memory import INFERENCE, OURS, OURS_WITHOUT_VJP, peak, peak_in_a_process
+from benchmarks.speed import measure
 from flops_lightning.network.process_memory import held
+
+CASE = ("model", "batch", "queries", "strategy", "sites", "allocation", "compiled")
+"""Keys in the record that say what was measured."""
+
+LEGEND = {
+    "ratio_full_inference": ("full", "inference of the queries, each a row through the whole network / our step"),
+    "ratio_suffix_inference": (
+        "suffix", "inference of the same rows through each site's suffix / our queries: noise, suffixes, losses and "
+        "sums; no clean pass, no local VJP",
+    ),
+    "ratio_backprop": ("backprop", "forward and backward pass of the batch / our step"),
+    "ratio_checkpointed_backprop": ("checkpointed", "the same with every stage checkpointed / our step"),
+    "ratio_reference": (
+        "reference", "eq. 1 as it reads (one query at a time through the whole network, one VJP each) / our step",
+    ),
+    "ratio_batched_reference": ("batched", "the same in batches, with one VJP a sample / our step"),
+    "overhead_fraction": (
+        "overhead", "share of our step beyond inference of its suffixes: clean pass, noise, sums, local VJP, host",
+    ),
+    "memory_over_inference": (
+        "memory", "peak memory of our step without local VJP, .grad included / of inference in chunks of as many rows",
+    ),
+    "memory_with_vjp_over_inference": ("with VJP", "the same of the whole step"),
+    "memory_over_backprop": ("of backprop's", "peak memory of our step / of a backprop step of the batch"),
+}  # fmt: skip
+"""Key in the record -> (column, what it counts). Peaks of memory are taken in processes of their own."""
+
+MEMORY = tuple(name for name in LEGEND if name.startswith("memory_"))
 
 
 def main(argv: Sequence[str] | None = None, *, cases: Sequence[Case] | None = None) -> None:
@@ -23,65 +46,62 @@ def main(argv: Sequence[str] | None = None, *, cases: Sequence[Case] | None = No
 
     Args:
         argv: Arguments; None: those of the process.
-        cases: What to measure instead of the built-in cases.
+        cases: What to measure instead of the built-in cases, without peaks of memory.
     """
     options = _parser().parse_args(argv)
-    known = list(cases or (quick_cases() if options.quick else full_cases()))
+    known = cases or (quick_cases() if options.quick else full_cases())
     chosen = [case for case in known if not options.models or any(part in case.model for part in options.models)]
-    if options.rounds:
-        chosen = [replace(case, rounds=options.rounds) for case in chosen]
     if options.peak:
-        print(peak(chosen[int(options.peak[0])], options.peak[1]))
+        print(peak(options.peak[1], chosen[int(options.peak[0])], options.device))
         return
     records = []
-    for place, case in enumerate(chosen):
-        print(f"measuring {case.model}, batch {case.batch}, {case.queries} queries ...", file=sys.stderr, flush=True)
-        records.append(measure(case, options.device))
-        if cases is None and held("VmHWM") is not None:
-            records[-1] |= memory_ratios(_given(options), place)
-    print(table(records))
-    if options.json:
-        options.json.write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
+    for i, case in enumerate(chosen):
+        say(f"measuring {case.model}, batch {case.batch}, {case.queries} queries ...")
+        record = measure(replace(case, rounds=options.rounds or case.rounds), options.device)
+        with_memory = cases is None and (held("VmHWM") is not None or options.device.type == "cuda")
+        records.append(record | (memory_ratios(options, i) if with_memory else dict.fromkeys(MEMORY)))
+    print(report(records))
+    finish(options, records)
 
 
-def peak(case: Case, name: str) -> float:
-    """Peak memory in MiB of a contender at a case, in this process."""
-    return run(name, case.batch, case, lambda network: strategy_of(case, network))
+def memory_ratios(options: argparse.Namespace, place: int) -> dict[str, float]:
+    """Peak memory of our step over that of inference and of backprop, at one of the cases that the options choose."""
+    given = [*["--quick"] * options.quick, *(["--models", *options.models] if options.models else [])]
+    given += ["--device", str(options.device), "--peak", str(place)]
+    inference, alone, ours, backprop = (
+        peak_in_a_process("benchmarks", *given, name) for name in (INFERENCE, OURS_WITHOUT_VJP, OURS, "backprop")
+    )
+    return dict(zip(MEMORY, (alone / inference, ours / inference, ours / backprop), strict=True))
 
 
-def memory_ratios(given: Sequence[str], place: int) -> dict[str, float]:
-    """Peak memory of our step over that of inference and of backprop, each in a process of its own.
-
-    Args:
-        given: Arguments that choose the cases.
-        place: Of the case among them.
-    """
-    peaks = {
-        name: in_a_process("benchmarks", *given, "--peak", str(place), name)
-        for name in (INFERENCE, QUERIES_ALONE, OURS, "backprop")
-    }
-    return {
-        "memory_over_inference": peaks[QUERIES_ALONE] / peaks[INFERENCE],
-        "memory_with_vjp_over_inference": peaks[OURS] / peaks[INFERENCE],
-        "memory_over_backprop": peaks[OURS] / peaks["backprop"],
-    }
-
-
-def _given(options: argparse.Namespace) -> list[str]:
-    return [*(["--quick"] if options.quick else []), *(["--models", *options.models] if options.models else [])]
+def report(records: Sequence[Record]) -> str:
+    """The table of medians with quartiles, shares of the phases, and what each column counts."""
+    columns = {name: f"{{{name}}}" for name in CASE}
+    columns |= {column: f"{{{name}:.2f}}" for name, (column, _) in LEGEND.items()}
+    shares = []
+    for record in records:
+        seconds = record.get("seconds_by_phase", {})
+        parts = (f"{name} {taken / sum(seconds.values()):.1%}" for name, taken in seconds.items())
+        shares.append("  {model}, {strategy}, {sites}, {allocation}: ".format(**record) + ", ".join(parts))
+    return "\n".join([
+        table(columns, records),
+        "",
+        "Shares of a step's time, its optimiser (AdamW) included:",
+        *shares,
+        "",
+        "Our step: clean pass, all queries, local VJP, .grad; where an allocator chooses the counts, also its pilots",
+        "and the allocation. The optimiser is only in the shares by phase.",
+        "Ratios of speed: above 1, this project is faster. Median over the rounds (quartiles).",
+        *(f"  {column:<{max(len(c) for c, _ in LEGEND.values())}}  {meaning}" for column, meaning in LEGEND.values()),
+    ])  # fmt: skip
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks",
-        description="Speed of a forward-only training step beside the inference it is made of, as ratios.",
-    )
+    parser = command("benchmarks", __doc__, device=True)
     parser.add_argument("--quick", action="store_true", help="fewer rows and rounds: below a minute on two cores")
     parser.add_argument("--models", nargs="+", help="only models whose names contain one of these, as ViT-Tiny")
-    parser.add_argument("--rounds", type=int, default=0, help="timed rounds (default: each case's own)")
-    parser.add_argument("--json", type=writable, metavar="FILE", help="also write the records to FILE")
+    parser.add_argument("--rounds", type=at_least(1), help="timed rounds (default: each case's own)")
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)  # a child process: case and contender
-    parser.add_argument("--device", type=a_device, default=torch.device("cpu"), help="cpu (default), cuda, cuda:1, ...")
     return parser
 
 

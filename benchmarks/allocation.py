@@ -1,19 +1,19 @@
-"""``python -m benchmarks.allocation``: what choosing the counts costs beside the step they are for.
+"""``python -m benchmarks.allocation``: time of an allocation beside a clean pass through ViT-Base/16 at 224 pixels.
 
-The clean pass of a batch through a ViT-Base is the least that any step at that size pays (with 20 queries at each of
-three groups and the head a step is more than 20 times that), so each share of it is an upper bound of the share of the
-step. Statistics are random with the shapes of that batch; the time of the searches hardly depends on their values.
+The clean pass of a batch is the least that any step at that size pays (with 20 queries at each of three groups and the
+head a step takes more than 20 times that), so each share of it is an upper bound of the share of the step. Statistics
+are random with the shapes of that batch; the time of the searches hardly depends on their values.
 """
 
 from __future__ import annotations
 
-import argparse
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 
+from benchmarks.cases import VIT_BASE
+from benchmarks.harness import Spread, alternate, at_least, command, finish, synchronizer, table
 from flops_lightning.allocators import (
     BernoulliAllocator,
     CostAwareAllocator,
@@ -29,16 +29,17 @@ from flops_lightning.allocators import (
 
 SITES, QUERIES, FEATURES = 4, 20, 768
 PREDICTORS = ("activation.1", "activation.2", "activation.3", "head_gradient", "output_gradient", "top_gradient")
-ROUNDS = 30
+WINDOW, ROUNDS = 9, 30
+"""Rounds until the allocators' windows of batches are full, and timed rounds after them."""
 PREDICTED = TraceSettings(source="prediction")
-ALLOCATORS: dict[str, Callable[[], QueryAllocator]] = {
+ALLOCATORS: Mapping[str, Callable[[], QueryAllocator]] = {
     "equal": EqualAllocator,
-    "bernoulli": lambda: BernoulliAllocator(traces=PREDICTED),
-    "gaussian, pathwise": lambda: GaussianAllocator(traces=PREDICTED),
-    "gaussian, score": lambda: GaussianAllocator(traces=PREDICTED, gradient="score"),
-    "gaussian, exact": lambda: GaussianAllocator(traces=PREDICTED, gradient="exact"),
-    "optimal": lambda: OptimalAllocator(traces=PREDICTED),
-    "cost-aware": lambda: CostAwareAllocator(traces=PREDICTED),
+    "bernoulli": partial(BernoulliAllocator, traces=PREDICTED),
+    "gaussian, pathwise": partial(GaussianAllocator, traces=PREDICTED),
+    "gaussian, score": partial(GaussianAllocator, traces=PREDICTED, gradient="score"),
+    "gaussian, exact": partial(GaussianAllocator, traces=PREDICTED, gradient="exact"),
+    "optimal": partial(OptimalAllocator, traces=PREDICTED),
+    "cost-aware": partial(CostAwareAllocator, traces=PREDICTED),
 }
 
 
@@ -49,63 +50,55 @@ def batch_statistics(batch: int, seed: int, device: torch.device) -> tuple[Sampl
     log_trace = 2 * loss + torch.randn(batch, generator=generator)
     scatter = torch.rand(SITES, batch, generator=generator) + 0.5
     predictors = {name: (log_trace + torch.randn(batch, generator=generator)).exp() for name in PREDICTORS}
-    statistics_ = SampleStatistics(
+    known = SampleStatistics(
         loss=loss.to(device),
         embedding=torch.randn(batch, FEATURES, generator=generator).to(device),
         predictors={name: value.to(device) for name, value in predictors.items()},
         counted_costs=torch.tensor([0.67, 0.33, 0.001, 0.0], device=device),
         scale=torch.ones(SITES, device=device),
     )
-    seen = (log_trace.exp() * scatter).to(device)
-    return statistics_, TraceObservation(seen, torch.full_like(seen, QUERIES))
+    traces = (log_trace.exp() * scatter).to(device)
+    return known, TraceObservation(traces, torch.full_like(traces, QUERIES))
 
 
-def allocation_seconds(make: Callable[[], QueryAllocator], batch: int, device: torch.device) -> list[float]:
-    """Seconds of each of a series of allocations, learning included, once the window of batches is full."""
-    allocator, budget, seconds = make(), QueryBudget((QUERIES,) * SITES), []
-    for i in range(ROUNDS + 10):
-        told, seen = batch_statistics(batch, i, device)
-        start = time.perf_counter()
-        allocator.allocate(told, budget)
+def allocations(allocator: QueryAllocator, batch: int, device: torch.device) -> Callable[[], object]:
+    """One allocation after the other, learning included, each for a batch of its own."""
+    batches: Iterator[tuple[SampleStatistics, TraceObservation]] = iter(
+        [batch_statistics(batch, seed, device) for seed in range(1 + WINDOW + ROUNDS)]
+    )
+
+    def run() -> None:
+        known, seen = next(batches)
+        allocator.allocate(known, QueryBudget((QUERIES,) * SITES))
         if allocator.learns:
             allocator.observe(seen)
-        seconds.append(time.perf_counter() - start)
-    return seconds[10:]
+
+    return run
 
 
 @torch.no_grad()
 def clean_pass_seconds(batch: int, device: torch.device) -> float:
-    """Seconds of a ViT-Base/16 forward pass of the batch at 224 pixels, the faster of two."""
-    import timm
-
-    network = timm.create_model("vit_base_patch16_224").to(device).eval()
-    images = torch.randn(batch, 3, 224, 224, device=device)
-    times = []
-    for _ in range(2):
-        start = time.perf_counter()
-        for part in images.split(16):
-            network(part)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return min(times)
+    """Seconds of a ViT-Base/16 forward pass of the batch at 224 pixels."""
+    network, images, _ = VIT_BASE.load(device, batch)
+    contenders = {"clean": lambda: [network.module(part) for part in images.split(16)]}
+    return alternate(contenders, rounds=1, synchronize=synchronizer(device)).seconds["clean"][0]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print the table."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.allocation",
-        description="Time of an allocation beside a clean pass through ViT-Base/16 at 224 pixels.",
-    )
-    parser.add_argument("--batch", type=int, default=128, help="samples in a batch (default 128)")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu (default) or cuda")
+    parser = command("benchmarks.allocation", __doc__, device=True)
+    parser.add_argument("--batch", type=at_least(1), default=128, help="samples in a batch (default 128)")
     options = parser.parse_args(argv)
-    whole = clean_pass_seconds(options.batch, options.device)
-    print(f"clean pass of {options.batch} images through ViT-Base/16 at 224 pixels: {whole:.2f} s\n")
-    print("| allocator | ms a batch, median (quartiles) | share of the clean pass |\n|---|---|---|")
-    for name, make in ALLOCATORS.items():
-        low, median, high = statistics.quantiles(allocation_seconds(make, options.batch, options.device), n=4)
-        print(f"| {name} | {1e3 * median:.1f} ({1e3 * low:.1f} - {1e3 * high:.1f}) | {median / whole:.3%} |")
+    batch, device = options.batch, options.device
+    whole = clean_pass_seconds(batch, device)
+    contenders = {name: allocations(make(), batch, device) for name, make in ALLOCATORS.items()}
+    seconds = alternate(contenders, rounds=WINDOW + ROUNDS, synchronize=synchronizer(device)).seconds
+    times = {name: Spread.of(1e3 * each for each in seconds[name][WINDOW:]) for name in contenders}
+    records = [{"allocator": name, "ms": ms, "share": ms.median / 1e3 / whole} for name, ms in times.items()]
+    print(f"clean pass of {batch} images through ViT-Base/16 at 224 pixels: {whole:.2f} s\n")
+    columns = {"allocator": "{allocator}", "ms a batch, median (quartiles)": "{ms:.1f}"}
+    print(table(columns | {"share of the clean pass": "{share:.3%}"}, records))
+    finish(options, [record | {"batch": batch, "clean_pass_seconds": whole} for record in records])
 
 
 if __name__ == "__main__":

@@ -1,12 +1,18 @@
-"""What is measured."""
+"""What the benchmarks run: networks, their inputs, and the strategy at its sites."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from flops_lightning.network.staging import StagedNetwork, stage_network
+from flops_lightning.strategies import SPSA, LikelihoodRatio, PilotSpec, SiteSpec
+from flops_lightning.strategies.site_specs import default_specs
 
 PILOTS = 4
 """Queries of a sample that are pilots, where an allocator chooses the counts."""
@@ -14,10 +20,10 @@ PILOTS = 4
 
 @dataclass(frozen=True)
 class Case:
-    """One line of the table.
+    """A network, a batch, and a strategy.
 
     Attributes:
-        model: Name in table and records.
+        model: Name in tables and records.
         build: Makes the network; weights are random, speed does not depend on them.
         image: ``(channels, height, width)`` of an input.
         classes: Number of classes.
@@ -27,11 +33,12 @@ class Case:
             inference on a CPU, where activations that leave the cache cost more than small products.
         rounds: Timed rounds.
         strategy: ``LikelihoodRatio``, or ``SPSA`` with factored directions.
-        kind: Kind of the likelihood ratio's sites: ``group`` (the paper's three groups and the head) or ``block``.
-        references: Whether the plain reference steps are timed as well, by far the slowest.
+        kind: Kind of the sites: ``group`` (the paper's groups and the head) or ``block``.
+        groups: Number of groups.
+        references: Also time the plain reference steps, by far the slowest.
         allocation: ``equal`` counts, or those that a ``GaussianAllocator`` chooses anew at every step from pilots (4 of
             the queries, at the highest group) and predictions, all of it part of the step.
-        suffixes_only: Time nothing but the queries and inference of the same suffixes.
+        suffixes_only: Time only the queries, and inference of the same suffixes.
         compiled: Compile the suffixes, and all that inference runs but the embedding.
     """
 
@@ -45,72 +52,53 @@ class Case:
     rounds: int
     strategy: Literal["LikelihoodRatio", "SPSA"] = "LikelihoodRatio"
     kind: Literal["group", "block"] = "group"
+    groups: int = 3
     references: bool = True
     allocation: Literal["equal", "gaussian"] = "equal"
     suffixes_only: bool = False
     compiled: bool = False
 
+    def load(self, device: torch.device, rows: int = 0) -> tuple[StagedNetwork, Tensor, Tensor]:
+        """Network, inputs and targets from a fixed seed; ``rows`` samples instead of a batch."""
+        torch.manual_seed(0)
+        network, rows = stage_network(self.build().to(device).eval()), rows or self.batch
+        return network, torch.randn(rows, *self.image).to(device), torch.randint(self.classes, (rows,)).to(device)
 
-def tiny_digits_vit() -> nn.Module:
-    """The quickstart's network: 5 tokens of width 64, 6 blocks, images of 8x8 pixels."""
+    def make_strategy(self, network: StagedNetwork) -> LikelihoodRatio | SPSA:
+        """The strategy, unbound."""
+        sites = [replace(spec, queries_per_sample=self.queries) for spec in default_specs(network, self.groups)]
+        if self.kind == "block":
+            ends = [network.stages[0].name, network.stages[-1].name]
+            sites = [SiteSpec(stages=ends, kind="block", queries_per_sample=self.queries)]
+        settings: dict[str, Any] = {"chunk_rows": self.chunk_rows, "compile_suffixes": self.compiled, "seed": 0}
+        if self.allocation == "gaussian":
+            settings["pilots"] = PilotSpec(sites[-2].name, queries=PILOTS)  # the highest group
+        if self.strategy == "SPSA":
+            return SPSA(sites=sites, layout="factored", **settings)
+        return LikelihoodRatio(sites=sites, **settings)
+
+
+def vit(name: str = "vit_tiny_patch16_224", **settings: Any) -> nn.Module:
+    """A ViT of timm with random weights."""
     import timm
 
-    return timm.create_model(
-        "vit_tiny_patch16_224",
-        num_classes=10,
-        img_size=8,
-        patch_size=4,
-        in_chans=1,
-        embed_dim=64,
-        depth=6,
-        num_heads=4,
-        mlp_ratio=2.0,
-    )
+    return timm.create_model(name, **settings)
 
 
-def vit_micro() -> nn.Module:
-    """The ViT of ``configs/vit_micro_cifar10.yaml``: 65 tokens of width 192, 6 blocks, images of 32x32 pixels."""
-    import timm
+tiny_digits_vit = partial(
+    vit, num_classes=10, img_size=8, patch_size=4, in_chans=1, embed_dim=64, depth=6, num_heads=4, mlp_ratio=2.0
+)
+"""The quickstart's network: 5 tokens of width 64, 6 blocks."""
 
-    return timm.create_model(
-        "vit_tiny_patch16_224",
-        num_classes=10,
-        img_size=32,
-        patch_size=4,
-        depth=6,
-        num_heads=6,
-        mlp_ratio=2.0,
-        pre_norm=True,
-    )
+vit_micro = partial(vit, num_classes=10, img_size=32, patch_size=4, depth=6, num_heads=6, mlp_ratio=2.0, pre_norm=True)
+"""The ViT of ``configs/vit_micro_cifar10.yaml``: 65 tokens of width 192, 6 blocks."""
 
-
-def vit_tiny() -> nn.Module:
-    """ViT-Tiny/16 at 224 pixels: 197 tokens of width 192, 12 blocks."""
-    import timm
-
-    return timm.create_model("vit_tiny_patch16_224")
-
-
-DIGITS = Case(
-    "tiny ViT, digits 8x8", tiny_digits_vit, (1, 8, 8), 10, batch=64, queries=20, chunk_rows=128, rounds=15
-)  # fmt: skip
-VIT_MICRO = Case(
-    "ViT-Micro/4, 32 px", vit_micro, (3, 32, 32), 10, batch=64, queries=20, chunk_rows=64, rounds=5
-)  # fmt: skip
-VIT_TINY = Case(
-    "ViT-Tiny/16, 224 px", vit_tiny, (3, 224, 224), 1000, batch=8, queries=20, chunk_rows=16, rounds=5
-)  # fmt: skip
-
-
-def vit_base() -> nn.Module:
-    """ViT-Base/16 at 224 pixels: 197 tokens of width 768, 12 blocks."""
-    import timm
-
-    return timm.create_model("vit_base_patch16_224")
-
-
+DIGITS = Case("tiny ViT, digits 8x8", tiny_digits_vit, (1, 8, 8), 10, batch=64, queries=20, chunk_rows=128, rounds=15)
+VIT_MICRO = Case("ViT-Micro/4, 32 px", vit_micro, (3, 32, 32), 10, batch=64, queries=20, chunk_rows=64, rounds=5)
+VIT_TINY = Case("ViT-Tiny/16, 224 px", vit, (3, 224, 224), 1000, batch=8, queries=20, chunk_rows=16, rounds=5)
 VIT_BASE = Case(
-    "ViT-Base/16, 224 px", vit_base, (3, 224, 224), 1000, batch=1, queries=20, chunk_rows=10, rounds=3, references=False
+    "ViT-Base/16, 224 px", partial(vit, "vit_base_patch16_224"), (3, 224, 224), 1000, batch=1, queries=20,
+    chunk_rows=10, rounds=3, references=False,
 )  # fmt: skip
 
 

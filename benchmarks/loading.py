@@ -11,6 +11,7 @@ import argparse
 import os
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,8 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from benchmarks.arguments import a_number
-from benchmarks.timing import alternate
+from benchmarks.harness import Record, Spread, alternate, at_least, command, finish, table
 
 if TYPE_CHECKING:
     from flops_lightning.datamodules import ImageNetDataModule
@@ -30,6 +30,9 @@ WIDTH, HEIGHT, QUALITY = 500, 375, 90  # of photos as ImageNet has them, most of
 FADING = 0.2  # by which fine noise is weaker than coarse: a file has 110 kB, as those of ImageNet have on average
 LOADED_AT_ONCE = 32  # small enough for several batches a worker; the time an image takes does not depend on it
 CLASSES, FOLDERS = 8, 1000  # of the photos written, and of the files that are only looked at
+
+read = partial(deque[object], maxlen=0)
+"""Goes through a loader and keeps nothing."""
 
 
 def photo(seed: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
@@ -69,6 +72,16 @@ def link_files(root: Path, files: int) -> None:
             os.link(folder / "000000.JPEG", folder / f"{j:06}.JPEG")
 
 
+def photos(root: Path, *, num_workers: int = 0, image_size: int = 224, augment: bool = False) -> ImageNetDataModule:
+    """The photos under ``root/train``, all for training."""
+    from flops_lightning.datamodules import ImageNetDataModule
+
+    return ImageNetDataModule(
+        root=str(root), batch_size=LOADED_AT_ONCE, num_workers=num_workers, image_size=image_size, val_images=0,
+        augment=augment, normalization="imagenet",
+    )  # fmt: skip
+
+
 def rates(
     root: Path,
     workers: Sequence[int],
@@ -98,104 +111,77 @@ def rates(
 
     loaders = {}
     for number in workers:
-        data = _photos(root, num_workers=number, image_size=image_size, augment=augment)
+        data = photos(root, num_workers=number, image_size=image_size, augment=augment)
         data.setup("fit")
         whole = len(data.train_set)  # type: ignore[arg-type]
         count = min(images, whole)
         data.train_set = Subset(data.train_set, [i * whole // count for i in range(count)])
         loaders[number] = data.train_dataloader()
-    times = alternate({str(n): partial(_read, loader) for n, loader in loaders.items()}, rounds=rounds, clock=clock)
+    times = alternate({str(n): partial(read, loader) for n, loader in loaders.items()}, rounds=rounds, clock=clock)
     return {number: [count / seconds for seconds in times.seconds[str(number)]] for number in loaders}
 
 
-def check_rates(root: Path, rounds: int) -> list[float]:
-    """Files per second that the check before training looks at, in each round."""
-    found = []
-    for _ in range(rounds):
-        data, start = _photos(root), time.perf_counter()
-        parts = data.check()
-        found.append(sum(len(part.files) for part in parts.values()) / (time.perf_counter() - start))
-    return found
+def check_seconds(files: int, rounds: int) -> float:
+    """Median seconds of the check before training on so many files."""
+    with TemporaryDirectory(prefix="files_") as folder:
+        link_files(Path(folder), files)
+        times = alternate({"check": lambda: photos(Path(folder)).check()}, rounds=rounds)
+    return statistics.median(times.seconds["check"])
 
 
 def rate_table(found: Mapping[int, Sequence[float]]) -> str:
-    """Markdown: images per second, median and range, by number of workers."""
-    lines = ["| workers | images/s, median (min - max) | over one worker |", "|---|---|---|"]
+    """Images per second, median and range, by number of workers."""
     one = statistics.median(found[1])
-    for number, values in sorted(found.items()):
-        rate, name = statistics.median(values), number or "0 (in the training process)"
-        lines.append(f"| {name} | {rate:.0f} ({min(values):.0f} - {max(values):.0f}) | {rate / one:.2f} |")
-    return "\n".join(lines) + "\n"
+    records: list[Record] = []
+    for number in sorted(found):
+        rate = Spread.of(found[number], tails=0)
+        records.append({"n": number or "0 (in the training process)", "rate": rate, "gain": rate.median / one})
+    columns = {"workers": "{n}", "images/s, median (min - max)": "{rate:.0f}", "over one worker": "{gain:.2f}"}
+    return table(columns, records) + "\n"
 
 
 def need_table(one_worker: float, batch: int, step_seconds: Sequence[float]) -> str:
-    """Markdown: images per second that a GPU takes, and how many workers that is.
-
-    Args:
-        one_worker: Images per second of one worker.
-        batch: Images of a training step on one GPU.
-        step_seconds: Seconds of a training step.
-    """
-    lines = [f"| seconds a step, batch {batch} | images/s needed | workers needed per GPU |", "|---|---|---|"]
-    for seconds in step_seconds:
-        need = batch / seconds
-        lines.append(f"| {seconds:g} | {need:.0f} | {need / one_worker:.1f} |")
-    return "\n".join(lines) + "\n"
+    """Images per second that a GPU takes, and how many workers that is, by seconds of its step of ``batch`` images."""
+    records = [{"step": s, "need": batch / s, "workers": batch / s / one_worker} for s in step_seconds]
+    columns = {f"seconds a step, batch {batch}": "{step:g}", "images/s needed": "{need:.0f}"}
+    return table(columns | {"workers needed per GPU": "{workers:.1f}"}, records) + "\n"
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    """Run the benchmark."""
-    options = _parser().parse_args(args)
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure and print the tables."""
+    options = _parser().parse_args(argv)
     torch.set_num_threads(1)  # as in a worker
     with TemporaryDirectory(prefix="photos_") as folder:
-        root = options.root
-        if root is None:
-            root = Path(folder)
+        root = options.root or Path(folder)
+        if options.root is None:
             write_photos(root, options.images)
-        measure = partial(
-            rates, root, images=options.images, image_size=options.image_size, augment=options.augment,
-            rounds=options.rounds,
-        )  # fmt: skip
-        found = measure(sorted({1, *options.workers}))
-        (of_a_core,) = measure([0], clock=time.process_time).values()
+        settings = {name: getattr(options, name) for name in ("images", "image_size", "augment", "rounds")}
+        found = rates(root, sorted({1, *options.workers}), **settings)
+        (of_a_core,) = rates(root, [0], **settings, clock=time.process_time).values()
     print(rate_table(found))
     print(f"In a CPU second: {statistics.median(of_a_core):.0f} images.\n")
     print(need_table(statistics.median(found[1]), options.batch, options.step_seconds))
     if options.check_files:
-        with TemporaryDirectory(prefix="files_") as folder:
-            link_files(Path(folder), options.check_files)
-            rate = statistics.median(check_rates(Path(folder), options.rounds))
-        print(f"Check of {options.check_files:,} files: {options.check_files / rate:.1f} s, {rate:,.0f} files/s.")
-
-
-def _photos(root: Path, *, num_workers: int = 0, image_size: int = 224, augment: bool = False) -> ImageNetDataModule:
-    from flops_lightning.datamodules import ImageNetDataModule
-
-    return ImageNetDataModule(
-        root=str(root), batch_size=LOADED_AT_ONCE, num_workers=num_workers, image_size=image_size, val_images=0,
-        augment=augment, normalization="imagenet",
-    )  # fmt: skip
-
-
-def _read(loader: Sequence[object]) -> None:
-    for _ in loader:
-        pass
+        seconds = check_seconds(options.check_files, options.rounds)
+        rate = options.check_files / seconds
+        print(f"Check of {options.check_files:,} files: {seconds:.1f} s, {rate:,.0f} files/s.")
+    finish(options, [{"workers": n, "images_per_second": values, **settings} for n, values in found.items()])
 
 
 def _parser() -> argparse.ArgumentParser:
-    summary = (__doc__ or "").partition(": ")[2].partition("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.loading", description=summary)
+    parser, count = command("benchmarks.loading", __doc__, rounds=5), at_least(1)
     parser.add_argument("--root", type=Path, help="folder with train/CLASS/*, instead of photos made up for it")
-    parser.add_argument("--images", type=a_number, default=256, help="images of a round (default 256)")
-    parser.add_argument("--image_size", type=a_number, default=224, help="pixels (default 224)")
+    parser.add_argument("--images", type=count, default=256, help="images of a round (default 256)")
+    parser.add_argument("--image_size", type=count, default=224, help="pixels (default 224)")
     parser.add_argument("--augment", action="store_true", help="crop at random and mirror, instead of resizing")
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="default 0 1 2; 1 always is in it")
-    parser.add_argument("--rounds", type=a_number, default=5, help="timed rounds (default 5)")
-    parser.add_argument("--batch", type=a_number, default=128, help="images of a step on one GPU (default 128)")
+    parser.add_argument(
+        "--workers", type=at_least(0), nargs="+", default=[0, 1, 2], help="default 0 1 2; 1 always is in it"
+    )
+    parser.add_argument("--batch", type=count, default=128, help="images of a step on one GPU (default 128)")
     parser.add_argument(
         "--step_seconds", type=float, nargs="+", default=[0.5, 1, 2, 5], help="of a step, for the workers it needs"
     )
-    parser.add_argument("--check_files", type=a_number, metavar="N", help="time the check before training on N files")
+    parser.add_argument("--check_files", type=count, metavar="N", help="time the check before training on N files")
     return parser
 
 

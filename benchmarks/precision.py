@@ -10,24 +10,23 @@ mean and the standard error over the seeds (each a batch and noise of its own):
 
 from __future__ import annotations
 
-import argparse
-import math
 import statistics
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
-from benchmarks.cases import tiny_digits_vit, vit_tiny
-from benchmarks.measurement import row_cross_entropy
-from benchmarks.simulated_tf32 import SimulatedTF32
+from benchmarks.cases import tiny_digits_vit, vit
+from benchmarks.harness import Record, at_least, command, finish, mean_and_error, say, table
 from flops_lightning.network.staging import StagedNetwork, stage_network
+from flops_lightning.objectives import cross_entropy
 from flops_lightning.strategies import (
     SPSA,
     Backprop,
@@ -42,6 +41,56 @@ from flops_lightning.strategies.site_specs import default_specs
 
 DIGITS_WEIGHTS = "data/assets/vit_tiny_digits_upright.safetensors"
 SIGMAS = (1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0)
+METHODS = ("LikelihoodRatio, blocks", "SPSA, factored", "MeZO")
+
+Batch = tuple[Tensor, Tensor]
+
+# Products, and which of their arguments are operands: a bias and what is added are not.
+_OPERANDS: dict[Any, tuple[int, ...]] = {
+    **dict.fromkeys((F.linear, F.conv2d, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm), (0, 1)),
+    torch.baddbmm: (1, 2),
+}
+
+
+def tf32_rounded(x: Tensor) -> Tensor:
+    """``x`` with the mantissa of TF32 (10 bits beside the leading one), to nearest; finite float32 below 2^115."""
+    scaled = x * (2.0**13 + 1)  # Veltkamp's splitting: the leading 24 - 13 bits
+    return scaled - (scaled - x)
+
+
+class SimulatedTF32(TorchFunctionMode):
+    """Rounds the operands of the products that a timm ViT and the perturbations of this package make.
+
+    Products inside a backward pass are not seen: the local VJP keeps its float32.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Run ``func`` on rounded operands if it is a product of float32 tensors."""
+        if func is F.scaled_dot_product_attention:
+            return _attention(*args, **(kwargs or {}))
+        operands = _OPERANDS.get(func, ())
+        return func(*(_rounded(arg) if i in operands else arg for i, arg in enumerate(args)), **(kwargs or {}))
+
+
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False
+) -> Tensor:
+    if dropout_p or is_causal or attn_mask is not None:
+        raise ValueError("attention with a mask or dropout is not simulated.")
+    q, k, v = (_rounded(part) for part in (q, k, v))
+    attention = ((q @ k.mT) * q.shape[-1] ** -0.5).softmax(-1)
+    return _rounded(attention) @ v
+
+
+def _rounded(x: Any) -> Any:
+    return tf32_rounded(x) if isinstance(x, Tensor) and x.dtype == torch.float32 else x
+
 
 PRECISIONS: Mapping[str, Callable[[], AbstractContextManager[object]]] = {
     "float32": nullcontext,
@@ -52,82 +101,7 @@ PRECISIONS: Mapping[str, Callable[[], AbstractContextManager[object]]] = {
 """By name: what an estimate runs in."""
 
 
-@dataclass(frozen=True)
-class Setting:
-    """One size of the measurement.
-
-    Attributes:
-        queries: Queries of a sample at each site.
-        rows: Upper bound of rows in one forward pass.
-        seed: Seed of the noise.
-    """
-
-    queries: int
-    rows: int
-    seed: int
-
-    def pair(
-        self, method: str, network: StagedNetwork, sigma: float
-    ) -> tuple[ForwardGradientStrategy, ForwardGradientStrategy]:
-        """A method, and the same directions with exact derivatives."""
-        common: dict[str, Any] = {"chunk_rows": self.rows, "seed": self.seed}
-        ends = [network.stages[0].name, network.stages[-1].name]
-        directions = max(2, self.queries // 2)  # of antithetic pairs
-        if method == "MeZO":
-            whole = SiteSpec(stages=ends, queries_per_sample=directions, name="all")  # MeZO's own name: part of the key
-            return MeZO(sigma=sigma, queries=2 * directions, **common), WeightForwardMode(sites=[whole], **common)
-        if method == "SPSA, factored":
-            exact = [replace(spec, queries_per_sample=directions) for spec in default_specs(network)]
-            pairs = [replace(spec, sigma=sigma, queries_per_sample=2 * directions) for spec in exact]
-            common["layout"] = "factored"
-            return SPSA(sites=pairs, **common), WeightForwardMode(sites=exact, **common)
-        spec = SiteSpec(stages=ends, kind="block", queries_per_sample=self.queries)
-        return LikelihoodRatio(sites=[replace(spec, sigma=sigma)], **common), ForwardMode(sites=[spec], **common)
-
-
-METHODS = ("LikelihoodRatio, blocks", "SPSA, factored", "MeZO")
-
-
-def gradient(strategy: ForwardGradientStrategy, network: StagedNetwork, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """The estimate over all trainable parameters as one float64 vector; zeros where all queries were lost."""
-    return torch.cat(list(gradients(strategy, network, batch).values()))
-
-
-def gradients(
-    strategy: ForwardGradientStrategy, network: StagedNetwork, batch: tuple[Tensor, Tensor]
-) -> dict[str, Tensor]:
-    """The same, one float64 vector a parameter, by its name."""
-    strategy.bind(network, row_cross_entropy)
-    network.module.zero_grad()
-    strategy.estimate(strategy.clean_pass(*batch))
-    filled = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in network.trainable().items()}
-    return {name: value.detach().double().flatten() for name, value in filled.items()}
-
-
-def cosines(
-    method: str,
-    network: StagedNetwork,
-    batch: tuple[Tensor, Tensor],
-    setting: Setting,
-    *,
-    sigmas: Sequence[float],
-    precisions: Sequence[str],
-) -> dict[tuple[str, float], tuple[float, float]]:
-    """Cosines with the gradient, and with exact derivatives along the same directions, by precision and sigma."""
-    truth = gradient(Backprop(), network, batch)
-    along = gradient(setting.pair(method, network, sigmas[0])[1], network, batch)
-    found = {}
-    for precision in precisions:
-        for sigma in sigmas:
-            strategy = setting.pair(method, network, sigma)[0]
-            with PRECISIONS[precision]():
-                estimate = gradient(strategy, network, batch)
-            of = (float(F.cosine_similarity(estimate, each, dim=0)) for each in (truth, along))
-            found[precision, sigma] = (next(of), next(of))
-    return found
-
-
-def digits(batch: int, seed: int) -> tuple[StagedNetwork, tuple[Tensor, Tensor]]:
+def digits(batch: int, seed: int) -> tuple[StagedNetwork, Batch]:
     """The quickstart's network and start weights, and a batch of its turned digits."""
     from safetensors.torch import load_file
 
@@ -142,58 +116,110 @@ def digits(batch: int, seed: int) -> tuple[StagedNetwork, tuple[Tensor, Tensor]]
     return stage_network(network), (images, labels)
 
 
-def random_vit_tiny(batch: int, seed: int) -> tuple[StagedNetwork, tuple[Tensor, Tensor]]:
+def random_vit_tiny(batch: int, seed: int) -> tuple[StagedNetwork, Batch]:
     """ViT-Tiny/16 with random weights, and noise for images."""
     torch.manual_seed(seed)
-    network = stage_network(vit_tiny().eval())
+    network = stage_network(vit().eval())
     return network, (torch.randn(batch, 3, 224, 224), torch.randint(1000, (batch,)))
 
 
-NETWORKS = {"digits": digits, "vit_tiny": random_vit_tiny}
+def deep_mlp(batch: int, seed: int) -> tuple[StagedNetwork, Batch]:
+    """20 layers of width 64 with norms, random weights, and noise for data."""
+    torch.manual_seed(seed)
+    layers = [layer for _ in range(20) for layer in (nn.Linear(64, 64), nn.LayerNorm(64), nn.GELU())]
+    network = stage_network(nn.Sequential(*layers, nn.Linear(64, 10)))
+    return network, (torch.randn(batch, 64), torch.randint(10, (batch,)))
 
 
-def table(found: Sequence[Mapping[tuple[str, float], tuple[float, float]]]) -> str:
-    """Markdown: one row a sigma, one column a precision."""
-    precisions, sigmas = (list(dict.fromkeys(key[i] for key in found[0])) for i in (0, 1))
-    lines = ["| sigma | " + " | ".join(map(str, precisions)) + " |", "|" + "---|" * (1 + len(precisions))]
+NETWORKS = {"digits": digits, "vit_tiny": random_vit_tiny, "mlp20": deep_mlp}
+"""By name: a network with a batch of a given size and seed."""
+
+
+def gradients(strategy: ForwardGradientStrategy, network: StagedNetwork, batch: Batch) -> dict[str, Tensor]:
+    """The estimate, one float64 vector a trainable parameter; zeros where all queries were lost."""
+    strategy.bind(network, cross_entropy)
+    network.module.zero_grad()
+    strategy.estimate(strategy.clean_pass(*batch))
+    filled = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in network.trainable().items()}
+    return {name: value.detach().double().flatten() for name, value in filled.items()}
+
+
+def gradient(strategy: ForwardGradientStrategy, network: StagedNetwork, batch: Batch) -> Tensor:
+    """The estimate over all trainable parameters as one float64 vector."""
+    return torch.cat(list(gradients(strategy, network, batch).values()))
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    """Of the angle between two vectors."""
+    return float(F.cosine_similarity(a, b, dim=0))
+
+
+def pair(
+    method: str, network: StagedNetwork, sigma: float, *, queries: int, rows: int, seed: int
+) -> tuple[ForwardGradientStrategy, ForwardGradientStrategy]:
+    """One of :data:`METHODS`, and exact derivatives along the same directions."""
+    common: dict[str, Any] = {"chunk_rows": rows, "seed": seed}
+    ends = [network.stages[0].name, network.stages[-1].name]
+    directions = max(2, queries // 2)  # of antithetic pairs
+    if method == "MeZO":
+        whole = SiteSpec(stages=ends, queries_per_sample=directions, name="all")  # MeZO's own name: part of the key
+        return MeZO(sigma=sigma, queries=2 * directions, **common), WeightForwardMode(sites=[whole], **common)
+    if method == "SPSA, factored":
+        exact = [replace(spec, queries_per_sample=directions) for spec in default_specs(network)]
+        pairs = [replace(spec, sigma=sigma, queries_per_sample=2 * directions) for spec in exact]
+        common["layout"] = "factored"
+        return SPSA(sites=pairs, **common), WeightForwardMode(sites=exact, **common)
+    spec = SiteSpec(stages=ends, kind="block", queries_per_sample=queries)
+    return LikelihoodRatio(sites=[replace(spec, sigma=sigma)], **common), ForwardMode(sites=[spec], **common)
+
+
+def cosines(
+    method: str, network: StagedNetwork, batch: Batch, sigmas: Sequence[float], precisions: Sequence[str], **size: int
+) -> dict[tuple[float, str], tuple[float, float]]:
+    """With the gradient, and with exact derivatives along the same directions; ``size`` is that of :func:`pair`."""
+    truth = gradient(Backprop(), network, batch)
+    along = gradient(pair(method, network, sigmas[0], **size)[1], network, batch)
+    found = {}
     for sigma in sigmas:
-        cells = [_cell([each[precision, sigma] for each in found]) for precision in precisions]  # type: ignore[index]
-        lines.append(f"| {sigma:g} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        for precision in precisions:
+            strategy = pair(method, network, sigma, **size)[0]
+            with PRECISIONS[precision]():
+                estimate = gradient(strategy, network, batch)
+            found[sigma, precision] = (cosine(estimate, truth), cosine(estimate, along))
+    return found
 
 
-def _cell(pairs: Sequence[tuple[float, float]]) -> str:
-    true, along = zip(*pairs, strict=True)
-    error = statistics.stdev(true) / math.sqrt(len(true)) if len(true) > 1 else math.nan
-    return f"{statistics.fmean(true):.3f} ± {error:.3f} ({statistics.fmean(along):.2f})"
-
-
-def main(args: Sequence[str] | None = None) -> None:
-    """Run the benchmark."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.precision",
-        description="Cosine of estimates with the gradient against sigma, in each precision.",
-    )
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure and print a table for each method."""
+    parser = command("benchmarks.precision", __doc__)
     parser.add_argument("--network", choices=NETWORKS, default="digits", help="default digits")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="default all")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS), help="default all")
     parser.add_argument("--sigmas", nargs="+", type=float, default=SIGMAS, help=f"default {SIGMAS}")
-    parser.add_argument("--seeds", type=int, default=4, help="seeds 0 to N-1 (default 4)")
-    parser.add_argument("--batch", type=int, default=16, help="samples (default 16)")
-    parser.add_argument("--queries", type=int, default=20, help="queries of a sample at each site (default 20)")
-    parser.add_argument("--rows", type=int, default=128, help="rows of a forward pass (default 128)")
-    options = parser.parse_args(args)
+    parser.add_argument("--seeds", type=at_least(1), default=4, help="seeds 0 to N-1 (default 4)")
+    parser.add_argument("--batch", type=at_least(1), default=16, help="samples (default 16)")
+    parser.add_argument("--queries", type=at_least(1), default=20, help="of a sample at each site (default 20)")
+    parser.add_argument("--rows", type=at_least(1), default=128, help="rows of a forward pass (default 128)")
+    options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of the sigmas that are too small: that is what is measured
-        for method in options.methods:
-            found = []
-            for seed in range(options.seeds):
-                network, batch = NETWORKS[options.network](options.batch, seed)
-                setting = Setting(options.queries, options.rows, seed)
-                sigmas, precisions = options.sigmas, options.precisions
-                found.append(cosines(method, network, batch, setting, sigmas=sigmas, precisions=precisions))
-            print(f"{method}:\n\n{table(found)}", flush=True)
+    warnings.simplefilter("ignore", RuntimeWarning)  # of the sigmas that are too small: that is what is measured
+    records: list[Record] = []
+    for method in options.methods:
+        say(f"estimating with {method} ...")
+        found = []
+        for seed in range(options.seeds):
+            network, batch = NETWORKS[options.network](options.batch, seed)
+            size = {"queries": options.queries, "rows": options.rows, "seed": seed}
+            found.append(cosines(method, network, batch, options.sigmas, options.precisions, **size))
+        shown: dict[float, Record] = {sigma: {"sigma": sigma} for sigma in options.sigmas}
+        for sigma, precision in found[0]:
+            true, along = zip(*(of_seed[sigma, precision] for of_seed in found), strict=True)
+            shown[sigma][precision] = f"{mean_and_error(true)} ({statistics.fmean(along):.2f})"
+            setting = {"method": method, "sigma": sigma, "precision": precision}
+            records.append({**setting, "cosines": true, "cosines_with_exact_derivatives": along})
+        columns = {"sigma": "{sigma:g}"} | {precision: f"{{{precision}}}" for precision in options.precisions}
+        print(f"{method}:\n\n{table(columns, shown.values())}\n", flush=True)
+    finish(options, records)
 
 
 if __name__ == "__main__":

@@ -1,104 +1,201 @@
 """A model of the seconds of a training step on several ranks.
 
-On ``n`` ranks a step takes::
-
-    T(n) = T_passes(n) + T_draws(n) + T_exchange(n)
-
-Passes are counted in forward-equivalents (one forward pass of one sample), draws in numbers, the exchange collective by
-collective on one ring over all ranks (Patarasuk and Yuan, 2009), at the pace of its slowest link. Nothing overlaps.
-Left out: ranks that wait for a slower one, the optimiser, the data, and copies within a device. What is counted
-(``ranks_load.py``) is exact; the seconds are as good as the speeds that are put in.
+On ``n`` ranks a step takes ``T(n) = T_passes(n) + T_draws(n) + T_exchange(n)``: passes counted in forward-equivalents
+(one forward pass of one sample), draws in numbers, the exchange collective by collective on one ring over all ranks
+(Patarasuk and Yuan, 2009), at the pace of its slowest link. Nothing overlaps. Left out: ranks that wait for a slower
+one, the optimiser, the data, and copies within a device. The counts are exact; the seconds are as good as the speeds
+that are put in.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Literal
+import argparse
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Literal, NamedTuple
 
-from benchmarks.ranks_load import Collective, StepLoad
+import torch
+from torch import Tensor, nn
 
-Scaling = Literal["strong", "weak"]
-"""One batch split over the ranks, or a batch of one size on each."""
+from benchmarks.cases import vit
+from benchmarks.harness import Record, table
+from benchmarks.speed import forward_equivalents
+from flops_lightning.distributed import BUCKET
+from flops_lightning.network.staging import StagedNetwork, flops, stage_network
+from flops_lightning.objectives import cross_entropy
+from flops_lightning.queries import EMBEDDING_FEATURES
+from flops_lightning.strategies import SPSA, LikelihoodRatio
+from flops_lightning.strategies.base import Exchange
+from flops_lightning.strategies.site_specs import default_specs
+
+VITS = {"ViT-Base/16": "vit_base_patch16_224", "ViT-Large/16": "vit_large_patch16_224"}
+"""What is modelled."""
+
+
+SCALINGS = {
+    "strong": "strong scaling: one batch split over the ranks; efficiency T(1) / (n T(n))",
+    "weak": "weak scaling: a batch of one size on every rank; efficiency T(1) / T(n)",
+}
 
 
 @dataclass(frozen=True)
-class Link:
-    """A link between two ranks.
+class StepLoad:
+    """What a step of a strategy on a network consists of, whatever the ranks.
 
     Attributes:
-        bandwidth: Bytes a second in one direction.
-        latency: Seconds of one message beside what its bytes take.
+        numbers: ``d``, numbers in all parameters.
+        tensors: Number of parameters.
+        sites: Number of sites.
+        queries: ``A``, queries of a sample at each site.
+        sample: Forward-equivalents of a sample.
+        drawn: Directions are dense in the parameters and in antithetic pairs, shared by the samples of a rank, drawn
+            for the queries and once more for the gradient. False: noise in activations, part of a pass.
+        exchange: What ranks tell each other.
+        gathered: Numbers of a sample that an allocator gathers from all ranks, in each of its gathers.
+        chunk_rows: Samples of a forward pass at most.
+        itemsize: Bytes of a number in the parameters and activations.
     """
 
-    bandwidth: float
-    latency: float
+    numbers: int
+    tensors: int
+    sites: int
+    queries: int
+    sample: float
+    drawn: bool
+    exchange: Exchange = "gradients"
+    gathered: tuple[int, ...] = ()
+    chunk_rows: int = 256
+    itemsize: int = 4
+
+    def drawn_numbers(self, samples: int, ranks: int) -> int:
+        """Random numbers that a rank draws: ``A / 2 * d * (ceil(b / chunk_rows) + k)``.
+
+        Each of the ``A / 2`` directions of a site is drawn for every chunk of samples, both signs at once, and ``k``
+        times for the gradient: once where gradients are exchanged, ``n`` times where losses are, since a rank draws the
+        directions of all ranks. Splitting a batch over more ranks does not make that less.
+        """
+        chunks, again = -(-samples // self.chunk_rows), ranks if self.exchange == "losses" else 1
+        return self.drawn * (self.queries // 2) * self.numbers * (chunks + again)
+
+    def collectives(self, samples: int, ranks: int) -> Iterator[tuple[Literal["sum", "gather"], int]]:
+        """All-reduces (``sum``) and all-gathers of a step with the bytes that a rank hands to each; none on one rank.
+
+        An allocator: 8 bytes (how many samples) and ``itemsize * b`` for each number of a sample, in each gather.
+        Gradients: a header of ``8 (1 + tensors)`` bytes (weight of the rank, which parameters have a gradient), then
+        ``itemsize * d`` bytes in buckets, counted as if all but the last were full. Losses: at each site 8 bytes (how
+        many directions) and ``24 A / 2`` (index, scalar and samples of each direction, in float64), then 4 bytes a
+        site (whether any rank has queries).
+        """
+        if ranks == 1:
+            return
+        for numbers in self.gathered:
+            yield from (("gather", 8), ("gather", self.itemsize * samples * numbers))
+        if self.exchange == "losses":
+            yield from (("gather", 8), ("gather", 24 * (self.queries // 2))) * self.sites
+            yield "sum", 4 * self.sites
+        else:
+            yield "sum", 8 * (1 + self.tensors)
+            for start in range(0, self.numbers, BUCKET):
+                yield "sum", self.itemsize * min(BUCKET, self.numbers - start)
+
+    def bytes_sent(self, samples: int, ranks: int) -> int:
+        """Bytes that a rank hands to collectives in a step (:attr:`Communicator.sent`)."""
+        return sum(size for _, size in self.collectives(samples, ranks))
 
 
 @dataclass(frozen=True)
-class Machine:
-    """Speeds of a machine of nodes.
+class Method:
+    """A strategy at the paper's sites (three groups and the head) and what its ranks tell each other.
 
     Attributes:
-        passes: Forward passes of one sample a second on one rank.
-        draws: Random numbers a second on one rank, each drawn and added to what it is for.
-        node: Links within a node.
-        network: Links between nodes.
-        ranks_per_node: Ranks of a node.
+        name: In tables and records.
+        drawn: ``SPSA`` with shared directions instead of ``LikelihoodRatio``.
+        exchange: Gradients, or losses (``SPSA`` only).
+        allocated: Ranks also gather what an allocator needs: losses and embeddings before the queries, traces after.
+    """
+
+    name: str
+    drawn: bool = False
+    exchange: Exchange = "gradients"
+    allocated: bool = False
+
+    def strategy(self, network: StagedNetwork, *, queries: int, chunk_rows: int) -> LikelihoodRatio | SPSA:
+        """Bound to the network, with so many queries of a sample at each site."""
+        sites = [replace(spec, queries_per_sample=queries) for spec in default_specs(network)]
+        made: LikelihoodRatio | SPSA = LikelihoodRatio(sites=sites, chunk_rows=chunk_rows, seed=0)
+        if self.drawn:
+            made = SPSA(sites=sites, sigma=1e-3, exchange=self.exchange, chunk_rows=chunk_rows, seed=0)
+        made.bind(network, cross_entropy)
+        return made
+
+    def load(self, strategy: LikelihoodRatio | SPSA, inputs: Tensor) -> StepLoad:
+        """What the model counts, on the first sample of ``inputs``."""
+        parameters = parameters_of(strategy)
+        gathered: tuple[int, ...] = ()
+        if self.allocated:
+            with torch.no_grad():
+                embedding = strategy.network.run(inputs[:1], 0, len(strategy.network) - 1)
+            gathered = (1 + min(embedding.numel(), EMBEDDING_FEATURES), 2 * len(strategy.sites))
+        return StepLoad(
+            sum(p.numel() for p in parameters), len(parameters), len(strategy.sites),
+            strategy.sites[0].queries_per_sample, forward_equivalents(strategy, inputs), self.drawn, self.exchange,
+            gathered, strategy.chunk_rows, parameters[0].element_size(),
+        )  # fmt: skip
+
+
+METHODS = (
+    Method("LikelihoodRatio, gradients"),
+    Method("LikelihoodRatio, gradients, allocator", allocated=True),
+    Method("SPSA shared, gradients", drawn=True),
+    Method("SPSA shared, losses", drawn=True, exchange="losses"),
+)
+
+
+def parameters_of(strategy: LikelihoodRatio | SPSA) -> list[nn.Parameter]:
+    """Of all sites, in the same order on every rank."""
+    return [p for site in strategy.sites for p in site.parameters.values()]
+
+
+class Machine(NamedTuple):
+    """Forward passes and random numbers (drawn and added) a second of a rank; bytes and seconds a message of links.
+
+    ``bandwidth`` (in one direction) and ``latency`` are those of links within a node, then between nodes.
     """
 
     passes: float
     draws: float
-    node: Link
-    network: Link
+    bandwidth: Sequence[float]
+    latency: Sequence[float]
     ranks_per_node: int = 8
 
-    def slowest(self, ranks: int) -> Link:
-        """The link that sets the pace of a ring over so many ranks."""
-        return self.node if ranks <= self.ranks_per_node else self.network
 
-
-@dataclass(frozen=True)
-class StepSeconds:
-    """Seconds of a step by what they are spent on.
-
-    Attributes:
-        passes: Forward passes and local VJPs.
-        draws: Random directions.
-        exchange: Collectives.
-    """
+class StepSeconds(NamedTuple):
+    """Seconds of a step by what they are spent on."""
 
     passes: float
     draws: float
     exchange: float
 
-    @property
-    def total(self) -> float:
-        """All of it."""
-        return self.passes + self.draws + self.exchange
 
-    @property
-    def exchange_share(self) -> float:
-        """Share of the exchange in the step."""
-        return self.exchange / self.total
-
-
-def collective_seconds(collective: Collective, ranks: int, link: Link) -> float:
-    """Bytes on the link over its bandwidth, and a latency for each message."""
-    return collective.bytes_on_link(ranks) / link.bandwidth + collective.steps(ranks) * link.latency
+def ring_seconds(kind: str, size: int, ranks: int, bandwidth: float, latency: float) -> float:
+    """``2 (n - 1)`` messages of ``size / n`` bytes for a sum, ``n - 1`` of ``size`` for a gather."""
+    messages, share = (2 * (ranks - 1), size / ranks) if kind == "sum" else (ranks - 1, size)
+    return messages * (share / bandwidth + latency)
 
 
 def step_seconds(load: StepLoad, samples: int, ranks: int, machine: Machine) -> StepSeconds:
     """``T(n)`` of ranks with so many samples each."""
-    link = machine.slowest(ranks)
+    slowest = int(ranks > machine.ranks_per_node)
+    link = machine.bandwidth[slowest], machine.latency[slowest]
     return StepSeconds(
-        load.forward_equivalents(samples) / machine.passes,
+        samples * load.sample / machine.passes,
         load.drawn_numbers(samples, ranks) / machine.draws,
-        math.fsum(collective_seconds(each, ranks, link) for each in load.collectives(samples, ranks)),
+        sum(ring_seconds(kind, size, ranks, *link) for kind, size in load.collectives(samples, ranks)),
     )
 
 
-def efficiency(alone: float, together: float, ranks: int, scaling: Scaling) -> float:
+def efficiency(alone: float, together: float, ranks: int, scaling: str) -> float:
     """``T(1) / (n T(n))`` of one batch split over ``n`` ranks, ``T(1) / T(n)`` of a batch of one size on each."""
     return alone / (together * (ranks if scaling == "strong" else 1))
 
@@ -106,13 +203,72 @@ def efficiency(alone: float, together: float, ranks: int, scaling: Scaling) -> f
 def even_bandwidth(directions: int, ranks: int, draws: float, *, itemsize: int = 4) -> float:
     """Bytes a second below which exchanging losses is faster than exchanging gradients, up to latencies and headers.
 
-    Gradients take ``2 (n - 1) / n * itemsize * d / bandwidth`` seconds, drawing the ``P`` directions of the ``n - 1``
-    other ranks ``(n - 1) P d / draws``; they are equal at ``2 * itemsize * draws / (n P)``, whatever ``d``.
-
-    Args:
-        directions: ``P``, those of one rank at each site.
-        ranks: ``n``.
-        draws: Random numbers a second, drawn and added.
-        itemsize: Bytes of a number in the gradients.
+    Gradients take ``2 (n - 1) / n * itemsize * d / bandwidth`` seconds, drawing the ``P`` directions a site of the
+    ``n - 1`` other ranks ``(n - 1) P d / draws``; they are equal at ``2 * itemsize * draws / (n P)``, whatever ``d``.
     """
     return 2 * itemsize * draws / (ranks * directions)
+
+
+def modelled(options: argparse.Namespace) -> list[Record]:
+    """Steps of ViT-Base and ViT-Large by method and number of ranks, as the options assume; no weight is made.
+
+    A batch is split over the ranks; under weak scaling each rank has its share at the most ranks.
+    """
+    ranks, batch = options.modelled_ranks, options.modelled_batch
+    bandwidth, latency = [b * 1e9 for b in options.bandwidth], [s * 1e-6 for s in options.latency]
+    records: list[Record] = []
+    for title, name in VITS.items():
+        loads, forward_flops = vit_loads(name, queries=options.queries)
+        passes = options.flops_per_second / forward_flops
+        machine = Machine(passes, options.draws_per_second, bandwidth, latency, options.ranks_per_node)
+        for (method, load), scaling, n in product(loads.items(), SCALINGS, ranks):
+            samples = batch // (n if scaling == "strong" else max(ranks))
+            alone = step_seconds(load, batch if scaling == "strong" else samples, 1, machine)
+            step = step_seconds(load, samples, n, machine)
+            records.append({
+                "kind": "modelled", "model": title, "method": method, "scaling": scaling, "ranks": n,
+                "samples": samples, "queries": load.sites * load.queries, "parameters": load.numbers,
+                "passes_seconds": step.passes, "draws_seconds": step.draws, "exchange_seconds": step.exchange,
+                "compute_seconds": step.passes + step.draws, "exchange_share": step.exchange / sum(step),
+                "bytes": load.bytes_sent(samples, n), "efficiency": efficiency(sum(alone), sum(step), n, scaling),
+                "forward_flops": forward_flops, "assumed": machine._asdict(),
+            })  # fmt: skip
+    return records
+
+
+def vit_loads(name: str, *, queries: int) -> tuple[dict[str, StepLoad], float]:
+    """Steps of methods on a ViT of timm, and FLOPs of its forward pass of a sample."""
+    with torch.device("meta"), torch.no_grad():
+        network, image = stage_network(vit(name)), torch.empty(1, 3, 224, 224)
+        methods = {m: m.strategy(network, queries=queries, chunk_rows=256) for m in METHODS if not m.allocated}
+        return {m.name: m.load(made, image) for m, made in methods.items()}, flops(network.run, image)[0]
+
+
+COLUMNS = {
+    "model": "{model}", "method": "{method}", "ranks": "{ranks}", "samples a rank": "{samples}", "queries": "{queries}",
+    "compute s": "{compute_seconds:.4g}", "of it draws s": "{draws_seconds:.3g}",
+    "exchange s": "{exchange_seconds:.3g}", "exchange share": "{exchange_share:.2%}", "efficiency": "{efficiency:.3f}",
+}  # fmt: skip
+
+
+def report(records: Sequence[Record], options: argparse.Namespace) -> str:
+    """Modelled steps by scaling, all that is assumed, and where the two exchanges are even."""
+    (node, network), (node_latency, network_latency) = options.bandwidth, options.latency
+    pairs, several = options.queries // 2, sorted({record["ranks"] for record in records} - {1})
+    limits = (f"{even_bandwidth(pairs, n, options.draws_per_second) / 1e9:.3g} GB/s on {n} ranks" for n in several)
+    tables = [
+        f"\n{title}\n\n{table(COLUMNS, [record for record in records if record['scaling'] == scaling])}"
+        for scaling, title in SCALINGS.items()
+    ]
+    return "\n".join([
+        "MODEL, not measured: T(n) = passes + draws + exchange, ring collectives, nothing overlaps, no rank waits.",
+        f"Assumed of a rank: {options.flops_per_second:.3g} FLOPs/s of forward passes, "
+        f"{options.draws_per_second:.3g} random numbers/s drawn and added; 4 bytes a number.",
+        f"Assumed of links: {node:g} GB/s and {node_latency:g} us a message within a node of "
+        f"{options.ranks_per_node} ranks, {network:g} GB/s and {network_latency:g} us between nodes.",
+        *tables,
+        "",
+        "queries: of a sample at all sites together. With SPSA every rank has directions of its own: splitting a batch",
+        "makes none of them cheaper to draw. Left out: noise of LikelihoodRatio, optimiser, data.",
+        f"Exchanging losses is faster than exchanging gradients below {', '.join(limits)}, whatever the model.",
+    ])  # fmt: skip

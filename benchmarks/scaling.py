@@ -7,32 +7,69 @@ FLOPs of a forward pass. All steps of a sweep take turns in one process; only ra
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.arguments import a_device, writable
-from benchmarks.measurement import Setup, environment_of, one_step
-from benchmarks.scaling_points import BASE, CHUNK_ROWS, SWEEPS, Point, set_up
-from benchmarks.scaling_report import report
-from benchmarks.timing import Ratio, Timings, alternate, waiting_for
+from benchmarks.cases import Case, vit
+from benchmarks.harness import Record, Spread, Timings, alternate, command, finish, say, synchronizer, table
+from benchmarks.speed import Setup, forward_equivalents, set_up, step
 from flops_lightning.network.staging import flops
-from flops_lightning.strategies.costs import site_costs
 
 STEP, INFERENCE = "step", "inference"
+CHUNK_ROWS = 32
 
 
-def step(setup: Setup) -> None:
-    """Clean pass, all queries with equal counts, local VJPs, ``.grad``."""
-    setup.network.module.zero_grad()
-    one_step(setup.strategy, setup)
+@dataclass(frozen=True)
+class Point:
+    """A step of a ViT with random weights on images of ``image`` x ``image`` pixels, patches of 8 x 8.
+
+    ``batch`` samples with ``queries`` each at every site; ``depth`` blocks in ``groups`` groups, beside the head;
+    tokens of ``width`` features, 64 in a head of attention (all where there are fewer than 128).
+    """
+
+    batch: int = 8
+    queries: int = 16
+    depth: int = 6
+    width: int = 192
+    groups: int = 3
+    image: int = 64
+
+    def case(self) -> Case:
+        """What is measured at this point."""
+        build = partial(
+            vit, num_classes=10, img_size=self.image, patch_size=8, depth=self.depth, embed_dim=self.width,
+            num_heads=max(1, self.width // 64),
+        )  # fmt: skip
+        image = (3, self.image, self.image)
+        return Case("ViT", build, image, 10, self.batch, self.queries, CHUNK_ROWS, rounds=5, groups=self.groups)
+
+
+BASE = Point()
+SWEEPS: Mapping[str, Sequence[int]] = {
+    "batch": (2, 4, 8, 16, 32),
+    "queries": (4, 8, 16, 32, 64),
+    "depth": (3, 6, 12, 24),
+    "width": (96, 192, 384, 768),
+    "groups": (2, 3, 6),
+}
+"""By the quantity that is changed: its values, the base point's among them."""
+
+LEGEND = {
+    "step / base": ("{step_over_base:.2f}", "time of the step / time of the base point's, both in the same rounds"),
+    "predicted": ("{predicted_over_base:.2f}", "the same by count: forward-equivalents x FLOPs of a forward pass"),
+    "measured / predicted": ("{measured_over_predicted:.2f}", "above 1: slower than the count says"),
+    "step / inference": ("{step_over_inference:.2f}", "time of the step / time of a plain forward pass of its batch"),
+    "counted": ("{forward_equivalents:.2f}", "forward-equivalents of the step a sample, clean pass included"),
+    "measured / counted": (
+        "{measured_over_counted:.2f}", "above 1: a forward-equivalent takes longer than plain inference of a sample",
+    ),
+    "exponent": ("{exponent:.2f}", "slope of log(time) in log(quantity) over the upper half of the quantity's values"),
+}  # fmt: skip
+"""Column -> (its cells, what it counts)."""
 
 
 @torch.inference_mode()
@@ -41,13 +78,6 @@ def inference(setup: Setup) -> None:
     with setup.network.evaluating():
         for x in setup.inputs.split(CHUNK_ROWS):
             setup.network.run(x)
-
-
-def forward_equivalents(setup: Setup) -> float:
-    """What the meter counts for one sample and step, known before any step is made."""
-    sites = setup.strategy.sites
-    costs = site_costs(setup.network, sites, setup.inputs)
-    return 1 + sum(site.queries_per_sample * costs.query[site.name] + costs.gradient[site.name] for site in sites)
 
 
 @torch.inference_mode()
@@ -65,95 +95,77 @@ def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
 
 def measure(
     sweep: str, values: Sequence[int], *, base: Point = BASE, rounds: int, device: torch.device
-) -> list[dict[str, Any]]:
+) -> list[Record]:
     """Time a sweep, all its points in every round, and return one record a point.
 
-    Args:
-        sweep: The field of :class:`Point` that is changed.
-        values: Its values in ascending order, that of ``base`` among them.
-        base: The base point.
-        rounds: Timed rounds.
-        device: Where to measure.
+    ``sweep`` is the field of :class:`Point` that takes the ``values``, in ascending order, that of ``base`` among them.
     """
-    setups = {value: set_up(replace(base, **{sweep: value}), device) for value in values}
+    setups = {value: set_up(replace(base, **{sweep: value}).case(), device) for value in values}
     contenders: dict[str, Callable[[], object]] = {}
     for value, setup in setups.items():
         contenders |= {f"{STEP} {value}": partial(step, setup), f"{INFERENCE} {value}": partial(inference, setup)}
-    timings = alternate(contenders, rounds=rounds, synchronize=waiting_for(device))
-    return records(sweep, setups, timings, base=base)
+    return records(sweep, setups, alternate(contenders, rounds=rounds, synchronize=synchronizer(device)), base=base)
 
 
-def records(sweep: str, setups: Mapping[int, Setup], timings: Timings, *, base: Point) -> list[dict[str, Any]]:
-    """Records of the JSON file: medians, their quartiles, the counts, and on what they ran."""
-    counted = {value: forward_equivalents(setup) for value, setup in setups.items()}
+def records(sweep: str, setups: Mapping[int, Setup], timings: Timings, *, base: Point) -> list[Record]:
+    """What was measured and what was counted at each point."""
+    counted = {value: forward_equivalents(setup.strategy, setup.inputs) for value, setup in setups.items()}
     work = {value: counted[value] * len(setup.inputs) * forward_flops(setup) for value, setup in setups.items()}
     rounds = list(zip(*(timings.seconds[f"{STEP} {value}"] for value in setups), strict=True))
-    low, slope, high = np.quantile([exponent(list(setups), seconds) for seconds in rounds], (0.25, 0.5, 0.75))
+    slope = Spread.of(exponent(list(setups), seconds) for seconds in rounds)
     start = getattr(base, sweep)
     found = []
     for value, setup in setups.items():
-        predicted = work[value] / work[start]
-        ratios = {
-            "step_over_base": timings.speed_ratio(f"{STEP} {value}", f"{STEP} {start}"),
-            "step_over_inference": timings.speed_ratio(f"{STEP} {value}", f"{INFERENCE} {value}"),
-            "exponent": Ratio(float(slope), float(low), float(high)),
-        }
-        found.append(
-            {
-                "sweep": sweep,
-                **asdict(replace(base, **{sweep: value})),
-                **{name: ratio.median for name, ratio in ratios.items()},
-                "quartiles": {name: [ratio.low, ratio.high] for name, ratio in ratios.items()},
-                "predicted_over_base": predicted,
-                "measured_over_predicted": ratios["step_over_base"].median / predicted,
-                "forward_equivalents": counted[value],
-                "measured_over_counted": ratios["step_over_inference"].median / counted[value],
-                "predicted_exponent": exponent(list(setups), list(work.values())),
-                "strategy": f"{type(setup.strategy).__name__} ({setup.strategy.variant})",
-                "rounds": len(rounds),
-                "chunk_rows": setup.strategy.chunk_rows,
-                **environment_of(setup.network, setup.inputs.device),
-            }
-        )
+        over_base = timings.ratio(f"{STEP} {value}", f"{STEP} {start}")
+        over_inference = timings.ratio(f"{STEP} {value}", f"{INFERENCE} {value}")
+        found.append({
+            "sweep": sweep,
+            **asdict(replace(base, **{sweep: value})),
+            "step_over_base": over_base,
+            "predicted_over_base": work[value] / work[start],
+            "measured_over_predicted": over_base.median / (work[value] / work[start]),
+            "step_over_inference": over_inference,
+            "forward_equivalents": counted[value],
+            "measured_over_counted": over_inference.median / counted[value],
+            "exponent": slope,
+            "predicted_exponent": exponent(list(setups), list(work.values())),
+            "strategy": f"{type(setup.strategy).__name__} ({setup.strategy.variant})",
+            "rounds": len(rounds),
+            "chunk_rows": setup.strategy.chunk_rows,
+        })  # fmt: skip
     return found
+
+
+def report(found: Sequence[Record], base: Point) -> str:
+    """The points, the exponents, and what the columns count."""
+    columns = {"sweep": "{sweep}", "value": "{value}"} | {name: cell for name, (cell, _) in LEGEND.items()}
+    slopes = {"sweep": "{sweep}", "exponent": columns.pop("exponent"), "predicted": "{predicted_exponent:.2f}"}
+    return "\n".join([
+        table(columns, [record | {"value": record[record["sweep"]]} for record in found]),
+        "",
+        table(slopes, {record["sweep"]: record for record in found}.values()),
+        "",
+        f"Base point: {', '.join(f'{name} {value}' for name, value in asdict(base).items())}; patches of 8x8 pixels.",
+        "A step: clean pass, all queries with equal counts, local VJPs, .grad; no optimiser.",
+        "Measured: median (quartiles) over the rounds.",
+        "",
+        *(f"- {column}: {meaning}" for column, (_, meaning) in LEGEND.items()),
+    ])  # fmt: skip
 
 
 def main(
     argv: Sequence[str] | None = None, *, base: Point = BASE, sweeps: Mapping[str, Sequence[int]] = SWEEPS
 ) -> None:
-    """Measure, print the tables, write the records.
-
-    Args:
-        argv: Arguments; None: those of the process.
-        base: The base point.
-        sweeps: What to measure, as :data:`SWEEPS`.
-    """
-    options = _parser(list(sweeps)).parse_args(argv)
+    """Measure, print the tables, write the records."""
+    parser = command("benchmarks.scaling", __doc__, rounds=5, device=True)
+    parser.add_argument("--only", choices=list(sweeps), help="a single sweep (default all)")
+    options = parser.parse_args(argv)
     found = []
     for sweep in [options.only] if options.only else sweeps:
-        print(f"measuring {sweep} {', '.join(map(str, sweeps[sweep]))} ...", file=sys.stderr, flush=True)
+        say(f"measuring {sweep} {', '.join(map(str, sweeps[sweep]))} ...")
         found += measure(sweep, sweeps[sweep], base=base, rounds=options.rounds, device=options.device)
-    print(report(found, asdict(base)))
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-
-
-def _parser(sweeps: Sequence[str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.scaling",
-        description="Growth of the time of a step with batch, queries, depth, width and groups beside what is counted.",
-    )
-    parser.add_argument("--rounds", type=_rounds, default=5, help="timed rounds (default 5)")
-    parser.add_argument("--only", choices=sweeps, help="a single sweep (default all)")
-    parser.add_argument("--json", type=writable, metavar="FILE", help="also write the records to FILE")
-    parser.add_argument("--device", type=a_device, default=torch.device("cpu"), help="cpu (default), cuda, cuda:1, ...")
-    return parser
-
-
-def _rounds(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} leaves nothing to take a median of. Write 1 or more, as 5.")
-    return int(text)
+    print(report(found, base))
+    finish(options, found)
 
 
 if __name__ == "__main__":

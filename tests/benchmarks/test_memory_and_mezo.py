@@ -1,22 +1,28 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
 from benchmarks import memory, mezo
 from benchmarks.cases import DIGITS
+from benchmarks.harness import CPU
 from flops_lightning.network.staging import stage_network
 
 
 def test_every_name_is_a_contender() -> None:
-    network = stage_network(DIGITS.build())
-    assert set(memory.NAMES) == {memory.INFERENCE, *memory.contenders(network, 8)}
+    contenders = memory.contenders(DIGITS, stage_network(DIGITS.build()))
+    assert set(memory.NAMES) == {memory.INFERENCE, *contenders}
 
 
 def test_the_table_is_of_medians_over_that_of_inference() -> None:
-    text = memory.table({memory.INFERENCE: [100.0, 90.0, 110.0], "MeZO": [105.0, 120.0, 110.0]}, 64)
-    assert "| MeZO | 110 (105 - 120) | 1.10 |" in text
+    records = [
+        {"step": memory.INFERENCE, "batch": 64, "mebibytes": [100.0, 90.0, 110.0]},
+        {"step": "MeZO", "batch": 64, "mebibytes": [105.0, 120.0, 110.0]},
+    ]
+    line = memory.report(records).splitlines()[-1]
+    assert [cell.strip() for cell in line.split("|")[1:-1]] == ["MeZO", "110 (105 - 120)", "1.10"]
 
 
 @pytest.mark.slow
@@ -24,13 +30,12 @@ def test_shared_directions_stay_near_the_memory_of_inference(capsys: pytest.Capt
     """Weights, batch and gradients counted on both sides; the bar is 1.2."""
     names = ["MeZO", "SPSA shared, whole network"]
     memory.main(["--batch", "32", "--rounds", "1", "--names", *names])
-    lines = capsys.readouterr().out.splitlines()
-    rows = [line.split("|") for line in lines[2:] if line.startswith("|")]
+    rows = [line.split("|") for line in capsys.readouterr().out.splitlines()[2:] if line.startswith("|")]
     found = {row[1].strip(): float(row[3]) for row in rows}
     assert max(found[name] for name in names) < 1.2
 
 
 def test_the_overhead_of_a_step_is_a_ratio_of_times() -> None:
-    ratio = mezo.overhead(DIGITS, 4, rounds=1)
+    ratio = mezo.overhead(replace(DIGITS, batch=4), rounds=1, device=CPU)
     assert math.isfinite(ratio.median)
     assert ratio.median > 0.5, "a step makes two passes"

@@ -9,39 +9,45 @@ import pytest
 import torch
 
 from benchmarks import ranks
-from benchmarks.ranks_load import Collective, SiteLoad, StepLoad
-from benchmarks.ranks_measured import Job, launch
-from benchmarks.ranks_methods import METHODS, PERCEPTRON, batch_of, load_of, run_step, taught, vit_loads
+from benchmarks.harness import Spread
+from benchmarks.ranks import PERCEPTRON, batch_of, launch, report, run_step
 from benchmarks.ranks_model import (
-    Link,
+    METHODS,
     Machine,
-    collective_seconds,
+    StepLoad,
     efficiency,
     even_bandwidth,
+    parameters_of,
+    ring_seconds,
     step_seconds,
+    vit_loads,
 )
-from benchmarks.ranks_report import measured_tables
 from flops_lightning.network.staging import stage_network
 from flops_lightning.strategies import shared_directions
 
 SAMPLES, QUERIES = 6, 4
 BY_NAME = {method.name: method for method in METHODS}
 LR, ALLOCATED, GRADIENTS, LOSSES = BY_NAME
-LINK = Link(bandwidth=1e9, latency=1e-5)
-FREE = Link(bandwidth=float("inf"), latency=0.0)
+CASE = replace(PERCEPTRON, queries=QUERIES, rounds=1)
+FREE = {"bandwidth": (np.inf, np.inf), "latency": (0.0, 0.0)}
+
+
+def load_of(**changed):
+    """One site of antithetic directions in a hundred numbers."""
+    known = {"numbers": 100, "tensors": 2, "sites": 1, "queries": 10, "sample": 2.0, "drawn": True}
+    return StepLoad(**known | changed)
 
 
 def made(name, *, chunk_rows=128):
     torch.manual_seed(0)
     strategy = BY_NAME[name].strategy(stage_network(PERCEPTRON.build()), queries=QUERIES, chunk_rows=chunk_rows)
-    return strategy, load_of(BY_NAME[name], strategy, batch_of(PERCEPTRON, 1, 1, 0)[0])
+    return strategy, BY_NAME[name].load(strategy, batch_of(PERCEPTRON, 1, 1, 0)[0])
 
 
 @pytest.fixture(scope="module")
 def two_processes():
     """What each of two real processes saw, by method."""
-    found = launch(Job("perceptron", list(BY_NAME), [SAMPLES], QUERIES, rounds=1), 2)
-    return {per_rank[0]["method"]: per_rank for per_rank in zip(*found, strict=True)}
+    return {per_rank[0]["method"]: per_rank for per_rank in launch(CASE, [SAMPLES], 2)}
 
 
 # -- two processes -----------------------------------------------------------------------------------------------------
@@ -52,7 +58,7 @@ def test_the_model_counts_the_bytes_and_passes_of_real_processes(two_processes, 
     load = made(name)[1]
     for rank in two_processes[name]:
         assert rank["bytes"] == load.bytes_sent(SAMPLES, 2)
-        assert rank["forward_equivalents"] == pytest.approx(load.forward_equivalents(SAMPLES), rel=1e-12)
+        assert rank["forward_equivalents"] == pytest.approx(SAMPLES * load.sample, rel=1e-12)
 
 
 def test_the_bytes_by_hand(two_processes):
@@ -73,7 +79,7 @@ def test_processes_have_the_gradient_of_the_same_ranks_one_after_the_other(two_p
         strategy = made(name)[0]
         strategy.rank, strategy.draw = rank, 1  # one step before the measured one
         run_step(BY_NAME[name], strategy, *batch_of(PERCEPTRON, SAMPLES, 2, rank))
-        parts.append(torch.cat([p.grad.flatten() for p in taught(strategy)]))
+        parts.append(torch.cat([p.grad.flatten() for p in parameters_of(strategy)]))
     assert first["gradient_norm"] == pytest.approx(float(torch.stack(parts).mean(0).norm()), rel=1e-5)
 
 
@@ -114,21 +120,15 @@ def test_the_model_counts_the_numbers_that_are_drawn(monkeypatch, name, chunk_ro
 
 
 def test_numbers_drawn_by_hand():
-    site = SiteLoad(numbers=100, tensors=2, queries=10, query=1.0, gradient=0.0)
-    load = StepLoad((site,), drawn=True, chunk_rows=256)
+    load = load_of()
     assert load.drawn_numbers(300, 64) == 5 * 100 * (2 + 1)
     assert replace(load, exchange="losses").drawn_numbers(300, 64) == 5 * 100 * (2 + 64)
     assert replace(load, drawn=False).drawn_numbers(300, 64) == 0
 
 
-def test_passes_by_hand():
-    sites = (SiteLoad(1, 1, queries=4, query=0.5, gradient=0.75), SiteLoad(1, 1, queries=2, query=0.125, gradient=0.0))
-    assert StepLoad(sites, drawn=False).forward_equivalents(8) == 8 * (1 + 4 * 0.5 + 0.75 + 2 * 0.125)
-
-
 @pytest.mark.parametrize("numbers", [1, 10**6, 10**9])
 def test_bytes_of_losses_depend_on_neither_parameters_nor_samples_and_those_of_gradients_do(numbers):
-    load = StepLoad((SiteLoad(numbers, 5, 20, 1.0, 0.0),), drawn=True)
+    load = load_of(numbers=numbers, tensors=5, queries=20)
     losses = replace(load, exchange="losses")
     assert {losses.bytes_sent(samples, n) for samples in (1, 64) for n in (2, 64)} == {8 + 24 * 10 + 4}
     assert load.bytes_sent(1, 2) == load.bytes_sent(64, 64) == 8 * (1 + 5) + 4 * numbers
@@ -140,7 +140,7 @@ def test_bytes_of_losses_depend_on_neither_parameters_nor_samples_and_those_of_g
     [("vit_base_patch16_224", 86_567_656, 17.6e9), ("vit_large_patch16_224", 304_326_632, 61.6e9)],
 )
 def test_sizes_of_the_vits(name, parameters, multiply_adds):
-    loads, flops = vit_loads(name, METHODS, queries=20)
+    loads, flops = vit_loads(name, queries=20)
     assert {load.numbers for load in loads.values()} == {parameters}
     # Published; less here, since the last block computes no more than the one token that is read.
     assert 0.9 < flops / (2 * multiply_adds) < 1
@@ -150,7 +150,7 @@ def test_sizes_of_the_vits(name, parameters, multiply_adds):
 
 
 @pytest.mark.parametrize("n", [2, 3, 8])
-def test_bytes_on_a_link_are_those_of_a_ring_played_through(n):
+def test_messages_and_bytes_are_those_of_a_ring_played_through(n):
     values = np.random.default_rng(0).integers(0, 9, (n, n)).astype(float)  # [rank, piece]
     held, moved = values.copy(), np.zeros(n)
     for step in range(2 * (n - 1)):
@@ -160,31 +160,30 @@ def test_bytes_on_a_link_are_those_of_a_ring_played_through(n):
             held[after, piece] = value + (held[after, piece] if step < n - 1 else 0)
             moved[rank] += 1
     assert (held == values.sum(0)).all()
-    assert Collective("sum", 8 * n).bytes_on_link(n) == pytest.approx(8 * moved[0])
-    assert Collective("sum", 8 * n).steps(n) == 2 * (n - 1)
-    assert (Collective("gather", 8).bytes_on_link(n), Collective("gather", 8).steps(n)) == (8 * (n - 1), n - 1)
+    assert ring_seconds("sum", 8 * n, n, 1.0, 0.0) == pytest.approx(8 * moved[0])
+    assert ring_seconds("sum", 8 * n, n, np.inf, 1.0) == moved[0]
 
 
 def test_seconds_of_collectives_by_hand():
-    assert collective_seconds(Collective("sum", 10**9), 8, LINK) == pytest.approx(1.75 + 14e-5)
-    assert collective_seconds(Collective("gather", 10**6), 8, LINK) == pytest.approx(7e-3 + 7e-5)
+    assert ring_seconds("sum", 10**9, 8, 1e9, 1e-5) == pytest.approx(1.75 + 14e-5)
+    assert ring_seconds("gather", 10**6, 8, 1e9, 1e-5) == pytest.approx(7e-3 + 7e-5)
 
 
 def test_seconds_of_a_step_by_hand_and_the_slowest_link():
-    machine = Machine(passes=100.0, draws=1e4, node=FREE, network=LINK)
-    load = StepLoad((SiteLoad(10**6, 2, queries=2, query=0.5, gradient=0.0),), drawn=True)
+    machine = Machine(passes=100.0, draws=1e4, bandwidth=(np.inf, 1e9), latency=(0.0, 1e-5))
+    load = load_of(numbers=10**6, queries=2)
     within, across = step_seconds(load, 5, 8, machine), step_seconds(load, 5, 9, machine)
-    assert (within.passes, within.draws, within.exchange) == (5 * 2 / 100, 2 * 10**6 / 1e4, 0)
+    assert within == (5 * 2 / 100, 2 * 10**6 / 1e4, 0)
+    assert across[:2] == within[:2]
     assert across.exchange == pytest.approx(2 * 8 / 9 * (24 + 4e6) / 1e9 + 2 * 16 * 1e-5)
-    assert across.exchange_share == pytest.approx(across.exchange / (within.total + across.exchange))
 
 
 @pytest.mark.parametrize("scaling", ["strong", "weak"])
 def test_efficiency_is_one_alone_and_where_nothing_but_passes_takes_time(scaling):
-    load, machine = made(LR)[1], Machine(1.0, 1.0, FREE, FREE)
-    alone = step_seconds(load, 64, 1, machine).total
+    load, machine = made(LR)[1], Machine(1.0, 1.0, **FREE)
+    alone = sum(step_seconds(load, 64, 1, machine))
     for n in (1, 4, 64):
-        together = step_seconds(load, 64 // n if scaling == "strong" else 64, n, machine).total
+        together = sum(step_seconds(load, 64 // n if scaling == "strong" else 64, n, machine))
         assert efficiency(alone, together, n, scaling) == pytest.approx(1)
     assert efficiency(8.0, 2.0, 8, "strong") == 0.5
     assert efficiency(8.0, 16.0, 8, "weak") == 0.5
@@ -192,14 +191,11 @@ def test_efficiency_is_one_alone_and_where_nothing_but_passes_takes_time(scaling
 
 @pytest.mark.parametrize("n", [2, 8, 64])
 def test_both_exchanges_take_the_same_time_at_the_even_bandwidth(n):
-    draws, site = 1e10, SiteLoad(10**8, 2, queries=20, query=1.0, gradient=0.0)
-    gradients = StepLoad((site, site), drawn=True)
-    link = Link(even_bandwidth(10, n, draws), 0.0)
-    times = [
-        step_seconds(load, 4, n, Machine(1e9, draws, link, link)).total
-        for load in (gradients, replace(gradients, exchange="losses"))
-    ]
-    assert times[0] == pytest.approx(times[1], rel=1e-4)
+    draws, gradients = 1e10, load_of(numbers=2 * 10**8, tensors=4, sites=2, queries=20)
+    machine = Machine(1e9, draws, [even_bandwidth(10, n, draws)] * 2, [0.0] * 2)
+    of_gradients = sum(step_seconds(gradients, 4, n, machine))
+    of_losses = sum(step_seconds(replace(gradients, exchange="losses"), 4, n, machine))
+    assert of_gradients == pytest.approx(of_losses, rel=1e-4)
 
 
 # -- what is reported --------------------------------------------------------------------------------------------------
@@ -211,9 +207,9 @@ def test_a_step_is_as_slow_as_its_slowest_rank_and_the_exchange_as_long_as_the_s
     second = {"seconds": [2, 4, 9], "exchange": [0.2, 3, 0.3], "pass": [2, 3, 1], "draw": [0, 0, 0], "gradient_bits": 2}
     load = made(GRADIENTS)[1]
     found = ranks.summary([common | first, common | second], load)
-    assert (found["seconds"], found["seconds_quartiles"]) == (5, [3.5, 7])
+    assert found["seconds"] == Spread(5, 3.5, 7)
     assert (found["exchange_seconds"], found["waiting_seconds"]) == (0.2, 0.5)
-    assert found["predicted_seconds"] == 2 * load.forward_equivalents(SAMPLES)
+    assert found["predicted_seconds"] == 2 * SAMPLES * load.sample
     assert not found["alike"]
 
 
@@ -221,7 +217,7 @@ def test_a_step_is_as_slow_as_its_slowest_rank_and_the_exchange_as_long_as_the_s
 def test_more_ranks_than_cores_are_marked(two_processes, cores, crowded):
     record = ranks.summary(two_processes[LR], made(LR)[1])
     known = {"model": "perceptron", "queries": QUERIES, "rounds": 1, "cores": cores, "efficiency": 0.5}
-    text = measured_tables([record | known | {"scaling": "strong"}])
+    text = report([record | known | {"scaling": "strong"}])
     assert ("more ranks than cores" in text, "0.50*" in text) == (crowded, crowded)
     assert f"{cores} cores" in text
 
@@ -234,7 +230,8 @@ def test_the_command_models_apart_from_what_it_measures(tmp_path, capsys):
     assert "MEASURED" not in text
     assert "5e+13 FLOPs/s" in text
     assert "10 GB/s and 10 us between nodes" in text
-    steps = json.loads(path.read_text())["modelled"]["steps"]
+    steps = json.loads(path.read_text())
+    assert {row["kind"] for row in steps} == {"modelled"}
     assert {row["efficiency"] for row in steps if row["ranks"] == 1} == {1.0}
     assert len(steps) == 2 * 3 * 2 * 4
     strong, weak = ([row for row in steps if row["scaling"] == how] for how in ("strong", "weak"))
@@ -253,9 +250,8 @@ def test_the_command_models_apart_from_what_it_measures(tmp_path, capsys):
         (["--batch", "9"], "--batch 9 cannot be split over 2 ranks"),
         (["--modelled-batch", "100"], "--modelled-batch 100 cannot be split over 8 ranks"),
         (["--queries", "3"], "--queries 3 makes no antithetic pairs"),
-        (["--rounds", "0"], "'0' is no number of 1 or more"),
-        (["--bandwidth", "300", "-1"], "'-1' is no speed"),
-        (["--json", "/no/such/folder/x.json"], "cannot be written"),
+        (["--rounds", "0"], "'0' must be a whole number of 1 or more"),
+        (["--bandwidth", "300", "-1"], "'-1' must be a number above 0"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_before_the_run(capsys, arguments, message):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.training import CONTENDERS, StepClock, main, record, table, train
+from benchmarks.training import CONTENDERS, StepClock, main, record, report, train
 from flops_lightning.phases import PHASES
 
 SMALL = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 4, "num_heads": 2}
@@ -35,28 +35,28 @@ def test_a_record_leaves_the_pilots_out_of_the_step_that_it_divides_by():
     assert entry["allocation_share"] == pytest.approx(0.1)
     assert entry["allocation_share_worst"] == pytest.approx(0.2)
     assert entry["shares"]["rest"] == pytest.approx(1 - (2 + 0.8 + 5) / 10)
-    assert "| 10.00% (20.00%) |" in table([entry])
+    assert report([entry]).splitlines()[-1].split("|")[-2].strip() == "10.00% (20.00%)"
 
 
 @pytest.mark.parametrize("name", ["equal", "gaussian, pilots"])
 @pytest.mark.filterwarnings("ignore")
 def test_a_training_run_has_all_its_phases(name):
     steps = train(
-        CONTENDERS[name], model="vit_tiny_patch16_224", model_kwargs=SMALL, batch=4, queries=8, chunk_rows=16, steps=3,
+        name, model="vit_tiny_patch16_224", model_kwargs=SMALL, batch=4, queries=8, chunk_rows=16, steps=3,
         device=torch.device("cpu"),
     )  # fmt: skip
     assert len(steps) == 3
     for step in steps:
         missing = {phase for phase in PHASES if not step[phase]}
-        assert missing == (set() if CONTENDERS[name].pilots else {"pilots"})
+        assert missing == (set() if CONTENDERS[name][1] else {"pilots"})
         assert 0 < sum(step[phase] for phase in PHASES) < step["step"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--steps", "0"], "--steps 0 is too small: write 1 or more."),
-        (["--queries", "4"], "--queries 4 is too small: write 6 or more."),
+        (["--steps", "0"], "argument --steps: '0' must be a whole number of 1 or more."),
+        (["--queries", "4"], "argument --queries: '4' must be a whole number of 6 or more."),
         (["--model", "resnet18", "--names", "equal"], "'ResNet': is neither"),
         (["--json", "no/such/folder/x.json"], "Give a file in a folder that exists."),
     ],

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.simulated_tf32 import SimulatedTF32, tf32_rounded
+from benchmarks.precision import SimulatedTF32, tf32_rounded
 from flops_lightning.errors import SettingError
 from flops_lightning.network.staging import stage_network
 from flops_lightning.queries import plan_rows, row_losses

@@ -6,15 +6,17 @@ import json
 import math
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
-from benchmarks.__main__ import main
-from benchmarks.cases import PILOTS, Case
-from benchmarks.inference import full_inference, suffix_inference
-from benchmarks.measurement import (
+from benchmarks.__main__ import main, report
+from benchmarks.cases import PILOTS, Case, vit
+from benchmarks.harness import CPU, Spread, Timings, alternate, plain, table
+from benchmarks.reference import Reference, keyed_noise
+from benchmarks.speed import (
     BACKPROP,
     BATCHED,
     CHECKPOINTED,
@@ -24,20 +26,19 @@ from benchmarks.measurement import (
     STEP,
     SUFFIX,
     contenders,
+    full_rows,
+    infer,
     record,
-    row_cross_entropy,
     seconds_by_phase,
     set_up,
+    suffix_rows,
 )
-from benchmarks.reference import keyed_noise, literal_gradient, reference_gradient
-from benchmarks.report import table
-from benchmarks.timing import Timings, alternate
 from flops_lightning.errors import SettingError
 from flops_lightning.network.staging import Stage, StagedNetwork, stage_network
+from flops_lightning.objectives import cross_entropy
 from flops_lightning.phases import PHASES
 from flops_lightning.strategies import LikelihoodRatio, SiteSpec
 
-CPU = torch.device("cpu")
 KEYS = {
     "model": str, "batch": int, "queries": int, "allocation": str, "compiled": bool,
     "strategy": str, "layout": str, "sites": str, "device": str,
@@ -57,12 +58,8 @@ def layers() -> nn.Sequential:
     )
 
 
-def vit() -> nn.Module:
-    import timm
-
-    model = timm.create_model(
-        "vit_tiny_patch16_224", img_size=4, patch_size=2, embed_dim=8, depth=3, num_heads=2, num_classes=5
-    )
+def small_vit() -> nn.Module:
+    model = vit(img_size=4, patch_size=2, embed_dim=8, depth=3, num_heads=2, num_classes=5)
     for parameter in model.parameters():  # timm starts biases at 0 and norms at 1
         parameter.data += 0.05 * torch.randn_like(parameter)
     return model
@@ -74,8 +71,8 @@ MICRO = Case("layers", layers, (3, 2, 2), 5, batch=3, queries=4, chunk_rows=5, r
 @pytest.mark.parametrize(
     ("build", "stages", "kind"),
     [
-        (vit, [["embed", "blocks.0"], ["blocks.1", "blocks.2"], ["pool", "head"]], "group"),
-        (vit, [["embed", "head"]], "block"),
+        (small_vit, [["embed", "blocks.0"], ["blocks.1", "blocks.2"], ["pool", "head"]], "group"),
+        (small_vit, [["embed", "head"]], "block"),
         (layers, [["0", "3"], ["4", "6"]], "group"),
     ],
 )
@@ -85,38 +82,30 @@ def test_the_reference_step_gives_the_estimate_of_likelihood_ratio(build, stages
     inputs = torch.randn(4, *((3, 2, 2) if build is layers else (3, 4, 4)), dtype=torch.float64)
     targets = torch.randint(5, (4,))
     strategy = LikelihoodRatio(sites=[SiteSpec(stages=s, kind=kind) for s in stages], chunk_rows=7, seed=3)
-    strategy.bind(network, row_cross_entropy)
+    strategy.bind(network, cross_entropy)
     counts = torch.tensor([[4, 1, 9, 2]]).repeat(len(strategy.sites), 1)
     counts[0] = torch.tensor([1, 3, 2, 6])
     strategy.clean_pass(inputs, targets)  # so that the draw counter is not where it starts
     clean = strategy.clean_pass(inputs, targets)
     strategy.estimate(clean, counts)
 
-    reference = reference_gradient(
-        network, row_cross_entropy, strategy.sites, inputs, targets, counts,
-        noise=keyed_noise(3, draw=clean.draw), rows=5,
-    )  # fmt: skip
-
-    literal = literal_gradient(
-        network, row_cross_entropy, strategy.sites, inputs, targets, counts, noise=keyed_noise(3, draw=clean.draw)
-    )
+    noise = keyed_noise(3, draw=clean.draw)
+    reference = Reference(network, cross_entropy, strategy.sites, inputs, targets, counts, noise)
+    batched = reference.batched(rows=5)
     ours = {name: parameter.grad for name, parameter in network.module.named_parameters()}
-    assert reference.keys() == ours.keys()
-    torch.testing.assert_close(ours, reference, rtol=1e-8, atol=1e-10)
-    torch.testing.assert_close(literal, reference, rtol=1e-8, atol=1e-10)
-    assert all(gradient.abs().max() > 1e-4 for gradient in reference.values())
+    assert batched.keys() == ours.keys()
+    torch.testing.assert_close(ours, batched, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(reference.literal(), batched, rtol=1e-8, atol=1e-10)
+    assert all(gradient.abs().max() > 1e-4 for gradient in batched.values())
 
 
-@pytest.mark.parametrize(("gradient", "settings"), [(reference_gradient, {"rows": 2}), (literal_gradient, {})])
-def test_the_reference_steps_refuse_linear_sites(gradient, settings):
+def test_the_reference_step_refuses_linear_sites():
     network = stage_network(layers())
     strategy = LikelihoodRatio(sites=[SiteSpec(stages=["0", "6"], kind="linear")])
-    strategy.bind(network, row_cross_entropy)
+    strategy.bind(network, cross_entropy)
+    empty = torch.zeros(1)
     with pytest.raises(SettingError, match="kind: block"):
-        gradient(
-            network, row_cross_entropy, strategy.sites, torch.zeros(1, 3, 2, 2), torch.zeros(1, dtype=torch.int64),
-            torch.ones(len(strategy.sites), 1, dtype=torch.int64), noise=keyed_noise(0, draw=0), **settings,
-        )  # fmt: skip
+        Reference(network, cross_entropy, strategy.sites, empty, empty, empty, keyed_noise(0, draw=0))
 
 
 def rows_by_stage(network: StagedNetwork) -> tuple[StagedNetwork, dict[str, list[tuple[int, ...]]]]:
@@ -130,14 +119,14 @@ def rows_by_stage(network: StagedNetwork) -> tuple[StagedNetwork, dict[str, list
 
 
 def test_the_yardsticks_run_as_many_rows_as_the_step_has_queries():
-    network, seen = rows_by_stage(stage_network(vit()))
+    network, seen = rows_by_stage(stage_network(small_vit()))
     specs = [
         SiteSpec(stages=["embed", "blocks.0"], queries_per_sample=6, sigma=0.1),
         SiteSpec(stages=["blocks.1", "blocks.2"], queries_per_sample=8, sigma=0.1),
         SiteSpec(stages=["pool", "head"], queries_per_sample=2, sigma=0.1),
     ]
     strategy = LikelihoodRatio(sites=specs, chunk_rows=8, seed=0)
-    strategy.bind(network, row_cross_entropy)
+    strategy.bind(network, cross_entropy)
     inputs = torch.randn(3, 3, 4, 4)
     clean = strategy.clean_pass(inputs, torch.zeros(3, dtype=torch.int64))
 
@@ -147,79 +136,68 @@ def test_the_yardsticks_run_as_many_rows_as_the_step_has_queries():
         run()
         return {name: sum(shape[0] for shape in shapes) for name, shapes in seen.items()}
 
-    full = rows(full_inference(network, strategy.sites, inputs, chunk_rows=8))
+    full = rows(partial(infer, network, full_rows(strategy.sites, inputs, 8)))
     assert full == dict.fromkeys(full, 3 * (6 + 8 + 2))
     assert max(shape[0] for shape in seen["embed"]) <= 8
 
-    suffix = rows(suffix_inference(network, strategy.sites, clean, chunk_rows=8))
+    suffix = rows(partial(infer, network, suffix_rows(strategy.sites, clean, 8)))
     assert suffix == {"embed": 0, "blocks.0": 0, "blocks.1": 18, "blocks.2": 18, "pool": 42, "head": 42}
     # Of the last block the CLS token alone is computed, so that is all that the pool is given.
     assert {shape[1] for shape in seen["pool"]} == {1}
 
-    plain = {name: Counter(shapes) for name, shapes in seen.items()}
+    alone = {name: Counter(shapes) for name, shapes in seen.items()}
     rows(lambda: strategy.estimate(clean))
     step = {name: Counter(shapes) for name, shapes in seen.items()}
     # The step makes the same calls; beyond them only its local VJP, which runs each stage once on the batch.
-    assert all(sum((step[name] - plain[name]).values()) == 2 for name in ("embed", "blocks.0"))
+    assert all(sum((step[name] - alone[name]).values()) == 2 for name in ("embed", "blocks.0"))
     # Samples whose graph is held at a time: 8 rows over twice the two blocks of the site.
-    assert all(step[name] - plain[name] == Counter({(2, 5, 8): 1, (1, 5, 8): 1}) for name in ("blocks.1", "blocks.2"))
-    assert step["pool"] - plain["pool"] == Counter({(2, 1, 8): 1, (1, 1, 8): 1})
-    assert all(not plain[name] - step[name] for name in plain)
-
-
-class FakeClock:
-    """Time that only moves when a contender runs."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
+    assert all(step[name] - alone[name] == Counter({(2, 5, 8): 1, (1, 5, 8): 1}) for name in ("blocks.1", "blocks.2"))
+    assert step["pool"] - alone["pool"] == Counter({(2, 1, 8): 1, (1, 1, 8): 1})
+    assert all(not alone[name] - step[name] for name in alone)
 
 
 def test_alternate_pairs_contenders_within_rounds():
-    clock, ran, waits = FakeClock(), [], []
+    now, ran, waits = [0.0], [], []
 
-    def contender(name: str, seconds: float):
-        def run() -> None:
-            # The machine slows down by half from one round to the next; the first round is the warm-up.
-            clock.now += seconds * 1.5 ** (len(ran) // 3)
-            ran.append(name)
-
-        return run
+    def contender(name: str, seconds: float) -> None:
+        # The machine slows down by half from one round to the next; the first round is the warm-up.
+        now[0] += seconds * 1.5 ** (len(ran) // 3)
+        ran.append(name)
 
     timings = alternate(
-        {"a": contender("a", 1.0), "b": contender("b", 2.0), "c": contender("c", 4.0)},
-        rounds=4, clock=clock, synchronize=lambda: waits.append(clock.now),
+        {name: partial(contender, name, seconds) for name, seconds in (("a", 1.0), ("b", 2.0), ("c", 4.0))},
+        rounds=4, clock=lambda: now[0], synchronize=lambda: waits.append(now[0]),
     )  # fmt: skip
 
     assert ["".join(ran[i : i + 3]) for i in range(0, 15, 3)] == ["abc", "abc", "bca", "cab", "abc"]
     assert timings.seconds["a"] == pytest.approx([1.5, 1.5**2, 1.5**3, 1.5**4])
     assert len(waits) == 2 * 3 * 4
     for other, ratio in (("b", 2.0), ("c", 4.0)):
-        summary = timings.speed_ratio(other, "a")
-        assert (summary.low, summary.median, summary.high) == pytest.approx((ratio,) * 3)
-
-
-def test_ratios_are_medians_and_quartiles_of_the_rounds():
-    timings = Timings({"ours": (1.0, 2.0, 4.0, 1.0, 2.0), "other": (1.0, 4.0, 12.0, 4.0, 10.0)})
-    ratio = timings.speed_ratio("other", "ours")  # 1, 2, 3, 4, 5
-    assert (ratio.low, ratio.median, ratio.high) == (2.0, 3.0, 4.0)
-    excess = timings.excess_fraction("other", "ours")  # 0, 1/2, 2/3, 3/4, 4/5
-    assert (excess.low, excess.median, excess.high) == pytest.approx((1 / 2, 2 / 3, 3 / 4))
-
-
-def test_alternate_refuses_no_round():
-    with pytest.raises(SettingError, match="rounds"):
+        assert timings.ratio(other, "a") == Spread(*[pytest.approx(ratio)] * 3)
+    with pytest.raises(SettingError, match="rounds = 0: must be 1 or more"):
         alternate({"a": lambda: None}, rounds=0)
 
 
+def test_ratios_are_medians_and_quartiles_of_the_rounds_in_tables_and_records():
+    timings = Timings({"ours": (1.0, 2.0, 4.0, 1.0, 2.0), "other": (1.0, 4.0, 12.0, 4.0, 10.0)})
+    ratio = timings.ratio("other", "ours")  # 1, 2, 3, 4, 5
+    assert ratio == Spread(3.0, 2.0, 4.0)
+    excess = timings.excess("other", "ours")  # 0, 1/2, 2/3, 3/4, 4/5
+    assert (excess.low, excess.median, excess.high) == pytest.approx((1 / 2, 2 / 3, 3 / 4))
+    assert Spread.of([1, 2, 7], tails=0) == Spread(2, 1, 7)
+    entry = {"name": "a", "ratio": ratio, "nothing": None}
+    assert plain(entry) == {"name": "a", "ratio": 3.0, "nothing": None, "quartiles": {"ratio": [2.0, 4.0]}}
+    columns = {"of": "{name}", "speed": "{ratio:.1f}", "other": "{nothing:.1f}"}
+    header, _, line = table(columns, [entry]).splitlines()
+    assert [cell.strip() for cell in header.split("|")] == ["", "of", "speed", "other", ""]
+    assert [cell.strip() for cell in line.split("|")] == ["", "a", "3.0 (2.0 - 4.0)", "-", ""]
+
+
 def test_a_record_divides_what_its_keys_say():
-    setup = set_up(MICRO, CPU)
     seconds = {STEP: 5.0, QUERIES: 4.0, FULL: 15.0, SUFFIX: 3.0, BACKPROP: 1.0, CHECKPOINTED: 2.0, REFERENCE: 40.0,
                BATCHED: 20.0}  # fmt: skip
-    entry = record(MICRO, setup.strategy, CPU, Timings({name: (s, s) for name, s in seconds.items()}))
-    assert {name: entry[name] for name in MEASURED} == pytest.approx(
+    entry = record(set_up(MICRO, CPU), Timings({name: (s, s) for name, s in seconds.items()}))
+    assert {name: entry[name].median for name in MEASURED} == pytest.approx(
         {
             "ratio_full_inference": 3.0,
             "ratio_suffix_inference": 0.75,
@@ -233,10 +211,14 @@ def test_a_record_divides_what_its_keys_say():
 
 
 def test_the_command_writes_records_and_prints_the_table(tmp_path, capsys):
-    main(["--json", str(tmp_path / "records.json")], cases=[MICRO, replace(MICRO, model="again", batch=2)])
+    cases = [replace(MICRO, model="left out"), MICRO, replace(MICRO, model="layers again", batch=2)]
+    main(["--models", "layers", "--rounds", "3", "--json", str(tmp_path / "records.json")], cases=cases)
 
     records = json.loads((tmp_path / "records.json").read_text())
-    assert [(r["model"], r["batch"], r["queries"]) for r in records] == [("layers", 3, 4), ("again", 2, 4)]
+    assert [(r["model"], r["batch"], r["queries"], r["rounds"]) for r in records] == [
+        ("layers", 3, 4, 3), ("layers again", 2, 4, 3),
+    ]  # fmt: skip
+    printed = capsys.readouterr().out
     for entry in records:
         assert {name: type(value) for name, value in entry.items()} == KEYS
         assert entry["strategy"] == "LikelihoodRatio (baseline)"
@@ -244,35 +226,32 @@ def test_the_command_writes_records_and_prints_the_table(tmp_path, capsys):
         assert (entry["device"], entry["dtype"], entry["threads"]) == ("cpu", "float32", torch.get_num_threads())
         assert entry["versions"]["torch"] == torch.__version__.split("+")[0]
         assert entry["quartiles"].keys() == set(MEASURED)
+        (line,) = [line for line in printed.splitlines() if line.split("|")[1:2] == [f" {entry['model']:<12} "]]
         for name in MEASURED:
             low, high = entry["quartiles"][name]
             assert low <= entry[name] <= high
             assert math.isfinite(entry[name])
             assert entry[name] > 0 or name == "overhead_fraction"
+            assert f"{entry[name]:.2f} (" in line
         assert entry["overhead_fraction"] < 1
         assert entry["seconds_by_phase"].keys() == {*PHASES, "rest"}
         assert all(entry["seconds_by_phase"][name] > 0 for name in ("clean pass", "suffix", "local VJP", "optimiser"))
         assert entry["seconds_by_phase"]["pilots"] == entry["seconds_by_phase"]["allocation"] == 0
-
-    printed = capsys.readouterr().out
-    for entry in records:
-        (line,) = [line for line in printed.splitlines() if line.startswith(entry["model"] + " ")]
-        for name in MEASURED:
-            assert f"{entry[name]:.2f} (" in line
     assert "no local VJP" in printed
 
 
 @pytest.mark.parametrize(
-    ("arguments", "remedy"),
+    ("arguments", "message"),
     [
         (["--json", "no/such/folder/records.json"], "Give a file in a folder that exists."),
-        (["--device", "abacus"], "Write cpu."),
+        (["--device", "abacus"], "argument --device: 'abacus' cannot be used"),
+        (["--rounds", "0"], "argument --rounds: '0' must be a whole number of 1 or more."),
     ],
 )
-def test_bad_arguments_are_refused_before_anything_is_measured(arguments, remedy, capsys):
+def test_bad_arguments_are_refused_before_anything_is_measured(arguments, message, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(arguments, cases=[MICRO])
-    assert remedy in capsys.readouterr().err
+    assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_case_with_an_allocator_takes_pilots_and_chooses_counts():
@@ -285,32 +264,26 @@ def test_a_case_with_an_allocator_takes_pilots_and_chooses_counts():
     assert {name: meter[name].queries for name in pilots} == dict.fromkeys(pilots, 2 * 3 * 8)
 
 
-@pytest.mark.parametrize("way", [{"kind": "block"}, {"strategy": "SPSA"}, {"references": False}])
-def test_other_strategies_and_sites_are_measured_too(way):
-    case = replace(MICRO, build=vit, image=(3, 4, 4), **way)
-    timings = alternate(contenders(set_up(case, CPU)), rounds=1)
-    entry = record(case, set_up(case, CPU).strategy, CPU, timings)
+ALL = set(MEASURED)
+REFERENCES = {"ratio_reference", "ratio_batched_reference"}
+
+
+@pytest.mark.parametrize(
+    ("way", "measured"),
+    [
+        ({"kind": "block"}, ALL),
+        ({"strategy": "SPSA"}, ALL - REFERENCES),
+        ({"references": False}, ALL - REFERENCES),
+        ({"suffixes_only": True}, {"ratio_suffix_inference"}),
+    ],
+)
+def test_other_strategies_sites_and_yardsticks_are_measured_too(way, measured):
+    case = replace(MICRO, build=small_vit, image=(3, 4, 4), **way)
+    setup = set_up(case, CPU)
+    entry = record(setup, alternate(contenders(setup), rounds=1)) | dict.fromkeys(n for n in KEYS if "memory" in n)
     assert entry["strategy"] == ("SPSA (antithetic)" if case.strategy == "SPSA" else "LikelihoodRatio (baseline)")
     assert entry["layout"] == ("factored" if case.strategy == "SPSA" else "activations")
     assert entry["sites"] == ("block" if case.kind == "block" else "group1 group2 group3 head")
-    assert (entry["ratio_reference"] is not None) == (way == {"kind": "block"})
-    assert entry["ratio_suffix_inference"] > 0
-    assert "-" in table([entry]).splitlines()[2].split()
-
-
-def test_nothing_but_suffixes_may_be_timed():
-    case = replace(MICRO, suffixes_only=True)
-    setup = set_up(case, CPU)
-    timings = alternate(contenders(setup), rounds=1)
-    assert timings.seconds.keys() == {QUERIES, SUFFIX}
-    entry = record(case, setup.strategy, CPU, timings)
-    assert (
-        {name for name in MEASURED if entry[name] is not None} == {"ratio_suffix_inference"} == set(entry["quartiles"])
-    )
-
-
-def test_models_and_rounds_can_be_chosen(tmp_path):
-    cases = [MICRO, replace(MICRO, model="other")]
-    main(["--models", "oth", "--rounds", "1", "--json", str(tmp_path / "records.json")], cases=cases)
-    (entry,) = json.loads((tmp_path / "records.json").read_text())
-    assert (entry["model"], entry["rounds"]) == ("other", 1)
+    assert {name for name in MEASURED if entry[name] is not None} == measured
+    assert entry["ratio_suffix_inference"].median > 0
+    assert [cell.strip() for cell in report([entry]).splitlines()[2].split("|")].count("-") == 10 - len(measured)
