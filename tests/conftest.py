@@ -65,3 +65,24 @@ def shared_data() -> Callable[[str], Path]:
         return folder / name
 
     return find
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run the command line, which must refuse, and return its one line about that."""
+
+    def run(*args: str) -> str:
+        from flops_lightning.cli.command import main
+
+        with pytest.raises(SystemExit) as leaving:
+            main(list(args))
+        assert leaving.value.code == 2
+        error = capsys.readouterr().err.rstrip("\n")
+        assert "Traceback" not in error
+        *before, last = error.splitlines()
+        assert last.startswith("error: ")
+        assert len(before) < 10
+        assert len(last) < 400
+        return last.removeprefix("error: ")
+
+    return run

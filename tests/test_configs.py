@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 import yaml
+from jsonargparse import ArgumentParser
 from lightning.pytorch import Trainer
 from PIL import Image
 from safetensors.torch import save_file
@@ -152,7 +153,9 @@ def test_a_method_takes_its_own_settings_and_the_sites_and_nothing_else(
     inherited = yaml.safe_load(Path(base).read_text())["model"]["init_args"]["strategy"]["init_args"]
     parsed = cli.config["model"]["init_args"]["strategy"]
     assert parsed["class_path"] == strategy["class_path"]
-    known = inspect.signature(type(cli.model.strategy)).parameters
+    parser = ArgumentParser()
+    parser.add_class_arguments(type(cli.model.strategy))
+    known = parser.get_defaults().as_dict()
     given = parsed["init_args"].as_dict() if "init_args" in parsed else {}
     assert own.keys() <= given.keys()
     for name, value in given.items():
@@ -161,7 +164,7 @@ def test_a_method_takes_its_own_settings_and_the_sites_and_nothing_else(
         elif name == "sites":
             assert [site["name"] for site in value] == [site["name"] for site in inherited["sites"]]
         else:
-            assert value == own.get(name, inherited.get(name, known[name].default)), name
+            assert value == own.get(name, inherited.get(name, known[name])), name
     left_out = inherited.keys() - given.keys()
     assert left_out <= ({"sites", "pilots"} if "sites" not in known else set()) | (inherited.keys() - known.keys())
     widths = {site.sigma for site in cli.model.strategy.sites}

@@ -125,7 +125,7 @@ def test_a_cell_has_the_papers_settings_on_the_real_network(cell: str, roots: di
         assert f"{published(model, method, data_set):.1f}" in header
     costs = site_costs(task.network, strategy.sites, torch.empty(1, 3, 224, 224, device="meta"))
     passes = 1 + 20 * sum(costs.query.values()) + sum(costs.gradient.values())
-    assert f"{passes:.0f} forward passes a sample and step" in header
+    assert f"{passes:.0f} forward passes per sample and step" in header
 
 
 @pytest.mark.filterwarnings("ignore:.*is below what torch.float32 resolves:RuntimeWarning")

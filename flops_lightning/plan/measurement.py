@@ -1,4 +1,4 @@
-"""A few real training steps: Lightning's own loop on the run's task, data and allocator, and nothing is kept."""
+"""A few real training steps by Lightning's own loop, on the run's task, data and allocator; nothing is kept."""
 
 from __future__ import annotations
 
@@ -19,13 +19,12 @@ from flops_lightning.callbacks import QueryAllocatorCallback
 from flops_lightning.datamodules import ImageDataModule
 from flops_lightning.datamodules.global_batches import local_batch_size
 from flops_lightning.errors import SettingError
-from flops_lightning.plan.measured import Measured
-from flops_lightning.plan.stopwatch import Clock, Stopwatch
+from flops_lightning.plan.stopwatch import Clock, Measured, Stopwatch
 from flops_lightning.plan.trainer import callbacks_of
 from flops_lightning.strategies import ForwardGradientStrategy
 
 VALIDATION_BATCHES = 5
-"""Of which the first is not timed, if there are more."""
+"""The first of them is not timed."""
 NEVER = 10**9
 LIMITS = ("max_epochs", "max_steps", "limit_train_batches", "limit_val_batches")
 
@@ -42,19 +41,19 @@ def measure(
     seconds: float,
     clock: Clock = time.perf_counter,
 ) -> Measured:
-    """Train for a few seconds and say what was seen.
+    """Train for a few seconds and return what the steps showed.
 
     Args:
-        task: What is trained; its weights move.
-        strategy: That of the task, whose meter is read.
+        task: The task, whose weights change.
+        strategy: Its strategy, whose meter is read.
         datamodule: Its data.
-        run: The trainer of the run that is planned; it is asked for its limits and runs nothing.
+        run: Trainer of the planned run; it is asked for its limits and runs nothing.
         settings: Arguments of that trainer.
         seconds: How long steps are timed, at least one.
-        clock: Seconds.
+        clock: Tells the time in seconds.
 
     Raises:
-        SettingError: the run would make no step, or what a fit refuses.
+        SettingError: The limits leave no step to run, or a fit would refuse the settings.
     """
     with TemporaryDirectory(prefix="plan_") as folder, share_of_batch(datamodule, run.world_size):
         watch = Stopwatch(strategy, run, Path(folder), seconds=seconds, clock=clock)
@@ -62,12 +61,12 @@ def measure(
         trainer.fit(task, datamodule=datamodule)
     if not watch.ends:
         limits = {name: getattr(run, name) for name in LIMITS[:3]}
-        raise SettingError("trainer", limits, "makes no step.", "Set these limits above 0, or -1 for none.")
+        raise SettingError("trainer", limits, "leave no step to run.", "Set these limits above 0, or -1 for none.")
     return watch.measured()
 
 
 def measuring_settings(run: Trainer, settings: Settings, watch: Callback, folder: str) -> dict[str, Any]:
-    """Arguments of a trainer that takes the run's steps in one process and keeps what it writes in a folder."""
+    """Arguments of a trainer that takes the run's steps in one process and writes to ``folder`` only."""
     logs = settings.get("logger") not in (False, []) and not settings.get("barebones")
     changed: dict[str, Any] = {
         "default_root_dir": folder,
@@ -93,22 +92,18 @@ def measuring_settings(run: Trainer, settings: Settings, watch: Callback, folder
 
 
 def allocators_of(settings: Settings) -> list[QueryAllocatorCallback]:
-    """Those of them that choose queries."""
+    """Those of the callbacks that allocate queries."""
     return [callback for callback in callbacks_of(settings) if isinstance(callback, QueryAllocatorCallback)]
 
 
 def validates_by_the_clock(settings: Settings) -> bool:
-    """Whether validation comes after so much time, and not after so many batches."""
+    """Whether validation comes after a time, and not after a number of batches."""
     return not isinstance(settings.get("val_check_interval"), (int, float, type(None)))
 
 
 @contextmanager
 def share_of_batch(datamodule: LightningDataModule | None, processes: int) -> Iterator[None]:
-    """With the batches that each of several processes gets; other data modules than ours count in those anyway.
-
-    Raises:
-        SettingError: the batch cannot be divided.
-    """
+    """Give a data module of this package the batch size of one process; others state that one anyway."""
     if not isinstance(datamodule, ImageDataModule):
         yield
         return
@@ -122,7 +117,7 @@ def share_of_batch(datamodule: LightningDataModule | None, processes: int) -> It
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what Lightning tells of every fit: this one is none of the user's."""
+    """Silence what Lightning says about every fit: the user has not asked for this one."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():

@@ -1,45 +1,48 @@
-"""What a run would cost: samples, steps, queries, compute, time and memory, and the same run with backprop."""
+"""What a run would cost: samples, steps, queries, compute, time and memory, also with backprop, and as text."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from flops_lightning.errors import SettingError
+from flops_lightning.errors import SettingError, check_positive
 from flops_lightning.network.process_memory import give_back_freed
-from flops_lightning.plan.measured import Measured
 from flops_lightning.plan.measurement import (
     Settings,
     allocators_of,
-    callbacks_of,
     measure,
     quiet,
     validates_by_the_clock,
 )
-from flops_lightning.plan.stopwatch import Clock
+from flops_lightning.plan.stopwatch import Clock, Measured
+from flops_lightning.plan.trainer import callbacks_of
 from flops_lightning.protocol import SupportsStatisticsRequests
 from flops_lightning.strategies import Backprop, ForwardGradientStrategy
+
+UNKNOWN = "unknown"
+WIDTH = 22
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run would cost; None: nobody knows before it is over.
+    """What a run would cost; None where only the run itself tells.
 
     Attributes:
         strategy: Name of its strategy.
         allocator: Name of its allocator; empty without one.
         own: What was measured with them.
-        backprop: What was measured with backprop on the same task; None where it was not.
-        no_backprop: Why it cannot be; empty where it was not asked for or is the strategy itself.
-        steps: Batches trained on, in all.
-        validations: How often is validated.
-        processes: Processes that share the samples; everything here is of one of them.
-        left_out: Names of callbacks whose work is no part of this.
-        max_time: Time after which the run stops, if it has not stopped before.
+        backprop: What was measured with backprop on the same task; None if it was not measured.
+        no_backprop: Why backprop cannot be measured; empty if it was, or was not asked for.
+        steps: Batches trained on.
+        validations: Number of validations.
+        processes: Processes that share the samples; all figures are those of one.
+        left_out: Names of callbacks whose time is not included.
+        max_time: Time after which the run stops at the latest.
     """
 
     strategy: str
@@ -55,7 +58,7 @@ class Plan:
 
     @property
     def samples(self) -> int | None:
-        """Samples trained on in all, each as often as it is met."""
+        """Samples trained on, repetitions included."""
         return None if self.steps is None else self.own.epoch.samples_of(self.steps)
 
     @property
@@ -66,13 +69,9 @@ class Plan:
 
     @property
     def forward_equivalents(self) -> float | None:
-        """Compute of the whole run, in forward passes of one sample; validation left out."""
-        return None if self.samples is None else self.compute(self.own, self.samples)
-
-    @staticmethod
-    def compute(measured: Measured, samples: int) -> float:
-        """Forward-equivalents of training on so many samples."""
-        return measured.cost.forward_equivalents_once + measured.cost.forward_equivalents * samples
+        """Compute of the whole run in forward passes of one sample, without validation."""
+        cost = self.own.cost
+        return None if self.samples is None else cost.forward_equivalents_once + cost.forward_equivalents * self.samples
 
     def seconds(self, measured: Measured) -> float | None:
         """Time of the whole run as :attr:`own` or as :attr:`backprop`, validation included where its count is known."""
@@ -97,9 +96,9 @@ def make_plan(
     backprop: bool = True,
     clock: Clock = time.perf_counter,
 ) -> Plan:
-    """Measure a few steps of a run and say what all of it would cost.
+    """Measure a few steps of a run and return what all of it would cost.
 
-    Nothing is written that stays, and no process is launched. The task is trained meanwhile: build another for the run.
+    Nothing that it writes stays, and no process is launched. The task is trained meanwhile: build another for the run.
 
     Args:
         task: A module with ``strategy``, ``network`` and ``loss``, as :class:`ForwardImageClassifier` has them.
@@ -107,22 +106,24 @@ def make_plan(
         settings: Arguments of the run's ``Trainer``.
         seconds: How long steps are timed.
         backprop: Whether to measure the same with backprop.
-        clock: Seconds.
+        clock: Tells the time in seconds.
 
     Raises:
-        SettingError: ``seconds`` is not above 0; the module has no strategy; or what a fit would refuse, in its words.
+        SettingError: ``seconds`` is not above 0, the module has no strategy, or a fit would refuse the settings.
     """
-    if not seconds > 0:
-        raise SettingError("seconds", seconds, "leaves no time to measure.", "Write for example 10.")
+    check_positive("seconds", seconds, "Write for example 10.")
     strategy = getattr(task, "strategy", None)
     # Lightning adds callbacks of its own to the list that it is given.
     run = Trainer(**{**settings, "callbacks": callbacks_of(settings)})
-    _refuse_as_fit_would(task, run)
+    # The measured steps run in one process, where the task cannot see what it refuses of several.
+    run.state.fn = TrainerFn.FITTING
+    task.trainer = run
+    task.configure_callbacks()
     if strategy is None and hasattr(task, "strategy"):
         raise SettingError("strategy", None, "training needs one.", "Give for example LikelihoodRatio().")
     if not isinstance(strategy, ForwardGradientStrategy):
         raise SettingError(
-            "model", type(task).__name__, "has no `strategy` that tells what its steps spend.",
+            "model", type(task).__name__, "has no `strategy` that counts what its steps spend.",
             "Plan a task of this package.",
         )  # fmt: skip
     other, why = None, ""
@@ -154,13 +155,6 @@ def make_plan(
     )
 
 
-def _refuse_as_fit_would(task: LightningModule, run: Trainer) -> None:
-    # The steps that are measured run in one process, where the task cannot see what it refuses of several.
-    run.state.fn = TrainerFn.FITTING
-    task.trainer = run
-    task.configure_callbacks()
-
-
 def _with_backprop(
     task: LightningModule,
     datamodule: LightningDataModule | None,
@@ -187,3 +181,108 @@ def _with_backprop(
         return None, str(error)
     except torch.OutOfMemoryError:
         return None, "needs more memory than the device has"
+
+
+def text(plan: Plan) -> str:
+    """How long the run is, what a step and the whole run cost, and what the figures leave out, as plain text."""
+    return "\n\n".join("\n".join(part) for part in (_length(plan), _step(plan), _whole(plan), _remarks(plan)) if part)
+
+
+def _length(plan: Plan) -> list[str]:
+    epoch, own = plan.own.epoch, plan.own
+    device = own.device
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    with_allocator = f" with {plan.allocator}" if plan.allocator else ""
+    batches = UNKNOWN if own.validation_batches is None else f"{own.validation_batches:,}"
+    times = UNKNOWN if plan.validations is None else f"{plan.validations:,}"
+    return [
+        _line("run", f"{plan.strategy}{with_allocator}, on {where}{threads}"),
+        _line("samples of an epoch", f"{_count(epoch.samples)}, in batches of {epoch.batch_size:,}"),
+        _line("steps", f"{_count(epoch.steps)} an epoch, {_count(plan.steps)} in all"),
+        _line("validations", f"{times}, of {batches} batches each" if own.validation_batches != 0 else "none"),
+    ]
+
+
+def _step(plan: Plan) -> list[str]:
+    batch, cost = plan.own.epoch.batch_size, plan.own.cost
+    rows = [("a full batch", "queries", "cost of a query", "forward-equivalents")]
+    for site in plan.own.sites:
+        each = "" if site.query_cost is None else f"{site.query_cost:.2g}"
+        rows.append((site.name, _number(site.queries * batch), each, _number(site.forward_equivalents * batch)))
+    rows.append(("all", _number(cost.queries * batch), "", _number(cost.forward_equivalents * batch)))
+    if cost.queries_once or cost.forward_equivalents_once >= 0.5:
+        rows.append(("once, at the start", _number(cost.queries_once), "", _number(cost.forward_equivalents_once)))
+    rows.append(("the whole run", _number(plan.queries), "", _number(plan.forward_equivalents)))
+    return _aligned(rows)
+
+
+def _whole(plan: Plan) -> list[str]:
+    columns = [(plan.strategy, plan.own)]
+    if plan.backprop:
+        columns.append(("Backprop", plan.backprop))
+    measured = [each for _, each in columns]
+    batch = plan.own.epoch.batch_size
+    rows = [
+        ("", *(name for name, _ in columns)),
+        ("seconds a step", *(f"{each.cost.seconds:.3g}" for each in measured)),
+        ("the whole fit", *(_duration(plan.seconds(each)) for each in measured)),
+        ("peak memory of a step", *(_memory(each) for each in measured)),
+        ("forward-equivalents", *(_number(each.cost.forward_equivalents * batch) for each in measured)),
+    ]
+    return _aligned(rows)
+
+
+def _remarks(plan: Plan) -> list[str]:
+    own = plan.own
+    said = [f"Timed: {own.steps:,} steps in {own.seconds:.1f} s, after those that warm up."]
+    if plan.no_backprop:
+        said.append(f"Backprop: {plan.no_backprop}")
+    if plan.processes > 1:
+        said.append(
+            f"All figures are those of one of {plan.processes} processes, measured without the exchange between them."
+        )
+    if plan.validations is None and own.validation_batches != 0:
+        said.append("Validation is not in the time: how often it comes is unknown.")
+    if plan.max_time:
+        said.append(f"The run stops after trainer.max_time = {plan.max_time} at the latest.")
+    if plan.left_out:
+        said.append(f"Not in the time: what {', '.join(plan.left_out)} does.")
+    return said
+
+
+def _line(name: str, value: str) -> str:
+    return f"{name:<{WIDTH}}{value}"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Names to the left, numbers to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        (
+            f"{row[0]:<{max(WIDTH, widths[0] + 2)}}"
+            + "  ".join(f"{v:>{w}}" for v, w in zip(row[1:], widths[1:], strict=True))
+        )
+        for row in rows
+    ]
+
+
+def _count(value: int | None) -> str:
+    return UNKNOWN if value is None else f"{value:,}"
+
+
+def _number(value: float | None) -> str:
+    return UNKNOWN if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _memory(measured: Measured) -> str:
+    return UNKNOWN if measured.peak_memory is None else f"{measured.peak_memory:,.0f} MiB"
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return UNKNOWN
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"

@@ -1,25 +1,28 @@
-"""The callback that times steps, reads what they spent, and stops when the time is up."""
+"""The callback that times steps and reads what they spend, in queries, compute and memory."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Iterable, Sized
 from copy import deepcopy
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from flops_lightning.meter import CLEAN
-from flops_lightning.plan.cost import Cost, typical_seconds
-from flops_lightning.plan.length import Epoch
-from flops_lightning.plan.measured import Measured, SiteShare, query_costs, share
-from flops_lightning.plan.memory import StepMemory
+from flops_lightning.meter import CLEAN, QueryMeter, SiteCount
+from flops_lightning.network.process_memory import give_back_freed, held, restart_peak
+from flops_lightning.plan.cost import Cost, Epoch, typical_seconds
 from flops_lightning.strategies import ForwardGradientStrategy
+from flops_lightning.strategies.costs import site_costs
+from flops_lightning.strategies.query_strategy import QueryStrategy
 
 WARM_UP = 2
 """Steps that are not timed: the first fills caches, the second takes anew what was given back between the two."""
@@ -27,8 +30,56 @@ WARM_UP = 2
 Clock = Callable[[], float]
 
 
+@dataclass(frozen=True)
+class SiteShare:
+    """What one site costs.
+
+    Attributes:
+        name: Name of the site, or of something else that the meter counts, such as ``clean``.
+        queries: Queries per sample and step.
+        query_cost: Forward-equivalents per query; None without queries.
+        forward_equivalents: Forward-equivalents per sample and step, of the queries and of the gradient after them.
+    """
+
+    name: str
+    queries: float
+    query_cost: float | None
+    forward_equivalents: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a few steps showed.
+
+    Attributes:
+        cost: Cost of a step.
+        sites: The same by site.
+        epoch: One epoch of one process.
+        start_seconds: Time before the first step.
+        epoch_seconds: Time between two epochs; 0 if only one was measured.
+        validation_batches: Batches of a validation; None if unknown.
+        validation_seconds: Time of one of them.
+        peak_memory: Peak memory of a step in MiB; None where the system does not tell.
+        device: The device that was measured.
+        steps: Number of timed steps.
+        seconds: Time of all of them.
+    """
+
+    cost: Cost
+    sites: tuple[SiteShare, ...]
+    epoch: Epoch
+    start_seconds: float
+    epoch_seconds: float
+    validation_batches: int | None
+    validation_seconds: float
+    peak_memory: float | None
+    device: torch.device
+    steps: int
+    seconds: float
+
+
 class Stopwatch(Callback):
-    """Notes when steps end and what they spent."""
+    """Notes when steps end and what they spent, and stops when the time is up."""
 
     def __init__(
         self, strategy: ForwardGradientStrategy, run: Trainer, folder: Path, *, seconds: float, clock: Clock
@@ -36,11 +87,11 @@ class Stopwatch(Callback):
         """Start now.
 
         Args:
-            strategy: Whose meter is read.
-            run: The trainer of the run that is planned.
+            strategy: The strategy whose meter is read.
+            run: Trainer of the planned run.
             folder: Where a checkpoint goes after each epoch, if the run writes any.
             seconds: How long steps are timed, at least one.
-            clock: Seconds.
+            clock: Tells the time in seconds.
         """
         self.strategy, self.run, self.folder, self.seconds, self.clock = strategy, run, folder, seconds, clock
         self.ends: list[float] = []
@@ -51,11 +102,11 @@ class Stopwatch(Callback):
         self._begun = self.clock()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Validation begins; there is only one, before all training."""
+        """Note the time; the only validation comes before all training."""
         self._validated = [self._now(pl_module)]
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
-        """A batch is validated."""
+        """Note the time."""
         self._validated.append(self._now(pl_module))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -74,7 +125,7 @@ class Stopwatch(Callback):
         self._samples.append(len(batch[0]))
         if len(self.ends) == 1:
             self._first = deepcopy(self.strategy.meter)
-            self._query_costs = query_costs(self.strategy, batch[0])
+            self._query_costs = _query_costs(self.strategy, batch[0])
             self._memory = StepMemory(pl_module, trainer.optimizers, self._device)
         enough = len(self.ends) > WARM_UP and self.ends[-1] - self.ends[WARM_UP - 1] >= self.seconds
         if enough and getattr(pl_module, "between_steps", True):  # no batch waits for others of its step
@@ -86,7 +137,7 @@ class Stopwatch(Callback):
             trainer.save_checkpoint(self.folder / "epoch.ckpt")
 
     def measured(self) -> Measured:
-        """What was seen; there must have been a step."""
+        """What the steps showed; there must have been one."""
         first = self.ends[0] - self._started
         steps = [(b - a, opens) for (a, b), opens in zip(pairwise(self.ends), self._opens_epoch[1:], strict=True)]
         within = [time for time, opens in steps if not opens]
@@ -136,14 +187,68 @@ class Stopwatch(Callback):
             for name in ("queries", "forward_equivalents")
         }
         before, later = (self._first, samples[1]) if samples[1] else (self._unspent, samples[0])
-        names = [*(s.name for s in (*self.strategy.sites, *self.strategy.exact_sites)), *meter.sites]
-        shares = tuple(
-            share(name, before, meter, later, self._query_costs.get(name)) for name in dict.fromkeys([CLEAN, *names])
+        names = dict.fromkeys(
+            [CLEAN, *(s.name for s in (*self.strategy.sites, *self.strategy.exact_sites)), *meter.sites]
         )
+        shares = tuple(self._share(name, before, meter, later) for name in names)
         cost = Cost.of(curves, samples, seconds=seconds, seconds_once=seconds_once)
         return cost, tuple(each for each in shares if each.queries or each.forward_equivalents)
+
+    def _share(self, name: str, before: QueryMeter, after: QueryMeter, samples: int) -> SiteShare:
+        old, new = before.sites.get(name, SiteCount()), after.sites.get(name, SiteCount())
+        queries, spent = new.queries - old.queries, new.forward_equivalents - old.forward_equivalents
+        # Where a query's cost is not counted apart from the gradient's, all that was spent is the queries'.
+        each = self._query_costs.get(name, spent / queries) if queries else None
+        return SiteShare(name, queries / samples, each, spent / samples)
 
     def _now(self, module: LightningModule) -> float:
         if module.device.type == "cuda":
             torch.cuda.synchronize(module.device)
         return self.clock()
+
+
+def _query_costs(strategy: ForwardGradientStrategy, inputs: Tensor) -> dict[str, float]:
+    """Forward-equivalents of a query by site, for strategies that count them apart from those of the gradient."""
+    if not isinstance(strategy, QueryStrategy):
+        return {}
+    counted = site_costs(strategy.network, strategy.sites, inputs)
+    return {name: cost * strategy.passes_per_query for name, cost in counted.query.items()}
+
+
+class StepMemory:
+    """Peak memory of steps: weights, gradients, the optimiser's state, and what comes and goes within a step.
+
+    On a GPU it is torch's peak allocation. Elsewhere the kernel counts what comes and goes, as the growth of the
+    process over what it holds between two steps; libraries and data do not count.
+    """
+
+    def __init__(self, module: nn.Module, optimizers: Iterable[Optimizer], device: torch.device) -> None:
+        """Measure from now on: between two steps, after one that has made the optimiser's state."""
+        self._device = device
+        self._lasting: float | None = None
+        self._between: float | None = None
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            return
+        give_back_freed()
+        if device.type == "cpu" and restart_peak():
+            self._lasting = lasting_bytes(module, optimizers) / 2**20
+            self._between = held("VmRSS")
+
+    def peak(self) -> float | None:
+        """MiB; None where the system does not tell."""
+        if self._device.type == "cuda":
+            return float(torch.cuda.max_memory_allocated(self._device)) / 2**20
+        high = held("VmHWM")
+        if high is None or self._between is None or self._lasting is None:
+            return None
+        return self._lasting + max(0.0, high - self._between)
+
+
+def lasting_bytes(module: nn.Module, optimizers: Iterable[Optimizer]) -> int:
+    """Bytes of weights, buffers, gradients and the state of optimisers."""
+    parameters = list(module.parameters())
+    state = [value for optimizer in optimizers for kept in optimizer.state.values() for value in kept.values()]
+    tensors = [*parameters, *module.buffers(), *(p.grad for p in parameters if p.grad is not None)]
+    return sum(t.numel() * t.element_size() for t in (*tensors, *(v for v in state if isinstance(v, Tensor))))

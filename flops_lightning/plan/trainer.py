@@ -17,20 +17,16 @@ def callbacks_of(settings: Mapping[str, Any]) -> list[Callback]:
 
 
 def refuse_checkpoint(path: str | None) -> None:
-    """A plan is of a whole run, from its start.
-
-    Raises:
-        SettingError: a checkpoint is given.
-    """
+    """Raise a :class:`SettingError` if a checkpoint is given: a plan is of a whole run."""
     if path:
-        raise SettingError("ckpt_path", path, "a plan goes on from no run.", "Leave it out: steps cost the same.")
+        raise SettingError("ckpt_path", path, "a plan is of a whole run.", "Leave it out: steps cost the same.")
 
 
 class PlanningTrainer(Trainer):
-    """A Trainer that can also say beforehand what a fit would cost.
+    """A Trainer that can also tell beforehand what a fit would cost.
 
     Attributes:
-        settings: The arguments that it was made from.
+        settings: The arguments it was made with.
     """
 
     settings: Mapping[str, Any]
@@ -47,18 +43,17 @@ class PlanningTrainer(Trainer):
         """Measure a few training steps and print what a fit would cost: queries, time, memory, beside backprop.
 
         Args:
-            model: What would be trained; its weights move meanwhile.
+            model: The task; its weights change meanwhile.
             datamodule: Its data.
-            ckpt_path: None: a plan is of a whole run.
-            weights_only: A plan reads no checkpoint; here so that the settings of a fit can be given.
-            seconds: How long steps are timed, with the run's own strategy and as long again with backprop.
+            ckpt_path: Not accepted: a plan is of a whole run.
+            weights_only: Has no effect; accepted so that the settings of a fit can be given.
+            seconds: How long steps are timed, with the run's own strategy and again with backprop.
             backprop: Whether to measure the same with backprop.
 
         Raises:
-            SettingError: a checkpoint is given; or see :func:`make_plan`.
+            SettingError: A checkpoint is given; or see :func:`make_plan`.
         """
         refuse_checkpoint(ckpt_path)
-        from flops_lightning.plan.plan import make_plan
-        from flops_lightning.plan.table import text
+        from flops_lightning.plan.plan import make_plan, text
 
         print(text(make_plan(model, datamodule, self.settings, seconds=seconds, backprop=backprop)))

@@ -130,25 +130,6 @@ def changed(key: str, value: object, settings: dict = SETTINGS) -> str:
     return written(settings)
 
 
-@pytest.fixture
-def refused(capsys):
-    """Run the command line, which must refuse, and return its message."""
-
-    def run(*args: str) -> str:
-        with pytest.raises(SystemExit) as leaving:
-            main(list(args))
-        assert leaving.value.code == 2
-        error = capsys.readouterr().err.rstrip("\n")
-        assert "Traceback" not in error
-        *before, last = error.splitlines()
-        assert last.startswith("error: ")
-        assert len(before) < 10
-        assert len(last) < 400
-        return last.removeprefix("error: ")
-
-    return run
-
-
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -518,34 +499,32 @@ def test_predict_writes_a_table(trained):
     assert torch.tensor([float(row["probability"]) for row in rows]) == pytest.approx(probability, abs=1e-6)
 
 
+@pytest.fixture
+def callbacks(monkeypatch):
+    """The callbacks of the trainer that the command line makes, noted when it starts."""
+    noted = []
+    for name in ("predict", "test"):
+        run = getattr(Trainer, name)
+        monkeypatch.setattr(
+            Trainer,
+            name,
+            lambda self, *args, run=run, **given: (noted.extend(self.callbacks), run(self, *args, **given)),
+        )
+    return noted
+
+
 @pytest.mark.parametrize(("writer", "tables"), [("Silent", 0), ("PredictionWriter", 1)])
 @pytest.mark.parametrize("as_list", [True, False])
-def test_predict_adds_no_second_writer(writer, tables, as_list, monkeypatch):
+def test_predict_adds_no_second_writer(writer, tables, as_list, callbacks):
     module = __name__ if writer == "Silent" else "flops_lightning.callbacks"
     callback = {"class_path": f"{module}.{writer}"}
-    given = []
-    predict = Trainer.predict
-
-    def recorded(self, *args, **kwargs):
-        given.extend(self.callbacks)
-        return predict(self, *args, **kwargs)
-
-    monkeypatch.setattr(Trainer, "predict", recorded)
     main(["predict", "-c", changed("trainer.callbacks", [callback] if as_list else callback, TOY)])
-    assert [type(each).__name__ for each in given if isinstance(each, BasePredictionWriter)] == [writer]
+    assert [type(each).__name__ for each in callbacks if isinstance(each, BasePredictionWriter)] == [writer]
     assert len(list(Path("runs").rglob("predictions.csv"))) == tables
 
 
 @pytest.mark.parametrize("given", [[], [{"class_path": "flops_lightning.callbacks.ClassReport"}]])
-def test_test_writes_one_table_of_the_classes(given, monkeypatch):
-    callbacks = []
-    test = Trainer.test
-
-    def recorded(self, *args, **kwargs):
-        callbacks.extend(self.callbacks)
-        return test(self, *args, **kwargs)
-
-    monkeypatch.setattr(Trainer, "test", recorded)
+def test_test_writes_one_table_of_the_classes(given, callbacks):
     small = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 8, "depth": 1, "num_heads": 2}
     settings = copy.deepcopy(SETTINGS)
     settings["trainer"] |= {"callbacks": given, "enable_progress_bar": False}
@@ -561,13 +540,10 @@ def test_test_writes_one_table_of_the_classes(given, monkeypatch):
     assert [int(row["images"]) for row in rows] == labels.bincount().tolist()
 
 
-def test_a_model_that_counts_no_classes_is_tested_without_a_table(monkeypatch):
-    given = []
-    test = Trainer.test
-    monkeypatch.setattr(Trainer, "test", lambda self, *a, **k: (given.extend(self.callbacks), test(self, *a, **k)))
+def test_a_model_that_counts_no_classes_is_tested_without_a_table(callbacks):
     main(["test", "-c", written(TOY)])
-    assert given
-    assert not any(isinstance(each, (BasePredictionWriter, ClassReport)) for each in given)
+    assert callbacks
+    assert not any(isinstance(each, (BasePredictionWriter, ClassReport)) for each in callbacks)
     assert not list(Path("runs").rglob("*.csv"))
 
 

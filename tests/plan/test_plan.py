@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import re
 import tempfile
 from itertools import count
@@ -19,11 +18,9 @@ from flops_lightning.datamodules import DigitsDataModule
 from flops_lightning.datamodules.global_batches import GlobalBatches
 from flops_lightning.errors import SettingError
 from flops_lightning.network.process_memory import held, restart_peak
-from flops_lightning.plan.cost import Cost, typical_seconds
-from flops_lightning.plan.length import Epoch
-from flops_lightning.plan.memory import StepMemory, lasting_bytes
-from flops_lightning.plan.plan import Plan, make_plan
-from flops_lightning.plan.table import text
+from flops_lightning.plan.cost import Cost, Epoch, typical_seconds
+from flops_lightning.plan.plan import Plan, make_plan, text
+from flops_lightning.plan.stopwatch import StepMemory, lasting_bytes
 from flops_lightning.strategies import SPSA, Backprop, CoordinateFiniteDifferences, LikelihoodRatio, MeZO, SiteSpec
 from flops_lightning.strategies.costs import site_costs
 from flops_lightning.tasks import ForwardImageClassifier
@@ -171,13 +168,6 @@ def test_steps_and_validations_are_those_of_the_trainer(settings):
     assert plan.validations * plan.own.validation_batches == seen["batches"]
 
 
-def test_accumulated_batches_make_fewer_steps_of_the_optimiser():
-    epoch = Epoch.of(1257, 64, 20)
-    # An epoch makes 7 of them, the last of two batches.
-    assert epoch.steps_until(max_epochs=-1, max_steps=9, accumulate=3) == 20 + 2 * 3
-    assert epoch.steps_until(max_epochs=1, max_steps=9, accumulate=3) == 20
-
-
 def test_without_an_end_the_whole_is_unknown():
     plan = planned(max_epochs=-1)
     assert (plan.steps, plan.samples, plan.queries, plan.forward_equivalents) == (None,) * 4
@@ -186,10 +176,21 @@ def test_without_an_end_the_whole_is_unknown():
     assert re.search(r"the whole fit +unknown", text(plan))
 
 
-def test_an_epoch_of_unknown_length_needs_a_number_of_steps():
+@pytest.mark.parametrize(
+    ("samples", "batches", "limits", "steps"),
+    [
+        (1257, 20, {"max_epochs": -1, "max_steps": 9, "accumulate": 3}, 20 + 2 * 3),  # 7 in an epoch, the last of two
+        (1257, 20, {"max_epochs": 1, "max_steps": 9, "accumulate": 3}, 20),
+        (None, float("inf"), {"max_epochs": 4, "max_steps": -1}, None),
+        (None, float("inf"), {"max_epochs": 4, "max_steps": 30}, 30),
+    ],
+)
+def test_steps_follow_from_the_limits(samples, batches, limits, steps):
+    assert Epoch.of(samples, 64, batches).steps_until(**limits) == steps
+
+
+def test_an_epoch_without_end_is_counted_in_steps():
     epoch = Epoch.of(None, 8, float("inf"))
-    assert epoch.steps_until(max_epochs=4, max_steps=-1) is None
-    assert epoch.steps_until(max_epochs=4, max_steps=30) == 30
     assert epoch.samples_of(30) == 240
     assert epoch.validations(30, every_epochs=1, interval=1.0) == 0
     assert epoch.validations(30, every_epochs=None, interval=7) == 4
@@ -205,7 +206,7 @@ def test_of_several_processes_one_is_measured_with_its_share(monkeypatch):
     assert plan.steps == 40
     assert plan.queries == 2 * 629 * 12
     assert plan.own.validation_batches == 3  # 180 images, half of them in batches of 32
-    assert "share of one of 2 processes" in text(plan)
+    assert "those of one of 2 processes" in text(plan)
     with pytest.raises(SettingError, match="cannot be divided evenly between 2 processes"):
         planned(batch_size=33, devices=2, strategy="ddp")
     with pytest.raises(SettingError, match="has no effect under manual optimisation"):
@@ -311,21 +312,11 @@ QUICKSTART = [
 ]  # fmt: skip
 
 
-@pytest.fixture
-def refused(capsys):
-    def run(*args: str) -> str:
-        with pytest.raises(SystemExit) as leaving:
-            main(list(args))
-        assert leaving.value.code == 2
-        return capsys.readouterr().err.splitlines()[-1].removeprefix("error: ")
-
-    return run
-
-
 def test_the_command_says_what_the_quickstart_costs(capsys, tmp_path):
     main([*QUICKSTART, "--seconds", "1"])
     lines = {line[:22].strip(): line[22:].split() for line in capsys.readouterr().out.splitlines() if line}
-    assert " ".join(lines["run"]).startswith("LikelihoodRatio with GaussianAllocator, on cpu")
+    threads = f"{torch.get_num_threads()} threads"
+    assert " ".join(lines["run"]) == f"LikelihoodRatio with GaussianAllocator, on cpu, {threads}"
     assert " ".join(lines["samples of an epoch"]) == "1,257, in batches of 64"
     assert " ".join(lines["steps"]) == "20 an epoch, 240 in all"
     assert " ".join(lines["validations"]) == "12, of 3 batches each"
@@ -350,11 +341,11 @@ def test_overlays_and_settings_hold_as_for_fit(capsys):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--ckpt_path", "x.ckpt"], "ckpt_path = 'x.ckpt': a plan goes on from no run. Leave it out"),
-        (["--seconds", "0"], "seconds = 0.0: leaves no time to measure. Write for example 10."),
+        (["--ckpt_path", "x.ckpt"], "ckpt_path = 'x.ckpt': a plan is of a whole run. Leave it out"),
+        (["--seconds", "0"], "seconds = 0.0: must be a number above 0. Write for example 10."),
         (["--second", "3"], "--second is not a setting. Did you mean `seconds`?"),
         (["--trainer.max_epoch", "3"], "--trainer.max_epoch is not a setting. Did you mean `max_epochs`?"),
-        (["--trainer.max_epochs", "0"], "makes no step. Set these limits above 0, or -1 for none."),
+        (["--trainer.max_epochs", "0"], "leave no step to run. Set these limits above 0, or -1 for none."),
     ],
 )
 def test_a_mistake_is_named_with_its_remedy(args, message, refused):
@@ -396,11 +387,6 @@ def test_without_a_derivative_there_is_no_backprop():
 def test_a_module_that_does_not_tell_what_it_spends_is_refused():
     with pytest.raises(SettingError, match=r"LightningModule.*has no `strategy`"):
         make_plan(LightningModule(), None, {**LEAN, "max_epochs": 1})
-
-
-def test_the_threads_are_told():
-    assert f"{torch.get_num_threads()} threads" in text(planned("mezo"))
-    assert os.listdir() == []  # noqa: PTH208
 
 
 @pytest.mark.parametrize(
