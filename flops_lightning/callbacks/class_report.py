@@ -1,10 +1,9 @@
-"""How well each class is told from the others, as a table that any program opens."""
+"""The accuracy of each class, as a table."""
 
 from __future__ import annotations
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from flops_lightning.callbacks.tables import class_names, write_table
 from flops_lightning.distributed import present_communicator
@@ -22,14 +21,33 @@ class ClassReport(Callback):
     ``images`` in the test; ``accuracy``, the share of them that is classified right, empty where there are none.
     Several processes write one file together. A trial run (``fast_dev_run``) writes none.
 
-    It reads the counts of the :class:`ClassMeanAccuracy` that the module updates in its ``test_step``.
+    It reads the counts of the :class:`~flops_lightning.tasks.evaluation.ClassMeanAccuracy` that the module updates in
+    its ``test_step``, as ``ForwardImageClassifier`` does.
+
+    Example:
+        >>> import tempfile
+        >>> import lightning.pytorch as pl
+        >>> from flops_lightning.callbacks import ClassReport
+        >>> class Given(pl.LightningModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.counts = ClassMeanAccuracy(2)
+        ...
+        ...     def test_step(self, batch):
+        ...         self.counts.update(preds=batch, target=torch.tensor([0, 0]))
+        >>> quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
+        >>> folder = tempfile.mkdtemp()
+        >>> trainer = pl.Trainer(callbacks=[ClassReport()], default_root_dir=folder, **quiet)
+        >>> _ = trainer.test(Given(), torch.utils.data.DataLoader(torch.eye(2), batch_size=2), verbose=False)
+        >>> open(f"{folder}/class_accuracy.csv").read().split()
+        ['label,class,images,accuracy', '0,0,2,0.5', '1,1,0,']
     """
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check before the test that there will be something to write.
 
         Raises:
-            SettingError: The module has no such metric, or tells another number of classes apart than the data names.
+            SettingError: The module has no such metric, or another number of classes than the data names.
         """
         metric = class_counts(pl_module)
         if metric is None:
@@ -42,7 +60,7 @@ class ClassReport(Callback):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the file and say where it is."""
         metric = class_counts(pl_module)
-        if metric is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if metric is None:
             return
         right, images = present_communicator().sum(torch.stack([metric.right, metric.images])).tolist()
         names = class_names(trainer, len(images))
@@ -50,8 +68,7 @@ class ClassReport(Callback):
             (label, names[label], n, f"{hits / n:.9g}" if n else "")
             for label, (hits, n) in enumerate(zip(right, images, strict=True))
         )
-        file = write_table(trainer, FILE_NAME, COLUMNS, rows)
-        rank_zero_info(f"\naccuracy of each class written to {file}")
+        write_table(trainer, FILE_NAME, COLUMNS, rows, content="accuracy of each class")
 
 
 def class_counts(module: LightningModule) -> ClassMeanAccuracy | None:

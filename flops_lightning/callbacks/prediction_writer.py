@@ -1,4 +1,4 @@
-"""What a classifier predicts for every image, as a table that any program opens."""
+"""What a classifier predicts for every image, as a table."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from flops_lightning.callbacks.tables import class_names, write_table
+from flops_lightning.distributed import present_communicator
 from flops_lightning.errors import SettingError
 
 FILE_NAME = "predictions.csv"
 COLUMNS = ("index", "file", "label", "class", "probability")
 
+OWN_WRITER = "or put a prediction writer of your own into trainer.callbacks"
 Row = tuple[int, int, float]  # index, label, probability
 
 
@@ -26,13 +27,27 @@ class PredictionWriter(BasePredictionWriter):
     Columns: ``index`` of the image in the data set (of an iterable one: its place in the stream); ``file``, its path as
     the data set's ``files`` gives it, a sequence of str in the order of the set (empty without one); the predicted
     ``label``; its ``class`` from the data module's ``class_names`` (without those, the label again); and the
-    ``probability`` of that class. Several processes write one file together.
+    ``probability`` of that class. Several processes write one file together; a trial run (``fast_dev_run``) none.
 
     The module's ``predict_step`` returns a mapping with ``label`` ``(b,)``, integers, and ``probability`` ``(b, c)``.
+
+    Example:
+        >>> import tempfile
+        >>> import lightning.pytorch as pl
+        >>> from flops_lightning.callbacks import PredictionWriter
+        >>> class Given(pl.LightningModule):
+        ...     def predict_step(self, batch):
+        ...         return {"label": batch.argmax(dim=1), "probability": batch}
+        >>> quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
+        >>> folder = tempfile.mkdtemp()
+        >>> trainer = pl.Trainer(callbacks=[PredictionWriter()], default_root_dir=folder, **quiet)
+        >>> _ = trainer.predict(Given(), torch.utils.data.DataLoader(torch.tensor([[0.75, 0.25]])))
+        >>> open(f"{folder}/predictions.csv").read().split()
+        ['index,file,label,class,probability', '0,,0,0,0.75']
     """
 
     def __init__(self) -> None:
-        """Nothing to choose: outputs are checked from the first batch on, and the file is written at the end."""
+        """Start an empty table."""
         super().__init__(write_interval="batch")
         self._rows: list[Row] = []
         self._classes = 0
@@ -41,16 +56,14 @@ class PredictionWriter(BasePredictionWriter):
         """Start an empty table.
 
         Raises:
-            SettingError: The data module has several loaders, so an index would not tell which image is meant.
+            SettingError: The data module has several loaders, so an index would not identify an image.
         """
         loaders = len(trainer.num_predict_batches)
         if loaders > 1:
             raise SettingError(
-                "predict_dataloader",
-                f"{loaders} loaders",
-                "PredictionWriter numbers the images of one.",
-                "Return one loader, or put a prediction writer of your own into trainer.callbacks.",
-            )
+                "predict_dataloader", f"{loaders} loaders", "PredictionWriter numbers the images of one.",
+                f"Return one loader, {OWN_WRITER}.",
+            )  # fmt: skip
         self._rows, self._classes = [], 0
 
     def write_on_batch_end(
@@ -66,7 +79,7 @@ class PredictionWriter(BasePredictionWriter):
         """Add the batch to the table.
 
         Raises:
-            SettingError: ``predict_step`` returned something else than labels and probabilities.
+            SettingError: ``predict_step`` did not return labels and probabilities.
         """
         label, probability = _checked(prediction)
         first = len(self._rows)
@@ -79,18 +92,16 @@ class PredictionWriter(BasePredictionWriter):
         """Write the file and say where it is.
 
         Raises:
-            SettingError: The data module names another number of classes than the module tells apart.
+            SettingError: The data module names another number of classes than the model has.
         """
         names, files = class_names(trainer, self._classes), _files(trainer)
-        rows = sorted(_of_all_processes(self._rows))
+        rows = sorted(_gather(self._rows))
         table = (
             # Nine digits are what it takes to read a float32 back as it was.
             (index, files[index] if files else "", label, names[label], f"{probability:.9g}")
             for index, label, probability in rows
         )
-        file = write_table(trainer, FILE_NAME, COLUMNS, table)
-        # The progress bar has not ended its line.
-        rank_zero_info(f"\npredictions of {len(rows)} images written to {file}")
+        write_table(trainer, FILE_NAME, COLUMNS, table, content=f"predictions of {len(rows)} images")
 
 
 def _checked(prediction: Any) -> tuple[Tensor, Tensor]:
@@ -103,12 +114,9 @@ def _checked(prediction: Any) -> tuple[Tensor, Tensor]:
             return label.long(), probability
     given = {name: _describe(value) for name, value in parts.items()} or _describe(prediction)
     raise SettingError(
-        "predict_step",
-        given,
-        "PredictionWriter writes labels and probabilities only.",
-        'Return {"label": (b,) integers, "probability": (b, c)}, or put a prediction writer of your own into '
-        "trainer.callbacks.",
-    )
+        "predict_step", given, "PredictionWriter writes labels and probabilities only.",
+        f'Return {{"label": (b,) integers, "probability": (b, c)}}, {OWN_WRITER}.',
+    )  # fmt: skip
 
 
 def _describe(value: Any) -> str:
@@ -116,16 +124,16 @@ def _describe(value: Any) -> str:
 
 
 def _files(trainer: Trainer) -> Sequence[str]:
-    """Paths of the images of the set that is read, which a data module of this package takes from its test set."""
+    """Paths of the images of the data set that is read, if it has them."""
     loaders = trainer.predict_dataloaders
     loader = loaders[0] if isinstance(loaders, (list, tuple)) else loaders
     return getattr(getattr(loader, "dataset", None), "files", None) or ()
 
 
-def _of_all_processes(rows: list[Row]) -> list[Row]:
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
+def _gather(rows: list[Row]) -> list[Row]:
+    """The rows of all processes."""
+    if present_communicator().size == 1:
         return rows
-    shares: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(shares, rows)
+    shares: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(shares, rows)
     return [row for share in shares for row in share]

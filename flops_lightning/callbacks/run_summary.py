@@ -1,9 +1,11 @@
-"""Start and end of a run in one glance: test accuracy before and after, what it cost, where to look next."""
+"""A run at a glance: test accuracy before and after, its cost, and where to look next."""
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,12 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from flops_lightning.callbacks.peak_memory import peak_memory
 from flops_lightning.callbacks.query_allocator import QueryAllocatorCallback
-from flops_lightning.distributed import gather_plain, present_communicator
+from flops_lightning.callbacks.tables import run_folder
+from flops_lightning.distributed import Communicator, gather_plain, present_communicator
 from flops_lightning.meter import QueryMeter
 from flops_lightning.strategies.base import ForwardGradientStrategy
 from flops_lightning.tasks.image_classification import ForwardImageClassifier
@@ -30,8 +34,13 @@ class RunSummary(pl.Callback):
     Keys: ``start_accuracy``, ``test_accuracy``, ``steps``, ``samples`` (trained on, once each epoch), ``queries``,
     ``queries_per_sample`` (``queries / samples``), ``queries_by_site``, ``forward_equivalents``, ``lost_queries``,
     ``train_seconds`` (validation included, the two tests left out), ``peak_memory_mb`` and ``peak_memory_of`` (see
-    :func:`peak_memory`), ``strategy``, ``allocator``, ``seed``. Counts are those of all processes together; memory and
-    time are those of the first.
+    :func:`peak_memory`), ``strategy``, ``allocator``, ``seed``. Counts are those of all processes together, which share
+    the test images; memory and time are those of the first. A trial run (``fast_dev_run``) writes nothing.
+
+    Example:
+        >>> from flops_lightning.callbacks import RunSummary
+        >>> RunSummary(export_weights=False).state_dict()  # what a resumed run continues from
+        {'start_accuracy': None, 'samples': 0, 'seconds': 0.0}
     """
 
     def __init__(self, *, export_weights: bool = True) -> None:
@@ -86,32 +95,12 @@ class RunSummary(pl.Callback):
         self._seconds += time.monotonic() - self._since
         self._since = 0.0
         accuracy = _test_accuracy(trainer, pl_module)
-        if isinstance(pl_module, ForwardImageClassifier):
-            assert pl_module.strategy is not None
-            ranks, device = present_communicator(), pl_module.device
-            meter = QueryMeter()
-            for state in gather_plain(ranks, pl_module.strategy.meter.state_dict(), device=device):
-                meter.add_state(state)
-            samples = self._all_samples(device)
-            log_dir = trainer.log_dir  # told by the first process to the others: all must ask
-            self._report(trainer, pl_module, accuracy, meter, samples, log_dir)
-
-    def _all_samples(self, device: torch.device) -> int:
-        return self._samples_before + sum(gather_plain(present_communicator(), self._samples, device=device))
-
-    @rank_zero_only
-    def _report(
-        self,
-        trainer: pl.Trainer,
-        task: ForwardImageClassifier,
-        accuracy: float | None,
-        meter: QueryMeter,
-        samples: int,
-        log_dir: str | None,
-    ) -> None:
-        assert task.strategy is not None
-        total = meter.total()
-        peak, where = peak_memory(task.device)
+        if not isinstance(pl_module, ForwardImageClassifier) or pl_module.strategy is None:
+            return
+        meter, strategy, device = QueryMeter(), pl_module.strategy, pl_module.device
+        for state in gather_plain(present_communicator(), strategy.meter.state_dict(), device=device):
+            meter.add_state(state)
+        total, samples, (peak, where) = meter.total(), self._all_samples(device), peak_memory(device)
         allocators = [c for c in trainer.callbacks if isinstance(c, QueryAllocatorCallback)]  # type: ignore[attr-defined]
         summary = {
             "start_accuracy": self._start_accuracy,
@@ -120,25 +109,31 @@ class RunSummary(pl.Callback):
             "samples": samples,
             "queries": total.queries,
             "queries_per_sample": round(total.queries / max(1, samples), 3),
-            "queries_by_site": _queries_by_site(task.strategy, meter),
+            "queries_by_site": _queries_by_site(strategy, meter),
             "forward_equivalents": round(total.forward_equivalents, 1),
             "lost_queries": total.lost,
             "train_seconds": round(self._seconds, 2),
             "peak_memory_mb": peak,
             "peak_memory_of": where,
-            "strategy": type(task.strategy).__name__,
+            "strategy": type(strategy).__name__,
             "allocator": type(allocators[0].allocator).__name__ if allocators else "none",
             "seed": torch.initial_seed(),
         }
+        self._report(trainer, pl_module, summary, run_folder(trainer))
+
+    def _all_samples(self, device: torch.device) -> int:
+        return self._samples_before + sum(gather_plain(present_communicator(), self._samples, device=device))
+
+    @rank_zero_only
+    def _report(self, trainer: pl.Trainer, task: ForwardImageClassifier, summary: dict[str, Any], folder: Path) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
-            rank_zero_info(_text(summary))  # such a run leaves nothing behind
+            rank_zero_info(_text(summary))
             return
-        folder = Path(log_dir or trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / FILE_NAME).write_text(json.dumps(summary, indent=2) + "\n")
         if self.export_weights:
             task.export_weights(str(folder / WEIGHTS_NAME))
-        curves = f"\nlook at the curves   tensorboard --logdir {folder.parent}" if log_dir else ""
+        curves = f"\nlook at the curves   tensorboard --logdir {folder.parent}" if trainer.loggers else ""
         rank_zero_info(_text(summary) + f"\nwritten to           {folder}" + curves)
 
 
@@ -173,20 +168,34 @@ def _percent(share: float | None) -> str:
 
 @torch.no_grad()
 def _test_accuracy(trainer: pl.Trainer, pl_module: pl.LightningModule) -> float | None:
-    """Share of the data module's test images that are classified right; None without test data."""
+    """Share of the data module's test images that are classified right; None without test data.
+
+    The trainer's own test would run the hooks of all callbacks and loggers in the middle of a training run.
+    """
     datamodule = trainer.datamodule  # type: ignore[attr-defined]
     if datamodule is None:
         return None
     datamodule.setup("test")
     training = [(m, m.training) for m in pl_module.modules()]
     pl_module.eval()
-    right = seen = 0
-    for images, labels in datamodule.test_dataloader():
+    ranks = present_communicator()
+    counts = torch.zeros(2, dtype=torch.int64, device=pl_module.device)  # right, all
+    for images, labels in _share(datamodule.test_dataloader(), ranks):
         converted = trainer.precision_plugin.convert_input(images.to(pl_module.device))
         with trainer.precision_plugin.forward_context():
             logits = nn.Module.__call__(pl_module, converted)
-        right += int((logits.argmax(dim=1).cpu() == labels).sum())
-        seen += len(labels)
+        counts += counts.new_tensor([int((logits.argmax(dim=1).cpu() == labels).sum()), len(labels)])
     for module, mode in training:
         module.training = mode
-    return right / seen if seen else None
+    right, images_seen = ranks.sum(counts).tolist()
+    return right / images_seen if images_seen else None
+
+
+def _share(loader: DataLoader[Any], ranks: Communicator) -> Iterable[Any]:
+    """The batches of this rank, which together hold every image once."""
+    if ranks.size == 1:
+        return loader
+    if isinstance(loader.dataset, IterableDataset) or loader.batch_size is None:
+        return islice(loader, ranks.rank, None, ranks.size)
+    own = Subset(loader.dataset, range(ranks.rank, len(loader.dataset), ranks.size))  # type: ignore[arg-type]
+    return DataLoader(own, loader.batch_size, num_workers=loader.num_workers, collate_fn=loader.collate_fn)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from flops_lightning.errors import SettingError
 from flops_lightning.resume.rules import class_names_of
@@ -17,7 +18,7 @@ def class_names(trainer: Trainer, classes: int) -> Sequence[str]:
 
     Args:
         trainer: The Trainer, which knows the data module.
-        classes: How many classes the model tells apart; 0 where nothing was seen that would say.
+        classes: Number of classes of the model; 0 where no batch has shown it.
 
     Raises:
         SettingError: The data module names another number of classes.
@@ -27,32 +28,39 @@ def class_names(trainer: Trainer, classes: int) -> Sequence[str]:
         return [str(label) for label in range(classes)]
     if classes and len(names) != classes:
         raise SettingError(
-            "data.class_names",
-            f"{len(names)} names",
-            f"the model tells {classes} classes apart.",
+            "data.class_names", f"{len(names)} names", f"the model tells {classes} classes apart.",
             "Use the data that the model was trained for.",
-        )
+        )  # fmt: skip
     return names
 
 
-def write_table(trainer: Trainer, name: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Path:
-    """Write a CSV file into the run's folder; every process must come here, and the first one writes.
+def run_folder(trainer: Trainer) -> Path:
+    """The folder of the run; every process must ask, since the first one tells the others."""
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+def write_table(
+    trainer: Trainer, name: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, content: str
+) -> None:
+    """Write a CSV file into the run's folder and log where it is; a trial run (``fast_dev_run``) writes none.
+
+    Every process must call this; the first one writes.
 
     Args:
         trainer: The Trainer, which knows the folder.
-        name: Of the file.
-        columns: Their names, the first line.
+        name: Name of the file.
+        columns: Names of the columns, the first line.
         rows: The other lines; read by the first process only.
-
-    Returns:
-        The path of the file.
+        content: What the log calls the table.
     """
-    folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks the other processes, so outside the branch
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return
+    file = run_folder(trainer) / name
     if trainer.is_global_zero:
-        folder.mkdir(parents=True, exist_ok=True)
-        # A path may hold bytes that are no text; they are written as they are.
-        with (folder / name).open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # Paths may hold bytes that are not text; they are written as they are.
+        with file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
             table = csv.writer(stream)
             table.writerow(columns)
             table.writerows(rows)
-    return folder / name
+    rank_zero_info(f"\n{content} written to {file}")  # the progress bar has not ended its line

@@ -122,6 +122,12 @@ def test_the_file_lies_in_the_folder_of_the_run_and_its_path_is_told(
     assert f"predictions of 7 images written to {file}" in caplog.text
 
 
+def test_a_trial_run_writes_none(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        predict(tmp_path, Data(loader()), fast_dev_run=True)
+    assert list(tmp_path.rglob("*.csv")) == []
+
+
 def test_a_second_prediction_starts_afresh(tmp_path: Path) -> None:
     trainer = pl.Trainer(
         accelerator="cpu", default_root_dir=tmp_path, callbacks=[PredictionWriter()], logger=False,

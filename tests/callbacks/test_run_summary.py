@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from flops_lightning.allocators import EqualAllocator
 from flops_lightning.callbacks import QueryAllocatorCallback, RunSummary
+from flops_lightning.callbacks.run_summary import _share
 from flops_lightning.datamodules import DigitsDataModule
+from flops_lightning.distributed import SingleProcess
 from flops_lightning.strategies import (
     Backprop,
     CoordinateFiniteDifferences,
@@ -145,6 +149,34 @@ def test_export_can_be_turned_off_and_training_is_unchanged_by_the_tests(tmp_pat
     assert not (tmp_path / "model.safetensors").exists()
     pairs = zip(with_summary.parameters(), without.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_ranks_share_the_test_images_and_each_reads_its_own(streamed: bool) -> None:
+    read: list[int] = []
+
+    class Images(Dataset[int]):
+        def __len__(self) -> int:
+            return 11
+
+        def __getitem__(self, place: int) -> int:
+            read.append(place)
+            return place
+
+    class Stream(IterableDataset[int]):
+        def __iter__(self) -> Iterator[int]:
+            return iter(range(11))
+
+    def rank(number: int) -> SingleProcess:
+        ranks = SingleProcess()
+        ranks.rank, ranks.size = number, 3
+        return ranks
+
+    loader = DataLoader(Stream() if streamed else Images(), batch_size=2)
+    shares = [torch.cat([*_share(loader, rank(number)), torch.empty(0)]).tolist() for number in range(3)]
+    assert sorted(place for share in shares for place in share) == list(range(11))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 2
+    assert sorted(read) == ([] if streamed else list(range(11)))
 
 
 def test_double_precision_runs(tmp_path: Path) -> None:
