@@ -25,7 +25,8 @@ from torch import Tensor
 
 from experiments.allocation_cases import CASES, Case
 from experiments.allocation_scores import HeldOut, proxy_rows
-from experiments.harness import StudyParser, claim, configs
+from experiments.command_line import StudyParser, configs
+from experiments.harness import claim
 from experiments.pictures import draw_allocation, draw_if_possible
 from experiments.stats import geometric_interval
 from experiments.tables import write_csv

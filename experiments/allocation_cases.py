@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from flops_lightning.allocators import (
     BernoulliAllocator,
@@ -43,10 +44,7 @@ class Case:
         return most if most >= 2 * unit else 0
 
 
-def predicted() -> TraceSettings:
-    """Traces from the clean pass, without pilots."""
-    return TraceSettings(source="prediction")
-
+predicted = partial(TraceSettings, source="prediction")
 
 CASES: Sequence[Case] = (
     Case("equal", EqualAllocator),

@@ -21,7 +21,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from experiments.harness import Cell, StudyParser, arguments, configs, fit, run_all
+from experiments.command_line import StudyParser, arguments, configs, fit
+from experiments.harness import Cell, run_all
 from experiments.pictures import draw_if_possible, draw_strategies
 from experiments.strategies_table import (
     AT_END,

@@ -18,7 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
-from experiments.harness import Cell, StudyParser, fit, late_mean, run_all
+from experiments.command_line import StudyParser, fit
+from experiments.harness import Cell, late_mean, run_all
 from experiments.stats import paired_ratio
 from experiments.tables import markdown, spread, write_csv
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -21,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flops_lightning.errors import SettingError, check_at_least
+from flops_lightning.errors import SettingError
 
 COMMAND, DIVERGED = "command.json", "diverged"
 NON_FINITE = "lost every query to non-finite losses"
@@ -285,70 +284,3 @@ def claim(output: Path, settings: Mapping[str, Any]) -> None:
         )  # fmt: skip
     output.mkdir(parents=True, exist_ok=True)
     note.write_text(text)
-
-
-def arguments(settings: Mapping[str, Any]) -> list[str]:
-    """Settings as on the command line; lists and mappings as JSON."""
-    texts = {name: json.dumps(v) if isinstance(v, (list, dict)) else str(v) for name, v in settings.items()}
-    return [part for name, text in texts.items() for part in (f"--{name}", text)]
-
-
-def configs(files: Sequence[str]) -> list[str]:
-    """Configuration files as on the command line."""
-    return [part for file in files for part in ("--config", file)]
-
-
-def fit(
-    study: Path, name: str, files: Sequence[str], extra: Sequence[str], settings: Mapping[str, Any], **cell: Any
-) -> Cell:
-    """A run of ``main.py fit``: ``settings`` overrule the user's ``extra`` arguments, and these the ``files``."""
-    own = {"trainer.default_root_dir": study / name, "trainer.enable_progress_bar": "false", **settings}
-    return Cell(study, name, ("main.py", "fit", *configs(files), *extra, *arguments(own)), **cell)
-
-
-class StudyParser(argparse.ArgumentParser):
-    """The command line of a study: its own options, then ``--`` and arguments for every run."""
-
-    def __init__(self, doc: str | None, *, runs: bool = True) -> None:
-        """Options that all studies share; those of ``run_all`` with ``runs``.
-
-        Args:
-            doc: Docstring of the study's module; its first line begins with the command in backticks.
-            runs: Whether the study starts runs.
-        """
-        summary = (doc or "").partition("\n")[0]
-        command = re.search(r"python -m \S+", summary)
-        super().__init__(prog=command[0].strip("`") if command else None, description=summary,
-                         epilog="Arguments after -- go to every run of main.py fit.")  # fmt: skip
-        self.add_argument("--output", type=Path, required=True, help="folder of the study's files")
-        if runs:
-            self.add_argument("--jobs", type=int, default=1, help="runs at a time; they share the cores (default 1)")
-            self.add_argument("--dry_run", action="store_true", help="print the commands and run nothing")
-
-    def parse(self, args: Sequence[str] | None, *, at_least_one: Sequence[str] = ()) -> argparse.Namespace:
-        """Options, and as ``extra`` what stands after ``--``; exits with code 2 after a mistake.
-
-        Args:
-            args: The command line; None: that of the process.
-            at_least_one: Options that must be 1 or more.
-        """
-        given = list(sys.argv[1:] if args is None else args)
-        end = given.index("--") if "--" in given else len(given)
-        options = self.parse_args(given[:end])
-        options.extra = tuple(given[end + 1 :])
-        with self.mistakes():
-            for name in (*(("jobs",) if hasattr(options, "jobs") else ()), *at_least_one):
-                check_at_least(f"--{name}", getattr(options, name), 1)
-            if not Path("configs").is_dir():
-                raise SettingError("folder", str(Path.cwd()), "has no configs.", "Run from the repository's root.")
-        return options
-
-    @contextmanager
-    def mistakes(self) -> Iterator[None]:
-        """Within, a wrong setting and a failed run end the program with a message, with code 2 and 1."""
-        try:
-            yield
-        except SettingError as error:
-            self.error(str(error))
-        except RunFailedError as error:
-            sys.exit(f"{self.prog}: {error}")

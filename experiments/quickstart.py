@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.harness import Cell, StudyParser, fit, run_all
+from experiments.command_line import StudyParser, fit
+from experiments.harness import Cell, run_all
 from experiments.tables import markdown, spread, write_csv
 
 BASE = "configs/vit_tiny_digits.yaml"

@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.harness import Cell, StudyParser, claim, configs, fit, run_all
+from experiments.command_line import StudyParser, configs, fit
+from experiments.harness import Cell, claim, run_all
 from experiments.stats import paired_difference, paired_ratio
 from experiments.tables import markdown, read_csv, spread, write_csv
 from experiments.training import Batch, EqualCountsRun

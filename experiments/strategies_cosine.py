@@ -9,11 +9,9 @@ Writes JSON: ``cosines``, one list a batch, one number a draw.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -22,6 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from experiments.command_line import StudyParser, arguments
 from flops_lightning.callbacks import QueryAllocatorCallback
 from flops_lightning.errors import SettingError
 from flops_lightning.strategies import Backprop
@@ -46,17 +45,12 @@ class Recorder(Callback):
         self._known: dict[int, Tensor] = {}
         self._parts: list[Tensor] = []
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at what every step of the optimiser is given; methods may make several, each for some parameters."""
         trainer.optimizers[0].register_step_pre_hook(self._keep)
 
     def on_train_batch_end(
-        self,
-        trainer: Trainer,  # noqa: ARG002
-        pl_module: LightningModule,  # noqa: ARG002
-        outputs: Any,  # noqa: ARG002
-        batch: Any,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Compare."""
         parts, self._parts = self._parts, []
@@ -70,7 +64,6 @@ class Recorder(Callback):
         self.cosines[turn].append(float(torch.nn.functional.cosine_similarity(estimate, exact, dim=0)))
 
     def _keep(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        del optimizer, args, kwargs
         self._parts.append(self._flat())
 
     def _gradient(self, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -86,11 +79,11 @@ class Recorder(Callback):
         return torch.cat([grad.detach().double().flatten() for grad in grads])
 
 
-def measure(arguments: Sequence[str], *, batches: int, draws: int) -> list[list[float]]:
+def measure(given: Sequence[str], *, batches: int, draws: int) -> list[list[float]]:
     """Cosines of a method's estimates with the gradient.
 
     Args:
-        arguments: The configuration, as after ``main.py fit``.
+        given: The configuration, as after ``main.py fit``.
         batches: Batches of the training set.
         draws: Estimates of each.
 
@@ -102,11 +95,13 @@ def measure(arguments: Sequence[str], *, batches: int, draws: int) -> list[list[
     """
     from flops_lightning.cli.command import build
 
-    still = ["--model.init_args.optimizer.lr", str(STILL), "--model.init_args.clip", '{"norm": 0, "attention_norm": 0}']
-    quiet = ["--trainer.logger", "false", "--trainer.enable_checkpointing", "false", "--trainer.limit_val_batches", "0"]
-    bar = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
-    length = ["--trainer.max_epochs", "1", "--trainer.max_steps", "-1"]
-    cli = build([*arguments, *still, *quiet, *bar, *length])
+    own = {
+        "model.init_args.optimizer.lr": STILL, "model.init_args.clip": {"norm": 0, "attention_norm": 0},
+        "trainer.logger": "false", "trainer.enable_checkpointing": "false", "trainer.limit_val_batches": 0,
+        "trainer.enable_progress_bar": "false", "trainer.enable_model_summary": "false",
+        "trainer.max_epochs": 1, "trainer.max_steps": -1,
+    }  # fmt: skip
+    cli = build([*given, *arguments(own)])
     task, trainer = cli.model, cast("Any", cli.trainer)
     if not isinstance(task, ForwardImageClassifier):
         raise SettingError(
@@ -126,13 +121,10 @@ def measure(arguments: Sequence[str], *, batches: int, draws: int) -> list[list[
 
 def main(args: Sequence[str] | None = None) -> None:
     """Measure and write."""
-    summary = (__doc__ or "").partition("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m experiments.strategies_cosine", description=summary)
-    parser.add_argument("--output", type=Path, required=True, help="the file that is written")
+    parser = StudyParser(__doc__, runs=False)
     parser.add_argument("--batches", type=int, default=4, help="batches (default 4)")
     parser.add_argument("--draws", type=int, default=8, help="estimates of each (default 8)")
-    parser.add_argument("extra", nargs="*", help="the configuration as after main.py fit, after --")
-    options = parser.parse_args(args)
+    options = parser.parse(args, at_least_one=["batches", "draws"])
     cosines = measure(options.extra, batches=options.batches, draws=options.draws)
     options.output.write_text(json.dumps({"cosines": cosines}) + "\n")
 

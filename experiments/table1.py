@@ -17,7 +17,8 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments.harness import Cell, StudyParser, arguments, configs, run_all
+from experiments.command_line import StudyParser, arguments, configs
+from experiments.harness import Cell, run_all
 from experiments.table1_paper import DATA_SETS, PAPER, ROWS, published
 from experiments.tables import markdown, write_csv
 

@@ -16,7 +16,8 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from experiments import harness
-from experiments.harness import Cell, RunFailedError, StudyParser, StudyStopped, claim, fit, run_all
+from experiments.command_line import StudyParser, fit
+from experiments.harness import Cell, RunFailedError, StudyStopped, claim, run_all
 from flops_lightning.errors import SettingError
 
 

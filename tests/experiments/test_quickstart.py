@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from experiments import harness, quickstart
-from experiments.harness import RunFailedError, fit, run_all
+from experiments.command_line import fit
+from experiments.harness import RunFailedError, run_all
 from experiments.quickstart import VARIANTS, cells
 from experiments.tables import read_csv
 
