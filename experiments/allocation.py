@@ -32,7 +32,7 @@ from experiments.stats import geometric_interval
 from experiments.tables import write_csv
 from experiments.training import EqualCountsRun
 from flops_lightning.allocators import Allocation, QueryAllocator, QueryBudget, SampleStatistics, TraceObservation
-from flops_lightning.allocators.rank_correlation import rank_correlation
+from flops_lightning.allocators.held_back import rank_correlation
 from flops_lightning.queries import CleanPass
 
 COLUMNS = (

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flops_lightning.allocators.held_back import rank_correlation
 from flops_lightning.allocators.objective import (
     effective_counts,
     equal_objective,
     estimated_gain_optimal,
     objective,
 )
-from flops_lightning.allocators.rank_correlation import rank_correlation
 from flops_lightning.allocators.rounding import water_fill
 from flops_lightning.protocol import TraceObservation
 from flops_lightning.queries import CleanPass

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from examples import allocator_in_your_module as example
 from examples import spsa_before, spsa_with_allocator
 from flops_lightning.allocators import equal_objective, gain_optimal, objective
-from flops_lightning.allocators.threads import one_thread
+from flops_lightning.allocators.base import one_thread
 
 ROOT = Path(spsa_before.__file__).parents[1]
 

@@ -6,8 +6,7 @@ from flops_lightning.allocators.base import QueryAllocator
 from flops_lightning.allocators.bernoulli import BernoulliAllocator
 from flops_lightning.allocators.cost_aware import CostAwareAllocator
 from flops_lightning.allocators.equal import EqualAllocator
-from flops_lightning.allocators.gaussian import GaussianAllocator
-from flops_lightning.allocators.gaussian_parameters import GaussianParameters
+from flops_lightning.allocators.gaussian import GaussianAllocator, GaussianParameters
 from flops_lightning.allocators.objective import equal_objective, gain_optimal, objective, optimal_shares
 from flops_lightning.allocators.optimal import OptimalAllocator
 from flops_lightning.allocators.rounding import largest_remainder, water_fill

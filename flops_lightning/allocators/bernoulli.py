@@ -2,197 +2,132 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from flops_lightning.allocators.base import QueryAllocator, batch_generator
-from flops_lightning.allocators.bernoulli_optimisation import (
-    LEAST_P,
-    Optimum,
-    PruningProblem,
-    below_mean,
-    optimise_p,
-    pruned_allocation,
-)
-from flops_lightning.allocators.objective import equal_objective, objective
-from flops_lightning.allocators.rounding import check_budget, next_multiple, round_at_sites
-from flops_lightning.allocators.threads import one_thread
-from flops_lightning.allocators.trace_estimator import TraceEstimator, TraceSettings
+from flops_lightning.allocators.base import check_unused, one_thread
+from flops_lightning.allocators.gaussian_search import PATIENCE, TOLERANCE
+from flops_lightning.allocators.objective import objective
+from flops_lightning.allocators.rounding import next_multiple, round_at_sites
+from flops_lightning.allocators.trace_allocator import DRAWS, MAX_ITERATIONS, SearchAllocator, count_diagnostics
 from flops_lightning.errors import SettingError
-from flops_lightning.protocol import Allocation, QueryBudget, SampleStatistics, TraceObservation
+from flops_lightning.protocol import Allocation, QueryBudget, SampleStatistics
 
-DRAWS = 32
-MAX_ITERATIONS = 100
+LEAST_P = 0.01
+"""An optimised p stays between this and one minus this: at 0 and 1 the score does not exist."""
+LEARNING_RATE = 0.5
+"""Step of Adam in ``logit(p)``; the whole range of p is 9.2 wide, and from 0.5 to either end are 10 steps."""
 
 
-class BernoulliAllocator(QueryAllocator):
+class BernoulliAllocator(SearchAllocator):
     """Takes half of their queries from randomly chosen samples of low loss and gives them to the others.
 
     A sample whose clean loss is below the batch's mean is pruned with probability p: it gets ``Abar / 2`` queries
-    instead of ``Abar`` (eq. 6). The freed queries go in equal parts to the samples that were not pruned, so that with
-    ``m`` of ``B`` pruned these get ``Abar + m Abar / (2 (B - m))``. The paper's text instead normalises the relative
-    counts, ``A_b / sum A`` (section 4.1): each is then multiplied with ``2 B / (2 B - m)``, which gives a part of the
-    freed queries back to the pruned and keeps the ratio at 2, where here it is ``2 + m / (B - m)``.
+    instead of ``Abar`` (eq. 6), or ``min_queries`` if that is more. The freed queries go in equal parts to the samples
+    that were not pruned: with ``m`` of ``B`` pruned these get ``Abar + m Abar / (2 (B - m))``. The paper's text instead
+    normalises the relative counts, ``A_b / sum A`` (section 4.1), which multiplies each by ``2 B / (2 B - m)``: part of
+    the freed queries returns to the pruned samples, and the ratio stays at 2 where it is ``2 + m / (B - m)`` here.
 
-    With ``optimise``, p minimises ``J = E sum_b Tr_b / A_b`` (eq. 9) on every batch before it is used, from that of the
-    last batch or the given one, whichever is better. J is monotone in p: ``E[J | m]`` falls with ``m`` where the mean
-    trace of the samples of below-mean loss is less than half the mean trace of the batch (less than
-    ``min_queries / Abar`` of it, where that exceeds a half), and rises where it is more. So p runs towards one of its
-    bounds, 0.99 or 0.01, as far as this changes J noticeably; what is learned is the side of that threshold. Where
-    sites have different budgets, the optimisation looks at the first; the same samples are pruned at every site, and
-    the counts rounded by largest remainder for each.
+    With ``optimise``, p minimises ``J = E sum_b Tr_b / A_b`` (eq. 9) on every batch before it is used, starting from
+    the last batch's p or the given one, whichever is better. J is monotone in p: ``E[J | m]`` falls with ``m`` if the
+    mean trace of the samples of below-mean loss is less than half the mean trace of the batch (less than
+    ``min_queries / Abar`` of it, if that exceeds a half), and rises if it is more. So p runs towards 0.99 or 0.01 as
+    long as this changes J noticeably; what is learned is the side of that threshold. With several sites the first
+    decides; the same samples are pruned at every site.
 
-    Samples whose loss is not finite (with ``optimise``: or whose trace) get the minimum, take no part in the mean loss
-    and in the optimisation, and leave the others to be allocated as a batch of their own. If no loss is below the mean
-    or, with ``optimise``, no trace is positive, the allocation is equal and p stays as it was.
+    Samples whose loss is not finite (with ``optimise``: or whose trace) get the minimum; the others are allocated as a
+    batch of their own. If no loss is below the mean or, with ``optimise``, no trace is positive, the allocation is
+    equal and p stays as it was.
 
     Diagnostics: ``p``; ``pruned`` (share of the batch); ``count_min``, ``count_max``. With ``optimise`` also
-    ``iterations``, ``converged`` (0 or 1) and ``not_converged_total`` (so many batches so far), and ``J_over_J_equal``
-    (of the integer counts of the first site, with the traces given).
+    ``iterations``, ``converged`` (0 or 1), ``not_converged_total`` (batches so far), and ``J_over_J_equal`` (of the
+    counts at the first site, with the traces given).
+
+    Example:
+        >>> statistics = SampleStatistics(loss=torch.tensor([0.1, 0.2, 5.0]))
+        >>> allocator = BernoulliAllocator(p=1.0, optimise=False)  # prunes every sample of below-mean loss
+        >>> allocator.allocate(statistics, QueryBudget((8,))).counts
+        tensor([[ 4,  4, 16]])
     """
 
-    def __init__(
-        self,
-        *,
-        p: float = 0.5,
-        optimise: bool = True,
-        traces: TraceSettings | None = None,
-        min_queries: int = 1,
-        draws: int = DRAWS,
-        max_iterations: int = MAX_ITERATIONS,
-        seed: int = 0,
-    ) -> None:
-        """Choose p, or how it is optimised.
+    def __init__(self, *, p: float = 0.5, optimise: bool = True, **settings: Any) -> None:
+        """Check the settings.
 
         Args:
             p: Probability with which a sample of below-mean loss is pruned; with ``optimise`` where p starts.
             optimise: Optimise p on every batch. Otherwise it stays, and nothing but the loss is needed.
-            traces: Where the traces in J come from; None: from pilots, as in the paper. Where several sites have
-                traces, a sample's is the mean over them, each in units of its own mean over the batch. Only with
+            **settings: Those of :class:`SearchAllocator`; ``traces``, ``draws`` and ``max_iterations`` only with
                 ``optimise``.
-            min_queries: Least queries of a sample, raised to the next multiple of the budget's ``multiple``. Where it
-                exceeds ``Abar / 2``, pruned samples get this.
-            draws: Draws K over which J and its gradient are averaged. Only with ``optimise``.
-            max_iterations: Gradient steps on a batch after which it counts as not converged. Only with ``optimise``.
-            seed: Seed of the draws, at least 0. The draws of a batch depend on it and on the number of batches before.
 
         Raises:
-            SettingError: A value is out of its range, or has no effect without ``optimise``.
+            SettingError: A value is out of range, or has no effect without ``optimise``.
         """
+        super().__init__(**settings)
         least_p, most_p = (LEAST_P, 1.0 - LEAST_P) if optimise else (0.0, 1.0)
         if not least_p <= p <= most_p:
             raise SettingError(
-                "p", p, f"must lie between {least_p:g} and {most_p:g}"
-                + (" where it is optimised." if optimise else "."),
+                "p", p, f"must lie between {least_p:g} and {most_p:g}" + (" to be optimised." if optimise else "."),
                 "Write for example 0.5" + (", or optimise: false." if optimise and 0 <= p <= 1 else "."),
             )  # fmt: skip
-        for name, number, least in (
-            ("min_queries", min_queries, 1),
-            ("draws", draws, 2),
-            ("max_iterations", max_iterations, 1),
-            ("seed", seed, 0),
-        ):
-            if number < least:
-                raise SettingError(name, number, f"must be at least {least}.", f"Write {least} or more.")
-        for name, value, default in (
-            ("traces", traces, None),
-            ("draws", draws, DRAWS),
-            ("max_iterations", max_iterations, MAX_ITERATIONS),
-        ):
-            if not optimise and value != default:
-                raise SettingError(name, value, "has no effect with optimise = False.", f"Remove `{name}`.")
-        self.p, self.optimise, self.min_queries = p, optimise, min_queries
-        self.draws, self.max_iterations, self.seed = draws, max_iterations, seed
-        self._traces = TraceEstimator(traces or TraceSettings(source="pilots"))
+        if not optimise:
+            check_unused("traces", self.traces, None, "optimise = False")
+            check_unused("draws", self.draws, DRAWS, "optimise = False")
+            check_unused("max_iterations", self.max_iterations, MAX_ITERATIONS, "optimise = False")
+        self.p, self.optimise = p, optimise
         self._last_p = p
-        self._batches = 0
-        self._not_converged = 0
 
     @property
     def requests(self) -> frozenset[str]:
-        """What the trace estimator reads, where p is optimised."""
-        return self._traces.requests if self.optimise else frozenset()
+        """What the trace estimator reads, if p is optimised."""
+        return super().requests if self.optimise else frozenset()
 
     @property
     def learns(self) -> bool:
-        """Whether the traces come from a regression."""
-        return self.optimise and self._traces.learns
-
-    def observe(self, observation: TraceObservation) -> None:
-        """Teach the regression."""
-        self._traces.observe(observation)
+        """Whether p is optimised with traces from a regression."""
+        return self.optimise and super().learns
 
     def state_dict(self) -> dict[str, Any]:
-        """The last batch's p, the counters of batches and of those not converged, and the traces."""
-        return {
-            "traces": self._traces.state_dict(),
-            "p": self._last_p,
-            "batches": self._batches,
-            "not_converged": self._not_converged,
-        }
+        """The last batch's p, and the state of the search."""
+        return super().state_dict() | {"p": self._last_p}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned; p is restored only where it is optimised."""
-        self._traces.load_state_dict(state["traces"])
-        if self.optimise:  # a p that was given and is out of bounds cannot be optimised from
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned; p only if it is optimised."""
+        super().load_state_dict(state)
+        if self.optimise:  # a fixed p may have been out of the bounds of the optimisation
             self._last_p = min(max(float(state["p"]), LEAST_P), 1.0 - LEAST_P)
-        self._batches, self._not_converged = int(state["batches"]), int(state["not_converged"])
 
     @one_thread()
     def allocate(self, statistics: SampleStatistics, budget: QueryBudget) -> Allocation:
-        """Optimise p on this batch (if so set) and draw the allocation.
-
-        Args:
-            statistics: ``loss``, and what the traces come from if p is optimised.
-            budget: Queries per sample at each site.
-
-        Returns:
-            ``(s, b)`` counts and the diagnostics listed above.
-
-        Raises:
-            SettingError: A statistic is missing, or the budget is too small for ``min_queries``.
-        """
-        self.check(statistics)
-        batch_size = len(statistics.loss)
-        totals = [queries * batch_size for queries in budget.queries_per_sample]
-        minimum = max(self.min_queries, budget.minimum)
-        for total in totals:
-            check_budget(total, batch_size, minimum=minimum, multiple=budget.multiple)
-        usable, loss, trace = self._usable(statistics, budget)
-        least = next_multiple(minimum, budget.multiple)
+        """Optimise p on this batch (unless it is fixed) and draw the allocation."""
+        totals, minimum = self._totals(statistics, budget)
+        trace: Tensor | None = None
+        if self.optimise:
+            statistics = replace(statistics, embedding=None).on_cpu()
+            usable, trace = self._usable_traces(statistics, budget)
+        else:
+            statistics = SampleStatistics(loss=statistics.loss).on_cpu()
+            usable = statistics.loss.isfinite()
+        batch_size, least = len(usable), next_multiple(minimum, budget.multiple)
         left = [total - least * int((~usable).sum()) for total in totals]
-        pruned, optimum = self._draw(loss[usable], None if trace is None else trace[usable], left[0], least)
+        pruned, optimum = self._draw(statistics.loss[usable], None if trace is None else trace[usable], left[0], least)
         shares = torch.zeros(len(totals), batch_size, dtype=torch.float64)
         if len(pruned):
             shares[:, usable] = torch.stack([pruned_allocation(pruned, queries, floor=least) for queries in left])
         counts = round_at_sites(shares, totals, minimum=minimum, multiple=budget.multiple)
-        values = {
-            "p": self._last_p,
-            "pruned": int(pruned.sum()) / batch_size,
-            "count_min": float(counts.min()),
-            "count_max": float(counts.max()),
-        }
-        return Allocation(counts, values if trace is None else values | self._of_optimum(trace, counts[0], optimum))
-
-    def _usable(self, statistics: SampleStatistics, budget: QueryBudget) -> tuple[Tensor, Tensor, Tensor | None]:
-        # Which samples' statistics are finite, (b,) bool, the losses, and where p is optimised the traces over their
-        # maximum, with those of the others at zero.
-        if not self.optimise:
-            loss = SampleStatistics(loss=statistics.loss).on_cpu().loss
-            return loss.isfinite(), loss, None
-        statistics = replace(statistics, embedding=None).on_cpu()
-        sites = len(budget.queries_per_sample)
-        estimate = self._traces.estimate(statistics, sites=sites, unit=budget.multiple)
-        trace = torch.where(estimate.usable, estimate.combined(), 0.0)
-        return estimate.usable, statistics.loss, trace / trace.max().clamp_min(torch.finfo(torch.float64).tiny)
+        values = {"p": self._last_p, "pruned": int(pruned.sum()) / batch_size} | count_diagnostics(counts)
+        if trace is not None:
+            iterations, converged = (optimum.iterations, optimum.converged) if optimum else (0, True)
+            values |= self._search_diagnostics(trace, counts[0], iterations, converged)
+        return Allocation(counts, values)
 
     def _draw(self, loss: Tensor, trace: Tensor | None, total: float, floor: float) -> tuple[Tensor, Optimum | None]:
         # Which of the usable samples are pruned. `total` and `floor` are those of the first site.
-        generator = batch_generator(self.seed, self._batches)
-        self._batches += 1
+        generator = self._generator()
         below, optimum = below_mean(loss), None
         uniform = torch.rand(len(loss), dtype=torch.float64, generator=generator)
         if trace is not None:
@@ -209,11 +144,107 @@ class BernoulliAllocator(QueryAllocator):
             self._last_p = optimum.p
         return below & (uniform < self._last_p), optimum
 
-    def _of_optimum(self, trace: Tensor, counts: Tensor, optimum: Optimum | None) -> dict[str, float]:
-        equal = equal_objective(trace, int(counts.sum()))
-        return {
-            "iterations": float(optimum.iterations if optimum else 0),
-            "converged": float(optimum.converged if optimum else True),
-            "not_converged_total": float(self._not_converged),
-            "J_over_J_equal": float(objective(trace, counts) / equal) if equal > 0 else 1.0,
-        }
+
+@dataclass(frozen=True)
+class PruningProblem:
+    """One batch, as the optimisation of p sees it.
+
+    Attributes:
+        below: ``(b,)`` bool, whether a loss is below the mean; not true of all.
+        trace: ``(b,)`` float64 nonnegative traces; their scale does not matter.
+        total: Queries of the batch.
+        floor: Least queries of a sample.
+    """
+
+    below: Tensor
+    trace: Tensor
+    total: float
+    floor: float
+
+
+class Optimum(NamedTuple):
+    """Where the optimisation of p ended, after how many gradient steps, and whether J had stopped changing."""
+
+    p: float
+    iterations: int
+    converged: bool
+
+
+def below_mean(loss: Tensor) -> Tensor:
+    """``(b,)`` whether each of ``(b,)`` finite losses is below their mean: never all, and none if they are equal."""
+    if not len(loss):
+        return torch.zeros(0, dtype=torch.bool)
+    # Divided first, so that the sum cannot overflow; a mean of equal losses may be rounded to above them.
+    return loss < (loss / len(loss)).sum().clamp(max=loss.max())
+
+
+def pruned_allocation(pruned: Tensor, total: float, *, floor: float) -> Tensor:
+    """Half the average for the pruned samples, and what this frees in equal parts for the others (eq. 6).
+
+    Args:
+        pruned: ``(..., b)`` bool, in each row not true of all.
+        total: Sum of each allocation, in queries.
+        floor: Least part of a sample, in queries, at most the average.
+
+    Returns:
+        ``(..., b)`` float64 allocations.
+    """
+    low = max(total / pruned.shape[-1] / 2, floor)
+    number = pruned.sum(dim=-1, keepdim=True).double()
+    return torch.where(pruned, low, (total - low * number) / (pruned.shape[-1] - number))
+
+
+def draw_objective(problem: PruningProblem, p: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """``(k,)`` float64 J of each draw and number of samples it prunes, from ``(k, b)`` standard uniform numbers."""
+    pruned = problem.below & (uniform < p)
+    counts = pruned_allocation(pruned, problem.total, floor=problem.floor)
+    return objective(problem.trace, counts), pruned.sum(dim=1).double()
+
+
+def score_gradient(problem: PruningProblem, p: float, uniform: Tensor) -> float:
+    """Likelihood-ratio estimate of ``dJ / d logit(p)`` (eq. 11), unbiased.
+
+    The score of a draw is ``m - n p``, with ``m`` of the ``n`` samples below the mean pruned. Each draw's J is compared
+    with the mean J of the other draws (leave-one-out baseline), which does not change the expectation.
+
+    Args:
+        problem: The batch.
+        p: Probability of pruning, neither 0 nor 1.
+        uniform: ``(k, b)`` standard uniform numbers, ``k >= 2``.
+    """
+    value, number = draw_objective(problem, p, uniform)
+    advantage = (value - value.mean()) * len(value) / (len(value) - 1)
+    return float((advantage * (number - int(problem.below.sum()) * p)).mean())
+
+
+def optimise_p(
+    problem: PruningProblem, starts: Sequence[float], *, draws: int, max_iterations: int, generator: torch.Generator
+) -> Optimum:
+    """Adam on ``logit(p)`` from the best of ``starts``, as :func:`~flops_lightning.allocators.gaussian_search.descend`.
+
+    J is monitored with common random numbers; the gradient needs new draws at every iteration. The best p met is
+    returned.
+    """
+    shape = (draws, len(problem.below))
+    common = torch.rand(shape, dtype=torch.float64, generator=generator)
+
+    def average(p: float) -> float:
+        return float(draw_objective(problem, p, common)[0].mean())
+
+    best = min(starts, key=average)
+    bound = math.log(1.0 / LEAST_P - 1.0)
+    coordinate = torch.tensor(best, dtype=torch.float64).logit()
+    optimizer = torch.optim.Adam([coordinate], lr=LEARNING_RATE)
+    p, best_value, values = best, math.inf, list[float]()
+    for iteration in range(max_iterations + 1):
+        values.append(average(p))
+        if values[-1] < best_value:
+            best, best_value = p, values[-1]
+        if iteration >= PATIENCE and abs(values[-1] - values[-1 - PATIENCE]) < TOLERANCE * values[-1 - PATIENCE]:
+            return Optimum(best, iteration, converged=True)
+        fresh = torch.rand(shape, dtype=torch.float64, generator=generator)
+        coordinate.grad = torch.tensor(score_gradient(problem, p, fresh), dtype=torch.float64)
+        optimizer.step()
+        coordinate.clamp_(-bound, bound)
+        p = float(coordinate.sigmoid())
+    return Optimum(best, max_iterations, converged=False)

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from flops_lightning.allocators.base import QueryAllocator
-from flops_lightning.allocators.optimal import count_diagnostics
+from flops_lightning.allocators.base import one_thread
+from flops_lightning.allocators.objective import optimal_shares
 from flops_lightning.allocators.rounding import next_multiple
-from flops_lightning.allocators.threads import one_thread
-from flops_lightning.allocators.trace_estimator import TraceEstimate, TraceEstimator, TraceSettings
-from flops_lightning.errors import SettingError
-from flops_lightning.protocol import Allocation, QueryBudget, SampleStatistics, TraceObservation
+from flops_lightning.allocators.trace_allocator import TraceAllocator, count_diagnostics
+from flops_lightning.allocators.trace_estimator import TraceEstimate
+from flops_lightning.errors import SettingError, check_at_least, check_choice, check_positive
+from flops_lightning.protocol import Allocation, QueryBudget, SampleStatistics
 
 Costs = Literal["flops", "measured", "given"]
 Metric = Literal["parameters", "preconditioned"]
@@ -28,7 +28,7 @@ MOST_QUERIES = 10
 """Default of ``max_queries``, in multiples of a site's own budget."""
 
 
-class CostAwareAllocator(QueryAllocator):
+class CostAwareAllocator(TraceAllocator):
     """Splits a compute budget over samples and sites: ``A_sb ~ sqrt(Tr_sb / c_s)``.
 
     A query at site s costs its suffix, ``c_s``. With independent sites the trace of the covariance of the whole
@@ -40,92 +40,88 @@ class CostAwareAllocator(QueryAllocator):
     multiplied with the module's estimate of the squared norm of their Jacobian (``SampleStatistics.scale``).
 
     Counts are integers between ``min_queries`` and ``max_queries``, multiples of the budget's ``multiple``; what
-    rounding leaves of the compute is spent where it lowers J most for its cost.
+    rounding leaves of the compute is spent where it lowers J most for its cost. Every site needs traces: a prediction,
+    or pilots everywhere. Unlike with other allocators, the sum of a site's counts is not fixed.
 
     Diagnostics: ``J_over_J_own`` (against equal counts of the module's own budget, with the estimated traces),
     ``compute_used`` (share of C), ``queries/<site>`` (average of a sample at each site), ``count_min``, ``count_max``.
+
+    Example:
+        >>> from flops_lightning.allocators import TraceSettings
+        >>> statistics = SampleStatistics(
+        ...     loss=torch.ones(2),
+        ...     trace=torch.tensor([[1.0, 4.0], [1.0, 1.0]]),
+        ...     scale=torch.ones(2),
+        ...     counted_costs=torch.tensor([1.0, 0.25]),  # a query at the upper site is four times cheaper
+        ... )
+        >>> allocator = CostAwareAllocator(traces=TraceSettings(source="pilots"))
+        >>> allocator.allocate(statistics, QueryBudget((8, 8))).counts
+        tensor([[ 5, 10],
+                [10, 10]])
     """
 
     def __init__(
         self,
         *,
-        traces: TraceSettings | None = None,
         costs: Costs = "flops",
         given_costs: Sequence[float] = (),
         compute: float = 0.0,
         metric: Metric = "parameters",
-        min_queries: int = 1,
         max_queries: int = 0,
+        **settings: Any,
     ) -> None:
-        """Choose what queries cost and how much there is to spend.
+        """Check the settings.
 
         Args:
-            traces: See :class:`TraceSettings`. Every site needs traces: a prediction, or pilots everywhere.
             costs: ``flops``: counted. ``measured``: timed by the module before the first step. ``given``: those in
                 ``given_costs`` (a paid API: 1 for each site).
-            given_costs: Cost of a query at each site, from bottom to top, in whatever unit. Only with ``given``.
+            given_costs: Cost of a query at each site, from bottom to top, in any unit. Only with ``given``.
             compute: Compute of a step for each sample, in the unit of the costs (forward-equivalents unless given); 0:
                 what the module's own budgets cost.
-            metric: In which units the parameters' gradients are compared: as they are, or ``preconditioned`` by the
-                optimiser (each squared derivative divided by Adam's running mean square), which is what an Adam step
-                feels.
-            min_queries: Least queries of a sample at each site.
+            metric: Units in which the parameters' gradients are compared: as they are, or ``preconditioned`` by the
+                optimiser (each squared derivative divided by Adam's running mean square), as an Adam step uses them.
             max_queries: Most queries of a sample at a site; 0: ten times the site's own budget. Sites that cost next to
                 nothing would take any number.
+            **settings: ``traces`` and ``min_queries``, see :class:`TraceAllocator`.
 
         Raises:
-            SettingError: a value is unknown, out of its range, or has no effect.
+            SettingError: A value is unknown, out of range, or has no effect.
         """
-        for name, value, choices in (("costs", costs, get_args(Costs)), ("metric", metric, get_args(Metric))):
-            if value not in choices:
-                raise SettingError(name, value, "is not known.", f"Choose one of {', '.join(choices)}.")
+        super().__init__(**settings)
+        check_choice("costs", costs, get_args(Costs))
+        check_choice("metric", metric, get_args(Metric))
         given_costs = list(given_costs)
         if bool(given_costs) != (costs == "given"):
             raise SettingError(
                 "given_costs", given_costs, f"does not go with costs: {costs}.",
                 "Write one cost for each site together with costs: given.",
             )  # fmt: skip
-        if any(not 0 < cost < float("inf") for cost in given_costs):
-            raise SettingError("given_costs", given_costs, "must be positive.", "Write for example 1 for each site.")
-        if not 0 <= compute < float("inf"):
-            raise SettingError("compute", compute, "is no amount.", "Write 0 for what the sites' own budgets cost.")
-        if min_queries < 1:
-            raise SettingError("min_queries", min_queries, "must be at least 1.", "Write 1 or more.")
-        if max_queries and max_queries < min_queries:
-            raise SettingError("max_queries", max_queries, f"is below min_queries = {min_queries}.", "Write 0 or more.")
+        for cost in given_costs:
+            check_positive("given_costs", cost, "Write for example 1 for each site.")
+        check_at_least("compute", compute, 0, "Write 0 for what the sites' own budgets cost.")
+        if max_queries and max_queries < self.min_queries:
+            problem = f"is below min_queries = {self.min_queries}."
+            raise SettingError("max_queries", max_queries, problem, "Write 0 for the default, or more.")
         self.costs, self.given_costs, self.compute = costs, given_costs, compute
-        self.metric, self.min_queries, self.max_queries = metric, min_queries, max_queries
-        self._traces = TraceEstimator(traces)
-        settings = self._traces.settings
-        if settings.source != "pilots" and not settings.window:
+        self.metric, self.max_queries = metric, max_queries
+        source = self._traces.settings
+        if source.source != "pilots" and not source.window:
             raise SettingError(
-                "traces.window", 0, "leaves unknown how traces of one site compare with another's.", "Write 1 or more."
+                "traces.window", 0, "cannot tell how traces of one site compare with another's.", "Write 1 or more."
             )
 
     @property
     def requests(self) -> frozenset[str]:
         """Traces, costs and scales."""
         costs = {"flops": {"counted_costs"}, "measured": {"measured_costs"}, "given": set()}[self.costs]
-        return self._traces.requests | frozenset(costs) | {self._scale_name}
-
-    @property
-    def learns(self) -> bool:
-        """Whether a regression is learned."""
-        return self._traces.learns
-
-    def observe(self, observation: TraceObservation) -> None:
-        """Teach the regression."""
-        self._traces.observe(observation)
+        return super().requests | frozenset(costs) | {self._scale_name}
 
     @one_thread()
     def allocate(self, statistics: SampleStatistics, budget: QueryBudget) -> Allocation:
         """Estimate the traces and split the compute.
 
-        Returns:
-            ``(s, b)`` counts whose cost is at most the compute budget; unlike elsewhere a site's sum is not fixed.
-
         Raises:
-            SettingError: a statistic is missing, some but not all sites have traces, ``max_queries`` is below what the
+            SettingError: A statistic is missing, some but not all sites have traces, ``max_queries`` is below what the
                 estimator needs, or the compute does not pay for ``min_queries`` everywhere.
         """
         statistics = statistics.on_cpu()
@@ -139,9 +135,8 @@ class CostAwareAllocator(QueryAllocator):
         multiple = budget.multiple
         least = next_multiple(max(self.min_queries, budget.minimum), multiple)
         if 0 < self.max_queries < least:
-            raise SettingError(
-                "max_queries", self.max_queries, f"is below {least}, the least here.", "Write 0 or more."
-            )
+            problem = f"is below the least count, {least}."
+            raise SettingError("max_queries", self.max_queries, problem, f"Write {least} or more.")
         most = torch.full_like(own, self.max_queries) if self.max_queries else own * MOST_QUERIES
         most = (most.div(multiple).floor() * multiple).clamp_min(least)
         total = (self.compute or float((costs * own).sum())) * batch_size
@@ -162,7 +157,7 @@ class CostAwareAllocator(QueryAllocator):
             variance = variance * (1.0 - weight).square()
         counts = cheapest(variance)
         equal = float((variance.sum(dim=1) / own).sum())
-        values = count_diagnostics(estimate, counts) | {
+        values = count_diagnostics(counts, estimate) | {
             "J_over_J_own": float((variance / counts).sum()) / equal if equal > 0 else 1.0,
             "compute_used": float((costs[:, None] * counts).sum()) / total,
         }
@@ -184,14 +179,6 @@ class CostAwareAllocator(QueryAllocator):
         root = torch.where(root.sum(dim=1, keepdim=True) > 0, root, 1.0)
         return (root / root.mean(dim=1, keepdim=True)).square() * (own.square() * costs)[:, None]
 
-    def state_dict(self) -> dict[str, Any]:
-        """What the trace estimator remembers."""
-        return self._traces.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
-        self._traces.load_state_dict(state)
-
     @property
     def _scale_name(self) -> str:
         return "scale" if self.metric == "parameters" else "preconditioned_scale"
@@ -209,7 +196,7 @@ class CostAwareAllocator(QueryAllocator):
             )  # fmt: skip
         if not bool((costs.isfinite() & (costs >= 0)).all()):
             raise SettingError(
-                "costs", self.costs, f"gave {costs.tolist()}, which is no cost for each site.",
+                "costs", self.costs, f"gave {costs.tolist()}; all must be finite numbers, 0 or more.",
                 "Write costs: given and one number for each site in given_costs.",
             )  # fmt: skip
         return costs.clamp_min(float(costs.max()) * LEAST_COST) if float(costs.max()) > 0 else torch.ones_like(costs)
@@ -224,7 +211,7 @@ class CostAwareAllocator(QueryAllocator):
         if scale is not None and len(scale) != sites:
             raise SettingError(
                 f"sample_statistics.{self._scale_name}", tuple(scale.shape),
-                f"has no factor for each of {sites} sites.", "Return one number for each site.",
+                f"must have one factor for each of {sites} sites.", "Return one number for each site.",
             )  # fmt: skip
         return torch.ones(sites, dtype=torch.float64) if scale is None else scale
 
@@ -259,7 +246,7 @@ def cheapest_counts(
         ``(s, b)`` int64.
     """
     price = costs[:, None]
-    share = (variance / price).sqrt()
+    share = optimal_shares(variance / price)
     share = share / share.max().clamp_min(1e-300)
 
     def at(log_scale: float) -> Tensor:

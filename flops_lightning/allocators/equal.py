@@ -9,17 +9,16 @@ from flops_lightning.protocol import Allocation, QueryBudget, SampleStatistics
 
 
 class EqualAllocator(QueryAllocator):
-    """Gives every sample ``queries_per_sample`` queries: what every method did before allocation, and the baseline."""
+    """Gives every sample the average number of queries at each site: the baseline.
+
+    Example:
+        >>> statistics = SampleStatistics(loss=torch.tensor([0.1, 2.0, 0.7]))
+        >>> EqualAllocator().allocate(statistics, QueryBudget((4, 2))).counts
+        tensor([[4, 4, 4],
+                [2, 2, 2]])
+    """
 
     def allocate(self, statistics: SampleStatistics, budget: QueryBudget) -> Allocation:
-        """Repeat the budget's average for every sample.
-
-        Args:
-            statistics: Only the number of samples is looked at.
-            budget: The average number of queries of a sample at each site.
-
-        Returns:
-            ``(s, b)`` equal counts, without diagnostics.
-        """
+        """Repeat the budget for every sample; only the number of losses is read."""
         queries = torch.tensor(budget.queries_per_sample, dtype=torch.int64)
         return Allocation(counts=queries[:, None].repeat(1, len(statistics.loss)))

@@ -3,194 +3,145 @@
 from __future__ import annotations
 
 import math
-from dataclasses import astuple, replace
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from flops_lightning.allocators.base import QueryAllocator, batch_generator
-from flops_lightning.allocators.correlation import Covariance, embedding_distance
-from flops_lightning.allocators.gaussian_objective import AllocationProblem, make_draws
-from flops_lightning.allocators.gaussian_optimisation import Optimum, descend, search
-from flops_lightning.allocators.gaussian_parameters import GaussianParameters, from_coordinates, to_coordinates
-from flops_lightning.allocators.objective import equal_objective, objective
-from flops_lightning.allocators.rounding import check_budget, next_multiple, round_at_sites
-from flops_lightning.allocators.threads import one_thread
-from flops_lightning.allocators.trace_estimator import TraceEstimator, TraceSettings
-from flops_lightning.errors import SettingError
-from flops_lightning.protocol import Allocation, QueryBudget, SampleStatistics, TraceObservation
+from flops_lightning.allocators.base import check_unused, one_thread
+from flops_lightning.allocators.gaussian_search import (
+    AllocationProblem,
+    Covariance,
+    Optimum,
+    descend,
+    embedding_distance,
+    make_draws,
+    search,
+)
+from flops_lightning.allocators.rounding import next_multiple, round_at_sites
+from flops_lightning.allocators.trace_allocator import DRAWS, MAX_ITERATIONS, SearchAllocator, count_diagnostics
+from flops_lightning.errors import SettingError, check_choice
+from flops_lightning.protocol import Allocation, QueryBudget, SampleStatistics
 
 Gradient = Literal["pathwise", "score", "exact"]
-
-DRAWS = 32
-MAX_ITERATIONS = 100
-
 
 CONSTANT_FEATURE = 1e-6
 """Standard deviation of tanh(loss) over a batch below which it is taken as constant."""
 
 
-class GaussianAllocator(QueryAllocator):
+class GaussianAllocator(SearchAllocator):
     """Draws the allocation from a Gaussian whose four parameters are optimised on every batch before it is used.
 
     ``A ~ N(mu, Sigma)`` with ``mu_b = beta0 + beta1 tanh(L_b)`` and ``Sigma_ij = sigma^2 exp(-d_ij / (2 gamma^2))``,
     where ``d`` compares the embeddings of samples. The draw is normalised to the budget, floored at ``min_queries`` and
     rounded by largest remainder. The parameters minimise ``J = E sum_b Tr_b / A_b`` (eq. 9) of the normalised
-    allocation, starting from those of the last batch (or from the paper's initial values where these are better).
+    allocation, starting from those of the last batch (or from the paper's initial values if these are better).
 
-    Because of the normalisation one parameter is redundant: the root mean square of ``mu`` over the batch is kept at
-    the average number of queries. J is least without randomness (Jensen), so sigma runs to its floor, 1 % of that
-    average, where gamma hardly matters; what is learned is the ratio of ``beta0`` and ``beta1``. Where sites have
-    different budgets, the optimisation looks at the first, and the same draw is rounded for each.
+    The normalisation makes one parameter redundant: the root mean square of ``mu`` over the batch is kept at the
+    average number of queries. J is least without randomness (Jensen), so sigma runs to its floor, 1 % of that average,
+    where gamma hardly matters; what is learned is the ratio of ``beta0`` and ``beta1``. With several sites the
+    optimisation uses the budget of the first, and the same draw is rounded for each.
 
     Samples whose loss, trace or embedding is not finite get the minimum and take no part in the optimisation; negative
-    trace estimates count as zero; if no trace is positive (a flat loss), the allocation is equal.
+    trace estimates count as zero; if no trace is positive (a flat loss), the allocation is equal. ``min_queries: 0`` is
+    the paper's choice: a sample whose draw is negative gets no query, which biases the batch gradient; J is evaluated
+    as if it got one.
 
-    Diagnostics: ``beta0, beta1, sigma, gamma``; ``iterations``, ``converged`` (0 or 1) and ``not_converged_total`` (so
-    many batches so far); ``J_over_J_equal`` (of the integer counts of the first site, with the traces given);
-    ``count_min``, ``count_max``.
+    Diagnostics: ``beta0, beta1, sigma, gamma``; ``iterations``, ``converged`` (0 or 1), ``not_converged_total``
+    (batches so far); of the first site ``J_over_J_equal`` (with the traces given), ``count_min`` and ``count_max``.
+
+    Example:
+        >>> statistics = SampleStatistics(loss=torch.tensor([0.1, 0.5, 2.0]), trace=torch.tensor([1.0, 4.0, 9.0]))
+        >>> allocator = GaussianAllocator(gradient="exact", covariance="diagonal")
+        >>> allocation = allocator.allocate(statistics, QueryBudget((8,)))
+        >>> allocation.counts  # close to the optimum, 4, 8 and 12
+        tensor([[ 4,  8, 12]])
     """
 
+    least_min_queries = 0
+
     def __init__(
-        self,
-        *,
-        traces: TraceSettings | None = None,
-        gradient: Gradient = "pathwise",
-        covariance: Covariance = "cosine_distance",
-        min_queries: int = 1,
-        draws: int = DRAWS,
-        max_iterations: int = MAX_ITERATIONS,
-        seed: int = 0,
+        self, *, gradient: Gradient = "pathwise", covariance: Covariance = "cosine_distance", **settings: Any
     ) -> None:
-        """Choose how the four parameters are optimised.
+        """Check the settings.
 
         Args:
-            traces: Where the traces in J come from; None: from pilots, as in the paper. Where several sites have
-                traces, a sample's is the mean over them, each in units of its own mean over the batch.
             gradient: ``"pathwise"``: through the draws ``mu + chol(Sigma) eps``. ``"score"``: the likelihood-ratio
-                gradient of eq. 11 with a leave-one-out baseline; noisier, much so where the embeddings of a batch are
+                gradient of eq. 11 with a leave-one-out baseline; noisier, much so if the embeddings of a batch are
                 alike. ``"exact"``: a one-dimensional search for the best ratio of beta0 and beta1 with sigma at its
                 floor; fastest and never worse.
             covariance: ``"cosine_distance"``: ``d = 1 - cos``. ``"cosine_similarity"``: ``d = cos``, as the paper
                 prints it; similar samples then vary *less* together, and the matrix is replaced by the nearest positive
                 semi-definite one. ``"diagonal"``: independent draws, no embedding needed.
-            min_queries: Least queries of a sample, raised to the next multiple of the budget's ``multiple``. 0 is the
-                paper's choice: a sample whose draw is negative gets no query at all, which biases the batch gradient;
-                J is evaluated as if it got one.
-            draws: Draws K over which J and its gradient are averaged. Not with ``"exact"``.
-            max_iterations: Gradient steps on a batch after which it counts as not converged. Not with ``"exact"``.
-            seed: Seed of the draws, at least 0. The draws of a batch depend on it and on the number of batches before.
+            **settings: Those of :class:`SearchAllocator`; ``draws`` and ``max_iterations`` not with ``"exact"``.
 
         Raises:
-            SettingError: A value is out of its range, or has no effect with this ``gradient``.
+            SettingError: A value is unknown, out of range, or has no effect with this ``gradient``.
         """
-        for name, value, choices in (
-            ("gradient", gradient, get_args(Gradient)),
-            ("covariance", covariance, get_args(Covariance)),
-        ):
-            if value not in choices:
-                raise SettingError(name, value, "is not known.", f"Choose one of {', '.join(choices)}.")
-        for name, number, least in (
-            ("min_queries", min_queries, 0),
-            ("draws", draws, 2),
-            ("max_iterations", max_iterations, 1),
-            ("seed", seed, 0),
-        ):
-            if number < least:
-                raise SettingError(name, number, f"must be at least {least}.", f"Write {least} or more.")
-        for name, number, default in (("draws", draws, DRAWS), ("max_iterations", max_iterations, MAX_ITERATIONS)):
-            if gradient == "exact" and number != default:
-                raise SettingError(name, number, "has no effect with gradient = 'exact'.", f"Remove `{name}`.")
+        super().__init__(**settings)
+        check_choice("gradient", gradient, get_args(Gradient))
+        check_choice("covariance", covariance, get_args(Covariance))
+        if gradient == "exact":
+            check_unused("draws", self.draws, DRAWS, "gradient = 'exact'")
+            check_unused("max_iterations", self.max_iterations, MAX_ITERATIONS, "gradient = 'exact'")
         self.gradient: Gradient = gradient
         self.covariance: Covariance = covariance
-        self.min_queries, self.draws, self.max_iterations, self.seed = min_queries, draws, max_iterations, seed
-        self._traces = TraceEstimator(traces or TraceSettings(source="pilots"))
         self._parameters: GaussianParameters | None = None
-        self._batches = 0
-        self._not_converged = 0
 
     @property
     def parameters(self) -> GaussianParameters | None:
-        """Lambda as the last batch left it, or None before the first."""
+        """Lambda after the last batch, or None before the first."""
         return self._parameters
 
     @property
     def requests(self) -> frozenset[str]:
-        """What the trace estimator reads, and the embedding where the covariance is made of it."""
-        return self._traces.requests | frozenset(() if self.covariance == "diagonal" else {"embedding"})
-
-    @property
-    def learns(self) -> bool:
-        """Whether the traces come from a regression."""
-        return self._traces.learns
-
-    def observe(self, observation: TraceObservation) -> None:
-        """Teach the regression."""
-        self._traces.observe(observation)
+        """What the trace estimator reads, and the embedding unless the covariance is diagonal."""
+        return super().requests | frozenset(() if self.covariance == "diagonal" else {"embedding"})
 
     def state_dict(self) -> dict[str, Any]:
-        """Lambda (None before the first batch), the counters of batches and of those not converged, and the traces."""
-        return {
-            "traces": self._traces.state_dict(),
-            "parameters": None if self._parameters is None else list(astuple(self._parameters)),
-            "batches": self._batches,
-            "not_converged": self._not_converged,
-        }
+        """Lambda (None before the first batch), and the state of the search."""
+        parameters = None if self._parameters is None else list(astuple(self._parameters))
+        return super().state_dict() | {"parameters": parameters}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
-        parameters = state["parameters"]
-        if "traces" in state:  # older checkpoints have none
-            self._traces.load_state_dict(state["traces"])
-        self._parameters = None if parameters is None else GaussianParameters(*parameters)
-        self._batches, self._not_converged = int(state["batches"]), int(state["not_converged"])
+        super().load_state_dict(state)
+        self._parameters = None if state["parameters"] is None else GaussianParameters(*state["parameters"])
 
     def check(self, statistics: SampleStatistics) -> None:
-        """Raise if the embedding is missing where the covariance is made of it.
+        """Raise if the embedding is missing and the covariance needs it.
 
         Raises:
-            SettingError: As said, with the remedy.
+            SettingError: The message says how to do without.
         """
         super().check(statistics)
         if self.covariance != "diagonal" and statistics.embedding is None:
             raise SettingError(
-                "covariance",
-                self.covariance,
-                "compares the embeddings of samples, and `sample_statistics` returned none.",
-                "Return `embedding` from `sample_statistics`, or set covariance = 'diagonal'.",
-            )
+                "covariance", self.covariance, "compares the embeddings of samples, and `sample_statistics` returned "
+                "none.", "Return `embedding` from `sample_statistics`, or set covariance = 'diagonal'.",
+            )  # fmt: skip
 
     @one_thread()
     def allocate(self, statistics: SampleStatistics, budget: QueryBudget) -> Allocation:
-        """Optimise lambda on this batch and draw the allocation.
-
-        Args:
-            statistics: ``loss`` and ``trace``, and ``embedding`` unless the covariance is diagonal.
-            budget: Queries per sample at each site.
-
-        Returns:
-            ``(s, b)`` counts and the diagnostics listed above.
-
-        Raises:
-            SettingError: A statistic is missing, or the budget is too small for ``min_queries``.
-        """
+        """Optimise lambda on this batch and draw the allocation."""
         self.check(statistics)
         if self.covariance == "diagonal":
             statistics = replace(statistics, embedding=None)
         statistics = statistics.on_cpu()
-        totals = [queries * len(statistics.loss) for queries in budget.queries_per_sample]
-        minimum = max(self.min_queries, budget.minimum)
-        for total in totals:
-            check_budget(total, len(statistics.loss), minimum=minimum, multiple=budget.multiple)
+        totals, minimum = self._totals(statistics, budget)
         usable, trace = self._usable_traces(statistics, budget)
-        generator = batch_generator(self.seed, self._batches)
-        self._batches += 1
+        generator = self._generator()
         shares, optimum = usable.double(), None
         if bool((trace > 0).any()):
             shares[usable], optimum = self._draw(statistics, usable, trace[usable], budget, generator)
         counts = round_at_sites(shares.expand(len(totals), -1), totals, minimum=minimum, multiple=budget.multiple)
-        return Allocation(counts=counts, diagnostics=self._diagnostics(trace, counts[0], optimum))
+        iterations, converged = (optimum.iterations, optimum.converged) if optimum else (0, True)
+        values = self._search_diagnostics(trace, counts[0], iterations, converged) | count_diagnostics(counts[0])
+        if self._parameters is not None:
+            values |= {name: float(value) for name, value in vars(self._parameters).items()}
+        return Allocation(counts, values)
 
     def _draw(
         self,
@@ -234,27 +185,49 @@ class GaussianAllocator(QueryAllocator):
         correlation = problem.correlation(optimum.coordinates)
         return make_draws(problem, optimum.coordinates, correlation, normal)[0], optimum
 
-    def _usable_traces(self, statistics: SampleStatistics, budget: QueryBudget) -> tuple[Tensor, Tensor]:
-        # Which samples' statistics are finite, (b,) bool, and the traces over their maximum, with those of the others
-        # at zero: their scale does not matter, and squares and sums of the largest must not overflow.
-        sites = len(budget.queries_per_sample)
-        estimate = self._traces.estimate(statistics, sites=sites, unit=budget.multiple)
-        usable, trace = estimate.usable, estimate.combined()
-        if statistics.embedding is not None:
-            usable = usable & statistics.embedding.isfinite().all(dim=1)
-        trace = torch.where(usable, trace, 0.0)
-        return usable, trace / trace.max().clamp_min(torch.finfo(torch.float64).tiny)
 
-    def _diagnostics(self, trace: Tensor, counts: Tensor, optimum: Optimum | None) -> dict[str, float]:
-        equal = equal_objective(trace, int(counts.sum()))
-        values = {
-            "iterations": float(optimum.iterations if optimum else 0),
-            "converged": float(optimum.converged if optimum else True),
-            "not_converged_total": float(self._not_converged),
-            "J_over_J_equal": float(objective(trace, counts) / equal) if equal > 0 else 1.0,
-            "count_min": float(counts.min()),
-            "count_max": float(counts.max()),
-        }
-        if self._parameters is not None:
-            values |= {name: float(value) for name, value in vars(self._parameters).items()}
-        return values
+@dataclass(frozen=True)
+class GaussianParameters:
+    """The four parameters lambda of the Gaussian allocator; a common factor of the first three changes nothing.
+
+    Example:
+        >>> GaussianParameters.initial(20)
+        GaussianParameters(beta0=20, beta1=10.0, sigma=4.0, gamma=1.0)
+
+    Attributes:
+        beta0: Intercept of the mean, in queries.
+        beta1: Slope of the mean in ``tanh(loss)``, in queries.
+        sigma: Scale of the covariance, in queries.
+        gamma: Decay of the covariance with the distance of the embeddings.
+    """
+
+    beta0: float
+    beta1: float
+    sigma: float
+    gamma: float
+
+    @classmethod
+    def initial(cls, queries_per_sample: float) -> GaussianParameters:
+        """The starting values of section 4.3, from the average number of queries ``Abar``."""
+        return cls(queries_per_sample, queries_per_sample / 2, queries_per_sample / 5, 1.0)
+
+
+def to_coordinates(parameters: GaussianParameters, centre: float, spread: float) -> Tensor:
+    """``(3,)`` ``angle, ln(sigma), ln(gamma)`` for a batch whose feature has this mean and standard deviation."""
+    # mu = beta0 + beta1 (centre + spread z) has the mean `level`, the standard deviation `tilt` and their hypotenuse as
+    # its root mean square.
+    level, tilt = parameters.beta0 + parameters.beta1 * centre, parameters.beta1 * spread
+    sigma = parameters.sigma / math.hypot(level, tilt)
+    return torch.tensor([math.atan2(tilt, level), math.log(sigma), math.log(parameters.gamma)], dtype=torch.float64)
+
+
+def from_coordinates(coordinates: Tensor, centre: float, spread: float, queries: float) -> GaussianParameters:
+    """Lambda in the scale in which ``mu`` has the root mean square ``queries`` over the batch."""
+    angle, log_sigma, log_gamma = coordinates.tolist()
+    beta1 = queries * math.sin(angle) / spread
+    return GaussianParameters(
+        beta0=queries * math.cos(angle) - beta1 * centre,
+        beta1=beta1,
+        sigma=queries * math.exp(log_sigma),
+        gamma=math.exp(log_gamma),
+    )

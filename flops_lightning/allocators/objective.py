@@ -33,17 +33,16 @@ def equal_objective(trace: Tensor, total: float) -> Tensor:
 
 
 def optimal_shares(trace: Tensor) -> Tensor:
-    """Shares that minimise J: ``sqrt(Tr_b) / sum sqrt(Tr)`` (appendix A.3; Neyman allocation).
+    """Relative shares of the counts that minimise J: ``sqrt(Tr_b)`` (appendix A.3; Neyman allocation).
 
     Args:
-        trace: ``(b,)`` nonnegative traces. If all are zero every allocation is optimal and the equal one is returned.
+        trace: ``(..., b)`` nonnegative traces; with unequal costs of a query, the traces divided by the costs.
 
     Returns:
-        ``(b,)`` float64 shares that sum to one.
+        ``(..., b)`` float64, not normalised; :func:`~flops_lightning.allocators.water_fill` and
+        :func:`~flops_lightning.allocators.largest_remainder` turn them into counts.
     """
-    root = trace.double().sqrt()
-    total = root.sum()
-    return torch.where(total > 0, root / total, 1.0 / len(root))
+    return trace.double().sqrt()
 
 
 def gain_optimal(trace: Tensor) -> Tensor:
@@ -56,7 +55,7 @@ def gain_optimal(trace: Tensor) -> Tensor:
     Returns:
         float64 scalar, at least 1 and at most ``b``.
     """
-    root = trace.double().sqrt()
+    root = optimal_shares(trace)
     mean = root.mean()
     return torch.where(mean > 0, 1.0 + root.var(correction=0) / mean.square(), 1.0)
 

@@ -1,6 +1,6 @@
-"""What the traces of a batch are likely to be: from pilots, from a prediction that costs no query, or from both.
+"""Estimates the traces of a batch: from pilots, from a prediction that costs no query, or from both.
 
-A trace estimated from a few pilots is noisy. A prediction from the clean pass is not, but is off by what the clean pass
+A trace estimated from a few pilots is noisy. A prediction from the clean pass is not, but misses what the clean pass
 does not show. With both, each pilot estimate is shrunk towards the prediction, ``(nu pred + n Tr) / (nu + n)``: the
 posterior mean of a variance, ``n`` the degrees of freedom of the estimate (pilots, or pairs of them, less one) and
 ``nu`` what the prediction is worth in the same unit.
@@ -16,8 +16,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from flops_lightning.allocators.base import check_unused
 from flops_lightning.allocators.gamma_regression import GammaRegression, fit_gamma
-from flops_lightning.errors import SettingError
+from flops_lightning.errors import SettingError, check_at_least, check_choice, check_positive
 from flops_lightning.protocol import SampleStatistics, TraceObservation
 
 Source = Literal["prediction", "pilots", "both"]
@@ -30,21 +31,25 @@ START_PRIOR = 4.0
 
 @dataclass
 class TraceSettings:
-    """Setting: where an allocator takes the traces from.
+    """Where an allocator takes the traces from.
 
     Attributes:
         source: ``prediction``: a regression on numbers of the clean pass, learned from every step's own queries; no
             pilots needed. ``pilots``: their estimates as they are; sites without pilots follow those with. ``both``:
             pilots shrunk towards the prediction.
-        predictors: Which numbers of the clean pass enter the regression beside ``tanh(loss)``, ``activation`` standing
-            for all whose names begin with ``activation.``; empty: all that the module returns. ``["loss"]``: none
-            beside it.
-        window: Batches whose queries are remembered for the regression. Enough to fit it, and few enough to follow the
-            network as it learns. 0: nothing is learned, and traces are taken as proportional to the first of
-            ``top_gradient``, ``head_gradient`` and ``output_gradient`` that there is.
+        predictors: Which numbers of the clean pass enter the regression beside ``tanh(loss)``; ``activation`` stands
+            for all whose names begin with ``activation.``. Empty: all that the module returns. ``["loss"]``: only
+            ``tanh(loss)``.
+        window: Number of batches whose queries the regression uses: enough to fit it, and few enough to follow the
+            network as it learns. 0: nothing is learned, and traces are proportional to the first of ``top_gradient``,
+            ``head_gradient`` and ``output_gradient`` that the module returns.
         ridge: Strength of the regression's prior, relative to its observations.
         prior_strength: ``nu``, what the prediction is worth beside pilots, in degrees of freedom; 0: learned from how
             well it predicted.
+
+    Example:
+        >>> TraceSettings(source="both", predictors=["output_gradient", "loss"]).window
+        10
     """
 
     source: Source = "prediction"
@@ -54,50 +59,34 @@ class TraceSettings:
     prior_strength: float = 0.0
 
     def check(self) -> None:
-        """Refuse values out of range, and those without effect.
-
-        Raises:
-            SettingError: as said.
-        """
-        if self.source not in get_args(Source):
-            raise SettingError(
-                "traces.source", self.source, "is not known.", f"Choose one of {', '.join(get_args(Source))}."
-            )
-        if self.window < 0:
-            raise SettingError("traces.window", self.window, "is negative.", "Write for example 10, or 0 for none.")
-        if not 0 < self.ridge < float("inf"):
-            raise SettingError("traces.ridge", self.ridge, "must be positive.", "Write for example 0.001.")
-        if not 0 <= self.prior_strength < float("inf"):
-            raise SettingError("traces.prior_strength", self.prior_strength, "is no number of queries.", "Write 0.")
+        """Raise a :class:`SettingError` if a value is out of range or has no effect."""
+        check_choice("traces.source", self.source, get_args(Source))
+        check_at_least("traces.window", self.window, 0, "Write for example 10, or 0 for none.")
+        check_positive("traces.ridge", self.ridge, "Write for example 0.001.")
+        check_at_least("traces.prior_strength", self.prior_strength, 0)
         if isinstance(self.predictors, str):
-            raise SettingError("traces.predictors", self.predictors, "is no list.", f"Write [{self.predictors}].")
+            raise SettingError("traces.predictors", self.predictors, "must be a list.", f"Write [{self.predictors}].")
         if not self.window and self.source != "pilots":
             if self.predictors and not set(self.predictors) & set(STEEP):
                 raise SettingError(
-                    "traces.predictors", self.predictors, "say nothing with window: 0, where only gradients count.",
+                    "traces.predictors", self.predictors, "predict nothing with window: 0, which uses gradients only.",
                     f"Add one of {', '.join(STEEP)}, or write a larger window.",
                 )  # fmt: skip
-            if self.ridge != TraceSettings.ridge:
-                raise SettingError("traces.ridge", self.ridge, "has no effect with window: 0.", "Remove `ridge`.")
-        idle = TraceSettings(self.source)
-        for name in ("predictors", "window", "ridge"):
-            if self.source == "pilots" and getattr(self, name) != getattr(idle, name):
-                raise SettingError(
-                    f"traces.{name}", getattr(self, name), "has no effect with source: pilots.", f"Remove `{name}`."
-                )
-        if self.source != "both" and self.prior_strength:
-            raise SettingError(
-                "traces.prior_strength", self.prior_strength, f"has no effect with source: {self.source}.", "Remove it."
-            )
+            check_unused("traces.ridge", self.ridge, TraceSettings.ridge, "window: 0")
+        if self.source == "pilots":
+            for name in ("predictors", "window", "ridge"):
+                check_unused(f"traces.{name}", getattr(self, name), getattr(TraceSettings(), name), "source: pilots")
+        if self.source != "both":
+            check_unused("traces.prior_strength", self.prior_strength, 0, f"source: {self.source}")
 
 
 @dataclass(frozen=True)
 class TraceEstimate:
-    """Traces of a batch as far as they are known before its queries are spent.
+    """Traces of a batch, estimated before its queries are spent.
 
     Attributes:
-        trace: ``(s, b)`` finite nonnegative estimates; 0 where ``usable`` is not.
-        prediction: ``(s, b)`` those made without the pilots, or None.
+        trace: ``(s, b)`` finite nonnegative estimates; 0 if a sample is not ``usable``.
+        prediction: ``(s, b)`` estimates without the pilots, or None.
         usable: ``(b,)`` whether a sample's statistics are finite.
         pilots: ``(s, b)`` pilots taken.
         prior_strength: ``(s,)`` nu of each site.
@@ -127,17 +116,13 @@ class TraceEstimator:
     """Estimates the traces of each batch, and learns from what its queries showed."""
 
     def __init__(self, settings: TraceSettings | Mapping[str, Any] | None = None) -> None:
-        """Check the settings.
-
-        Raises:
-            SettingError: a value out of range, unknown or without effect.
-        """
+        """Check the settings; a mapping stands for :class:`TraceSettings`."""
         try:
             self.settings = TraceSettings(**settings) if isinstance(settings, Mapping) else settings or TraceSettings()
         except TypeError as error:
             raise SettingError("traces", settings, f"{error}.", "See TraceSettings.") from error
         if not isinstance(self.settings, TraceSettings):
-            raise SettingError("traces", settings, "are no settings.", 'Write for example {"source": "prediction"}.')
+            raise SettingError("traces", settings, "must be TraceSettings.", "Write for example {source: prediction}.")
         self.settings.check()
         # Of each batch: features (s, n, f), traces (s, n), degrees of freedom (s, n).
         self._seen: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=self.settings.window)
@@ -164,15 +149,10 @@ class TraceEstimator:
         )
 
     def estimate(self, statistics: SampleStatistics, *, sites: int, unit: int = 1) -> TraceEstimate:
-        """Traces of a batch.
-
-        Args:
-            statistics: Of the batch, in float64 on the CPU.
-            sites: Number of sites ``s``.
-            unit: Queries that are independent of others only together (2 in antithetic pairs).
+        """Estimate the traces of a batch from its statistics, in float64 on the CPU.
 
         Raises:
-            SettingError: the traces or a named predictor are missing.
+            SettingError: The traces or a named predictor are missing.
         """
         loss = statistics.loss
         usable = loss.isfinite()
@@ -189,7 +169,7 @@ class TraceEstimator:
             usable &= trace.isfinite().all(dim=0)
         else:
             nu, n = strength[:, None], torch.where(pilot.isfinite(), queries / unit - 1.0, 0.0).clamp_min(0.0)
-            # Before it learned it tells the samples of a site from each other, and not how large its traces are.
+            # Untrained, the prediction compares the samples of a site, but does not know how large its traces are.
             level = prediction if self._seen else _levelled(prediction, pilot)
             trace = (nu * level + n * torch.where(n > 0, pilot, 0.0)) / (nu + n)
         trace = torch.where(usable, trace.nan_to_num(0.0).clamp_min(0.0), 0.0)
@@ -267,14 +247,13 @@ class TraceEstimator:
         return trace, queries.expand(sites, -1)
 
     def state_dict(self) -> dict[str, Any]:
-        """The batches remembered, and the predictors they were made of."""
+        """The remembered batches and the names of their predictors."""
         return {"seen": [list(batch) for batch in self._seen], "names": list(self._names)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
         self._seen.clear()
-        for features, traces, freedom in state["seen"]:
-            self._seen.append((features, traces, freedom))
+        self._seen.extend((features, traces, freedom) for features, traces, freedom in state["seen"])
         self._names, self._features = tuple(state["names"]), None
 
 
@@ -300,7 +279,7 @@ def _level(trace: Tensor) -> Tensor:
 def _check_lines(name: str, value: Tensor, sites: int) -> None:
     if value.ndim == 2 and len(value) != sites:
         raise SettingError(
-            f"sample_statistics.{name}", tuple(value.shape), f"has no line for each of {sites} sites.",
+            f"sample_statistics.{name}", tuple(value.shape), f"must have one row for each of {sites} sites.",
             "Return (s, b), or (b,) for all sites alike.",
         )  # fmt: skip
 

@@ -42,9 +42,8 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.nn import functional as F
 
-from flops_lightning.allocators.held_back import held_back_ratios
-from flops_lightning.allocators.rank_correlation import rank_correlation
-from flops_lightning.allocators.threads import one_thread
+from flops_lightning.allocators.base import one_thread
+from flops_lightning.allocators.held_back import held_back_ratios, rank_correlation
 from flops_lightning.errors import SettingError
 from flops_lightning.protocol import Allocation, SampleStatistics, TraceObservation
 from flops_lightning.tensorboard import tensorboard_writers

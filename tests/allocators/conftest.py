@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from flops_lightning.allocators.threads import one_thread
+from flops_lightning.allocators.base import one_thread
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ from flops_lightning.allocators import (
     TraceSettings,
     objective,
 )
-from flops_lightning.allocators.bernoulli_optimisation import (
+from flops_lightning.allocators.bernoulli import (
     LEAST_P,
     PruningProblem,
     below_mean,
@@ -494,13 +494,13 @@ def test_traces_are_learned_from_what_the_queries_showed() -> None:
     ("arguments", "message"),
     [
         ({"p": -0.1, "optimise": False}, r"p = -0.1: must lie between 0 and 1\. Write for example 0.5\.$"),
-        ({"p": 1.5}, r"p = 1.5: must lie between 0.01 and 0.99 where it is optimised\. Write for example 0.5\.$"),
+        ({"p": 1.5}, r"p = 1.5: must lie between 0.01 and 0.99 to be optimised\. Write for example 0.5\.$"),
         ({"p": math.nan}, r"p = nan: must lie between .* Write for example 0.5\.$"),
         ({"p": 1.0}, r"p = 1.0: must lie between 0.01 and 0.99 .* Write for example 0.5, or optimise: false\.$"),
-        ({"min_queries": 0}, r"min_queries = 0: must be at least 1. Write 1 or more."),
-        ({"draws": 1}, r"draws = 1: must be at least 2. Write 2 or more."),
-        ({"max_iterations": 0}, r"max_iterations = 0: must be at least 1. Write 1 or more."),
-        ({"seed": -1}, r"seed = -1: must be at least 0. Write 0 or more."),
+        ({"min_queries": 0}, r"min_queries = 0: must be 1 or more. Write 1 or more."),
+        ({"draws": 1}, r"draws = 1: must be 2 or more. Write 2 or more."),
+        ({"max_iterations": 0}, r"max_iterations = 0: must be 1 or more. Write 1 or more."),
+        ({"seed": -1}, r"seed = -1: must be 0 or more. Write 0 or more."),
         ({"optimise": False, "draws": 8}, r"draws = 8: has no effect with optimise = False. Remove `draws`."),
         ({"optimise": False, "max_iterations": 5}, r"max_iterations = 5: has no effect .* Remove `max_iterations`."),
         (

@@ -18,10 +18,16 @@ from flops_lightning.allocators import (
     gain_optimal,
     objective,
 )
-from flops_lightning.allocators.gaussian import Gradient
-from flops_lightning.allocators.gaussian_objective import AllocationProblem, draw_objective, mean_draw
-from flops_lightning.allocators.gaussian_optimisation import SIGMA_FLOOR, average_objective, descend, search
-from flops_lightning.allocators.gaussian_parameters import from_coordinates, to_coordinates
+from flops_lightning.allocators.gaussian import Gradient, from_coordinates, to_coordinates
+from flops_lightning.allocators.gaussian_search import (
+    SIGMA_FLOOR,
+    AllocationProblem,
+    average_objective,
+    descend,
+    draw_objective,
+    mean_draw,
+    search,
+)
 from flops_lightning.errors import SettingError
 
 BUDGET = QueryBudget((20,))

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
-from flops_lightning.allocators.correlation import JITTER, Covariance, correlation_root, embedding_distance
-from flops_lightning.allocators.gaussian_objective import (
+from flops_lightning.allocators.gaussian_search import (
+    JITTER,
     AllocationProblem,
+    Covariance,
+    correlation_root,
     draw_objective,
+    embedding_distance,
     make_draws,
     pathwise_gradient,
     score_gradient,

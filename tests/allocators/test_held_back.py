@@ -7,7 +7,7 @@ from torch import Tensor
 
 from flops_lightning.allocators.held_back import held_back_ratios
 from flops_lightning.allocators.objective import equal_objective, gain_optimal, objective, optimal_shares
-from flops_lightning.allocators.rounding import largest_remainder
+from flops_lightning.allocators.rounding import largest_remainder, water_fill
 from flops_lightning.protocol import TraceObservation
 
 EXACTLY = {"rtol": 1e-12, "atol": 0.0}
@@ -34,7 +34,7 @@ def test_known_traces_give_the_ratios_of_the_objectives() -> None:
     for i in range(2):
         total = int(counts[i].sum())
         used, equal = objective(trace[i], counts[i]), equal_objective(trace[i], total)
-        least = objective(trace[i], total * optimal_shares(trace[i]))
+        least = objective(trace[i], water_fill(optimal_shares(trace[i]), total))
         torch.testing.assert_close(ratios.over_equal[i], used / equal, **EXACTLY)
         torch.testing.assert_close(ratios.over_optimal[i], used / least, rtol=1e-6, atol=0.0)
     assert bool(ratios.seen.all())
@@ -42,7 +42,7 @@ def test_known_traces_give_the_ratios_of_the_objectives() -> None:
 
 def test_the_best_and_the_equal_counts() -> None:
     trace = traces(1, 50)
-    best = held_back_ratios(exact(trace), 1000 * optimal_shares(trace[0])[None])
+    best = held_back_ratios(exact(trace), water_fill(optimal_shares(trace[0]), 1000.0)[None])
     torch.testing.assert_close(best.over_equal, 1 / gain_optimal(trace[0])[None], **EXACTLY)
     torch.testing.assert_close(best.over_optimal, torch.ones(1).double(), rtol=1e-6, atol=0.0)
     equal = held_back_ratios(exact(trace), torch.full((1, 50), 20))
@@ -119,7 +119,7 @@ def test_samples_that_show_no_trace_are_left_out() -> None:
     # Against what they would have had in equal parts of everything, and against the best use of what they had.
     torch.testing.assert_close(ratios.over_equal[0], used / (middle.sum() / 8.0), **EXACTLY)
     torch.testing.assert_close(
-        ratios.over_optimal[0], used / objective(middle, 38 * optimal_shares(middle)), rtol=1e-6, atol=0
+        ratios.over_optimal[0], used / objective(middle, water_fill(optimal_shares(middle), 38.0)), rtol=1e-6, atol=0
     )
 
 

@@ -323,7 +323,7 @@ def test_sample_alone_gets_all() -> None:
 
 
 def test_settings_without_sense_are_refused() -> None:
-    with pytest.raises(SettingError, match=r"min_queries = -1: is negative\. Write 1, or 0"):
+    with pytest.raises(SettingError, match=r"min_queries = -1: must be 0 or more"):
         OptimalAllocator(min_queries=-1)
     with pytest.raises(SettingError, match=r"min_queries = 5: .* raise `queries_per_sample` to 5"):
         from_pilots(min_queries=5).allocate(exact(traces()), QueryBudget((4,)))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchmetrics.functional import spearman_corrcoef
 
-from flops_lightning.allocators.rank_correlation import average_ranks, rank_correlation
+from flops_lightning.allocators.held_back import average_ranks, rank_correlation
 
 
 def numbers(*shape: int, seed: int = 0, levels: int = 0) -> Tensor:

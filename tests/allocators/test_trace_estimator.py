@@ -477,14 +477,18 @@ def test_what_no_longer_fits_is_forgotten(change: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "setting", "message"),
     [
-        ({"source": "oracle"}, "traces.source", r"'oracle': is not known. Choose one of prediction, pilots, both"),
-        ({"window": -1}, "traces.window", "-1: is negative. Write for example 10"),
-        ({"ridge": 0.0}, "traces.ridge", "0.0: must be positive. Write for example 0.0"),
-        ({"ridge": NAN}, "traces.ridge", "nan: must be positive"),
+        (
+            {"source": "oracle"},
+            "traces.source",
+            r"'oracle': is not one of the choices. Choose from prediction, pilots, both",
+        ),
+        ({"window": -1}, "traces.window", "-1: must be 0 or more. Write for example 10"),
+        ({"ridge": 0.0}, "traces.ridge", "0.0: must be a number above 0. Write for example 0.0"),
+        ({"ridge": NAN}, "traces.ridge", "nan: must be a number above 0"),
         ({"ridge": math.inf}, "traces.ridge", "inf: must be"),
-        ({"prior_strength": -1.0}, "traces.prior_strength", "-1.0: is no number of queries. Write 0"),
-        ({"prior_strength": math.inf}, "traces.prior_strength", "inf: is no number"),
-        ({"prior_strength": NAN}, "traces.prior_strength", "nan: is no number"),
+        ({"prior_strength": -1.0}, "traces.prior_strength", "-1.0: must be 0 or more. Write 0"),
+        ({"prior_strength": math.inf}, "traces.prior_strength", "inf: must be 0 or more"),
+        ({"prior_strength": NAN}, "traces.prior_strength", "nan: must be 0 or more"),
         ({"prior_strength": 2.0}, "traces.prior_strength", "2.0: has no effect with source: prediction. Remove"),
         (
             {"source": "pilots", "prior_strength": 2.0},
@@ -529,19 +533,19 @@ def test_settings_without_sense_are_refused(settings: dict[str, Any], setting: s
             {"source": "pilots"},
             batch(0, trace=torch.ones(3, 16, dtype=D)),
             "sample_statistics.trace",
-            r"\(3, 16\): has no line for each of 2 sites. Return \(s, b\), or \(b,\)",
+            r"\(3, 16\): must have one row for each of 2 sites. Return \(s, b\), or \(b,\)",
         ),
         (
             {"source": "both"},
             batch(0, trace=torch.ones(16, dtype=D), trace_queries=torch.ones(3, 16)),
             "sample_statistics.trace_queries",
-            r"\(3, 16\): has no line for each of 2 sites",
+            r"\(3, 16\): must have one row for each of 2 sites",
         ),
         (
             {},
             batch(0, sites=3),
             "sample_statistics.predictors.activation",
-            r"\(3, 16\): has no line for each of 2 sites",
+            r"\(3, 16\): must have one row for each of 2 sites",
         ),
     ],
 )

@@ -22,8 +22,7 @@ from flops_lightning.allocators import (
     TraceObservation,
     objective,
 )
-from flops_lightning.allocators.held_back import held_back_ratios
-from flops_lightning.allocators.rank_correlation import rank_correlation
+from flops_lightning.allocators.held_back import held_back_ratios, rank_correlation
 from flops_lightning.callbacks import QueryAllocatorCallback
 from flops_lightning.callbacks.allocation_monitor import (
     IMAGES,

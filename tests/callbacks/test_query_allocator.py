@@ -24,7 +24,7 @@ from flops_lightning.allocators import (
     TraceObservation,
     TraceSettings,
 )
-from flops_lightning.allocators.threads import one_thread
+from flops_lightning.allocators.base import one_thread
 from flops_lightning.callbacks import QueryAllocatorCallback, allocation_monitor, query_allocator
 from flops_lightning.callbacks.query_allocator import resolve_budget
 from flops_lightning.errors import SettingError

@@ -1,0 +1,295 @@
+"""The Gaussian allocator's J as a function of its parameters, its gradients (eq. 11), and their search for one batch.
+
+The allocation is a draw ``D ~ N(mu, Sigma)`` turned into queries by water-filling (a common factor of the draw changes
+nothing), so one of the four parameters is redundant. The scale is fixed by the root mean square of ``mu`` over the
+batch: with ``z`` the feature ``tanh(loss)`` standardised over the batch,
+
+    ``mu = Abar (cos(angle) + sin(angle) z)``,    ``Sigma = (Abar sigma)^2 C(gamma)``,
+
+and the three coordinates are ``angle, ln(sigma), ln(gamma)``. Every ratio of ``beta0`` and ``beta1``, of either sign,
+is one angle. All gradients are in closed form: nothing here needs autograd.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from flops_lightning.allocators.objective import objective
+from flops_lightning.allocators.rounding import water_fill
+
+Covariance = Literal["cosine_distance", "cosine_similarity", "diagonal"]
+
+JITTER = 1e-4
+"""Added to the diagonal, relative to its mean: duplicates in a batch make the matrix singular."""
+SIGMA_FLOOR = 0.01
+"""Least sigma, relative to the root mean square of mu: the optimum is at 0, where the score does not exist."""
+GAMMA_LIMIT = 10.0
+"""Gamma stays between ``1 / GAMMA_LIMIT`` and ``GAMMA_LIMIT``."""
+LEARNING_RATE = 0.1
+"""Step of Adam in the coordinates: radians, and e-foldings of sigma and gamma."""
+PATIENCE = 5
+"""Iterations over which J is compared."""
+TOLERANCE = 0.01
+"""Relative change of J over ``PATIENCE`` iterations below which it has converged."""
+
+
+class CorrelationRoot(NamedTuple):
+    """``(b, b)`` lower triangular ``R`` with ``R R^T = C``, the correlation, and ``R^-1 dR / d ln(gamma)``."""
+
+    root: Tensor
+    turn: Tensor
+
+
+def embedding_distance(embedding: Tensor, kind: Covariance) -> Tensor | None:
+    """``(b, b)`` float64 ``d_ij`` between ``(b, d)`` finite embeddings, or None for ``"diagonal"``.
+
+    ``"cosine_distance"`` is half the squared distance of the unit vectors, with which the kernel is positive
+    semi-definite. A sample whose features are all zero resembles no other one.
+    """
+    if kind == "diagonal":
+        return None
+    unit = F.normalize(embedding.double(), dim=1)
+    cosine = (unit @ unit.T).clamp(-1.0, 1.0)
+    cosine.fill_diagonal_(1.0)
+    return 1.0 - cosine if kind == "cosine_distance" else cosine
+
+
+def correlation_root(distance: Tensor, log_gamma: float, *, project: bool) -> CorrelationRoot:
+    """Cholesky factor of ``C_ij = exp(-d_ij / (2 gamma^2))``, made positive definite by a small jitter.
+
+    The derivative is that of the factorisation, ``dR = R Phi(R^-1 dC R^-T)``, Phi the lower triangle with its diagonal
+    halved. ``project`` first replaces C by the nearest positive semi-definite matrix (Frobenius norm): if ``d`` is a
+    similarity, negative eigenvalues can be as large as the positive ones.
+    """
+    exponent = 0.5 * torch.tensor(-2.0 * log_gamma, dtype=torch.float64).exp() * distance
+    matrix = (-exponent).exp()
+    slope = 2.0 * exponent * matrix
+    if project:
+        matrix, slope = _nearest_positive(matrix, slope)
+    for symmetric in (matrix, slope):
+        symmetric.diagonal().add_(JITTER * symmetric.diagonal().mean())
+    root = torch.linalg.cholesky(matrix)
+    half = torch.linalg.solve_triangular(root, slope, upper=False)
+    whole = torch.linalg.solve_triangular(root, half.T, upper=False)
+    turn = whole.tril()
+    turn.diagonal().mul_(0.5)
+    return CorrelationRoot(root, turn)
+
+
+def _nearest_positive(matrix: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+    # Eigenvalues clipped at zero. The derivative is the Daleckii-Krein formula: divided differences of the clipped
+    # eigenvalues, which stay finite where eigenvalues coincide.
+    values, vectors = torch.linalg.eigh(matrix)
+    clipped = values.clamp_min(0.0)
+    gaps = values[:, None] - values[None, :]
+    same = gaps.abs() < 1e-12 * values.abs().max()
+    differences = (clipped[:, None] - clipped[None, :]) / torch.where(same, 1.0, gaps)
+    differences = torch.where(same, (values > 0).double()[:, None], differences)
+    projected_slope = vectors @ (differences * (vectors.T @ slope @ vectors)) @ vectors.T
+    return (vectors * clipped) @ vectors.T, projected_slope
+
+
+@dataclass(frozen=True)
+class AllocationProblem:
+    """One batch, as the optimisation sees it.
+
+    Attributes:
+        feature: ``(b,)`` float64, ``tanh(loss)`` with mean 0 and variance 1 over the batch (all 0 if it is constant).
+        trace: ``(b,)`` float64 nonnegative traces; their scale does not matter.
+        distance: ``(b, b)`` float64 distances of the embeddings, or None for independent draws.
+        project: Whether the kernel of ``distance`` needs projecting onto the positive semi-definite matrices.
+        total: Queries of the batch.
+        floor: Least queries of a sample in J.
+    """
+
+    feature: Tensor
+    trace: Tensor
+    distance: Tensor | None
+    project: bool
+    total: float
+    floor: float
+
+    def correlation(self, coordinates: Tensor) -> CorrelationRoot:
+        """Root of the correlation of the draws, ``(b, b)``."""
+        if self.distance is None:
+            identity = torch.eye(len(self.feature), dtype=torch.float64)
+            return CorrelationRoot(identity, torch.zeros_like(identity))
+        return correlation_root(self.distance, float(coordinates[2]), project=self.project)
+
+
+def mean_draw(problem: AllocationProblem, angle: Tensor) -> Tensor:
+    """``(..., b)`` mu in units of Abar, for ``(...)`` angles."""
+    return angle.cos()[..., None] + angle.sin()[..., None] * problem.feature
+
+
+def make_draws(problem: AllocationProblem, coordinates: Tensor, correlation: CorrelationRoot, normal: Tensor) -> Tensor:
+    """``(k, b)`` draws in units of Abar from ``(k, b)`` standard normal numbers: ``mu + sigma R eps``."""
+    return mean_draw(problem, coordinates[0]) + coordinates[1].exp() * (normal @ correlation.root.T)
+
+
+def draw_objective(problem: AllocationProblem, draws: Tensor) -> Tensor:
+    """``(k,)`` J of ``(k, b)`` draws, each normalised to the budget with its floor.
+
+    Without the normalisation J would fall without bound as the draws grow, and without the floor ``E[1 / A]`` of a
+    Gaussian A does not exist.
+    """
+    return objective(problem.trace, water_fill(draws, problem.total, floor=problem.floor))
+
+
+def pathwise_gradient(
+    problem: AllocationProblem, coordinates: Tensor, correlation: CorrelationRoot, normal: Tensor
+) -> tuple[Tensor, Tensor]:
+    """J averaged over draws and its derivative through the draws ``mu + sigma R eps`` (reparameterisation gradient).
+
+    Args:
+        problem: The batch.
+        coordinates: ``(3,)`` ``angle, ln(sigma), ln(gamma)``.
+        correlation: Root of the correlation at these coordinates.
+        normal: ``(k, b)`` standard normal ``eps``.
+
+    Returns:
+        Mean J (a scalar) and its ``(3,)`` gradient in the coordinates, both unbiased.
+    """
+    value, slope = _objective_slope(problem, make_draws(problem, coordinates, correlation, normal))
+    gradient = torch.stack(
+        [
+            (slope @ _mean_slope(problem, coordinates)).mean(),
+            coordinates[1].exp() * (slope * (normal @ correlation.root.T)).sum(dim=1).mean(),
+            coordinates[1].exp() * (slope * (normal @ correlation.turn.T @ correlation.root.T)).sum(dim=1).mean(),
+        ]
+    )
+    return value.mean(), gradient
+
+
+def score_gradient(
+    problem: AllocationProblem, coordinates: Tensor, correlation: CorrelationRoot, normal: Tensor
+) -> tuple[Tensor, Tensor]:
+    """J averaged over draws and its likelihood-ratio derivative (FLOPS, Ren et al., ICLR 2025, eq. 11).
+
+    Each draw's J is compared with the mean J of the other draws (leave-one-out baseline), which does not change the
+    expectation and keeps the variance from growing like ``1 / sigma^2`` as sigma falls. It still grows with the
+    condition number of the correlation, hence if the samples of a batch resemble each other. Arguments and results are
+    those of :func:`pathwise_gradient`; ``k >= 2``.
+    """
+    value = draw_objective(problem, make_draws(problem, coordinates, correlation, normal))
+    advantage = (value - value.mean()) * len(value) / (len(value) - 1)
+    # Sigma^-1 (D - mu) = R^-T eps / sigma.
+    whitened = torch.linalg.solve_triangular(correlation.root.T, normal.T, upper=True).T / coordinates[1].exp()
+    score = torch.stack(
+        [
+            whitened @ _mean_slope(problem, coordinates),
+            normal.square().sum(dim=1) - normal.shape[1],
+            ((normal @ correlation.turn.T) * normal).sum(dim=1) - correlation.turn.trace(),
+        ],
+        dim=1,
+    )
+    return value.mean(), (advantage[:, None] * score).mean(dim=0)
+
+
+def _mean_slope(problem: AllocationProblem, coordinates: Tensor) -> Tensor:
+    # d mu / d angle
+    return coordinates[0].cos() * problem.feature - coordinates[0].sin()
+
+
+def _objective_slope(problem: AllocationProblem, draws: Tensor) -> tuple[Tensor, Tensor]:
+    # With A = c D above the floor and c = left / sum(D) over the samples above it,
+    # dJ/dD_b = (sum over them of Tr/A) / (sum over them of D) - Tr_b / (A_b D_b), and 0 at the floor.
+    counts = water_fill(draws, problem.total, floor=problem.floor)
+    share = problem.trace / counts
+    above = (counts > problem.floor) & (draws > 0)
+    mass = torch.where(above, draws, 0.0).sum(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    common = torch.where(above, share, 0.0).sum(dim=1, keepdim=True)
+    slope = common / mass - share / torch.where(above, draws, 1.0)
+    return share.sum(dim=1), torch.where(above, slope, 0.0)
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """Where the optimisation ended, ``(3,)`` float64, after how many steps, and whether J had stopped changing."""
+
+    coordinates: Tensor
+    iterations: int
+    converged: bool
+
+
+def descend(
+    problem: AllocationProblem,
+    starts: Sequence[Tensor],
+    *,
+    gradient: Literal["pathwise", "score"],
+    draws: int,
+    max_iterations: int,
+    generator: torch.Generator,
+) -> Optimum:
+    """Adam on the coordinates until J changes by less than 1 % over 5 iterations.
+
+    J is monitored with the same random numbers throughout (common random numbers), so that a change of J is a change of
+    the coordinates. The best coordinates met are returned, so this J never ends above where it began. The score
+    gradient needs new draws at every iteration: with fixed ones its error would never average out.
+
+    Args:
+        problem: The batch.
+        starts: ``(3,)`` coordinates; the one with the least J is the start. One whose mean is nowhere positive comes
+            last: its allocation is the equal one, on a plateau without gradient.
+        gradient: Which estimate of the gradient to follow.
+        draws: Draws K over which J and its gradient are averaged.
+        max_iterations: Gradient steps after which to give up.
+        generator: Source of the draws.
+    """
+    shape = (draws, len(problem.feature))
+    common = torch.randn(shape, dtype=torch.float64, generator=generator)
+
+    def rank(start: Tensor) -> tuple[bool, float]:
+        return float(mean_draw(problem, start[0]).max()) <= 0.0, average_objective(problem, start, common)
+
+    best = min(starts, key=rank)
+    coordinates, best_value, values = best.clone(), math.inf, list[float]()
+    optimizer = torch.optim.Adam([coordinates], lr=LEARNING_RATE)
+    for iteration in range(max_iterations + 1):
+        correlation = problem.correlation(coordinates)
+        if gradient == "pathwise":
+            value, coordinates.grad = pathwise_gradient(problem, coordinates, correlation, common)
+        else:
+            fresh = torch.randn(shape, dtype=torch.float64, generator=generator)
+            value = draw_objective(problem, make_draws(problem, coordinates, correlation, common)).mean()
+            coordinates.grad = score_gradient(problem, coordinates, correlation, fresh)[1]
+        values.append(float(value))
+        if values[-1] < best_value:
+            best, best_value = coordinates.clone(), values[-1]
+        if iteration >= PATIENCE and abs(values[-1] - values[-1 - PATIENCE]) < TOLERANCE * values[-1 - PATIENCE]:
+            return Optimum(best, iteration, converged=True)
+        optimizer.step()
+        coordinates[1].clamp_(min=math.log(SIGMA_FLOOR))
+        coordinates[2].clamp_(-math.log(GAMMA_LIMIT), math.log(GAMMA_LIMIT))
+    return Optimum(best, max_iterations, converged=False)
+
+
+def average_objective(problem: AllocationProblem, coordinates: Tensor, normal: Tensor) -> float:
+    """J averaged over the draws made of ``(k, b)`` standard normal numbers."""
+    draws = make_draws(problem, coordinates, problem.correlation(coordinates), normal)
+    return float(draw_objective(problem, draws).mean())
+
+
+def search(problem: AllocationProblem, log_gamma: float) -> Optimum:
+    """Best angle of the deterministic allocation, by nested grids, with sigma at its floor.
+
+    By Jensen's inequality J is least without randomness, so this is where the gradients run to. The grids resolve the
+    angle to ``pi / 16384``; the first covers the circle, on which J may have several minima. ``log_gamma`` stays.
+    """
+    centre, width = 0.0, math.pi
+    for points in (129, 33, 33):
+        angles = centre + width * torch.linspace(-1.0, 1.0, points, dtype=torch.float64)
+        values = draw_objective(problem, mean_draw(problem, angles))
+        best = int(values.argmin())
+        # Ties (equal losses or traces) go to the centre, which at first is the equal allocation.
+        if values[best] < values[points // 2] * (1.0 - 1e-12):
+            centre = float(angles[best])
+        width *= 2.0 / (points - 1)
+    return Optimum(torch.tensor([centre, math.log(SIGMA_FLOOR), log_gamma], dtype=torch.float64), 0, converged=True)

@@ -1,0 +1,150 @@
+"""Bases of the allocators that use traces: what they share of settings, state and diagnostics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flops_lightning.allocators.base import QueryAllocator
+from flops_lightning.allocators.objective import equal_objective, objective
+from flops_lightning.allocators.rounding import check_budget
+from flops_lightning.allocators.trace_estimator import TraceEstimate, TraceEstimator, TraceSettings
+from flops_lightning.errors import check_at_least
+from flops_lightning.protocol import QueryBudget, SampleStatistics, TraceObservation
+
+DRAWS = 32
+MAX_ITERATIONS = 100
+
+
+class TraceAllocator(QueryAllocator):
+    """Base of the allocators that use the traces of a :class:`TraceEstimator`.
+
+    Samples whose statistics are not finite get the minimum.
+    """
+
+    default_traces: ClassVar[TraceSettings] = TraceSettings()
+    least_min_queries: ClassVar[int] = 1
+
+    def __init__(self, *, traces: TraceSettings | None = None, min_queries: int = 1) -> None:
+        """Check the settings.
+
+        Args:
+            traces: Where the traces come from.
+            min_queries: Least queries of a sample, raised to the next multiple of the budget's ``multiple``.
+
+        Raises:
+            SettingError: A value is out of range or has no effect.
+        """
+        check_at_least("min_queries", min_queries, self.least_min_queries)
+        self.traces, self.min_queries = traces, min_queries
+        self._traces = TraceEstimator(traces or self.default_traces)
+
+    @property
+    def requests(self) -> frozenset[str]:
+        """What the trace estimator reads."""
+        return self._traces.requests
+
+    @property
+    def learns(self) -> bool:
+        """Whether the trace estimator fits a regression."""
+        return self._traces.learns
+
+    def observe(self, observation: TraceObservation) -> None:
+        """Add the observation to the regression's data."""
+        self._traces.observe(observation)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the trace estimator remembers."""
+        return self._traces.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        self._traces.load_state_dict(state)
+
+    def _totals(self, statistics: SampleStatistics, budget: QueryBudget) -> tuple[list[int], int]:
+        """Queries of the batch at each site, and the least of a sample."""
+        batch_size, minimum = len(statistics.loss), max(self.min_queries, budget.minimum)
+        totals = [queries * batch_size for queries in budget.queries_per_sample]
+        for total in totals:
+            check_budget(total, batch_size, minimum=minimum, multiple=budget.multiple)
+        return totals, minimum
+
+
+class SearchAllocator(TraceAllocator):
+    """Base of the paper's allocators, which optimise the parameters of a distribution on every batch (section 4)."""
+
+    default_traces = TraceSettings(source="pilots")
+
+    def __init__(
+        self, *, draws: int = DRAWS, max_iterations: int = MAX_ITERATIONS, seed: int = 0, **settings: Any
+    ) -> None:
+        """Check the settings.
+
+        Args:
+            draws: Draws K over which J and its gradient are averaged.
+            max_iterations: Gradient steps on a batch after which it counts as not converged.
+            seed: Seed of the draws. The draws of a batch depend on it and on the number of batches before.
+            **settings: ``traces`` (None: pilots, as in the paper) and ``min_queries``. With several sites, a sample's
+                trace is the mean over the sites, each in units of its own mean over the batch.
+
+        Raises:
+            SettingError: A value is out of range or has no effect.
+        """
+        super().__init__(**settings)
+        check_at_least("draws", draws, 2)
+        check_at_least("max_iterations", max_iterations, 1)
+        check_at_least("seed", seed, 0)
+        self.draws, self.max_iterations, self.seed = draws, max_iterations, seed
+        self._batches = 0
+        self._not_converged = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The traces, and the numbers of batches and of those not converged."""
+        return {"traces": super().state_dict(), "batches": self._batches, "not_converged": self._not_converged}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        if "traces" in state:  # checkpoints of the first versions have none
+            super().load_state_dict(state["traces"])
+        self._batches, self._not_converged = int(state["batches"]), int(state["not_converged"])
+
+    def _generator(self) -> torch.Generator:
+        """The random numbers of the next batch."""
+        seed = int(np.random.SeedSequence((self.seed, self._batches)).generate_state(1)[0])
+        self._batches += 1
+        return torch.Generator().manual_seed(seed)
+
+    def _usable_traces(self, statistics: SampleStatistics, budget: QueryBudget) -> tuple[Tensor, Tensor]:
+        """``(b,)`` whether a sample's statistics are finite, and ``(b,)`` traces over their maximum, 0 if not."""
+        # J does not depend on their scale, and squares and sums of the largest must not overflow.
+        estimate = self._traces.estimate(statistics, sites=len(budget.queries_per_sample), unit=budget.multiple)
+        usable, trace = estimate.usable, estimate.combined()
+        if statistics.embedding is not None:
+            usable = usable & statistics.embedding.isfinite().all(dim=1)
+        trace = torch.where(usable, trace, 0.0)
+        return usable, trace / trace.max().clamp_min(torch.finfo(torch.float64).tiny)
+
+    def _search_diagnostics(self, trace: Tensor, counts: Tensor, iterations: int, converged: bool) -> dict[str, float]:
+        return {
+            "iterations": float(iterations),
+            "converged": float(converged),
+            "not_converged_total": float(self._not_converged),
+            "J_over_J_equal": over_equal(trace, counts) if bool((trace > 0).any()) else 1.0,
+        }
+
+
+def over_equal(trace: Tensor, counts: Tensor) -> float:
+    """J of ``(b,)`` counts over J of equal counts with the same sum."""
+    return float(objective(trace, counts) / equal_objective(trace, int(counts.sum())))
+
+
+def count_diagnostics(counts: Tensor, estimate: TraceEstimate | None = None) -> dict[str, float]:
+    """Fewest and most queries of a sample and, with predicted traces, the mean weight of the prediction."""
+    values = {"count_min": float(counts.min()), "count_max": float(counts.max())}
+    if estimate is not None and estimate.prediction is not None:
+        values["prior_strength"] = float(estimate.prior_strength.mean())
+    return values
