@@ -14,23 +14,6 @@
 and once, before training, ``request_statistics(names)`` (optional, :class:`SupportsStatisticsRequests`). The letters
 are ``s`` for sites (the places where a method perturbs; 1 for methods that perturb the parameters), ``b`` for the
 samples of the batch and ``d`` for features.
-
-Example:
-    A module needs no base class of this package, only the methods:
-
-    >>> import torch
-    >>> from flops_lightning.protocol import SampleStatistics, SupportsQueryAllocation, SupportsTraceFeedback
-    >>> class MyModule(torch.nn.Module):  # in practice a LightningModule
-    ...     def sample_statistics(self, batch):
-    ...         images, losses = batch
-    ...         return SampleStatistics(loss=losses, embedding=images.flatten(1))
-    ...     def set_query_counts(self, counts):
-    ...         self.counts = counts  # read by training_step
-    >>> module = MyModule()
-    >>> isinstance(module, SupportsQueryAllocation), isinstance(module, SupportsTraceFeedback)
-    (True, False)
-    >>> sorted(module.sample_statistics((torch.ones(3, 2, 2), torch.ones(3))).tensors())
-    ['embedding', 'loss']
 """
 
 from __future__ import annotations
@@ -195,6 +178,10 @@ class Allocation:
         pilot_weight: ``(s, b)`` weight of reused pilots in each sample's gradient, chosen before the pilots were seen,
             or None for the share of the pilots in the budget.
         most: ``(s,)`` upper bound of a sample's counts at each site, or None.
+
+    Example:
+        >>> Allocation(torch.tensor([[2, 6]]), {"count_max": 6.0}).counts.sum(dim=1)
+        tensor([8])
     """
 
     counts: Tensor
@@ -240,7 +227,17 @@ class TraceObservation:
 
 @runtime_checkable
 class SupportsQueryAllocation(Protocol):
-    """The two methods that a LightningModule must have for ``QueryAllocatorCallback``."""
+    """The two methods that a LightningModule must have for ``QueryAllocatorCallback``.
+
+    Example:
+        >>> class MyModule:  # in practice a LightningModule
+        ...     def sample_statistics(self, batch):
+        ...         return SampleStatistics(loss=batch.square().sum(dim=1))
+        ...     def set_query_counts(self, counts):
+        ...         self.counts = counts  # read by training_step
+        >>> isinstance(MyModule(), SupportsQueryAllocation)
+        True
+    """
 
     def sample_statistics(self, batch: Any) -> SampleStatistics:
         """Run the clean pass (and pilots, if any) and return what the allocator may see.
@@ -255,7 +252,17 @@ class SupportsQueryAllocation(Protocol):
 
 @runtime_checkable
 class SupportsStatisticsRequests(Protocol):
-    """Optional: computes only those statistics that the allocator reads."""
+    """Optional: computes only those statistics that the allocator reads.
+
+    Example:
+        >>> class Thrifty:
+        ...     def request_statistics(self, names):
+        ...         self.needs_embedding = "embedding" in names
+        >>> module = Thrifty()
+        >>> module.request_statistics(frozenset({"trace", "trace_queries"}))
+        >>> isinstance(module, SupportsStatisticsRequests), module.needs_embedding
+        (True, False)
+    """
 
     def request_statistics(self, names: frozenset[str]) -> None:
         """Take, once before training, the names of fields of :class:`SampleStatistics` that the allocator reads.
@@ -267,7 +274,15 @@ class SupportsStatisticsRequests(Protocol):
 
 @runtime_checkable
 class SupportsPilotWeights(Protocol):
-    """Optional: weighs the pilots of each sample, if they are reused in its gradient."""
+    """Optional: weighs the pilots of each sample, if they are reused in its gradient.
+
+    Example:
+        >>> class Weighing:
+        ...     def set_pilot_weights(self, weights):
+        ...         self.weights = weights  # gradient = weights * mean(pilots) + (1 - weights) * mean(other queries)
+        >>> isinstance(Weighing(), SupportsPilotWeights)
+        True
+    """
 
     def set_pilot_weights(self, weights: Tensor) -> None:
         """Keep the ``(s, b)`` weights :attr:`Allocation.pilot_weight` for the training step that follows."""
@@ -275,7 +290,15 @@ class SupportsPilotWeights(Protocol):
 
 @runtime_checkable
 class SupportsTraceFeedback(Protocol):
-    """Optional: reports the traces that each step's queries showed; required by allocators that predict traces."""
+    """Optional: reports the traces that each step's queries showed; required by allocators that predict traces.
+
+    Example:
+        >>> class Reporting:
+        ...     def trace_observation(self):
+        ...         return TraceObservation(trace=self.gradients.var(dim=1).sum(dim=-1)[None], queries=self.counts)
+        >>> isinstance(Reporting(), SupportsTraceFeedback)
+        True
+    """
 
     def trace_observation(self) -> TraceObservation | None:
         """What the queries of the training step just made showed, or None."""
