@@ -1,4 +1,4 @@
-"""What a module and an allocator tell each other: the hooks of a module, and the objects that pass through them.
+"""The hooks of a module that allocators use, and the objects that pass through them.
 
 :class:`~flops_lightning.callbacks.QueryAllocatorCallback` serves every ``LightningModule`` that has the two methods of
 :class:`SupportsQueryAllocation`. At each batch it calls, in this order:
@@ -66,15 +66,12 @@ class QueryBudget:
             raise SettingError("queries_per_sample", (), "no site has a budget.", "Give at least one number.")
         for queries in self.queries_per_sample:
             if queries < self.multiple or queries % self.multiple:
-                raise SettingError(
-                    "queries_per_sample", queries, f"must be a positive multiple of {self.multiple}.",
-                    "With antithetic pairs write an even number, for example 20.",
-                )  # fmt: skip
+                problem = f"must be a positive multiple of {self.multiple}."
+                remedy = "With antithetic pairs write an even number, for example 20."
+                raise SettingError("queries_per_sample", queries, problem, remedy)
         if self.sites and len(self.sites) != len(self.queries_per_sample):
-            raise SettingError(
-                "budget.sites", self.sites, f"must name each of {len(self.queries_per_sample)} sites.",
-                "Give one name for each number in `queries_per_sample`, or none.",
-            )  # fmt: skip
+            problem = f"must name each of {len(self.queries_per_sample)} sites."
+            raise SettingError("budget.sites", self.sites, problem, "Give a name for each site, or none.")
 
     @property
     def site_names(self) -> tuple[str, ...]:
@@ -267,8 +264,7 @@ class SupportsStatisticsRequests(Protocol):
     def request_statistics(self, names: frozenset[str]) -> None:
         """Take, once before training, the names of fields of :class:`SampleStatistics` that the allocator reads.
 
-        ``predictors.<name>`` asks for one predictor, ``predictors`` for all; ``observation`` says that
-        ``trace_observation`` will be called.
+        ``predictors.<name>`` asks for one predictor, ``predictors`` for all; ``observation``: ``trace_observation``.
         """
 
 

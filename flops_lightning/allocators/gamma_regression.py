@@ -78,6 +78,21 @@ def fit_gamma(features: Tensor, observed: Tensor, weights: Tensor, *, prior: Ten
     return GammaRegression(centre, spread, torch.where((ratio > 0)[:, None], coefficients, start))
 
 
+def prior_strength(
+    fit: GammaRegression, features: Tensor, observed: Tensor, freedom: Tensor, *, unseen: float
+) -> Tensor:
+    """``(s,)`` what a prediction is worth beside an estimate, in degrees of freedom; ``unseen`` without observations."""
+    # A query's squared derivative along its noise is chi^2 with one degree of freedom times the trace, so an estimate
+    # with n of them scatters by 2 / n relative to the truth; what the residuals scatter beyond that is the
+    # prediction's own error tau^2, and the two weigh as 2 / tau^2 queries to n.
+    ratio = (observed / fit.predict(features)).clamp(max=10.0)
+    total = freedom.sum(dim=1).clamp_min(1e-300)
+    scatter = (freedom * (ratio - 1.0).square()).sum(dim=1) / total
+    noise = (freedom * 2.0 / freedom.clamp_min(1.0)).sum(dim=1) / total
+    tau = ((scatter - noise) / (1.0 + noise)).clamp(0.01, 2.0)
+    return torch.where((freedom > 0).any(dim=1), 2.0 / tau, unseen)
+
+
 def _newton(design: Tensor, portion: Tensor, observed: Tensor, start: Tensor, penalty: Tensor) -> Tensor:
     """``(s, 1 + f)`` minimisers of the penalised objective over W; without meaning at a site that observed nothing."""
     mass = portion * observed

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from flops_lightning.allocators.base import check_unused
-from flops_lightning.allocators.gamma_regression import GammaRegression, fit_gamma
+from flops_lightning.allocators.gamma_regression import fit_gamma, prior_strength
 from flops_lightning.errors import SettingError, check_at_least, check_choice, check_positive
 from flops_lightning.protocol import SampleStatistics, TraceObservation
 
@@ -129,6 +129,7 @@ class TraceEstimator:
         # Of the batch last estimated; NaN where the clean pass is not finite.
         self._features: Tensor | None = None
         self._names: tuple[str, ...] = ()
+        self._predicts = self.settings.source != "pilots"
 
     @property
     def learns(self) -> bool:
@@ -136,17 +137,13 @@ class TraceEstimator:
         return self._predicts and self.settings.window > 0
 
     @property
-    def _predicts(self) -> bool:
-        return self.settings.source != "pilots"
-
-    @property
     def requests(self) -> frozenset[str]:
         """Statistics that are read."""
-        named = {f"predictors.{name}" for name in self.settings.predictors if name != "loss"}
-        predictors = named if self.settings.predictors else {"predictors"}
-        return frozenset({"trace", "trace_queries"} if self.settings.source != "prediction" else ()) | frozenset(
-            predictors if self._predicts else ()
-        )
+        names = {"trace", "trace_queries"} if self.settings.source != "prediction" else set()
+        if self._predicts:
+            wanted = self.settings.predictors
+            names |= {f"predictors.{name}" for name in wanted if name != "loss"} if wanted else {"predictors"}
+        return frozenset(names)
 
     def estimate(self, statistics: SampleStatistics, *, sites: int, unit: int = 1) -> TraceEstimate:
         """Estimate the traces of a batch from its statistics, in float64 on the CPU.
@@ -200,7 +197,7 @@ class TraceEstimator:
             return start.predict(features), None
         seen, traces, freedom = (torch.cat(parts, dim=1).double() for parts in zip(*self._seen, strict=True))
         fit = fit_gamma(seen, traces, freedom, prior=prior, ridge=self.settings.ridge)
-        return fit.predict(features), _prior_strength(fit, seen, traces, freedom)
+        return fit.predict(features), prior_strength(fit, seen, traces, freedom, unseen=START_PRIOR)
 
     def _standing(self, statistics: SampleStatistics, sites: int) -> Tensor:
         """``(s, b, f)`` features: tanh(loss) and the logarithms of the predictors."""
@@ -295,15 +292,3 @@ def _log(value: Tensor) -> Tensor:
     # A gradient that underflowed to zero counts as the smallest of its batch.
     least = torch.where(value > 0, value, torch.inf).amin(dim=-1, keepdim=True)
     return torch.where(value == 0, torch.where(least.isinf(), 1.0, least), value).log()
-
-
-def _prior_strength(fit: GammaRegression, seen: Tensor, traces: Tensor, freedom: Tensor) -> Tensor:
-    # A query's squared derivative along its noise is chi^2 with one degree of freedom times the trace, so an estimate
-    # with n of them scatters by 2 / n relative to the truth; what the residuals scatter beyond that is the
-    # prediction's own error tau^2, and the two weigh as 2 / tau^2 queries to n.
-    ratio = (traces / fit.predict(seen)).clamp(max=10.0)
-    total = freedom.sum(dim=1).clamp_min(1e-300)
-    scatter = (freedom * (ratio - 1.0).square()).sum(dim=1) / total
-    noise = (freedom * 2.0 / freedom.clamp_min(1.0)).sum(dim=1) / total
-    tau = ((scatter - noise) / (1.0 + noise)).clamp(0.01, 2.0)
-    return torch.where((freedom > 0).any(dim=1), 2.0 / tau, START_PRIOR)  # a site that was not seen has shown no error
