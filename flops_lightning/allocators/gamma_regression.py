@@ -81,7 +81,7 @@ def fit_gamma(features: Tensor, observed: Tensor, weights: Tensor, *, prior: Ten
 def prior_strength(
     fit: GammaRegression, features: Tensor, observed: Tensor, freedom: Tensor, *, unseen: float
 ) -> Tensor:
-    """``(s,)`` what a prediction is worth beside an estimate, in degrees of freedom; ``unseen`` without observations."""
+    """``(s,)`` worth of a prediction beside an estimate, in degrees of freedom; ``unseen`` without observations."""
     # A query's squared derivative along its noise is chi^2 with one degree of freedom times the trace, so an estimate
     # with n of them scatters by 2 / n relative to the truth; what the residuals scatter beyond that is the
     # prediction's own error tau^2, and the two weigh as 2 / tau^2 queries to n.
