@@ -10,7 +10,7 @@ from benchmarks.cases import Case, full_cases, quick_cases
 from benchmarks.harness import Record, at_least, command, finish, say, table
 from benchmarks.memory import INFERENCE, OURS, OURS_WITHOUT_VJP, peak, peak_in_a_process
 from benchmarks.speed import measure
-from flops_lightning.network.process_memory import held
+from flops_lightning.network.memory import held
 
 CASE = ("model", "batch", "queries", "strategy", "sites", "allocation", "compiled")
 """Keys in the record that say what was measured."""

@@ -21,7 +21,7 @@ import torch
 from benchmarks.cases import VIT_TINY, Case
 from benchmarks.harness import Record, Spread, at_least, command, finish, table
 from benchmarks.speed import run_queries
-from flops_lightning.network.process_memory import held
+from flops_lightning.network.memory import held
 from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.objectives import cross_entropy
 from flops_lightning.strategies import SPSA, Backprop, EvolutionStrategies, ForwardGradientStrategy, MeZO, SiteSpec

@@ -84,13 +84,13 @@ def proxy_rows(strategy: LikelihoodRatio, clean: CleanPass, step: int) -> list[t
         by_query = []
         for query in range(PROXY_DIRECTIONS):
             with strategy.network.evaluating():
-                sums = strategy.site_queries.sums(site, few, counts, first_query=PROXY_FIRST_QUERY + query)
+                sums = strategy.engine.sums(site, few, counts, first_query=PROXY_FIRST_QUERY + query)
             if sums is not None:
                 by_query.append(sums.delta())
         for b in range(few.batch_size):
             one = _samples(few, slice(b, b + 1))
             vectors = [
-                torch.cat([g.flatten() for g in strategy.site_queries.gradient(site, one, delta[b : b + 1]).values()])
+                torch.cat([g.flatten() for g in strategy.engine.gradient(site, one, delta[b : b + 1]).values()])
                 for delta in by_query
             ]
             exact[b] = torch.stack(vectors).double().var(dim=0).sum()

@@ -32,7 +32,7 @@ from experiments.training import Batch, EqualCountsRun
 from flops_lightning.errors import SettingError
 from flops_lightning.strategies import LikelihoodRatio
 from flops_lightning.strategies.site_specs import SiteSpec
-from flops_lightning.strategies.token_sigma import HALF_LIFE
+from flops_lightning.strategies.widths import HALF_LIFE
 
 CONFIGS = ("configs/vit_tiny_digits.yaml", "configs/digits/equal.yaml")
 BASE = "neither"

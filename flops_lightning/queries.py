@@ -230,6 +230,38 @@ def plan_rows(counts: NDArray[np.int64], max_rows: int, *, first_query: int = 0,
     return RowPlan(samples, np.arange(total) - starts + first_query, chunk_rows)
 
 
+def check_counts(counts: Tensor, sites: int, samples: int, *, multiple: int, least: int) -> NDArray[np.int64]:
+    """``(s, b)`` counts on the host.
+
+    Args:
+        counts: ``(s, b)``, or ``(b,)`` for the same at every site.
+        sites: Number of sites ``s``.
+        samples: Number of samples ``b``.
+        multiple: 2 for antithetic pairs.
+        least: Fewest queries of a sample that has any.
+
+    Raises:
+        SettingError: another shape or dtype, negative counts, or counts that the estimator cannot use.
+    """
+    shape, remedy = (sites, samples), "Round with allocators.rounding.largest_remainder."
+    if counts.is_floating_point() or counts.is_complex():
+        raise SettingError("counts", str(counts.dtype), "must be integers.", remedy)
+    table = counts.cpu().numpy().astype(np.int64)
+    if table.shape not in (shape, shape[1:]):
+        raise SettingError(
+            "counts", tuple(table.shape), f"does not fit {sites} sites and {samples} samples.",
+            f"Give integer counts of shape {shape} or {shape[1:]}.",
+        )  # fmt: skip
+    if (table < 0).any() or (table % multiple).any():
+        raise SettingError("counts", table.tolist(), f"must be non-negative multiples of {multiple}.", remedy)
+    if ((table > 0) & (table < least)).any():
+        raise SettingError(
+            "counts", table.tolist(), "a single query has no others to be compared with.",
+            "Give every sample 0, 2 or more (min_queries: 2), or use variant: baseline.",
+        )  # fmt: skip
+    return np.broadcast_to(table, shape).copy()
+
+
 def drop_rows(plan: RowPlan, lost: NDArray[np.bool_]) -> RowPlan:
     """The plan without the rows marked in ``lost`` ``(R,)``."""
     return replace(plan, samples=plan.samples[~lost], queries=plan.queries[~lost])

@@ -8,6 +8,9 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from flops_lightning.errors import SettingError
+
+T = TypeVar("T")
 K = TypeVar("K", bound="KeepsSettings")
 
 
@@ -48,6 +51,21 @@ def constructor_parameters(cls: type) -> dict[str, inspect.Parameter]:
         if all(p.kind is not p.VAR_KEYWORD for p in parameters):
             break
     return {name: p for name, p in found.items() if name not in getattr(cls, "fixed", ())}
+
+
+def read_settings(kind: type[T], given: T | Mapping[str, Any], setting: str) -> T:
+    """An object of the class ``kind``, as it is or made of a plain mapping.
+
+    Raises:
+        SettingError: ``given`` is neither, or the class does not take what is in it.
+    """
+    try:
+        read = kind(**given) if isinstance(given, Mapping) else given
+    except TypeError as error:
+        raise SettingError(setting, given, f"{error}.", f"See {kind.__name__}.") from error
+    if not isinstance(read, kind):
+        raise SettingError(setting, given, f"is not a {kind.__name__}.", f"Write {kind.__name__}(...) or a mapping.")
+    return read
 
 
 def plain(value: Any) -> Any:

@@ -15,11 +15,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from flops_lightning.callbacks.peak_memory import peak_memory
 from flops_lightning.callbacks.query_allocator import QueryAllocatorCallback
 from flops_lightning.callbacks.tables import run_folder
 from flops_lightning.distributed import Communicator, gather_plain, present_communicator
 from flops_lightning.meter import QueryMeter
+from flops_lightning.network.memory import peak_memory
 from flops_lightning.strategies.base import ForwardGradientStrategy
 from flops_lightning.tasks.image_classification import ForwardImageClassifier
 

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from flops_lightning.errors import SettingError, check_positive
-from flops_lightning.network.process_memory import give_back_freed
+from flops_lightning.network.memory import give_back_freed
 from flops_lightning.plan.measurement import (
     Settings,
     allocators_of,

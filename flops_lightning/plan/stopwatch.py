@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from flops_lightning.meter import CLEAN, QueryMeter, SiteCount
-from flops_lightning.network.process_memory import give_back_freed, held, restart_peak
+from flops_lightning.network.memory import give_back_freed, held, restart_peak
 from flops_lightning.plan.cost import Cost, Epoch, typical_seconds
 from flops_lightning.strategies import ForwardGradientStrategy
 from flops_lightning.strategies.costs import site_costs

@@ -11,23 +11,22 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from flops_lightning.distributed import Communicator, SingleProcess
+from flops_lightning.distributed import Communicator, SingleProcess, gather_plain
 from flops_lightning.errors import SettingError
 from flops_lightning.meter import QueryMeter
 from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.protocol import QueryBudget, SampleStatistics, TraceObservation
 from flops_lightning.queries import CleanPass, LossFunction
 from flops_lightning.settings import KeepsSettings
-from flops_lightning.strategies.setting_checks import check_common_seed
 from flops_lightning.strategies.sites import Site
 
 Exchange = Literal["gradients", "losses"]
-"""What ranks tell each other: their gradients, or the scalars that weigh directions which every rank can draw."""
+"""What ranks exchange: their gradients, or the scalars that weigh directions which every rank can draw."""
 
 
 @dataclass(frozen=True, eq=False)
 class Estimate:
-    """What one call of ``estimate`` did; the gradient itself is in ``.grad``.
+    """Report of one call of ``estimate``; the gradient itself is in ``.grad``.
 
     Attributes:
         loss: ``(b,)`` clean losses.
@@ -35,9 +34,14 @@ class Estimate:
         queries: Queries spent, pilots left out.
         lost: Queries lost to non-finite losses, their antithetic partners included.
         silent_samples: (sample, site) pairs that contributed nothing because all their queries were lost.
-        lost_batch: No query survived at any site: ``.grad`` was not touched and the step should be skipped.
-        observation: Traces seen in these queries, where they were asked for; NaN at sites that were not estimated and
-            where several layers were perturbed together.
+        lost_batch: No query survived at any site: ``.grad`` is unchanged and the step should be skipped.
+        observation: Traces estimated from these queries, if requested; NaN at sites that were not estimated and where
+            several layers were perturbed together.
+
+    Example:
+        >>> report = Estimate(loss=torch.tensor([0.5, 1.5]), output=torch.zeros(2, 3), queries=8, lost=2)
+        >>> float(report.loss.mean()), report.queries - report.lost
+        (1.0, 6)
     """
 
     loss: Tensor
@@ -52,7 +56,7 @@ class Estimate:
 class ForwardGradientStrategy(KeepsSettings, ABC):
     """Estimates the gradient of ``(1/b) sum_b L_b`` in a network's trainable parameters.
 
-    Use: ``bind`` once; for each batch ``clean_pass``, then ``estimate`` for each entry of ``update_groups``, with
+    Call ``bind`` once; for each batch ``clean_pass``, then ``estimate`` for each entry of ``update_groups``, with
     ``refresh`` in between if there are several.
 
     Attributes:
@@ -60,8 +64,20 @@ class ForwardGradientStrategy(KeepsSettings, ABC):
         rank: Rank of the process; part of every noise key, so that ranks draw different directions.
         exchange: ``gradients``: ``.grad`` is that of this rank's samples, to be reduced over the ranks
             (:func:`flops_lightning.distributed.reduce_gradients`). ``losses``: it is that of all ranks already.
-        draw: Draw counter: number of batches seen, skipped ones included.
-        meter: What has been paid so far.
+        draw: Draw counter: number of batches so far, skipped ones included.
+        meter: Costs so far.
+
+    Example:
+        All strategies are used in the same way; here exact gradients of ``mean(y - t)``:
+
+        >>> from flops_lightning import Backprop, stage_network
+        >>> network = torch.nn.Sequential(torch.nn.Linear(2, 1, bias=False))
+        >>> strategy = Backprop()
+        >>> strategy.bind(stage_network(network), loss=lambda output, target: (output - target).flatten())
+        >>> clean = strategy.clean_pass(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.zeros(2, 1))
+        >>> estimate = strategy.estimate(clean)
+        >>> network[0].weight.grad
+        tensor([[2., 3.]])
     """
 
     network: StagedNetwork
@@ -71,7 +87,7 @@ class ForwardGradientStrategy(KeepsSettings, ABC):
     draw: int = 0
 
     def __init__(self) -> None:
-        """Start with nothing paid."""
+        """Start the meter at zero."""
         self.meter = QueryMeter()
 
     @abstractmethod
@@ -83,20 +99,24 @@ class ForwardGradientStrategy(KeepsSettings, ABC):
         """
 
     def join(self, communicator: Communicator) -> None:
-        """Train together with other ranks: directions differ from rank to rank, what is learned of them is shared.
+        """Train together with other ranks: directions differ from rank to rank, learned quantities are shared.
 
         Raises:
             SettingError: the ranks have different seeds.
         """
         self.communicator, self.rank = communicator, communicator.rank
-        if hasattr(self, "seed"):
-            device = next(self.network.module.parameters()).device
-            check_common_seed(communicator, self.seed, device=device)
+        if hasattr(self, "seed"):  # ranks draw each other's directions again
+            seeds = gather_plain(communicator, self.seed, device=next(self.network.module.parameters()).device)
+            if len(set(seeds)) > 1:
+                raise SettingError(
+                    "strategy.seed", self.seed, f"the processes of this run have different seeds, {seeds}.",
+                    "Call seed_everything with the same seed in each before the strategy is made, or give `seed`.",
+                )  # fmt: skip
 
     def used_by_any(self, used: Sequence[bool]) -> list[bool]:
-        """Which gradients count: those that any of the ranks has queries for, where ranks exchange losses.
+        """Which gradients to add: where ranks exchange losses, those that any rank has surviving queries for.
 
-        Every rank must ask, and is told the same: one without queries that count draws the directions of the others.
+        Every rank must call this, and gets the same answer: a rank without queries draws the others' directions.
         """
         if self.exchange == "gradients" or self.communicator.size == 1:
             return list(used)
@@ -117,7 +137,7 @@ class ForwardGradientStrategy(KeepsSettings, ABC):
     @property
     @abstractmethod
     def budget(self) -> QueryBudget | None:
-        """What an allocator may split, one entry per site, pilots taken off; None for a strategy without queries."""
+        """Queries that an allocator may split, at each site, less the pilots; None for a strategy without queries."""
 
     @property
     @abstractmethod
@@ -134,7 +154,7 @@ class ForwardGradientStrategy(KeepsSettings, ABC):
 
     @abstractmethod
     def pilot_traces(self, clean: CleanPass) -> TraceObservation | None:
-        """Spend the pilots on this batch and return what they tell of the traces; None where none are configured."""
+        """Spend the pilots on this batch and return the traces that they show; None if there are no pilots."""
 
     @abstractmethod
     def sample_statistics(
@@ -144,8 +164,9 @@ class ForwardGradientStrategy(KeepsSettings, ABC):
 
         Args:
             clean: The batch's clean pass.
-            names: Fields of :class:`SampleStatistics` to fill beside those that cost nothing.
-            metric: Weights of the squared derivatives, by parameter name, for ``preconditioned_scale``.
+            names: Fields of :class:`SampleStatistics` to fill beside loss, embedding, traces and budget.
+            metric: Weights of the squared derivatives, by parameter name, for ``preconditioned_scale``; None while the
+                optimiser has none, where it is ``scale``.
         """
 
     @abstractmethod
@@ -165,13 +186,17 @@ class ForwardGradientStrategy(KeepsSettings, ABC):
             counts: ``(s, b)`` or ``(b,)`` integer queries of each sample (at each site); None: the budget in equal
                 parts.
             sites: Names of the sites to estimate; None: all.
-            pilot_weight: ``(s, b)`` weights of reused pilots, chosen without a look at them; None: their share of the
-                budget.
+            pilot_weight: ``(s, b)`` weights of reused pilots, chosen independently of their losses; None: their share
+                of the budget.
             traces: Also return the traces that these queries show.
+
+        Raises:
+            SettingError: counts of a wrong shape, not integers, negative, or not usable by the estimator; or an unknown
+                site.
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to draw the same noise and go on counting."""
+        """What a resumed run needs to draw the same noise and to continue the meter."""
         return {"draw": self.draw, "meter": self.meter.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -181,14 +206,13 @@ class ForwardGradientStrategy(KeepsSettings, ABC):
 
 
 def refuse_second_network(bound: StagedNetwork | None, network: StagedNetwork) -> None:
-    """One strategy serves one network: its sites hold that network's parameters.
-
-    Raises:
-        SettingError: the strategy is bound to another network.
-    """
+    """Raise a :class:`SettingError` if the strategy is bound to another network: its sites hold those parameters."""
     if bound is not None and bound.module is not network.module:
         raise SettingError(
-            "strategy", type(bound.module).__name__, "already serves another network.", "Make one for each network."
+            "model.strategy",
+            type(bound.module).__name__,
+            "already serves another network.",
+            "Make one for each network.",
         )
 
 
@@ -201,7 +225,7 @@ def add_gradients(parameters: Mapping[str, nn.Parameter], gradients: Mapping[str
 
 
 def warn_silent(number: int, what: str, *, smaller: str = "sigma or learning rate") -> None:
-    """Say what contributes nothing to a step; to be called by an ``estimate`` under ``torch.no_grad``."""
+    """Warn of samples that contribute nothing to a step; to be called by an ``estimate`` under ``torch.no_grad``."""
     warnings.warn(
         f"{number} {what} lost every query to non-finite losses and contribute nothing to this step. A smaller "
         f"{smaller}, or a higher precision, keeps losses finite.",
@@ -221,3 +245,12 @@ def summed(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 def resolve_seed(seed: int | None) -> int:
     """The given seed, or the one that ``seed_everything`` (or torch itself) started from."""
     return torch.initial_seed() & 0x7FFFFFFF if seed is None else seed
+
+
+def refuse_other_seed(own: int, resumed: int, *, given: bool, draws: str = "noise") -> None:
+    """Raise a :class:`SettingError` if another seed is ``given`` explicitly than the resumed run draws from."""
+    if given and own != resumed:
+        raise SettingError(
+            "strategy.seed", own, f"the resumed run draws its {draws} from the seed {resumed}.",
+            f"Leave the seed out, or write {resumed}.",
+        )  # fmt: skip

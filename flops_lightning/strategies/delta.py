@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from flops_lightning.queries import Chunk
-from flops_lightning.strategies.site_widths import by_token
+from flops_lightning.strategies.widths import by_token
 
 Variant = Literal["plain", "baseline", "leave_one_out", "antithetic"]
 

@@ -1,4 +1,4 @@
-"""What runs the queries of one site: the part of a strategy that knows where noise enters and what follows from it."""
+"""What runs the queries of one site: the part of a strategy that knows where noise enters and what gradient follows."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class SiteGradient:
     """Gradient estimate of one site.
 
     Attributes:
-        gradients: By parameter name, when called. Directions that are drawn again are drawn then, after the queries of
-            all sites: until then their gradients take no memory beside the activations.
+        gradients: Returns the gradients by parameter name. Directions that are drawn again are drawn when it is called,
+            after the queries of all sites: until then the gradients take no memory beside the activations.
         survivors: ``(b,)`` queries that count.
         queries: Queries that ran, repetitions after a loss included.
     """
@@ -30,7 +30,7 @@ class SiteGradient:
     queries: int
 
 
-class Queried(Protocol):
+class QueryResult(Protocol):
     """What the queries of a site showed, sample by sample."""
 
     @property
@@ -46,10 +46,10 @@ class Queried(Protocol):
         """Whether it holds no more than a few numbers a query, so that its gradient can be made late."""
 
     def trace(self) -> Tensor:
-        """``(b,)`` trace of the covariance of one query's gradient, NaN where it is not known."""
+        """``(b,)`` trace of the covariance of one query's gradient; NaN where it is unknown."""
 
 
-Q = TypeVar("Q", bound=Queried)
+Q = TypeVar("Q", bound=QueryResult)
 
 
 class QueryEngine(Protocol[Q]):
@@ -65,21 +65,21 @@ class QueryEngine(Protocol[Q]):
         """Run queries.
 
         Args:
-            site: Where.
+            site: The site.
             clean: The batch's clean pass.
             counts: ``(b,)`` queries of each sample.
-            first_query: Index of the first of them (those before it were pilots).
-            traces: Also gather what :meth:`Queried.trace` needs.
+            first_query: Index of the first of them (earlier ones were pilots).
+            traces: Also compute what :meth:`QueryResult.trace` needs.
 
         Returns:
-            What they showed; None where no sample has a query.
+            The result; None if no sample has a query.
         """
 
     def mixed_gradient(self, site: Site, clean: CleanPass, parts: Sequence[tuple[Q, Tensor]]) -> dict[str, Tensor]:
         """``1/B sum_b sum_parts share_b g_b`` by parameter name, ``g_b`` the mean gradient of a part's queries.
 
         Args:
-            site: Where the queries ran.
+            site: The site.
             clean: The batch's clean pass.
-            parts: What queries showed, and its ``(b,)`` shares of each sample's estimate.
+            parts: Results of queries, each with its ``(b,)`` shares of the samples' estimates.
         """

@@ -1,8 +1,8 @@
-"""The gradient at the output of the network, known without a query where the loss is a formula: ``p - y`` for softmax.
+"""The exact gradient at the network's output, without a query, for differentiable losses: ``p - y`` for cross-entropy.
 
 A site that ends the network has noise at the logits, and its suffix is the loss alone. The derivative that queries
-would estimate there is that of the loss function, taken on the logits: nothing of the network is differentiated. What
-follows from it is what follows from any estimate: ``(p - y) x^T`` at a linear layer, a local VJP at a block or group.
+would estimate there is that of the loss function in the logits: nothing of the network is differentiated. The
+parameters' gradient follows as from any estimate: ``(p - y) x^T`` at a linear layer, a local VJP at a block or group.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def find_exact_head(network: StagedNetwork, sites: Sequence[Site], pilots: Pilot
         )  # fmt: skip
     if len(sites) == 1:
         raise SettingError(
-            "strategy.exact_head", True, "leaves no site for queries: all that learns would be the head.",
+            "strategy.exact_head", True, "leaves no site for queries: the head alone would be trained.",
             "Use strategy Backprop, which costs the same here, or write exact_head: false.",
         )  # fmt: skip
     head = ending[0]
@@ -72,7 +72,7 @@ def _ends(network: StagedNetwork, site: Site) -> bool:
 
 @torch.no_grad()
 def check_exact_head(network: StagedNetwork, loss: LossFunction, head: Site, clean: CleanPass) -> None:
-    """Refuse what only a batch shows.
+    """Check on the first batch that the head's gradient is that of the output.
 
     Raises:
         SettingError: the loss has no derivative, or the head's last layer does not give the network's output.
@@ -91,7 +91,7 @@ def check_exact_head(network: StagedNetwork, loss: LossFunction, head: Site, cle
     if len(outputs) != 1 or not torch.equal(outputs[0], final):
         raise SettingError(
             "strategy.exact_head", True, f"the output of {head.layers[0].name!r} is not that of the network.",
-            "Teach its stage with kind: block, or write exact_head: false.",
+            "Train its stage with kind: block, or write exact_head: false.",
         )  # fmt: skip
 
 

@@ -22,9 +22,12 @@ from flops_lightning.strategies.engine import Q
 from flops_lightning.strategies.likelihood_ratio import LikelihoodRatio
 from flops_lightning.strategies.parameter_perturbation import ParameterPerturbation
 from flops_lightning.strategies.parameter_queries import Losses, ParameterQueryResult, Response
+from flops_lightning.strategies.perturbation import DrawNoise, Perturbation, perturbed_losses
 from flops_lightning.strategies.query_strategy import QueryStrategy
-from flops_lightning.strategies.site_queries import QueriedOutput, SiteQueries
+from flops_lightning.strategies.site_queries import OutputQueryResult, SiteQueries
 from flops_lightning.strategies.site_specs import SiteSpec
+from flops_lightning.strategies.sites import LayerTarget, Site
+from flops_lightning.strategies.widths import SiteWidth
 
 
 class _ExactDerivatives(QueryStrategy[Q]):
@@ -55,7 +58,7 @@ class _ExactDerivatives(QueryStrategy[Q]):
         return clean
 
 
-class ForwardMode(_ExactDerivatives[QueriedOutput], LikelihoodRatio):
+class ForwardMode(_ExactDerivatives[OutputQueryResult], LikelihoodRatio):
     """Forward gradients with directions in the activity at the output of sites (Ren et al., 2022).
 
     The parameters' gradient follows as for :class:`LikelihoodRatio`. All kinds of noise are unbiased here; orthogonal
@@ -92,9 +95,30 @@ class ForwardMode(_ExactDerivatives[QueriedOutput], LikelihoodRatio):
         )
 
     @property
-    def site_queries(self) -> SiteQueries:
+    def engine(self) -> SiteQueries:
         """Runs the queries of a site, with these settings."""
-        return replace(super().site_queries, forward_mode=True)
+        return _DerivativeQueries(**vars(super().engine))
+
+
+class _DerivativeQueries(SiteQueries):
+    """Weights of the noise are exact derivatives of the losses along it."""
+
+    def weights(
+        self, site: Site, clean: CleanPass, index: Tensor, draw: DrawNoise, real: Tensor
+    ) -> tuple[Tensor, Tensor, list[Perturbation]]:
+        """Derivatives of the rows' losses in sigma at 0."""
+        layers: list[LayerTarget | None] = []
+
+        def losses(sigma: Tensor) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
+            width = SiteWidth(sigma)
+            values, perturbations = perturbed_losses(self.network, self.loss, site, clean, index, draw, width)
+            layers.extend(p.layer for p in perturbations)
+            return values, [(p.z,) if p.x is None else (p.z, p.x) for p in perturbations]
+
+        weights, noise = directional_derivative(losses, clean.loss.new_ones(()), has_aux=True)
+        alive = torch.isfinite(weights) & torch.isfinite(clean.loss[index]) & real
+        perturbations = [Perturbation(layer, *parts) for layer, parts in zip(layers, noise, strict=True)]
+        return torch.where(alive, weights, 0.0), alive, perturbations
 
 
 class WeightForwardMode(_ExactDerivatives[ParameterQueryResult], ParameterPerturbation):

@@ -6,17 +6,17 @@ queries::
     delta_b = 1 / A_b  sum_q (L_b(h_b + sigma z_q) - c_bq) z_q / sigma        grad = 1 / B  sum_b J_b^T delta_b
 
 The weights ``(L - c) / sigma`` and the sums over queries are in ``delta.py``, the loop over chunks in
-``site_queries.py``, ``J^T delta`` in ``closed_form.py`` and ``local_vjp.py``. Noise of other kinds is in
-``noise_kinds.py``; widths that are learned are in ``token_sigma.py`` and ``learned_sigma.py``.
+``site_queries.py``, ``J^T delta`` in ``vjp.py``, other kinds of noise in ``noise/kinds.py``, learned widths in
+``widths.py``.
 
-Forward only through everything between a site and the loss. ``linear`` sites use no autograd at all; ``block`` and
+Everything between a site and the loss runs forward only. ``linear`` sites use no autograd at all; ``block`` and
 ``group`` sites use a local VJP inside the site, never through its suffix. The exact head (an option, ``exact_head.py``)
 differentiates the loss function in the logits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,28 +25,40 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flops_lightning.distributed import gather_lines, mean_over_ranks
+from flops_lightning.errors import SettingError
 from flops_lightning.network.staging import StagedNetwork
-from flops_lightning.noise.kinds import NoiseSpec, read_noise
+from flops_lightning.noise.kinds import NoiseSpec, read_noise, tokens_and_features
+from flops_lightning.protocol import TraceObservation
 from flops_lightning.queries import CleanPass, LossFunction
 from flops_lightning.strategies.engine import SiteGradient
 from flops_lightning.strategies.exact_head import check_exact_head, find_exact_head, output_gradient
-from flops_lightning.strategies.learned_sigma import LearnedSigma
-from flops_lightning.strategies.noise_checks import check_learnable, check_noise, check_tokens
 from flops_lightning.strategies.perturbation import noise_shapes
 from flops_lightning.strategies.query_strategy import QueryStrategy
-from flops_lightning.strategies.seen_traces import SeenTraces
-from flops_lightning.strategies.site_queries import QueriedOutput, SiteQueries
-from flops_lightning.strategies.site_scales import site_scales
-from flops_lightning.strategies.site_widths import SiteWidth
+from flops_lightning.strategies.site_queries import OutputQueryResult, SiteQueries
 from flops_lightning.strategies.sites import Site
-from flops_lightning.strategies.token_sigma import TokenSigma
+from flops_lightning.strategies.statistics import site_scales
+from flops_lightning.strategies.widths import LearnedSigma, SiteWidth, TokenSigma
 
 
-class LikelihoodRatio(QueryStrategy[QueriedOutput]):
+class LikelihoodRatio(QueryStrategy[OutputQueryResult]):
     """Likelihood-ratio gradient estimates from forward passes with noise at the output of sites.
 
     Traces are those of the parameter gradient at a single ``nn.Linear`` (FLOPS, theorem 1), those of the gradient with
-    respect to the activation (a proxy) elsewhere, and not known where layers are perturbed together.
+    respect to the activation (a proxy) elsewhere, and unknown where layers are perturbed together.
+
+    Example:
+        >>> from flops_lightning import LikelihoodRatio, SiteSpec, stage_network
+        >>> _ = torch.manual_seed(0)
+        >>> network = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
+        >>> sites = [SiteSpec(stages=stages, queries_per_sample=800) for stages in (["0", "1"], ["2"])]
+        >>> strategy = LikelihoodRatio(sites=sites, seed=0)
+        >>> strategy.bind(stage_network(network), lambda output, target: (output - target).square().sum(1))
+        >>> inputs, targets = torch.tensor([[1.0, 2.0], [3.0, -1.0]]), torch.ones(2, 1)
+        >>> strategy.estimate(strategy.clean_pass(inputs, targets)).queries
+        3200
+        >>> exact = torch.autograd.grad((network(inputs) - targets).square().mean(), network[0].weight)[0]
+        >>> bool(torch.cosine_similarity(network[0].weight.grad.flatten(), exact.flatten(), dim=0) > 0.98)
+        True
     """
 
     def __init__(
@@ -83,25 +95,57 @@ class LikelihoodRatio(QueryStrategy[QueriedOutput]):
         super().__init__(**settings)
         self.noise = read_noise(noise)
         self.token_sigma, self.learn_sigma, self.exact_head = token_sigma, learn_sigma, exact_head
-        check_noise(self.noise, self.pilots, token_sigma=token_sigma, learn_sigma=learn_sigma)
+        self._check_settings()
         self._tokens = TokenSigma() if token_sigma else None
         self._sigmas = LearnedSigma(learn_sigma) if learn_sigma else None
         self._widths: dict[str, SiteWidth] = {}
         self._head: Site | None = None
 
+    def _check_settings(self) -> None:
+        if self.noise.orthogonal and self.token_sigma:
+            raise SettingError(
+                "strategy.token_sigma", True, "learns from products of independent queries, and orthogonal ones are "
+                "dependent.", "Write noise: {orthogonal: false}, or token_sigma: false.",
+            )  # fmt: skip
+        if self.noise.orthogonal and self.pilots.queries:
+            raise SettingError(
+                "strategy.pilots.queries", self.pilots.queries, "orthogonal queries depend on the pilots before them, "
+                "and so do counts made from pilots: the estimate would be biased.",
+                "Write 0, or noise: {orthogonal: false}.",
+            )  # fmt: skip
+        if self.learn_sigma and self.noise != NoiseSpec():
+            raise SettingError(
+                "strategy.learn_sigma", self.learn_sigma, f"needs dense Gaussian noise, not {self.noise}.",
+                "Write 0, or leave `noise` out.",
+            )  # fmt: skip
+
     def bind(self, network: StagedNetwork, loss: LossFunction) -> None:
         """Resolve sites, pilots and the exact head.
 
         Raises:
-            SettingError: see :meth:`QueryStrategy.bind` and :func:`find_exact_head`; or widths that are to be learned
-                where layers are perturbed together, or from single queries.
+            SettingError: see :meth:`SiteStrategy.bind` and :func:`find_exact_head`; or widths to be learned where
+                layers are perturbed together, or from single queries.
         """
-        every = super().resolve_sites(network)
         one_update = self.update == "simultaneous"
-        self._head = find_exact_head(network, every, self.pilots, one_update=one_update) if self.exact_head else None
-        queried = self.resolve_sites(network)
-        check_learnable(queried, self.unit, token_sigma=self.token_sigma, learn_sigma=self.learn_sigma)
+        self._head = None
+        if self.exact_head:
+            self._head = find_exact_head(network, self.resolve_sites(network), self.pilots, one_update=one_update)
+        self._check_learnable(self.resolve_sites(network))
         super().bind(network, loss)
+
+    def _check_learnable(self, sites: Sequence[Site]) -> None:
+        together = [site.name for site in sites if site.together]
+        for name, value in (("token_sigma", self.token_sigma), ("learn_sigma", self.learn_sigma)):
+            if value and together:
+                raise SettingError(
+                    f"strategy.{name}", value, f"cannot be learned at {together[0]!r}, where several layers are "
+                    "perturbed together.", "Write together: false, or leave it out.",
+                )  # fmt: skip
+        if self.token_sigma and all(site.queries_per_sample < 2 * self.unit for site in sites):
+            raise SettingError(
+                "strategy.token_sigma", True, "learns from pairs of independent queries, and each site has only one.",
+                f"Raise queries_per_sample to {2 * self.unit} or more.",
+            )  # fmt: skip
 
     def resolve_sites(self, network: StagedNetwork) -> tuple[Site, ...]:
         """The sites of a network that spend queries."""
@@ -115,78 +159,78 @@ class LikelihoodRatio(QueryStrategy[QueriedOutput]):
 
     @property
     def widths(self) -> Mapping[str, SiteWidth]:
-        """Present width of the noise at each site: what was set, and what was learned before this batch."""
-        return {site.name: self.site_queries.width(site) for site in self.sites}
+        """Present width of the noise at each site: as set, or as learned before this batch."""
+        return {site.name: self.engine.width(site) for site in self.sites}
 
     @property
     def engine(self) -> SiteQueries:
-        """What runs the queries of a site, with these settings."""
-        return self.site_queries
-
-    @property
-    def site_queries(self) -> SiteQueries:
-        """The same, by its own name."""
+        """Runs the queries of a site, with these settings."""
         return SiteQueries(
             self.network, self.loss, self.variant, self.chunk_rows, self.seed, self.rank, noise=self.noise,
             widths=self._widths, token_squares=self.token_sigma, slopes=bool(self.learn_sigma),
         )  # fmt: skip
 
     def clean_pass(self, inputs: Tensor, targets: Tensor) -> CleanPass:
-        """Run the batch unperturbed; from here on the widths are those that earlier batches taught.
+        """Run the batch unperturbed, and from now on use the widths that earlier batches learned.
 
         Raises:
-            SettingError: at the first batch: no site has the tokens that a setting is about, or the exact head is none.
+            SettingError: at the first batch: no site has the tokens that a setting needs, or the exact head's layer
+                does not give the network's output.
         """
         first = self._costs is None
-        self._take_widths()
+        self._update_widths()
         clean = super().clean_pass(inputs, targets)
         if first:
             if self.token_sigma or self.noise.layout == "factored":
-                shapes = [s for site in self.sites for s in noise_shapes(self.network, self.loss, site, clean)]
-                check_tokens(shapes, self.noise, token_sigma=self.token_sigma)
+                self._check_tokens(clean)
             if self._head is not None:
                 check_exact_head(self.network, self.loss, self._head, clean)
         return clean
 
-    def _take_widths(self) -> None:
-        # What earlier batches taught, fixed for this one: noise whose width knew of its own queries would bias them.
+    def _check_tokens(self, clean: CleanPass) -> None:
+        shapes = [shape for site in self.sites for shape in noise_shapes(self.network, self.loss, site, clean)]
+        sizes = [tokens_and_features(shape) for shape in shapes]
+        if self.token_sigma and all(tokens == 1 for tokens, _ in sizes):
+            raise SettingError("strategy.token_sigma", True, "no site has more than one token.", "Write false.")
+        if self.noise.layout == "factored" and all(min(size) == 1 for size in sizes):
+            raise SettingError(
+                "strategy.noise.layout", "factored", "no site has more than one token and one feature.", "Write dense."
+            )
+
+    def _update_widths(self) -> None:
+        # Fixed while a batch's queries run: noise whose width depended on its own queries would bias them.
         for site in self.sites if self._tokens or self._sigmas else ():
             sigma = self._sigmas.sigma(site) if self._sigmas else site.sigma
             self._widths[site.name] = SiteWidth(sigma, self._tokens.widths(site.name) if self._tokens else None)
 
-    def learn(self, site: Site, queried: QueriedOutput) -> None:
-        """Learn widths for the batches that follow."""
-        if self._tokens is not None and queried.sums.token_squares is not None:
-            squares = queried.sums.token_mean_squares(queried.unit)
+    def learn(self, site: Site, result: OutputQueryResult) -> None:
+        """Learn widths for later batches."""
+        if self._tokens is not None and result.sums.token_squares is not None:
+            squares = result.sums.token_mean_squares(result.unit)
             self._tokens.observe(site.name, torch.cat(gather_lines(self.communicator, squares)))
         if self._sigmas is not None:
-            self._sigmas.step(site, mean_over_ranks(self.communicator, queried.sums.slope(), len(queried.survivors)))
+            self._sigmas.step(site, mean_over_ranks(self.communicator, result.sums.slope(), len(result.survivors)))
 
     def state_dict(self) -> dict[str, Any]:
-        """See :meth:`QueryStrategy.state_dict`; and the widths that were learned."""
+        """See :meth:`SiteStrategy.state_dict`; and the learned widths."""
         learned = {"token_sigma": self._tokens, "learned_sigma": self._sigmas}
         return super().state_dict() | {name: part.state_dict() for name, part in learned.items() if part is not None}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned; widths that were not learned there start as they were set.
-
-        Raises:
-            SettingError: see :meth:`QueryStrategy.load_state_dict`.
-        """
+        """Restore what :meth:`state_dict` returned; widths that are not in it start as set."""
         super().load_state_dict(state)
         for name, part in (("token_sigma", self._tokens), ("learned_sigma", self._sigmas)):
             if part is not None:
                 part.load_state_dict(state.get(name, {}))
-        self._take_widths()
+        self._update_widths()
 
     def site_scales(self, clean: CleanPass, metric: Mapping[str, Tensor] | None) -> list[float]:
         """By one local VJP of a random direction at each site (Hutchinson's estimator)."""
-        return site_scales(self.site_queries, self.sites, clean, metric).tolist()
+        return site_scales(self.engine, self.sites, clean, metric).tolist()
 
     def exact_gradient(self, site: Site, clean: CleanPass) -> dict[str, Tensor]:
         """From the derivative of the loss in the network's output."""
-        delta = output_gradient(self.loss, clean) / clean.batch_size
-        return self.site_queries.gradient(site, clean, delta)
+        return self.engine.gradient(site, clean, output_gradient(self.loss, clean) / clean.batch_size)
 
     def estimate_site(
         self,
@@ -194,16 +238,16 @@ class LikelihoodRatio(QueryStrategy[QueriedOutput]):
         clean: CleanPass,
         counts: NDArray[np.int64],
         pilot_weight: Tensor | None,
-        seen: SeenTraces | None,
+        traces: TraceObservation | None,
     ) -> SiteGradient:
-        """Layers that are perturbed together have no sums by sample, pilots and traces."""
+        """Layers that are perturbed together have no sums by sample, pilots or traces."""
         if self.sites[place].together:
-            return self.site_queries.joint(self.sites[place], clean, counts)
-        return super().estimate_site(place, clean, counts, pilot_weight, seen)
+            return self.engine.joint(self.sites[place], clean, counts)
+        return super().estimate_site(place, clean, counts, pilot_weight, traces)
 
-    def spend(self, site: Site, clean: CleanPass, counts: NDArray[np.int64]) -> None:
-        """Run queries of a site, to time them."""
+    def run_queries(self, site: Site, clean: CleanPass, counts: NDArray[np.int64]) -> None:
+        """Run ``(b,)`` queries of a site, to time them."""
         if site.together:
-            self.site_queries.joint(site, clean, counts)
+            self.engine.joint(site, clean, counts)
         else:
-            super().spend(site, clean, counts)
+            super().run_queries(site, clean, counts)

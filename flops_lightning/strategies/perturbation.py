@@ -11,14 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from flops_lightning.errors import SettingError
-from flops_lightning.network.functional import directional_derivative
 from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.noise.keys import NoiseKey
 from flops_lightning.noise.kinds import NoiseSpec, draw_noise
 from flops_lightning.phases import phase
 from flops_lightning.queries import Chunk, CleanPass, LossFunction, row_losses
-from flops_lightning.strategies.site_widths import SiteWidth
 from flops_lightning.strategies.sites import LayerTarget, Site
+from flops_lightning.strategies.widths import SiteWidth
 
 
 @dataclass(eq=False)
@@ -88,7 +87,7 @@ def perturbed_losses(
             if sum(p.layer is target for p in perturbations) != 1:
                 raise SettingError(
                     "strategy.sites", target.name, "did not run exactly once as a module in the forward pass.",
-                    "Teach its stage with kind: block or group.",
+                    "Train its stage with kind: block or group.",
                 )  # fmt: skip
     else:
         with phase("noise"):
@@ -108,21 +107,6 @@ def perturbed_losses(
                 _, kept = width.scaled(draw("", shape, like))
         perturbations = [Perturbation(None, kept)]
     return row_losses(loss, output, clean.targets.index_select(0, index)), perturbations
-
-
-def directional_derivatives(
-    network: StagedNetwork, loss: LossFunction, site: Site, clean: CleanPass, index: Tensor, draw: DrawNoise
-) -> tuple[Tensor, list[Perturbation]]:
-    """``(r,)`` derivatives of the rows' losses in sigma at 0, exact (forward mode), and the noise that made them."""
-    layers: list[LayerTarget | None] = []
-
-    def losses(sigma: Tensor) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
-        values, perturbations = perturbed_losses(network, loss, site, clean, index, draw, SiteWidth(sigma))
-        layers.extend(p.layer for p in perturbations)
-        return values, [(p.z,) if p.x is None else (p.z, p.x) for p in perturbations]
-
-    derivatives, noise = directional_derivative(losses, clean.loss.new_ones(()), has_aux=True)
-    return derivatives, [Perturbation(layer, *parts) for layer, parts in zip(layers, noise, strict=True)]
 
 
 def moved(h: Tensor, z: Tensor, tokens: slice | None, sigma: float | Tensor) -> Tensor:
@@ -146,7 +130,7 @@ def injected(layers: Sequence[LayerTarget], width: SiteWidth, draw: DrawNoise) -
             if not args:
                 raise SettingError(
                     "strategy.sites", target.name, "is called by keyword in the forward pass.",
-                    "Teach its stage with kind: block.",
+                    "Train its stage with kind: block.",
                 )  # fmt: skip
             tokens = slice(None) if target.tokens is None else target.tokens
             with phase("noise"):

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from flops_lightning.errors import SettingError
-from flops_lightning.strategies.engine import Queried
+from flops_lightning.strategies.engine import QueryResult
 from flops_lightning.strategies.sites import Site
 
 LOWEST, DEEPEST = "lowest", "deepest"
@@ -24,8 +23,17 @@ class PilotSpec:
         sites: Names of the sites at which they are spent. ``lowest``: the site next to the input, as in the paper,
             whose gradient is noisiest and whose queries cost most. ``deepest``: the site next to the loss, almost free.
         queries: Pilots of each sample at each of these sites, taken from the site's budget; 0: none.
-        reuse: Let them enter the gradient, with a weight fixed before they are seen (one that depends on them would
-            bias the estimate): the allocator's ``pilot_weight``, or ``queries / queries_per_sample``.
+        reuse: Let them enter the gradient, with a weight fixed before their losses are known (a weight that depends on
+            them would bias the estimate): the allocator's ``pilot_weight``, or ``queries / queries_per_sample``.
+
+    Example:
+        >>> import torch
+        >>> from flops_lightning import LikelihoodRatio, PilotSpec, stage_network
+        >>> strategy = LikelihoodRatio(pilots=PilotSpec(sites="deepest", queries=4))
+        >>> network = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Tanh(), torch.nn.Linear(2, 2))
+        >>> strategy.bind(stage_network(network), torch.nn.CrossEntropyLoss(reduction="none"))
+        >>> strategy.budget.queries_per_sample  # of 20 at each site
+        (20, 16)
     """
 
     sites: str | list[str] = field(default_factory=list)
@@ -39,21 +47,6 @@ class PilotSpec:
         written = [self.sites] if isinstance(self.sites, str) else self.sites
         ends = {LOWEST: sites[0].name, DEEPEST: sites[-1].name} if sites else {}
         return list(dict.fromkeys(ends.get(name, name) for name in written))
-
-
-def read_pilots(pilots: PilotSpec | Mapping[str, Any] | None) -> PilotSpec:
-    """The setting as it comes from Python, a plain mapping allowed; None: no pilots.
-
-    Raises:
-        SettingError: neither a PilotSpec nor a mapping of its settings.
-    """
-    try:
-        spec = PilotSpec(**pilots) if isinstance(pilots, Mapping) else pilots or PilotSpec()
-    except TypeError as error:
-        raise SettingError("strategy.pilots", pilots, f"{error}.", "See PilotSpec.") from error
-    if not isinstance(spec, PilotSpec):
-        raise SettingError("strategy.pilots", pilots, "is not a PilotSpec.", "Write for example PilotSpec(queries=4).")
-    return spec
 
 
 def check_pilots(pilots: PilotSpec, sites: Sequence[Site], *, unit: int, one_update: bool) -> None:
@@ -96,16 +89,16 @@ def check_pilots(pilots: PilotSpec, sites: Sequence[Site], *, unit: int, one_upd
             )  # fmt: skip
 
 
-def pilot_share(pilots: Queried, rest: Queried, weight: Tensor | float) -> Tensor:
+def pilot_share(pilots: QueryResult, rest: QueryResult, weight: Tensor | float) -> Tensor:
     """``(b,)`` share ``w`` of the pilots in ``w mean(pilots) + (1 - w) mean(rest)``.
 
     The sum is unbiased although the counts of the rest saw the pilots.
 
     Args:
-        pilots: What the pilots showed.
-        rest: What the other queries showed.
-        weight: w, one for all samples or ``(b,)``, chosen without a look at the pilots. One of the two takes all the
-            weight where the other gives a sample no estimate: no query survived (leave-one-out: fewer than two).
+        pilots: Result of the pilots.
+        rest: Result of the other queries.
+        weight: ``w``, one for all samples or ``(b,)``, chosen independently of the pilots' losses. Where one of the two
+            gives a sample no estimate (no query survived; leave-one-out: fewer than two), the other has all the weight.
     """
     w = torch.as_tensor(weight, dtype=rest.survivors.dtype, device=rest.survivors.device).expand_as(rest.survivors)
     w = torch.where(pilots.found, w, 0.0)

@@ -1,4 +1,4 @@
-"""What a precision resolves, and what must not run in half of it.
+"""What a precision resolves, and which passes must not run in half precision.
 
 The rule for sigma was measured, on two ViTs and on plain networks: ``docs/precision.md``.
 """

@@ -17,27 +17,26 @@ from flops_lightning.noise.kinds import NoiseSpec
 from flops_lightning.phases import phase
 from flops_lightning.queries import Chunk, CleanPass, LossFunction, RowPlan, drop_rows, plan_rows
 from flops_lightning.strategies.base import summed
-from flops_lightning.strategies.closed_form import layer_gradient, linear_gradient_sq_norm
 from flops_lightning.strategies.delta import DeltaSums, Variant, column, query_weights
 from flops_lightning.strategies.engine import SiteGradient
-from flops_lightning.strategies.local_vjp import graph_rows, local_vjp
 from flops_lightning.strategies.perturbation import (
+    DrawNoise,
     Perturbation,
     chunk_noise,
     clean_layer_input,
-    directional_derivatives,
     perturbed_losses,
 )
-from flops_lightning.strategies.site_widths import SiteWidth
 from flops_lightning.strategies.sites import Site
+from flops_lightning.strategies.vjp import graph_rows, layer_gradient, linear_gradient_sq_norm, local_vjp
+from flops_lightning.strategies.widths import SiteWidth
 
 
 @dataclass(frozen=True, eq=False)
-class QueriedOutput:
-    """What queries with noise at a site's output showed.
+class OutputQueryResult:
+    """Result of queries with noise at a site's output.
 
     Attributes:
-        site: Where.
+        site: The site.
         sums: Sums over the queries of each sample.
         unit: Rows in an independent unit.
         layer_input: ``(b, ..., i)`` clean input of the layer, where traces are taken in parameter space.
@@ -60,7 +59,7 @@ class QueriedOutput:
 
     @property
     def small(self) -> bool:
-        """Not: sums at a site's output are often larger than the gradient of its parameters."""
+        """False: sums at a site's output are often larger than the gradient of its parameters."""
         return False
 
     def trace(self) -> Tensor:
@@ -79,10 +78,9 @@ class SiteQueries:
         chunk_rows: Upper bound of rows in one forward pass.
         seed: Seed of all noise.
         rank: Rank of the process.
-        forward_mode: Take exact directional derivatives instead of differences of losses.
         noise: Kind of noise.
-        widths: Widths of the noise by site's name; a site that is missing has its own sigma at all tokens.
-        token_squares: Also sum what tells how much each token of a site matters.
+        widths: Widths of the noise by name of the site; missing: the site's own sigma at all tokens.
+        token_squares: Also sum the squares from which widths by token are learned.
         slopes: Also sum the derivatives of the smoothed loss in log sigma.
     """
 
@@ -92,7 +90,6 @@ class SiteQueries:
     chunk_rows: int
     seed: int
     rank: int
-    forward_mode: bool = False
     noise: NoiseSpec = field(default_factory=NoiseSpec)
     widths: Mapping[str, SiteWidth] = field(default_factory=dict)
     token_squares: bool = False
@@ -123,7 +120,7 @@ class SiteQueries:
             site: The site.
             clean: The batch's clean pass.
             counts: ``(b,)`` queries of each sample.
-            first_query: Index of the first of them (those before it were pilots).
+            first_query: Index of the first of them (earlier ones were pilots).
             traces: Also sum the squared norms that :meth:`DeltaSums.trace` needs.
             layer_input: ``(b, ..., i)`` clean input of the layer, to take the norms in parameter space.
 
@@ -157,14 +154,14 @@ class SiteQueries:
 
     def query(
         self, site: Site, clean: CleanPass, counts: NDArray[np.int64], *, first_query: int = 0, traces: bool = False
-    ) -> QueriedOutput | None:
+    ) -> OutputQueryResult | None:
         """Run queries at the output of a block, a group or a single layer; see :class:`QueryEngine`."""
         x = parameter_space_input(self, site, clean) if traces and counts.any() else None
         sums = self.sums(site, clean, counts, first_query=first_query, traces=traces, layer_input=x)
-        return None if sums is None else QueriedOutput(site, sums, self.unit, x)
+        return None if sums is None else OutputQueryResult(site, sums, self.unit, x)
 
     def mixed_gradient(
-        self, site: Site, clean: CleanPass, parts: Sequence[tuple[QueriedOutput, Tensor]]
+        self, site: Site, clean: CleanPass, parts: Sequence[tuple[OutputQueryResult, Tensor]]
     ) -> dict[str, Tensor]:
         """``1/B sum_b J_b^T sum_parts share_b delta_b`` by parameter name."""
         layer_input = next((part.layer_input for part, _ in parts if part.layer_input is not None), None)
@@ -186,7 +183,7 @@ class SiteQueries:
             site: The site.
             clean: The batch's clean pass.
             delta: ``(b, ...)`` gradient with respect to the site's active output.
-            layer_input: ``(b, ..., i)`` clean input of the layer, where the caller has it; None: it is fetched.
+            layer_input: ``(b, ..., i)`` clean input of the layer; None: it is computed.
         """
         with phase("local VJP"):
             if not site.layers:
@@ -233,14 +230,27 @@ class SiteQueries:
         draw = chunk_noise(key, chunk, antithetic=self.unit > 1, spec=self.noise)
         index = torch.from_numpy(chunk.samples).to(clean.loss.device, non_blocking=True)
         real = torch.arange(len(index), device=index.device) < chunk.rows
-        if self.forward_mode:
-            weights, perturbations = directional_derivatives(self.network, self.loss, site, clean, index, draw)
-            alive = torch.isfinite(weights) & torch.isfinite(clean.loss[index]) & real
-            return torch.where(alive, weights, 0.0), alive, perturbations, index
+        weights, alive, perturbations = self.weights(site, clean, index, draw, real)
+        return weights, alive, perturbations, index
+
+    def weights(
+        self, site: Site, clean: CleanPass, index: Tensor, draw: DrawNoise, real: Tensor
+    ) -> tuple[Tensor, Tensor, list[Perturbation]]:
+        """Weights of the noise that ``draw`` makes, and which rows count.
+
+        Args:
+            site: The site.
+            clean: The batch's clean pass.
+            index: ``(r,)`` place of each row's sample.
+            draw: Draws the rows' noise.
+            real: ``(r,)`` False on padding.
+
+        Returns:
+            ``(r,)`` weights, zero on rows that do not count; the ``(r,)`` mask of rows that do; and the noise.
+        """
         width = self.width(site)
         losses, perturbations = perturbed_losses(self.network, self.loss, site, clean, index, draw, width)
-        weights, alive = query_weights(losses, clean.loss[index], real, sigma=width.sigma, variant=self.variant)
-        return weights, alive, perturbations, index
+        return *query_weights(losses, clean.loss[index], real, sigma=width.sigma, variant=self.variant), perturbations
 
 
 def parameter_space_input(queries: SiteQueries, site: Site, clean: CleanPass) -> Tensor | None:

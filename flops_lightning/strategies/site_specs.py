@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal
 
 from flops_lightning.errors import SettingError
 from flops_lightning.network.staging import StagedNetwork
@@ -15,7 +14,7 @@ SiteKind = Literal["linear", "block", "group"]
 
 @dataclass
 class SiteSpec:
-    """Setting: a range of stages and how its parameters are to be taught.
+    """Setting: a range of stages and how its parameters are trained.
 
     Attributes:
         stages: ``[first, last]`` stage of the range, both included, or ``[only]``.
@@ -28,6 +27,16 @@ class SiteSpec:
         modules: ``linear`` only: patterns (as in a shell) of the full names of the modules to perturb.
         together: ``linear`` only: perturb all modules in one query (the paper's group) instead of one at a time.
         active_tokens: Put noise only on the tokens that the rest of the network reads, where the staging knows them.
+
+    Example:
+        >>> import torch
+        >>> from flops_lightning import LikelihoodRatio, SiteSpec, stage_network
+        >>> network = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+        >>> sites = [SiteSpec(stages=["0", "1"], name="body"), SiteSpec(stages=["2"], kind="linear", sigma=0.1)]
+        >>> strategy = LikelihoodRatio(sites=sites)
+        >>> strategy.bind(stage_network(network), torch.nn.CrossEntropyLoss(reduction="none"))
+        >>> [(site.name, sorted(site.parameters)) for site in strategy.sites]
+        [('body', ['0.bias', '0.weight']), ('2', ['2.bias', '2.weight'])]
     """
 
     stages: list[str]
@@ -40,24 +49,6 @@ class SiteSpec:
     active_tokens: bool = True
 
 
-def read_specs(specs: Sequence[SiteSpec | Mapping[str, Any]]) -> list[SiteSpec]:
-    """Settings as they come from Python, plain mappings allowed.
-
-    Raises:
-        SettingError: neither a SiteSpec nor a mapping of its settings.
-    """
-    read = []
-    for i, spec in enumerate(specs):
-        try:
-            site = SiteSpec(**spec) if isinstance(spec, Mapping) else spec
-        except TypeError as error:
-            raise SettingError(f"strategy.sites[{i}]", spec, f"{error}.", "See SiteSpec.") from error
-        if not isinstance(site, SiteSpec):
-            raise SettingError(f"strategy.sites[{i}]", spec, "is not a SiteSpec.", "Write SiteSpec(stages=[...], ...).")
-        read.append(site)
-    return read
-
-
 def default_specs(network: StagedNetwork, groups: int = 3) -> list[SiteSpec]:
     """The paper's layout (appendix C.1): the body in ``groups`` groups of equal depth from bottom to top, and the head.
 
@@ -65,9 +56,9 @@ def default_specs(network: StagedNetwork, groups: int = 3) -> list[SiteSpec]:
     pooling).
     """
     names = [stage.name for stage in network.stages]
-    taught = [i for i in range(len(names)) if network.parameters_of(i, i)]
-    head = len(names) - 2 if names[-2:] == ["pool", "head"] else taught[-1] if taught else 0
-    if len(names) < 2 or not taught or head == 0:
+    trained = [i for i in range(len(names)) if network.parameters_of(i, i)]
+    head = len(names) - 2 if names[-2:] == ["pool", "head"] else trained[-1] if trained else 0
+    if len(names) < 2 or not trained or head == 0:
         raise SettingError(
             "sites", [], "a network of one stage, or with all its parameters in one, has no default sites.",
             "Write it as an nn.Sequential of several stages, or name the sites.",
@@ -78,5 +69,5 @@ def default_specs(network: StagedNetwork, groups: int = 3) -> list[SiteSpec]:
         cuts = [0, *(1 + round(i * (head - 1) / groups) for i in range(1, groups + 1))]
     specs = [SiteSpec(stages=[names[a], names[b - 1]], name=f"group{i + 1}") for i, (a, b) in enumerate(pairwise(cuts))]
     specs.append(SiteSpec(stages=[names[head], names[-1]], name="head"))
-    # What is frozen needs no site.
+    # Frozen stages need no site.
     return [s for s in specs if network.parameters_of(network.index[s.stages[0]], network.index[s.stages[1]])]

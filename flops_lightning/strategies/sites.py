@@ -1,4 +1,4 @@
-"""Sites: where noise enters, which parameters it teaches, and how many queries that may cost.
+"""Sites: where noise enters, which parameters it trains, and how many queries are spent there.
 
 Settings (:class:`SiteSpec`) are resolved against a staged network into sites (:class:`Site`); every trainable parameter
 must end up in exactly one.
@@ -6,17 +6,16 @@ must end up in exactly one.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import get_args
 
 from torch import nn
 
-from flops_lightning.errors import SettingError
+from flops_lightning.errors import SettingError, check_choice, check_positive
 from flops_lightning.network.staging import StagedNetwork
-from flops_lightning.strategies.closed_form import has_closed_form
-from flops_lightning.strategies.site_specs import SiteSpec, default_specs
+from flops_lightning.strategies.site_specs import SiteKind, SiteSpec, default_specs
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,12 +37,19 @@ class Site:
         last: Index of the last.
         sigma: Standard deviation of the noise.
         queries_per_sample: Average queries of a sample.
-        parameters: The parameters it teaches, by name.
+        parameters: The parameters it trains, by name.
         tokens: Tokens of the boundary activation that get noise (None: all).
         narrow: The suffix may be run on these tokens alone.
         layers: For ``linear`` sites the perturbed modules; empty for ``block`` and ``group`` sites, whose noise enters
             at the output of stage ``last``.
         in_parameters: Noise enters the parameters themselves instead.
+
+    Example:
+        >>> from flops_lightning import SiteSpec, stage_network
+        >>> network = stage_network(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)))
+        >>> body, head = resolve_sites(network, [SiteSpec(stages=["0", "1"], name="body"), SiteSpec(stages=["2"])])
+        >>> body.name, body.start, list(body.parameters)  # queries run from the stage with index 2
+        ('body', 2, ['0.weight', '0.bias'])
     """
 
     name: str
@@ -68,18 +74,18 @@ class Site:
         return len(self.layers) > 1
 
 
-# Of the meter, of the logs, and of the pilots' setting.
+# They mean something else in the meter, in logs, or in the setting of pilots.
 RESERVED_NAMES = ("clean", "total", "lost", "per_second", "forward_equivalents", "lowest", "deepest")
 
 
 def resolve_sites(
     network: StagedNetwork, specs: Sequence[SiteSpec], *, in_parameters: bool = False
 ) -> tuple[Site, ...]:
-    """Resolve settings against a network, bottom to top.
+    """Resolve settings (none: the paper's layout) against a network, bottom to top.
 
     Args:
         network: The network.
-        specs: The settings; none: the paper's layout.
+        specs: The settings.
         in_parameters: Noise enters the parameters of a site instead of its output.
 
     Raises:
@@ -117,24 +123,18 @@ def _check_parameter_spec(spec: SiteSpec, setting: str) -> None:
 
 
 def _resolve(network: StagedNetwork, spec: SiteSpec, setting: str, *, in_parameters: bool) -> list[Site]:
-    if not (spec.sigma > 0 and math.isfinite(spec.sigma)):
-        raise SettingError(
-            f"{setting}.sigma", spec.sigma, "the noise needs a positive width.", "Write for example 0.01."
-        )
+    check_positive(f"{setting}.sigma", spec.sigma, "Write for example 0.01.")
     if not isinstance(spec.queries_per_sample, int) or spec.queries_per_sample < 2:
         raise SettingError(
-            f"{setting}.queries_per_sample", spec.queries_per_sample, "an estimate needs two queries or more.",
+            f"{setting}.queries_per_sample", spec.queries_per_sample, "must be 2 or more for an estimate.",
             "Write 2 or more, for example 20.",
         )  # fmt: skip
-    if spec.kind not in ("linear", "block", "group"):
-        raise SettingError(f"{setting}.kind", spec.kind, "is not a kind of site.", "Write linear, block or group.")
+    check_choice(f"{setting}.kind", spec.kind, get_args(SiteKind))
     if spec.kind != "linear" and (spec.modules != ["*"] or spec.together):
         raise SettingError(
-            f"{setting}.kind",
-            spec.kind,
-            "takes neither `modules` nor `together`.",
+            f"{setting}.kind", spec.kind, "takes neither `modules` nor `together`.",
             "Remove them, or write kind: linear.",
-        )
+        )  # fmt: skip
     first, last = _range(network, spec, setting)
     if spec.kind == "linear":
         return _linear_sites(network, spec, setting, first, last)
@@ -145,7 +145,7 @@ def _resolve(network: StagedNetwork, spec: SiteSpec, setting: str, *, in_paramet
         ranges = [(first, last)] if network.parameters_of(first, last) else []
         names = [spec.name or "..".join(dict.fromkeys(spec.stages))]
     if not ranges:
-        raise _nothing_to_learn(setting, spec)
+        raise _nothing_to_train(setting, spec)
     whole = len(network) > 1 and (first, last) == (0, len(network) - 1)
     if whole and spec.kind == "group" and not in_parameters:
         raise SettingError(
@@ -160,7 +160,7 @@ def _resolve(network: StagedNetwork, spec: SiteSpec, setting: str, *, in_paramet
 
 def _range(network: StagedNetwork, spec: SiteSpec, setting: str) -> tuple[int, int]:
     if not 1 <= len(spec.stages) <= 2:
-        raise SettingError(f"{setting}.stages", spec.stages, "is not a range.", "Write [first, last] or [only].")
+        raise SettingError(f"{setting}.stages", spec.stages, "must be a range.", "Write [first, last] or [only].")
     for name in spec.stages:
         if name not in network.index:
             raise SettingError(
@@ -175,16 +175,9 @@ def _range(network: StagedNetwork, spec: SiteSpec, setting: str) -> tuple[int, i
 def _boundary_site(network: StagedNetwork, spec: SiteSpec, name: str, first: int, last: int) -> Site:
     reader = network.stages[last + 1] if last + 1 < len(network) else None
     tokens = reader.reads if reader is not None and spec.active_tokens else None
-    return Site(
-        name=name,
-        first=first,
-        last=last,
-        sigma=spec.sigma,
-        queries_per_sample=spec.queries_per_sample,
-        parameters=network.parameters_of(first, last),
-        tokens=tokens,
-        narrow=tokens is not None and reader is not None and reader.narrows,
-    )
+    narrow = tokens is not None and reader is not None and reader.narrows
+    parameters = network.parameters_of(first, last)
+    return Site(name, first, last, spec.sigma, spec.queries_per_sample, parameters, tokens, narrow)
 
 
 def _linear_sites(network: StagedNetwork, spec: SiteSpec, setting: str, first: int, last: int) -> list[Site]:
@@ -204,7 +197,7 @@ def _linear_sites(network: StagedNetwork, spec: SiteSpec, setting: str, first: i
             "Write a pattern for names like those in model.named_modules().",
         )  # fmt: skip
     if not layers:
-        raise _nothing_to_learn(setting, spec)
+        raise _nothing_to_train(setting, spec)
     _refuse_tied(network, [target for _, target in layers], setting)
     groups = [layers] if spec.together else [[layer] for layer in layers]
     joint = spec.name or "..".join(dict.fromkeys(spec.stages))
@@ -223,6 +216,19 @@ def _linear_sites(network: StagedNetwork, spec: SiteSpec, setting: str, first: i
     ]
 
 
+def has_closed_form(module: nn.Module) -> bool:
+    """Whether :func:`layer_gradient` knows the module: a linear, zero-padded 2-d convolution or layer norm of torch."""
+    # Exact classes: a subclass may scale, pad or standardise in a forward of its own, and the closed form would be
+    # silently wrong. timm's LayerNorm computes what torch's does; it is named, not imported.
+    kind = type(module)
+    same = f"{kind.__module__}.{kind.__qualname__}" == "timm.layers.norm.LayerNorm"
+    if kind not in (nn.Linear, nn.Conv2d, nn.LayerNorm) and not same:
+        return False
+    if isinstance(module, nn.Conv2d) and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
+        return False
+    return {name for name, _ in module.named_parameters(recurse=False)} <= {"weight", "bias"}
+
+
 def _refuse_tied(network: StagedNetwork, layers: Sequence[LayerTarget], setting: str) -> None:
     uses = [id(p) for _, p in network.module.named_parameters(remove_duplicate=False)]
     for layer in layers:
@@ -230,7 +236,7 @@ def _refuse_tied(network: StagedNetwork, layers: Sequence[LayerTarget], setting:
             if uses.count(id(parameter)) > 1:
                 raise SettingError(
                     f"{setting}.modules", layer.name, f"its {leaf} is tied to another layer's, and the closed form "
-                    "at one would miss the other.", "Teach its stage with kind: block.",
+                    "at one would miss the other.", "Train its stage with kind: block.",
                 )  # fmt: skip
 
 
@@ -241,12 +247,12 @@ def _active_tokens(network: StagedNetwork, spec: SiteSpec, stage: int, module: s
     return here.reads or (network.stages[stage + 1].reads if stage + 1 < len(network) else None)
 
 
-def _nothing_to_learn(setting: str, spec: SiteSpec) -> SettingError:
+def _nothing_to_train(setting: str, spec: SiteSpec) -> SettingError:
     what = f"modules {spec.modules} of " if spec.kind == "linear" else ""
     return SettingError(
         f"{setting}.stages", spec.stages, f"{what}these stages have no trainable parameter for kind: {spec.kind}.",
         "Remove the site, unfreeze its parameters, or choose other stages or modules"
-        + (" (kind: block teaches every layer)." if spec.kind == "linear" else "."),
+        + (" (kind: block trains every layer)." if spec.kind == "linear" else "."),
     )  # fmt: skip
 
 
@@ -274,8 +280,8 @@ def _unowned(network: StagedNetwork, sites: Sequence[Site], unowned: Sequence[st
     if layered & set(stages):
         # A second site for the stage would own the layers twice: the linear one has to go.
         remedy = (
-            f"kind: linear teaches linear, zero-padded convolution and layer-norm modules only: take the stages "
-            f"{sorted(layered & set(stages))} out of it and teach them with kind: block, or freeze these parameters."
+            f"kind: linear trains linear, zero-padded convolution and layer-norm modules only: take the stages "
+            f"{sorted(layered & set(stages))} out of it and train them with kind: block, or freeze these parameters."
         )
     more = ", ..." if len(unowned) > 6 else ""
     return SettingError(

@@ -8,12 +8,16 @@ from typing import Any
 from torch import Tensor
 
 from flops_lightning.errors import SettingError
+from flops_lightning.network.chunk_rows import ChunkRows, RowsSetting
 from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.protocol import SampleStatistics
 from flops_lightning.queries import CleanPass
-from flops_lightning.strategies.base import ForwardGradientStrategy, refuse_second_network, resolve_seed
-from flops_lightning.strategies.chunk_rows import ChunkRows, RowsSetting
-from flops_lightning.strategies.setting_checks import refuse_other_seed
+from flops_lightning.strategies.base import (
+    ForwardGradientStrategy,
+    refuse_other_seed,
+    refuse_second_network,
+    resolve_seed,
+)
 from flops_lightning.strategies.sites import Site
 
 

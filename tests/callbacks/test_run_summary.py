@@ -120,7 +120,7 @@ def test_an_epoch_counts_the_samples_of_its_last_smaller_batch(tmp_path: Path) -
 
 def test_the_memory_of_a_process_is_that_of_its_high_water_mark() -> None:
     code = (
-        "import torch; from flops_lightning.callbacks.peak_memory import peak_memory as peak\n"
+        "import torch; from flops_lightning.network.memory import peak_memory as peak\n"
         "cpu = torch.device('cpu'); before = peak(cpu)[0]; held = torch.ones(2**26); full = peak(cpu)[0]\n"
         "del held; print(before, full, peak(cpu)[0], peak(cpu)[1])"
     )

@@ -17,7 +17,7 @@ from flops_lightning.cli.command import main
 from flops_lightning.datamodules import DigitsDataModule
 from flops_lightning.datamodules.global_batches import GlobalBatches
 from flops_lightning.errors import SettingError
-from flops_lightning.network.process_memory import held, restart_peak
+from flops_lightning.network.memory import held, restart_peak
 from flops_lightning.plan.cost import Cost, Epoch, typical_seconds
 from flops_lightning.plan.plan import Plan, make_plan, text
 from flops_lightning.plan.stopwatch import StepMemory, lasting_bytes

@@ -42,7 +42,7 @@ from flops_lightning.strategies import (
     query_strategy,
 )
 from flops_lightning.strategies.delta import DeltaSums
-from flops_lightning.strategies.site_queries import QueriedOutput
+from flops_lightning.strategies.site_queries import OutputQueryResult
 from tests.reference.networks import autograd_gradient, gradients, squared_error, token_network
 from tests.reference.parameter_perturbation import bound
 from tests.reference.smoothed import Sampled, assert_unbiased, estimates, flat, total_variance
@@ -411,7 +411,7 @@ def test_pilots_pooled_with_the_rest_bias_the_slope(
 ) -> None:
     """A sample whose pilots happen to be small gets few other queries, and its pilots then weigh more."""
 
-    def pooled(early: QueriedOutput, rest: QueriedOutput, _: Any) -> Tensor:
+    def pooled(early: OutputQueryResult, rest: OutputQueryResult, _: Any) -> Tensor:
         return early.survivors / (early.survivors + rest.survivors)
 
     monkeypatch.setattr(query_strategy, "pilot_share", pooled)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from flops_lightning.errors import SettingError
-from flops_lightning.strategies.closed_form import layer_gradient, linear_gradient_sq_norm
+from flops_lightning.strategies.vjp import layer_gradient, linear_gradient_sq_norm
 from tests.reference.networks import bound, shaken, squared_error
 
 ROWS = st.integers(0, 3)

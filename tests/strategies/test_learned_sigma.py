@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from flops_lightning.errors import SettingError
 from flops_lightning.noise.kinds import NoiseSpec
 from flops_lightning.strategies import LikelihoodRatio, PilotSpec
-from flops_lightning.strategies.learned_sigma import RANGE, LearnedSigma
 from flops_lightning.strategies.site_queries import SiteQueries
-from flops_lightning.strategies.site_widths import SiteWidth
+from flops_lightning.strategies.widths import RANGE, LearnedSigma, SiteWidth
 from tests.reference.layouts import COUNTS, TOKEN_SITES
 from tests.reference.likelihood_ratio import assert_equals_reference
 from tests.reference.networks import Loss, bound, estimated, gradients, squared_error
@@ -56,7 +55,7 @@ def slopes(strategy: LikelihoodRatio, x: Tensor, y: Tensor, *, draws: int) -> Te
     found = []
     for _ in range(draws):
         clean = strategy.clean_pass(x, y)
-        sums = strategy.site_queries.sums(strategy.sites[0], clean, counts)
+        sums = strategy.engine.sums(strategy.sites[0], clean, counts)
         found.append(sums.slope())
     return torch.stack(found)
 

@@ -29,10 +29,9 @@ from flops_lightning.strategies import (
     SiteSpec,
     WeightForwardMode,
 )
-from flops_lightning.strategies.closed_form import layer_gradient, linear_gradient_sq_norm
-from flops_lightning.strategies.local_vjp import local_vjp
 from flops_lightning.strategies.perturbation import moved
 from flops_lightning.strategies.precision import Resolution, resolution, rounded_up
+from flops_lightning.strategies.vjp import layer_gradient, linear_gradient_sq_norm, local_vjp
 from tests.reference.networks import cross_entropy
 
 HALVES = [torch.bfloat16, torch.float16]

@@ -17,8 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from flops_lightning.errors import SettingError
 from flops_lightning.queries import CleanPass
 from flops_lightning.strategies import LikelihoodRatio, Site
-from flops_lightning.strategies.sample_facts import SCALE_EVERY
-from flops_lightning.strategies.site_scales import site_scales
+from flops_lightning.strategies.statistics import SCALE_EVERY, site_scales
 from tests.reference.layouts import TOKEN_SITES
 from tests.reference.likelihood_ratio import in_parameter_space
 from tests.reference.networks import bound, cross_entropy, freeze, gradients, squared_error, tiny_vit, token_network
@@ -106,7 +105,7 @@ def check(
 ) -> None:
     """The mean over many probes is the exact scale, within four standard errors of at most 5 % of it."""
     found = torch.stack(
-        [site_scales(strategy.site_queries, strategy.sites, replace(clean, draw=i), metric) for i in range(draws)]
+        [site_scales(strategy.engine, strategy.sites, replace(clean, draw=i), metric) for i in range(draws)]
     )
     for s, site in enumerate(strategy.sites):
         exact = exact_scale(strategy, s, x, metric)
@@ -176,7 +175,7 @@ def test_scales_are_estimated_anew_every_so_often(tokens_net: nn.Sequential, tok
                 assert scale is None
                 continue
             at = replace(clean, draw=i - (i - first) % SCALE_EVERY)
-            expected = site_scales(strategy.site_queries, strategy.sites, at, weights)
+            expected = site_scales(strategy.engine, strategy.sites, at, weights)
             torch.testing.assert_close(scale, expected, rtol=1e-12, atol=0)
     vjp = 4 * 3.0  # three forward passes of every stage, four samples
     assert paid == pytest.approx([vjp * (i % SCALE_EVERY in (0, 5)) for i in range(len(paid))])

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from flops_lightning.errors import SettingError
 from flops_lightning.strategies import LikelihoodRatio, PilotSpec, site_queries
 from flops_lightning.strategies.delta import DeltaSums
-from flops_lightning.strategies.site_widths import SiteWidth
-from flops_lightning.strategies.token_sigma import HALF_LIFE, LIMIT, Running, TokenSigma
+from flops_lightning.strategies.widths import HALF_LIFE, LIMIT, Running, SiteWidth, TokenSigma
 from tests.reference.layouts import COUNTS, convolutional, vit_for
 from tests.reference.likelihood_ratio import assert_equals_reference, reference_gradient, reference_traces
 from tests.reference.networks import (
@@ -278,7 +277,7 @@ def assert_mean_squares(strategy: LikelihoodRatio, g: Tensor) -> None:
     found, counts = [], torch.tensor([40, 90, 60]).numpy()
     for _ in range(200):
         clean = strategy.clean_pass(torch.zeros_like(g), g)  # clean losses of 0, or `plain` would be noise
-        sums = strategy.site_queries.sums(strategy.sites[0], clean, counts)
+        sums = strategy.engine.sums(strategy.sites[0], clean, counts)
         found.append(sums.token_mean_squares(strategy.unit))
     draws, truth = torch.stack(found), g.square().sum(2)
     deviation = (draws.mean(0) - truth).abs() / (draws.std(0) / len(draws) ** 0.5)

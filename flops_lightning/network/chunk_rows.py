@@ -1,4 +1,4 @@
-"""How many rows a strategy runs in one forward pass: a number, or as many as suit the device."""
+"""How many rows a strategy runs in one forward pass: a given number, or as many as suit the device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flops_lightning.errors import SettingError
-from flops_lightning.network.free_memory import fitting_rows, free_bytes, peak_bytes, rows_in
+from flops_lightning.network.memory import fitting_rows, free_bytes, peak_bytes, rows_in
 from flops_lightning.network.staging import StagedNetwork
 
 RowsSetting = int | Literal["auto"]
@@ -21,7 +21,7 @@ BEFORE_THE_FIRST_BATCH = 256
 
 
 class ChunkRows:
-    """The setting ``chunk_rows`` and what became of it.
+    """The setting ``chunk_rows`` and its present value.
 
     Attributes:
         rows: Rows in one forward pass; with ``auto`` a guess until the first batch.
@@ -32,27 +32,26 @@ class ChunkRows:
 
         Args:
             setting: A number of rows, or ``auto``.
-            least: The smallest number that will do.
+            least: The smallest valid number.
 
         Raises:
             SettingError: It is neither, or too small.
         """
         if setting != AUTO and (not isinstance(setting, Integral) or setting < least):
-            problem = "is too small." if isinstance(setting, Integral) else "is no number of rows."
             raise SettingError(
-                "strategy.chunk_rows", setting, problem, f"Write {least} or more, for example 256, or auto."
-            )
+                "strategy.chunk_rows", setting, f"must be auto or a number, {least} or more.",
+                f"Write {least} or more, for example 256, or auto.",
+            )  # fmt: skip
+        self._auto = self._open = setting == AUTO
         self.rows = BEFORE_THE_FIRST_BATCH if setting == AUTO else setting
-        self._open = setting == AUTO
-        self._auto = setting == AUTO
         self._resumed: int | None = None
 
     @torch.no_grad()
     def settle(self, network: StagedNetwork, inputs: Tensor) -> None:
-        """With ``auto``, at the first batch: choose by the memory of one row's inference and by what is free.
+        """With ``auto``, at the first batch: choose by the memory of one row's inference and the free memory.
 
-        A resumed run keeps the rows of the run it goes on with, whose sums it would otherwise round in another order,
-        as long as they fit.
+        A resumed run keeps the rows of the run that it continues, as long as they fit: other rows would round its sums
+        in another order.
 
         Args:
             network: The network, on its device.
@@ -62,22 +61,23 @@ class ChunkRows:
             return
         self._open = False
         with network.evaluating():
-            # Of two rows beyond one: what autocast keeps of the weights belongs to no row.
+            # Two rows less one: the copies of the weights that autocast makes belong to no row.
             one, two = (peak_bytes(partial(network.run, inputs[:1].repeat_interleave(n, dim=0))) for n in (1, 2))
         row = max(1, two - one)
         free = free_bytes(inputs.device)
         self.rows = fitting_rows(row, inputs.device, free=free)
-        if self._resumed is not None:
-            if free is None or rows_in(free, row) >= self._resumed:
-                self.rows = self._resumed
-            else:
-                warnings.warn(
-                    f"strategy.chunk_rows: the run to be resumed had chunks of {self._resumed} rows, too many for the "
-                    f"memory here; {self.rows} from now on, with sums rounded in another order.", stacklevel=3,
-                )  # fmt: skip
+        if self._resumed is None:
+            return
+        if free is None or rows_in(free, row) >= self._resumed:
+            self.rows = self._resumed
+        else:
+            warnings.warn(
+                f"strategy.chunk_rows: the resumed run had chunks of {self._resumed} rows, which do not fit in the "
+                f"free memory. It continues with {self.rows} and rounds sums in another order.", stacklevel=3,
+            )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
-        """The rows that were chosen; nothing where they were given."""
+        """The rows that were chosen; empty if the setting was a number."""
         chosen = self._resumed if self._open else self.rows
         return {"chunk_rows": chosen} if self._auto and chosen is not None else {}
 

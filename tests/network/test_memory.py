@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from flops_lightning.errors import SettingError
-from flops_lightning.network import free_memory
-from flops_lightning.network.free_memory import (
+from flops_lightning.network import chunk_rows, memory
+from flops_lightning.network.memory import (
     BESIDE_INFERENCE,
     CPU_CACHE,
     SHARE,
@@ -19,7 +19,7 @@ from flops_lightning.network.free_memory import (
     rows_in,
 )
 from flops_lightning.network.staging import stage_network
-from flops_lightning.strategies import CoordinateFiniteDifferences, LikelihoodRatio, MeZO, chunk_rows
+from flops_lightning.strategies import CoordinateFiniteDifferences, LikelihoodRatio, MeZO
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -53,14 +53,14 @@ def test_half_of_the_free_memory_is_filled():
     assert fitting_rows(row, CUDA, free=free) == 256  # the power of two below
     assert fitting_rows(row, CPU, free=free) == CPU_CACHE // row == 2
     assert fitting_rows(2**20, CPU, free=2**40) == CPU_CACHE // 2**20
-    assert fitting_rows(1, CUDA, free=free) == fitting_rows(1, CUDA, free=None) == free_memory.MOST_ROWS
+    assert fitting_rows(1, CUDA, free=free) == fitting_rows(1, CUDA, free=None) == memory.MOST_ROWS
     assert fitting_rows(2**40, CUDA, free=free) == 2  # a suffix is smaller than a network: worth a try
 
 
 def test_the_smaller_of_system_and_container_is_free(tmp_path, monkeypatch):
     places = {"/proc/meminfo": tmp_path / "meminfo", "/sys/fs/cgroup": tmp_path}
-    real = free_memory.Path
-    monkeypatch.setattr(free_memory, "Path", lambda path: places.get(path, real(path)))
+    real = memory.Path
+    monkeypatch.setattr(memory, "Path", lambda path: places.get(path, real(path)))
     assert free_bytes(CPU) is None
     (tmp_path / "meminfo").write_text("MemTotal: 100 kB\nMemFree: 1 kB\nMemAvailable:      64 kB\n")
     assert free_bytes(CPU) == 64 * 1024
@@ -102,7 +102,7 @@ def test_auto_is_chosen_at_the_first_batch_and_kept_by_a_resumed_run(make, monke
     assert strategy.chunk_rows == chunk_rows.BEFORE_THE_FIRST_BATCH
     strategy.clean_pass(*BATCH)
     row = peak_bytes(lambda: strategy.network.run(BATCH[0][:1].clone()))
-    assert strategy.chunk_rows == fitting_rows(row, CPU, free=100_000) < free_memory.MOST_ROWS
+    assert strategy.chunk_rows == fitting_rows(row, CPU, free=100_000) < memory.MOST_ROWS
 
     richer = bound(make("auto"))
     richer.load_state_dict(strategy.state_dict())
@@ -113,7 +113,7 @@ def test_auto_is_chosen_at_the_first_batch_and_kept_by_a_resumed_run(make, monke
     poorer = bound(make("auto"))
     poorer.load_state_dict(strategy.state_dict())
     monkeypatch.setattr(chunk_rows, "free_bytes", lambda device: 10_000)
-    with pytest.warns(UserWarning, match=r"strategy\.chunk_rows: the run to be resumed had chunks"):
+    with pytest.warns(UserWarning, match=r"strategy\.chunk_rows: the resumed run had chunks"):
         poorer.clean_pass(*BATCH)
     assert poorer.chunk_rows == fitting_rows(row, CPU, free=10_000) < strategy.chunk_rows
 
@@ -139,5 +139,5 @@ def test_the_copies_of_weights_that_autocast_keeps_belong_to_no_row():
 @pytest.mark.parametrize("rows", [0, -1, "many", 1.5])
 def test_other_rows_are_refused(rows):
     for make in (LikelihoodRatio, MeZO, CoordinateFiniteDifferences):
-        with pytest.raises(SettingError, match=r"strategy\.chunk_rows.*or auto"):
+        with pytest.raises(SettingError, match=r"strategy\.chunk_rows.*must be auto or a number, \d or more.*or auto"):
             make(chunk_rows=rows)

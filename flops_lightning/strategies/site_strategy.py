@@ -1,0 +1,230 @@
+"""What strategies with sites share before any query: settings, binding to a network, budget, clean passes, state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal, get_args
+
+from torch import Tensor
+
+from flops_lightning.errors import SettingError, check_choice
+from flops_lightning.meter import CLEAN
+from flops_lightning.network.chunk_rows import ChunkRows, RowsSetting
+from flops_lightning.network.compilation import CompiledNetwork, check_compiler
+from flops_lightning.network.staging import StagedNetwork
+from flops_lightning.protocol import QueryBudget
+from flops_lightning.queries import CleanPass, LossFunction, clean_pass, refresh
+from flops_lightning.settings import read_settings
+from flops_lightning.strategies.base import (
+    ForwardGradientStrategy,
+    refuse_other_seed,
+    refuse_second_network,
+    resolve_seed,
+)
+from flops_lightning.strategies.costs import SiteCosts, site_costs
+from flops_lightning.strategies.delta import Variant
+from flops_lightning.strategies.pilots import PilotSpec, check_pilots
+from flops_lightning.strategies.precision import warn_unresolved_sigma
+from flops_lightning.strategies.site_specs import SiteSpec
+from flops_lightning.strategies.sites import Site, resolve_sites
+from flops_lightning.strategies.statistics import OptionalStatistics
+
+UpdateOrder = Literal["simultaneous", "site_by_site"]
+
+
+class SiteStrategy(ForwardGradientStrategy):
+    """A strategy whose noise enters at sites.
+
+    Attributes:
+        passes_per_query: What a query costs, in forward passes of its suffix.
+    """
+
+    passes_per_query: float = 1.0
+
+    def __init__(
+        self,
+        *,
+        sites: Sequence[SiteSpec] = (),
+        variant: Variant = "baseline",
+        update: UpdateOrder = "simultaneous",
+        pilots: PilotSpec | None = None,
+        chunk_rows: RowsSetting = 256,
+        compile_suffixes: bool = False,
+        seed: int | None = None,
+    ) -> None:
+        """Keep the settings; :meth:`bind` checks them against the network.
+
+        Args:
+            sites: Where noise enters; empty: the paper's layout (three groups and the head).
+            variant: The control variate: ``plain`` (none), ``baseline`` (clean loss), ``leave_one_out``,
+                ``antithetic``.
+            update: All sites from the same network and one optimiser step, or one step for each site, from the top
+                down, with new losses in between (FLOPS, algorithm 1).
+            pilots: Queries spent before the allocation.
+            chunk_rows: Upper bound of the rows in one forward pass; bounds the memory, never changes the estimate.
+                ``auto``: as many as suit the device, chosen at the first batch.
+            compile_suffixes: Run the network above a site through ``torch.compile``, which takes seconds to minutes
+                at the first step and again for each other number of rows. Hooks added to the network later are ignored
+                there.
+            seed: Seed of all noise; None: the seed of ``seed_everything``.
+
+        Raises:
+            SettingError: an unknown variant or update, or fewer than two rows in a chunk.
+        """
+        super().__init__()
+        check_choice("strategy.variant", variant, get_args(Variant))
+        check_choice("strategy.update", update, get_args(UpdateOrder))
+        self.specs = tuple(read_settings(SiteSpec, spec, f"strategy.sites[{i}]") for i, spec in enumerate(sites))
+        self.variant: Variant = variant
+        self.update: UpdateOrder = update
+        self.pilots = read_settings(PilotSpec, pilots or PilotSpec(), "strategy.pilots")
+        self._chunks = ChunkRows(chunk_rows, least=2)
+        self.compile_suffixes = compile_suffixes
+        self._seed_given = seed is not None
+        self.seed = resolve_seed(seed)
+        self._sites: tuple[Site, ...] = ()
+        self._costs: SiteCosts | None = None
+        self._statistics = OptionalStatistics()
+
+    def resolve_sites(self, network: StagedNetwork) -> tuple[Site, ...]:
+        """The sites of a network."""
+        return resolve_sites(network, self.specs)
+
+    def bind(self, network: StagedNetwork, loss: LossFunction) -> None:
+        """Resolve sites and pilots.
+
+        Raises:
+            SettingError: see :func:`resolve_sites` and :func:`check_pilots`; or a budget that the variant cannot use.
+        """
+        refuse_second_network(getattr(self, "network", None), network)
+        if not all(spec.active_tokens for spec in self.specs):
+            network = network.with_all_tokens()
+        self._sites = self.resolve_sites(network)
+        self.network, self.loss = self._compiled(network) if self.compile_suffixes else network, loss
+        self._costs, self._statistics = None, OptionalStatistics()
+        for site in self._sites:
+            if site.queries_per_sample % self.unit:
+                raise SettingError(
+                    "strategy.sites.queries_per_sample", site.queries_per_sample,
+                    f"is odd at site {site.name!r}, and antithetic queries come in pairs.", "Write an even number.",
+                )  # fmt: skip
+            if self.variant == "leave_one_out" and site.together:
+                raise SettingError(
+                    "strategy.variant", self.variant, f"cannot centre the jointly perturbed layers of {site.name!r}, "
+                    "whose inputs differ from query to query.", "Use variant: baseline, or together: false.",
+                )  # fmt: skip
+        if self.pilots.queries:
+            check_pilots(self.pilots, self._sites, unit=self.unit, one_update=self.update == "simultaneous")
+
+    def _compiled(self, network: StagedNetwork) -> CompiledNetwork:
+        compiled = CompiledNetwork(network)
+        if not any(compiled.compiles(site.last + 1) for site in self._sites if not site.layers):
+            raise SettingError(
+                "strategy.compile_suffixes", True, "has no effect: above no site is there a block or layer to compile "
+                "(sites of kind: linear run uncompiled, since compiled code ignores their hooks).",
+                "Use several sites of kind: block or group, or write compile_suffixes: false.",
+            )  # fmt: skip
+        return compiled
+
+    @property
+    def chunk_rows(self) -> int:
+        """Upper bound of the rows in one forward pass."""
+        return self._chunks.rows
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Sites from bottom to top."""
+        return self._sites
+
+    @property
+    def unit(self) -> int:
+        """Queries that are independent of others only together: 2 in antithetic pairs, else 1."""
+        return 2 if self.variant == "antithetic" else 1
+
+    @property
+    def _least(self) -> int:
+        """Fewest queries of a sample that estimate its gradient."""
+        return 2 if self.variant == "leave_one_out" else 1
+
+    @property
+    def budget(self) -> QueryBudget:
+        """Queries of a sample at each site, less the pilots."""
+        names, minimum = self.pilots.names(self._sites), self._least if self._least > 1 else 0
+        left = [site.queries_per_sample - self.pilots.queries * (site.name in names) for site in self._sites]
+        sites = tuple(site.name for site in self._sites)
+        return QueryBudget(tuple(left), multiple=self.unit, minimum=minimum, sites=sites)
+
+    @property
+    def update_groups(self) -> tuple[tuple[str, ...], ...]:
+        """All sites at once, or one after the other from the top, so that the activations below stay valid."""
+        names = tuple(site.name for site in (*self._sites, *self.exact_sites))
+        return (names,) if self.update == "simultaneous" else tuple((name,) for name in reversed(names))
+
+    def clean_pass(self, inputs: Tensor, targets: Tensor) -> CleanPass:
+        """Run the batch unperturbed, keep the activations that sites start from, and advance the draw counter."""
+        if not self._sites:
+            raise RuntimeError("bind(network, loss) must come before the first clean_pass.")
+        if self.compile_suffixes and self._costs is None:
+            check_compiler(inputs.device)
+        self._chunks.settle(self.network, inputs)
+        clean = clean_pass(
+            self.network, self.loss, inputs, targets, keep=self._kept, draw=self.draw, rows=self.chunk_rows
+        )
+        clean.activations.setdefault(0, inputs)  # not a copy: from it all that was not kept can be run again
+        if self._costs is None:
+            counted = site_costs(self.network, self._sites, inputs)
+            scaled = {name: cost * self.passes_per_query for name, cost in counted.query.items()}
+            self._costs = replace(counted, query=scaled)
+            warn_unresolved_sigma(self._sites, clean)
+        self.draw += 1
+        self.meter.add(CLEAN, clean_passes=clean.batch_size, forward_equivalents=clean.batch_size)
+        return clean
+
+    def refresh(self, clean: CleanPass, updated: Sequence[str]) -> CleanPass:
+        """The clean pass after the parameters of ``updated`` changed: their prefix is kept, the rest runs again."""
+        places, exact = self._select(updated)
+        start = min(site.first for site in (*(self._sites[i] for i in places), *exact))
+        self.meter.add(CLEAN, forward_equivalents=self._known_costs.from_stage[start] * clean.batch_size)
+        return refresh(self.network, self.loss, clean, start, keep=self._kept, rows=self.chunk_rows)
+
+    def _select(self, names: Sequence[str] | None) -> tuple[list[int], list[Site]]:
+        """Places of the sites with these names (None: all) that spend queries, and the exact sites among them."""
+        known = [site.name for site in (*self._sites, *self.exact_sites)]
+        for name in names or ():
+            if name not in known:
+                raise SettingError("sites", name, "is not a site.", f"Choose from {known}.")
+        if names is not None and not names:
+            raise SettingError("sites", [], "names no site.", f"Choose from {known}, or leave it out for all.")
+        chosen = known if names is None else names
+        places = [i for i, site in enumerate(self._sites) if site.name in chosen]
+        return places, [site for site in self.exact_sites if site.name in chosen]
+
+    @property
+    def _kept(self) -> set[int]:
+        """Indices of the activations that sites and predictors start from."""
+        entered = {i for site in self._sites for i in (site.first, site.start)}
+        entered |= {site.first for site in self.exact_sites}
+        return (entered | self._statistics.kept(self.network)) - {0}  # the inputs are there anyway
+
+    @property
+    def _known_costs(self) -> SiteCosts:
+        if self._costs is None:
+            raise RuntimeError("clean_pass must come first: it counts the costs.")
+        return self._costs
+
+    def state_dict(self) -> dict[str, Any]:
+        """Draw counter, meter, the seed of the noise, and what was measured."""
+        return {**super().state_dict(), "seed": self.seed, **self._statistics.state_dict(), **self._chunks.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned.
+
+        Raises:
+            SettingError: another seed was given explicitly.
+        """
+        refuse_other_seed(self.seed, state["seed"], given=self._seed_given)
+        super().load_state_dict(state)
+        self._statistics.load_state_dict(state)
+        self._chunks.load_state_dict(state)
+        self.seed = int(state["seed"])

@@ -1,0 +1,239 @@
+"""What a strategy tells an allocator about samples and sites, beside losses and pilots.
+
+Trace predictors come from the clean pass and tell how noisy each sample's gradient will be, without a query. The trace
+of a query's gradient is about ``d ||dL/dh||^2`` at a site with ``d`` active features, and the derivative at a deep site
+is the one at the loss pulled back through the layers between. So the squared norm of the derivative at the top of the
+network says much about every site below. It is taken through the trailing stages alone, never through the blocks.
+
+Scales make the traces of sites comparable. Traces at block and group sites are taken in activation space. A query's
+parameter gradient is ``J_b^T delta``, so its squared norm is on average that of ``delta`` times ``||J_b||_F^2 / d``.
+For independent ``z_b ~ N(0, I)`` the one vector ``g = sum_b J_b^T z_b`` has ``E ||g||^2 = sum_b ||J_b||_F^2``
+(Hutchinson's estimator), which costs one local VJP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flops_lightning.errors import SettingError
+from flops_lightning.meter import CLEAN, QueryMeter
+from flops_lightning.network.staging import StagedNetwork
+from flops_lightning.noise.keys import NoiseKey, row_seeds, standard_normal
+from flops_lightning.queries import CleanPass, LossFunction, at_least_float32, full_precision, refresh, row_losses
+from flops_lightning.strategies.costs import SiteCosts
+from flops_lightning.strategies.perturbation import clean_layer_input
+from flops_lightning.strategies.precision import differentiable
+from flops_lightning.strategies.site_queries import SiteQueries, in_parameter_space, sq_norm
+from flops_lightning.strategies.sites import Site
+
+PREDICTORS = ("activation", "head_gradient", "output_gradient", "top_gradient")
+SCALE_EVERY = 20
+"""Batches after which a scale is estimated anew."""
+Metric = Mapping[str, Tensor]
+"""Weights of the squared derivatives, by parameter name."""
+
+
+class OptionalStatistics:
+    """Fills the optional fields of :class:`SampleStatistics` and keeps what need not be computed at every batch.
+
+    Attributes:
+        predictors: Names of the trace predictors that are read.
+    """
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self.predictors: frozenset[str] = frozenset()
+        # By name of the statistic: the draw at which the scales were estimated, and the scales.
+        self._scales: dict[str, tuple[int, list[float]]] = {}
+        self._measured_costs: list[float] = []
+
+    def request(self, names: Collection[str]) -> None:
+        """Note which predictors are read, so that clean passes keep their activations."""
+        wanted = {name.split(".")[1] for name in names if name.startswith("predictors.")} & set(PREDICTORS)
+        self.predictors = frozenset(wanted | (set(PREDICTORS) if "predictors" in names else set()))
+
+    def kept(self, network: StagedNetwork) -> set[int]:
+        """Indices of the activations that the predictors read."""
+        starts = {"head_gradient": len(network) - 1, "top_gradient": head_start(network)}
+        return {start for name, start in starts.items() if name in self.predictors}
+
+    def fill(
+        self,
+        names: Collection[str],
+        clean: CleanPass,
+        sites: Sequence[Site],
+        network: StagedNetwork,
+        loss: LossFunction,
+        *,
+        rows: int,
+        costs: SiteCosts,
+        meter: QueryMeter,
+        metric: Metric | None,
+        scales: Callable[[CleanPass, Metric | None], list[float]],
+        measure: Callable[[CleanPass], list[float]],
+    ) -> dict[str, Any]:
+        """Fields by name.
+
+        Args:
+            names: Fields of :class:`SampleStatistics` that are read.
+            clean: The batch's clean pass.
+            sites: The sites.
+            network: The network.
+            loss: One loss a row.
+            rows: Upper bound of the rows in one forward pass.
+            costs: Counted costs of queries.
+            meter: Where the cost of activations and scales is noted.
+            metric: Weights for ``preconditioned_scale``; None while the optimiser has none, where it is ``scale``.
+            scales: Estimates the factors from traces to squared units of the parameters; costs a gradient of each site.
+            measure: Measures the costs of queries.
+        """
+        missing = (self.kept(network) - {0}) - clean.activations.keys()
+        if missing:  # the clean pass came before the first request
+            start = max(i for i in clean.activations if i <= min(missing))
+            meter.add(CLEAN, forward_equivalents=costs.from_stage[start] * clean.batch_size)
+            clean = refresh(network, loss, clean, start, keep=missing | clean.activations.keys(), rows=rows)
+        filled: dict[str, Any] = {}
+        if self.predictors:
+            filled["predictors"] = trace_predictors(network, loss, sites, clean, self.predictors)
+        if "counted_costs" in names:
+            filled["counted_costs"] = clean.loss.new_tensor([costs.query[site.name] for site in sites])
+        if "measured_costs" in names:
+            self._measured_costs = self._measured_costs or measure(clean)
+            filled["measured_costs"] = clean.loss.new_tensor(self._measured_costs)
+        for name, weights in (("scale", None), ("preconditioned_scale", metric)):
+            if name not in names:
+                continue
+            kept_as = name if weights else "scale"
+            known = self._scales.get(kept_as)
+            # It costs a gradient of each site and changes with the weights, slowly.
+            if known is None or clean.draw - known[0] >= SCALE_EVERY:
+                known = self._scales[kept_as] = (clean.draw, scales(clean, weights))
+                meter.add(CLEAN, forward_equivalents=sum(costs.gradient.values()) * clean.batch_size)
+            filled[name] = clean.loss.new_tensor(known[1])
+        return filled
+
+    def state_dict(self) -> dict[str, Any]:
+        """Names of the predictors, scales and measured costs."""
+        scales = {name: list(known) for name, known in self._scales.items()}
+        return {"predictors": sorted(self.predictors), "scales": scales, "seconds": self._measured_costs}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned; older states lack some of it."""
+        self._scales = {name: (draw, scale) for name, (draw, scale) in state.get("scales", {}).items()}
+        self._measured_costs = list(state.get("seconds", []))
+        self.predictors = frozenset(state.get("predictors", []))
+
+
+def head_start(network: StagedNetwork) -> int:
+    """Index of the first of the trailing stages that are the head: the final norm and pooling belong to it."""
+    names = [stage.name for stage in network.stages]
+    return len(names) - 2 if names[-2:] == ["pool", "head"] else len(names) - 1
+
+
+def trace_predictors(
+    network: StagedNetwork, loss: LossFunction, sites: Sequence[Site], clean: CleanPass, names: Collection[str]
+) -> dict[str, Tensor]:
+    """Those of :data:`PREDICTORS` that are in ``names``.
+
+    Args:
+        network: The staged network.
+        loss: One loss a row.
+        sites: The sites, from bottom to top.
+        clean: The batch's clean pass, with the activations that enter the head.
+        names: Which to compute.
+
+    Returns:
+        ``output_gradient`` ``(b,)``: squared norm of the loss's derivative in the network's output (``p - y`` under
+        cross-entropy). ``head_gradient`` ``(b,)``: the same in the input of the last stage. ``top_gradient`` ``(b,)``:
+        the same in the input of the final norm and pooling. ``activation.<stage>`` ``(b,)``: mean square of the clean
+        activation that enters a stage at which a site begins or ends, at the tokens that the head reads; and
+        ``activation.<stage>.all`` ``(b,)`` over all tokens, where these are not all. With normalisation layers the
+        derivative falls as the activation grows.
+
+    Raises:
+        SettingError: a gradient is wanted, and loss or head are not differentiable.
+    """
+    last, found = len(network) - 1, dict[str, Tensor]()
+    starts = {"output_gradient": last + 1, "head_gradient": last, "top_gradient": head_start(network)}
+    for name, start in starts.items():
+        if name in names and start > 0:  # through the whole network it would be backpropagation by another name
+            found[name] = _gradient_sq_norm(network, loss, clean, start)
+    if "activation" in names:
+        tokens = network.stages[head_start(network)].reads
+        for i in sorted({site.start for site in sites} - {0, len(network)}):
+            h, name = clean.activations[i], f"activation.{network.stages[i].name}"
+            found[name] = _mean_square(h, tokens)
+            if tokens is not None and h.dim() > 2:
+                found[f"{name}.all"] = _mean_square(h, None)
+    return found
+
+
+def _gradient_sq_norm(network: StagedNetwork, loss: LossFunction, clean: CleanPass, start: int) -> Tensor:
+    h = clean.activations[start].detach()
+    # Copies of the weights that autocast made without a graph would cut the gradient off.
+    torch.clear_autocast_cache()
+    with network.evaluating(), torch.enable_grad(), differentiable(h) as entering:
+        h = entering.clone().requires_grad_(True)
+        try:
+            # Run on a clone: a stage may work in place, and a leaf must not change.
+            losses = row_losses(loss, network.run(h.clone(), start), clean.targets)
+            with full_precision(h):
+                (gradient,) = torch.autograd.grad(losses.sum(), h)
+        except RuntimeError as error:  # the loss or the head is a black box
+            raise SettingError(
+                "traces.predictors", "*_gradient", f"needs a differentiable loss and head: {error}.",
+                "Write predictors: [loss, activation].",
+            ) from error  # fmt: skip
+    return at_least_float32(gradient).flatten(1).square().sum(1)
+
+
+def _mean_square(h: Tensor, tokens: slice | None) -> Tensor:
+    h = h if tokens is None or h.dim() < 3 else h[:, tokens]  # a pooled feature has no tokens
+    return at_least_float32(h).flatten(1).square().mean(1)
+
+
+@torch.no_grad()
+def site_scales(queries: SiteQueries, sites: Sequence[Site], clean: CleanPass, metric: Metric | None = None) -> Tensor:
+    """``(s,)`` factors that convert each site's traces to squared units of its parameters.
+
+    Args:
+        queries: Takes gradients at the sites.
+        sites: From bottom to top.
+        clean: A batch's clean pass.
+        metric: Weights of the squared derivatives (1 / v under Adam); None: 1.
+
+    Raises:
+        SettingError: a site perturbs several layers together, so it has no traces to scale.
+    """
+    scales = []
+    for site in sites:
+        if site.together:
+            raise SettingError(
+                "strategy.sites", site.name, "perturbs several layers together, whose traces are unknown.",
+                "Use together: false, or an allocator that does not compare sites.",
+            )  # fmt: skip
+        x = clean_layer_input(queries.network, site, clean, rows=queries.chunk_rows) if site.layers else None
+        # Weighted as queries are: by the tokens' relative widths, where they differ.
+        z = queries.width(site).scaled(_probe(queries, site, clean, x))[1]
+        gradient = queries.gradient(site, clean, z, x)
+        weighted = [g.square() * metric[name] if metric else g.square() for name, g in gradient.items()]
+        norm = sq_norm(site, x if in_parameter_space(site) else None, z).sum()
+        scales.append(torch.stack([w.sum() for w in weighted]).sum() / norm)
+    return torch.stack(scales)
+
+
+def _probe(queries: SiteQueries, site: Site, clean: CleanPass, layer_input: Tensor | None) -> Tensor:
+    if layer_input is not None:
+        like = site.layers[0].module(layer_input)
+    else:
+        like = clean.activations[site.last + 1]
+        like = like if site.tokens is None else like[:, site.tokens]
+    key = NoiseKey(queries.seed, clean.draw, f"{site.name}/scale", queries.rank)
+    samples = np.arange(clean.batch_size)
+    seeds = row_seeds(key, samples, np.zeros_like(samples))
+    return standard_normal(seeds, tuple(like.shape[1:]), device=like.device, dtype=like.dtype)
