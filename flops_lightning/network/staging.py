@@ -9,18 +9,13 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # the common base of BatchNorm1d/2d/3d and SyncBatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
 from flops_lightning.errors import SettingError
-
-if TYPE_CHECKING:
-    from timm.models.vision_transformer import VisionTransformer
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +30,11 @@ class Stage:
         narrows: It may be called with only the tokens in ``reads`` and returns the same.
         tokenwise: Submodules whose output at a token reaches that same token of the stage's output and no other (where
             ``reads`` is set: that reach the output at these tokens alone).
+
+    Example:
+        >>> stage = Stage("double", lambda x: 2 * x, members=("scale",))
+        >>> stage.run(3), stage.owns("scale.weight"), stage.owns("scales")
+        (6, True, False)
     """
 
     name: str
@@ -54,6 +54,15 @@ class StagedNetwork:
 
     ``run(x, 0)`` equals ``module(x)``. An activation with index ``i`` is the input of stage ``i``; the one with index
     ``len(stages)`` is the network's output.
+
+    Example:
+        >>> import torch
+        >>> network = stage_network(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)))
+        >>> x = torch.ones(5, 3)
+        >>> torch.equal(network.run(network.run(x, stop=2), start=2), network.module(x))
+        True
+        >>> list(network.parameters_of(0, 1))
+        ['0.weight', '0.bias']
     """
 
     def __init__(self, module: nn.Module, stages: tuple[Stage, ...]) -> None:
@@ -150,6 +159,10 @@ def stage_network(module: nn.Module) -> StagedNetwork:
 
     Raises:
         SettingError: the network is neither, or has something that cannot be staged; the message says what to do.
+
+    Example:
+        >>> [stage.name for stage in stage_network(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))).stages]
+        ['0', '1', '2']
     """
     if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
         _refuse_lazy(module)
@@ -157,10 +170,10 @@ def stage_network(module: nn.Module) -> StagedNetwork:
         children = [item for item in module.named_modules(remove_duplicate=False) if item[0] and "." not in item[0]]
         return StagedNetwork(module, tuple(Stage(name, child, (name,)) for name, child in children))
     if "timm" in sys.modules:
-        from timm.models.vision_transformer import VisionTransformer
+        from flops_lightning.network.vit import VisionTransformer, stage_vit
 
         if isinstance(module, VisionTransformer):
-            return _stage_timm_vit(module)
+            return stage_vit(module)
     raise SettingError(
         "network", type(module).__name__, "is neither an nn.Sequential nor a timm VisionTransformer.",
         "Write its forward pass as an nn.Sequential, or build a StagedNetwork by hand for a strategy without a task.",
@@ -184,144 +197,3 @@ def _refuse_lazy(module: nn.Module) -> None:
             raise SettingError(
                 "network", name, "is a lazy parameter without a shape.", "Run one forward pass before staging it."
             )
-
-
-# The stages of a timm ViT are small objects instead of closures, so that a network survives pickling and deepcopy
-# together with its stages.
-
-
-@dataclass(frozen=True, eq=False)
-class _Embed:
-    vit: VisionTransformer
-
-    def __call__(self, x: Tensor) -> Tensor:
-        # `_pos_embed` is private, but nothing public of timm adds class, register and position tokens alone.
-        return self.vit.norm_pre(self.vit.patch_drop(self.vit._pos_embed(self.vit.patch_embed(x))))
-
-
-@dataclass(frozen=True, eq=False)
-class _Block:
-    vit: VisionTransformer
-    index: int
-
-    @property
-    def block(self) -> nn.Module:
-        return self.vit.blocks[self.index]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        output: Tensor = self.block(x)
-        return output
-
-
-@dataclass(frozen=True, eq=False)
-class _LastBlock:
-    """The last block at the tokens that are read of it: queries, projection and MLP of the others are left out.
-
-    The arithmetic of timm's ``Block`` and ``Attention``, module by module, so that hooks on them and replaced
-    parameters work as ever.
-    """
-
-    vit: VisionTransformer
-    index: int
-    tokens: slice
-
-    @property
-    def whole(self) -> _Block:
-        """The block at all tokens."""
-        return _Block(self.vit, self.index)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        block = cast("Any", self.vit.blocks[self.index])
-        h = x[:, self.tokens]
-        h = h + block.drop_path1(block.ls1(self._attention(block.attn, block.norm1(x))))
-        return h + block.drop_path2(block.ls2(block.mlp(block.norm2(h))))
-
-    def _attention(self, attn: Any, x: Tensor) -> Tensor:
-        rows, tokens, _ = x.shape
-        q, k, v = attn.qkv(x).reshape(rows, tokens, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        q, k = attn.q_norm(q[:, :, self.tokens]), attn.k_norm(k)
-        if attn.fused_attn:
-            dropped = attn.attn_drop.p if attn.training else 0.0
-            mixed = functional.scaled_dot_product_attention(q, k, v, dropout_p=dropped)
-        else:
-            mixed = attn.attn_drop((q * attn.scale @ k.transpose(-2, -1)).softmax(dim=-1)) @ v
-        mixed = mixed.transpose(1, 2).flatten(2)
-        return attn.proj_drop(attn.proj(mixed))
-
-
-def _narrows(block: nn.Module) -> bool:
-    """Whether :class:`_LastBlock` knows the block's arithmetic."""
-    from timm.layers.attention import Attention
-    from timm.models.vision_transformer import Block
-
-    if type(block) is not Block or type(block.attn) is not Attention:
-        return False
-    # Options that not all versions of timm have.
-    scaled = not isinstance(getattr(block.attn, "norm", nn.Identity()), nn.Identity)
-    return not scaled and getattr(block.attn, "gate", None) is None
-
-
-@dataclass(frozen=True, eq=False)
-class _Pool:
-    vit: VisionTransformer
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.vit.forward_head(self.vit.norm(x), pre_logits=True)
-
-
-@dataclass(frozen=True, eq=False)
-class _Head:
-    vit: VisionTransformer
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.vit.head(x)
-
-
-def _stage_timm_vit(vit: VisionTransformer) -> StagedNetwork:
-    from timm.models.vision_transformer import Block, VisionTransformer
-
-    for method in ("forward", "forward_features", "forward_head", "pool"):
-        if getattr(type(vit), method) is not getattr(VisionTransformer, method):
-            raise SettingError(
-                "model_name", type(vit).__name__, f"has its own `{method}`: its stages are not those of a plain ViT.",
-                "Use a model whose class is timm's VisionTransformer, or build a StagedNetwork by hand for a strategy "
-                "without a task.",
-            )  # fmt: skip
-    last = len(vit.blocks) - 1
-
-    def tokenwise(i: int) -> tuple[str, ...]:
-        # After the attention's mixing, the standard block treats tokens one by one.
-        return (
-            tuple(f"blocks.{i}.{part}" for part in ("attn.proj", "norm2", "mlp"))
-            if type(vit.blocks[i]) is Block
-            else ()
-        )
-
-    reads, narrows = None, False
-    if vit.attn_pool is None:
-        if vit.global_pool == "token":
-            reads, narrows = slice(0, 1), True
-        elif vit.global_pool in ("avg", "max", "avgmax") and not vit.pool_include_prefix:
-            reads = slice(vit.num_prefix_tokens, None)
-
-    def block(i: int) -> Callable[[Tensor], Tensor]:
-        narrow = i == last and narrows and reads is not None and _narrows(vit.blocks[i])
-        return _LastBlock(vit, i, reads) if narrow and reads is not None else _Block(vit, i)
-
-    blocks = tuple(Stage(f"blocks.{i}", block(i), (f"blocks.{i}",), tokenwise=tokenwise(i)) for i in range(last + 1))
-    return StagedNetwork(
-        vit,
-        (
-            Stage("embed", _Embed(vit), ("patch_embed", "cls_token", "reg_token", "pos_embed", "norm_pre")),
-            *blocks,
-            Stage(
-                "pool",
-                _Pool(vit),
-                ("norm", "fc_norm", "attn_pool"),
-                reads=reads,
-                narrows=narrows,
-                tokenwise=("norm",) if reads else (),
-            ),
-            Stage("head", _Head(vit), ("head",)),
-        ),
-    )

@@ -226,7 +226,7 @@ def test_a_resumed_run_goes_on_alike(tokens_net: nn.Sequential, tokens: tuple[Te
 
 @pytest.mark.parametrize("rate", [-0.1, math.inf, math.nan])
 def test_rates_that_are_refused(rate: float) -> None:
-    with pytest.raises(SettingError, match=r"strategy.learn_sigma = .*is no learning rate. Write 0"):
+    with pytest.raises(SettingError, match=r"strategy.learn_sigma = .*must be a number above 0\. Write 0"):
         LikelihoodRatio(learn_sigma=rate)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from flops_lightning.strategies import LikelihoodRatio
-from flops_lightning.strategies.costs import ROWS
+from flops_lightning.strategies.costs import TIMED_ROWS as ROWS
 from tests.reference.layouts import TOKEN_SITES
 from tests.reference.networks import bound, gradients, squared_error, token_network
 

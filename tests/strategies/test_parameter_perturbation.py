@@ -400,7 +400,7 @@ def test_a_resumed_run_goes_on_with_the_same_directions(
     step(first)
     state = copy.deepcopy(first.state_dict())
     second = step(first)
-    with pytest.raises(SettingError, match=r"strategy.seed = 99: .* noise from 3"):
+    with pytest.raises(SettingError, match=r"strategy.seed = 99: .* noise from the seed 3"):
         perturbing(strategy, layout, tokens_net, TWO, seed=99).load_state_dict(state)
     resumed = perturbing(strategy, layout, tokens_net, TWO, seed=None, **settings)
     resumed.load_state_dict(state)

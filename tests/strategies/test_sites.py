@@ -89,14 +89,26 @@ def test_noise_is_put_where_it_is_read() -> None:
         ([{"stages": ["1"]}], "strategy.sites[0].stages", "no trainable parameter"),
         ([{"stages": ["1"], "kind": "block"}], "strategy.sites[0].stages", "no trainable parameter"),
         ([{"stages": ["1"], "kind": "linear"}], "strategy.sites[0].stages", "no trainable parameter"),
-        ([{"stages": ["0"], "sigma": 0}, REST], "strategy.sites[0].sigma", "positive.*0.01"),
-        ([{"stages": ["0"], "sigma": -1e-3}, REST], "strategy.sites[0].sigma", "positive"),
-        ([{"stages": ["0"], "sigma": math.nan}, REST], "strategy.sites[0].sigma", "positive"),
+        ([{"stages": ["0"], "sigma": 0}, REST], "strategy.sites[0].sigma", "above 0.*0.01"),
+        ([{"stages": ["0"], "sigma": -1e-3}, REST], "strategy.sites[0].sigma", "above 0"),
+        ([{"stages": ["0"], "sigma": math.nan}, REST], "strategy.sites[0].sigma", "above 0"),
         ([{"stages": ["0"], "sigma": math.inf}, REST], "strategy.sites[0].sigma", "0.01"),
-        ([REST, {"stages": ["0"], "queries_per_sample": 1}], "strategy.sites[1].queries_per_sample", "two queries"),
-        ([REST, {"stages": ["0"], "queries_per_sample": 0}], "strategy.sites[1].queries_per_sample", "two queries"),
-        ([REST, {"stages": ["0"], "queries_per_sample": -4}], "strategy.sites[1].queries_per_sample", "two queries"),
-        ([{"stages": ["0"], "kind": "blocks"}, REST], "strategy.sites[0].kind", "linear, block or group"),
+        (
+            [REST, {"stages": ["0"], "queries_per_sample": 1}],
+            "strategy.sites[1].queries_per_sample",
+            "must be 2 or more",
+        ),
+        (
+            [REST, {"stages": ["0"], "queries_per_sample": 0}],
+            "strategy.sites[1].queries_per_sample",
+            "must be 2 or more",
+        ),
+        (
+            [REST, {"stages": ["0"], "queries_per_sample": -4}],
+            "strategy.sites[1].queries_per_sample",
+            "must be 2 or more",
+        ),
+        ([{"stages": ["0"], "kind": "blocks"}, REST], "strategy.sites[0].kind", "Choose from linear, block, group"),
         ([{"stages": ["0"], "modules": ["0"]}, REST], "strategy.sites[0].kind", "neither `modules` nor"),
         ([{"stages": ["0"], "kind": "block", "together": True}, REST], "strategy.sites[0].kind", "nor `together`"),
         ([{"stages": ["0"], "kind": "linear", "modules": ["3*"]}, REST], "strategy.sites[0].modules", r"3\*"),
@@ -178,7 +190,7 @@ def test_names_with_a_meaning_of_their_own_are_refused(tokens_net: nn.Sequential
 
 def test_the_remedy_for_a_layer_without_closed_form_works() -> None:
     net = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.GroupNorm(2, 4)), nn.Linear(4, 2))
-    with pytest.raises(SettingError, match=r"take the stages \['1'\] out of it and teach them with kind: block"):
+    with pytest.raises(SettingError, match=r"take the stages \['1'\] out of it and train them with kind: block"):
         resolved(net, {"stages": ["0", "2"], "kind": "linear"})
     sites = resolved(
         net,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from flops_lightning.errors import SettingError
 from flops_lightning.strategies import LikelihoodRatio, PilotSpec, site_queries
 from flops_lightning.strategies.delta import DeltaSums
-from flops_lightning.strategies.widths import HALF_LIFE, LIMIT, Running, SiteWidth, TokenSigma
+from flops_lightning.strategies.widths import HALF_LIFE, LIMIT, RunningMean, SiteWidth, TokenSigma
 from tests.reference.layouts import COUNTS, convolutional, vit_for
 from tests.reference.likelihood_ratio import assert_equals_reference, reference_gradient, reference_traces
 from tests.reference.networks import (
@@ -71,9 +71,9 @@ def taught(strategy: LikelihoodRatio, x: Tensor, y: Tensor, *, steps: int, count
 def test_the_average_is_exponential_and_corrected_for_its_start() -> None:
     generator = torch.Generator().manual_seed(0)
     steps = torch.rand(5, 6, 3, generator=generator, dtype=torch.float64)
-    running = Running.empty(steps[0, 0])
+    running = RunningMean.empty(steps[0, 0])
     for step in steps:
-        running = running.seen(step)
+        running = running.updated(step)
     weights = torch.tensor([0.5 ** ((4 - i) / HALF_LIFE) for i in range(5)], dtype=torch.float64)
     weights /= weights.sum()
     torch.testing.assert_close(running.mean / running.mass, (weights[:, None] * steps.mean(1)).sum(0))
@@ -83,25 +83,25 @@ def test_the_average_is_exponential_and_corrected_for_its_start() -> None:
 
 def test_what_is_seen_counts_half_after_a_half_life() -> None:
     one, other = torch.ones(2, 3, dtype=torch.float64), torch.zeros(2, 3, dtype=torch.float64)
-    running = Running.empty(one[0])
+    running = RunningMean.empty(one[0])
     for _ in range(1000):
-        running = running.seen(one)
+        running = running.updated(one)
     for _ in range(HALF_LIFE):
-        running = running.seen(other)
+        running = running.updated(other)
     torch.testing.assert_close(running.mean, torch.full((3,), 0.5, dtype=torch.float64))
 
 
 def test_samples_without_two_queries_are_left_out() -> None:
     squares = torch.tensor([[1.0, 2.0], [torch.nan, torch.nan], [3.0, 6.0]])
-    running = Running.empty(squares[0]).seen(squares)
+    running = RunningMean.empty(squares[0]).updated(squares)
     torch.testing.assert_close(running.mean / running.mass, torch.tensor([2.0, 4.0]))
-    again = running.seen(squares[:2])  # a single sample has no standard error
+    again = running.updated(squares[:2])  # a single sample has no standard error
     torch.testing.assert_close(torch.stack([*again.mean, *again.error]), torch.stack([*running.mean, *running.error]))
     assert again.mass == running.mass
 
 
-def settled(rho: Tensor, error: Tensor) -> Running:
-    return Running(rho, error.square(), torch.ones(()))
+def settled(rho: Tensor, error: Tensor) -> RunningMean:
+    return RunningMean(rho, error.square(), torch.ones(()))
 
 
 def test_widths_are_the_fourth_root_of_the_inverse() -> None:
@@ -123,15 +123,15 @@ def test_a_token_is_not_taken_to_matter_less_than_the_error_tells() -> None:
 
 @pytest.mark.parametrize("squares", [torch.zeros(4, 3), torch.full((4, 3), torch.nan), torch.ones(1, 3)])
 def test_without_knowledge_all_tokens_are_alike(squares: Tensor) -> None:
-    torch.testing.assert_close(Running.empty(squares[0]).seen(squares).widths(), torch.ones(3))
+    torch.testing.assert_close(RunningMean.empty(squares[0]).updated(squares).widths(), torch.ones(3))
 
 
 def test_what_counts_was_chosen_for_noise_alone() -> None:
     """Estimates that are nothing but noise, many tokens: the widths they give cost next to nothing."""
     generator = torch.Generator().manual_seed(0)
-    running = Running.empty(torch.zeros(200))
+    running = RunningMean.empty(torch.zeros(200))
     for _ in range(60):
-        running = running.seen(1 + 200 * torch.randn(64, 200, generator=generator))
+        running = running.updated(1 + 200 * torch.randn(64, 200, generator=generator))
     r = running.widths()
     assert float(r.square().mean() * r.pow(-2).mean()) < 1.1
 
