@@ -197,9 +197,7 @@ def test_a_resumed_run_draws_the_same_noise(tokens_net: nn.Sequential, tokens: t
     estimated(strategy, *tokens)
     state = copy.deepcopy(strategy.state_dict())
     _, second = estimated(strategy, *tokens)
-    with pytest.raises(
-        SettingError, match=r"seed = 99: .* noise from the seed 3. Leave the seed out, or write 3"
-    ):
+    with pytest.raises(SettingError, match=r"seed = 99: .* noise from the seed 3. Leave the seed out, or write 3"):
         bound(tokens_net, squared_error, TWO, seed=99).load_state_dict(state)
     resumed = bound(tokens_net, squared_error, TWO, seed=None)
     resumed.load_state_dict(state)
