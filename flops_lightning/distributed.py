@@ -1,4 +1,4 @@
-"""What ranks tell each other: gradients in flat buckets, statistics line by line; nothing at all in one process.
+"""Communication between ranks: gradients in flat buckets, statistics row by row; nothing in a single process.
 
 A rank is a process that trains a replica of the network on its share of each batch. The loss is the mean over the
 samples of all ranks, so a rank's gradient, the mean over its own samples, counts by their number.
@@ -22,9 +22,9 @@ class Communicator(Protocol):
     """The ranks of a run, as one of them sees it.
 
     Attributes:
-        rank: Which one this is.
-        size: How many there are.
-        sent: Bytes that this rank has handed to collective operations.
+        rank: This rank.
+        size: Number of ranks.
+        sent: Bytes that this rank has sent through collective operations.
     """
 
     rank: int
@@ -39,7 +39,7 @@ class Communicator(Protocol):
 
 
 class SingleProcess:
-    """The only rank there is."""
+    """A run with one rank."""
 
     rank = 0
     size = 1
@@ -58,7 +58,7 @@ class ProcessGroup:
     """The ranks of torch's default process group."""
 
     def __init__(self) -> None:
-        """Ask who is there.
+        """Read rank and size of the default group.
 
         Raises:
             RuntimeError: ``torch.distributed`` is not initialised.
@@ -86,12 +86,7 @@ def present_communicator() -> Communicator:
 
 
 def gather_lines(communicator: Communicator, lines: Tensor) -> list[Tensor]:
-    """``(n_r, ...)`` tensors of all ranks, which differ in nothing but ``n_r``.
-
-    Args:
-        communicator: The ranks.
-        lines: This rank's; its dimensions after the first are those of every rank.
-    """
+    """``(n_r, ...)`` tensors of all ranks; only their first dimensions may differ."""
     if communicator.size == 1:
         return [lines]
     own = torch.tensor([len(lines)], device=lines.device)
@@ -134,7 +129,7 @@ def reduce_gradients(communicator: Communicator, parameters: Iterable[nn.Paramet
     given = list(parameters)
     if communicator.size == 1:
         return any(p.grad is not None for p in given)
-    # What there is to reduce is known to no rank alone, and a rank with less than the others must not go ahead.
+    # No rank alone knows which gradients exist, and all must reduce the same ones.
     header = torch.tensor([weight, *(float(p.grad is not None) for p in given)], dtype=torch.float64)
     total, *ranks_with = communicator.sum(header.to(given[0].device)).tolist()
     reduced = [p for p, n in zip(given, ranks_with, strict=True) if n]

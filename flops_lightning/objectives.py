@@ -2,9 +2,9 @@
 
 Where images are mixed (``data.mixup_alpha``, ``data.cutmix_alpha``) targets are probabilities ``(r, c)`` instead.
 
-Forward learning only evaluates a loss, so it need not have a derivative. Noise smooths it: what is descended is the
-expectation of the loss under the noise, and its gradient vanishes where no perturbation changes the loss. A loss that
-takes steps therefore wants a sigma at which perturbed outputs cross them.
+Forward learning only evaluates a loss, so the loss needs no derivative. Training descends its expectation under the
+noise, whose gradient vanishes where no perturbation changes the loss: a piecewise constant loss needs a sigma at which
+perturbed outputs cross its steps.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def zero_one_error(logits: Tensor, target: Tensor) -> Tensor:
             "Write data.mixup_alpha: 0 and data.cutmix_alpha: 0, or leave the loss out for cross-entropy.",
         )  # fmt: skip
     wrong = (logits.argmax(dim=1) != target).to(logits.dtype)
-    # argmax takes a NaN for the largest, so that a network whose weights are none any more would go on unnoticed.
+    # argmax takes a NaN for the largest, so a network of NaN would go unnoticed.
     return wrong.masked_fill(logits.isnan().any(dim=1), torch.nan)
 
 
@@ -53,7 +53,7 @@ def most_probable(target: Tensor) -> Tensor:
 
 
 def find_objective(path: str) -> Objective:
-    """The function of a dotted path.
+    """The function at a dotted path.
 
     Raises:
         SettingError: there is none.
@@ -68,13 +68,13 @@ def find_objective(path: str) -> Objective:
         ) from error  # fmt: skip
     if not callable(found) or isinstance(found, type):
         raise SettingError(
-            "loss", path, "is no function.", "Write the path of a function (logits (r, c), target (r,)) -> (r,)."
+            "loss", path, "is not a function.", "Write the path of a function (logits (r, c), target (r,)) -> (r,)."
         )
     return found
 
 
 def dotted_path(objective: Objective) -> str:
-    """What :func:`find_objective` finds it by; with ``(...)`` at the end if it cannot, as for lambdas and objects."""
+    """The path for :func:`find_objective`; it ends in ``(...)`` where there is none, as for lambdas and objects."""
     named = objective if hasattr(objective, "__qualname__") else type(objective)
     path = f"{named.__module__}.{named.__qualname__}"
     try:

@@ -75,8 +75,8 @@ class TestDottedPaths:
             ("flops_lightning.objectives.zero_won_error", "cannot be imported .*Write the dotted path of a function"),
             ("no_such_package.loss", "cannot be imported"),
             ("zero one", "cannot be imported"),
-            ("math.pi", "is no function. Write the path of a function"),
-            ("torch.nn.CrossEntropyLoss", "is no function"),
+            ("math.pi", "is not a function. Write the path of a function"),
+            ("torch.nn.CrossEntropyLoss", "is not a function"),
         ],
     )
     def test_bad_paths_name_the_remedy(self, path: str, message: str) -> None:

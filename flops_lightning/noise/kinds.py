@@ -71,10 +71,7 @@ class NoiseSpec:
     orthogonal: bool = False
 
     def check(self, setting: str = "strategy.noise") -> None:
-        """Refuse what no noise is defined for.
-
-        Args:
-            setting: Name of this setting as the user writes it.
+        """Check the settings; ``setting`` is their name as the user writes it.
 
         Raises:
             SettingError: an unknown distribution or layout; orthogonal directions that are not dense and Gaussian.
@@ -85,13 +82,13 @@ class NoiseSpec:
             value = getattr(self, name)
             if self.orthogonal and value != needed:
                 raise SettingError(
-                    f"{setting}.orthogonal", True, f"orthogonal directions are not {value}.",
+                    f"{setting}.orthogonal", True, f"needs {name}: {needed}, not {value}.",
                     f"Write {name}: {needed}, or orthogonal: false.",
                 )  # fmt: skip
 
 
 def read_noise(noise: NoiseSpec | Mapping[str, Any] | None, setting: str = "strategy.noise") -> NoiseSpec:
-    """The setting as it comes from Python, a plain mapping allowed; None: dense Gaussian noise.
+    """The setting from Python, where it may be a mapping; None: dense Gaussian noise.
 
     Raises:
         SettingError: neither a NoiseSpec nor a mapping of its settings, or one that :meth:`NoiseSpec.check` refuses.
@@ -107,10 +104,9 @@ def read_noise(noise: NoiseSpec | Mapping[str, Any] | None, setting: str = "stra
 
 
 def tokens_and_features(shape: tuple[int, ...]) -> tuple[int, int]:
-    """How factored noise divides a row of this shape: positions that share a direction up to its sign, and its length.
+    """``(tokens, features)`` of a row of this shape: ``(t, d)``, a feature map ``(c, h, w)`` or larger, or ``(d,)``.
 
-    Features are the last dimension of ``(t, d)`` and the first of a feature map ``(c, h, w)`` or larger; ``(d,)`` is a
-    single token. With one token or one feature the noise is dense.
+    Factored noise gives the tokens one direction up to its sign; with one token or one feature it is dense.
     """
     *before, features = (1, *shape) if len(shape) < 3 else (*shape[1:], shape[0])
     return math.prod(before), features

@@ -9,8 +9,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
 from flops_lightning.noise.keys import NoiseKey, row_seeds, standard_normal
@@ -65,18 +63,6 @@ def test_short_rows_are_independent_too(size: int) -> None:
     assert float(lagged.abs().max()) < 5
 
 
-@given(
-    rows=st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 100000)), min_size=1, max_size=12),
-    order=st.randoms(use_true_random=False),
-)
-def test_a_row_depends_on_its_key_and_not_on_the_other_rows(rows: list[tuple[int, int]], order: random.Random) -> None:
-    alone = {row: noise(KEY, [row[0]], [row[1]]) for row in rows}
-    shuffled = order.sample(rows, len(rows))
-    together = noise(KEY, [b for b, _ in shuffled], [q for _, q in shuffled])
-    for row, z in zip(shuffled, together, strict=True):
-        torch.testing.assert_close(z, alone[row][0], rtol=0, atol=0)
-
-
 @pytest.mark.parametrize(
     "other",
     [
@@ -113,14 +99,3 @@ def test_no_other_generator_is_touched() -> None:
     assert torch.equal(torch.get_rng_state(), before[0])
     assert (np.random.get_state()[1] == before[1]).all()  # noqa: NPY002
     assert random.getstate() == before[2]
-
-
-@pytest.mark.parametrize(
-    ("dtype", "expected"),
-    [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float64, torch.float64)],
-)
-def test_half_precision_gets_float32_noise(dtype: torch.dtype, expected: torch.dtype) -> None:
-    z = standard_normal([1, 2], (3, 4), device=CPU, dtype=dtype)
-    assert z.dtype == expected
-    assert z.shape == (2, 3, 4)
-    torch.testing.assert_close(z, standard_normal([1, 2], (3, 4), device=CPU, dtype=expected), rtol=0, atol=0)

@@ -33,7 +33,7 @@ COUNTS = {"plain": [3, 0, 5, 2], "baseline": [3, 0, 5, 2], "leave_one_out": [3, 
 
 
 def vit_for(layout: str, **kwargs: Any) -> nn.Module:
-    """A tiny ViT without the parameters that ``linear`` sites cannot teach."""
+    """A tiny ViT without the parameters that ``linear`` sites cannot train."""
     vit = tiny_vit(**kwargs)
     if layout in ("linear", "together"):
         freeze(vit, "cls_token", "pos_embed", "reg_token")

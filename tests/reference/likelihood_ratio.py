@@ -52,7 +52,7 @@ def places_of(module: nn.Module, strategy: LikelihoodRatio, site: Site) -> list[
 
 
 def in_parameter_space(site: Site) -> bool:
-    """Whether traces of the site are those of its parameters' gradient: one ``nn.Linear`` whose weight is taught."""
+    """Whether traces of the site are those of its parameters' gradient: one ``nn.Linear`` whose weight is trained."""
     linear = len(site.layers) == 1 and isinstance(site.layers[0].module, nn.Linear)
     return linear and any(name.endswith("weight") for name in site.parameters)
 

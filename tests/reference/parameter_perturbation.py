@@ -268,19 +268,7 @@ def reference_gradient(
     pilots: int = 0,
     pilot_weight: Sequence[float] | None = None,
 ) -> Direction:
-    """``(1 / B) sum_b g_b`` at one site, by parameter name.
-
-    Args:
-        module: The network itself, which is run as a whole.
-        strategy: Settings are read from it, nothing is computed with it.
-        site: The site.
-        x: ``(b, ...)`` inputs.
-        y: ``(b, ...)`` targets.
-        counts: Queries of each sample after the pilots.
-        draw: Draw counter of the batch.
-        pilots: Queries of each sample that came before and share the mean with a fixed weight.
-        pilot_weight: The pilots' weight for each sample; None: their share of the site's budget.
-    """
+    """``(1 / B) sum_b g_b`` at one site, by parameter name; arguments as in ``likelihood_ratio.reference_gradient``."""
     total = torch.zeros_like(flat([*site.parameters.values()]))
     for b, count in enumerate(counts):
         clean = _loss(module.eval(), strategy.loss, x[b : b + 1], y[b : b + 1], {}, 0.0)

@@ -141,7 +141,7 @@ def outside_of_torch(output: Tensor, target: Tensor) -> Tensor:
 def test_a_loss_without_a_slope_is_refused(
     loss: Any, kind: type[Any], tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
 ) -> None:
-    """Smoothing is what noise of some width adds; without it the 0-1 error teaches nothing."""
+    """Smoothing is what noise of some width adds; without it the 0-1 error has no gradient."""
     x, y = tokens[0], torch.tensor([0, 1, 0, 1])
     with pytest.raises(SettingError, match=f"loss = '{loss.__name__}': has no derivative.* such as LikelihoodRatio"):
         bound(kind, tokens_net, loss, over("0", "4", "group")).clean_pass(x, y)

@@ -95,7 +95,7 @@ def equal(found: dict[str, Tensor | None], expected: dict[str, Tensor | None], *
 
 @pytest.mark.parametrize(("strategy", "layout"), ALL)
 def test_vit(strategy: str, layout: str, vit: nn.Module, images: tuple[Tensor, Tensor]) -> None:
-    """Class token and position embedding belong to no layer, and are taught as well."""
+    """Class token and position embedding belong to no layer, and are trained as well."""
     chosen = perturbing(strategy, layout, vit, VIT_SITES["group"], cross_entropy)
     assert {"cls_token", "pos_embed"} < set(chosen.sites[0].parameters)
     # Counts of its own for every site: each must read its own line of the table.
