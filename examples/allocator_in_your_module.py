@@ -1,9 +1,9 @@
 """Query allocation in a LightningModule of your own: ``python examples/allocator_in_your_module.py``.
 
-An ordinary small classifier of scikit-learn's handwritten digits that trains itself with forward passes: it adds noise
-to the output of each linear layer and correlates the change of the loss with the noise (likelihood ratio). None of that
-comes from this package. The lines between the two marks are what it takes to have QueryAllocatorCallback allocate the
-queries. A problem as easy as this one is learned as well with equal queries; it shows the wiring.
+A small classifier of scikit-learn's handwritten digits that trains itself with forward passes: it adds noise to the
+output of each linear layer and correlates the change of the loss with the noise (likelihood ratio). None of that comes
+from this package. The lines between the two marks are all that QueryAllocatorCallback needs to allocate the queries.
+The example shows the wiring; a problem as easy as this one is learned as well with equal queries.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class TinyClassifier(pl.LightningModule):
 
     # ---- what the callback needs: from here ...
     def sample_statistics(self, batch: list[Tensor]) -> SampleStatistics:
-        """Clean losses, features, and how much the gradients of a few pilot queries of each sample scatter."""
+        """Clean losses, features, and the variance of the gradient over a few pilot queries, for each sample."""
         images, labels = batch
         pilots = torch.arange(len(images), device=self.device).repeat_interleave(PILOTS)
         change, _ = self.query(0, pilots, batch)
@@ -57,7 +57,7 @@ class TinyClassifier(pl.LightningModule):
         """Queries of each sample in the step that follows, the same for both layers."""
         self.counts = counts[0].to(self.device)
 
-    # ---- ... to here, and in training_step `self.counts` where there was one number for all.
+    # ---- ... to here; training_step uses `self.counts` instead of one number for all samples.
 
     def losses(self, images: Tensor, labels: Tensor, noise: tuple[Tensor | float, ...] = (0.0, 0.0)) -> Tensor:
         """``(b,)`` losses with noise added to the output of each layer."""
@@ -97,7 +97,7 @@ def digits() -> tuple[TensorDataset, TensorDataset]:
 
 
 def accuracy(model: TinyClassifier, data: TensorDataset) -> float:
-    """Share of images read right."""
+    """Share of images classified correctly."""
     images, labels = data.tensors
     with torch.no_grad():
         return float((model(images).argmax(dim=1) == labels).float().mean())

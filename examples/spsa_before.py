@@ -1,8 +1,8 @@
 """SPSA training of a LightningModule of your own: ``python examples/spsa_before.py``.
 
-A small classifier of scikit-learn's handwritten digits that never differentiates: each query moves all parameters by a
-random direction of signs, and the difference of the losses at both ends weighs the direction (SPSA, Spall 1992). Every
-sample has the same number of queries. ``spsa_with_allocator.py`` is this file with the queries allocated.
+A small classifier of scikit-learn's handwritten digits that needs no derivative. Each query moves all parameters along
+a random direction of signs, and the difference between the losses at both ends weights the direction (SPSA, Spall
+1992). Every sample has the same number of queries; ``spsa_with_allocator.py`` is the same file with allocated queries.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def digits() -> tuple[TensorDataset, TensorDataset]:
 
 @torch.no_grad()
 def accuracy(model: DigitClassifier, data: TensorDataset) -> float:
-    """Share of images read right."""
+    """Share of images classified correctly."""
     images, labels = data.tensors
     return float((model.net(images).argmax(dim=1) == labels).float().mean())
 

@@ -1,8 +1,9 @@
 """Minimise the error rate itself, which has no derivative: ``python examples/zero_one_error.py``.
 
-A small classifier of scikit-learn's handwritten digits learns from nothing but whether each perturbed answer was right.
-No Lightning: a strategy, a network in stages and an optimiser. What is descended is the error rate under noise. Narrow
-noise seldom turns an answer from wrong to right, and queries that change nothing teach nothing; so it is wide.
+A small classifier of scikit-learn's handwritten digits learns only from whether each perturbed answer is right. It uses
+a strategy, a network in stages and an optimiser, without Lightning. The objective that is minimised is the error rate
+under noise. Narrow noise rarely turns a wrong answer into a right one, and queries that change nothing carry no
+information, so the noise is wide.
 
 Measured over seeds 0 to 2: 94, 91 and 77 % test accuracy with ``sigma=2.0``, and 22, 72 and 36 % with ``sigma=0.05``.
 """
@@ -26,7 +27,7 @@ def digits() -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Share of images read right."""
+    """Share of images classified correctly."""
     return 1.0 - float(zero_one_error(network(images), labels).mean())
 
 
