@@ -12,45 +12,35 @@ from functools import partial
 
 import torch
 
+import flops_lightning as fl
 from benchmarks.cases import VIT_BASE
-from benchmarks.harness import Spread, alternate, at_least, command, finish, synchronizer, table
-from flops_lightning.allocators import (
-    BernoulliAllocator,
-    CostAwareAllocator,
-    EqualAllocator,
-    GaussianAllocator,
-    OptimalAllocator,
-    QueryAllocator,
-    QueryBudget,
-    SampleStatistics,
-    TraceObservation,
-    TraceSettings,
-)
+from benchmarks.harness import Spread, alternate, command, finish, synchronizer, table
+from flops_lightning.allocators import QueryBudget, TraceSettings
 
 SITES, QUERIES, FEATURES = 4, 20, 768
 PREDICTORS = ("activation.1", "activation.2", "activation.3", "head_gradient", "output_gradient", "top_gradient")
 WINDOW, ROUNDS = 9, 30
 """Rounds until the allocators' windows of batches are full, and timed rounds after them."""
 PREDICTED = TraceSettings(source="prediction")
-ALLOCATORS: Mapping[str, Callable[[], QueryAllocator]] = {
-    "equal": EqualAllocator,
-    "bernoulli": partial(BernoulliAllocator, traces=PREDICTED),
-    "gaussian, pathwise": partial(GaussianAllocator, traces=PREDICTED),
-    "gaussian, score": partial(GaussianAllocator, traces=PREDICTED, gradient="score"),
-    "gaussian, exact": partial(GaussianAllocator, traces=PREDICTED, gradient="exact"),
-    "optimal": partial(OptimalAllocator, traces=PREDICTED),
-    "cost-aware": partial(CostAwareAllocator, traces=PREDICTED),
+ALLOCATORS: Mapping[str, Callable[[], fl.QueryAllocator]] = {
+    "equal": fl.EqualAllocator,
+    "bernoulli": partial(fl.BernoulliAllocator, traces=PREDICTED),
+    "gaussian, pathwise": partial(fl.GaussianAllocator, traces=PREDICTED),
+    "gaussian, score": partial(fl.GaussianAllocator, traces=PREDICTED, gradient="score"),
+    "gaussian, exact": partial(fl.GaussianAllocator, traces=PREDICTED, gradient="exact"),
+    "optimal": partial(fl.OptimalAllocator, traces=PREDICTED),
+    "cost-aware": partial(fl.CostAwareAllocator, traces=PREDICTED),
 }
 
 
-def batch_statistics(batch: int, seed: int, device: torch.device) -> tuple[SampleStatistics, TraceObservation]:
+def batch_statistics(batch: int, seed: int, device: torch.device) -> tuple[fl.SampleStatistics, fl.TraceObservation]:
     """Statistics of a batch, and what its queries might have shown."""
     generator = torch.Generator().manual_seed(seed)
     loss = torch.rand(batch, generator=generator) * 3
     log_trace = 2 * loss + torch.randn(batch, generator=generator)
     scatter = torch.rand(SITES, batch, generator=generator) + 0.5
     predictors = {name: (log_trace + torch.randn(batch, generator=generator)).exp() for name in PREDICTORS}
-    known = SampleStatistics(
+    known = fl.SampleStatistics(
         loss=loss.to(device),
         embedding=torch.randn(batch, FEATURES, generator=generator).to(device),
         predictors={name: value.to(device) for name, value in predictors.items()},
@@ -58,12 +48,12 @@ def batch_statistics(batch: int, seed: int, device: torch.device) -> tuple[Sampl
         scale=torch.ones(SITES, device=device),
     )
     traces = (log_trace.exp() * scatter).to(device)
-    return known, TraceObservation(traces, torch.full_like(traces, QUERIES))
+    return known, fl.TraceObservation(traces, torch.full_like(traces, QUERIES))
 
 
-def allocations(allocator: QueryAllocator, batch: int, device: torch.device) -> Callable[[], object]:
+def allocations(allocator: fl.QueryAllocator, batch: int, device: torch.device) -> Callable[[], object]:
     """One allocation after the other, learning included, each for a batch of its own."""
-    batches: Iterator[tuple[SampleStatistics, TraceObservation]] = iter(
+    batches: Iterator[tuple[fl.SampleStatistics, fl.TraceObservation]] = iter(
         [batch_statistics(batch, seed, device) for seed in range(1 + WINDOW + ROUNDS)]
     )
 
@@ -86,9 +76,7 @@ def clean_pass_seconds(batch: int, device: torch.device) -> float:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print the table."""
-    parser = command("benchmarks.allocation", __doc__, device=True)
-    parser.add_argument("--batch", type=at_least(1), default=128, help="samples in a batch (default 128)")
-    options = parser.parse_args(argv)
+    options = command("benchmarks.allocation", __doc__, device=True, batch=128).parse_args(argv)
     batch, device = options.batch, options.device
     whole = clean_pass_seconds(batch, device)
     contenders = {name: allocations(make(), batch, device) for name, make in ALLOCATORS.items()}

@@ -20,39 +20,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Record, at_least, command, finish, mean_and_error, say, table
+import flops_lightning as fl
+from benchmarks.harness import Record, command, finish, mean_and_error, say, table
 from benchmarks.precision import NETWORKS, cosine, gradient
 from flops_lightning.network.staging import StagedNetwork
-from flops_lightning.strategies import (
-    SPSA,
-    Backprop,
-    CoordinateFiniteDifferences,
-    EvolutionStrategies,
-    ForwardGradientStrategy,
-    ForwardMode,
-    LikelihoodRatio,
-    MeZO,
-    SiteSpec,
-    WeightForwardMode,
-)
 from flops_lightning.strategies.site_specs import default_specs
 
-Make = Callable[..., ForwardGradientStrategy]
+Make = Callable[..., fl.ForwardGradientStrategy]
 
 
 def strategies(network: StagedNetwork, queries: int, rows: int) -> Mapping[str, Make]:
     """By name; each takes a seed."""
     ends = [network.stages[0].name, network.stages[-1].name]
     groups = [replace(spec, queries_per_sample=queries) for spec in default_specs(network)]
-    blocks = [SiteSpec(stages=ends, kind="block", queries_per_sample=queries)]
+    blocks = [fl.SiteSpec(stages=ends, kind="block", queries_per_sample=queries)]
     above = [network.stages[1].name, ends[1]]  # class token and positions have no closed form
     linear = [
-        SiteSpec(stages=ends[:1], kind="block", queries_per_sample=queries),
-        SiteSpec(stages=above, kind="linear", queries_per_sample=queries),
+        fl.SiteSpec(stages=ends[:1], kind="block", queries_per_sample=queries),
+        fl.SiteSpec(stages=above, kind="linear", queries_per_sample=queries),
     ]
     inside: dict[str, Any] = {"chunk_rows": rows, "sites": groups}
     narrow: dict[str, Any] = {**inside, "sigma": 1e-3}
-    lr = partial(LikelihoodRatio, **inside)
+    lr = partial(fl.LikelihoodRatio, **inside)
     return {
         "LikelihoodRatio, groups": lr,
         "LikelihoodRatio, groups, leave-one-out": partial(lr, variant="leave_one_out"),
@@ -61,16 +50,16 @@ def strategies(network: StagedNetwork, queries: int, rows: int) -> Mapping[str, 
         "LikelihoodRatio, groups, factored noise": partial(lr, noise={"layout": "factored"}),
         "LikelihoodRatio, blocks": partial(lr, sites=blocks),
         "LikelihoodRatio, linear": partial(lr, sites=linear),
-        "ForwardMode, groups": partial(ForwardMode, **inside),
-        "EvolutionStrategies, shared": partial(EvolutionStrategies, **narrow),
-        "SPSA, shared": partial(SPSA, **narrow),
-        "SPSA, factored": partial(SPSA, layout="factored", **narrow),
-        "SPSA, factored, activation-guided": partial(SPSA, layout="factored", activation_guided=True, **narrow),
-        "WeightForwardMode, factored": partial(WeightForwardMode, layout="factored", **inside),
-        "MeZO, 2 queries": partial(MeZO, chunk_rows=rows, queries=2),
-        "MeZO, 80 queries": partial(MeZO, chunk_rows=rows, queries=4 * queries),
+        "ForwardMode, groups": partial(fl.ForwardMode, **inside),
+        "EvolutionStrategies, shared": partial(fl.EvolutionStrategies, **narrow),
+        "SPSA, shared": partial(fl.SPSA, **narrow),
+        "SPSA, factored": partial(fl.SPSA, layout="factored", **narrow),
+        "SPSA, factored, activation-guided": partial(fl.SPSA, layout="factored", activation_guided=True, **narrow),
+        "WeightForwardMode, factored": partial(fl.WeightForwardMode, layout="factored", **inside),
+        "MeZO, 2 queries": partial(fl.MeZO, chunk_rows=rows, queries=2),
+        "MeZO, 80 queries": partial(fl.MeZO, chunk_rows=rows, queries=4 * queries),
         "CoordinateFiniteDifferences, 80 coordinates": partial(
-            CoordinateFiniteDifferences, chunk_rows=rows, coordinates=4 * queries, ratios="uniform"
+            fl.CoordinateFiniteDifferences, chunk_rows=rows, coordinates=4 * queries, ratios="uniform"
         ),
     }
 
@@ -93,13 +82,9 @@ def per_cost(cosines: Sequence[float], forward_equivalents: float) -> float:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print the table."""
-    parser = command("benchmarks.fidelity", __doc__)
+    parser = command("benchmarks.fidelity", __doc__, draws=8, batch=32, queries=20, rows=128)
     parser.add_argument("--network", choices=NETWORKS, default="digits", help="default digits")
     parser.add_argument("--names", nargs="+", help="default all")
-    parser.add_argument("--draws", type=at_least(1), default=8, help="estimates of each kind (default 8)")
-    parser.add_argument("--batch", type=at_least(1), default=32, help="samples (default 32)")
-    parser.add_argument("--queries", type=at_least(1), default=20, help="of a sample at each site (default 20)")
-    parser.add_argument("--rows", type=at_least(1), default=128, help="rows of a forward pass (default 128)")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     network, batch = NETWORKS[options.network](options.batch, 0)
@@ -107,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     unknown = sorted({*(options.names or ())} - {*known})
     if unknown:
         parser.error(f"{unknown[0]!r} is not known; choose from {', '.join(map(repr, known))}.")
-    truth, records = gradient(Backprop(), network, batch), []
+    truth, records = gradient(fl.Backprop(), network, batch), []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of settings that forward mode does not need
         for name in options.names or known:

@@ -129,20 +129,34 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def command(module: str, doc: str | None, *, rounds: int = 0, device: bool = False) -> argparse.ArgumentParser:
+NUMBERS = {
+    "rounds": "timed rounds",
+    "batch": "samples in a batch",
+    "queries": "queries of a sample at each site",
+    "rows": "rows of a forward pass",
+    "chunk_rows": "rows of a forward pass",
+    "draws": "estimates of each kind",
+    "seeds": "number of seeds",
+    "steps": "steps that count",
+}
+"""Options that are whole numbers of 1 or more."""
+
+
+def command(module: str, doc: str | None, *, device: bool = False, **numbers: int) -> argparse.ArgumentParser:
     """The parser of ``python -m module``, with ``--json``.
 
     Args:
         module: Name of the module.
         doc: Its docstring, whose first line is "``command``: summary".
-        rounds: Default of ``--rounds``; 0: there is no such option.
         device: Whether there is ``--device``.
+        numbers: Defaults of further options, of :data:`NUMBERS`.
     """
     summary = (doc or "").partition("\n")[0].partition(": ")[2]
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=summary)
     parser.add_argument("--json", type=_writable, metavar="FILE", help="also write the records to FILE")
-    if rounds:
-        parser.add_argument("--rounds", type=at_least(1), default=rounds, help=f"timed rounds (default {rounds})")
+    for name, default in numbers.items():
+        option, meaning = f"--{name.replace('_', '-')}", f"{NUMBERS[name]} (default {default})"
+        parser.add_argument(option, type=at_least(1), default=default, help=meaning)
     if device:
         parser.add_argument("--device", type=_device, default=CPU, help="cpu (default), cuda, cuda:1, ...")
     return parser

@@ -7,7 +7,6 @@ untimed round: the disk is not in it.
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import time
@@ -16,15 +15,13 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch.utils.data import Subset
 
-from benchmarks.harness import Record, Spread, alternate, at_least, command, finish, table
-
-if TYPE_CHECKING:
-    from flops_lightning.datamodules import ImageNetDataModule
+import flops_lightning as fl
+from benchmarks.harness import Record, Spread, alternate, at_least, command, finish, positive, table
 
 WIDTH, HEIGHT, QUALITY = 500, 375, 90  # of photos as ImageNet has them, most of them 500 x 375
 FADING = 0.2  # by which fine noise is weaker than coarse: a file has 110 kB, as those of ImageNet have on average
@@ -72,11 +69,9 @@ def link_files(root: Path, files: int) -> None:
             os.link(folder / "000000.JPEG", folder / f"{j:06}.JPEG")
 
 
-def photos(root: Path, *, num_workers: int = 0, image_size: int = 224, augment: bool = False) -> ImageNetDataModule:
+def photos(root: Path, *, num_workers: int = 0, image_size: int = 224, augment: bool = False) -> fl.ImageNetDataModule:
     """The photos under ``root/train``, all for training."""
-    from flops_lightning.datamodules import ImageNetDataModule
-
-    return ImageNetDataModule(
+    return fl.ImageNetDataModule(
         root=str(root), batch_size=LOADED_AT_ONCE, num_workers=num_workers, image_size=image_size, val_images=0,
         augment=augment, normalization="imagenet",
     )  # fmt: skip
@@ -92,23 +87,11 @@ def rates(
     rounds: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[int, list[float]]:
-    """Images per second in each round, by number of workers; the numbers of workers take turns.
+    """Images per second in each round, by number of workers (0 loads in this process); the numbers take turns.
 
-    Args:
-        root: Folder with ``train/<class>/*``.
-        workers: Processes that load; 0 loads in this one.
-        images: Images of a round, spread over the data set; all, where there are fewer.
-        image_size: Height and width that they are made to have, in pixels.
-        augment: Whether they are cropped at random and mirrored, instead of resized.
-        rounds: Timed rounds.
-        clock: Seconds. Those of ``time.process_time``, which other jobs on the machine hardly change, are of this
-            process alone, so for 0 workers.
-
-    Raises:
-        SettingError: There are no such photos, or no rounds.
+    The ``images`` of a round are spread over ``root/train/<class>/*``; where there are fewer, all are loaded. The clock
+    ``time.process_time``, which other jobs hardly change, is of this process alone, so for 0 workers.
     """
-    from torch.utils.data import Subset
-
     loaders = {}
     for number in workers:
         data = photos(root, num_workers=number, image_size=image_size, augment=augment)
@@ -141,7 +124,7 @@ def rate_table(found: Mapping[int, Sequence[float]]) -> str:
 
 
 def need_table(one_worker: float, batch: int, step_seconds: Sequence[float]) -> str:
-    """Images per second that a GPU takes, and how many workers that is, by seconds of its step of ``batch`` images."""
+    """Images per second that a GPU takes, and how many workers that is, by seconds of its step of a batch."""
     records = [{"step": s, "need": batch / s, "workers": batch / s / one_worker} for s in step_seconds]
     columns = {f"seconds a step, batch {batch}": "{step:g}", "images/s needed": "{need:.0f}"}
     return table(columns | {"workers needed per GPU": "{workers:.1f}"}, records) + "\n"
@@ -149,7 +132,18 @@ def need_table(one_worker: float, batch: int, step_seconds: Sequence[float]) -> 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print the tables."""
-    options = _parser().parse_args(argv)
+    parser, count = command("benchmarks.loading", __doc__, rounds=5), at_least(1)
+    parser.add_argument("--root", type=Path, help="folder with train/CLASS/*, instead of photos made up for it")
+    parser.add_argument("--images", type=count, default=256, help="images of a round (default 256)")
+    parser.add_argument("--image_size", type=count, default=224, help="pixels (default 224)")
+    parser.add_argument("--augment", action="store_true", help="crop at random and mirror, instead of resizing")
+    parser.add_argument(
+        "--workers", type=at_least(0), nargs="+", default=[0, 1, 2], help="default 0 1 2; 1 is always in"
+    )
+    parser.add_argument("--batch", type=count, default=128, help="images of a step on one GPU (default 128)")
+    parser.add_argument("--step_seconds", type=positive, nargs="+", default=[0.5, 1, 2, 5], help="of a step on a GPU")
+    parser.add_argument("--check_files", type=count, metavar="N", help="time the check before training on N files")
+    options = parser.parse_args(argv)
     torch.set_num_threads(1)  # as in a worker
     with TemporaryDirectory(prefix="photos_") as folder:
         root = options.root or Path(folder)
@@ -166,23 +160,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         rate = options.check_files / seconds
         print(f"Check of {options.check_files:,} files: {seconds:.1f} s, {rate:,.0f} files/s.")
     finish(options, [{"workers": n, "images_per_second": values, **settings} for n, values in found.items()])
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser, count = command("benchmarks.loading", __doc__, rounds=5), at_least(1)
-    parser.add_argument("--root", type=Path, help="folder with train/CLASS/*, instead of photos made up for it")
-    parser.add_argument("--images", type=count, default=256, help="images of a round (default 256)")
-    parser.add_argument("--image_size", type=count, default=224, help="pixels (default 224)")
-    parser.add_argument("--augment", action="store_true", help="crop at random and mirror, instead of resizing")
-    parser.add_argument(
-        "--workers", type=at_least(0), nargs="+", default=[0, 1, 2], help="default 0 1 2; 1 always is in it"
-    )
-    parser.add_argument("--batch", type=count, default=128, help="images of a step on one GPU (default 128)")
-    parser.add_argument(
-        "--step_seconds", type=float, nargs="+", default=[0.5, 1, 2, 5], help="of a step, for the workers it needs"
-    )
-    parser.add_argument("--check_files", type=count, metavar="N", help="time the check before training on N files")
-    return parser
 
 
 if __name__ == "__main__":

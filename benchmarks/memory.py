@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.cases import VIT_TINY, Case
-from benchmarks.harness import Record, Spread, at_least, command, finish, table
+from benchmarks.harness import Record, Spread, command, finish, table
 from benchmarks.speed import run_queries
 from flops_lightning.network.memory import held
 from flops_lightning.network.staging import StagedNetwork
@@ -117,8 +117,7 @@ def report(records: Sequence[Record]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print the table."""
-    parser = command("benchmarks.memory", __doc__, rounds=3, device=True)
-    parser.add_argument("--batch", type=at_least(1), default=64, help="samples in a batch (default 64)")
+    parser = command("benchmarks.memory", __doc__, device=True, rounds=3, batch=64)
     parser.add_argument("--names", nargs="+", choices=NAMES, default=list(NAMES), help="contenders")
     parser.add_argument("--one", choices=NAMES, help=argparse.SUPPRESS)  # a child process
     options = parser.parse_args(argv)

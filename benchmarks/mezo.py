@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from benchmarks.cases import DIGITS, VIT_MICRO, VIT_TINY, Case
-from benchmarks.harness import Spread, alternate, at_least, command, finish, synchronizer, table
+from benchmarks.harness import Spread, alternate, command, finish, synchronizer, table
 from flops_lightning.objectives import cross_entropy
 from flops_lightning.strategies import MeZO
 
@@ -38,10 +38,7 @@ def overhead(case: Case, *, rounds: int, device: torch.device) -> Spread:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print the table."""
-    parser = command("benchmarks.mezo", __doc__, rounds=5, device=True)
-    parser.add_argument("--batch", type=at_least(1), default=64, help="samples in a batch (default 64)")
-    parser.add_argument("--chunk-rows", type=at_least(1), default=64, help="rows of a forward pass (default 64)")
-    options = parser.parse_args(argv)
+    options = command("benchmarks.mezo", __doc__, device=True, rounds=5, batch=64, chunk_rows=64).parse_args(argv)
     size = {"batch": options.batch, "chunk_rows": options.chunk_rows}
     records = []
     for case in (DIGITS, VIT_MICRO, VIT_TINY):

@@ -23,20 +23,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+import flops_lightning as fl
 from benchmarks.cases import tiny_digits_vit, vit
-from benchmarks.harness import Record, at_least, command, finish, mean_and_error, say, table
+from benchmarks.harness import Record, command, finish, mean_and_error, say, table
 from flops_lightning.network.staging import StagedNetwork, stage_network
 from flops_lightning.objectives import cross_entropy
-from flops_lightning.strategies import (
-    SPSA,
-    Backprop,
-    ForwardGradientStrategy,
-    ForwardMode,
-    LikelihoodRatio,
-    MeZO,
-    SiteSpec,
-    WeightForwardMode,
-)
 from flops_lightning.strategies.site_specs import default_specs
 
 DIGITS_WEIGHTS = "data/assets/vit_tiny_digits_upright.safetensors"
@@ -135,7 +126,7 @@ NETWORKS = {"digits": digits, "vit_tiny": random_vit_tiny, "mlp20": deep_mlp}
 """By name: a network with a batch of a given size and seed."""
 
 
-def gradients(strategy: ForwardGradientStrategy, network: StagedNetwork, batch: Batch) -> dict[str, Tensor]:
+def gradients(strategy: fl.ForwardGradientStrategy, network: StagedNetwork, batch: Batch) -> dict[str, Tensor]:
     """The estimate, one float64 vector a trainable parameter; zeros where all queries were lost."""
     strategy.bind(network, cross_entropy)
     network.module.zero_grad()
@@ -144,7 +135,7 @@ def gradients(strategy: ForwardGradientStrategy, network: StagedNetwork, batch: 
     return {name: value.detach().double().flatten() for name, value in filled.items()}
 
 
-def gradient(strategy: ForwardGradientStrategy, network: StagedNetwork, batch: Batch) -> Tensor:
+def gradient(strategy: fl.ForwardGradientStrategy, network: StagedNetwork, batch: Batch) -> Tensor:
     """The estimate over all trainable parameters as one float64 vector."""
     return torch.cat(list(gradients(strategy, network, batch).values()))
 
@@ -156,28 +147,28 @@ def cosine(a: Tensor, b: Tensor) -> float:
 
 def pair(
     method: str, network: StagedNetwork, sigma: float, *, queries: int, rows: int, seed: int
-) -> tuple[ForwardGradientStrategy, ForwardGradientStrategy]:
+) -> tuple[fl.ForwardGradientStrategy, fl.ForwardGradientStrategy]:
     """One of :data:`METHODS`, and exact derivatives along the same directions."""
     common: dict[str, Any] = {"chunk_rows": rows, "seed": seed}
     ends = [network.stages[0].name, network.stages[-1].name]
     directions = max(2, queries // 2)  # of antithetic pairs
     if method == "MeZO":
-        whole = SiteSpec(stages=ends, queries_per_sample=directions, name="all")  # MeZO's own name: part of the key
-        return MeZO(sigma=sigma, queries=2 * directions, **common), WeightForwardMode(sites=[whole], **common)
+        whole = fl.SiteSpec(stages=ends, queries_per_sample=directions, name="all")  # MeZO's own name: part of the key
+        return fl.MeZO(sigma=sigma, queries=2 * directions, **common), fl.WeightForwardMode(sites=[whole], **common)
     if method == "SPSA, factored":
         exact = [replace(spec, queries_per_sample=directions) for spec in default_specs(network)]
         pairs = [replace(spec, sigma=sigma, queries_per_sample=2 * directions) for spec in exact]
         common["layout"] = "factored"
-        return SPSA(sites=pairs, **common), WeightForwardMode(sites=exact, **common)
-    spec = SiteSpec(stages=ends, kind="block", queries_per_sample=queries)
-    return LikelihoodRatio(sites=[replace(spec, sigma=sigma)], **common), ForwardMode(sites=[spec], **common)
+        return fl.SPSA(sites=pairs, **common), fl.WeightForwardMode(sites=exact, **common)
+    spec = fl.SiteSpec(stages=ends, kind="block", queries_per_sample=queries)
+    return fl.LikelihoodRatio(sites=[replace(spec, sigma=sigma)], **common), fl.ForwardMode(sites=[spec], **common)
 
 
 def cosines(
     method: str, network: StagedNetwork, batch: Batch, sigmas: Sequence[float], precisions: Sequence[str], **size: int
 ) -> dict[tuple[float, str], tuple[float, float]]:
     """With the gradient, and with exact derivatives along the same directions; ``size`` is that of :func:`pair`."""
-    truth = gradient(Backprop(), network, batch)
+    truth = gradient(fl.Backprop(), network, batch)
     along = gradient(pair(method, network, sigmas[0], **size)[1], network, batch)
     found = {}
     for sigma in sigmas:
@@ -191,15 +182,11 @@ def cosines(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print a table for each method."""
-    parser = command("benchmarks.precision", __doc__)
+    parser = command("benchmarks.precision", __doc__, seeds=4, batch=16, queries=20, rows=128)
     parser.add_argument("--network", choices=NETWORKS, default="digits", help="default digits")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="default all")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS), help="default all")
     parser.add_argument("--sigmas", nargs="+", type=float, default=SIGMAS, help=f"default {SIGMAS}")
-    parser.add_argument("--seeds", type=at_least(1), default=4, help="seeds 0 to N-1 (default 4)")
-    parser.add_argument("--batch", type=at_least(1), default=16, help="samples (default 16)")
-    parser.add_argument("--queries", type=at_least(1), default=20, help="of a sample at each site (default 20)")
-    parser.add_argument("--rows", type=at_least(1), default=128, help="rows of a forward pass (default 128)")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", RuntimeWarning)  # of the sigmas that are too small: that is what is measured

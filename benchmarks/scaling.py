@@ -157,7 +157,7 @@ def main(
     argv: Sequence[str] | None = None, *, base: Point = BASE, sweeps: Mapping[str, Sequence[int]] = SWEEPS
 ) -> None:
     """Measure, print the tables, write the records."""
-    parser = command("benchmarks.scaling", __doc__, rounds=5, device=True)
+    parser = command("benchmarks.scaling", __doc__, device=True, rounds=5)
     parser.add_argument("--only", choices=list(sweeps), help="a single sweep (default all)")
     options = parser.parse_args(argv)
     found = []

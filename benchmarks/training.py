@@ -128,14 +128,12 @@ def report(records: Sequence[Record]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print the table."""
-    parser = command("benchmarks.training", __doc__, device=True)
+    parser = command("benchmarks.training", __doc__, device=True, batch=8, steps=5)
     parser.add_argument("--model", default="vit_tiny_patch16_224", help="a timm ViT (default vit_tiny_patch16_224)")
-    parser.add_argument("--batch", type=at_least(1), default=8, help="samples in a batch (default 8)")
     parser.add_argument(
         "--queries", type=at_least(2 + PILOTS), default=20, help="queries of a sample at each site (default 20)"
     )
     parser.add_argument("--chunk-rows", type=at_least(2), default=16, help="rows of a forward pass (default 16)")
-    parser.add_argument("--steps", type=at_least(1), default=5, help="steps that count (default 5)")
     parser.add_argument("--names", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="allocators")
     options = parser.parse_args(argv)
     records = []

@@ -59,6 +59,7 @@ def test_the_model_counts_the_bytes_and_passes_of_real_processes(two_processes, 
     for rank in two_processes[name]:
         assert rank["bytes"] == load.bytes_sent(SAMPLES, 2)
         assert rank["forward_equivalents"] == pytest.approx(SAMPLES * load.sample, rel=1e-12)
+        assert 0 < rank["exchange"][0] < rank["seconds"][0]
 
 
 def test_the_bytes_by_hand(two_processes):
@@ -81,11 +82,6 @@ def test_processes_have_the_gradient_of_the_same_ranks_one_after_the_other(two_p
         run_step(BY_NAME[name], strategy, *batch_of(PERCEPTRON, SAMPLES, 2, rank))
         parts.append(torch.cat([p.grad.flatten() for p in parameters_of(strategy)]))
     assert first["gradient_norm"] == pytest.approx(float(torch.stack(parts).mean(0).norm()), rel=1e-5)
-
-
-def test_time_within_collectives_is_part_of_the_step(two_processes):
-    for per_rank in two_processes.values():
-        assert all(0 < rank["exchange"][0] < rank["seconds"][0] for rank in per_rank)
 
 
 # -- what a step consists of -------------------------------------------------------------------------------------------
@@ -135,15 +131,11 @@ def test_bytes_of_losses_depend_on_neither_parameters_nor_samples_and_those_of_g
     assert load.bytes_sent(64, 1) == losses.bytes_sent(64, 1) == 0
 
 
-@pytest.mark.parametrize(
-    ("name", "parameters", "multiply_adds"),
-    [("vit_base_patch16_224", 86_567_656, 17.6e9), ("vit_large_patch16_224", 304_326_632, 61.6e9)],
-)
-def test_sizes_of_the_vits(name, parameters, multiply_adds):
-    loads, flops = vit_loads(name, queries=20)
-    assert {load.numbers for load in loads.values()} == {parameters}
-    # Published; less here, since the last block computes no more than the one token that is read.
-    assert 0.9 < flops / (2 * multiply_adds) < 1
+def test_the_size_of_vit_base():
+    loads, flops = vit_loads("vit_base_patch16_224", queries=20)
+    assert {load.numbers for load in loads.values()} == {86_567_656}
+    # Published are 17.6e9 multiply-adds; less here, since the last block computes only the one token that is read.
+    assert 0.9 < flops / (2 * 17.6e9) < 1
 
 
 # -- seconds -----------------------------------------------------------------------------------------------------------
@@ -162,10 +154,6 @@ def test_messages_and_bytes_are_those_of_a_ring_played_through(n):
     assert (held == values.sum(0)).all()
     assert ring_seconds("sum", 8 * n, n, 1.0, 0.0) == pytest.approx(8 * moved[0])
     assert ring_seconds("sum", 8 * n, n, np.inf, 1.0) == moved[0]
-
-
-def test_seconds_of_collectives_by_hand():
-    assert ring_seconds("sum", 10**9, 8, 1e9, 1e-5) == pytest.approx(1.75 + 14e-5)
     assert ring_seconds("gather", 10**6, 8, 1e9, 1e-5) == pytest.approx(7e-3 + 7e-5)
 
 
