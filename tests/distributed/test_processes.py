@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,29 +12,47 @@ from tests.distributed.scenarios import LONG, SCENARIOS, SUMMARISED, make_task, 
 from tests.processes import run_module
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for all processes
+QUICK = ["lr_gaussian", "spsa_losses", "accumulated", "backprop"]
+"""Run by two processes also where slow tests are left out."""
 OF_FOUR = ["lr_gaussian", "spsa_losses", "one_rank_lost"]
-RUNS = [(2, name) for name in SCENARIOS] + [(4, name) for name in OF_FOUR]
 LEARNED_TOGETHER = ("lr_learned_widths", "coordinates")
 """Here ranks share what they learn, which ranks one after the other would not: see the test of their states."""
+GROUPS = [(2, QUICK), (2, [name for name in SCENARIOS if name not in QUICK]), (4, OF_FOUR)]
+RUNS = [
+    pytest.param(size, name, marks=() if names is QUICK else pytest.mark.slow)
+    for size, names in GROUPS
+    for name in names
+]
 
 
-def launch(world_size: int, names: list[str], folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Run scenarios in several processes; results by name and rank."""
-    run_module(world_size, "tests.distributed.worker", str(world_size), str(folder), *names, seconds=800)
-    found = {name: [torch.load(folder / f"{name}-{rank}.pt") for rank in range(world_size)] for name in names}
-    for rank in found[SUMMARISED]:
-        rank["summary"] = json.loads((folder / "summary.json").read_text())
-    return found
+class Runs:
+    """Results of scenarios, one for each rank, by number of processes and name; a group runs when it is asked for."""
+
+    def __init__(self, factory: pytest.TempPathFactory) -> None:
+        self.factory = factory
+        self.found: dict[tuple[int, str], list[dict[str, Any]]] = {}
+
+    def __getitem__(self, run: tuple[int, str]) -> list[dict[str, Any]]:
+        if run not in self.found:
+            (names,) = (names for size, names in GROUPS if size == run[0] and run[1] in names)
+            folder = self.factory.mktemp("processes")
+            run_module(run[0], "tests.distributed.worker", str(run[0]), str(folder), *names, seconds=800)
+            for name in names:
+                self.found[run[0], name] = [torch.load(folder / f"{name}-{rank}.pt") for rank in range(run[0])]
+            if SUMMARISED in names:
+                for rank in self.found[run[0], SUMMARISED]:
+                    rank["summary"] = json.loads((folder / "summary.json").read_text())
+        return self.found[run]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], list[dict[str, Any]]]:
-    two = launch(2, list(SCENARIOS), tmp_path_factory.mktemp("two"))
-    four = launch(4, OF_FOUR, tmp_path_factory.mktemp("four"))
-    return {(2, name): found for name, found in two.items()} | {(4, name): found for name, found in four.items()}
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory)
 
 
-@pytest.mark.parametrize(("world_size", "name"), [run for run in RUNS if run[1] not in (*LEARNED_TOGETHER, LONG)])
+@pytest.mark.parametrize(
+    ("world_size", "name"), [run for run in RUNS if run.values[1] not in (*LEARNED_TOGETHER, LONG)]
+)
 def test_processes_equal_the_same_ranks_one_after_the_other(runs, world_size, name):
     expected, counts = simulate(name, world_size)
     found = runs[world_size, name]
@@ -55,6 +72,7 @@ def test_replicas_are_bit_identical(runs, world_size, name):
     assert len({rank["steps"] for rank in runs[world_size, name]}) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LEARNED_TOGETHER)
 def test_what_ranks_learn_they_learn_alike(runs, name):
     first, second = (flat(rank["learned"]) for rank in runs[2, name])
@@ -69,24 +87,23 @@ def flat(state: Any, path: str = "") -> dict[str, Any]:
     return {path: state.tolist() if isinstance(state, torch.Tensor) else state}
 
 
+@pytest.mark.slow
 def test_a_long_run_has_uneven_counts_and_stays_identical(runs):
     ranks = runs[2, LONG]
     assert [rank["steps"] for rank in ranks] == [50, 50]
     assert any(len(set(table.flatten().tolist())) > 2 for table in ranks[0]["counts"])
 
 
-def test_every_rank_spends_the_share_of_its_samples(runs):
-    for world_size, name in RUNS:
-        if SCENARIOS[name].allocator is None:
-            continue
-        ranks = runs[world_size, name]
-        for tables in zip(*(rank["counts"] for rank in ranks), strict=True):
-            averages = [table.double().mean(dim=1) for table in tables]
-            for average in averages:
-                # Whole multiples: a rank's total is off its share by less than one pair.
-                assert ((average - averages[0]).abs() < 2 / min(table.shape[1] for table in tables)).all()
+@pytest.mark.parametrize(("world_size", "name"), [run for run in RUNS if SCENARIOS[run.values[1]].allocator])
+def test_every_rank_spends_the_share_of_its_samples(runs, world_size, name):
+    for tables in zip(*(rank["counts"] for rank in runs[world_size, name]), strict=True):
+        averages = [table.double().mean(dim=1) for table in tables]
+        for average in averages:
+            # Whole multiples: a rank's total is off its share by less than one pair.
+            assert ((average - averages[0]).abs() < 2 / min(table.shape[1] for table in tables)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["spsa", "mezo"])
 def test_exchanging_losses_equals_exchanging_gradients(runs, kind):
     gradients, losses = runs[2, f"{kind}_gradients"][0], runs[2, f"{kind}_losses"][0]
@@ -94,6 +111,7 @@ def test_exchanging_losses_equals_exchanging_gradients(runs, kind):
         assert torch.allclose(losses["parameters"][key], value, rtol=1e-9, atol=1e-11), key
 
 
+@pytest.mark.slow
 def test_a_batch_lost_on_one_rank_is_a_step_of_all_and_one_lost_on_all_is_none(runs):
     assert [rank["steps"] for rank in runs[2, "one_rank_lost"]] == [6, 6]
     assert [rank["steps"] for rank in runs[2, "spsa_losses_one_rank_lost"]] == [6, 6]
@@ -107,6 +125,7 @@ def test_bytes_of_a_step_with_gradients_are_those_of_the_parameters_and_a_short_
         assert rank["sent"] == [header + sum(8 * p.numel() for p in parameters)] * 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("narrow", "wide"), [("spsa_losses_equal", "spsa_losses_wide"), ("mezo_losses", "mezo_losses_wide")]
 )
@@ -119,7 +138,9 @@ def test_accumulated_batches_make_fewer_steps(runs):
     assert runs[2, "accumulated"][0]["steps"] == 3
 
 
-@pytest.mark.parametrize(("world_size", "samples"), [(2, 5 * 10 + 5), (4, 5 * 20 + 9)])
+@pytest.mark.parametrize(
+    ("world_size", "samples"), [(2, 5 * 10 + 5), pytest.param(4, 5 * 20 + 9, marks=pytest.mark.slow)]
+)
 def test_the_summary_counts_what_all_processes_did(runs, world_size, samples):
     summary = runs[world_size, SUMMARISED][0]["summary"]
     assert (summary["samples"], summary["queries"], summary["steps"]) == (samples, 16 * samples, 6)

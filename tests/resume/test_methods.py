@@ -16,6 +16,7 @@ from flops_lightning.cli.command import build
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 METHODS = sorted(file.stem for file in (CONFIGS / "method").glob("*.yaml"))
+QUICK = ("ops_lr", "mezo")
 FAILS_AT = 3
 
 SMALL = {
@@ -74,7 +75,9 @@ FEWER = {
 
 
 @pytest.mark.filterwarnings("ignore:.*sigma = .* has no effect", "ignore:.*is below what the precision resolves")
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in METHODS]
+)
 def test_it_goes_on_in_mid_epoch_as_if_it_had_not_stopped(tmp_path, method):
     fewer = {f"model.init_args.strategy.init_args.{name}": value for name, value in FEWER.get(method, {}).items()}
     whole = trained(tmp_path, method, **fewer)

@@ -55,6 +55,7 @@ def folders(tmp_path: Path, *, backprop: bool = False) -> tuple[Path, Path]:
     return tmp_path / "whole", tmp_path / "stopped"
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_and_the_run_goes_on_bit_for_bit(tmp_path):
     whole, stopped = folders(tmp_path)
     run(whole, 2)
@@ -65,6 +66,7 @@ def test_a_signal_to_one_process_stops_all_and_the_run_goes_on_bit_for_bit(tmp_p
     assert all(torch.equal(expected[name], resumed[name]) for name in expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_a_run_goes_on_with_another_number_of_processes_and_the_same_batches(tmp_path, before, after):
     # Backprop's gradient of a batch does not depend on who has computed which part of it.
@@ -126,6 +128,7 @@ def test_processes_with_unequal_validation_batches_agree_on_a_signal_while_all_v
     assert torch.load(saved, weights_only=True)["global_step"] == 4  # two epochs were validated unevenly before
 
 
+@pytest.mark.slow
 def test_queries_go_on_with_another_number_of_processes(tmp_path):
     _, stopped = folders(tmp_path)
     stop(stopped, 2, signal.SIGTERM)

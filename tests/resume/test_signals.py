@@ -162,6 +162,7 @@ def test_during_the_sanity_check_there_is_nothing_to_save(tmp_path):
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
+@pytest.mark.slow
 def test_the_command_line_leaves_with_the_code_of_the_signal_and_goes_on_with_last(tmp_path):
     for name in ("whole", "stopped"):
         (tmp_path / name).mkdir()
