@@ -44,7 +44,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     for case in (DIGITS, VIT_MICRO, VIT_TINY):
         ratio = overhead(replace(case, **size), rounds=options.rounds, device=options.device)
         records.append({"model": case.model, **size, "step_over_passes": ratio})
-    print(table({"network": "{model}", "step over two forward passes": "{step_over_passes:.3f}"}, records))
+    print(
+        table(
+            {"network": "{model}", "step over two forward passes, median (quartiles)": "{step_over_passes:.3f}"},
+            records,
+        )
+    )
     finish(options, records)
 
 
