@@ -1,14 +1,11 @@
 from __future__ import annotations
 
-import io
 import itertools
 import math
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from flops_lightning.allocators import (
@@ -124,16 +121,6 @@ def test_allocation_equals_handing_out_one_by_one(floor: float) -> None:
     torch.testing.assert_close(pruned_allocation(torch.tensor(masks), 80.0, floor=floor), expected)
 
 
-def test_freed_queries_differ_from_the_papers_normalisation_as_documented() -> None:
-    pruned = torch.tensor([True, True, False, False, False])
-    equal_parts = pruned_allocation(pruned, 5 * 12.0, floor=1.0)
-    assert equal_parts.tolist() == [6.0, 6.0, 16.0, 16.0, 16.0]
-    relative = torch.where(pruned, 6.0, 12.0)
-    normalised = relative * 5 * 12.0 / relative.sum()
-    torch.testing.assert_close(normalised, relative * 2 * 5 / (2 * 5 - 2))
-    assert float(equal_parts[2] / equal_parts[0]) == pytest.approx(2 + 2 / (5 - 2))
-
-
 @pytest.mark.parametrize("floor", [1.0, 6.0])
 @pytest.mark.parametrize("p", [0.2, 0.9])
 def test_score_gradient_is_unbiased(p: float, floor: float) -> None:
@@ -202,24 +189,6 @@ def test_objective_never_ends_above_its_start(max_iterations: int) -> None:
         assert optimum.converged == (max_iterations > 1)
 
 
-@pytest.mark.parametrize("max_iterations", [3, 30])
-def test_a_gradient_that_is_all_noise_does_no_harm(max_iterations: int) -> None:
-    # All traces below the mean are half the mean trace, but for scatter that two draws do not average out.
-    generator = torch.Generator().manual_seed(2)
-    problem = small_problem(harder_below=False)
-    scatter = torch.randn(10, dtype=torch.float64, generator=generator).exp()
-    trace = torch.where(problem.below, 4.0 / 14.0 * scatter / scatter[problem.below].mean(), 1.0)
-    flat = PruningProblem(problem.below, trace, problem.total, problem.floor)
-    assert exact_at(flat, 0.01) == pytest.approx(exact_at(flat, 0.99), rel=0.01)
-    for seed in range(20):
-        optimum = optimise_p(
-            flat, [0.5], draws=2, max_iterations=max_iterations, generator=torch.Generator().manual_seed(seed)
-        )
-        common = torch.rand(2, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-        after, before = (float(draw_objective(flat, p, common)[0].mean()) for p in (optimum.p, 0.5))
-        assert after <= before
-
-
 @pytest.mark.parametrize(("slope", "low", "high"), [(1.0, 0.9, 0.99), (-1.0, 0.01, 0.1)])
 def test_optimised_allocator_ends_on_the_right_side_and_follows_a_change(slope: float, low: float, high: float) -> None:
     allocator = BernoulliAllocator()
@@ -246,57 +215,12 @@ def test_p_is_warm_started() -> None:
     assert first["iterations"] > second["iterations"] == 5.0
 
 
-def test_batches_that_do_not_converge_are_counted() -> None:
-    allocator = BernoulliAllocator(max_iterations=1)
-    found = [allocator.allocate(batch(seed), BUDGET).diagnostics for seed in range(3)]
-    assert [each["not_converged_total"] for each in found] == [1.0, 2.0, 3.0]
-    assert [each["converged"] for each in found] == [0.0, 0.0, 0.0]
-    assert [each["iterations"] for each in found] == [1.0, 1.0, 1.0]
-
-
-@pytest.mark.parametrize("arguments", [{}, {"optimise": False, "p": 0.4}], ids=["optimised", "given"])
-def test_resumed_allocator_continues_as_if_uninterrupted(arguments: dict[str, Any]) -> None:
-    whole, first = BernoulliAllocator(seed=7, **arguments), BernoulliAllocator(seed=7, **arguments)
-    for seed in range(3):
-        whole.allocate(batch(seed), BUDGET)
-        first.allocate(batch(seed), BUDGET)
-    file = io.BytesIO()
-    torch.save(first.state_dict(), file)
-    file.seek(0)
-    resumed = BernoulliAllocator(seed=7, **arguments)
-    resumed.load_state_dict(torch.load(file, weights_only=True))
-    for seed in range(3, 6):
-        one, other = whole.allocate(batch(seed), BUDGET), resumed.allocate(batch(seed), BUDGET)
-        assert torch.equal(one.counts, other.counts)
-        assert one.diagnostics == other.diagnostics
-    assert whole.state_dict() == resumed.state_dict()
-
-
 def test_a_given_p_outlives_a_checkpoint_and_an_optimised_one_starts_within_its_bounds() -> None:
     given_one, optimised = BernoulliAllocator(p=1.0, optimise=False), BernoulliAllocator(p=0.3)
     optimised.load_state_dict(given_one.state_dict())
     assert optimised.state_dict()["p"] == 1.0 - LEAST_P
     given_one.load_state_dict(BernoulliAllocator(p=0.3).state_dict())
     assert given_one.allocate(batch(), BUDGET).diagnostics["p"] == 1.0
-
-
-def test_draws_differ_between_batches_and_seeds() -> None:
-    def counts(seed: int, batches: int) -> Tensor:
-        allocator = BernoulliAllocator(optimise=False, seed=seed)
-        for _ in range(batches):
-            allocator.allocate(batch(1, size=3), BUDGET)  # the size of other batches does not matter
-        return allocator.allocate(batch(), BUDGET).counts
-
-    assert torch.equal(counts(0, 1), counts(0, 1))
-    assert not torch.equal(counts(0, 0), counts(0, 1))
-    assert not torch.equal(counts(0, 0), counts(1, 0))
-
-
-def test_p_of_0_and_1() -> None:
-    statistics = batch(size=8)
-    assert BernoulliAllocator(p=0.0, optimise=False).allocate(statistics, BUDGET).counts.tolist() == [[20] * 8]
-    counts = BernoulliAllocator(p=1.0, optimise=False).allocate(statistics, BUDGET).counts[0]
-    assert torch.equal(counts == 10, statistics.loss < statistics.loss.mean())
 
 
 def test_every_site_prunes_the_same_samples() -> None:
@@ -438,20 +362,6 @@ def test_half_the_average_below_the_minimum_frees_less(
     assert allocator.allocate(statistics, budget).counts.tolist() == [expected]
 
 
-def test_a_minimum_above_the_budget_is_refused() -> None:
-    with pytest.raises(SettingError, match=r"min_queries = 30.*Lower `min_queries`"):
-        BernoulliAllocator(optimise=False, min_queries=30).allocate(batch(), BUDGET)
-
-
-def test_scale_of_traces_changes_nothing() -> None:
-    statistics = batch(1)
-    assert statistics.trace is not None
-    counts = BernoulliAllocator().allocate(statistics, BUDGET).counts
-    for scale in (1e-200, 1e200):
-        scaled = SampleStatistics(loss=statistics.loss, trace=scale * statistics.trace.double())
-        assert torch.equal(BernoulliAllocator().allocate(scaled, BUDGET).counts, counts)
-
-
 def test_a_given_p_needs_nothing_but_the_loss() -> None:
     allocator = BernoulliAllocator(optimise=False)
     assert (allocator.requires, allocator.requests, allocator.learns) == (frozenset(), frozenset(), False)
@@ -497,12 +407,6 @@ def test_traces_are_learned_from_what_the_queries_showed() -> None:
         ({"p": 1.5}, r"p = 1.5: must lie between 0.01 and 0.99 to be optimised\. Write for example 0.5\.$"),
         ({"p": math.nan}, r"p = nan: must lie between .* Write for example 0.5\.$"),
         ({"p": 1.0}, r"p = 1.0: must lie between 0.01 and 0.99 .* Write for example 0.5, or optimise: false\.$"),
-        ({"min_queries": 0}, r"min_queries = 0: must be 1 or more. Write 1 or more."),
-        ({"draws": 1}, r"draws = 1: must be 2 or more. Write 2 or more."),
-        ({"max_iterations": 0}, r"max_iterations = 0: must be 1 or more. Write 1 or more."),
-        ({"seed": -1}, r"seed = -1: must be 0 or more. Write 0 or more."),
-        ({"optimise": False, "draws": 8}, r"draws = 8: has no effect with optimise = False. Remove `draws`."),
-        ({"optimise": False, "max_iterations": 5}, r"max_iterations = 5: has no effect .* Remove `max_iterations`."),
         (
             {"optimise": False, "traces": TraceSettings()},
             r"traces = TraceSettings\(.*has no effect .* Remove `traces`.",
@@ -513,32 +417,3 @@ def test_traces_are_learned_from_what_the_queries_showed() -> None:
 def test_bad_settings_are_named_with_the_remedy(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingError, match=message):
         BernoulliAllocator(**arguments)
-
-
-STATISTIC = st.one_of(st.floats(-1e3, 1e3), st.sampled_from([0.0, 1e-300, 1e38, 1e308, math.inf, -math.inf, math.nan]))
-
-
-@given(
-    data=st.data(),
-    size=st.integers(1, 12),
-    optimise=st.booleans(),
-    multiple=st.sampled_from([1, 2, 3]),
-    min_queries=st.integers(1, 5),
-)
-@settings(deadline=None, max_examples=150)
-def test_counts_meet_the_budget_whatever_the_statistics(
-    data: st.DataObject, size: int, optimise: bool, multiple: int, min_queries: int
-) -> None:
-    def column() -> Tensor:
-        return torch.tensor(data.draw(st.lists(STATISTIC, min_size=size, max_size=size)), dtype=torch.float64)
-
-    allocator = BernoulliAllocator(p=data.draw(st.floats(0.01, 0.99)), optimise=optimise, min_queries=min_queries)
-    least = -(-min_queries // multiple)
-    budget = QueryBudget((data.draw(st.integers(least, 12)) * multiple, 6 * multiple), multiple)
-    for _ in range(2):
-        allocation = allocator.allocate(SampleStatistics(loss=column(), trace=column()), budget)
-        assert allocation.counts.dtype == torch.int64
-        assert allocation.counts.sum(dim=1).tolist() == [size * queries for queries in budget.queries_per_sample]
-        assert bool((allocation.counts % multiple == 0).all())
-        assert int(allocation.counts.min()) >= min_queries
-        assert all(math.isfinite(value) for value in allocation.diagnostics.values())

@@ -87,18 +87,6 @@ def test_no_other_allocation_of_the_same_sum_is_better(
     assert allocation.diagnostics["J_over_J_equal"] <= 1 + multiple / floor
 
 
-@given(st.integers(0, 10_000))
-def test_a_large_budget_beats_every_other_allocation(seed: int) -> None:
-    trace, queries = traces(8, seed=seed), 2000
-    counts = from_pilots().allocate(exact(trace), QueryBudget((queries,))).counts[0]
-    generator = torch.Generator().manual_seed(seed)
-    shares = torch.rand(200, 8, dtype=D, generator=generator) + 1e-3
-    near = counts * (1 + 0.05 * torch.randn(200, 8, dtype=D, generator=generator))
-    for others in (shares, near):
-        same_sum = others * (8 * queries / others.sum(dim=1, keepdim=True))
-        assert bool((objective(trace, same_sum) >= objective(trace, counts) * (1 - 1e-6)).all())
-
-
 @pytest.mark.parametrize("value", [0.0, 1.0, 1e-12, 1e12])
 def test_equal_traces_get_equal_counts(value: float) -> None:
     allocation = from_pilots().allocate(exact(torch.full((7,), value, dtype=D)), QueryBudget((20, 6), multiple=2))
@@ -123,12 +111,6 @@ def test_samples_that_are_not_finite_get_the_minimum() -> None:
     trace = torch.tensor([1.0, 4.0, 4.0, math.nan], dtype=D)
     statistics = SampleStatistics(loss=torch.tensor([1.0, math.inf, 1.0, 1.0]), trace=trace)
     assert from_pilots().allocate(statistics, QueryBudget((8,))).counts.tolist() == [[10, 1, 20, 1]]
-
-
-def test_scale_of_the_traces_changes_nothing() -> None:
-    plain = from_pilots().allocate(exact(traces()), QueryBudget((20,)))
-    for factor in (1e-30, 1e30):
-        assert torch.equal(from_pilots().allocate(exact(factor * traces()), QueryBudget((20,))).counts, plain.counts)
 
 
 # Reused pilots
@@ -272,22 +254,6 @@ def test_learns_the_traces_from_its_own_queries() -> None:
     assert first < 0.75  # at first the loss alone is known, which says nothing here: the allocation is equal
 
 
-def test_two_pilots_alone_stay_far_below() -> None:
-    reached, reference = [], []
-    for i in range(40):
-        _, trace, _ = world(i)
-        pilots = shown(trace, torch.full_like(trace, 2.0), seed=20_000 + i).trace
-        counts = from_pilots().allocate(exact(pilots), QueryBudget((QUERIES, QUERIES))).counts
-        again = shown(trace, torch.full_like(trace, 2.0), seed=30_000 + i).trace
-        for s in range(2):
-            reached.append(share_of_gain(trace[s], counts[s]))
-            reference.append(share_of_gain(trace[s], water_filled(again[s], QUERIES * 64)))
-    one, other = torch.tensor(reached), torch.tensor(reference)
-    standard_error = math.sqrt(float(one.var() + other.var()) / 80)
-    assert abs(float(one.mean() - other.mean())) < 4 * standard_error + 0.01  # whole queries against parts of them
-    assert float(one.mean()) < 0.5  # of what exact traces gain; the regression reaches 0.9
-
-
 def test_pilots_and_prediction_together_beat_either() -> None:
     means = {}
     for source in ("prediction", "both"):
@@ -302,19 +268,6 @@ def test_pilots_and_prediction_together_beat_either() -> None:
         means[source] = torch.tensor(shares)
     difference = means["both"] - means["prediction"]
     assert float(difference.mean()) > 4 * float(difference.std()) / math.sqrt(len(difference))
-
-
-def test_state_is_that_of_the_traces() -> None:
-    allocator, resumed = OptimalAllocator(), OptimalAllocator()
-    for i in range(3):
-        statistics, trace, _ = world(i)
-        allocator.observe(shown(trace, allocator.allocate(statistics, QueryBudget((20, 20))).counts, seed=i))
-    resumed.load_state_dict(allocator.state_dict())
-    statistics, _, _ = world(9)
-    one, other = (each.allocate(statistics, QueryBudget((20, 20))) for each in (allocator, resumed))
-    assert torch.equal(one.counts, other.counts)
-    assert one.diagnostics == other.diagnostics
-    assert one.diagnostics["prior_strength"] > 0
 
 
 def test_sample_alone_gets_all() -> None:

@@ -1,0 +1,177 @@
+"""What all allocators have in common: budgets are met, runs resume bit by bit, settings are checked."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from flops_lightning.allocators import (
+    BernoulliAllocator,
+    CostAwareAllocator,
+    EqualAllocator,
+    GaussianAllocator,
+    OptimalAllocator,
+    QueryAllocator,
+    QueryBudget,
+    SampleStatistics,
+    TraceObservation,
+    TraceSettings,
+)
+from flops_lightning.errors import SettingError
+
+BUDGET = QueryBudget((20,))
+PILOTS = TraceSettings(source="pilots")
+COVARIANCES = ("cosine_distance", "cosine_similarity", "diagonal")
+# With fixed sums: class and settings.
+FIXED_SUM: list[tuple[type[QueryAllocator], dict[str, Any]]] = [
+    (EqualAllocator, {}),
+    (OptimalAllocator, {"traces": PILOTS}),
+    *(
+        (GaussianAllocator, {"gradient": gradient, "covariance": covariance})
+        for gradient, covariance in itertools.product(("pathwise", "score", "exact"), COVARIANCES)
+    ),
+    (BernoulliAllocator, {}),
+    (BernoulliAllocator, {"optimise": False}),
+]
+STATISTIC = st.one_of(st.floats(-1e3, 1e3), st.sampled_from([0.0, 1e-300, 1e38, 1e308, math.inf, -math.inf, math.nan]))
+
+
+def batch(seed: int = 0, size: int = 48) -> SampleStatistics:
+    generator = torch.Generator().manual_seed(seed)
+    loss, noise, steep = (torch.randn(size, generator=generator).exp() for _ in range(3))
+    return SampleStatistics(
+        loss=loss,
+        embedding=torch.randn(size, 8, generator=generator),
+        trace=(0.1 + loss.tanh()).square() * noise.sqrt(),
+        predictors={"top_gradient": steep},
+        counted_costs=torch.ones(1),
+    )
+
+
+@given(data=st.data(), case=st.sampled_from(FIXED_SUM), size=st.integers(1, 12), multiple=st.sampled_from([1, 2, 3]))
+@settings(deadline=None, max_examples=300)
+def test_counts_meet_the_budget_whatever_the_statistics(
+    data: st.DataObject, case: tuple[type[QueryAllocator], dict[str, Any]], size: int, multiple: int
+) -> None:
+    def column() -> Tensor:
+        return torch.tensor(data.draw(st.lists(STATISTIC, min_size=size, max_size=size)), dtype=torch.float64)
+
+    least = 0 if case[0] is EqualAllocator else data.draw(st.integers(1, 5))
+    allocator = case[0](**case[1], **({"min_queries": least} if least else {}))
+    fewest = max(1, -(-least // multiple))
+    budget = QueryBudget((data.draw(st.integers(fewest, 12)) * multiple, 6 * multiple), multiple)
+    for _ in range(2):
+        embedding = torch.stack([column(), column()], dim=1)
+        allocation = allocator.allocate(SampleStatistics(loss=column(), embedding=embedding, trace=column()), budget)
+        assert allocation.counts.dtype == torch.int64
+        assert allocation.counts.sum(dim=1).tolist() == [size * queries for queries in budget.queries_per_sample]
+        assert bool((allocation.counts % multiple == 0).all())
+        assert int(allocation.counts.min()) >= least
+        assert all(math.isfinite(value) for value in allocation.diagnostics.values())
+
+
+@pytest.mark.parametrize(
+    ("cls", "arguments"),
+    [
+        *((GaussianAllocator, {"gradient": gradient, "seed": 7}) for gradient in ("pathwise", "score", "exact")),
+        (BernoulliAllocator, {"seed": 7}),
+        (BernoulliAllocator, {"seed": 7, "optimise": False, "p": 0.4}),
+        (OptimalAllocator, {}),
+        (CostAwareAllocator, {}),
+    ],
+)
+def test_a_resumed_allocator_continues_as_if_uninterrupted(cls: type[QueryAllocator], arguments: Any) -> None:
+    def step(allocator: QueryAllocator, seed: int) -> Any:
+        allocation = allocator.allocate(batch(seed), BUDGET)
+        allocator.observe(TraceObservation(batch(seed + 100).trace[None], allocation.counts))  # type: ignore[index]
+        return allocation
+
+    whole, first, resumed = cls(**arguments), cls(**arguments), cls(**arguments)
+    for seed in range(3):
+        step(whole, seed)
+        step(first, seed)
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    for seed in range(3, 6):
+        one, other = step(whole, seed), step(resumed, seed)
+        assert torch.equal(one.counts, other.counts)
+        assert one.diagnostics == other.diagnostics
+
+
+@pytest.mark.parametrize("cls", [GaussianAllocator, BernoulliAllocator])
+def test_batches_that_do_not_converge_are_counted(cls: Any) -> None:
+    allocator = cls(max_iterations=1)
+    found = [allocator.allocate(batch(seed), BUDGET).diagnostics for seed in range(3)]
+    assert [each["not_converged_total"] for each in found] == [1.0, 2.0, 3.0]
+    assert {(each["converged"], each["iterations"]) for each in found} == {(0.0, 1.0)}
+    assert allocator.state_dict()["not_converged"] == 3
+
+
+@pytest.mark.parametrize(("cls", "arguments"), [(GaussianAllocator, {"max_iterations": 1}), (BernoulliAllocator, {})])
+def test_draws_differ_between_batches_and_seeds(cls: Any, arguments: dict[str, Any]) -> None:
+    def counts(seed: int, batches: int) -> Tensor:
+        allocator = cls(seed=seed, **arguments)
+        allocator.load_state_dict(allocator.state_dict() | {"batches": batches})
+        return allocator.allocate(batch(), BUDGET).counts
+
+    assert torch.equal(counts(0, 1), counts(0, 1))
+    assert not torch.equal(counts(0, 0), counts(0, 1))
+    assert not torch.equal(counts(0, 0), counts(1, 0))
+
+
+@pytest.mark.parametrize("cls", [OptimalAllocator, CostAwareAllocator, GaussianAllocator, BernoulliAllocator])
+def test_the_scale_of_traces_changes_nothing(cls: Any) -> None:
+    statistics = batch(1)
+    assert statistics.trace is not None
+    found = []
+    for scale in (1.0, 1e-100, 1e100):
+        scaled = SampleStatistics(
+            loss=statistics.loss,
+            embedding=statistics.embedding,
+            trace=scale * statistics.trace.double(),
+            counted_costs=statistics.counted_costs,
+        )
+        found.append(cls(traces=PILOTS).allocate(scaled, BUDGET).counts)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("cls", [OptimalAllocator, GaussianAllocator, BernoulliAllocator])
+def test_a_floor_above_the_budget_is_refused(cls: Any) -> None:
+    with pytest.raises(SettingError, match=r"min_queries = 30.*Lower `min_queries`.*`queries_per_sample` to 30"):
+        cls(min_queries=30).allocate(batch(), BUDGET)
+
+
+@pytest.mark.parametrize("cls", [GaussianAllocator, BernoulliAllocator])
+@pytest.mark.parametrize(
+    ("setting", "least"), [("draws", 2), ("max_iterations", 1), ("seed", 0), ("min_queries", None)]
+)
+def test_settings_out_of_range_are_refused(cls: Any, setting: str, least: int | None) -> None:
+    if least is None:  # the paper's choice for the Gaussian allocator is no floor
+        least = 0 if cls is GaussianAllocator else 1
+    with pytest.raises(SettingError, match=f"{setting} = {least - 1}: must be {least} or more") as caught:
+        cls(**{setting: least - 1})
+    assert caught.value.setting == setting
+
+
+@pytest.mark.parametrize(
+    ("cls", "mode", "message"),
+    [
+        (GaussianAllocator, {"gradient": "exact"}, "gradient = 'exact'"),
+        (BernoulliAllocator, {"optimise": False}, "opti"),
+    ],
+)
+@pytest.mark.parametrize("setting", ["draws", "max_iterations"])
+def test_settings_without_effect_are_refused(cls: Any, mode: dict[str, Any], message: str, setting: str) -> None:
+    with pytest.raises(SettingError, match=f"{setting} = 8: has no effect with {message}.*Remove `{setting}`"):
+        cls(**mode, **{setting: 8})
