@@ -287,7 +287,7 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.exit(USAGE_ERROR)
 
 
-def _first_rank_has_ended(patience: float = 10.0) -> bool:
+def _first_rank_has_ended(patience: float = 60.0) -> bool:
     """Whether the process that launched this one as a further rank ends soon, which is because of the same mistake.
 
     It is waited for: Lightning ends the first rank as soon as it finds another one gone, before it has said why.
