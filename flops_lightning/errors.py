@@ -14,7 +14,7 @@ class SettingError(ValueError):
         """Compose the message.
 
         Args:
-            setting: Name of the setting as the user writes it, for example ``strategy.sites[0].sigma``.
+            setting: Name of the setting as the user writes it, for example ``model.strategy.sites[0].sigma``.
             value: What was given.
             problem: What is wrong with it.
             remedy: What to write instead, as an imperative sentence.

@@ -39,7 +39,7 @@ class ChunkRows:
         """
         if setting != AUTO and (not isinstance(setting, Integral) or setting < least):
             raise SettingError(
-                "strategy.chunk_rows", setting, f"must be auto or a number, {least} or more.",
+                "model.strategy.chunk_rows", setting, f"must be auto or a number, {least} or more.",
                 f"Write {least} or more, for example 256, or auto.",
             )  # fmt: skip
         self._auto = self._open = setting == AUTO
@@ -72,8 +72,8 @@ class ChunkRows:
             self.rows = self._resumed
         else:
             warnings.warn(
-                f"strategy.chunk_rows: the resumed run had chunks of {self._resumed} rows, which do not fit in the "
-                f"free memory. It continues with {self.rows} and rounds sums in another order.", stacklevel=3,
+                f"model.strategy.chunk_rows: the resumed run had chunks of {self._resumed} rows, which do not fit in "
+                f"the free memory. It continues with {self.rows} and rounds sums in another order.", stacklevel=3,
             )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def _compiled(module: nn.Module) -> Run:
     return run
 
 
-def check_compiler(device: torch.device, setting: str = "strategy.compile_suffixes") -> None:
+def check_compiler(device: torch.device, setting: str = "model.strategy.compile_suffixes") -> None:
     """Find out that nothing can be compiled before the first batch does.
 
     Args:

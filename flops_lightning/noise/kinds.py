@@ -70,7 +70,7 @@ class NoiseSpec:
     layout: Layout = "dense"
     orthogonal: bool = False
 
-    def check(self, setting: str = "strategy.noise") -> None:
+    def check(self, setting: str = "model.strategy.noise") -> None:
         """Check the settings; ``setting`` is their name as the user writes it.
 
         Raises:
@@ -87,7 +87,7 @@ class NoiseSpec:
                 )  # fmt: skip
 
 
-def read_noise(noise: NoiseSpec | Mapping[str, Any] | None, setting: str = "strategy.noise") -> NoiseSpec:
+def read_noise(noise: NoiseSpec | Mapping[str, Any] | None, setting: str = "model.strategy.noise") -> NoiseSpec:
     """The setting from Python, where it may be a mapping; None: dense Gaussian noise.
 
     Raises:

@@ -109,7 +109,7 @@ class ForwardGradientStrategy(KeepsSettings, ABC):
             seeds = gather_plain(communicator, self.seed, device=next(self.network.module.parameters()).device)
             if len(set(seeds)) > 1:
                 raise SettingError(
-                    "strategy.seed", self.seed, f"the processes of this run have different seeds, {seeds}.",
+                    "model.strategy.seed", self.seed, f"the processes of this run have different seeds, {seeds}.",
                     "Call seed_everything with the same seed in each before the strategy is made, or give `seed`.",
                 )  # fmt: skip
 
@@ -251,6 +251,6 @@ def refuse_other_seed(own: int, resumed: int, *, given: bool, draws: str = "nois
     """Raise a :class:`SettingError` if another seed is ``given`` explicitly than the resumed run draws from."""
     if given and own != resumed:
         raise SettingError(
-            "strategy.seed", own, f"the resumed run draws its {draws} from the seed {resumed}.",
+            "model.strategy.seed", own, f"the resumed run draws its {draws} from the seed {resumed}.",
             f"Leave the seed out, or write {resumed}.",
         )  # fmt: skip

@@ -106,14 +106,14 @@ class CoordinateFiniteDifferences(WholeBatchQueries):
             SettingError: an unknown scheme or ratios, or a number out of range.
         """
         super().__init__(**settings)
-        check_choice("strategy.scheme", scheme, get_args(Scheme))
-        check_choice("strategy.ratios", ratios, get_args(Ratios))
-        check_at_least("strategy.coordinates", coordinates, 1)
-        check_at_least("strategy.grasp_queries", grasp_queries, 1)
-        check_at_least("strategy.resample_every", resample_every, 1)
-        check_positive("strategy.step", step, "Write for example 0.001.")
+        check_choice("model.strategy.scheme", scheme, get_args(Scheme))
+        check_choice("model.strategy.ratios", ratios, get_args(Ratios))
+        check_at_least("model.strategy.coordinates", coordinates, 1)
+        check_at_least("model.strategy.grasp_queries", grasp_queries, 1)
+        check_at_least("model.strategy.resample_every", resample_every, 1)
+        check_positive("model.strategy.step", step, "Write for example 0.001.")
         if not 0 < keep <= 1:
-            raise SettingError("strategy.keep", keep, "must be above 0 and at most 1.", "Write for example 0.1.")
+            raise SettingError("model.strategy.keep", keep, "must be above 0 and at most 1.", "Write for example 0.1.")
         self.coordinates, self.step, self.keep, self.grasp_queries = coordinates, step, keep, grasp_queries
         self.scheme: Scheme = scheme
         self.ratios: Ratios = ratios
@@ -132,7 +132,7 @@ class CoordinateFiniteDifferences(WholeBatchQueries):
         entries = sum(p.numel() for p in network.trainable().values())
         if entries < self.coordinates:
             raise SettingError(
-                "strategy.coordinates", self.coordinates, f"exceeds the {entries} trainable weights.",
+                "model.strategy.coordinates", self.coordinates, f"exceeds the {entries} trainable weights.",
                 f"Write {entries} or less, or freeze less.",
             )  # fmt: skip
         self.network, self.loss, self._stages = network, loss, FunctionalStages(network)
@@ -266,7 +266,7 @@ class CoordinateFiniteDifferences(WholeBatchQueries):
         worst = max(needed, key=needed.__getitem__)
         if self.step < needed[worst]:
             warnings.warn(
-                f"strategy.step = {self.step:g} is below what the precision resolves at {worst!r}. Write "
+                f"model.strategy.step = {self.step:g} is below what the precision resolves at {worst!r}. Write "
                 f"{rounded_up(needed[worst]):g} or more, or use a higher precision.",
                 RuntimeWarning, stacklevel=3,
             )  # fmt: skip

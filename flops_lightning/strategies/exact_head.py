@@ -36,30 +36,30 @@ def find_exact_head(network: StagedNetwork, sites: Sequence[Site], pilots: Pilot
     for site in sites:
         if site.together and site.last == last:
             raise SettingError(
-                "strategy.exact_head", True, f"site {site.name!r} perturbs the last layer together with others.",
+                "model.strategy.exact_head", True, f"site {site.name!r} perturbs the last layer together with others.",
                 "Give the last stage a site of its own, or write exact_head: false.",
             )  # fmt: skip
     ending = [site for site in sites if site.last == last and _ends(network, site)]
     if not ending:
         raise SettingError(
-            "strategy.exact_head", True, "no site has its noise at the network's output.",
+            "model.strategy.exact_head", True, "no site has its noise at the network's output.",
             f"Let a site end at the stage {network.stages[last].name!r} (one with linear layers must have a last layer "
             "that is this whole stage), or write exact_head: false.",
         )  # fmt: skip
     if len(sites) == 1:
         raise SettingError(
-            "strategy.exact_head", True, "leaves no site for queries: the head alone would be trained.",
+            "model.strategy.exact_head", True, "leaves no site for queries: the head alone would be trained.",
             "Use strategy Backprop, which costs the same here, or write exact_head: false.",
         )  # fmt: skip
     head = ending[0]
     if pilots.queries and head.name in ([pilots.sites] if isinstance(pilots.sites, str) else pilots.sites):
         raise SettingError(
-            "strategy.pilots.sites", head.name, "spends no queries, its gradient is exact.",
+            "model.strategy.pilots.sites", head.name, "spends no queries, its gradient is exact.",
             f"Choose from {[site.name for site in sites if site is not head]}.",
         )  # fmt: skip
     if pilots.queries and pilots.reuse and not one_update:
         raise SettingError(
-            "strategy.pilots.reuse", True, "pilots are stale once the exact head above them was updated.",
+            "model.strategy.pilots.reuse", True, "pilots are stale once the exact head above them was updated.",
             "Set reuse: false, or update: simultaneous.",
         )  # fmt: skip
     return head
@@ -90,7 +90,7 @@ def check_exact_head(network: StagedNetwork, loss: LossFunction, head: Site, cle
         handle.remove()
     if len(outputs) != 1 or not torch.equal(outputs[0], final):
         raise SettingError(
-            "strategy.exact_head", True, f"the output of {head.layers[0].name!r} is not that of the network.",
+            "model.strategy.exact_head", True, f"the output of {head.layers[0].name!r} is not that of the network.",
             "Train its stage with kind: block, or write exact_head: false.",
         )  # fmt: skip
 

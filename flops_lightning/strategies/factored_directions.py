@@ -157,7 +157,7 @@ class FactoredDirections:
         for name, number in runs.items():
             if number != 1:
                 raise SettingError(
-                    "strategy.layout", "factored", f"{name} did not run exactly once in the forward pass.",
+                    "model.strategy.layout", "factored", f"{name} did not run exactly once in the forward pass.",
                     "Freeze it, or write layout: shared.",
                 )  # fmt: skip
 
@@ -242,7 +242,8 @@ def _layer_input(layer: str, args: tuple[Any, ...], rows: int) -> Tensor:
     """
     if not args or len(args[0]) != rows:
         raise SettingError(
-            "strategy.layout", "factored", f"{layer} is called by keyword, or its first dimension is not the batch.",
+            "model.strategy.layout", "factored",
+            f"{layer} is called by keyword, or its first dimension is not the batch.",
             "Freeze it, or write layout: shared.",
         )  # fmt: skip
     x: Tensor = args[0]

@@ -40,7 +40,8 @@ class _ExactDerivatives(QueryStrategy[Q]):
         for i, spec in enumerate(self.specs):
             if spec.sigma != SiteSpec.sigma:
                 warnings.warn(
-                    f"strategy.sites[{i}].sigma = {spec.sigma:g} has no effect: derivatives are exact.", stacklevel=2
+                    f"model.strategy.sites[{i}].sigma = {spec.sigma:g} has no effect: derivatives are exact.",
+                    stacklevel=2,
                 )
         super().bind(network, loss)
         self._sites = tuple(replace(site, sigma=0.0) for site in self._sites)

@@ -104,18 +104,20 @@ class LikelihoodRatio(QueryStrategy[OutputQueryResult]):
     def _check_settings(self) -> None:
         if self.noise.orthogonal and self.token_sigma:
             raise SettingError(
-                "strategy.token_sigma", True, "learns from products of independent queries, and orthogonal ones are "
+                "model.strategy.token_sigma", True,
+                "learns from products of independent queries, and orthogonal ones are "
                 "dependent.", "Write noise: {orthogonal: false}, or token_sigma: false.",
             )  # fmt: skip
         if self.noise.orthogonal and self.pilots.queries:
             raise SettingError(
-                "strategy.pilots.queries", self.pilots.queries, "orthogonal queries depend on the pilots before them, "
+                "model.strategy.pilots.queries", self.pilots.queries,
+                "orthogonal queries depend on the pilots before them, "
                 "and so do counts made from pilots: the estimate would be biased.",
                 "Write 0, or noise: {orthogonal: false}.",
             )  # fmt: skip
         if self.learn_sigma and self.noise != NoiseSpec():
             raise SettingError(
-                "strategy.learn_sigma", self.learn_sigma, f"needs dense Gaussian noise, not {self.noise}.",
+                "model.strategy.learn_sigma", self.learn_sigma, f"needs dense Gaussian noise, not {self.noise}.",
                 "Write 0, or leave `noise` out.",
             )  # fmt: skip
 
@@ -138,12 +140,13 @@ class LikelihoodRatio(QueryStrategy[OutputQueryResult]):
         for name, value in (("token_sigma", self.token_sigma), ("learn_sigma", self.learn_sigma)):
             if value and together:
                 raise SettingError(
-                    f"strategy.{name}", value, f"cannot be learned at {together[0]!r}, where several layers are "
+                    f"model.strategy.{name}", value, f"cannot be learned at {together[0]!r}, where several layers are "
                     "perturbed together.", "Write together: false, or leave it out.",
                 )  # fmt: skip
         if self.token_sigma and all(site.queries_per_sample < 2 * self.unit for site in sites):
             raise SettingError(
-                "strategy.token_sigma", True, "learns from pairs of independent queries, and each site has only one.",
+                "model.strategy.token_sigma", True,
+                "learns from pairs of independent queries, and each site has only one.",
                 f"Raise queries_per_sample to {2 * self.unit} or more.",
             )  # fmt: skip
 
@@ -191,10 +194,13 @@ class LikelihoodRatio(QueryStrategy[OutputQueryResult]):
         shapes = [shape for site in self.sites for shape in noise_shapes(self.network, self.loss, site, clean)]
         sizes = [tokens_and_features(shape) for shape in shapes]
         if self.token_sigma and all(tokens == 1 for tokens, _ in sizes):
-            raise SettingError("strategy.token_sigma", True, "no site has more than one token.", "Write false.")
+            raise SettingError("model.strategy.token_sigma", True, "no site has more than one token.", "Write false.")
         if self.noise.layout == "factored" and all(min(size) == 1 for size in sizes):
             raise SettingError(
-                "strategy.noise.layout", "factored", "no site has more than one token and one feature.", "Write dense."
+                "model.strategy.noise.layout",
+                "factored",
+                "no site has more than one token and one feature.",
+                "Write dense.",
             )
 
     def _update_widths(self) -> None:

@@ -74,10 +74,10 @@ class MeZO(WholeBatchQueries):
             SettingError: a sigma that is not positive, an odd number of queries, or fewer than one row in a chunk.
         """
         super().__init__(**settings)
-        check_positive("strategy.sigma", sigma, "Write for example 1.0e-3.")
+        check_positive("model.strategy.sigma", sigma, "Write for example 1.0e-3.")
         if queries < 2 or queries % 2:
-            raise SettingError("strategy.queries", queries, "must be even and 2 or more.", "Write for example 2.")
-        check_choice("strategy.exchange", exchange, get_args(Exchange))
+            raise SettingError("model.strategy.queries", queries, "must be even and 2 or more.", "Write for example 2.")
+        check_choice("model.strategy.exchange", exchange, get_args(Exchange))
         self.exchange = exchange
         self.sigma = sigma
         self.queries = queries

@@ -70,9 +70,9 @@ class ParameterPerturbation(QueryStrategy[ParameterQueryResult]):
             SettingError: an unknown choice, a number out of range, or a setting that the layout does not use.
         """
         super().__init__(**settings)
-        check_at_least("strategy.sigma", sigma, 0, "Write for example 1.0e-3, or 0 for the sites' own.")
-        check_choice("strategy.layout", layout, get_args(Layout))
-        check_choice("strategy.exchange", exchange, get_args(Exchange))
+        check_at_least("model.strategy.sigma", sigma, 0, "Write for example 1.0e-3, or 0 for the sites' own.")
+        check_choice("model.strategy.layout", layout, get_args(Layout))
+        check_choice("model.strategy.exchange", exchange, get_args(Exchange))
         for name, value, unused, used, remedy in (
             ("rank", rank, 1, layout == "factored", "layout: factored"),
             ("activation_guided", activation_guided, False, layout == "factored", "layout: factored"),
@@ -80,9 +80,11 @@ class ParameterPerturbation(QueryStrategy[ParameterQueryResult]):
             ("exchange", exchange, "gradients", layout == "shared", "layout: shared"),
         ):
             if value != unused and not used:
-                raise SettingError(f"strategy.{name}", value, "has no effect here.", f"Remove it, or write {remedy}.")
-        check_at_least("strategy.rank", rank, 1)
-        check_at_least("strategy.span", span, 0, "Write 0 for the whole span.")
+                raise SettingError(
+                    f"model.strategy.{name}", value, "has no effect here.", f"Remove it, or write {remedy}."
+                )
+        check_at_least("model.strategy.rank", rank, 1)
+        check_at_least("model.strategy.span", span, 0, "Write 0 for the whole span.")
         self.sigma = sigma
         self.exchange = exchange
         self.layout: Layout = layout
@@ -106,7 +108,8 @@ class ParameterPerturbation(QueryStrategy[ParameterQueryResult]):
             for layer in (layer for parts in self._parts.values() for layer in parts.layers if self.activation_guided):
                 if layer.has_matrix and getattr(layer.module, "groups", 1) > 1:
                     raise SettingError(
-                        "strategy.activation_guided", True, f"{layer.name} is a convolution of several groups, each "
+                        "model.strategy.activation_guided", True,
+                        f"{layer.name} is a convolution of several groups, each "
                         "with inputs of its own.", f"Freeze {layer.name!r}, or write activation_guided: false.",
                     )  # fmt: skip
 
@@ -195,7 +198,7 @@ class EvolutionStrategies(ParameterPerturbation):
         """
         if variant == "antithetic":
             raise SettingError(
-                "strategy.variant", variant, "is the estimator SPSA.", "Use strategy SPSA, or variant: baseline."
+                "model.strategy.variant", variant, "is the estimator SPSA.", "Use strategy SPSA, or variant: baseline."
             )
         super().__init__(variant=variant, **settings)
 

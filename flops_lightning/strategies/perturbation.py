@@ -86,7 +86,7 @@ def perturbed_losses(
         for target in site.layers:
             if sum(p.layer is target for p in perturbations) != 1:
                 raise SettingError(
-                    "strategy.sites", target.name, "did not run exactly once as a module in the forward pass.",
+                    "model.strategy.sites", target.name, "did not run exactly once as a module in the forward pass.",
                     "Train its stage with kind: block or group.",
                 )  # fmt: skip
     else:
@@ -129,7 +129,7 @@ def injected(layers: Sequence[LayerTarget], width: SiteWidth, draw: DrawNoise) -
         def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
             if not args:
                 raise SettingError(
-                    "strategy.sites", target.name, "is called by keyword in the forward pass.",
+                    "model.strategy.sites", target.name, "is called by keyword in the forward pass.",
                     "Train its stage with kind: block.",
                 )  # fmt: skip
             tokens = slice(None) if target.tokens is None else target.tokens

@@ -67,24 +67,25 @@ def check_pilots(pilots: PilotSpec, sites: Sequence[Site], *, unit: int, one_upd
     for name in chosen or [""]:
         if name not in by_name:
             raise SettingError(
-                "strategy.pilots.sites", name, "is not a site.", f"Choose from {[*by_name, LOWEST, DEEPEST]}."
+                "model.strategy.pilots.sites", name, "is not a site.", f"Choose from {[*by_name, LOWEST, DEEPEST]}."
             )
         site = by_name[name]
         if site.together:
             raise SettingError(
-                "strategy.pilots.sites", name, "perturbs several layers together.",
+                "model.strategy.pilots.sites", name, "perturbs several layers together.",
                 "Choose a block or group site, or a single layer.",
             )  # fmt: skip
         least, most = 2 * unit, site.queries_per_sample - 2
         if not least <= pilots.queries <= most or pilots.queries % unit:
             raise SettingError(
-                "strategy.pilots.queries", pilots.queries,
+                "model.strategy.pilots.queries", pilots.queries,
                 f"must be a multiple of {unit} from {least} to {most} (the budget of {name!r} is "
                 f"{site.queries_per_sample}).", f"Write for example {least}, or 0 for none.",
             )  # fmt: skip
         if not one_update and pilots.reuse and site is not sites[-1]:
             raise SettingError(
-                "strategy.pilots.reuse", True, "pilots of a lower site are stale once the sites above it were updated.",
+                "model.strategy.pilots.reuse", True,
+                "pilots of a lower site are stale once the sites above it were updated.",
                 f"Set reuse: false, or take the pilots at {sites[-1].name!r} alone.",
             )  # fmt: skip
 

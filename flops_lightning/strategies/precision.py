@@ -108,8 +108,8 @@ def warn_unresolved_sigma(sites: Sequence[Site], clean: CleanPass) -> None:
         least = 0.0 if found is None else found.least_width(*moved)
         if found is not None and site.sigma < least:
             warnings.warn(
-                f"strategy.sites: sigma = {site.sigma:g} at site {site.name!r} is below what {found.name} resolves "
-                f"there. Write {rounded_up(least):g} or more, or use a higher precision.",
+                f"model.strategy.sites: sigma = {site.sigma:g} at site {site.name!r} is below what {found.name} "
+                f"resolves there. Write {rounded_up(least):g} or more, or use a higher precision.",
                 RuntimeWarning, stacklevel=3,
             )  # fmt: skip
 

@@ -70,7 +70,8 @@ def site_parts(network: StagedNetwork, site: Site) -> SiteParts:
             tied = [full for leaf, full in mine.items() if holders[id(own[leaf])] > 1]
             if tied:
                 raise SettingError(
-                    "strategy.layout", "factored", f"moves layers one by one, and {tied[0]!r} belongs to two modules.",
+                    "model.strategy.layout", "factored",
+                    f"moves layers one by one, and {tied[0]!r} belongs to two modules.",
                     f"Freeze it (freeze: {tied}), or write layout: shared.",
                 )  # fmt: skip
             layers.append(RowLayer(name, module, frozenset(mine)))

@@ -73,12 +73,12 @@ class SiteStrategy(ForwardGradientStrategy):
             SettingError: an unknown variant or update, or fewer than two rows in a chunk.
         """
         super().__init__()
-        check_choice("strategy.variant", variant, get_args(Variant))
-        check_choice("strategy.update", update, get_args(UpdateOrder))
-        self.specs = tuple(read_settings(SiteSpec, spec, f"strategy.sites[{i}]") for i, spec in enumerate(sites))
+        check_choice("model.strategy.variant", variant, get_args(Variant))
+        check_choice("model.strategy.update", update, get_args(UpdateOrder))
+        self.specs = tuple(read_settings(SiteSpec, spec, f"model.strategy.sites[{i}]") for i, spec in enumerate(sites))
         self.variant: Variant = variant
         self.update: UpdateOrder = update
-        self.pilots = read_settings(PilotSpec, pilots or PilotSpec(), "strategy.pilots")
+        self.pilots = read_settings(PilotSpec, pilots or PilotSpec(), "model.strategy.pilots")
         self._chunks = ChunkRows(chunk_rows, least=2)
         self.compile_suffixes = compile_suffixes
         self._seed_given = seed is not None
@@ -106,12 +106,13 @@ class SiteStrategy(ForwardGradientStrategy):
         for site in self._sites:
             if site.queries_per_sample % self.unit:
                 raise SettingError(
-                    "strategy.sites.queries_per_sample", site.queries_per_sample,
+                    "model.strategy.sites.queries_per_sample", site.queries_per_sample,
                     f"is odd at site {site.name!r}, and antithetic queries come in pairs.", "Write an even number.",
                 )  # fmt: skip
             if self.variant == "leave_one_out" and site.together:
                 raise SettingError(
-                    "strategy.variant", self.variant, f"cannot centre the jointly perturbed layers of {site.name!r}, "
+                    "model.strategy.variant", self.variant,
+                    f"cannot centre the jointly perturbed layers of {site.name!r}, "
                     "whose inputs differ from query to query.", "Use variant: baseline, or together: false.",
                 )  # fmt: skip
         if self.pilots.queries:
@@ -121,7 +122,8 @@ class SiteStrategy(ForwardGradientStrategy):
         compiled = CompiledNetwork(network)
         if not any(compiled.compiles(site.last + 1) for site in self._sites if not site.layers):
             raise SettingError(
-                "strategy.compile_suffixes", True, "has no effect: above no site is there a block or layer to compile "
+                "model.strategy.compile_suffixes", True,
+                "has no effect: above no site is there a block or layer to compile "
                 "(sites of kind: linear run uncompiled, since compiled code ignores their hooks).",
                 "Use several sites of kind: block or group, or write compile_suffixes: false.",
             )  # fmt: skip

@@ -95,7 +95,7 @@ def resolve_sites(
     """
     sites: list[Site] = []
     for i, spec in enumerate(specs or default_specs(network)):
-        setting = f"strategy.sites[{i}]"
+        setting = f"model.strategy.sites[{i}]"
         if in_parameters:
             _check_parameter_spec(spec, setting)
         sites += _resolve(network, spec, setting, in_parameters=in_parameters)
@@ -103,9 +103,13 @@ def resolve_sites(
     names = [site.name for site in sites]
     for name in names:
         if name in RESERVED_NAMES:
-            raise SettingError("strategy.sites", name, "has a meaning of its own.", "Give the site another `name`.")
+            raise SettingError(
+                "model.strategy.sites", name, "has a meaning of its own.", "Give the site another `name`."
+            )
         if names.count(name) > 1:
-            raise SettingError("strategy.sites", name, "is the name of two sites.", "Give each a `name` of its own.")
+            raise SettingError(
+                "model.strategy.sites", name, "is the name of two sites.", "Give each a `name` of its own."
+            )
     _check_ownership(network, sites)
     return tuple(sites)
 
@@ -265,7 +269,7 @@ def _check_ownership(network: StagedNetwork, sites: Sequence[Site]) -> None:
     if shared:
         name, names = next(iter(shared.items()))
         raise SettingError(
-            "strategy.sites", names, f"both own the parameter {name!r} ({len(shared)} in all).",
+            "model.strategy.sites", names, f"both own the parameter {name!r} ({len(shared)} in all).",
             "Make the ranges of stages disjoint.",
         )  # fmt: skip
     unowned = [name for name, names in owners.items() if not names]
@@ -285,6 +289,6 @@ def _unowned(network: StagedNetwork, sites: Sequence[Site], unowned: Sequence[st
         )
     more = ", ..." if len(unowned) > 6 else ""
     return SettingError(
-        "strategy.sites", [site.name for site in sites],
+        "model.strategy.sites", [site.name for site in sites],
         f"leave {len(unowned)} trainable parameters without a site: {', '.join(unowned[:6])}{more}.", remedy,
     )  # fmt: skip

@@ -214,7 +214,7 @@ def site_scales(queries: SiteQueries, sites: Sequence[Site], clean: CleanPass, m
     for site in sites:
         if site.together:
             raise SettingError(
-                "strategy.sites", site.name, "perturbs several layers together, whose traces are unknown.",
+                "model.strategy.sites", site.name, "perturbs several layers together, whose traces are unknown.",
                 "Use together: false, or an allocator that does not compare sites.",
             )  # fmt: skip
         x = clean_layer_input(queries.network, site, clean, rows=queries.chunk_rows) if site.layers else None

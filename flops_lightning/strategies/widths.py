@@ -147,7 +147,7 @@ class TokenSigma:
         running = self._sites.get(site) or RunningMean.empty(squares[0])
         if running.mean.shape != squares[0].shape:
             raise SettingError(
-                "strategy.token_sigma", True, f"site {site!r} has {squares.shape[1]} tokens, and had "
+                "model.strategy.token_sigma", True, f"site {site!r} has {squares.shape[1]} tokens, and had "
                 f"{len(running.mean)} before.", "Write false, or bring all inputs to one size.",
             )  # fmt: skip
         moved = RunningMean(**{name: value.to(squares) for name, value in vars(running).items()})
@@ -176,7 +176,7 @@ class LearnedSigma:
         Raises:
             SettingError: It is not positive.
         """
-        check_positive("strategy.learn_sigma", rate, "Write 0 for a fixed sigma, or for example 0.02.")
+        check_positive("model.strategy.learn_sigma", rate, "Write 0 for a fixed sigma, or for example 0.02.")
         self.rate = rate
         self._sites: dict[str, tuple[nn.Parameter, torch.optim.Adam]] = {}
 

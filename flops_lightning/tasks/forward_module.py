@@ -179,7 +179,7 @@ class ForwardModule(pl.LightningModule, ABC):
     def _refuse_pilots(self, problem: str, remedy: str) -> None:
         pilots = getattr(self.strategy, "pilots", None)
         if pilots is not None and pilots.queries:
-            raise SettingError("strategy.pilots.queries", pilots.queries, problem, remedy)
+            raise SettingError("model.strategy.pilots.queries", pilots.queries, problem, remedy)
 
     # -- training ------------------------------------------------------------------------------------------------------
 

@@ -37,7 +37,7 @@ class StepState:
             self.inputs, self.clean = inputs, strategy.clean_pass(inputs, targets)
             resolved = getattr(strategy, "chunk_rows", None)
             if resolved != rows:
-                rank_zero_info(f"strategy.chunk_rows: auto is {resolved} here")
+                rank_zero_info(f"model.strategy.chunk_rows: auto is {resolved} here")
         return self.clean
 
     def observe(self, new: TraceObservation | None) -> None:

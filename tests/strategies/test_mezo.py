@@ -259,7 +259,7 @@ def test_a_sample_that_loses_every_query_contributes_nothing(
     ],
 )
 def test_settings_that_are_refused(settings: dict[str, Any], problem: str) -> None:
-    with pytest.raises(SettingError, match=r"^strategy\." + problem):
+    with pytest.raises(SettingError, match=r"^model\.strategy\." + problem):
         MeZO(**settings)
 
 

@@ -772,7 +772,7 @@ def test_the_width_of_the_noise_is_compared_without_a_copy_of_the_weights() -> N
     ],
 )
 def test_settings_that_are_refused(kind: type[Any], settings: dict[str, Any], problem: str) -> None:
-    with pytest.raises(SettingError, match=r"^strategy\." + problem):
+    with pytest.raises(SettingError, match=r"^model\.strategy\." + problem):
         kind(**settings)
 
 
@@ -794,7 +794,7 @@ def test_sites_that_are_refused(
 ) -> None:
     with pytest.raises(SettingError, match=problem) as error:
         perturbing(strategy, "shared", tokens_net, [{**WHOLE[0], **site}])
-    assert error.value.setting == f"strategy.sites[0].{setting}"
+    assert error.value.setting == f"model.strategy.sites[0].{setting}"
 
 
 def test_an_odd_budget_in_pairs_is_refused(tokens_net: nn.Sequential) -> None:

@@ -192,7 +192,7 @@ def test_settings_that_are_refused(
 ) -> None:
     with pytest.raises(SettingError, match=problem) as error:
         bound(tokens_net, squared_error, sites, pilots=pilots, **settings)
-    assert error.value.setting == f"strategy.pilots.{setting}"
+    assert error.value.setting == f"model.strategy.pilots.{setting}"
 
 
 @pytest.mark.parametrize(

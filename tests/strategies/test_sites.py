@@ -80,43 +80,59 @@ def test_noise_is_put_where_it_is_read() -> None:
 @pytest.mark.parametrize(
     ("specs", "setting", "problem"),
     [
-        ([{"stages": ["9"]}], "strategy.sites[0].stages", r"'9': is not a stage .*\['0', '1', '2', '3', '4'\]"),
-        ([{"stages": ["0"]}, {"stages": ["1", "blocks.1"]}], "strategy.sites[1].stages", "'blocks.1'"),
-        ([{"stages": []}], "strategy.sites[0].stages", "first, last"),
-        ([{"stages": ["0", "1", "2"]}], "strategy.sites[0].stages", "first, last"),
-        ([{"stages": ["3", "1"]}], "strategy.sites[0].stages", "backwards"),
-        ([{"stages": ["0", "4"]}], "strategy.sites[0].stages", "whole network.*Backprop"),
-        ([{"stages": ["1"]}], "strategy.sites[0].stages", "no trainable parameter"),
-        ([{"stages": ["1"], "kind": "block"}], "strategy.sites[0].stages", "no trainable parameter"),
-        ([{"stages": ["1"], "kind": "linear"}], "strategy.sites[0].stages", "no trainable parameter"),
-        ([{"stages": ["0"], "sigma": 0}, REST], "strategy.sites[0].sigma", "above 0.*0.01"),
-        ([{"stages": ["0"], "sigma": -1e-3}, REST], "strategy.sites[0].sigma", "above 0"),
-        ([{"stages": ["0"], "sigma": math.nan}, REST], "strategy.sites[0].sigma", "above 0"),
-        ([{"stages": ["0"], "sigma": math.inf}, REST], "strategy.sites[0].sigma", "0.01"),
+        ([{"stages": ["9"]}], "model.strategy.sites[0].stages", r"'9': is not a stage .*\['0', '1', '2', '3', '4'\]"),
+        ([{"stages": ["0"]}, {"stages": ["1", "blocks.1"]}], "model.strategy.sites[1].stages", "'blocks.1'"),
+        ([{"stages": []}], "model.strategy.sites[0].stages", "first, last"),
+        ([{"stages": ["0", "1", "2"]}], "model.strategy.sites[0].stages", "first, last"),
+        ([{"stages": ["3", "1"]}], "model.strategy.sites[0].stages", "backwards"),
+        ([{"stages": ["0", "4"]}], "model.strategy.sites[0].stages", "whole network.*Backprop"),
+        ([{"stages": ["1"]}], "model.strategy.sites[0].stages", "no trainable parameter"),
+        ([{"stages": ["1"], "kind": "block"}], "model.strategy.sites[0].stages", "no trainable parameter"),
+        ([{"stages": ["1"], "kind": "linear"}], "model.strategy.sites[0].stages", "no trainable parameter"),
+        ([{"stages": ["0"], "sigma": 0}, REST], "model.strategy.sites[0].sigma", "above 0.*0.01"),
+        ([{"stages": ["0"], "sigma": -1e-3}, REST], "model.strategy.sites[0].sigma", "above 0"),
+        ([{"stages": ["0"], "sigma": math.nan}, REST], "model.strategy.sites[0].sigma", "above 0"),
+        ([{"stages": ["0"], "sigma": math.inf}, REST], "model.strategy.sites[0].sigma", "0.01"),
         (
             [REST, {"stages": ["0"], "queries_per_sample": 1}],
-            "strategy.sites[1].queries_per_sample",
+            "model.strategy.sites[1].queries_per_sample",
             "must be 2 or more",
         ),
         (
             [REST, {"stages": ["0"], "queries_per_sample": 0}],
-            "strategy.sites[1].queries_per_sample",
+            "model.strategy.sites[1].queries_per_sample",
             "must be 2 or more",
         ),
         (
             [REST, {"stages": ["0"], "queries_per_sample": -4}],
-            "strategy.sites[1].queries_per_sample",
+            "model.strategy.sites[1].queries_per_sample",
             "must be 2 or more",
         ),
-        ([{"stages": ["0"], "kind": "blocks"}, REST], "strategy.sites[0].kind", "Choose from linear, block, group"),
-        ([{"stages": ["0"], "modules": ["0"]}, REST], "strategy.sites[0].kind", "neither `modules` nor"),
-        ([{"stages": ["0"], "kind": "block", "together": True}, REST], "strategy.sites[0].kind", "nor `together`"),
-        ([{"stages": ["0"], "kind": "linear", "modules": ["3*"]}, REST], "strategy.sites[0].modules", r"3\*"),
-        ([{"stages": ["0"], "kind": "linear", "modules": ["0", "typo"]}, REST], "strategy.sites[0].modules", "typo"),
-        ([{"stages": ["0"], "name": "a"}, {**REST, "name": "a"}], "strategy.sites", "'a': is the name of two"),
-        ([{"stages": ["0", "2"]}, REST], "strategy.sites", r"'0\.\.2', '1\.\.4'.*'2.weight' \(2 in all\).*disjoint"),
-        ([{"stages": ["0", "2"]}, {"stages": ["4"]}], "strategy.sites", r"3\.0\.weight, 3\.0\.bias.*\['3'\]"),
-        ([{"stages": ["0", "2"]}], "strategy.sites", r"leave 4 .*\['3', '4'\].*freeze"),
+        (
+            [{"stages": ["0"], "kind": "blocks"}, REST],
+            "model.strategy.sites[0].kind",
+            "Choose from linear, block, group",
+        ),
+        ([{"stages": ["0"], "modules": ["0"]}, REST], "model.strategy.sites[0].kind", "neither `modules` nor"),
+        (
+            [{"stages": ["0"], "kind": "block", "together": True}, REST],
+            "model.strategy.sites[0].kind",
+            "nor `together`",
+        ),
+        ([{"stages": ["0"], "kind": "linear", "modules": ["3*"]}, REST], "model.strategy.sites[0].modules", r"3\*"),
+        (
+            [{"stages": ["0"], "kind": "linear", "modules": ["0", "typo"]}, REST],
+            "model.strategy.sites[0].modules",
+            "typo",
+        ),
+        ([{"stages": ["0"], "name": "a"}, {**REST, "name": "a"}], "model.strategy.sites", "'a': is the name of two"),
+        (
+            [{"stages": ["0", "2"]}, REST],
+            "model.strategy.sites",
+            r"'0\.\.2', '1\.\.4'.*'2.weight' \(2 in all\).*disjoint",
+        ),
+        ([{"stages": ["0", "2"]}, {"stages": ["4"]}], "model.strategy.sites", r"3\.0\.weight, 3\.0\.bias.*\['3'\]"),
+        ([{"stages": ["0", "2"]}], "model.strategy.sites", r"leave 4 .*\['3', '4'\].*freeze"),
     ],
 )
 def test_settings_that_are_refused(
@@ -201,5 +217,5 @@ def test_the_remedy_for_a_layer_without_closed_form_works() -> None:
 
 @pytest.mark.parametrize("site", [{"stages": ["0"], "sigmoid": 1.0}, "blocks.0", 3])
 def test_what_is_no_site_is_refused(site: Any) -> None:
-    with pytest.raises(SettingError, match=r"strategy.sites\[0\]"):
+    with pytest.raises(SettingError, match=r"model.strategy.sites\[0\]"):
         LikelihoodRatio(sites=[site])

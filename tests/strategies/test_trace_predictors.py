@@ -207,7 +207,7 @@ def test_a_loss_without_derivative_is_refused_with_the_remedy(tokens_net: nn.Seq
     strategy = LikelihoodRatio(sites=sites, seed=0)
     strategy.bind(stage_network(tokens_net), lambda output, target: (output > target).double().flatten(1).mean(1))
     clean = strategy.clean_pass(*tokens)
-    with pytest.raises(SettingError, match=r"not differentiable.*Write predictors: \[loss, activation\]"):
+    with pytest.raises(SettingError, match=r"needs a differentiable loss.*Write predictors: \[loss, activation\]"):
         strategy.sample_statistics(clean, {"predictors"})
     names = strategy.sample_statistics(clean, {"predictors.activation"}).predictors
     assert names is not None
