@@ -255,7 +255,7 @@ def test_a_sample_that_loses_every_query_contributes_nothing(
         ({"sigma": -1e-3}, r"sigma = -0.001: must be a number above 0"),
         ({"sigma": math.nan}, r"sigma = nan: must be a number above 0"),
         ({"sigma": math.inf}, r"sigma = inf: must be a number above 0"),
-        ({"chunk_rows": 0}, r"chunk_rows = 0: is too small"),
+        ({"chunk_rows": 0}, r"chunk_rows = 0: must be auto or a number"),
     ],
 )
 def test_settings_that_are_refused(settings: dict[str, Any], problem: str) -> None:

@@ -782,9 +782,9 @@ def test_settings_that_are_refused(kind: type[Any], settings: dict[str, Any], pr
         ({"kind": "linear"}, "kind", r"noise at the output of layers.*block or group.*LikelihoodRatio"),
         ({"active_tokens": False}, "active_tokens", r"no effect where parameters are perturbed"),
         ({"modules": ["2"]}, "kind", r"takes neither `modules` nor `together`"),
-        ({"sigma": 0.0}, "sigma", r"positive width"),
-        ({"sigma": math.nan}, "sigma", r"positive width"),
-        ({"queries_per_sample": 1}, "queries_per_sample", r"two queries or more"),
+        ({"sigma": 0.0}, "sigma", r"above 0"),
+        ({"sigma": math.nan}, "sigma", r"above 0"),
+        ({"queries_per_sample": 1}, "queries_per_sample", r"must be 2 or more"),
         ({"stages": ["9"]}, "stages", r"not a stage of this network"),
     ],
 )
