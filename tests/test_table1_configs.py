@@ -69,8 +69,8 @@ def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for part, numbers in (("train", range(1, 350)), ("test", range(1))):
         lists = {name: [f"{name}/{number}" for number in numbers] for name in DISHES}
         (root / "food-101" / "meta" / f"{part}.json").write_text(json.dumps(lists))
-    for label, name in enumerate(Caltech101DataModule.known_class_names):
-        repeat(root / Caltech101DataModule.images_below / name, label, 8)
+    for label, name in enumerate(Caltech101DataModule.class_names):
+        repeat(Caltech101DataModule.source.folder(root) / name, label, 8)
     for make in (write_eurosat, write_flowers102):
         make(root)
     own = {"imagenet", "cifar10", "cifar100"}

@@ -1,14 +1,46 @@
-"""Augmentation beyond shifting and mirroring: RandAugment of single images, MixUp and CutMix of batches."""
+"""From an image to the tensor that a network reads; RandAugment of images, MixUp and CutMix of batches."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flops_lightning.errors import SettingError
+import torch
+from torch import Tensor
+
+from flops_lightning.errors import SettingError, check_at_least
+
+Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]
+"""Mean and standard deviation of red, green and blue, scaled to 0..1."""
+
+# What timm's weights were trained with; their `default_cfg` says which. The first is the mean and standard deviation of
+# ImageNet's training images, as torchvision and timm round them; the second maps 0..1 to -1..1.
+IMAGENET: Statistics = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+INCEPTION: Statistics = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+NORMALIZATIONS = {"imagenet": IMAGENET, "inception": INCEPTION}
+BACKBONE = "backbone"
+"""The normalization that the network was trained with."""
 
 MAGNITUDES = 31  # bins of torchvision's RandAugment
+
+
+def backbone_statistics(module: object) -> Statistics:
+    """Mean and standard deviation that a task's timm backbone was trained with.
+
+    Args:
+        module: A LightningModule with the attribute ``backbone``; None where there is none yet.
+
+    Raises:
+        SettingError: It has no timm backbone.
+    """
+    config = getattr(getattr(module, "backbone", None), "pretrained_cfg", None) or {}
+    if "mean" not in config or "std" not in config:
+        raise SettingError(
+            "data.normalization", BACKBONE, "there is no timm model to ask for its own.",
+            "Write imagenet, or inception (0.5 each, most of timm's ViTs), as the weights were trained.",
+        )  # fmt: skip
+    return tuple(config["mean"]), tuple(config["std"])
 
 
 @dataclass(frozen=True)
@@ -26,13 +58,8 @@ class RandAugmentSettings:
     magnitude: int = 9
 
     def check(self) -> None:
-        """Look at the ranges.
-
-        Raises:
-            SettingError: a number is outside its range.
-        """
-        if self.num_ops < 1:
-            raise SettingError("data.rand_augment.num_ops", self.num_ops, "is below 1.", "Use for example 2.")
+        """Raise a :class:`SettingError` for a number outside its range."""
+        check_at_least("data.rand_augment.num_ops", self.num_ops, 1, "Use for example 2.")
         if not 0 <= self.magnitude < MAGNITUDES:
             raise SettingError(
                 "data.rand_augment.magnitude", self.magnitude, f"is not in 0 to {MAGNITUDES - 1}.",
@@ -46,27 +73,17 @@ class RandAugmentSettings:
         return v2.RandAugment(self.num_ops, self.magnitude, MAGNITUDES)
 
 
-def check_alpha(setting: str, alpha: float) -> None:
-    """Refuse what is no parameter of a beta distribution.
-
-    Raises:
-        SettingError: ``alpha`` is negative or not finite.
-    """
-    if not math.isfinite(alpha) or alpha < 0:
-        raise SettingError(setting, alpha, "is no positive number.", "Use for example 0.2 or 1.0, or 0 for none.")
-
-
 def mixing(mixup_alpha: float, cutmix_alpha: float, num_classes: int) -> Any:
-    """The mixing, of torchvision, of a batch with itself shifted by one; one of the two at random where both are on.
+    """The mixing, of torchvision, of a batch with itself shifted by one; with both kinds on, each batch draws one.
 
-    The targets become probabilities ``(b, num_classes)``: of each image the share that the mixed image has of it, a
-    draw from ``Beta(alpha, alpha)`` that is the same for the whole batch.
+    The targets become probabilities ``(b, num_classes)``: each image's share in the mixed image, drawn from
+    ``Beta(alpha, alpha)`` once for the whole batch.
 
     Sources: H. Zhang et al., mixup: Beyond Empirical Risk Minimization, 2018; S. Yun et al., CutMix, 2019.
 
     Args:
-        mixup_alpha: Parameter of MixUp's distribution; 0 leaves it out.
-        cutmix_alpha: Parameter of CutMix's distribution; 0 leaves it out.
+        mixup_alpha: Parameter of MixUp's distribution; 0 for no MixUp.
+        cutmix_alpha: Parameter of CutMix's distribution; 0 for no CutMix.
         num_classes: Number of classes.
 
     Returns:
@@ -77,5 +94,28 @@ def mixing(mixup_alpha: float, cutmix_alpha: float, num_classes: int) -> Any:
     from torchvision.transforms import v2
 
     kinds = ((v2.MixUp, mixup_alpha), (v2.CutMix, cutmix_alpha))
-    chosen = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in kinds if alpha]
-    return chosen[0] if len(chosen) == 1 else v2.RandomChoice(chosen)
+    active = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in kinds if alpha]
+    return active[0] if len(active) == 1 else v2.RandomChoice(active)
+
+
+def resize(image_size: int) -> Any:
+    """Resize an image to a square like PIL does: bicubically, with antialiasing, to 8-bit values."""
+    from torchvision.transforms import v2
+
+    return v2.Resize((image_size, image_size), interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+
+
+def image_transform(
+    transforms: Sequence[Callable[[Any], Any]], mean: Sequence[float], std: Sequence[float]
+) -> Callable[[Any], Tensor]:
+    """A function from an RGB image to a float32 tensor ``(3, h, w)``: ``transforms``, scaling to 0..1, normalization.
+
+    Args:
+        transforms: torchvision's transforms of an 8-bit image.
+        mean: Subtracted from values between 0 and 1, one number a channel.
+        std: The divisor after that, one number a channel.
+    """
+    from torchvision.transforms import v2
+
+    to_float = v2.ToDtype(torch.float32, scale=True)
+    return v2.Compose([v2.ToImage(), *transforms, to_float, v2.Normalize(list(mean), list(std)), v2.ToPureTensor()])

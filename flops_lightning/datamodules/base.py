@@ -11,41 +11,54 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from flops_lightning.datamodules.augmentation import RandAugmentSettings, check_alpha, mixing
-from flops_lightning.datamodules.global_batches import GlobalBatches, local_batch_size
-from flops_lightning.datamodules.keyed_batches import KeyedBatches, batched
-from flops_lightning.datamodules.training_loader import TrainingLoader
-from flops_lightning.errors import SettingError
+from flops_lightning.datamodules.augmentation import RandAugmentSettings, mixing
+from flops_lightning.datamodules.loading import GlobalBatches, KeyedBatches, TrainingLoader, batched, local_batch_size
+from flops_lightning.errors import check_at_least
 
 ImageDataset = Dataset[tuple[Tensor, ...]]  # an item is (image, label); the type is that of torch's TensorDataset
 
 
 class ImageDataModule(LightningDataModule):
-    """Loaders over three labelled sets of images that a subclass puts in place in ``setup``.
+    """Loaders over three labelled sets of images that a subclass sets in ``setup``.
 
     A batch is ``(images (b, in_chans, image_size, image_size) float32, labels (b,) int64)``, and the last, smaller
-    batch is kept. Where ``mixup_alpha`` or ``cutmix_alpha`` is on, the labels of training batches are probabilities
+    batch is kept. With ``mixup_alpha`` or ``cutmix_alpha`` above 0 the labels of training batches are probabilities
     ``(b, num_classes)`` float32.
 
     Training batch ``i`` of an epoch is a function of the seed given to ``seed_everything`` (0 without one), the epoch
     and ``i`` alone, augmentation included, so a run resumed at any step sees what the uninterrupted run saw, whatever
-    its number of workers. Under several processes each takes its share of every batch (:class:`GlobalBatches`); the
-    batch has the same images as in one process. Only the mixing of images differs then, each process mixing its share.
+    its number of workers. Several processes share the images of each batch (:class:`GlobalBatches`); only MixUp and
+    CutMix differ then from one process, since each process mixes its own share.
 
     Attributes:
         class_names: One name per class, in the order of the labels.
         in_chans: Channels of an image.
+        fixed: Settings of a base class whose values the class chooses itself: they cannot be given.
         image_size: Height and width of an image, in pixels.
         mean: Mean per channel, subtracted from values between 0 and 1.
         std: Standard deviation per channel, by which they are divided.
-        train_set: Labelled images to learn from; a subclass sets it in ``setup``, like the next two.
-        val_set: Labelled images to choose by.
-        test_set: Labelled images to report on; ``predict`` reads them too.
+        train_set: Labelled images to train on.
+        val_set: Labelled images to validate with.
+        test_set: Labelled images to test with; ``predict`` reads them too.
+
+    Example:
+        >>> import torch
+        >>> from torch.utils.data import TensorDataset
+        >>> class Noise(ImageDataModule):
+        ...     class_names, in_chans, image_size, mean, std = ("a", "b"), 1, 4, (0.0,), (1.0,)
+        ...
+        ...     def setup(self, stage):
+        ...         images = TensorDataset(torch.randn(10, 1, 4, 4), torch.arange(10) % 2)
+        ...         self.train_set = self.val_set = self.test_set = images
+        >>> data = Noise(batch_size=4)
+        >>> data.setup("fit")
+        >>> [tuple(images.shape) for images, labels in data.train_dataloader()]
+        [(4, 1, 4, 4), (4, 1, 4, 4), (2, 1, 4, 4)]
     """
 
     in_chans: ClassVar[int]
+    fixed: ClassVar[frozenset[str]] = frozenset()
 
-    # A subclass fixes these in its body, or sets them from its settings.
     class_names: tuple[str, ...]
     image_size: int
     mean: tuple[float, ...]
@@ -58,8 +71,8 @@ class ImageDataModule(LightningDataModule):
     def __init__(
         self,
         *,
-        batch_size: int,
-        num_workers: int,
+        batch_size: int = 64,
+        num_workers: int = 0,
         rand_augment: RandAugmentSettings | None = None,
         mixup_alpha: float = 0.0,
         cutmix_alpha: float = 0.0,
@@ -69,23 +82,21 @@ class ImageDataModule(LightningDataModule):
         Args:
             batch_size: Images per batch, all processes together, at least 1.
             num_workers: Processes that load beside each training process; 0 loads inside it.
-            rand_augment: RandAugment of training images; None for none. A subclass whose images are in 8 bits offers
-                it.
-            mixup_alpha: MixUp of training batches, with shares from ``Beta(alpha, alpha)``; 0 for none.
-            cutmix_alpha: The same for CutMix. Where both are on, each batch draws one of the two.
+            rand_augment: RandAugment of 8-bit training images, after the other augmentation; None for none.
+            mixup_alpha: MixUp of training batches, with shares from ``Beta(alpha, alpha)``, for example 0.2; 0 for
+                none. Labels become probabilities.
+            cutmix_alpha: The same for CutMix, for example 1.0. Where both are on, each batch draws one of the two.
 
         Raises:
-            SettingError: a number is outside its range.
+            SettingError: A number is outside its range.
         """
         super().__init__()
-        if batch_size < 1:
-            raise SettingError("data.batch_size", batch_size, "is below 1.", "Give the number of images per batch.")
-        if num_workers < 0:
-            raise SettingError("data.num_workers", num_workers, "is negative.", "Use 0 to load in the main process.")
+        check_at_least("data.batch_size", batch_size, 1, "Give the number of images per batch.")
+        check_at_least("data.num_workers", num_workers, 0, "Use 0 to load in the main process.")
         if rand_augment is not None:
             rand_augment.check()
-        check_alpha("data.mixup_alpha", mixup_alpha)
-        check_alpha("data.cutmix_alpha", cutmix_alpha)
+        for name, alpha in (("mixup_alpha", mixup_alpha), ("cutmix_alpha", cutmix_alpha)):
+            check_at_least(f"data.{name}", alpha, 0, "Use for example 0.2 or 1.0, or 0 for none.")
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.rand_augment = rand_augment
@@ -101,7 +112,7 @@ class ImageDataModule(LightningDataModule):
         """Training batches, in a new order each epoch.
 
         Raises:
-            SettingError: ``batch_size`` is no multiple of the number of processes.
+            SettingError: ``batch_size`` is not a multiple of the number of processes.
         """
         world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
@@ -131,11 +142,11 @@ class ImageDataModule(LightningDataModule):
         return self._loader(self.test_set)
 
     def predict_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """The test batches again, in the same order, so that predictions can be lined up with labels."""
+        """The test batches again, in the same order, so that predictions line up with labels."""
         return self._loader(self.test_set)
 
     def _batches_done(self, loader: TrainingLoader) -> int:
-        """Batches of this epoch that an interrupted run had done, if the Trainer that resumes it reads this loader."""
+        """Batches of this epoch that an interrupted run has done, if the Trainer that resumes it reads this loader."""
         trainer = self.trainer
         if trainer is None or not trainer.training or trainer.train_dataloader is not loader:
             return 0
@@ -143,7 +154,7 @@ class ImageDataModule(LightningDataModule):
         return done if done < trainer.num_training_batches else len(loader)  # the Trainer may take a part of an epoch
 
     def _loader(self, dataset: ImageDataset) -> DataLoader[tuple[Tensor, ...]]:
-        # A Trainer gives every process its share; no batch is larger than those of training.
+        # A Trainer divides the images between processes; no batch is larger than those of training.
         world_size = self.trainer.world_size if self.trainer else 1
         return DataLoader(
             dataset,

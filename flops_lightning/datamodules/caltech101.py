@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from flops_lightning.datamodules.unsplit import UnsplitDataModule
+from typing import Any
 
-NAMES = (
+from flops_lightning.datamodules.photos import PhotoDataModule
+from flops_lightning.datamodules.sources import ImageSource
+
+CLASSES = (
     "Faces", "Faces_easy", "Leopards", "Motorbikes", "accordion", "airplanes", "anchor", "ant", "barrel", "bass",
     "beaver", "binocular", "bonsai", "brain", "brontosaurus", "buddha", "butterfly", "camera", "cannon", "car_side",
     "ceiling_fan", "cellphone", "chair", "chandelier", "cougar_body", "cougar_face", "crab", "crayfish",
@@ -20,30 +23,30 @@ NAMES = (
 )  # fmt: skip
 
 
-class Caltech101DataModule(UnsplitDataModule):
+class Caltech101DataModule(PhotoDataModule):
     """Caltech101: 8,677 photos of objects in 101 classes, 31 to 800 of each.
 
     Read from ``root/caltech101/101_ObjectCategories/<class>/*``, which torchvision opens and, with ``download``,
-    fetches (130 MB). The paper counts 9,144 images "across 101 categories": that is with the 467 of
-    ``BACKGROUND_Google``, which is no category of objects. Here, as in torchvision and in every published split, they
-    are left out.
+    fetches (130 MB). The paper counts 9,144 images "across 101 categories": that includes the 467 of
+    ``BACKGROUND_Google``, which are not a category of objects. Here, as in torchvision and in every published split,
+    they are left out.
 
     There is no standard split. Unless ``split_file`` names one, half of each class's images train, a fifth validate and
-    three tenths test (:mod:`fixed_splits`): the shares of CoOp's split, on which later work on adapting pretrained
-    networks reports. CoOp's own file, ``split_zhou_Caltech101.json``, works as well; it has 100 classes, without
-    ``Faces_easy``.
+    three tenths test: the shares of CoOp's split, on which later work on adapting pretrained networks reports. CoOp's
+    own file, ``split_zhou_Caltech101.json``, works as well; it has 100 classes, without ``Faces_easy``.
 
     Source: L. Fei-Fei et al., Learning Generative Visual Models from Few Training Examples, 2004.
+
+    Example:
+        >>> data = Caltech101DataModule(download=True, image_size=64)
+        >>> data.num_classes, data.class_names[0]
+        (101, 'Faces')
     """
 
-    data_set = "Caltech101"
-    published_classes = 101
-    images_below = "caltech101/101_ObjectCategories"
-    known_class_names = NAMES
-    left_out = ("BACKGROUND_Google",)
+    class_names = CLASSES
+    fixed = frozenset({"val_images", "test_images"})
+    source = ImageSource("Caltech101", "caltech101/101_ObjectCategories", CLASSES, left_out=("BACKGROUND_Google",))
 
-    def fetch(self) -> None:
-        """Download through torchvision."""
-        from torchvision.datasets import Caltech101
-
-        Caltech101(self.root, download=True)
+    def __init__(self, **settings: Any) -> None:
+        """Check the settings (:class:`PhotoDataModule`) and that the folder is there."""
+        super().__init__(val_images=0, test_images=0, **settings)

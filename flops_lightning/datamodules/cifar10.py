@@ -3,31 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from flops_lightning.datamodules.cifar import CIFARDataModule
-from flops_lightning.datamodules.images import NORMALIZATIONS, Statistics
+from flops_lightning.datamodules.augmentation import NORMALIZATIONS, Statistics
+from flops_lightning.datamodules.cifar import ORIGINAL_SIZE, CIFARSource
+from flops_lightning.datamodules.photos import PhotoDataModule
 
-if TYPE_CHECKING:
-    from torchvision.datasets import CIFAR10
-
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 # Over all pixels of the 50,000 original training images, scaled to 0..1. The standard deviations 0.2023, 0.1994, 0.2010
 # that many recipes carry are means of each image's own. Of images stored as JPEG they are up to 0.002 smaller.
 STATISTICS: Statistics = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 
 
-class CIFAR10DataModule(CIFARDataModule):
-    """CIFAR-10: colour images of 32 x 32 pixels in ten classes, 50,000 to learn from and 10,000 to test.
+class CIFAR10DataModule(PhotoDataModule):
+    """CIFAR-10: colour images of 32 x 32 pixels in ten classes, 50,000 to train and 10,000 to test.
 
-    Read from ``root/cifar-10-batches-py/``, torchvision's archive, or from class folders; :class:`CIFARDataModule` says
-    how they lie and how they are split.
+    Read from ``root/cifar-10-batches-py/``, torchvision's archive, or from class folders (:class:`CIFARSource`).
+    Validation images are split off the training part before ``images_per_class`` chooses from the rest, so accuracies
+    of runs with different ``images_per_class`` compare, and smaller training sets are parts of larger ones.
 
     Source: A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009.
+
+    Example:
+        >>> data = CIFAR10DataModule(download=True, batch_size=128)
+        >>> data.num_classes, data.class_names[3], data.std
+        (10, 'cat', (0.247, 0.2435, 0.2616))
     """
 
-    class_names = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-    data_set = "CIFAR-10"
-    archive = "cifar-10-batches-py"
+    class_names = CLASSES
+    fixed = frozenset({"allow_missing", "split_file", "val_share", "test_share"})
+    source = CIFARSource("CIFAR-10", class_names=CLASSES, archive="cifar-10-batches-py")
     normalizations: ClassVar[Mapping[str, Statistics]] = {"cifar10": STATISTICS, **NORMALIZATIONS}
 
     def __init__(
@@ -35,25 +40,23 @@ class CIFAR10DataModule(CIFARDataModule):
         *,
         root: str = "data/downloads/cifar10",
         normalization: Literal["cifar10", "imagenet", "inception", "backbone"] = "cifar10",
+        batch_size: int = 64,
+        image_size: int = ORIGINAL_SIZE,
+        val_images: int = 5000,
         **settings: Any,
     ) -> None:
         """Check the settings and that ``root`` is there; images are read when they are asked for.
 
         Args:
             root: Folder of the data set, in one of the two layouts.
-            normalization: Mean and standard deviation of the pixels: ``cifar10`` to learn from scratch; for pretrained
-                weights those they were trained with, ``imagenet`` or ``inception`` (0.5 each, most of timm's ViTs), or
-                ``backbone``, which asks the task's timm model.
-            **settings: Those of :class:`CIFARDataModule`.
-
-        Raises:
-            SettingError: A setting is outside its range, or ``root`` has neither layout and ``download`` is off.
+            normalization: Mean and standard deviation of the pixels: ``cifar10`` to train from scratch; for pretrained
+                weights those they were trained with, ``imagenet``, ``inception`` or ``backbone``.
+            batch_size: Images per batch, all processes together, at least 1.
+            image_size: Height and width of the images, in pixels; where it is not 32 they are resized bicubically.
+            val_images: Images split off the training part for validation, each class keeping its share; 0 for none.
+            **settings: Those of :class:`PhotoDataModule`.
         """
-        super().__init__(root=root, normalization=normalization, **settings)
-
-    @staticmethod
-    def opener() -> type[CIFAR10]:
-        """The class of torchvision that opens and fetches the archive."""
-        from torchvision.datasets import CIFAR10
-
-        return CIFAR10
+        super().__init__(
+            root=root, normalization=normalization, batch_size=batch_size, image_size=image_size,  # type: ignore[arg-type]
+            val_images=val_images, val_share=0.0, test_share=0.0, split_file=None, allow_missing=False, **settings,
+        )  # fmt: skip

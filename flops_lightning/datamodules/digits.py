@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,25 +27,26 @@ class DigitsDataModule(ImageDataModule):
 
     Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998
     (its test part, which is what scikit-learn ships).
+
+    Example:
+        >>> data = DigitsDataModule(batch_size=100, rotation=40)
+        >>> data.setup("fit")
+        >>> len(data.train_set), len(data.val_set), len(data.test_set)
+        (1257, 180, 360)
+        >>> images, labels = next(iter(data.val_dataloader()))
+        >>> tuple(images.shape), labels[:5].tolist()
+        ((100, 1, 8, 8), [7, 4, 7, 6, 0])
     """
 
     class_names = ("0", "1", "2", "3", "4", "5", "6", "7", "8", "9")
     in_chans = 1
+    fixed = frozenset({"rand_augment"})
     image_size = 8
     # Over the pixels of all 1797 upright images, scaled to 0..1.
     mean = (0.3053,)
     std = (0.3760,)
 
-    def __init__(
-        self,
-        *,
-        batch_size: int = 64,
-        rotation: float = 0.0,
-        split_seed: int = 0,
-        num_workers: int = 0,
-        mixup_alpha: float = 0.0,
-        cutmix_alpha: float = 0.0,
-    ) -> None:
+    def __init__(self, *, batch_size: int = 64, rotation: float = 0.0, split_seed: int = 0, **loading: Any) -> None:
         """Check the settings; images are read in ``setup``.
 
         Args:
@@ -54,17 +56,12 @@ class DigitsDataModule(ImageDataModule):
                 one trained on upright digits reads those (99.2 % each for a support vector machine).
             split_seed: Chooses which images train, validate and test; independent of the seed of the run, so that runs
                 with different seeds are measured on the same images. Not negative.
-            num_workers: Processes that load beside each training process; 0 is fastest for images this small.
-            mixup_alpha: MixUp of training batches, with shares from ``Beta(alpha, alpha)``, for example 0.2; 0 for
-                none. Labels become probabilities.
-            cutmix_alpha: The same for CutMix, for example 1.0. Where both are on, each batch draws one of the two.
+            **loading: Settings of :class:`ImageDataModule`, without ``rand_augment``, which is for 8-bit images.
 
         Raises:
             SettingError: A number is outside its range, or ``rotation`` is not finite.
         """
-        super().__init__(
-            batch_size=batch_size, num_workers=num_workers, mixup_alpha=mixup_alpha, cutmix_alpha=cutmix_alpha
-        )
+        super().__init__(batch_size=batch_size, rand_augment=None, **loading)
         if not math.isfinite(rotation):
             raise SettingError("data.rotation", rotation, "is not an angle.", "Give degrees, for example 40.")
         check_split_seed(split_seed)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from flops_lightning.datamodules.unsplit import UnsplitDataModule
+from typing import Any
 
-NAMES = (
+from flops_lightning.datamodules.photos import PhotoDataModule
+from flops_lightning.datamodules.sources import ImageSource
+
+CLASSES = (
     "AnnualCrop", "Forest", "HerbaceousVegetation", "Highway", "Industrial", "Pasture", "PermanentCrop", "Residential",
     "River", "SeaLake",
 )  # fmt: skip
 
 
-class EuroSATDataModule(UnsplitDataModule):
+class EuroSATDataModule(PhotoDataModule):
     """EuroSAT: 27,000 satellite images of 64 x 64 pixels in 10 classes of land use, in RGB.
 
     Read from ``root/eurosat/2750/<class>/*``, which torchvision opens and, with ``download``, fetches (90 MB).
@@ -22,15 +25,17 @@ class EuroSATDataModule(UnsplitDataModule):
 
     Source: P. Helber et al., EuroSAT: A Novel Dataset and Deep Learning Benchmark for Land Use and Land Cover
     Classification, 2019.
+
+    Example:
+        >>> data = EuroSATDataModule(download=True, val_share=0.0, test_share=0.2)
+        >>> data.num_classes, data.class_names[-1]
+        (10, 'SeaLake')
     """
 
-    data_set = "EuroSAT"
-    published_classes = 10
-    images_below = "eurosat/2750"
-    known_class_names = NAMES
+    class_names = CLASSES
+    fixed = frozenset({"val_images", "test_images"})
+    source = ImageSource("EuroSAT", "eurosat/2750", CLASSES)
 
-    def fetch(self) -> None:
-        """Download through torchvision."""
-        from torchvision.datasets import EuroSAT
-
-        EuroSAT(self.root, download=True)
+    def __init__(self, **settings: Any) -> None:
+        """Check the settings (:class:`PhotoDataModule`) and that the folder is there."""
+        super().__init__(val_images=0, test_images=0, **settings)

@@ -1,29 +1,46 @@
-"""What the data sets of photos share: settings, a check of the folder before training, splits, transforms."""
+"""What data sets of stored images share: settings, a check of the folder before training, splits, transforms."""
 
 from __future__ import annotations
 
 import time
-from abc import abstractmethod
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from flops_lightning.datamodules.augmentation import RandAugmentSettings
-from flops_lightning.datamodules.images import FETCHING_FAILS, ImageSubset, PhotoFiles, image_transform
-from flops_lightning.datamodules.listing import PARTS, Listing, Part, present, refuse_empty
-from flops_lightning.datamodules.splits import choose_per_class
-from flops_lightning.datamodules.stored_images import StoredImageDataModule, look_into
-from flops_lightning.errors import SettingError
+from flops_lightning.datamodules.augmentation import (
+    BACKBONE,
+    NORMALIZATIONS,
+    Statistics,
+    backbone_statistics,
+    image_transform,
+    resize,
+)
+from flops_lightning.datamodules.base import ImageDataModule
+from flops_lightning.datamodules.files import PARTS, ImageSubset, Listing, Part, present, read_some
+from flops_lightning.datamodules.sources import ImageSource
+from flops_lightning.datamodules.splits import (
+    TEST_SHARE,
+    VAL_SHARE,
+    check_shares,
+    check_split_seed,
+    choose_per_class,
+    read_split_file,
+    split_by_numbers,
+    split_by_shares,
+)
+from flops_lightning.errors import SettingError, check_at_least, check_choice
 
-DOWNLOADS = "data/downloads"
+NEEDED: dict[str, tuple[Part, str]] = {
+    "fit": ("train", "train"), "validate": ("val", "validate"), "test": ("test", "test"), "predict": ("test", "test"),
+}  # fmt: skip
+"""The part that a stage reads, and the verb for it."""
 
 
-class PhotoDataModule(StoredImageDataModule):
-    """Loaders over image files of any size and mode, resized to a square.
+class PhotoDataModule(ImageDataModule):
+    """Loaders over colour images of any size and mode, resized to a square.
 
-    A subclass says which files there are (``listings``) and what their classes are called (``find_class_names``).
+    A subclass names the ``source`` of its images, and fixes the settings that do not apply to it.
 
     Grey, CMYK, palette and transparent images are converted to RGB when they are read (alpha is dropped, of 16 bits the
     upper 8 are kept). Files that are missing, empty or cut off are errors that name the first of them: :meth:`check`
@@ -31,103 +48,90 @@ class PhotoDataModule(StoredImageDataModule):
     inside stops the run when it is read.
 
     Attributes:
-        published_classes: Number of classes of the whole data set, for as long as it has not been fetched.
+        source: Where the images lie, which there are, and how to get them.
+        normalizations: Mean and standard deviation by the names that ``normalization`` may have.
     """
 
-    published_classes: int
+    in_chans = 3
+    source: ClassVar[ImageSource]
+    normalizations: ClassVar[Mapping[str, Statistics]] = NORMALIZATIONS
 
     def __init__(
         self,
         *,
-        root: str = DOWNLOADS,
+        root: str = "data/downloads",
         batch_size: int = 128,
-        num_workers: int = 0,
         image_size: int = 224,
         images_per_class: int = 0,
+        val_images: int = 0,
+        test_images: int = 0,
+        val_share: float = VAL_SHARE,
+        test_share: float = TEST_SHARE,
+        split_file: str | None = None,
         split_seed: int = 0,
         allow_missing: bool = False,
         augment: bool = False,
-        rand_augment: RandAugmentSettings | None = None,
-        mixup_alpha: float = 0.0,
-        cutmix_alpha: float = 0.0,
         normalization: Literal["backbone", "imagenet", "inception"] = "backbone",
         download: bool = False,
+        **loading: Any,
     ) -> None:
-        """Check the settings and that the data set is there.
+        """Check the settings and that the data set is there; images are read when they are asked for.
 
         Args:
-            root: Folder that holds the data set in torchvision's layout.
+            root: Folder that holds the data set.
             batch_size: Images per batch, all processes together, at least 1.
-            num_workers: Processes that load beside each training process; 0 loads inside it.
             image_size: Height and width of the images, in pixels; all are resized to this square, bicubically.
-            images_per_class: Training images of each class to learn from; 0 uses all.
-            split_seed: Chooses the images of the settings that choose; independent of the seed of the run. From 0 to
-                2**32 - 1.
+            images_per_class: Training images of each class; 0 uses all.
+            val_images: Images split off the training part for validation, each class keeping its share; 0 for none.
+            test_images: Images of the test part to test with, each class keeping its share; 0 uses all, which is what
+                published accuracies are measured on.
+            val_share: Share of each class's images to validate with.
+            test_share: Share of each class's images to test with.
+            split_file: A split to use instead of the shares, JSON in the form of CoOp's ``split_zhou_*.json``.
+            split_seed: Chooses the images of the settings above; independent of the seed of the run, so that runs with
+                different seeds are measured on the same images. From 0 to 2**32 - 1.
             allow_missing: Leave out listed images that are not there, and classes without any, and say how many;
                 otherwise the first one is an error.
-            augment: Crop training images at random (8 % to 100 % of the area, 3:4 to 4:3) and mirror half of them.
-            rand_augment: RandAugment of training images, after that; None for none.
-            mixup_alpha: MixUp of training batches, with shares from ``Beta(alpha, alpha)``, for example 0.2; 0 for
-                none. Labels become probabilities.
-            cutmix_alpha: The same for CutMix, for example 1.0. Where both are on, each batch draws one of the two.
+            augment: Augment training images: photos are cropped at random (8 % to 100 % of the area, 3:4 to 4:3), the
+                images of CIFAR shifted by up to an eighth of their size, on black; half of them are mirrored.
             normalization: Mean and standard deviation of the pixels: ``backbone`` asks the task's timm model for those
-                that its weights were trained with; ``imagenet`` and ``inception`` (0.5 each) set them.
+                that its weights were trained with; ``imagenet`` and ``inception`` (0.5 each, most of timm's ViTs) set
+                them.
             download: Fetch the data set into ``root`` unless it is there and whole, where torchvision can.
+            **loading: Settings of :class:`ImageDataModule`.
 
         Raises:
             SettingError: A setting is outside its range, or ``root`` does not hold the data set and ``download`` is
                 off.
         """
-        super().__init__(
-            root=root, image_size=image_size, images_per_class=images_per_class, split_seed=split_seed, augment=augment,
-            normalization=normalization, download=download, batch_size=batch_size, num_workers=num_workers,
-            rand_augment=rand_augment, mixup_alpha=mixup_alpha, cutmix_alpha=cutmix_alpha,
-        )  # fmt: skip
+        super().__init__(batch_size=batch_size, **loading)
+        check_at_least("data.image_size", image_size, 1, "Give pixels, for example 32 or 224.")
+        numbers = {"images_per_class": images_per_class, "val_images": val_images, "test_images": test_images}
+        for name, number in numbers.items():
+            check_at_least(f"data.{name}", number, 0, "Give a number of images, or 0.")
+        check_shares(val_share, test_share)
+        check_split_seed(split_seed)
+        check_choice("data.normalization", normalization, [*self.normalizations, BACKBONE])
+        self.root = root
+        self.image_size = image_size
+        self.images_per_class = images_per_class
+        self.val_images, self.test_images = val_images, test_images
+        self.split_file, self.val_share, self.test_share = split_file, val_share, test_share
+        self.split_seed = split_seed
         self.allow_missing = allow_missing
-        self._checked: Mapping[Part, Listing] | None = None
+        self.augment = augment
+        self.normalization = normalization
+        if normalization != BACKBONE:
+            self.mean, self.std = self.normalizations[normalization]
+        self.download = download
+        self._parts: Mapping[Part, Listing] | None = None
         try:
-            self.class_names = self.find_class_names() if download else self._find_class_names()
+            if not download:
+                self.source.check_folder(root)
+            self.class_names = self._find_class_names()
         except SettingError as error:
             if not download or error.setting != "data.root":
                 raise  # what the root lacks is fetched later
-
-    # -- what a subclass says ------------------------------------------------------------------------------------------
-
-    @property
-    @abstractmethod
-    def folder(self) -> Path:
-        """The folder that is there if the data set is."""
-
-    @abstractmethod
-    def remedy(self) -> str:
-        """How the data set should lie there, and how to get it: for errors."""
-
-    @abstractmethod
-    def find_class_names(self) -> tuple[str, ...]:
-        """Names in the order of the labels; the folder is there."""
-
-    @abstractmethod
-    def listings(self) -> Mapping[Part, Listing]:
-        """The images to train, validate and test with; whether all are there is looked at afterwards.
-
-        Raises:
-            SettingError: The data set is not whole.
-        """
-
-    def fetch(self) -> None:
-        """Download the data set through torchvision.
-
-        Raises:
-            SettingError: torchvision cannot.
-        """
-        raise SettingError("data.download", True, f"torchvision cannot fetch {self.data_set}.", self.remedy())
-
-    # -- Lightning's hooks ---------------------------------------------------------------------------------------------
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes; labels run from 0 to one less."""
-        return len(self.class_names) if hasattr(self, "class_names") else self.published_classes
 
     def prepare_data(self) -> None:
         """Fetch the data set if asked to; in one process only.
@@ -135,83 +139,80 @@ class PhotoDataModule(StoredImageDataModule):
         Raises:
             SettingError: It could not be fetched.
         """
-        if not self.download:
-            return
-        try:
-            self.fetch()
-        except FETCHING_FAILS as error:
-            raise SettingError(
-                "data.download", True, f"{self.data_set} could not be fetched ({error}).",
-                f"Check the connection. {self.remedy()}",
-            ) from error  # fmt: skip
+        if self.download:
+            self.source.fetch(self.root)
 
     def setup(self, stage: str) -> None:
         """Check and split the images; the same for every stage.
 
         Raises:
-            SettingError: The data set is not whole or has no images for the stage, or ``normalization`` cannot be
-                found out.
+            SettingError: The data set is not whole or has no images for the stage, or ``normalization`` is ``backbone``
+                and the task has no timm model.
             DamagedImageError: An image is empty or cannot be read.
         """
         parts = self.check()
-        refuse_empty(stage, parts, root=self.root, remedy=self.remedy())
-        self.find_statistics()
-        self.train_set, self.val_set, self.test_set = (self._subset(parts[part], part) for part in PARTS)
+        part, verb = NEEDED.get(stage, (None, ""))
+        if part is not None and not len(parts[part].files):  # the Trainer would run over no image without a word
+            split_off = " They are split off the training images (val_images, val_share)." if part == "val" else ""
+            remedy = f"{self.source.remedy(self.root)}{split_off}"
+            raise SettingError("data.root", self.root, f"has no images to {verb} with.", remedy)
+        if self.normalization == BACKBONE:
+            self.mean, self.std = backbone_statistics(getattr(self.trainer, "lightning_module", None))
+        plain = [resize(self.image_size)]
+        augmented = self.source.augmentation(self.image_size) if self.augment else plain
+        if self.rand_augment is not None:
+            augmented = [*augmented, self.rand_augment.transform()]
+        self.train_set, self.val_set, self.test_set = (
+            ImageSubset(parts[part], image_transform(augmented if part == "train" else plain, self.mean, self.std))
+            for part in PARTS
+        )
 
     def check(self) -> Mapping[Part, Listing]:
-        """Look at every file's name and size and into a few, in seconds; once, and then the answer is kept.
+        """Check every file's name and size and decode a few, in seconds; the second call returns the same answer.
 
         Returns:
-            The images of each part, with their paths.
+            The images of each part.
 
         Raises:
-            SettingError: A file or a class is missing; the first is named.
+            SettingError: A file or a class is missing (the first is named), or there are too few images for a setting.
             DamagedImageError: An image is empty or cannot be read; the first is named.
         """
-        if self._checked is None:
+        if self._parts is None:
             start = time.monotonic()
+            self.source.check_folder(self.root)
             self.class_names = self._find_class_names()
             parts = present(
-                self.listings(), self.class_names, root=self.root, remedy=self.remedy(),
-                allow_missing=self.allow_missing,
+                self._split(), self.class_names, root=self.root, remedy=self.source.remedy(self.root),
+                allow_missing=self.allow_missing if self.source.may_lack_images else None,
             )  # fmt: skip
-            look_into([file for part in PARTS for file in parts[part].files])
-            labels = torch.tensor(parts["train"].labels, dtype=torch.long)
-            chosen = choose_per_class(
-                labels, torch.arange(len(labels)), self.images_per_class, seed=self.split_seed,
-                class_names=self.class_names,
-            ) if len(labels) else labels  # fmt: skip
-            self._checked = {**parts, "train": parts["train"].at(chosen)}
-            self.tell_counts({part: len(self._checked[part].files) for part in PARTS}, start=start)
-        return self._checked
-
-    # -- parts ---------------------------------------------------------------------------------------------------------
+            read_some(parts)
+            parts["train"] = choose_per_class(
+                parts["train"], self.images_per_class, seed=self.split_seed, class_names=self.class_names
+            )
+            self._parts = parts
+            counts = ", ".join(f"{len(parts[part].files):,} {part}" for part in PARTS)
+            seconds = time.monotonic() - start
+            rank_zero_info(
+                f"{self.source.name}: {counts} images, {self.num_classes} classes (checked in {seconds:.1f} s)"
+            )
+        return self._parts
 
     def _find_class_names(self) -> tuple[str, ...]:
-        if not self.folder.is_dir():
-            raise SettingError("data.root", self.root, f"has no folder {self._below()}.", self.remedy())
-        return self.find_class_names()
+        if self.split_file is not None:
+            return read_split_file(self.split_file)[0]
+        return self.source.find_class_names(self.root)
 
-    def _below(self) -> str:
-        root = Path(self.root).expanduser()
-        return f"{self.folder.relative_to(root)}/" if self.folder != root else "of that name"
-
-    def _subset(self, listing: Listing, part: Part) -> ImageSubset:
-        labels = torch.tensor(listing.labels, dtype=torch.long)
-        settings: dict[str, Any] = {"image_size": self.image_size, "mean": self.mean, "std": self.std}
-        if part == "train":
-            settings |= self._augmentation()
-        images = PhotoFiles(listing.files, listing.labels)
-        return ImageSubset(images, labels, torch.arange(len(labels)), image_transform(**settings))
-
-    def _augmentation(self) -> dict[str, Any]:
-        from torchvision.transforms import v2
-
-        found: dict[str, Any] = {"augmentation": []}
-        if self.augment:
-            cubic = v2.InterpolationMode.BICUBIC
-            found["crop"] = v2.RandomResizedCrop(self.image_size, interpolation=cubic, antialias=True)
-            found["augmentation"].append(v2.RandomHorizontalFlip())
-        if self.rand_augment is not None:
-            found["augmentation"].append(self.rand_augment.transform())
-        return found
+    def _split(self) -> Mapping[Part, Listing]:
+        if self.split_file is not None:
+            folder = self.source.folder(self.root)
+            parts = read_split_file(self.split_file)[1].items()
+            return {part: Listing([str(folder / file) for file in each.files], each.labels) for part, each in parts}
+        found = self.source.listings(self.root, self.class_names, all_classes=not self.allow_missing)
+        by: dict[str, Any] = {"seed": self.split_seed, "class_names": self.class_names}
+        if "val" in found:
+            return found
+        if "test" in found:
+            return split_by_numbers(
+                found["train"], found["test"], val_images=self.val_images, test_images=self.test_images, **by
+            )
+        return split_by_shares(found["train"], val_share=self.val_share, test_share=self.test_share, **by)

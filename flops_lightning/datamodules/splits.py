@@ -1,37 +1,40 @@
-"""Which images train, validate and test: splits that keep the share of every class, and small training sets."""
+"""Which images train, validate and test: splits that keep every class's share, and small training sets."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from flops_lightning.datamodules.files import PARTS, Listing, Part
 from flops_lightning.errors import SettingError
+
+VAL_SHARE, TEST_SHARE = 0.2, 0.3
+"""Shares of the images of each class, those of CoOp's splits.
+
+Source: K. Zhou et al., Learning to Prompt for Vision-Language Models, 2022, appendix A.
+"""
 
 
 def check_split_seed(split_seed: int) -> None:
-    """Refuse what is not a seed.
-
-    Raises:
-        SettingError: ``split_seed`` is negative, or 2**32 or more.
-    """
+    """Raise a :class:`SettingError` unless scikit-learn accepts the seed."""
     if not 0 <= split_seed < 2**32:
         raise SettingError("data.split_seed", split_seed, "is not a seed.", "Use a number from 0 to 2**32 - 1.")
 
 
-def check_image_numbers(**numbers: int) -> None:
-    """Refuse numbers of images below 0.
-
-    Args:
-        **numbers: By the name of the setting.
-
-    Raises:
-        SettingError: One is negative.
-    """
-    for name, number in numbers.items():
-        if number < 0:
-            raise SettingError(f"data.{name}", number, "is negative.", "Give a number of images, or 0.")
+def check_shares(val_share: float, test_share: float) -> None:
+    """Raise a :class:`SettingError` if a share is negative, or both together leave no image to train on."""
+    for name, share in (("val_share", val_share), ("test_share", test_share)):
+        if not 0 <= share < 1:
+            raise SettingError(f"data.{name}", share, "is not in 0 to 1.", "Give a share of the images, as 0.2.")
+    if val_share + test_share >= 1:
+        raise SettingError(
+            "data.test_share", test_share, f"leaves no images to train on beside val_share = {val_share}.",
+            "Give shares that sum to less than 1.",
+        )  # fmt: skip
 
 
 def hold_out(
@@ -44,7 +47,7 @@ def hold_out(
         size: Images to hold out; 0 holds out none.
         seed: Chooses which; the split is a function of ``labels``, ``size`` and ``seed`` alone.
         setting: Name of the setting that ``size`` comes from.
-        class_names: Names of the classes, in the order of the labels, for the error; may be left out.
+        class_names: Names of the classes, in the order of the labels, for the error.
 
     Returns:
         The places of the images that stay and of those held out, each in ascending order.
@@ -55,7 +58,7 @@ def hold_out(
     from sklearn.model_selection import train_test_split
 
     places = torch.arange(len(labels))
-    if size == 0:
+    if size == 0 or not len(labels):
         return places, places[:0]
     present, counts = labels.unique(return_counts=True)
     fewest, most = len(counts), len(labels) - len(counts)
@@ -71,34 +74,89 @@ def hold_out(
     return torch.from_numpy(stay).sort().values, torch.from_numpy(held).sort().values
 
 
-def choose_per_class(
-    labels: Tensor, places: Tensor, per_class: int, *, seed: int, class_names: Sequence[str]
-) -> Tensor:
-    """Choose the same number of images of every class; a smaller choice is part of every larger one.
+def split_by_numbers(
+    train: Listing, test: Listing, *, val_images: int, test_images: int, seed: int, class_names: Sequence[str]
+) -> dict[Part, Listing]:
+    """Split ``val_images`` off the training part, and keep ``test_images`` of the test part; 0 keeps all."""
+    stay, held = hold_out(
+        torch.tensor(train.labels), val_images, seed=seed, setting="data.val_images", class_names=class_names
+    )
+    if test_images:
+        labels = torch.tensor(test.labels)
+        _, some = hold_out(labels, test_images, seed=seed, setting="data.test_images", class_names=class_names)
+        test = test.at(some)
+    return {"train": train.at(stay), "val": train.at(held), "test": test}
 
-    Args:
-        labels: The labels of all images ``(m,)``.
-        places: Where in ``labels`` the images to choose from are ``(n,)``.
-        per_class: Images to choose of each class; 0 chooses all of ``places``.
-        seed: Chooses which.
-        class_names: Names of the classes, in the order of the labels.
+
+def split_by_shares(
+    images: Listing, *, val_share: float, test_share: float, seed: int, class_names: Sequence[str]
+) -> dict[Part, Listing]:
+    """Split at random, each part with the share of every class that the whole has."""
+    labels = torch.tensor(images.labels)
+
+    def hold_out_share(left: Tensor, share: float, setting: str) -> tuple[Tensor, Tensor]:
+        size = round(share * len(labels))
+        try:
+            return hold_out(left, size, seed=seed, setting=setting, class_names=class_names)
+        except SettingError as error:
+            raise SettingError(
+                setting, share, f"{size} images {error.problem}",
+                "Use another share, or 0, or a split_file; every class needs an image for each of its parts.",
+            ) from error  # fmt: skip
+
+    rest, test = hold_out_share(labels, test_share, "data.test_share")
+    stay, val = hold_out_share(labels[rest], val_share, "data.val_share")
+    return {"train": images.at(rest[stay]), "val": images.at(rest[val]), "test": images.at(test)}
+
+
+def read_split_file(file: str) -> tuple[tuple[str, ...], Mapping[Part, Listing]]:
+    """Read ``{"train": [[path, label, class name], ...], "val": ..., "test": ...}``, the form of CoOp's files.
 
     Returns:
-        The places of the chosen images, in ascending order.
+        Names of the classes in the order of the labels, and the images of each part, with paths as in the file.
+
+    Raises:
+        SettingError: The file is missing or has another form.
+    """
+    path, remedy = Path(file).expanduser(), "Give a JSON file of CoOp's form, or leave split_file out."
+    if not path.is_file():
+        raise SettingError("data.split_file", file, "is not a file.", remedy)
+    try:
+        content = json.loads(path.read_text())
+        parts = {part: Listing.of([(str(image), int(label)) for image, label, _ in content[part]]) for part in PARTS}
+        names = {int(label): str(name) for part in PARTS for _, label, name in content[part]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise SettingError(
+            "data.split_file", file, f"is not a split ({type(error).__name__}: {error}).", remedy
+        ) from error
+    if sorted(names) != list(range(len(names))) or not names:
+        raise SettingError("data.split_file", file, "has labels that do not run from 0 on.", remedy)
+    return tuple(names[label] for label in range(len(names))), parts
+
+
+def choose_per_class(listing: Listing, per_class: int, *, seed: int, class_names: Sequence[str]) -> Listing:
+    """Choose the same number of images of every class, in their order; a smaller choice is part of every larger one.
+
+    Args:
+        listing: The images to choose from.
+        per_class: Images to choose of each class; 0 chooses all.
+        seed: Chooses which.
+        class_names: Names of the classes, in the order of the labels.
 
     Raises:
         SettingError: A class has fewer images.
     """
-    if per_class == 0:
-        return places
-    counts = labels[places].bincount(minlength=len(class_names))
+    if per_class == 0 or not len(listing.files):
+        return listing
+    labels = torch.tensor(listing.labels)
+    counts = labels.bincount(minlength=len(class_names))
     fewest = int(counts.min())
     if per_class > fewest:
         raise SettingError(
             "data.images_per_class", per_class,
-            f"{class_names[int(counts.argmin())]} has {fewest} training images, those for validation not counted.",
+            f"{class_names[int(counts.argmin())]} has {fewest} training images, not counting those for validation.",
             f"Use at most {fewest}, or 0 for all.",
         )  # fmt: skip
-    shuffled = places[torch.randperm(len(places), generator=torch.Generator().manual_seed(seed))]
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     of_class = [shuffled[labels[shuffled] == label][:per_class] for label in range(len(class_names))]
-    return torch.cat(of_class).sort().values
+    return listing.at(torch.cat(of_class).sort().values)

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.warnings import PossibleUserWarning
 
 from flops_lightning.callbacks import QueryAllocatorCallback
 from flops_lightning.datamodules import ImageDataModule
-from flops_lightning.datamodules.global_batches import local_batch_size
+from flops_lightning.datamodules.loading import local_batch_size
 from flops_lightning.errors import SettingError
 from flops_lightning.plan.stopwatch import Clock, Measured, Stopwatch
 from flops_lightning.plan.trainer import callbacks_of

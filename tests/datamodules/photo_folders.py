@@ -1,4 +1,4 @@
-"""Tiny data sets in the layouts of the real ones; an image's colour tells its class and its number in the class."""
+"""Tiny data sets in the layouts of the real ones; an image's colour shows its class and its number in the class."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import seed_everything
 from PIL import Image
 from scipy.io import savemat
 from torch import Tensor
@@ -66,14 +67,14 @@ def write_imagenet(root: Path) -> Path:
 
 
 def write_caltech101(root: Path) -> Path:
-    folder = root / Caltech101DataModule.images_below
-    write_class_folders(folder, Caltech101DataModule.known_class_names, range(4))
+    folder = Caltech101DataModule.source.folder(root)
+    write_class_folders(folder, Caltech101DataModule.class_names, range(4))
     write(folder / "BACKGROUND_Google" / "image_0001.jpg", photo(0, 9))
     return root
 
 
 def write_eurosat(root: Path) -> Path:
-    write_class_folders(root / EuroSATDataModule.images_below, EuroSATDataModule.known_class_names, range(10))
+    write_class_folders(EuroSATDataModule.source.folder(root), EuroSATDataModule.class_names, range(10))
     return root
 
 
@@ -130,3 +131,29 @@ KINDS = {
     "flowers102": Kind(Flowers102DataModule, write_flowers102, 102, (1, 1, 2)),
 }
 SPLIT_BY_SEED = ("imagenet", "caltech101", "eurosat", "food101")
+
+
+def assert_repeated_by_the_seed(prepared: Callable[[int], Any], *, num_workers: int) -> None:
+    """A seed gives the same images with and without workers, and others in each epoch; so does another seed.
+
+    Args:
+        prepared: From a number of workers to a module that augments its training images.
+        num_workers: Those that are compared with none.
+    """
+
+    def two_epochs(seed: int, num_workers: int = 0) -> list[torch.Tensor]:
+        seed_everything(seed)
+        loader, epochs = prepared(num_workers).train_dataloader(), []
+        for epoch in (0, 1):
+            loader.sampler.set_epoch(epoch)
+            places = [key.place for key in loader.sampler]
+            images = torch.cat([images for images, _ in loader])
+            epochs.append(torch.stack([images[places.index(place)] for place in range(len(places))]))
+        return epochs
+
+    first, again, workers, other = two_epochs(3), two_epochs(3), two_epochs(3, num_workers), two_epochs(4)
+    for epoch in (0, 1):
+        assert torch.equal(first[epoch], again[epoch])
+        assert torch.equal(first[epoch], workers[epoch])
+    same = [(a == b).flatten(1).all(1).float().mean() for a, b in ((first[0], first[1]), (first[0], other[0]))]
+    assert max(same) < 0.1

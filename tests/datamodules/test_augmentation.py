@@ -11,11 +11,10 @@ from torch.utils.data import TensorDataset
 from torchvision.transforms import v2
 
 from flops_lightning.datamodules import CIFAR10DataModule, DigitsDataModule
-from flops_lightning.datamodules.augmentation import RandAugmentSettings, mixing
+from flops_lightning.datamodules.augmentation import RandAugmentSettings, image_transform, mixing
 from flops_lightning.datamodules.cifar10 import STATISTICS
-from flops_lightning.datamodules.global_batches import ImageKey
-from flops_lightning.datamodules.images import ImageSubset, image_transform
-from flops_lightning.datamodules.keyed_batches import KeyedBatches
+from flops_lightning.datamodules.files import ImageSubset, Listing
+from flops_lightning.datamodules.loading import ImageKey, KeyedBatches
 from flops_lightning.errors import SettingError
 from flops_lightning.noise.keys import NoiseKey, row_seeds
 
@@ -125,13 +124,9 @@ def test_with_both_each_is_drawn_half_the_time():
 
 
 def test_rand_augment_is_torchvisions_by_the_key_of_the_image():
-    from PIL import Image
-
     pixels = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), dtype=np.uint8)
-    stored = [(Image.fromarray(image), 0) for image in pixels]
     settings, (mean, std) = RandAugmentSettings(num_ops=2, magnitude=12), STATISTICS
-    transform = image_transform(image_size=16, mean=mean, std=std, augmentation=[settings.transform()])
-    subset = ImageSubset(stored, torch.zeros(6, dtype=torch.int64), torch.arange(6), transform)
+    subset = ImageSubset(Listing(pixels, [0] * 6), image_transform([settings.transform()], mean, std))
     found = KeyedBatches(subset, seed=4).__getitems__([ImageKey(5, place) for place in range(6)])[0]
 
     reference = v2.RandAugment(num_ops=2, magnitude=12)
@@ -149,9 +144,9 @@ def test_rand_augment_is_torchvisions_by_the_key_of_the_image():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"mixup_alpha": -0.1}, "data.mixup_alpha = -0.1: is no positive number. Use for example 0.2 or 1.0, or 0 for"),
-        ({"cutmix_alpha": math.inf}, "data.cutmix_alpha = inf: is no positive number."),
-        ({"rand_augment": RandAugmentSettings(num_ops=0)}, "data.rand_augment.num_ops = 0: is below 1."),
+        ({"mixup_alpha": -0.1}, "data.mixup_alpha = -0.1: must be 0 or more. Use for example 0.2 or 1.0, or 0 for"),
+        ({"cutmix_alpha": math.inf}, "data.cutmix_alpha = inf: must be 0 or more."),
+        ({"rand_augment": RandAugmentSettings(num_ops=0)}, "data.rand_augment.num_ops = 0: must be 1 or more."),
         ({"rand_augment": RandAugmentSettings(magnitude=31)}, "data.rand_augment.magnitude = 31: is not in 0 to 30."),
     ],
 )

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import seed_everything
 from sklearn.datasets import load_digits
 
 from flops_lightning.datamodules import DigitsDataModule
@@ -96,48 +96,6 @@ def test_prediction_reads_the_test_images_in_order():
     images = torch.cat([images for images, _ in data.predict_dataloader()])
     assert torch.equal(images, data.test_set.tensors[0])
     assert torch.equal(images, torch.cat([images for images, _ in data.test_dataloader()]))
-
-
-class Recorder(LightningModule):
-    """Keeps the labels of every training batch, one list an epoch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.epochs: list[list[int]] = []
-
-    def on_train_epoch_start(self) -> None:
-        self.epochs.append([])
-        torch.rand(7)  # what a step draws must not change the order of the next epoch
-
-    def training_step(self, batch) -> torch.Tensor:
-        self.epochs[-1].extend(batch[1].tolist())
-        return self.weight.sum()
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-def epochs_seen(seed: int, folder, max_epochs: int, resume: str | None = None) -> tuple[list[list[int]], str]:
-    seed_everything(seed)
-    trainer = Trainer(
-        max_epochs=max_epochs, accelerator="cpu", logger=False, enable_progress_bar=False,
-        enable_model_summary=False, default_root_dir=folder,
-    )  # fmt: skip
-    recorder = Recorder()
-    trainer.fit(recorder, datamodule=DigitsDataModule(), ckpt_path=resume)
-    return recorder.epochs, trainer.checkpoint_callback.best_model_path
-
-
-def test_order_is_keyed_on_the_seed_and_the_epoch_and_survives_a_resume(tmp_path):
-    whole, _ = epochs_seen(5, tmp_path / "whole", 3)
-    assert sorted(whole[0]) == sorted(whole[1])
-    assert whole[0] != whole[1]
-    assert epochs_seen(6, tmp_path / "other", 1)[0][0] != whole[0]
-
-    start, checkpoint = epochs_seen(5, tmp_path / "start", 2)
-    rest, _ = epochs_seen(5, tmp_path / "rest", 3, resume=checkpoint)
-    assert start + rest == whole
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DistributedSampler, TensorDataset
 
 from flops_lightning.datamodules import DigitsDataModule
-from flops_lightning.datamodules.global_batches import GlobalBatches, ImageKey, local_batch_size
+from flops_lightning.datamodules.loading import GlobalBatches, ImageKey, local_batch_size
 from flops_lightning.errors import SettingError
 
 

@@ -14,8 +14,8 @@ from PIL import Image
 from scipy.io import savemat
 
 from flops_lightning.cli.command import main
-from flops_lightning.datamodules import photos, stored_images
-from flops_lightning.datamodules.images import read_photo
+from flops_lightning.datamodules import files, photos
+from flops_lightning.datamodules.files import read_photo
 from flops_lightning.errors import DamagedImageError, SettingError
 from tests.datamodules.photo_folders import DISHES, KINDS, WNIDS, contents, photo, write
 
@@ -54,7 +54,7 @@ def test_an_empty_file_is_found_before_training_and_named(name, tmp_path):
 
 @pytest.mark.parametrize(
     ("damage", "problem"),
-    [(cut, "cannot be read (image file is truncated"), (lambda file: file.write_text("<html>"), "is no image.")],
+    [(cut, "cannot be read (image file is truncated"), (lambda file: file.write_text("<html>"), "is not an image.")],
 )
 def test_a_damaged_file_among_those_read_at_the_start_is_named(damage, problem, imagenet):
     detailed(imagenet / IMAGENET_FILE)
@@ -178,7 +178,7 @@ def test_an_empty_class_folder_is_refused_or_left_out_if_allowed(name, tmp_path)
         file.unlink()
     with pytest.raises(SettingError, match=rf"has no images of {folder.name}\."):
         KINDS[name].prepared(tmp_path)
-    with pytest.warns(UserWarning, match=rf"1 of {KINDS[name].classes} classes have no image to learn from"):
+    with pytest.warns(UserWarning, match=rf"1 of {KINDS[name].classes} classes have no training image"):
         data = KINDS[name].prepared(tmp_path, allow_missing=True, val_images=6) if name == "imagenet" else (
             KINDS[name].prepared(tmp_path, allow_missing=True))  # fmt: skip
     assert {found for found, _ in contents(data, "train")} == {*range(KINDS[name].classes)} - {label}
@@ -218,7 +218,7 @@ def test_a_class_of_one_image_is_refused_where_a_split_needs_more(tmp_path):
     assert (caught.value.setting, caught.value.value) == ("data.test_share", 0.3)
     assert "River has one." in caught.value.problem
     assert caught.value.remedy == (
-        "Use another share, or 0, or a split_file; every class needs an image for each part it is to be in."
+        "Use another share, or 0, or a split_file; every class needs an image for each of its parts."
     )
     data = KINDS["eurosat"].prepared(tmp_path, val_share=0.0, test_share=0.0)
     assert contents(data, "train").count((8, 0)) == 1
@@ -300,9 +300,9 @@ def test_an_image_in_two_parts_is_refused(tmp_path):
     ("content", "problem"),
     [
         (None, "is not a file."),
-        ("{", "is no split (JSONDecodeError: "),
-        ('{"train": []}', "is no split (KeyError: "),
-        ('{"train": [["a.jpg", 0]], "val": [], "test": []}', "is no split (ValueError: "),
+        ("{", "is not a split (JSONDecodeError: "),
+        ('{"train": []}', "is not a split (KeyError: "),
+        ('{"train": [["a.jpg", 0]], "val": [], "test": []}', "is not a split (ValueError: "),
         ('{"train": [["a.jpg", 1, "one"]], "val": [], "test": []}', "has labels that do not run from 0 on."),
     ],
 )
@@ -377,7 +377,7 @@ def test_the_command_line_ends_with_one_line_where_a_damaged_file_is_met(num_wor
     file = KINDS["imagenet"].write(tmp_path / "data") / IMAGENET_FILE
     detailed(file)
     cut(file)
-    monkeypatch.setattr(stored_images, "READ_AT_START", 1)
+    monkeypatch.setattr(files, "READ_AT_START", 1)
     with pytest.raises(SystemExit) as leaving:
         run("fit", tmp_path, tmp_path / "data", monkeypatch, f"--data.num_workers={num_workers}")
     assert leaving.value.code == 2
@@ -417,5 +417,5 @@ def test_the_command_line_knows_the_settings_of_every_data_set(name, tmp_path, m
 def test_class_folders_of_something_else_are_not_imagenet(tmp_path):
     for name in ("cat", "dog"):
         write(tmp_path / "train" / name / "1.jpg", photo(0, 0))
-    with pytest.raises(SettingError, match=r"train/ has cat/, which is no WordNet id"):
+    with pytest.raises(SettingError, match=r"train/ has cat/, which is not a WordNet id"):
         KINDS["imagenet"].module(root=str(tmp_path))

@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from torchvision.datasets import Caltech101, Flowers102, Food101
+from torchvision.datasets import Caltech101, Flowers102
 
 from flops_lightning.datamodules import (
     Caltech101DataModule,
     Flowers102DataModule,
-    Food101DataModule,
     ImageNetDataModule,
 )
 from flops_lightning.errors import SettingError
@@ -72,19 +71,6 @@ def test_caltech101_by_the_split_of_coop(shared_data):
     assert data.num_classes == 100
     names = {label: name for image, label, name in listed["train"]}
     assert data.class_names == tuple(names[label] for label in range(100))
-    check_pixels(data)
-
-
-def test_food101(shared_data):
-    root = shared_data("data/food-101").parent
-    data = prepared(Food101DataModule(root=str(root), val_images=20, **ALL))
-    assert [len(getattr(data, f"{part}_set")) for part in PARTS] == [180, 20, 100]
-    assert data.val_set.labels.bincount().tolist() == [2] * 10
-    for parts, theirs in ((("train", "val"), Food101(root)), (("test",), Food101(root, split="test"))):
-        shown = []
-        theirs.loader = lambda file, shown=shown: shown.append(str(file))
-        labels = [theirs[i][1] for i in range(len(theirs))]
-        assert sorted(pairs(data, *parts)) == sorted(zip(shown, labels, strict=True))
     check_pixels(data)
 
 

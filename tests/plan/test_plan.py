@@ -15,7 +15,7 @@ from flops_lightning.allocators import EqualAllocator, GaussianAllocator
 from flops_lightning.callbacks import QueryAllocatorCallback
 from flops_lightning.cli.command import main
 from flops_lightning.datamodules import DigitsDataModule
-from flops_lightning.datamodules.global_batches import GlobalBatches
+from flops_lightning.datamodules.loading import GlobalBatches
 from flops_lightning.errors import SettingError
 from flops_lightning.network.memory import held, restart_peak
 from flops_lightning.plan.cost import Cost, Epoch, typical_seconds

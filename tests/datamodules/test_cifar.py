@@ -1,12 +1,18 @@
+"""CIFAR-10 and CIFAR-100 in both layouts."""
+
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import pickle
+import re
 import tarfile
 from collections import Counter
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,97 +21,114 @@ import yaml
 from lightning.pytorch import seed_everything
 from PIL import Image
 from safetensors.torch import load_file
+from torch import nn
 from torchvision.datasets import CIFAR10
 from torchvision.transforms.v2 import functional
 
 from flops_lightning.cli.command import main
-from flops_lightning.datamodules import CIFAR10DataModule
+from flops_lightning.datamodules import CIFAR10DataModule, CIFAR100DataModule
 from flops_lightning.datamodules.augmentation import RandAugmentSettings
-from flops_lightning.datamodules.cifar10 import STATISTICS
-from flops_lightning.errors import SettingError
-from tests.datamodules.keyed_augmentation import assert_repeated_by_the_seed
+from flops_lightning.errors import DamagedImageError, SettingError
+from tests.datamodules.photo_folders import assert_repeated_by_the_seed
 
-NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-TRAIN, TEST = 8, 4  # images of each class in the fixtures
-SMALL = {"val_images": 20}
-
-
-def noise(label: int, number: int, size: int = 32) -> np.ndarray:
-    """An image of noise, by whose red mean the class can be told."""
-    image = np.random.default_rng([label, number]).integers(0, 256, (size, size, 3), dtype=np.uint8)
-    image[..., 0] = image[..., 0] // 16 + 24 * label
-    return image
+NAMES = CIFAR10DataModule.class_names
+MODULES = {"cifar10": CIFAR10DataModule, "cifar100": CIFAR100DataModule}
+IMAGES = {"cifar10": (8, 4), "cifar100": (3, 2)}  # of each class in the fixtures: to train and to test
+STATISTICS = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+}
+TRAIN, TEST = IMAGES["cifar10"]
 
 
-def write_folders(root: Path, train: int = TRAIN, test: int = TEST, names: tuple[str, ...] = NAMES) -> Path:
+def noise(label: int, number: int) -> np.ndarray:
+    return np.random.default_rng([label, number]).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+
+
+def write_folders(root: Path, kind: str = "cifar10", images: tuple[int, int] | None = None) -> Path:
+    train, test = images or IMAGES[kind]
     for part, count, first in (("train", train, 0), ("test", test, 1000)):
-        for label, name in enumerate(names):
+        for label, name in enumerate(MODULES[kind].class_names):
             (root / part / name).mkdir(parents=True)
             for number in range(count):
                 Image.fromarray(noise(label, first + number)).save(root / part / name / f"{number:04}.png")
     return root
 
 
-def write_archive(root: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...] = NAMES) -> Path:
+def write_archive(root: Path, patch: pytest.MonkeyPatch, kind: str = "cifar10", names: tuple[str, ...] = ()) -> Path:
     """The images of ``write_folders`` in torchvision's layout, whose checksums are public attributes of its class."""
-    folder = root / CIFAR10.base_folder
+    theirs = MODULES[kind].source.torchvision()
+    names = names or MODULES[kind].class_names
+    folder = root / theirs.base_folder
     folder.mkdir(parents=True)
 
-    def write(name: str, content: dict) -> str:
+    def write(name: str, content: dict) -> list[str]:
         (folder / name).write_bytes(pickle.dumps(content))
-        return hashlib.md5((folder / name).read_bytes()).hexdigest()
+        return [name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
 
     def batch(numbers: list[tuple[int, int]]) -> dict:
         rows = [noise(label, number).transpose(2, 0, 1).reshape(-1) for number, label in numbers]
-        return {"data": np.stack(rows), "labels": [label for _, label in numbers]}
+        labels = [label for _, label in numbers]
+        fine = {"labels": labels} if kind == "cifar10" else {"fine_labels": labels, "coarse_labels": [0] * len(labels)}
+        return {"data": np.stack(rows), **fine}
 
-    train = list(product(range(TRAIN), range(10)))
-    parts = {f"data_batch_{i + 1}": train[i::5] for i in range(5)}
-    monkeypatch.setattr(CIFAR10, "train_list", [[name, write(name, batch(part))] for name, part in parts.items()])
-    test = [(1000 + number, label) for number, label in product(range(TEST), range(10))]
-    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", write("test_batch", batch(test))]])
-    digest = write("batches.meta", {"label_names": list(names)})
-    monkeypatch.setattr(CIFAR10, "meta", {"filename": "batches.meta", "key": "label_names", "md5": digest})
+    train, test = (range(count) for count in IMAGES[kind])
+    numbers, files = list(product(train, range(len(names)))), [name for name, _ in theirs.train_list]
+    held = [(1000 + number, label) for number, label in product(test, range(len(names)))]
+    patch.setattr(theirs, "train_list", [write(f, batch(numbers[i :: len(files)])) for i, f in enumerate(files)])
+    patch.setattr(theirs, "test_list", [write(theirs.test_list[0][0], batch(held))])
+    _, digest = write(theirs.meta["filename"], {theirs.meta["key"]: list(names)})
+    patch.setattr(theirs, "meta", {**theirs.meta, "md5": digest})
     return root
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(write_folders(tmp_path_factory.mktemp("cifar10")))
+def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {kind: write_folders(tmp_path_factory.mktemp(kind), kind) for kind in MODULES}
 
 
-def prepared(root: str | Path, **settings) -> CIFAR10DataModule:
-    data = CIFAR10DataModule(root=str(root), **{**SMALL, **settings})
+@pytest.fixture
+def folders(roots: dict[str, Path]) -> str:
+    return str(roots["cifar10"])
+
+
+def prepared(root: str | Path, kind: str = "cifar10", **settings: Any) -> Any:
+    data = MODULES[kind](root=str(root), **{"val_images": 20 if kind == "cifar10" else 100, **settings})
     data.prepare_data()
     data.setup("fit")
     return data
 
 
-def levels(data: CIFAR10DataModule, images: torch.Tensor) -> torch.Tensor:
+def levels(data: Any, images: torch.Tensor) -> torch.Tensor:
     """Normalised values as grey levels from 0 to 255 again."""
     mean, std = torch.tensor(data.mean).view(3, 1, 1), torch.tensor(data.std).view(3, 1, 1)
     return ((images * std + mean) * 255).round().to(torch.uint8)
 
 
-def contents(data: CIFAR10DataModule, part: str) -> list[tuple[bytes, int]]:
-    return [(levels(data, image).numpy().tobytes(), int(label)) for image, label in getattr(data, f"{part}_set")]
+def contents(data: Any, *parts: str) -> list[tuple[bytes, int]]:
+    items = [item for part in parts for item in getattr(data, f"{part}_set")]
+    return sorted((levels(data, image).numpy().tobytes(), int(label)) for image, label in items)
 
 
-def expected(numbers: range) -> list[tuple[bytes, int]]:
-    return [(noise(label, n).transpose(2, 0, 1).tobytes(), label) for label in range(10) for n in numbers]
+def expected(numbers: range, classes: int = 10) -> list[tuple[bytes, int]]:
+    return sorted((noise(label, n).transpose(2, 0, 1).tobytes(), label) for label in range(classes) for n in numbers)
 
 
+@pytest.mark.parametrize("kind", MODULES)
 @pytest.mark.parametrize("layout", ["archive", "folders"])
-def test_both_layouts_give_every_image_once_with_its_label(layout, folders, tmp_path, monkeypatch):
-    data = prepared(write_archive(tmp_path, monkeypatch) if layout == "archive" else folders)
-    assert [len(part) for part in (data.train_set, data.val_set, data.test_set)] == [60, 20, 40]
-    assert sorted(contents(data, "train") + contents(data, "val")) == sorted(expected(range(TRAIN)))
-    assert sorted(contents(data, "test")) == sorted(expected(range(1000, 1000 + TEST)))
-    assert data.num_classes == 10
+def test_both_layouts_give_every_image_once_with_its_label(layout, kind, roots, tmp_path, monkeypatch):
+    data = prepared(write_archive(tmp_path, monkeypatch, kind) if layout == "archive" else roots[kind], kind)
+    (train, test), classes = IMAGES[kind], int(kind.removeprefix("cifar"))
+    assert contents(data, "train", "val") == expected(range(train), classes)
+    assert contents(data, "test") == expected(range(1000, 1000 + test), classes)
+    assert data.val_set.labels.bincount().tolist() == [2 if classes == 10 else 1] * classes
+    assert (data.mean, data.std) == STATISTICS[kind]
+    assert [*data.class_names] == sorted({*data.class_names})  # as in the archive
+    assert data.num_classes == classes
 
 
 def test_the_archive_is_preferred_where_both_layouts_are_there(tmp_path, monkeypatch):
-    write_archive(write_folders(tmp_path, train=3, test=1), monkeypatch)
+    write_archive(write_folders(tmp_path, images=(3, 1)), monkeypatch)
     data = prepared(tmp_path)
     assert (len(data.train_set), len(data.test_set)) == (10 * TRAIN - 20, 10 * TEST)
 
@@ -113,13 +136,18 @@ def test_the_archive_is_preferred_where_both_layouts_are_there(tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("normalization", "mean", "std"),
     [
-        ("cifar10", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+        ("cifar10", *STATISTICS["cifar10"]),
         ("imagenet", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
         ("inception", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+        ("backbone", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)),
     ],
 )
 def test_pixels_are_scaled_and_normalised(normalization, mean, std, folders):
-    data = prepared(folders, normalization=normalization, batch_size=40)
+    data = CIFAR10DataModule(root=folders, val_images=20, normalization=normalization, batch_size=40)
+    backbone = nn.Identity()
+    backbone.pretrained_cfg = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
+    data.trainer = SimpleNamespace(lightning_module=SimpleNamespace(backbone=backbone), world_size=1)
+    data.setup("fit")
     ((images, labels),) = data.test_dataloader()
     reference = np.stack([noise(label, 1000 + n) for label in range(10) for n in range(TEST)]).astype(np.float64)
     reference = (reference / 255 - np.array(mean)) / np.array(std)
@@ -147,36 +175,27 @@ def test_the_validation_images_are_the_same_for_every_number_of_training_images(
     for n, data in runs.items():
         assert data.train_set.labels.bincount().tolist() == [n or 6] * 10
         assert data.val_set.labels.bincount().tolist() == [2] * 10
+    everything = prepared(folders, val_images=0)
+    assert (len(everything.train_set), len(everything.val_set)) == (10 * TRAIN, 0)
 
 
 def test_the_choice_of_images_depends_on_its_own_seed_only(folders):
-    settings = {"images_per_class": 2, "test_images": 20}
+    settings = {"images_per_class": 2, "test_images": 30}
     seed_everything(1)
     first = prepared(folders, **settings)
     seed_everything(2)
     again, other = prepared(folders, **settings), prepared(folders, split_seed=1, **settings)
     for part in ("train", "val", "test"):
-        assert contents(first, part) == contents(again, part)
-        assert set(contents(first, part)) != set(contents(other, part))
-
-
-def test_fewer_test_images_keep_the_share_of_every_class(folders):
-    data = prepared(folders, test_images=30)
-    assert data.test_set.labels.bincount().tolist() == [3] * 10
-    assert set(contents(data, "test")) < set(expected(range(1000, 1000 + TEST)))
-
-
-def test_no_validation_images_leaves_all_of_them_to_training(folders):
-    data = prepared(folders, val_images=0)
-    assert (len(data.train_set), len(data.val_set)) == (10 * TRAIN, 0)
+        assert contents(first, part) == contents(again, part) != contents(other, part)
+    assert first.test_set.labels.bincount().tolist() == [3] * 10
+    assert {*contents(first, "test")} < {*expected(range(1000, 1000 + TEST))}
 
 
 @pytest.mark.parametrize("image_size", [32, 48])
 def test_augmented_images_are_shifted_and_mirrored_uniformly_and_only_in_training(image_size, folders):
     settings = {"images_per_class": 1, "image_size": image_size}
     plain, data = prepared(folders, **settings), prepared(folders, augment=True, **settings)
-    assert contents(plain, "val") == contents(data, "val")
-    assert contents(plain, "test") == contents(data, "test")
+    assert contents(plain, "val", "test") == contents(data, "val", "test")
 
     pad = image_size // 8
     padded = functional.pad(levels(plain, plain.train_set[3][0]), [pad] * 4)
@@ -201,57 +220,92 @@ def test_augmentation_is_repeated_by_the_seed_whatever_the_workers_and_new_in_ev
     assert_repeated_by_the_seed(lambda workers: prepared(folders, num_workers=workers, **settings), num_workers=2)
 
 
+@pytest.mark.parametrize("layout", ["archive", "folders"])
+def test_the_check_says_what_there_is_once_and_setup_takes_its_answer(layout, roots, tmp_path, monkeypatch, caplog):
+    root = write_archive(tmp_path, monkeypatch, "cifar100") if layout == "archive" else roots["cifar100"]
+    data = CIFAR100DataModule(root=str(root), val_images=100, images_per_class=1, test_images=100)
+    with caplog.at_level(logging.INFO):
+        parts = data.check()
+        data.setup("fit")
+        data.setup("test")
+    line = r"CIFAR-100: 100 train, 100 val, 100 test images, 100 classes \(checked in \d+\.\d s\)"
+    assert [bool(re.fullmatch(line, record.message)) for record in caplog.records] == [True]
+    assert data.check() is parts
+    assert data.train_set.labels.tolist() == parts["train"].labels
+    assert (data.train_set.files is None) == (layout == "archive")
+
+
+def test_a_damaged_or_missing_image_is_found_before_training_and_named(tmp_path):
+    root = write_folders(tmp_path)
+    first, file = root / "train" / "airplane" / "0000.png", root / "test" / "ship" / "0001.png"
+    whole = first.read_bytes()
+    first.write_bytes(whole[: len(whole) // 2])  # one of those that are read
+    with pytest.raises(DamagedImageError, match=f"{first} cannot be read"):
+        prepared(root)
+    first.write_bytes(whole)
+    file.write_bytes(b"")
+    with pytest.raises(DamagedImageError, match=f"{file} is empty"):
+        prepared(root)
+    file.unlink()
+    file.symlink_to(tmp_path / "gone.png")
+    with pytest.raises(SettingError, match=f"1 listed images are missing, the first is {file}") as caught:
+        prepared(root)
+    assert "allow_missing" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
-    ("settings", "name", "remedy"),
+    ("kind", "settings", "remedy"),
     [
-        ({"batch_size": 0}, "batch_size", "Give the number"),
-        ({"num_workers": -1}, "num_workers", "Use 0"),
-        ({"image_size": 0}, "image_size", "Give pixels, for example 32 or 224."),
-        ({"images_per_class": -1}, "images_per_class", "Give a number of images, or 0."),
-        ({"val_images": -1}, "val_images", "Give a number of images, or 0."),
-        ({"test_images": -1}, "test_images", "Give a number of images, or 0."),
-        ({"split_seed": 2**32}, "split_seed", "Use a number from 0"),
-        ({"normalization": "clip"}, "normalization", "Use one of cifar10, imagenet, inception, backbone."),
-        ({"root": "nowhere"}, "root", "Set data.download: true"),
+        ("cifar10", {"batch_size": 0}, "Give the number"),
+        ("cifar10", {"num_workers": -1}, "Use 0"),
+        ("cifar10", {"image_size": 0}, "Give pixels, for example 32 or 224."),
+        ("cifar10", {"images_per_class": -1}, "Give a number of images, or 0."),
+        ("cifar10", {"val_images": -1}, "Give a number of images, or 0."),
+        ("cifar10", {"test_images": -1}, "Give a number of images, or 0."),
+        ("cifar10", {"split_seed": 2**32}, "Use a number from 0"),
+        ("cifar10", {"normalization": "clip"}, "Choose from cifar10, imagenet, inception, backbone."),
+        ("cifar100", {"normalization": "cifar10"}, "Choose from cifar100, imagenet, inception, backbone."),
+        ("cifar10", {"root": "nowhere"}, "Set data.download: true to fetch cifar-10-batches-py/ into it, or put"),
+        ("cifar100", {"root": "nowhere"}, "Set data.download: true to fetch cifar-100-python/ into it, or put"),
     ],
 )
-def test_a_setting_out_of_range_is_refused_before_an_image_is_read(settings, name, remedy, folders):
+def test_a_setting_out_of_range_is_refused_before_an_image_is_read(kind, settings, remedy, roots):
     with pytest.raises(SettingError) as caught:
-        CIFAR10DataModule(**{"root": folders, **settings})
-    assert caught.value.setting == f"data.{name}"
-    assert caught.value.value == settings[name]
+        MODULES[kind](**{"root": str(roots[kind]), **settings})
+    ((name, value),) = settings.items()
+    assert (caught.value.setting, caught.value.value) == (f"data.{name}", value)
     assert caught.value.remedy.startswith(remedy)
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("settings", "problem", "remedy"),
     [
         (
-            {"images_per_class": 7},
-            "data.images_per_class = 7: airplane has 6 training images, those for validation not counted. "
+            {"images_per_class": 7}, "airplane has 6 training images, not counting those for validation.",
             "Use at most 6, or 0 for all.",
         ),
         (
-            {"val_images": 5000},
-            "data.val_images = 5000: cannot be taken evenly out of 80 images in 10 classes. "
+            {"val_images": 5000}, "cannot be taken evenly out of 80 images in 10 classes.",
             "Use a number from 10 to 70, or 0.",
         ),
         (
-            {"test_images": 9},
-            "data.test_images = 9: cannot be taken evenly out of 40 images in 10 classes. "
+            {"test_images": 9}, "cannot be taken evenly out of 40 images in 10 classes.",
             "Use a number from 10 to 30, or 0.",
         ),
+        ({"normalization": "backbone"}, "there is no timm model to ask for its own.", "Write imagenet, or inception"),
     ],
-)
-def test_more_images_than_there_are_is_refused_with_how_many_there_are(settings, message, folders):
+)  # fmt: skip
+def test_what_does_not_fit_the_images_is_refused(settings, problem, remedy, folders):
     with pytest.raises(SettingError) as caught:
         prepared(folders, **settings)
-    assert str(caught.value) == message
+    ((name, value),) = settings.items()
+    assert (caught.value.setting, caught.value.value, caught.value.problem) == (f"data.{name}", value, problem)
+    assert caught.value.remedy.startswith(remedy)
 
 
 def test_validation_images_cannot_come_from_a_class_of_one_image(tmp_path):
     with pytest.raises(SettingError, match=r"data\.val_images = 10: .* every class needs two\."):
-        prepared(write_folders(tmp_path, train=1), val_images=10)
+        prepared(write_folders(tmp_path, images=(1, TEST)), val_images=10)
 
 
 def remove_class(root: Path) -> None:
@@ -278,13 +332,12 @@ def empty_class(root: Path) -> None:
     ],
 )
 def test_incomplete_class_folders_are_refused_with_both_layouts_as_remedy(damage, problem, tmp_path):
-    damage(write_folders(tmp_path, train=3, test=1))
+    damage(write_folders(tmp_path, images=(3, 1)))
     with pytest.raises(SettingError) as caught:
         prepared(tmp_path)
     assert (caught.value.setting, caught.value.value, caught.value.problem) == ("data.root", str(tmp_path), problem)
-    assert "download: true" in caught.value.remedy
-    assert "train/NAME/* and test/NAME/*" in caught.value.remedy
-    assert ", ".join(NAMES) in caught.value.remedy
+    for part in ("download: true", "train/NAME/* and test/NAME/*", ", ".join(NAMES)):
+        assert part in caught.value.remedy
 
 
 def test_a_folder_without_either_layout_is_refused_before_anything_is_built(tmp_path):
@@ -293,13 +346,17 @@ def test_a_folder_without_either_layout_is_refused_before_anything_is_built(tmp_
         CIFAR10DataModule(root=str(tmp_path))
 
 
-def test_an_archive_that_is_damaged_or_of_another_data_set_is_refused(tmp_path, monkeypatch):
-    with pytest.raises(SettingError, match=r"has the classes \['truck'"):
-        prepared(write_archive(tmp_path / "other", monkeypatch, names=NAMES[::-1]))
-    write_archive(tmp_path, monkeypatch)
-    (tmp_path / CIFAR10.base_folder / "data_batch_3").write_bytes(b"half")
-    with pytest.raises(SettingError, match=r"cifar-10-batches-py/ is incomplete or damaged\. Set data\.download: true"):
-        prepared(tmp_path)
+@pytest.mark.parametrize("kind", MODULES)
+def test_an_archive_that_is_damaged_or_of_another_data_set_is_refused_in_few_words(kind, tmp_path, monkeypatch):
+    names = MODULES[kind].class_names[::-1]
+    with pytest.raises(SettingError, match=rf"/ has the classes \['{names[0]}', '{names[1]}'") as caught:
+        prepared(write_archive(tmp_path / "other", monkeypatch, kind, names), kind)
+    assert len(caught.value.problem + caught.value.remedy) < 400
+    write_archive(tmp_path, monkeypatch, kind)
+    theirs = MODULES[kind].source.torchvision()
+    (tmp_path / theirs.base_folder / theirs.test_list[0][0]).write_bytes(b"half")
+    with pytest.raises(SettingError, match=rf"{theirs.base_folder}/ is incomplete or damaged\. Set data\.download: tr"):
+        prepared(tmp_path, kind)
 
 
 def test_download_needs_no_connection_for_what_is_there_already(tmp_path, monkeypatch):
@@ -312,17 +369,19 @@ def test_download_needs_no_connection_for_what_is_there_already(tmp_path, monkey
     monkeypatch.setattr(CIFAR10, "url", (tmp_path / "gone.tar.gz").as_uri())
 
     data = prepared(packed.parent, download=True)
-    assert sorted(contents(data, "test")) == sorted(expected(range(1000, 1000 + TEST)))
+    assert contents(data, "test") == expected(range(1000, 1000 + TEST))
     packed.unlink()
     assert contents(prepared(packed.parent, download=True), "val") == contents(data, "val")
 
 
-def test_a_download_that_fails_is_refused_with_the_way_round_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(CIFAR10, "url", (tmp_path / "gone.tar.gz").as_uri())
+@pytest.mark.parametrize("kind", MODULES)
+def test_a_download_that_fails_is_refused_with_the_way_round_it(kind, tmp_path, monkeypatch):
+    theirs = MODULES[kind].source.torchvision()
+    monkeypatch.setattr(theirs, "url", (tmp_path / "gone.tar.gz").as_uri())
     with pytest.raises(SettingError) as caught:
-        prepared(tmp_path / "root", download=True)
+        prepared(tmp_path / "root", kind, download=True)
     assert caught.value.setting == "data.download"
-    assert f"put {CIFAR10.url} into {tmp_path / 'root'} yourself" in caught.value.remedy
+    assert f"put {theirs.url} into {tmp_path / 'root'} yourself" in caught.value.remedy
 
 
 SETTINGS = {
@@ -385,6 +444,19 @@ def test_a_mistake_is_one_short_message_on_the_command_line(args, message, folde
     assert len(last) < 400
 
 
+def test_the_command_line_knows_the_settings_of_the_base_and_their_values(capsys):
+    given = ["fit", "--data", "flops_lightning.datamodules.CIFAR100DataModule"]
+    with pytest.raises(SystemExit) as leaving:
+        main([*given, "--data.batch_size", "32", "--data.augment", "true", "--print_config"])
+    assert leaving.value.code == 0
+    printed = capsys.readouterr().out
+    for setting in ("root: data/downloads/cifar100", "normalization: cifar100", "batch_size: 32", "augment: true"):
+        assert f"    {setting}\n" in printed
+    with pytest.raises(SystemExit):
+        main([*given, "--data.normalization", "cifar10"])
+    assert "one of cifar100, imagenet, inception, backbone" in capsys.readouterr().err
+
+
 def test_real_images_have_the_statistics_given_and_labels_that_can_be_learned(shared_data, tmp_path):
     train, test = 100, 30
     with tarfile.open(shared_data("data/cifar10_images.tar.xz"), "r|xz") as tar:
@@ -399,7 +471,7 @@ def test_real_images_have_the_statistics_given_and_labels_that_can_be_learned(sh
     for moment, law, spread in ((images.mean((2, 3)), 0.0, 0.6), (images.square().mean((2, 3)), 1.0, 1.0)):
         assert moment.std(0).max() < spread
         assert (moment.mean(0) - law).abs().max() < 4 * spread / count**0.5
-    assert data.mean == STATISTICS[0]
+    assert data.mean == STATISTICS["cifar10"][0]
 
     # Class means of thumbnails tell twice as many test images apart as chance does.
     ((test_images, test_labels),) = data.test_dataloader()

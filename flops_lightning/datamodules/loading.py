@@ -1,0 +1,168 @@
+"""Training batches that are a function of seed, epoch and batch number, for any number of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence, Sized
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, DistributedSampler, default_collate
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from flops_lightning.errors import SettingError
+from flops_lightning.noise.keys import NoiseKey, row_seeds
+
+Mixing = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""``(images (b, ...), labels (b,)) -> (images (b, ...), targets (b, c))``."""
+
+
+class ImageKey(NamedTuple):
+    """Asks a data set for an image as a certain epoch sees it: augmentation is drawn anew in each epoch."""
+
+    epoch: int
+    place: int
+
+
+def local_batch_size(batch_size: int, world_size: int) -> int:
+    """Images of a global batch for each process.
+
+    Raises:
+        SettingError: ``batch_size`` is not a multiple of ``world_size``.
+    """
+    if batch_size % world_size:
+        below = batch_size // world_size * world_size
+        sizes = f"{below} or {below + world_size}" if below else str(world_size)
+        raise SettingError(
+            "data.batch_size", batch_size, f"cannot be divided evenly between {world_size} processes.", f"Use {sizes}."
+        )
+    return batch_size // world_size
+
+
+class GlobalBatches(DistributedSampler[ImageKey]):
+    """One process's share of every global batch, image by image.
+
+    The order of an epoch is a function of ``seed`` and the epoch alone; in one process it is that of torch's own
+    ``DistributedSampler``. Each process takes consecutive images of every global batch, as many as every other. Of a
+    last, smaller batch some processes take one image more than others; if it has fewer images than there are
+    processes, this epoch leaves it out. So every process has the same number of batches, and no image is seen twice.
+
+    Attributes:
+        batch_size: Images per global batch.
+        first_batch: Number of batches to skip at the beginning of the next iteration, and of that one only.
+    """
+
+    def __init__(self, dataset: Dataset[Any], *, batch_size: int, world_size: int, rank: int, seed: int) -> None:
+        """Divide the images of ``dataset``, of which only the length is read.
+
+        Raises:
+            SettingError: ``batch_size`` is not a multiple of ``world_size``.
+        """
+        local_batch_size(batch_size, world_size)
+        super().__init__(dataset, num_replicas=world_size, rank=rank, seed=seed)
+        self.batch_size = batch_size
+        self.first_batch = 0
+
+    def __len__(self) -> int:
+        """Images of this process in a whole epoch."""
+        whole, rest = divmod(len(cast("Sized", self.dataset)), self.batch_size)
+        more, uneven = divmod(rest, self.num_replicas)
+        return whole * self.batch_size // self.num_replicas + (more + (self.rank < uneven) if more else 0)
+
+    def __iter__(self) -> Iterator[ImageKey]:
+        """Yield the keys of this process's images, in the order of the batches."""
+        first, self.first_batch = self.first_batch, 0
+        epoch = self.epoch
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        order = torch.randperm(len(cast("Sized", self.dataset)), generator=generator)
+        for batch in order.split(self.batch_size)[first:]:
+            if len(batch) >= self.num_replicas:
+                share = batch.tensor_split(self.num_replicas)[self.rank]
+                yield from (ImageKey(epoch, place) for place in share.tolist())
+
+
+class KeyedBatches(Dataset[Any]):
+    """Loads whole batches, with torch's CPU generator seeded for every image and restored afterwards.
+
+    A resumed run therefore draws what the uninterrupted one did, whatever else was drawn.
+    """
+
+    def __init__(self, images: Dataset[Any], *, seed: int, mixing: Mixing | None = None) -> None:
+        """Wrap ``images``.
+
+        Args:
+            images: Items are ``(image, label)``; they may draw from torch's generator.
+            seed: Shared part of all keys.
+            mixing: Mixes the images of a batch, seeded by the seed, the epoch and the batch's first image.
+        """
+        self._images = images
+        self._seed = seed
+        self._mixing = mixing
+
+    def __len__(self) -> int:
+        return len(self._images)  # type: ignore[arg-type]
+
+    def __getitem__(self, key: ImageKey | int) -> Any:
+        """One image and its label, not mixed."""
+        with torch.random.fork_rng(devices=[]):
+            return self._drawn([key])[0]
+
+    def __getitems__(self, keys: Sequence[ImageKey | int]) -> Any:
+        """The batch ``(images (b, ...), labels (b,))``, or targets ``(b, c)`` where images are mixed."""
+        with torch.random.fork_rng(devices=[]):
+            batch = default_collate(self._drawn(keys))
+            if self._mixing is None:
+                return batch
+            (seed,) = self._seeds("mixing", keys[:1])
+            torch.default_generator.manual_seed(seed)
+            return self._mixing(*batch)
+
+    def _drawn(self, keys: Sequence[ImageKey | int]) -> list[Any]:
+        items = []
+        for key, seed in zip(keys, self._seeds("image", keys), strict=True):
+            # torch.manual_seed would reseed the generators of all devices as well.
+            torch.default_generator.manual_seed(seed)
+            items.append(self._images[_key(key).place])
+        return items
+
+    def _seeds(self, kind: str, keys: Sequence[ImageKey | int]) -> list[int]:
+        epoch = _key(keys[0]).epoch  # a batch is of one epoch
+        places = np.array([_key(key).place for key in keys])
+        return row_seeds(NoiseKey(self._seed, epoch, kind), places, np.zeros_like(places))
+
+
+def _key(key: ImageKey | int) -> ImageKey:
+    # Samplers other than ours, for example the Trainer's for overfit_batches, yield plain places.
+    return key if isinstance(key, ImageKey) else ImageKey(0, key)
+
+
+def batched(batch: Any) -> Any:
+    """Collate function of a loader over :class:`KeyedBatches`, which has put the batch together already."""
+    return batch
+
+
+class TrainingLoader(StatefulDataLoader[tuple[Tensor, ...]]):  # type: ignore[misc]  # torchdata has no types
+    """torchdata's loader, which decides where to begin when the first batch is requested.
+
+    A Trainer saves the loader's state with every checkpoint but does not always restore it: not where the length of
+    the schedule was asked for first, and not at the end of an epoch. It also requests the first batches, on which
+    workers begin to load, before the sampler knows the epoch. Since batch ``i`` of an epoch is a function of the seed,
+    the epoch and ``i``, the Trainer's own count of batches suffices; the number of workers and of processes may then
+    differ from the interrupted run's.
+
+    Attributes:
+        batches_done: Called on the first request of an iteration: how many batches of the epoch are done already. None
+            leaves that to torchdata: a custom loop sets the sampler's epoch and calls ``load_state_dict()``.
+    """
+
+    batches_done: Callable[[], int] | None = None
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        """Iterate over an epoch; nothing is loaded before the first batch is requested."""
+        if self.batches_done is not None and isinstance(self.sampler, GlobalBatches):
+            if self.next_iter_state is not None:  # type: ignore[has-type]
+                self.load_state_dict({})  # what a Trainer restored, and what had begun before
+                self.next_iter_state = None
+            self.sampler.first_batch = self.batches_done()
+        yield from super().__iter__()
