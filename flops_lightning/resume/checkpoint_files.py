@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: a full disk, a lost folder or a kill never costs the last good one."""
+"""Checkpoints that are complete or absent: a full disk, a lost folder or a kill never costs the last good one."""
 
 from __future__ import annotations
 
@@ -18,24 +18,22 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from flops_lightning.errors import CheckpointError
 
 PARTIAL = ".partial"
-"""Suffix of files that are being written; no reader takes them for checkpoints."""
+"""Suffix of files that are being written."""
 ABANDONED = 24 * 3600.0
-"""Seconds after which a partial file of another machine is taken to be left by a killed run."""
+"""Seconds after which a partial file of another machine counts as left by a killed run."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target, brings the bytes to the disk, and only then gives the file its name (``os.replace``).
+    """Writes beside the target, syncs to disk, and only then gives the file its name (``os.replace``).
 
-    Whatever happens before leaves an earlier file of that name as it was; after it, power may fail. (Lightning writes
-    to the system's folder for temporary files and moves: across file systems that is a copy, which can be cut in half.)
-    What killed runs left behind is removed at the next save into the folder and when a run goes on from there.
-    Addresses of object stores (``s3://...``) are Lightning's to write, and atomic there.
-
-    A state saved while an exception is handled in the middle of a step (``ModelCheckpoint(save_on_exception=True)``,
-    ``OnExceptionCheckpoint``) is not written: parameters, schedule and data would not belong together.
+    A failure before that leaves an earlier file of that name as it was. (Lightning writes to the system's temporary
+    folder and moves: across file systems that is a copy, which can be cut in half.) What killed runs left behind is
+    removed at the next save into the folder, and at the next load from it. Object stores (``s3://...``) are left to
+    Lightning. A state saved while an exception is handled in the middle of a step (``save_on_exception``) is not
+    written: parameters, schedule and data would not belong together.
     """
 
-    _loaded: Path | None = None  # what the run went on from: good until it has a better one
+    _loaded: Path | None = None  # what the run resumed from: the last good one until it saves another
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Write a checkpoint.
@@ -89,7 +87,7 @@ def in_mid_step(checkpoint: Mapping[str, Any]) -> bool:
 
 
 def write_whole(target: Path, write: Callable[[Path], None]) -> None:
-    """Give ``target`` its content at once: ``write`` fills another file in its folder, which then takes its place."""
+    """Replace ``target`` at once: ``write`` fills another file in its folder, which then takes its name."""
     partial = target.parent / f".{socket.gethostname()}-{os.getpid()}{PARTIAL}"
     try:
         write(partial)
@@ -121,7 +119,7 @@ def remove_abandoned(folder: Path) -> None:
 
 
 def newest_checkpoint(folders: list[Path]) -> Path | None:
-    """The checkpoint that was written last; links to files that are gone do not count."""
+    """The checkpoint written last; broken links do not count."""
     files = {file: file.stat().st_mtime_ns for folder in folders for file in folder.glob("*.ckpt") if file.is_file()}
     return max(files, key=files.__getitem__, default=None)
 
@@ -129,10 +127,8 @@ def newest_checkpoint(folders: list[Path]) -> Path | None:
 def _alive(process: int) -> bool:
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)
     return True
 
 

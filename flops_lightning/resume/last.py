@@ -1,4 +1,4 @@
-"""What the command line adds so that a run can be left and gone on with: checkpoints that are whole, and ``last``."""
+"""What the command line adds so that runs can be resumed: complete checkpoints, and ``--ckpt_path last``."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from flops_lightning.resume.signals import SaveOnSignal, slurm_job
 
 
 def with_checkpoint_io(given: Any) -> list[Any]:
-    """The plugins with one that writes whole checkpoints, unless the user has chosen who writes them."""
+    """The plugins with an :class:`AtomicCheckpointIO`, unless the user has chosen another writer."""
     plugins = _listed(given)
     return plugins if any(isinstance(each, CheckpointIO) for each in plugins) else [*plugins, AtomicCheckpointIO()]
 
 
 def with_savers(given: Callback | Sequence[Callback] | None) -> list[Callback]:
-    """The callbacks with Lightning's ``ModelCheckpoint``, if there is none, and :class:`SaveOnSignal`."""
+    """The callbacks with a ``ModelCheckpoint`` and a :class:`SaveOnSignal`, unless they are there already."""
     callbacks: list[Callback] = _listed(given)
     if not any(isinstance(each, Checkpoint) and not isinstance(each, SaveOnSignal) for each in callbacks):
         callbacks.append(ModelCheckpoint())
@@ -32,7 +32,7 @@ def with_savers(given: Callback | Sequence[Callback] | None) -> list[Callback]:
 
 
 def job_version(folder: Path) -> str | None:
-    """A new name for a run's folder that tells the SLURM job it belongs to; None outside SLURM."""
+    """A new name for a run's folder that contains the SLURM job; None outside SLURM."""
     name = _job_name()
     if name is None:
         return None
@@ -46,14 +46,13 @@ def started_again() -> bool:
 
 
 def last_checkpoint(runs: Path | None, own: Sequence[Path]) -> Path | None:
-    """The checkpoint that was written last.
+    """The checkpoint written last, under SLURM preferably by this job; None where there is none.
+
+    Damaged files are skipped.
 
     Args:
         runs: Folder of all runs of a name, one folder for each, if they have one.
-        own: Folders that are written to besides.
-
-    Returns:
-        Under SLURM, first of all one of this job; None where there is none. Damaged files are passed over.
+        own: Further folders.
     """
     name = _job_name()
     for pattern in (f"{name}.*", "*") if name else ("*",):
@@ -65,7 +64,7 @@ def last_checkpoint(runs: Path | None, own: Sequence[Path]) -> Path | None:
 
 
 def written_to(callbacks: Any) -> list[Path]:
-    """The folders that callbacks, as configured, were told to write checkpoints to."""
+    """Folders (``dirpath``) of the configured callbacks."""
     given = [each.get("init_args") for each in _listed(callbacks)]
     return [Path(str(each.get("dirpath"))) for each in given if each and each.get("dirpath")]
 

@@ -1,9 +1,8 @@
-"""Where in its epochs a resumed run goes on, put right before Lightning reads it from the checkpoint.
+"""Where in its epochs a resumed run continues, corrected before Lightning reads it from the checkpoint.
 
-Lightning 2.6 goes on correctly from a checkpoint within an epoch. From one made at an epoch's end it does so in part:
-saved after the epoch's last batch, it counts one epoch start too few, so that a second interruption repeats the next
-epoch from its beginning; with ``max_steps`` it counts the finished epoch twice, so that the shuffling skips one. And it
-drops the validation that was due after the batch at whose end a checkpoint was made, or that was under way.
+Lightning 2.6 resumes correctly within an epoch. After an epoch's last batch it counts one epoch start too few, so that
+a second interruption repeats the next epoch; with ``max_steps`` it counts the finished epoch twice, so that shuffling
+skips one. And it drops a validation that was due after the batch at whose end a checkpoint was made, or under way.
 """
 
 from __future__ import annotations
@@ -12,12 +11,11 @@ from typing import Any
 
 
 def settle_progress(checkpoint: dict[str, Any]) -> None:
-    """Rewrite the progress of training as one of three kinds that Lightning goes on from.
+    """Rewrite the progress of training as one of three kinds from which Lightning resumes correctly.
 
-    These are: within an epoch; after its last batch, where the epoch is then ended with its hooks; and before the first
-    batch of an epoch. In the first two a validation that was due or under way is run from its beginning. Call this in
-    ``on_load_checkpoint`` of whatever belongs to a run that is being fitted: loops are restored after that hook.
-    Progress that is settled, or a checkpoint without any (weights alone), stays as it is.
+    These are: within an epoch; after its last batch, where the epoch then ends with its hooks; and before the first
+    batch of an epoch. In the first two a validation that was due or under way runs from its beginning. Call this in an
+    ``on_load_checkpoint`` while fitting: loops are restored after that hook. Settled progress stays as it is.
 
     Args:
         checkpoint: Of Lightning; changed in place.

@@ -18,21 +18,18 @@ OF_TRAINER = (
     "limit_val_batches", "overfit_batches", "val_check_interval", "check_val_every_n_epoch",
     "reload_dataloaders_every_n_epochs",
 )  # fmt: skip
-"""Settings of the trainer on which the course of a run depends, by the names that they have there."""
+"""Settings of the trainer that determine the course of a run."""
 
 
 def describe_run(
     trainer: pl.Trainer, hyper_parameters: Mapping[str, Any], strategy: ForwardGradientStrategy
 ) -> dict[str, Any]:
-    """Everything a run is made of that a user can set and that a resumed run could be given otherwise.
+    """All settings of a run that a resumed run could change, as plain values by dotted name.
 
     Args:
         trainer: The trainer of the run, with data module and callbacks.
         hyper_parameters: Settings of the task, by name; those that come in groups as mappings.
         strategy: The bound strategy.
-
-    Returns:
-        Plain values by dotted name.
     """
     return {
         **describe_task(hyper_parameters),
@@ -54,7 +51,7 @@ def describe_task(hyper_parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _strategy(strategy: ForwardGradientStrategy) -> dict[str, Any]:
-    # Where its noise enters is described by what became of `sites`; the seed is part of the strategy's own state.
+    # The resolved sites stand for `sites`; the seed is part of the strategy's own state.
     own = {name: value for name, value in strategy.settings.items() if name not in ("sites", "seed")}
     described = {f"strategy.{name}": value for name, value in own.items()}
     described["strategy"] = type(strategy).__name__

@@ -1,4 +1,4 @@
-"""Leave in order: a signal to stop saves at the end of the step that is under way, and then ends the process."""
+"""A signal to stop: finish the step, save, and end the process."""
 
 from __future__ import annotations
 
@@ -29,51 +29,64 @@ class LeftOnSignal(SystemExit):
 
 
 class SaveOnSignal(Checkpoint):
-    """On SIGTERM, SIGUSR1 or Ctrl-C finishes the step, saves ``last.ckpt``, and leaves with code 128 + signal.
+    """On SIGTERM, SIGUSR1 or Ctrl-C, finish the step, save ``last.ckpt``, and exit with code 128 + signal.
 
-    143 is SIGTERM (preemption), 138 SIGUSR1, 130 Ctrl-C; a second Ctrl-C leaves at once and saves nothing. The file
-    lies in the folder of the first ``ModelCheckpoint``, or in ``checkpoints`` under the trainer's ``default_root_dir``,
-    and ``--ckpt_path last`` goes on from it. A signal during validation saves the state after the last step as soon as
-    the validation batch ends; one before training begins ends the process as if there were no handler.
+    That is 143 for SIGTERM (preemption), 138 for SIGUSR1, 130 for Ctrl-C; a second Ctrl-C exits at once without saving.
+    The file is in the folder of the first ``ModelCheckpoint``, or in ``checkpoints`` under the trainer's
+    ``default_root_dir``; ``--ckpt_path last`` resumes from it. A signal during validation saves the state after the
+    last step as soon as the validation batch ends; one before training ends the process as without a handler.
 
     Under SLURM with auto-requeue, the signal to requeue (``#SBATCH --signal=SIGUSR1@90``) also requeues the job.
-    Lightning's own handler would save whatever the middle of a step has made of the state, and leave with code 0.
+    (Lightning's own handler saves the state in the middle of a step and exits with code 0.)
 
-    As a ``Checkpoint`` it runs after all callbacks that are none, so that their state is that of the finished step. In
-    a run of several processes one signal to one of them stops all; they agree at the end of each step.
+    As a ``Checkpoint`` it runs after all other kinds of callbacks, so that their state is that of the finished step. In
+    a run of several processes a signal to one of them stops all; they agree at the end of each step.
+
+    Example:
+        >>> import signal
+        >>> import lightning.pytorch as pl
+        >>> from flops_lightning.callbacks import SaveOnSignal
+        >>> class Preempted(pl.Callback):
+        ...     def on_train_batch_start(self, *hook_arguments):
+        ...         signal.raise_signal(signal.SIGTERM)
+        >>> callbacks = [SaveOnSignal(), Preempted()]
+        >>> trainer = pl.Trainer(accelerator="cpu", logger=False, fast_dev_run=True, callbacks=callbacks)
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> trainer.fit(BoringModel())
+        Traceback (most recent call last):
+        ...
+        flops_lightning.resume.signals.LeftOnSignal: 143
     """
 
     def __init__(self) -> None:
-        """Wait for no signal yet."""
+        """Start without a trainer."""
         self._trainer: Trainer | None = None
         self._received: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
         self._process = 0
         self._validated, self._validated_by_all = 0, math.inf
 
-    # -- hooks ---------------------------------------------------------------------------------------------------------
-
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the signals, after Lightning has."""
+        """Install the handlers, after Lightning's."""
         self._take(trainer)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """See to it that a run can be left at the end of an epoch, and again within the next."""
+        """Correct the progress of a run that stopped at the end of an epoch, see :func:`settle_progress`."""
         if trainer.state.fn == TrainerFn.FITTING:
             settle_progress(checkpoint)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the signals, after Lightning has."""
+        """Install the handlers, after Lightning's."""
         self._take(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save and leave, if a signal came.
+        """Save and exit if a signal has come.
 
         Raises:
-            LeftOnSignal: one did.
-            CheckpointError: one did, and the state could not be saved.
+            LeftOnSignal: One has.
+            CheckpointError: One has, and the state could not be saved.
         """
         # A gradient under way is in the checkpoint, but of several processes up to rounding only.
         between_steps = getattr(pl_module, "between_steps", True)
@@ -82,7 +95,7 @@ class SaveOnSignal(Checkpoint):
             self._save_and_leave(trainer, received)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find out after how many batches all processes still are there to agree."""
+        """Find out how many batches all processes share, after each of which they can agree."""
         self._validated, self._validated_by_all = 0, math.inf
         if self._trainer is trainer and trainer.world_size > 1:
             batches = min(sum(trainer.num_val_batches), LONGEST)
@@ -98,31 +111,29 @@ class SaveOnSignal(Checkpoint):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Save and leave, if a signal came during the validation of a training run.
+        """Save and exit if a signal has come during the validation of a training run.
 
         Raises:
-            LeftOnSignal: one did.
-            CheckpointError: one did, and the state could not be saved.
+            LeftOnSignal: One has.
+            CheckpointError: One has, and the state could not be saved.
         """
         self._validated += 1
         if self._trainer is not trainer or self._validated > self._validated_by_all:
             return
         received = self._agreed(trainer)
         if received:
-            # Weights that are averaged stand in the module while it is validated: they change places once more.
+            # During validation the module holds the averaged weights: swap them back.
             for average in (c for c in trainer.callbacks if isinstance(c, WeightAveraging)):  # type: ignore[attr-defined]
                 average.on_validation_epoch_end(trainer, pl_module)
             self._save_and_leave(trainer, received)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the signals back."""
+        """Restore the earlier handlers."""
         self._give_back()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the signals back."""
+        """Restore the earlier handlers."""
         self._give_back()
-
-    # -- signals -------------------------------------------------------------------------------------------------------
 
     def _take(self, trainer: Trainer) -> None:
         if self._before or threading.current_thread() is not threading.main_thread():
@@ -140,7 +151,7 @@ class SaveOnSignal(Checkpoint):
     def _receive(self, number: int, frame: FrameType | None) -> None:
         received = signal.Signals(number)
         if os.getpid() != self._process or self._trainer is None:
-            return  # a forked worker that loads data; the process that it serves takes care
+            return  # a forked data worker; its parent handles the signal
         if received == signal.SIGINT and self._received is not None:
             raise KeyboardInterrupt
         launcher = self._trainer.strategy.launcher
@@ -152,14 +163,12 @@ class SaveOnSignal(Checkpoint):
         os.write(2, f"\n{received.name}: saving at the end of this step.\n".encode())
 
     def _agreed(self, trainer: Trainer) -> signal.Signals | None:
-        """The signal that one of the processes has received; all get the same answer."""
+        """The signal that any of the processes has received; the same on all."""
         if trainer.world_size == 1:
             return self._received
         mine = torch.tensor(int(self._received or 0), device=trainer.strategy.root_device)
         number = int(trainer.strategy.reduce(mine, reduce_op="max"))
         return signal.Signals(number) if number else None
-
-    # -- leaving -------------------------------------------------------------------------------------------------------
 
     def _save_and_leave(self, trainer: Trainer, received: signal.Signals) -> None:
         if not (trainer.sanity_checking or cast("Any", trainer).fast_dev_run):  # else there is nothing to save

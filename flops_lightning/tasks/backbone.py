@@ -27,28 +27,24 @@ def create_backbone(
     """A timm model.
 
     Raises:
-        SettingError: an unknown name, keyword arguments that the model does not take, or weights that cannot be
-            fetched.
+        SettingError: An unknown name, arguments that the model does not take, or weights that cannot be fetched.
     """
-    import timm  # kept out of the import of this package: it takes a while and a library user may not need it
+    import timm  # slow to import
 
-    if pretrained and not timm.is_model_pretrained(model_name) and timm.is_model(model_name):
-        raise SettingError("pretrained", True, f"timm has no weights for {model_name!r}.", "Give a `checkpoint` file.")
     if not timm.is_model(model_name):
         close = difflib.get_close_matches(model_name, timm.list_models(), n=3)
-        raise SettingError(
-            "model_name", model_name, "is not a timm model.", f"Did you mean {close}? See timm.list_models()."
-        )
+        remedy = f"Did you mean {close}? See timm.list_models()."
+        raise SettingError("model_name", model_name, "is not a timm model.", remedy)
+    if pretrained and not timm.is_model_pretrained(model_name):
+        raise SettingError("pretrained", True, f"timm has no weights for {model_name!r}.", "Give a `checkpoint` file.")
     if "num_classes" in model_kwargs:
-        raise SettingError(
-            "model_kwargs.num_classes", model_kwargs["num_classes"], "comes from the data.", "Remove it."
-        )
+        given = model_kwargs["num_classes"]
+        raise SettingError("model_kwargs.num_classes", given, "comes from the data.", "Remove it.")
     try:
         model: nn.Module = timm.create_model(model_name, pretrained=pretrained, num_classes=num_classes, **model_kwargs)
     except TypeError as error:
-        raise SettingError(
-            "model_kwargs", dict(model_kwargs), f"{model_name} refuses them: {error}.", "Remove what it does not take."
-        ) from error
+        problem = f"{model_name} refuses them: {error}."
+        raise SettingError("model_kwargs", dict(model_kwargs), problem, "Remove what it does not take.") from error
     except Exception as error:
         if not pretrained:
             raise
@@ -62,33 +58,30 @@ def create_backbone(
 def load_weights(backbone: nn.Module, path: str) -> None:
     """Load a local checkpoint: safetensors, or a file that ``torch.load(weights_only=True)`` reads.
 
-    Plain timm weights and checkpoints of this project's tasks both work. A head with another number of classes is left
-    as initialised, and said so.
+    It may hold plain timm weights or be a checkpoint of this project. A head with another number of classes stays as
+    initialised, which the log says.
 
     Raises:
-        SettingError: the file is missing, unreadable or has other tensors than the model.
+        SettingError: The file is missing, unreadable or has other tensors than the model.
     """
     state = _read(Path(path))
     own = backbone.state_dict()
     head = [name for name in state if name.startswith("head.") and name in own and state[name].shape != own[name].shape]
     if head:
         rank_zero_info(f"checkpoint: the head has another number of classes, {head} start fresh.")
-    shapes = [
-        f"{name} is {tuple(state[name].shape)}, the model has {tuple(own[name].shape)}"
-        for name in state
-        if name in own and name not in head and state[name].shape != own[name].shape
-    ]
-    if shapes:
+    other = [n for n in state if n in own and n not in head and state[n].shape != own[n].shape]
+    if other:
+        first = f"{other[0]} is {tuple(state[other[0]].shape)}, the model has {tuple(own[other[0]].shape)}"
         raise SettingError(
-            "checkpoint", path, f"has {len(shapes)} tensors of another shape: {shapes[0]}.",
+            "checkpoint", path, f"has {len(other)} tensors of another shape: {first}.",
             "Give the `model_name` and `model_kwargs` (img_size, depth, reg_tokens, ...) it was trained with.",
         )  # fmt: skip
     result = backbone.load_state_dict({k: v for k, v in state.items() if k not in head}, strict=False)
     added = [name for name in result.unexpected_keys if any(part in name for part in ADDED)]
     if added:
         raise SettingError(
-            "checkpoint", path, f"is of a run with LoRA or prompts and holds them apart: {added[0]}.",
-            "Give that run's model.safetensors (export_weights), where they are part of the network.",
+            "checkpoint", path, f"is of a run with LoRA or prompts and stores them separately: {added[0]}.",
+            "Give that run's model.safetensors (export_weights), which has them merged.",
         )  # fmt: skip
     missing = [name for name in result.missing_keys if name not in head]
     if missing or result.unexpected_keys:
@@ -140,7 +133,7 @@ def freeze(backbone: nn.Module, patterns: Sequence[str]) -> None:
     """Stop training the parameters whose names match a shell pattern.
 
     Raises:
-        SettingError: a pattern that matches no parameter.
+        SettingError: A pattern matches no parameter.
     """
     for pattern in patterns:
         matched = [p for name, p in backbone.named_parameters() if fnmatchcase(name, pattern)]
@@ -156,7 +149,7 @@ def check_images(backbone: nn.Module, images: Tensor) -> None:
     """Compare a batch with the size and channels that a ViT was built for.
 
     Raises:
-        SettingError: they differ, or the images are integers.
+        SettingError: They differ, or the images are integers.
     """
     if not images.is_floating_point():
         raise SettingError("data", str(images.dtype), "images must be floats.", "Scale and normalise them first.")
@@ -166,12 +159,8 @@ def check_images(backbone: nn.Module, images: Tensor) -> None:
     vit: VisionTransformer = backbone  # type: ignore[assignment]
     channels, size = images.shape[1], tuple(images.shape[2:])
     if channels != vit.in_chans:
-        raise SettingError(
-            "model_kwargs.in_chans",
-            vit.in_chans,
-            f"the images have {channels} channels.",
-            f"Write in_chans: {channels}.",
-        )
+        problem, remedy = f"the images have {channels} channels.", f"Write in_chans: {channels}."
+        raise SettingError("model_kwargs.in_chans", vit.in_chans, problem, remedy)
     if not vit.dynamic_img_size and embed.img_size is not None and size != tuple(embed.img_size):
         raise SettingError(
             "model_kwargs.img_size", tuple(embed.img_size), f"the images are {size[0]} x {size[1]}.",

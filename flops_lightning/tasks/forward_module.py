@@ -45,8 +45,8 @@ Batch = tuple[Tensor, Tensor]
 class ForwardModule(pl.LightningModule, ABC):
     """A LightningModule trained by a :class:`~flops_lightning.strategies.ForwardGradientStrategy`.
 
-    A subclass creates its network, passes it to :meth:`stage`, and defines :meth:`loss`; batches are ``(inputs,
-    targets)`` pairs. A ``QueryAllocatorCallback`` can allocate its queries; without one every sample gets the same.
+    A subclass passes its network to :meth:`stage` and defines :meth:`loss`; batches are ``(inputs, targets)`` pairs.
+    A ``QueryAllocatorCallback`` can allocate its queries; without one every sample gets the same.
 
     Example:
         >>> import torch
@@ -94,8 +94,8 @@ class ForwardModule(pl.LightningModule, ABC):
         self.optimizer_settings = read_settings("optimizer", OptimizerSettings, optimizer)
         self.clip_settings = read_settings("clip", ClipSettings, clip)
         self.max_skipped_steps = max_skipped_steps
-        grouped = {"optimizer": asdict(self.optimizer_settings), "clip": asdict(self.clip_settings)}
         # Plain values only, so that checkpoints load with weights_only=True.
+        grouped = {"optimizer": asdict(self.optimizer_settings), "clip": asdict(self.clip_settings)}
         self.save_hyperparameters({**grouped, "max_skipped_steps": max_skipped_steps})
         self.start_weights: dict[str, Any] = {}  # settings that only chose where the weights started
         self._gradient = MeanGradient(self.optimizer_settings.accumulate_grad_batches)
@@ -203,7 +203,7 @@ class ForwardModule(pl.LightningModule, ABC):
         strategy.join(present_communicator())
         owned = {id(p) for site in (*strategy.sites, *strategy.exact_sites) for p in site.parameters.values()}
         if strategy.sites and owned != {id(p) for p in self.network.trainable().values()}:
-            strategy.bind(self.network, self.loss)  # the network was changed after the task was made
+            strategy.bind(self.network, self.loss)  # the network has changed since the task was made
         if self._gradient.batches > 1 and len(strategy.update_groups) > 1:
             raise SettingError(
                 "optimizer.accumulate_grad_batches", self._gradient.batches,
@@ -217,7 +217,7 @@ class ForwardModule(pl.LightningModule, ABC):
         """Continue with the gradient and the learning rate that a checkpoint stopped at; write TensorBoard's page."""
         strategy = self._training_strategy()
         self._gradient.restore(strategy, self.network.trainable())
-        set_scheduled_rates(self._schedule())
+        set_scheduled_rates(cast("LambdaLR", self.lr_schedulers()))
         write_page(self.trainer, settings_of(self, self.trainer, strategy), strategy.budget)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
@@ -225,8 +225,7 @@ class ForwardModule(pl.LightningModule, ABC):
         strategy, clean = self._training_strategy(), self._clean_pass(batch)
         counts, weights, self._state = self._state.counts, self._state.pilot_weights, StepState()
         if counts is None:
-            remedy = "Add QueryAllocatorCallback to trainer.callbacks, or write 0."
-            self._refuse_pilots("no allocator asks for pilots.", remedy)
+            self._refuse_pilots("no allocator asks for pilots.", "Add QueryAllocatorCallback to trainer.callbacks.")
         # Only the last of several updates counts as a step of the trainer.
         counted, uncounted = cast("LightningOptimizer", self.optimizers()), self._optimizer()
         groups, watched = strategy.update_groups, "observation" in self._requested
@@ -255,13 +254,10 @@ class ForwardModule(pl.LightningModule, ABC):
         self._query_log.step(self, strategy.meter)
         self._count_skipped(stepped)
         if stepped:
-            self._schedule().step()
+            cast("LambdaLR", self.lr_schedulers()).step()
 
     def _optimizer(self) -> Optimizer:
         return cast("Optimizer", self.optimizers(use_pl_optimizer=False))
-
-    def _schedule(self) -> LambdaLR:
-        return cast("LambdaLR", self.lr_schedulers())
 
     def _count_skipped(self, stepped: bool) -> None:
         self._skipped = 0 if stepped else self._skipped + 1

@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
-from flops_lightning.errors import SettingError
+from flops_lightning.errors import SettingError, check_choice, check_positive
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
@@ -64,13 +64,12 @@ class TargetSettings:
     tokens: int = 8
 
     def check(self) -> None:
-        """Refuse values out of range, and those without effect.
+        """Refuse values out of range or without effect.
 
         Raises:
-            SettingError: as said.
+            SettingError: One is.
         """
-        if self.kind not in get_args(TargetKind):
-            raise SettingError("target.kind", self.kind, "is not known.", f"Choose from {list(get_args(TargetKind))}.")
+        check_choice("target.kind", self.kind, get_args(TargetKind))
         if self.kind == "head" and not self.head:
             raise SettingError("target.head", False, "leaves nothing to train with kind: head.", "Write true.")
         for name, kind in _ONLY_FOR.items():
@@ -78,13 +77,13 @@ class TargetSettings:
             if self.kind != kind and value != getattr(TargetSettings(), name):
                 raise SettingError(f"target.{name}", value, f"has no effect with kind: {self.kind}.", "Remove it.")
         if isinstance(self.modules, str) or not self.modules:
-            raise SettingError("target.modules", self.modules, "is no list of patterns.", 'Write ["blocks.*.attn.*"].')
+            problem = "must be a list of patterns."
+            raise SettingError("target.modules", self.modules, problem, 'Write for example ["blocks.*.attn.*"].')
         for name in ("rank", "tokens"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
-                raise SettingError(f"target.{name}", value, "is no positive integer.", "Write for example 4.")
-        if not 0 < self.alpha < math.inf:
-            raise SettingError("target.alpha", self.alpha, "must be positive.", "Write for example 8.0.")
+                raise SettingError(f"target.{name}", value, "must be a positive integer.", "Write for example 4.")
+        check_positive("target.alpha", self.alpha, "Write for example 8.0.")
 
 
 class VisualPrompt(nn.Module):
@@ -120,30 +119,25 @@ def apply_target(backbone: nn.Module, settings: TargetSettings) -> None:
     """Add what the target adds and freeze what it does not train.
 
     Raises:
-        SettingError: the network has nothing that the target trains, or peft is not installed.
+        SettingError: The network has nothing that the target trains, or peft is not installed.
     """
     settings.check()
     if settings.kind == "lora":
         _inject_lora(backbone, settings)
     elif settings.kind == "visual_prompt":
         _insert_prompts(backbone, settings.tokens)
-    chosen = set(target_parameters(backbone, settings.kind))
-    if not chosen:
-        raise SettingError(
-            "target.kind", settings.kind, f"{type(backbone).__name__} has no such parameters.", "Choose another kind."
-        )
+    trained = set(target_parameters(backbone, settings.kind))
+    if not trained:
+        problem = f"{type(backbone).__name__} has no such parameters."
+        raise SettingError("target.kind", settings.kind, problem, "Choose another kind.")
     for name, parameter in backbone.named_parameters():
         in_head = name.startswith(HEAD)
         if settings.kind != "all" or in_head:  # of all, a backbone may hold some fixed itself
-            parameter.requires_grad_(settings.head if in_head else name in chosen)
+            parameter.requires_grad_(settings.head if in_head else name in trained)
 
 
 def check_target_learns(backbone: nn.Module, kind: TargetKind, freeze: Sequence[str]) -> None:
-    """Look at what ``freeze`` left of a target.
-
-    Raises:
-        SettingError: nothing of it.
-    """
+    """Raise a :class:`SettingError` if ``freeze`` leaves nothing of a target to train."""
     trainable = {name for name, parameter in backbone.named_parameters() if parameter.requires_grad}
     if kind != "all" and trainable.isdisjoint(target_parameters(backbone, kind)):
         raise SettingError(
@@ -152,7 +146,7 @@ def check_target_learns(backbone: nn.Module, kind: TargetKind, freeze: Sequence[
 
 
 def target_parameters(backbone: nn.Module, kind: TargetKind) -> list[str]:
-    """Names of the parameters that a target is about, learned or not; without the head, unless it is the target."""
+    """Names of a target's parameters, trained or not; without the head, unless it is the target."""
     names = [name for name, _ in backbone.named_parameters()]
     if kind == "head":
         return [name for name in names if name.startswith(HEAD)]

@@ -30,7 +30,7 @@ class Oracle(pl.LightningModule):
         super().__init__()
         self.by_class = ClassMeanAccuracy(4)
 
-    def test_step(self, batch: list[Tensor]) -> None:
+    def test_step(self, batch: list[Tensor]):
         self.by_class.update(*batch)
         self.log("class_mean", self.by_class)
 
@@ -64,7 +64,7 @@ def expected(names: list[str]) -> list[dict[str, str]]:
     ]
 
 
-def test_a_line_per_class_by_its_label_and_the_same_when_tested_again(tmp_path: Path) -> None:
+def test_a_line_per_class_by_its_label_and_the_same_when_tested_again(tmp_path):
     names = ["tulip", 'the "rose"', "oak, old", "fern"]
     trainer, module = make_trainer(tmp_path), Oracle()
     for _ in range(2):
@@ -72,14 +72,12 @@ def test_a_line_per_class_by_its_label_and_the_same_when_tested_again(tmp_path: 
         assert rows(tmp_path / "class_accuracy.csv") == expected(names)
 
 
-def test_without_names_the_number_stands(tmp_path: Path) -> None:
+def test_without_names_the_number_stands(tmp_path):
     make_trainer(tmp_path).test(Oracle(), Data(), verbose=False)
     assert rows(tmp_path / "class_accuracy.csv") == expected(["0", "1", "2", "3"])
 
 
-def test_the_file_lies_in_the_folder_of_the_run_and_its_path_is_told(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_file_lies_in_the_folder_of_the_run_and_its_path_is_told(tmp_path, caplog):
     with caplog.at_level("INFO"):
         make_trainer(tmp_path, logger=CSVLogger(tmp_path, "name")).test(Oracle(), Data(), verbose=False)
     file = tmp_path / "name" / "version_0" / "class_accuracy.csv"
@@ -87,21 +85,21 @@ def test_the_file_lies_in_the_folder_of_the_run_and_its_path_is_told(
     assert f"accuracy of each class written to {file}" in caplog.text
 
 
-def test_names_of_another_number_of_classes_are_refused_before_the_test(tmp_path: Path) -> None:
+def test_names_of_another_number_of_classes_are_refused_before_the_test(tmp_path):
     module = Oracle()
     with pytest.raises(SettingError, match="the model tells 4 classes apart"):
         make_trainer(tmp_path).test(module, Data(("one", "two")), verbose=False)
     assert int(module.by_class.images.sum()) == 0
 
 
-def test_a_module_that_counts_no_classes_is_refused(tmp_path: Path) -> None:
+def test_a_module_that_counts_no_classes_is_refused(tmp_path):
     module = Oracle()
     del module.by_class
     with pytest.raises(SettingError, match=r"Oracle counts no classes\. Update a ClassMeanAccuracy in its test_step"):
         make_trainer(tmp_path).test(module, Data(), verbose=False)
 
 
-def test_training_writes_none_whatever_is_tested_meanwhile_and_a_trial_run_neither(tmp_path: Path) -> None:
+def test_training_writes_none_whatever_is_tested_meanwhile_and_a_trial_run_neither(tmp_path):
     task = ForwardImageClassifier(
         model_name="vit_tiny_patch16_224", num_classes=10, strategy=Backprop(),
         model_kwargs={"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 8, "depth": 1, "num_heads": 2},

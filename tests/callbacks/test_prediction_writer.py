@@ -76,7 +76,7 @@ def expected(names: list[str], order: list[int] | None = None, files: list[str] 
     ]
 
 
-def test_a_line_per_image_with_the_names_of_the_data(tmp_path: Path) -> None:
+def test_a_line_per_image_with_the_names_of_the_data(tmp_path):
     names = ["a cat", 'the "dog"', "bird, small"]
     rows = predict(tmp_path, Data(loader(), tuple(names)))
     assert rows == expected(names)
@@ -84,7 +84,7 @@ def test_a_line_per_image_with_the_names_of_the_data(tmp_path: Path) -> None:
     assert torch.equal(read_back, PROBABILITY.max(dim=1).values)
 
 
-def test_without_names_the_number_stands(tmp_path: Path) -> None:
+def test_without_names_the_number_stands(tmp_path):
     assert predict(tmp_path, Data(loader())) == expected(["0", "1", "2"])
 
 
@@ -95,7 +95,7 @@ class Photos(TensorDataset):
 
 
 @pytest.mark.parametrize("as_list", [True, False])
-def test_the_path_stands_beside_each_image_in_whatever_order_they_are_read(tmp_path: Path, as_list: bool) -> None:
+def test_the_path_stands_beside_each_image_in_whatever_order_they_are_read(tmp_path, as_list):
     order = [4, 0, 6, 2, 1, 5, 3]
     photos = DataLoader(Photos(PROBABILITY[torch.tensor(order).argsort()]), batch_size=3, sampler=order)
     rows = predict(tmp_path, Data([photos] if as_list else photos))
@@ -103,18 +103,16 @@ def test_the_path_stands_beside_each_image_in_whatever_order_they_are_read(tmp_p
     assert rows == expected(["0", "1", "2"], of_set, list(Photos.files))
 
 
-def test_the_index_is_that_of_the_data_set_in_whatever_order_it_is_read(tmp_path: Path) -> None:
+def test_the_index_is_that_of_the_data_set_in_whatever_order_it_is_read(tmp_path):
     order = [4, 0, 6, 2, 1, 5, 3]
     assert predict(tmp_path, Data(loader(sampler=order))) == expected(["0", "1", "2"])
 
 
-def test_a_stream_is_counted(tmp_path: Path) -> None:
+def test_a_stream_is_counted(tmp_path):
     assert predict(tmp_path, Data(DataLoader(Stream(), batch_size=3))) == expected(["0", "1", "2"])
 
 
-def test_the_file_lies_in_the_folder_of_the_run_and_its_path_is_told(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_file_lies_in_the_folder_of_the_run_and_its_path_is_told(tmp_path, caplog):
     with caplog.at_level("INFO"):
         predict(tmp_path, Data(loader()), logger=CSVLogger(tmp_path, "name"))
     file = tmp_path / "name" / "version_0" / "predictions.csv"
@@ -122,13 +120,13 @@ def test_the_file_lies_in_the_folder_of_the_run_and_its_path_is_told(
     assert f"predictions of 7 images written to {file}" in caplog.text
 
 
-def test_a_trial_run_writes_none(tmp_path: Path) -> None:
+def test_a_trial_run_writes_none(tmp_path):
     with pytest.raises(FileNotFoundError):
         predict(tmp_path, Data(loader()), fast_dev_run=True)
     assert list(tmp_path.rglob("*.csv")) == []
 
 
-def test_a_second_prediction_starts_afresh(tmp_path: Path) -> None:
+def test_a_second_prediction_starts_afresh(tmp_path):
     trainer = pl.Trainer(
         accelerator="cpu", default_root_dir=tmp_path, callbacks=[PredictionWriter()], logger=False,
         enable_progress_bar=False, enable_model_summary=False,
@@ -149,18 +147,18 @@ def test_a_second_prediction_starts_afresh(tmp_path: Path) -> None:
         ({"label": LABEL[:3], "probability": PROBABILITY}, "'label': 'torch.int64 (3,)'"),
     ],
 )
-def test_another_kind_of_output_is_refused_at_the_first_batch(tmp_path: Path, answer: Any, given: str) -> None:
+def test_another_kind_of_output_is_refused_at_the_first_batch(tmp_path, answer, given):
     with pytest.raises(SettingError, match="writes labels and probabilities only") as refusal:
         predict(tmp_path, Data(loader()), answer)
     assert given in str(refusal.value)
     assert not (tmp_path / "predictions.csv").exists()
 
 
-def test_several_loaders_are_refused(tmp_path: Path) -> None:
+def test_several_loaders_are_refused(tmp_path):
     with pytest.raises(SettingError, match="2 loaders"):
         predict(tmp_path, Data([loader(), loader()]))
 
 
-def test_names_of_another_number_of_classes_are_refused(tmp_path: Path) -> None:
+def test_names_of_another_number_of_classes_are_refused(tmp_path):
     with pytest.raises(SettingError, match="the model tells 3 classes apart"):
         predict(tmp_path, Data(loader(), ("one", "two")))

@@ -74,7 +74,7 @@ def run(
     return task, start
 
 
-def test_summary_says_what_happened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_summary_says_what_happened(tmp_path, capsys):
     task, start = run(tmp_path, [RunSummary(), QueryAllocatorCallback(allocator=EqualAllocator())])
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert set(summary) >= KEYS
@@ -100,8 +100,8 @@ def test_summary_says_what_happened(tmp_path: Path, capsys: pytest.CaptureFixtur
     ],
 )
 def test_queries_of_a_sample_are_counted_by_samples_whatever_the_strategy_runs(
-    strategy: ForwardGradientStrategy, by_site: dict[str, int], tmp_path: Path
-) -> None:
+    strategy: ForwardGradientStrategy, by_site, tmp_path
+):
     run(tmp_path, [RunSummary()], strategy)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["samples"] == 3 * 32
@@ -109,7 +109,7 @@ def test_queries_of_a_sample_are_counted_by_samples_whatever_the_strategy_runs(
     assert summary["queries_by_site"] == {site: queries * 3 * 32 for site, queries in by_site.items()}
 
 
-def test_an_epoch_counts_the_samples_of_its_last_smaller_batch(tmp_path: Path) -> None:
+def test_an_epoch_counts_the_samples_of_its_last_smaller_batch(tmp_path):
     run(tmp_path, [RunSummary()], MeZO(), limit_train_batches=1.0)
     data = DigitsDataModule()
     data.setup("fit")
@@ -118,7 +118,7 @@ def test_an_epoch_counts_the_samples_of_its_last_smaller_batch(tmp_path: Path) -
     assert summary["queries_per_sample"] == 2
 
 
-def test_the_memory_of_a_process_is_that_of_its_high_water_mark() -> None:
+def test_the_memory_of_a_process_is_that_of_its_high_water_mark():
     code = (
         "import torch; from flops_lightning.network.memory import peak_memory as peak\n"
         "cpu = torch.device('cpu'); before = peak(cpu)[0]; held = torch.ones(2**26); full = peak(cpu)[0]\n"
@@ -135,7 +135,7 @@ def test_the_memory_of_a_process_is_that_of_its_high_water_mark() -> None:
     assert float(before) > 100  # torch itself
 
 
-def test_exported_weights_are_timms(tmp_path: Path) -> None:
+def test_exported_weights_are_timms(tmp_path):
     task, _ = run(tmp_path, [RunSummary()])
     plain = timm.create_model("vit_tiny_patch16_224", num_classes=10, **KWARGS)
     plain.load_state_dict(load_file(tmp_path / "model.safetensors"))
@@ -143,7 +143,7 @@ def test_exported_weights_are_timms(tmp_path: Path) -> None:
     assert torch.equal(plain.eval()(x), task.eval()(x))
 
 
-def test_export_can_be_turned_off_and_training_is_unchanged_by_the_tests(tmp_path: Path) -> None:
+def test_export_can_be_turned_off_and_training_is_unchanged_by_the_tests(tmp_path):
     with_summary, _ = run(tmp_path, [RunSummary(export_weights=False)])
     without, _ = run(tmp_path / "other", [])
     assert not (tmp_path / "model.safetensors").exists()
@@ -152,7 +152,7 @@ def test_export_can_be_turned_off_and_training_is_unchanged_by_the_tests(tmp_pat
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_ranks_share_the_test_images_and_each_reads_its_own(streamed: bool) -> None:
+def test_ranks_share_the_test_images_and_each_reads_its_own(streamed):
     read: list[int] = []
 
     class Images(Dataset[int]):
@@ -179,12 +179,12 @@ def test_ranks_share_the_test_images_and_each_reads_its_own(streamed: bool) -> N
     assert sorted(read) == ([] if streamed else list(range(11)))
 
 
-def test_double_precision_runs(tmp_path: Path) -> None:
+def test_double_precision_runs(tmp_path):
     run(tmp_path, [RunSummary()], precision="64-true")
     assert 0 <= json.loads((tmp_path / "summary.json").read_text())["test_accuracy"] <= 1
 
 
-def test_without_a_data_module_accuracies_are_unknown(tmp_path: Path) -> None:
+def test_without_a_data_module_accuracies_are_unknown(tmp_path):
     data = DigitsDataModule(batch_size=32)
     data.setup("fit")
     sites = [SiteSpec(stages=["embed", "blocks.1"]), SiteSpec(stages=["pool", "head"], name="head")]
@@ -201,6 +201,6 @@ def test_without_a_data_module_accuracies_are_unknown(tmp_path: Path) -> None:
     assert summary["queries"] == 32 * 40
 
 
-def test_a_trial_run_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_trial_run_leaves_nothing_behind(tmp_path):
     run(tmp_path, [RunSummary()], fast_dev_run=True)
     assert list(tmp_path.iterdir()) == []

@@ -24,7 +24,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("images", IMAGES)
-def test_two_processes_report_what_one_does(together: Path, tmp_path: Path, images: int) -> None:
+def test_two_processes_report_what_one_does(together, tmp_path, images):
     run(tmp_path, images)
     alone = json.loads((tmp_path / "metrics-0.json").read_text())
     for rank in (0, 1):
@@ -37,7 +37,7 @@ def test_two_processes_report_what_one_does(together: Path, tmp_path: Path, imag
 
 
 @pytest.mark.parametrize("images", [n for n in IMAGES if n > 1])
-def test_they_write_the_predictions_of_every_image_once(together: Path, tmp_path: Path, images: int) -> None:
+def test_they_write_the_predictions_of_every_image_once(together, tmp_path, images):
     run(tmp_path, images)
     found, expected = (
         [line.split(",") for line in (folder / "predictions.csv").read_text().splitlines()]

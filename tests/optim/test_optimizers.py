@@ -19,7 +19,7 @@ from flops_lightning.optim.optimizers import (
 from tests.reference.networks import tiny_vit
 
 
-def test_schedule_rises_linearly_and_falls_as_half_a_cosine() -> None:
+def test_schedule_rises_linearly_and_falls_as_half_a_cosine():
     factors = [lr_factor(step, schedule="cosine", warmup_steps=4, total_steps=14) for step in range(15)]
     assert factors[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert factors[9] == pytest.approx(0.5)
@@ -28,7 +28,7 @@ def test_schedule_rises_linearly_and_falls_as_half_a_cosine() -> None:
     assert lr_factor(1000, schedule="constant", warmup_steps=4, total_steps=math.inf) == 1.0
 
 
-def test_cosine_without_an_end_is_refused() -> None:
+def test_cosine_without_an_end_is_refused():
     settings = OptimizerSettings(schedule="cosine")
     with pytest.raises(SettingError, match=r"Set trainer.max_epochs or max_steps"):
         build_schedule(build_optimizer(nn.Linear(2, 2), settings), settings, math.inf)
@@ -37,7 +37,7 @@ def test_cosine_without_an_end_is_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "family"), [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD)]
 )
-def test_decay_spares_vectors_and_frozen_parameters_are_left_out(name: str, family: type) -> None:
+def test_decay_spares_vectors_and_frozen_parameters_are_left_out(name, family):
     module = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
     module[0].weight.requires_grad_(False)
     optimizer = build_optimizer(nn.Sequential(module, nn.Linear(2, 2)), OptimizerSettings(name=name, weight_decay=0.1))
@@ -46,7 +46,7 @@ def test_decay_spares_vectors_and_frozen_parameters_are_left_out(name: str, fami
     assert decays == {(2, 2): 0.1, (2,): 0.0}
 
 
-def test_clipping_keeps_directions_and_bounds_norms() -> None:
+def test_clipping_keeps_directions_and_bounds_norms():
     module = nn.ModuleDict({"attn": nn.Linear(3, 3), "mlp": nn.Linear(3, 3)})
     for p in module.parameters():
         p.grad = torch.randn_like(p)
@@ -61,7 +61,7 @@ def test_clipping_keeps_directions_and_bounds_norms() -> None:
         assert float(torch.cosine_similarity(clipped, original, dim=0)) == pytest.approx(1.0)
 
 
-def test_squared_step_sizes_are_those_of_the_step() -> None:
+def test_squared_step_sizes_are_those_of_the_step():
     layer = torch.nn.Linear(3, 2, dtype=torch.float64)
     optimizer = build_optimizer(layer, OptimizerSettings(lr=1.0))
     assert squared_step_sizes(optimizer, dict(layer.named_parameters())) == {}
@@ -75,14 +75,14 @@ def test_squared_step_sizes_are_those_of_the_step() -> None:
         torch.testing.assert_close((parameter - before[name]).square(), sizes[name] * parameter.grad.square())
 
 
-def test_only_adam_preconditions() -> None:
+def test_only_adam_preconditions():
     layer = torch.nn.Linear(3, 2)
     optimizer = build_optimizer(layer, OptimizerSettings(name="sgd"))
     with pytest.raises(SettingError, match=r"allocator.metric = 'preconditioned': SGD does not precondition"):
         squared_step_sizes(optimizer, dict(layer.named_parameters()))
 
 
-def test_layers_decay_from_the_head_down() -> None:
+def test_layers_decay_from_the_head_down():
     vit = tiny_vit()
     settings = OptimizerSettings(lr=0.1, weight_decay=0.2, layer_decay=0.5)
     optimizer = build_optimizer(vit, settings)
@@ -99,7 +99,7 @@ def test_layers_decay_from_the_head_down() -> None:
     assert max(schedule.get_last_lr()) == pytest.approx(0.02), "the schedule scales every layer's own rate"
 
 
-def test_squared_step_sizes_know_the_rates_of_layers() -> None:
+def test_squared_step_sizes_know_the_rates_of_layers():
     vit = tiny_vit()
     optimizer = build_optimizer(vit, OptimizerSettings(lr=0.1, layer_decay=0.5))
     for p in vit.parameters():
@@ -111,6 +111,6 @@ def test_squared_step_sizes_know_the_rates_of_layers() -> None:
 
 
 @pytest.mark.parametrize("setting", [{"layer_decay": 0.0}, {"layer_decay": 1.1}, {"accumulate_grad_batches": 0}])
-def test_numbers_that_make_no_sense_are_refused(setting: dict[str, float]) -> None:
+def test_numbers_that_make_no_sense_are_refused(setting):
     with pytest.raises(SettingError, match=next(iter(setting))):
         OptimizerSettings(**setting).check()

@@ -1,4 +1,4 @@
-"""What is given beside ``ckpt_path`` is obeyed or refused: each line of the table in ``checkpoint_checks``."""
+"""What is given beside ``ckpt_path`` is obeyed or refused: each line of the table in ``resume.rules``."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def sites(**settings):
 
 HEADS = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 3, "num_heads": 4}
 AS_BEFORE = [SiteSpec(name="body", stages=["embed", "blocks.2"]), SiteSpec(name="head", stages=["pool", "head"])]
-HAS = "the run that is to go on has"
+HAS = "the checkpoint's run has"
 
 
 @pytest.mark.parametrize(
@@ -90,9 +90,9 @@ def test_refused_of_the_model(resume, make_task, tmp_path, before, now, message)
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"batch_size": 8}, "data.batch_size = 8: the run .* has 16 and was left in the middle of an epoch"),
+        ({"batch_size": 8}, "data.batch_size = 8: the checkpoint's run has 16 and stopped in the middle of an epoch"),
         ({"batch_size": 16, "rotation": 10.0}, "data.rotation = 10.0: .*middle of an epoch"),
-        ({"batch_size": 16, "split_seed": 1}, "data.split_seed = 1: the run that is to go on has 0"),
+        ({"batch_size": 16, "split_seed": 1}, "data.split_seed = 1: the checkpoint's run has 0"),
     ],
 )
 def test_refused_of_the_data_within_an_epoch(resume, data, message):
@@ -109,7 +109,7 @@ def test_another_seed_of_the_run_is_refused(resume, monkeypatch, make_task):
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
     pl.seed_everything(0, verbose=False)
     saved = {"seed_everything": 0}
-    with pytest.raises(SettingError, match="seed_everything = 1: the run that is to go on has 0"):
+    with pytest.raises(SettingError, match="seed_everything = 1: the checkpoint's run has 0"):
         check_settings(saved, {"seed_everything": 1}, within_epoch=False)
     assert check_settings(saved, {"seed_everything": None}, within_epoch=False) == []
 

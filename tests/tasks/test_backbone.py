@@ -20,7 +20,7 @@ def vit(**kwargs: Any) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
-def test_export_and_load_give_the_same_network(tmp_path: Path, suffix: str) -> None:
+def test_export_and_load_give_the_same_network(tmp_path, suffix):
     task = ForwardImageClassifier(**MODEL)
     path = tmp_path / f"weights{suffix}"
     task.export_weights(str(path))
@@ -32,14 +32,14 @@ def test_export_and_load_give_the_same_network(tmp_path: Path, suffix: str) -> N
     assert torch.equal(plain.eval()(x), task.eval()(x))
 
 
-def test_a_checkpoint_of_this_project_is_read(tmp_path: Path) -> None:
+def test_a_checkpoint_of_this_project_is_read(tmp_path):
     task = ForwardImageClassifier(**MODEL)
     torch.save({"state_dict": task.state_dict(), "epoch": 3}, tmp_path / "run.ckpt")
     again = ForwardImageClassifier(**MODEL, checkpoint=str(tmp_path / "run.ckpt"))
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), task.parameters(), strict=True))
 
 
-def test_a_head_of_other_classes_starts_fresh(tmp_path: Path) -> None:
+def test_a_head_of_other_classes_starts_fresh(tmp_path):
     source = vit(num_classes=7)
     save_file(source.state_dict(), tmp_path / "seven.safetensors")
     task = ForwardImageClassifier(**MODEL, checkpoint=str(tmp_path / "seven.safetensors"))
@@ -47,7 +47,7 @@ def test_a_head_of_other_classes_starts_fresh(tmp_path: Path) -> None:
     assert task.backbone.head.weight.shape == (10, 16)
 
 
-def test_bad_checkpoints_name_the_remedy(tmp_path: Path) -> None:
+def test_bad_checkpoints_name_the_remedy(tmp_path):
     def refused(path: Path, message: str) -> None:
         with pytest.raises(SettingError, match=message):
             ForwardImageClassifier(**MODEL, checkpoint=str(path))
@@ -74,7 +74,7 @@ def test_bad_checkpoints_name_the_remedy(tmp_path: Path) -> None:
     refused(empty, "holds no weights")
 
 
-def test_weights_that_cannot_be_fetched_name_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_cannot_be_fetched_name_the_remedy(monkeypatch):
     def offline(*args: Any, **kwargs: Any) -> None:
         raise OSError("no route to host")
 
@@ -83,6 +83,6 @@ def test_weights_that_cannot_be_fetched_name_the_remedy(monkeypatch: pytest.Monk
         ForwardImageClassifier(**{**MODEL, "pretrained": True})
 
 
-def test_a_model_without_published_weights_says_so() -> None:
+def test_a_model_without_published_weights_says_so():
     with pytest.raises(SettingError, match="pretrained = True: timm has no weights for 'vit_base_patch16_18x2_224'"):
         ForwardImageClassifier(model_name="vit_base_patch16_18x2_224", num_classes=10, pretrained=True)

@@ -72,12 +72,12 @@ def in_batches(logits: Tensor, labels: Tensor, size: int = 32) -> dict[str, floa
 
 
 @pytest.mark.parametrize("classes", [4, 5, 8, 30])
-def test_each_equals_its_reference(classes: int) -> None:
+def test_each_equals_its_reference(classes):
     logits, labels = some_logits(classes=classes)
     assert in_batches(logits, labels) == pytest.approx(reference(logits, labels), **FLOAT32)
 
 
-def test_a_class_without_images_does_not_count_as_wrong() -> None:
+def test_a_class_without_images_does_not_count_as_wrong():
     logits, labels = some_logits()
     assert int((logits.argmax(1) == MISSING).sum()) > 0
     of_classes = [float((logits[labels == k].argmax(1) == k).float().mean()) for k in range(8) if k != MISSING]
@@ -87,31 +87,31 @@ def test_a_class_without_images_does_not_count_as_wrong() -> None:
     assert found == pytest.approx(float(macro) * 8 / 7, **FLOAT32)
 
 
-def test_the_mean_over_no_class_is_not_a_number() -> None:
+def test_the_mean_over_no_class_is_not_a_number():
     metric = ClassMeanAccuracy(3)
     metric.update(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64))
     assert math.isnan(metric.compute())
 
 
-def test_a_loss_that_is_no_number_shows() -> None:
+def test_a_loss_that_is_no_number_shows():
     logits, labels = some_logits()
     logits[7] = math.nan
     assert math.isnan(in_batches(logits, labels)["test/loss"])
 
 
-def test_logits_between_0_and_1_are_not_taken_for_probabilities() -> None:
+def test_logits_between_0_and_1_are_not_taken_for_probabilities():
     logits, labels = some_logits()
     logits = logits.sigmoid()
     assert in_batches(logits, labels) == pytest.approx(reference(logits, labels), **FLOAT32)
 
 
-def test_the_five_largest_are_told_apart_where_probabilities_underflow() -> None:
+def test_the_five_largest_are_told_apart_where_probabilities_underflow():
     logits = torch.tensor([[1000.0, 7, 6, 5, 4, 3, 2, 1]]).repeat(8, 1)
     assert logits.softmax(1).count_nonzero() == 8
     assert in_batches(logits, torch.arange(8))["test/accuracy_top5"] == 5 / 8
 
 
-def test_certainty_falls_into_the_last_bin() -> None:
+def test_certainty_falls_into_the_last_bin():
     # Two images with confidence 1, one of them wrong, and two just below it that are right: one bin, off by 1/4.
     logits = torch.tensor([[100.0, 0], [100, 0], [5, 0], [5, 0]])
     labels = torch.tensor([0, 1, 0, 0])
@@ -122,9 +122,7 @@ def test_certainty_falls_into_the_last_bin() -> None:
 
 
 @given(images=st.integers(1, 40), processes=st.integers(1, 5), batch_size=st.integers(1, 9), shuffle=st.booleans())
-def test_every_image_counts_once_whatever_the_processes(
-    images: int, processes: int, batch_size: int, shuffle: bool
-) -> None:
+def test_every_image_counts_once_whatever_the_processes(images, processes, batch_size, shuffle):
     data = TensorDataset(torch.arange(images))
     counted = []
     for rank in range(processes):
@@ -135,7 +133,7 @@ def test_every_image_counts_once_whatever_the_processes(
     assert sorted(counted) == list(range(images))
 
 
-def test_in_one_process_all_images_count() -> None:
+def test_in_one_process_all_images_count():
     assert first_seen(DataLoader(TensorDataset(torch.arange(3)), batch_size=2), 1, 1) == 1
     assert first_seen(None, 0, 7) == 7
 
@@ -150,7 +148,7 @@ class TestTask:
         logits, labels = (torch.cat(parts) for parts in zip(*pairs, strict=True))
         return reference(logits, labels)
 
-    def test_a_test_logs_them_and_a_second_one_the_same(self, make_task: Any, make_trainer: Any, digits: Any) -> None:
+    def test_a_test_logs_them_and_a_second_one_the_same(self, make_task, make_trainer, digits):
         task = make_task()
         expected = self.expected(task, digits)
         trainer = make_trainer()
@@ -158,9 +156,7 @@ class TestTask:
         assert first == pytest.approx(expected, **FLOAT32)
         assert second == first
 
-    def test_a_test_that_was_broken_off_leaves_nothing(
-        self, make_task: Any, make_trainer: Any, digits: Any, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_test_that_was_broken_off_leaves_nothing(self, make_task, make_trainer, digits, monkeypatch):
         task = make_task()
         (whole,) = make_trainer().test(task, digits, verbose=False)
         with monkeypatch.context() as broken:
@@ -169,9 +165,7 @@ class TestTask:
                 make_trainer().test(task, digits, verbose=False)
         assert make_trainer().test(task, digits, verbose=False) == [whole]
 
-    def test_the_tests_of_the_summary_count_for_themselves(
-        self, make_task: Any, make_trainer: Any, digits: Any, tmp_path: Any
-    ) -> None:
+    def test_the_tests_of_the_summary_count_for_themselves(self, make_task, make_trainer, digits, tmp_path):
         task = make_task()
         trainer = make_trainer(callbacks=[RunSummary(export_weights=False)])
         trainer.fit(task, digits)

@@ -27,7 +27,7 @@ def moves(task: ForwardImageClassifier, trainer: Any, data: Any) -> torch.Tensor
 
 
 @pytest.mark.parametrize("strategy", ["likelihood ratio", "mezo"])
-def test_it_steps_as_in_float32(strategy: str, make_task: Any, make_trainer: Any, digits: Any) -> None:
+def test_it_steps_as_in_float32(strategy, make_task, make_trainer, digits):
     """Three steps of Adam: forward passes in float16, weights and their steps in float32, no loss scaler."""
     seen: list[torch.dtype] = []
 
@@ -47,13 +47,13 @@ def test_it_steps_as_in_float32(strategy: str, make_task: Any, make_trainer: Any
     assert (moved - full).norm() < 0.1 * full.norm()
 
 
-def test_an_allocator_learns_from_float16(make_task: Any, make_trainer: Any, digits: Any) -> None:
+def test_an_allocator_learns_from_float16(make_task, make_trainer, digits):
     task = make_task(strategy=two_sites(pilots=PilotSpec(queries=2, sites="head")))
     allocator = QueryAllocatorCallback(allocator=GaussianAllocator())
     assert moves(task, make_trainer(callbacks=[allocator], **float16()), digits).norm() > 0
     assert task.strategy.meter.total().lost == 0
 
 
-def test_backprop_is_refused(make_task: Any, make_trainer: Any, digits: Any) -> None:
+def test_backprop_is_refused(make_task, make_trainer, digits):
     with pytest.raises(SettingError, match=r"trainer.precision = '16-mixed': Backprop .*bf16-mixed or 32-true"):
         make_trainer(**float16()).fit(make_task(strategy=Backprop()), digits)

@@ -46,7 +46,7 @@ PILOTED = {"queries": 8, "pilots": PilotSpec(sites="head", queries=2)}
 
 
 class TestTraining:
-    def test_meter_equals_what_the_settings_say(self, make_task: Any, make_trainer: Any, digits: Any) -> None:
+    def test_meter_equals_what_the_settings_say(self, make_task, make_trainer, digits):
         task = make_task(strategy=two_sites(**PILOTED))
         make_trainer(callbacks=[allocator()]).fit(task, digits)
         total = task.strategy.meter.total()
@@ -55,13 +55,9 @@ class TestTraining:
         assert total.queries == 2 * 8 * samples
         assert task.strategy.meter.sites["head"].pilots == total.pilots == 2 * samples
         assert total.lost == 0
+        assert task.strategy.draw == 3  # one clean pass a batch
 
-    def test_the_clean_pass_runs_once_a_batch(self, make_task: Any, make_trainer: Any, digits: Any) -> None:
-        task = make_task(strategy=two_sites(**PILOTED))
-        make_trainer(callbacks=[allocator()]).fit(task, digits)
-        assert task.strategy.draw == 3
-
-    def test_site_by_site_counts_one_step_a_batch(self, make_task: Any, make_trainer: Any, digits: Any) -> None:
+    def test_site_by_site_counts_one_step_a_batch(self, make_task, make_trainer, digits):
         task = make_task(strategy=two_sites(update="site_by_site"))
         before = parameters(task)
         trainer = make_trainer()
@@ -70,7 +66,7 @@ class TestTraining:
         moved = (parameters(task) != before).float().mean()
         assert moved > 0.99
 
-    def test_equal_allocator_equals_no_allocator(self, make_task: Any, make_trainer: Any, digits: Any) -> None:
+    def test_equal_allocator_equals_no_allocator(self, make_task, make_trainer, digits):
         ends = []
         for callbacks in ([], [QueryAllocatorCallback(allocator=EqualAllocator())]):
             task = make_task()
@@ -78,7 +74,7 @@ class TestTraining:
             ends.append(parameters(task))
         assert torch.equal(*ends)
 
-    def test_callbacks_of_lightning_work(self, make_task: Any, make_trainer: Any, digits: Any, tmp_path: Any) -> None:
+    def test_callbacks_of_lightning_work(self, make_task, make_trainer, digits, tmp_path):
         monitored = ModelCheckpoint(dirpath=tmp_path, monitor="val/accuracy", mode="max", filename="best")
         stopping = EarlyStopping(monitor="val/accuracy", mode="max", patience=0, min_delta=1.0)
         task = make_task(optimizer=OptimizerSettings(lr=1e-3, schedule="cosine"))
@@ -98,7 +94,7 @@ class TestTraining:
         assert rates[0] == pytest.approx(1e-3)
         assert rates[-1] < 1e-3
 
-    def test_attention_is_clipped_apart(self, make_task: Any, make_trainer: Any, digits: Any) -> None:
+    def test_attention_is_clipped_apart(self, make_task, make_trainer, digits):
         task = make_task(
             clip=ClipSettings(norm=1e-3, attention_norm=1e-4), optimizer=OptimizerSettings(name="sgd", lr=1.0)
         )
@@ -117,9 +113,7 @@ class TestLostQueries:
         task.loss = lambda logits, labels: logits.sum(1) * torch.nan
         task.strategy.bind(task.network, task.loss)
 
-    def test_a_run_of_skipped_steps_stops_with_what_to_change(
-        self, make_task: Any, make_trainer: Any, digits: Any
-    ) -> None:
+    def test_a_run_of_skipped_steps_stops_with_what_to_change(self, make_task, make_trainer, digits):
         task = make_task(max_skipped_steps=1)
         before = parameters(task)
         self.poison(task)
@@ -131,7 +125,7 @@ class TestLostQueries:
         assert torch.equal(parameters(task), before)
         assert task.strategy.draw == 2  # the draw counter advances on skipped steps too
 
-    def test_skipped_steps_in_between_are_survived(self, make_task: Any, make_trainer: Any, digits: Any) -> None:
+    def test_skipped_steps_in_between_are_survived(self, make_task, make_trainer, digits):
         task = make_task(max_skipped_steps=1)
         plain = task.loss
 
@@ -147,9 +141,7 @@ class TestLostQueries:
 
 class TestCheckpoints:
     @pytest.mark.parametrize("strategy", ["lr", "optimal", "cost_aware", "site_by_site", "backprop"])
-    def test_resuming_equals_the_uninterrupted_run(
-        self, make_task: Any, make_trainer: Any, digits: Any, tmp_path: Any, strategy: str
-    ) -> None:
+    def test_resuming_equals_the_uninterrupted_run(self, make_task, make_trainer, digits, tmp_path, strategy):
         def task() -> ForwardImageClassifier:
             made = {
                 "lr": lambda: two_sites(**PILOTED),
@@ -180,7 +172,7 @@ class TestCheckpoints:
         assert second.strategy.meter.total() == whole.strategy.meter.total()
         assert second.strategy.draw == whole.strategy.draw
 
-    def test_loads_with_weights_only(self, make_task: Any, make_trainer: Any, digits: Any, tmp_path: Any) -> None:
+    def test_loads_with_weights_only(self, make_task, make_trainer, digits, tmp_path):
         task = make_task(freeze=["pos_embed"], optimizer=OptimizerSettings(name="adamw"), label_smoothing=0.1)
         trainer = make_trainer(callbacks=[QueryAllocatorCallback(allocator=EqualAllocator())])
         trainer.fit(task, digits)
@@ -193,9 +185,7 @@ class TestCheckpoints:
         metrics = make_trainer().test(loaded, digits, verbose=False)
         assert metrics == make_trainer().test(task, digits, verbose=False)
 
-    def test_without_strategy_it_predicts_and_refuses_to_fit(
-        self, make_task: Any, make_trainer: Any, digits: Any
-    ) -> None:
+    def test_without_strategy_it_predicts_and_refuses_to_fit(self, make_task, make_trainer, digits):
         task = make_task(strategy=None)
         batches = make_trainer().predict(task, digits)
         digits.setup("test")
@@ -214,7 +204,7 @@ class StopAfter(pl.Callback):
         trainer.should_stop = trainer.current_epoch + 1 >= self.epochs
 
 
-def test_copies_and_pickles_keep_their_stages(make_task: Any) -> None:
+def test_copies_and_pickles_keep_their_stages(make_task):
     task = make_task()
     for twin in (copy.deepcopy(task), pickle.loads(pickle.dumps(task))):
         with torch.no_grad():
@@ -241,9 +231,12 @@ def test_copies_and_pickles_keep_their_stages(make_task: Any) -> None:
         ({"optimizer": OptimizerSettings(name="adam", momentum=0.9)}, "optimizer.momentum = 0.9: adam has no"),
         ({"optimizer": OptimizerSettings(name="lion")}, "optimizer.name = 'lion': .*Choose from adam, adamw, sgd."),
         ({"clip": ClipSettings(norm=-1.0)}, "clip.norm = -1.0: must be 0 or more. Write 0 for none"),
+        ({"optimizer": {"betas": (0.9, 0.99)}}, "optimizer = .*betas.*See OptimizerSettings"),
+        ({"optimizer": torch.optim.Adam}, "optimizer = .*Write OptimizerSettings"),
+        ({"clip": 1.0}, "clip = 1.0: must be a ClipSettings. Write ClipSettings"),
     ],
 )
-def test_bad_settings_name_themselves_and_the_remedy(settings: dict[str, Any], message: str) -> None:
+def test_bad_settings_name_themselves_and_the_remedy(settings, message):
     with pytest.raises(SettingError, match=message):
         ForwardImageClassifier(**{**MODEL, **settings})
 
@@ -255,9 +248,7 @@ def test_bad_settings_name_themselves_and_the_remedy(settings: dict[str, Any], m
         ({"in_chans": 3}, "model_kwargs.in_chans = 3: the images have 1 channels. Write in_chans: 1"),
     ],
 )
-def test_images_of_another_shape_are_refused(
-    make_task: Any, make_trainer: Any, digits: Any, model_kwargs: dict[str, int], message: str
-) -> None:
+def test_images_of_another_shape_are_refused(make_task, make_trainer, digits, model_kwargs, message):
     task = make_task(model_kwargs={**MODEL["model_kwargs"], **model_kwargs})
     with pytest.raises(SettingError, match=message):
         make_trainer().fit(task, digits)
@@ -271,9 +262,7 @@ def test_images_of_another_shape_are_refused(
         ({"precision": "bf16-true"}, "trainer.precision = 'bf16-true': .*Choose from 32-true"),
     ],
 )
-def test_trainer_settings_that_cannot_work_are_refused_at_once(
-    make_task: Any, make_trainer: Any, digits: Any, settings: dict[str, Any], message: str
-) -> None:
+def test_trainer_settings_that_cannot_work_are_refused_at_once(make_task, make_trainer, digits, settings, message):
     with pytest.raises(SettingError, match=message):
         make_trainer(**settings).fit(make_task(), digits)
 
@@ -300,26 +289,29 @@ def fitting(**attributes: Any) -> Any:
         ({"precision": "16-true"}, "trainer.precision = '16-true': .*Choose from 32-true"),
     ],
 )
-def test_hardware_settings_that_cannot_work_are_refused(attributes: dict[str, Any], message: str) -> None:
+def test_hardware_settings_that_cannot_work_are_refused(attributes, message):
     check_trainer(fitting())
     with pytest.raises(SettingError, match=message):
         check_trainer(fitting(**attributes))
 
 
-def test_pilots_without_an_allocator_are_refused(make_task: Any, make_trainer: Any, digits: Any) -> None:
-    with pytest.raises(SettingError, match=r"strategy.pilots.queries = 2: no allocator asks for pilots"):
-        make_trainer().fit(make_task(strategy=two_sites(**PILOTED)), digits)
+@pytest.mark.parametrize(
+    ("strategy", "chosen", "message"),
+    [
+        (lambda: two_sites(**PILOTED), None, "strategy.pilots.queries = 2: no allocator asks for pilots"),
+        (lambda: two_sites(**PILOTED), OptimalAllocator, "does not read the pilots.*Write 0, or let the allocator"),
+        (Backprop, EqualAllocator, "trainer.callbacks = .*Backprop spends no queries .*Remove the callback"),
+    ],
+)
+def test_a_strategy_and_an_allocator_that_do_not_fit_are_refused(
+    make_task, make_trainer, digits, strategy, chosen, message
+):
+    callbacks = [QueryAllocatorCallback(allocator=chosen())] if chosen else []
+    with pytest.raises(SettingError, match=message):
+        make_trainer(callbacks=callbacks).fit(make_task(strategy=strategy()), digits)
 
 
-def test_an_allocator_for_backprop_is_refused(make_task: Any, make_trainer: Any, digits: Any) -> None:
-    trainer = make_trainer(callbacks=[QueryAllocatorCallback(allocator=EqualAllocator())])
-    with pytest.raises(SettingError, match=r"trainer.callbacks = .*Backprop spends no queries .*Remove the callback"):
-        trainer.fit(make_task(strategy=Backprop()), digits)
-
-
-def test_bf16_mixed_learns_and_warns_of_a_sigma_it_cannot_resolve(
-    make_task: Any, make_trainer: Any, digits: Any
-) -> None:
+def test_bf16_mixed_learns_and_warns_of_a_sigma_it_cannot_resolve(make_task, make_trainer, digits):
     sites = [replace(spec, sigma=1e-4) for spec in two_sites().specs]
     task = make_task(strategy=LikelihoodRatio(sites=sites, seed=0))
     before = parameters(task)
@@ -330,16 +322,14 @@ def test_bf16_mixed_learns_and_warns_of_a_sigma_it_cannot_resolve(
 
 
 class TestChangesAfterConstruction:
-    def test_a_replaced_head_learns(self, make_task: Any, make_trainer: Any, digits: Any) -> None:
+    def test_a_replaced_head_learns(self, make_task, make_trainer, digits):
         task = make_task()
         task.backbone.head = torch.nn.Linear(16, 10)
         before = task.backbone.head.weight.detach().clone()
         make_trainer().fit(task, digits)
         assert (task.backbone.head.weight != before).any()
 
-    def test_parameters_frozen_or_thawed_later_are_noticed(
-        self, make_task: Any, make_trainer: Any, digits: Any
-    ) -> None:
+    def test_parameters_frozen_or_thawed_later_are_noticed(self, make_task, make_trainer, digits):
         task = make_task(freeze="pos_embed")
         task.backbone.requires_grad_(True)
         task.backbone.cls_token.requires_grad_(False)
@@ -348,7 +338,7 @@ class TestChangesAfterConstruction:
         moved = {n for n, p in task.backbone.named_parameters() if (p != before[n]).any()}
         assert set(before) - moved == {"cls_token"}
 
-    def test_a_strategy_serves_one_task(self, make_task: Any) -> None:
+    def test_a_strategy_serves_one_task(self, make_task):
         strategy = two_sites()
         make_task(strategy=strategy)
         with pytest.raises(SettingError, match=r"already serves another network. Make one for each"):
@@ -359,9 +349,7 @@ class TestChangesAfterConstruction:
             make_task(strategy=backprop)
 
 
-def test_steps_count_when_the_last_site_of_a_batch_loses_everything(
-    make_task: Any, make_trainer: Any, digits: Any
-) -> None:
+def test_steps_count_when_the_last_site_of_a_batch_loses_everything(make_task, make_trainer, digits):
     task = make_task(strategy=two_sites(update="site_by_site"))
     plain = task.loss
 
@@ -380,9 +368,7 @@ def test_steps_count_when_the_last_site_of_a_batch_loses_everything(
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
-def test_steps_alone_limit_a_run_that_accumulates(
-    make_task: Any, make_trainer: Any, digits: Any, schedule: str
-) -> None:
+def test_steps_alone_limit_a_run_that_accumulates(make_task, make_trainer, digits, schedule):
     task = make_task(optimizer=OptimizerSettings(accumulate_grad_batches=2, schedule=schedule, lr=1e-3))
     trainer = make_trainer(max_steps=4, max_epochs=-1)
     trainer.fit(task, digits)
@@ -392,7 +378,7 @@ def test_steps_alone_limit_a_run_that_accumulates(
     assert rate == pytest.approx(1e-3 if schedule == "constant" else 0.0, abs=1e-9)
 
 
-def test_processes_with_different_seeds_are_refused(make_task: Any) -> None:
+def test_processes_with_different_seeds_are_refused(make_task):
     class Two(SingleProcess):
         size = 2
 
@@ -408,23 +394,19 @@ def test_processes_with_different_seeds_are_refused(make_task: Any) -> None:
         strategy.join(Two())
 
 
-def test_only_a_resumed_run_goes_on_counting(make_task: Any, make_trainer: Any, digits: Any, tmp_path: Any) -> None:
-    task = make_task()
-    trainer = make_trainer()
-    trainer.fit(task, digits)
-    trainer.save_checkpoint(tmp_path / "run.ckpt")
-    loaded = ForwardImageClassifier.load_from_checkpoint(tmp_path / "run.ckpt", strategy=two_sites(), weights_only=True)
-    assert loaded.strategy.draw == loaded.strategy.meter.total().queries == 0
-
-
-def test_a_checkpoint_of_another_configuration_is_refused(
-    make_task: Any, make_trainer: Any, digits: Any, tmp_path: Any
-) -> None:
-    trainer = make_trainer()
+def test_a_checkpoint_serves_its_own_network_and_settings_and_only_a_resumed_run_keeps_counting(
+    make_task, make_trainer, digits, tmp_path
+):
+    file, trainer = tmp_path / "run.ckpt", make_trainer()
     trainer.fit(make_task(), digits)
-    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    trainer.save_checkpoint(file)
+    loaded = ForwardImageClassifier.load_from_checkpoint(file, strategy=two_sites(), weights_only=True)
+    assert loaded.strategy.draw == loaded.strategy.meter.total().queries == 0
     with pytest.raises(SettingError, match=r"ckpt_path = .*Resume with the configuration of that run"):
-        make_trainer(max_epochs=2).fit(make_task(freeze=["pos_embed"]), digits, ckpt_path=tmp_path / "run.ckpt")
+        make_trainer(max_epochs=2).fit(make_task(freeze=["pos_embed"]), digits, ckpt_path=file)
+    wider = make_task(model_kwargs={**MODEL["model_kwargs"], "embed_dim": 32})
+    with pytest.raises(SettingError, match=r"ckpt_path = 'backbone.cls_token': is \(1, 1, 16\) in the checkpoint and"):
+        make_trainer().test(wider, digits, ckpt_path=file, verbose=False)
 
 
 @pytest.mark.parametrize(
@@ -434,42 +416,12 @@ def test_a_checkpoint_of_another_configuration_is_refused(
         ((torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.zeros(2, dtype=torch.long)), "images must be floats"),
     ],
 )
-def test_batches_of_another_kind_are_refused(make_task: Any, batch: Any, message: str) -> None:
+def test_batches_of_another_kind_are_refused(make_task, batch, message):
     with pytest.raises(SettingError, match=message):
         make_task().sample_statistics(batch)
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"optimizer": {"betas": (0.9, 0.99)}}, "optimizer = .*betas.*See OptimizerSettings"),
-        ({"optimizer": torch.optim.Adam}, "optimizer = .*Write OptimizerSettings"),
-        ({"clip": 1.0}, "clip = 1.0: must be a ClipSettings. Write ClipSettings"),
-    ],
-)
-def test_settings_of_the_wrong_kind_are_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(SettingError, match=message):
-        ForwardImageClassifier(**MODEL, **settings)
-
-
-def test_a_checkpoint_of_another_network_is_refused(
-    make_task: Any, make_trainer: Any, digits: Any, tmp_path: Any
-) -> None:
-    trainer = make_trainer()
-    trainer.fit(make_task(), digits)
-    trainer.save_checkpoint(tmp_path / "run.ckpt")
-    wider = make_task(model_kwargs={**MODEL["model_kwargs"], "embed_dim": 32})
-    with pytest.raises(SettingError, match=r"ckpt_path = 'backbone.cls_token': is \(1, 1, 16\) in the checkpoint and"):
-        make_trainer().test(wider, digits, ckpt_path=tmp_path / "run.ckpt", verbose=False)
-
-
-def test_pilots_that_the_allocator_ignores_are_refused(make_task: Any, make_trainer: Any, digits: Any) -> None:
-    task = make_task(strategy=two_sites(**PILOTED))
-    with pytest.raises(SettingError, match=r"pilots.queries = 2: the allocator does not read the pilots.*Write 0, or"):
-        make_trainer(callbacks=[QueryAllocatorCallback(allocator=OptimalAllocator())]).fit(task, digits)
-
-
-def test_traces_are_watched_only_on_request(make_task: Any, make_trainer: Any, digits: Any) -> None:
+def test_traces_are_watched_only_on_request(make_task, make_trainer, digits):
     silent = QueryAllocatorCallback(allocator=EqualAllocator(), log=False)
     for callback, watched in ((silent, False), (QueryAllocatorCallback(allocator=OptimalAllocator(), log=False), True)):
         task = make_task(strategy=two_sites(queries=8))
@@ -482,9 +434,7 @@ def test_traces_are_watched_only_on_request(make_task: Any, make_trainer: Any, d
 
 class TestLoss:
     @pytest.mark.parametrize("loss", [zero_one_error, "flops_lightning.objectives.zero_one_error"])
-    def test_it_is_what_is_minimised_and_reported(
-        self, make_task: Any, make_trainer: Any, digits: Any, tmp_path: Any, loss: Any
-    ) -> None:
+    def test_it_is_what_is_minimised_and_reported(self, make_task, make_trainer, digits, tmp_path, loss):
         task = make_task(loss=loss)
         trainer = make_trainer()
         trainer.fit(task, digits)
@@ -497,9 +447,7 @@ class TestLoss:
         expected = make_trainer().predict(task, digits)
         assert all(torch.equal(a["label"], b["label"]) for a, b in zip(predicted, expected, strict=True))
 
-    def test_cross_entropy_named_is_cross_entropy_by_default(
-        self, make_task: Any, make_trainer: Any, digits: Any
-    ) -> None:
+    def test_cross_entropy_named_is_cross_entropy_by_default(self, make_task, make_trainer, digits):
         ends = []
         for loss in (None, cross_entropy):
             task = make_task(loss=loss)
@@ -507,9 +455,7 @@ class TestLoss:
             ends.append(parameters(task))
         assert torch.equal(*ends)
 
-    def test_a_loss_without_a_path_must_be_given_again(
-        self, make_task: Any, make_trainer: Any, digits: Any, tmp_path: Any
-    ) -> None:
+    def test_a_loss_without_a_path_must_be_given_again(self, make_task, make_trainer, digits, tmp_path):
         def hinge(logits: Tensor, labels: Tensor) -> Tensor:
             own = logits.gather(1, labels[:, None])
             return (logits - own + 1).clamp_min(0).sum(1)
@@ -522,7 +468,7 @@ class TestLoss:
         again = ForwardImageClassifier.load_from_checkpoint(tmp_path / "run.ckpt", weights_only=True, loss=hinge)
         assert again.objective is hinge
 
-    def test_a_loss_that_reduces_is_named(self, make_task: Any, make_trainer: Any, digits: Any) -> None:
+    def test_a_loss_that_reduces_is_named(self, make_task, make_trainer, digits):
         message = (
             r"loss = 'torch.nn.functional.cross_entropy': returned the shape \(\) for 32 rows. Return one loss a row"
         )
@@ -532,9 +478,7 @@ class TestLoss:
                     make_task(loss="torch.nn.functional.cross_entropy"), digits
                 )
 
-    def test_backprop_on_steps_names_the_loss_and_the_remedy(
-        self, make_task: Any, make_trainer: Any, digits: Any
-    ) -> None:
+    def test_backprop_on_steps_names_the_loss_and_the_remedy(self, make_task, make_trainer, digits):
         message = (
             r"loss = 'flops_lightning.objectives.zero_one_error': has no derivative. Use a strategy that needs none"
         )

@@ -31,7 +31,7 @@ def fitted(make_task: Make, make_trainer: Make, *, batch_size: int, accumulate: 
     return trainer, {name: p.detach().clone() for name, p in task.backbone.named_parameters()}
 
 
-def test_small_batches_make_the_step_of_a_large_one(make_task: Make, make_trainer: Make) -> None:
+def test_small_batches_make_the_step_of_a_large_one(make_task, make_trainer):
     # Batches of 4, 4 and 4, then 4, 4 and 2: each counts by its samples.
     small, several = fitted(make_task, make_trainer, batch_size=4, accumulate=3)
     large, once = fitted(make_task, make_trainer, batch_size=12, accumulate=1)
@@ -40,7 +40,7 @@ def test_small_batches_make_the_step_of_a_large_one(make_task: Make, make_traine
         assert torch.allclose(several[name], value, rtol=1e-9, atol=1e-12), name
 
 
-def test_an_epoch_ends_with_a_step_and_the_schedule_counts_steps(make_task: Make, make_trainer: Make) -> None:
+def test_an_epoch_ends_with_a_step_and_the_schedule_counts_steps(make_task, make_trainer):
     # Six batches in steps of 4: four, then two, twice over; the cosine ends with the last of the four steps.
     trainer, _ = fitted(make_task, make_trainer, batch_size=4, accumulate=4, schedule="cosine")
     assert trainer.global_step == 4
@@ -49,7 +49,7 @@ def test_an_epoch_ends_with_a_step_and_the_schedule_counts_steps(make_task: Make
     assert schedule.get_last_lr() == pytest.approx([0.0])
 
 
-def test_steps_site_by_site_cannot_wait(make_task: Make, make_trainer: Make) -> None:
+def test_steps_site_by_site_cannot_wait(make_task, make_trainer):
     from tests.tasks.conftest import two_sites
 
     task = make_task(strategy=two_sites(update="site_by_site"), optimizer=OptimizerSettings(accumulate_grad_batches=2))

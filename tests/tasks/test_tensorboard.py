@@ -28,7 +28,7 @@ def log(make_task: Any, make_trainer: Any, digits: Any, tmp_path: Any) -> Any:
     return events(tmp_path)
 
 
-def test_sites_have_their_names_and_few_cards_come_first(log: Any) -> None:
+def test_sites_have_their_names_and_few_cards_come_first(log):
     tags = log.Tags()
     assert tags["histograms"] == ["counts/body", "counts/head"]
     assert {"queries/body", "queries/head", "allocation_details/J_over_J_equal_seen/body"} <= set(tags["scalars"])
@@ -36,12 +36,12 @@ def test_sites_have_their_names_and_few_cards_come_first(log: Any) -> None:
     assert len([tag for tag in tags["scalars"] if tag.startswith("allocation/")]) == 5
 
 
-def test_the_learning_rate_is_a_curve_without_a_callback(log: Any) -> None:
+def test_the_learning_rate_is_a_curve_without_a_callback(log):
     rates = [event.value for event in log.Scalars("train/lr")]
     assert rates == pytest.approx([1e-3, 0.75e-3, 0.25e-3])
 
 
-def test_the_run_card_shows_budget_and_settings(log: Any) -> None:
+def test_the_run_card_shows_budget_and_settings(log):
     (event,) = log.Tensors("run/text_summary")
     card = event.tensor_proto.string_val[0].decode()
     assert card.startswith("| site | queries per sample |\n|---|---|\n| body | 8 |\n| head | 6 |")
@@ -49,7 +49,7 @@ def test_the_run_card_shows_budget_and_settings(log: Any) -> None:
         assert line in card.split("\n")
 
 
-def test_the_custom_scalars_page_has_the_four_charts(log: Any) -> None:
+def test_the_custom_scalars_page_has_the_four_charts(log):
     from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
     (event,) = log.Tensors("custom_scalars__config__")
@@ -70,7 +70,7 @@ def test_the_custom_scalars_page_has_the_four_charts(log: Any) -> None:
     }
 
 
-def test_other_loggers_get_curves_only(make_task: Any, make_trainer: Any, digits: Any, tmp_path: Any) -> None:
+def test_other_loggers_get_curves_only(make_task, make_trainer, digits, tmp_path):
     callback = QueryAllocatorCallback(allocator=CostAwareAllocator())
     make_trainer(logger=CSVLogger(tmp_path), callbacks=[callback], log_every_n_steps=1).fit(make_task(), digits)
     (file,) = tmp_path.rglob("metrics.csv")
@@ -79,5 +79,5 @@ def test_other_loggers_get_curves_only(make_task: Any, make_trainer: Any, digits
     assert not [name for name in columns if name.startswith(("run", "counts"))]
 
 
-def test_a_value_of_several_lines_stays_one_row_of_the_card() -> None:
+def test_a_value_of_several_lines_stays_one_row_of_the_card():
     assert run_card({"freeze": "a\nb"}).endswith("| freeze | a b |")

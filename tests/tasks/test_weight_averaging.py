@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -23,7 +22,7 @@ class Recorder(pl.Callback):
         self.seen.append({name: p.detach().clone() for name, p in pl_module.backbone.named_parameters()})
 
 
-def test_the_run_ends_with_the_moving_average(make_task: Callable[..., Any], make_trainer: Callable[..., Any]) -> None:
+def test_the_run_ends_with_the_moving_average(make_task, make_trainer):
     task, recorder = make_task(), Recorder()
     pictures = torch.randn(20, 1, 8, 8, generator=torch.Generator().manual_seed(3))
     loader = DataLoader(TensorDataset(pictures, torch.arange(20) % 10), batch_size=4)
