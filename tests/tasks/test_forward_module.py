@@ -1,0 +1,59 @@
+"""What every task shares, on a task that knows no images."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from flops_lightning.strategies import LikelihoodRatio
+from flops_lightning.tasks import ForwardModule
+from flops_lightning.tasks.trainer_setup import ForwardDDPStrategy, check_trainer, remove_reducer_and_scaler
+
+INPUTS = torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
+DATA = TensorDataset(INPUTS, INPUTS.sum(dim=1, keepdim=True))
+
+
+class Regression(ForwardModule):
+    def __init__(self):
+        super().__init__(strategy=LikelihoodRatio(seed=0), optimizer={"name": "sgd", "lr": 0.1})
+        self.net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1))
+        self.stage(self.net)
+
+    def loss(self, outputs, targets):
+        return (outputs - targets).square().sum(dim=1)
+
+
+def test_another_task_learns_and_resumes_bit_by_bit(make_trainer, tmp_path):
+    loader, whole, part, resumed = DataLoader(DATA, batch_size=16), Regression(), Regression(), Regression()
+    for other in (part, resumed):
+        other.load_state_dict(whole.state_dict())
+    start = float(whole.loss(whole(INPUTS), DATA.tensors[1]).mean())
+    settings = {"limit_train_batches": 1.0, "limit_val_batches": 0}
+    make_trainer(max_epochs=6, **settings).fit(whole, loader)
+    assert float(whole.loss(whole(INPUTS), DATA.tensors[1]).mean()) < 0.5 * start
+    first = make_trainer(max_epochs=3, **settings)
+    first.fit(part, loader)
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    make_trainer(max_epochs=6, **settings).fit(resumed, loader, ckpt_path=tmp_path / "half.ckpt")
+    pairs = zip(resumed.parameters(), whole.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert resumed.strategy.meter.total() == whole.strategy.meter.total()
+
+
+def test_checking_a_trainer_changes_nothing_of_it():
+    trainer = SimpleNamespace(
+        strategy=DDPStrategy(), precision_plugin=MixedPrecision("16-mixed", "cuda"), precision="16-mixed",
+        state=SimpleNamespace(fn=TrainerFn.FITTING), world_size=2, gradient_clip_val=None, accumulate_grad_batches=1,
+    )  # fmt: skip
+    check_trainer(trainer)
+    assert type(trainer.strategy) is DDPStrategy
+    assert trainer.precision_plugin.scaler is not None
+    remove_reducer_and_scaler(trainer)
+    assert type(trainer.strategy) is ForwardDDPStrategy
+    assert trainer.precision_plugin.scaler is None
