@@ -206,7 +206,7 @@ class LearnedSigma:
     def state_dict(self) -> dict[str, Any]:
         """Log sigmas and the state of their optimisers."""
         return {
-            name: {"log_sigma": float(parameter), "optimizer": optimizer.state_dict()}
+            name: {"log_sigma": float(parameter.detach()), "optimizer": optimizer.state_dict()}
             for name, (parameter, optimizer) in self._sites.items()
         }
 

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from flops_lightning.strategies import LikelihoodRatio
-from flops_lightning.strategies.costs import TIMED_ROWS as ROWS
+from flops_lightning.strategies.costs import TIMED_ROWS
 from tests.reference.layouts import TOKEN_SITES
 from tests.reference.networks import bound, gradients, squared_error, token_network
 
 
-def seconds_and_flops(strategy: LikelihoodRatio, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def measured_and_counted(strategy: LikelihoodRatio, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     statistics = strategy.sample_statistics(strategy.clean_pass(x, y), {"measured_costs", "counted_costs"})
     return statistics.measured_costs, statistics.counted_costs
 
@@ -21,17 +21,17 @@ def seconds_and_flops(strategy: LikelihoodRatio, x: Tensor, y: Tensor) -> tuple[
     ("layout", "variant"),
     [*((layout, "baseline") for layout in TOKEN_SITES), ("block", "leave_one_out"), ("together", "antithetic")],
 )
-def test_the_dearest_site_costs_as_counted(
+def test_the_most_expensive_site_costs_as_counted(
     layout: str, variant: str, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
 ) -> None:
-    """So seconds are in the unit of the counted costs, forward-equivalents; and no query is free."""
+    """Measured costs are in the unit of the counted ones, forward-equivalents; and no query is free."""
     strategy = bound(tokens_net, squared_error, TOKEN_SITES[layout], variant=variant)
-    seconds, counted = seconds_and_flops(strategy, *tokens)
-    assert seconds.shape == counted.shape == (len(strategy.sites),)
-    assert (seconds > 0).all()
-    torch.testing.assert_close(seconds.max(), counted.max(), rtol=1e-12, atol=0)
+    measured, counted = measured_and_counted(strategy, *tokens)
+    assert measured.shape == counted.shape == (len(strategy.sites),)
+    assert (measured > 0).all()
+    torch.testing.assert_close(measured.max(), counted.max(), rtol=1e-12, atol=0)
     assert [strategy.meter.sites.get(site.name) for site in strategy.sites] == [None] * len(strategy.sites), (
-        "timing is no training: it counts as nobody's queries"
+        "queries that are timed are not metered"
     )
 
 
@@ -47,15 +47,15 @@ def test_the_order_is_that_of_the_suffixes() -> None:
     def in_order() -> bool:
         strategy = bound(net, squared_error, sites)  # anew: a strategy measures once
         assert [site.name for site in strategy.sites] == ["0", "1..4", "9"]
-        seconds, counted = seconds_and_flops(strategy, torch.ones(8, 8), torch.zeros(8, 2))
+        measured, counted = measured_and_counted(strategy, torch.ones(8, 8), torch.zeros(8, 2))
         assert counted.tolist() == sorted(counted.tolist(), reverse=True)
-        return bool(seconds[0] > 1.2 * seconds[1] > 1.2 * 1.2 * seconds[2])
+        return bool(measured[0] > 1.2 * measured[1] > 1.2 * 1.2 * measured[2])
 
     # Milliseconds each: another job may disturb one look, not all.
     assert any(in_order() for _ in range(5))
 
 
-@pytest.mark.parametrize("batch", [1, 4, 2 * ROWS])
+@pytest.mark.parametrize("batch", [1, 4, 2 * TIMED_ROWS])
 def test_any_batch(batch: int, tokens: tuple[Tensor, Tensor]) -> None:
     """About the same number of queries is timed whatever the batch, one of each sample at least."""
     calls: list[int] = []
@@ -69,7 +69,7 @@ def test_any_batch(batch: int, tokens: tuple[Tensor, Tensor]) -> None:
     clean = strategy.clean_pass(x, y)
     calls.clear()
     strategy.sample_statistics(clean, {"measured_costs"})
-    assert sum(calls) == 2 * 4 * max(ROWS, 2 * batch)
+    assert sum(calls) == 2 * 4 * max(TIMED_ROWS, 2 * batch)
 
 
 def test_it_is_measured_once_and_changes_no_estimate(

@@ -32,11 +32,13 @@ def assert_gradients(
     assert not found
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("layout", ["block", "linear"])
 @pytest.mark.parametrize("variant", COUNTS)
 def test_pilots_at_two_sites(
-    variant: str, layout: str, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
+    variant: str, layout: str, weighted: bool, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
 ) -> None:
+    """``w mean(pilots) + (1 - w) mean(rest)``, ``w`` by sample; without a rest the pilots alone."""
     site = BLOCKS if layout == "block" else LINEAR
     strategy = bound(tokens_net, squared_error, [site], variant=variant, pilots=PilotSpec(["4", "0"], 4), chunk_rows=6)
     assert strategy.budget.queries_per_sample == (6, 10, 10, 6)
@@ -49,21 +51,8 @@ def test_pilots_at_two_sites(
             tokens_net, strategy, strategy.sites[s], *tokens, [4] * 4, in_parameters=layout == "linear"
         )
         torch.testing.assert_close(seen.trace[s], expected, rtol=1e-9, atol=1e-9)
-    strategy.estimate(clean, torch.tensor(COUNTS[variant]))
-    assert_gradients(tokens_net, strategy, *tokens, COUNTS[variant], None)
-
-
-@pytest.mark.parametrize("layout", ["block", "linear"])
-@pytest.mark.parametrize("variant", COUNTS)
-def test_every_sample_has_a_weight_of_its_own(
-    variant: str, layout: str, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
-) -> None:
-    """``w mean(pilots) + (1 - w) mean(rest)``; without a rest the pilots are all there is."""
-    site = BLOCKS if layout == "block" else LINEAR
-    strategy = bound(tokens_net, squared_error, [site], variant=variant, pilots=PilotSpec(["0", "2"], 4))
-    weights = torch.tensor([[0.9, 0.2, 0.0, 1.0], [0.0, 0.6, 0.3, 0.5], [0.7] * 4, [0.1] * 4], dtype=torch.float64)
-    clean = strategy.clean_pass(*tokens)
-    strategy.pilot_traces(clean)
+    table = [[0.9, 0.2, 0.0, 1.0], [0.7] * 4, [0.1] * 4, [0.0, 0.6, 0.3, 0.5]]
+    weights = torch.tensor(table, dtype=torch.float64) if weighted else None
     strategy.estimate(clean, torch.tensor(COUNTS[variant]), pilot_weight=weights)
     assert_gradients(tokens_net, strategy, *tokens, COUNTS[variant], weights)
 
