@@ -252,11 +252,15 @@ def check_counts(counts: Tensor, sites: int, samples: int, *, multiple: int, lea
             "counts", tuple(table.shape), f"does not fit {sites} sites and {samples} samples.",
             f"Give integer counts of shape {shape} or {shape[1:]}.",
         )  # fmt: skip
-    if (table < 0).any() or (table % multiple).any():
-        raise SettingError("counts", table.tolist(), f"must be non-negative multiples of {multiple}.", remedy)
-    if ((table > 0) & (table < least)).any():
+    wrong = table[(table < 0) | (table % multiple > 0)]
+    if wrong.size:
         raise SettingError(
-            "counts", table.tolist(), "a single query has no others to be compared with.",
+            "counts", int(wrong[0]), f"every count must be 0 or a positive multiple of {multiple}.", remedy
+        )
+    few = table[(table > 0) & (table < least)]
+    if few.size:
+        raise SettingError(
+            "counts", int(few[0]), "a single query has no others to be compared with.",
             "Give every sample 0, 2 or more (min_queries: 2), or use variant: baseline.",
         )  # fmt: skip
     return np.broadcast_to(table, shape).copy()

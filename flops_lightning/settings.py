@@ -53,18 +53,26 @@ def constructor_parameters(cls: type) -> dict[str, inspect.Parameter]:
     return {name: p for name, p in found.items() if name not in getattr(cls, "fixed", ())}
 
 
-def read_settings(kind: type[T], given: T | Mapping[str, Any], setting: str) -> T:
-    """An object of the class ``kind``, as it is or made of a plain mapping.
+def read_settings(kind: type[T], given: T | Mapping[str, Any] | None, setting: str) -> T:
+    """Checked settings of the class ``kind``, from Python or, in a checkpoint, a plain mapping; None: the defaults.
 
     Raises:
-        SettingError: ``given`` is neither, or the class does not take what is in it.
+        SettingError: ``given`` is neither, or holds an unknown name or a value out of range.
     """
-    try:
-        read = kind(**given) if isinstance(given, Mapping) else given
-    except TypeError as error:
-        raise SettingError(setting, given, f"{error}.", f"See {kind.__name__}.") from error
+    if isinstance(given, Mapping):
+        known = list(constructor_parameters(kind))
+        for name in given:
+            if name not in known:
+                raise SettingError(setting, given, f"has no setting {name!r}.", f"Choose from {', '.join(known)}.")
+        try:
+            given = kind(**given)
+        except TypeError as error:  # a required name is missing
+            raise SettingError(setting, given, f"{error}.", f"See {kind.__name__}.") from error
+    read = kind() if given is None else given
     if not isinstance(read, kind):
-        raise SettingError(setting, given, f"is not a {kind.__name__}.", f"Write {kind.__name__}(...) or a mapping.")
+        raise SettingError(setting, given, f"must be {kind.__name__}(...) or a mapping.", f"See {kind.__name__}.")
+    if (check := getattr(read, "check", None)) is not None:
+        check()
     return read
 
 

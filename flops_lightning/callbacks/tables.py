@@ -18,7 +18,7 @@ def class_names(trainer: Trainer, classes: int) -> Sequence[str]:
 
     Args:
         trainer: The Trainer, which knows the data module.
-        classes: Number of classes of the model; 0 where no batch has shown it.
+        classes: Number of classes of the model; 0 if not yet known.
 
     Raises:
         SettingError: The data module names another number of classes.

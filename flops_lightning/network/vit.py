@@ -96,9 +96,9 @@ def stage_vit(vit: VisionTransformer) -> StagedNetwork:
     for method in ("forward", "forward_features", "forward_head", "pool"):
         if getattr(type(vit), method) is not getattr(VisionTransformer, method):
             raise SettingError(
-                "model_name", type(vit).__name__, f"has its own `{method}`: its stages are not those of a plain ViT.",
-                "Use a model whose class is timm's VisionTransformer, or build a StagedNetwork by hand for a strategy "
-                "without a task.",
+                "model_name", type(vit).__name__, f"overrides `{method}`, so its stages are not those of a plain ViT.",
+                "Use a model whose class is timm's VisionTransformer, or build a StagedNetwork and train it in your "
+                "own loop.",
             )  # fmt: skip
     last = len(vit.blocks) - 1
 

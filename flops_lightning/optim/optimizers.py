@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol, TypeVar, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -107,32 +107,6 @@ class ClipSettings:
         """
         for setting in ("norm", "attention_norm"):
             check_at_least(f"clip.{setting}", getattr(self, setting), 0, "Write 0 for none.")
-
-
-class Settings(Protocol):
-    """Settings that can check themselves."""
-
-    def check(self) -> None:
-        """Refuse what is out of range."""
-
-
-S = TypeVar("S", bound=Settings)
-
-
-def read_settings(name: str, cls: type[S], value: S | Mapping[str, Any] | None) -> S:
-    """Checked settings from Python, or from a checkpoint, which holds them as plain mappings; None: the defaults.
-
-    Raises:
-        SettingError: Neither settings of that class nor a mapping of them, or values out of range.
-    """
-    try:
-        settings = cls(**value) if isinstance(value, Mapping) else value or cls()
-    except TypeError as error:
-        raise SettingError(name, value, f"{error}.", f"See {cls.__name__}.") from error
-    if not isinstance(settings, cls):
-        raise SettingError(name, value, f"must be a {cls.__name__}.", f"Write {cls.__name__}(...).")
-    settings.check()
-    return settings
 
 
 def build_optimizer(module: nn.Module, settings: OptimizerSettings) -> Optimizer:

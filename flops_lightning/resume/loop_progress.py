@@ -2,7 +2,8 @@
 
 Lightning 2.6 resumes correctly within an epoch. After an epoch's last batch it counts one epoch start too few, so that
 a second interruption repeats the next epoch; with ``max_steps`` it counts the finished epoch twice, so that shuffling
-skips one. And it drops a validation that was due after the batch at whose end a checkpoint was made, or under way.
+skips one. It also skips a validation that was pending or running when the checkpoint was
+made.
 """
 
 from __future__ import annotations

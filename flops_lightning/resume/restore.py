@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from flops_lightning.distributed import Communicator, gather_plain, present_communicator
 from flops_lightning.meter import QueryMeter
 from flops_lightning.network.staging import StagedNetwork
-from flops_lightning.optim.optimizers import OptimizerSettings, build_optimizer, read_settings
+from flops_lightning.optim.optimizers import OptimizerSettings, build_optimizer
 from flops_lightning.resume.loop_progress import settle_progress
 from flops_lightning.resume.rules import (
     Change,
@@ -32,6 +32,7 @@ from flops_lightning.resume.rules import (
     within_epoch,
 )
 from flops_lightning.resume.run_settings import describe_run, describe_task
+from flops_lightning.settings import read_settings
 from flops_lightning.strategies.base import ForwardGradientStrategy
 
 KEY = "forward_gradient"
@@ -68,7 +69,7 @@ def save_run(checkpoint: dict[str, Any], task: ForwardTask, trainer: pl.Trainer 
     """Add the names of the classes, the strategy's state (draw counter, seed, meters) and all settings.
 
     Args:
-        checkpoint: Of Lightning; changed in place.
+        checkpoint: Lightning's checkpoint; changed in place.
         task: The task.
         trainer: Its trainer; every process of a run must call this.
         own: What the task keeps itself.
@@ -121,7 +122,7 @@ def restore_run(checkpoint: dict[str, Any], task: ForwardTask, trainer: pl.Train
     if changes:
         listed = ", ".join(f"{name} {old!r} -> {new!r}" for name, old, new in changes)
         rank_zero_info(f"resuming with settings that differ from the checkpoint's: {listed}")
-    then = build_optimizer(task.network.module, read_settings("optimizer", OptimizerSettings, saved.get("optimizer")))
+    then = build_optimizer(task.network.module, read_settings(OptimizerSettings, saved.get("optimizer"), "optimizer"))
     _obey_optimizer(checkpoint, then=then, now=optimizer)
     _obey_strategy_and_allocator(checkpoint, state["strategy"], changes)
     strategy.load_state_dict(state["strategy"])

@@ -1,6 +1,6 @@
 """Whether a checkpoint fits the run that resumes from it, and what happens to settings that differ.
 
-A resumed run refuses the differences marked below; all others apply from the next step on and are named in the log.
+Differences marked "refused" stop the run; all others apply from the next step on and are named in the log.
 
 ==========================================  ============================================================================
 ``model_name``, ``model_kwargs``,           refused: the weights are those of another network
@@ -9,13 +9,13 @@ A resumed run refuses the differences marked below; all others apply from the ne
 ``checkpoint``, ``pretrained``              refused if given and different: the weights come from the checkpoint; a file
                                             of the same name in another folder is named in the log, and not read
 ``optimizer.name``                          refused: its state does not fit
-``optimizer.lr``, ``weight_decay``,         obeyed; moments are kept, also where parameters change groups
+``optimizer.lr``, ``weight_decay``,         obeyed; moments are kept even if parameters change groups
 ``momentum``, ``layer_decay``
 ``optimizer.schedule``, ``warmup_steps``,   obeyed: the rate is that of the present schedule at the present step (a
 ``trainer.max_epochs``, ``max_steps``       longer cosine continues higher up)
 ``strategy``, ``strategy.sites``            refused: another class, or other sites or parameters of a site
 ``strategy.seed``                           refused if given and different
-``strategy.sites.*.sigma``                  obeyed; a learned sigma restarts where it is set anew
+``strategy.sites.*.sigma``                  obeyed; a learned sigma restarts from the new value
 ``strategy.keep``, ``grasp_queries``        obeyed: ZO-GraSP runs again
 ``allocator``, ``allocator.*``              obeyed: another class starts with an empty memory, an optimised Bernoulli
                                             allocator at the given ``p``
@@ -28,7 +28,7 @@ other ``data.*`` (``batch_size``, ...)      obeyed at the end of an epoch; refus
 all others                                  obeyed
 ==========================================  ============================================================================
 
-Checkpoints made before settings were saved have only those of the task to compare.
+Checkpoints from before all settings were saved can only be compared on the task's settings.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def check_classes(saved: Sequence[str] | None, present: Sequence[str] | None) ->
     differing = [(a, b) for a, b in zip(saved, present, strict=False) if a != b]
     then, now = differing[0] if differing else (f"{len(saved)} classes", f"{len(present)} classes")
     raise SettingError(
-        "data", now, f"the checkpoint was trained to tell {then!r} there.",
+        "data", now, f"the checkpoint was trained on {then!r} instead, the first difference between the classes.",
         "Give the data set of that run, or start from its weights with `checkpoint`.",
     )  # fmt: skip
 
@@ -119,7 +119,7 @@ def check_optimizer(optimizer: Optimizer, checkpoint: Mapping[str, Any]) -> None
     own = sum(len(group["params"]) for group in optimizer.param_groups)
     if states and saved != own:
         raise SettingError(
-            "ckpt_path", saved, f"the checkpoint's optimiser has that many parameters, this one {own}.",
+            "optimizer", f"{own} parameters", f"the checkpoint's optimiser has {saved}.",
             "Resume with the configuration of that run, or start from its weights with `checkpoint`.",
         )  # fmt: skip
 
@@ -134,7 +134,7 @@ def check_averaging(checkpoint: Mapping[str, Any], callbacks: Sequence[object]) 
     if averaged and not any(isinstance(callback, WeightAveraging) for callback in callbacks):
         raise SettingError(
             "trainer.callbacks", [type(callback).__name__ for callback in callbacks],
-            "none averages weights, but the checkpoint's run does.",
+            "no callback averages weights, but the checkpoint's run does.",
             "Add its EMAWeightAveraging or WeightAveraging, or start a new run from its weights without ckpt_path.",
         )  # fmt: skip
 

@@ -85,8 +85,8 @@ class SaveOnSignal(Checkpoint):
         """Save and exit if a signal has come.
 
         Raises:
-            LeftOnSignal: One has.
-            CheckpointError: One has, and the state could not be saved.
+            LeftOnSignal: A signal arrived.
+            CheckpointError: A signal arrived, and the state could not be saved.
         """
         # A gradient under way is in the checkpoint, but of several processes up to rounding only.
         between_steps = getattr(pl_module, "between_steps", True)
@@ -114,8 +114,8 @@ class SaveOnSignal(Checkpoint):
         """Save and exit if a signal has come during the validation of a training run.
 
         Raises:
-            LeftOnSignal: One has.
-            CheckpointError: One has, and the state could not be saved.
+            LeftOnSignal: A signal arrived.
+            CheckpointError: A signal arrived, and the state could not be saved.
         """
         self._validated += 1
         if self._trainer is not trainer or self._validated > self._validated_by_all:

@@ -164,7 +164,7 @@ class ForwardGradientStrategy(KeepsSettings, ABC):
 
         Args:
             clean: The batch's clean pass.
-            names: Fields of :class:`SampleStatistics` to fill beside loss, embedding, traces and budget.
+            names: Fields of :class:`SampleStatistics` to fill in addition to loss, embedding, traces and budget.
             metric: Weights of the squared derivatives, by parameter name, for ``preconditioned_scale``; None while the
                 optimiser has none, where it is ``scale``.
         """

@@ -1,4 +1,4 @@
-"""One chunk of queries: noise enters at a site, the suffix runs, one loss a row comes out."""
+"""Run one chunk of queries: add noise at a site, run the suffix, return one loss per row."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def perturbed_losses(
         for target in site.layers:
             if sum(p.layer is target for p in perturbations) != 1:
                 raise SettingError(
-                    "model.strategy.sites", target.name, "did not run exactly once as a module in the forward pass.",
+                    "model.strategy.sites", target.name, "must run exactly once in a forward pass, but did not.",
                     "Train its stage with kind: block or group.",
                 )  # fmt: skip
     else:
@@ -150,7 +150,7 @@ def injected(layers: Sequence[LayerTarget], width: SiteWidth, draw: DrawNoise) -
 
 @torch.no_grad()
 def noise_shapes(network: StagedNetwork, loss: LossFunction, site: Site, clean: CleanPass) -> list[tuple[int, ...]]:
-    """Shapes of a row of noise at a site, one for each of its layers; costs one row."""
+    """Shapes of a row of noise at a site, one for each of its layers; runs one row through the network."""
     shapes: list[tuple[int, ...]] = []
 
     def silent(_: str, shape: tuple[int, ...], like: Tensor) -> Tensor:

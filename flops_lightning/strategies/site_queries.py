@@ -1,4 +1,4 @@
-"""All queries of one site in one step: chunks run, weights follow from losses, sums by sample come out."""
+"""Run all queries of one site in a step, in chunks, and sum them per sample."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class SiteQueries:
 
     @property
     def unit(self) -> int:
-        """Rows that are independent of others only together: 2 in antithetic pairs, else 1."""
+        """Rows per independent unit: 2 in antithetic pairs, else 1."""
         return 2 if self.variant == "antithetic" else 1
 
     def sums(

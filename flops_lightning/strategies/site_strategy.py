@@ -78,7 +78,7 @@ class SiteStrategy(ForwardGradientStrategy):
         self.specs = tuple(read_settings(SiteSpec, spec, f"model.strategy.sites[{i}]") for i, spec in enumerate(sites))
         self.variant: Variant = variant
         self.update: UpdateOrder = update
-        self.pilots = read_settings(PilotSpec, pilots or PilotSpec(), "model.strategy.pilots")
+        self.pilots = read_settings(PilotSpec, pilots, "model.strategy.pilots")
         self._chunks = ChunkRows(chunk_rows, least=2)
         self.compile_suffixes = compile_suffixes
         self._seed_given = seed is not None
@@ -141,7 +141,7 @@ class SiteStrategy(ForwardGradientStrategy):
 
     @property
     def unit(self) -> int:
-        """Queries that are independent of others only together: 2 in antithetic pairs, else 1."""
+        """Queries per independent unit: 2 in antithetic pairs, else 1."""
         return 2 if self.variant == "antithetic" else 1
 
     @property

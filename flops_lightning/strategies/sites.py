@@ -103,9 +103,7 @@ def resolve_sites(
     names = [site.name for site in sites]
     for name in names:
         if name in RESERVED_NAMES:
-            raise SettingError(
-                "model.strategy.sites", name, "has a meaning of its own.", "Give the site another `name`."
-            )
+            raise SettingError("model.strategy.sites", name, "is a reserved name.", "Give the site another `name`.")
         if names.count(name) > 1:
             raise SettingError(
                 "model.strategy.sites", name, "is the name of two sites.", "Give each a `name` of its own."
@@ -117,7 +115,7 @@ def resolve_sites(
 def _check_parameter_spec(spec: SiteSpec, setting: str) -> None:
     if spec.kind == "linear":
         raise SettingError(
-            f"{setting}.kind", spec.kind, "is noise at the output of layers; this strategy perturbs parameters.",
+            f"{setting}.kind", spec.kind, "adds noise to the outputs of layers, but this strategy perturbs parameters.",
             "Write kind: block or group, or use LikelihoodRatio.",
         )  # fmt: skip
     if not spec.active_tokens:

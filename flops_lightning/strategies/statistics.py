@@ -1,9 +1,10 @@
-"""What a strategy tells an allocator about samples and sites, beside losses and pilots.
+"""Statistics of samples and sites that a strategy gives to an allocator, in addition to losses and pilots.
 
 Trace predictors come from the clean pass and tell how noisy each sample's gradient will be, without a query. The trace
 of a query's gradient is about ``d ||dL/dh||^2`` at a site with ``d`` active features, and the derivative at a deep site
 is the one at the loss pulled back through the layers between. So the squared norm of the derivative at the top of the
-network says much about every site below. It is taken through the trailing stages alone, never through the blocks.
+network predicts the noise at every site below well. It is taken through the trailing stages alone, never
+through the blocks.
 
 Scales make the traces of sites comparable. Traces at block and group sites are taken in activation space. A query's
 parameter gradient is ``J_b^T delta``, so its squared norm is on average that of ``delta`` times ``||J_b||_F^2 / d``.
@@ -77,7 +78,7 @@ class OptionalStatistics:
         scales: Callable[[CleanPass, Metric | None], list[float]],
         measure: Callable[[CleanPass], list[float]],
     ) -> dict[str, Any]:
-        """Fields by name.
+        """Compute the requested optional fields, by name.
 
         Args:
             names: Fields of :class:`SampleStatistics` that are read.
@@ -214,8 +215,8 @@ def site_scales(queries: SiteQueries, sites: Sequence[Site], clean: CleanPass, m
     for site in sites:
         if site.together:
             raise SettingError(
-                "model.strategy.sites", site.name, "perturbs several layers together, whose traces are unknown.",
-                "Use together: false, or an allocator that does not compare sites.",
+                "model.strategy.sites", site.name, "perturbs several layers in one query, so its traces are unknown.",
+                "Write together: false, or use another allocator than CostAwareAllocator.",
             )  # fmt: skip
         x = clean_layer_input(queries.network, site, clean, rows=queries.chunk_rows) if site.layers else None
         # Weighted as queries are: by the tokens' relative widths, where they differ.

@@ -4,7 +4,7 @@ In closed form at a single layer, without autograd (:func:`layer_gradient`); by 
 blocks, never through its suffix (:func:`local_vjp`).
 
 Legend: ``r`` row, ``t`` token (any number of middle dimensions), ``i`` / ``o`` input / output feature. ``delta`` is the
-gradient of the loss with respect to the output; all functions sum over rows and tokens and divide by nothing. Products
+gradient of the loss with respect to the output; all functions sum over rows and tokens and never average. Products
 have the dtype of ``delta``, under autocast too: half precision would round them, and float16 overflows.
 """
 

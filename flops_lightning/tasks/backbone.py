@@ -112,7 +112,9 @@ def _read(path: Path) -> dict[str, Tensor]:
     if isinstance(state, dict) and any(name.startswith(_OWN_PREFIX) for name in state):
         state = {k.removeprefix(_OWN_PREFIX): v for k, v in state.items() if k.startswith(_OWN_PREFIX)}
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise SettingError("checkpoint", str(path), "holds no weights.", "Give a file with a model's state_dict.")
+        raise SettingError(
+            "checkpoint", str(path), "does not hold a state_dict of tensors.", "Give a file with a model's state_dict."
+        )
     return state
 
 
@@ -164,5 +166,5 @@ def check_images(backbone: nn.Module, images: Tensor) -> None:
     if not vit.dynamic_img_size and embed.img_size is not None and size != tuple(embed.img_size):
         raise SettingError(
             "model_kwargs.img_size", tuple(embed.img_size), f"the images are {size[0]} x {size[1]}.",
-            f"Write img_size: {size[0]}, or let the data module resize the images.",
+            f"Write img_size: {size[0] if size[0] == size[1] else list(size)}, or resize the images.",
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Metrics of a classifier; torchmetrics adds up the processes."""
+"""Metrics of a classifier; torchmetrics combines them across processes."""
 
 from __future__ import annotations
 

@@ -24,7 +24,6 @@ from flops_lightning.optim.optimizers import (
     build_optimizer,
     build_schedule,
     clip_gradients,
-    read_settings,
     set_scheduled_rates,
     squared_step_sizes,
 )
@@ -32,6 +31,7 @@ from flops_lightning.phases import phase
 from flops_lightning.protocol import SampleStatistics, TraceObservation
 from flops_lightning.queries import CleanPass
 from flops_lightning.resume.restore import restore_run, save_run, settings_of
+from flops_lightning.settings import read_settings
 from flops_lightning.strategies.base import Estimate, ForwardGradientStrategy
 from flops_lightning.tasks.mean_gradient import MeanGradient
 from flops_lightning.tasks.query_log import QueryLog
@@ -91,8 +91,8 @@ class ForwardModule(pl.LightningModule, ABC):
         super().__init__()
         check_at_least("max_skipped_steps", max_skipped_steps, 0)
         self.strategy = strategy
-        self.optimizer_settings = read_settings("optimizer", OptimizerSettings, optimizer)
-        self.clip_settings = read_settings("clip", ClipSettings, clip)
+        self.optimizer_settings = read_settings(OptimizerSettings, optimizer, "optimizer")
+        self.clip_settings = read_settings(ClipSettings, clip, "clip")
         self.max_skipped_steps = max_skipped_steps
         # Plain values only, so that checkpoints load with weights_only=True.
         grouped = {"optimizer": asdict(self.optimizer_settings), "clip": asdict(self.clip_settings)}
@@ -155,8 +155,10 @@ class ForwardModule(pl.LightningModule, ABC):
             SettingError: The strategy spends pilots that the allocator does not read.
         """
         if "trace" not in names:
-            reading = "let the allocator read them (traces: {source: both}, where it has traces)"
-            self._refuse_pilots("the allocator does not read the pilots.", f"Write 0, or {reading}.")
+            self._refuse_pilots(
+                "spends pilot queries that this allocator does not read.",
+                "Write 0, or use an allocator with traces: {source: pilots} or {source: both}.",
+            )
         self._requested = names
 
     def trace_observation(self) -> TraceObservation | None:
@@ -165,7 +167,10 @@ class ForwardModule(pl.LightningModule, ABC):
 
     def _clean_pass(self, batch: Batch) -> CleanPass:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            raise SettingError("data", type(batch).__name__, "a batch must be (inputs, targets).", "Return such pairs.")
+            raise SettingError(
+                "data", type(batch).__name__, "a batch must be a pair (inputs, targets).",
+                "Return one from the dataset or collate_fn.",
+            )  # fmt: skip
         if self._state.inputs is not batch[0]:
             self.check_inputs(batch[0])
         with naming_the_loss(self.loss_path):
@@ -173,7 +178,7 @@ class ForwardModule(pl.LightningModule, ABC):
 
     def _training_strategy(self) -> ForwardGradientStrategy:
         if self.strategy is None:
-            raise SettingError("strategy", None, "training needs one.", "Give for example LikelihoodRatio().")
+            raise SettingError("strategy", None, "training needs a strategy.", "Write, for example, LikelihoodRatio().")
         return self.strategy
 
     def _refuse_pilots(self, problem: str, remedy: str) -> None:
@@ -223,7 +228,8 @@ class ForwardModule(pl.LightningModule, ABC):
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Estimate the gradient from queries and step, once or (Algorithm 1) once for each site."""
         strategy, clean = self._training_strategy(), self._clean_pass(batch)
-        counts, weights, self._state = self._state.counts, self._state.pilot_weights, StepState()
+        counts, weights = self._state.counts, self._state.pilot_weights
+        self._state = StepState()
         if counts is None:
             self._refuse_pilots("no allocator asks for pilots.", "Add QueryAllocatorCallback to trainer.callbacks.")
         # Only the last of several updates counts as a step of the trainer.

@@ -14,8 +14,8 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from flops_lightning.errors import SettingError
 from flops_lightning.objectives import Objective, dotted_path, find_objective, most_probable, naming_the_loss
-from flops_lightning.optim.optimizers import read_settings
 from flops_lightning.queries import row_losses
+from flops_lightning.settings import read_settings
 from flops_lightning.strategies.base import Estimate
 from flops_lightning.tasks.backbone import check_images, create_backbone, load_weights, save_weights
 from flops_lightning.tasks.backbone import freeze as freeze_parameters
@@ -80,7 +80,7 @@ class ForwardImageClassifier(ForwardModule):
             )
         if pretrained and checkpoint:
             raise SettingError("pretrained", True, "`checkpoint` is given as well.", "Choose one of the two.")
-        self.target_settings = read_settings("target", TargetSettings, target)
+        self.target_settings = read_settings(TargetSettings, target, "target")
         self.objective = find_objective(loss) if isinstance(loss, str) else loss
         self.loss_path = "" if self.objective is None else dotted_path(self.objective)
         self.label_smoothing = label_smoothing

@@ -1,4 +1,4 @@
-"""The trainer of a forward-only run: what it cannot honour is refused, and its parts for ``backward`` are removed."""
+"""The trainer of a forward-only run: unsupported settings are refused, and its parts for ``backward`` removed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def check_trainer(trainer: pl.Trainer) -> None:
         )  # fmt: skip
     if trainer.precision not in PRECISIONS:
         raise SettingError(
-            "trainer.precision", trainer.precision, "is not supported: parameters and gradients must be in float32.",
+            "trainer.precision", trainer.precision, "is not supported: parameters must be float32 or float64.",
             f"Choose from {', '.join(PRECISIONS)}.",
         )  # fmt: skip
     if trainer.gradient_clip_val:

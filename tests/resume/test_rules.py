@@ -282,5 +282,5 @@ def test_as_many_classes_of_other_things_are_refused(make_task, make_trainer, di
     trainer = make_trainer()
     trainer.fit(make_task(), digits)
     trainer.save_checkpoint(tmp_path / "c.ckpt")
-    with pytest.raises(SettingError, match=r"data = 'a': the checkpoint was trained to tell '0' there"):
+    with pytest.raises(SettingError, match=r"data = 'a': the checkpoint was trained on '0' instead"):
         make_trainer().test(make_task(), Letters(batch_size=32), ckpt_path=tmp_path / "c.ckpt")

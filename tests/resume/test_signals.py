@@ -138,7 +138,7 @@ def test_averaged_weights_and_those_that_learn_change_places_before_a_signal_sav
         stopped.fit(task(accumulate), DigitsDataModule(batch_size=8))
     trainer(tmp_path, average(), val_check_interval=1).fit(resumed, DigitsDataModule(batch_size=8), ckpt_path="last")
     assert (weights(resumed) == weights(whole)).all()
-    with pytest.raises(SettingError, match="none averages weights, but the checkpoint's run does"):
+    with pytest.raises(SettingError, match="no callback averages weights, but the checkpoint's run does"):
         trainer(tmp_path).fit(task(accumulate), DigitsDataModule(batch_size=8), ckpt_path="last")
 
 

@@ -394,5 +394,5 @@ def test_a_layer_that_does_not_run_as_a_module_is_refused(tokens: tuple[Tensor, 
         net = shaken(nn.Sequential(odd, TokenMean(), nn.Linear(3, 2)))
         strategy = bound(net, squared_error, [{"stages": ["0", "2"], "kind": "linear"}])
         clean = strategy.clean_pass(*tokens)
-        with pytest.raises(SettingError, match=r"'0\.inner': did not run exactly once.*kind: block"):
+        with pytest.raises(SettingError, match=r"'0\.inner': must run exactly once.*kind: block"):
             strategy.estimate(clean)

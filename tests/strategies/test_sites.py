@@ -200,7 +200,7 @@ def test_the_default_of_a_sequential_is_three_groups_and_a_head() -> None:
 
 @pytest.mark.parametrize("name", ["clean", "total", "forward_equivalents", "lowest", "deepest"])
 def test_names_with_a_meaning_of_their_own_are_refused(tokens_net: nn.Sequential, name: str) -> None:
-    with pytest.raises(SettingError, match=f"'{name}': has a meaning of its own.*another `name`"):
+    with pytest.raises(SettingError, match=f"'{name}': is a reserved name.*another `name`"):
         resolved(tokens_net, {"stages": ["0"], "name": name}, {"stages": ["1", "4"]})
 
 

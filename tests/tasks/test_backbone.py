@@ -71,7 +71,7 @@ def test_bad_checkpoints_name_the_remedy(tmp_path):
     refused(larger, r"tensors of another shape: pos_embed .*model_kwargs")
     empty = tmp_path / "empty.pt"
     torch.save({}, empty)
-    refused(empty, "holds no weights")
+    refused(empty, "does not hold a state_dict of tensors")
 
 
 def test_weights_that_cannot_be_fetched_name_the_remedy(monkeypatch):

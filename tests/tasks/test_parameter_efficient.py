@@ -320,7 +320,7 @@ def test_the_overlay_trains_as_many_parameters_as_it_says(kind, monkeypatch):
         ({"kind": "lora", "modules": []}, "target.modules = .*: must be a list of patterns"),
         ({"kind": "lora", "modules": "blocks.*"}, "target.modules = .*: must be a list of patterns"),
         ({"kind": "visual_prompt", "tokens": 0}, "target.tokens = 0: must be a positive integer"),
-        ({"kinds": "bias"}, "target = .*kinds.*See TargetSettings"),
+        ({"kinds": "bias"}, "target = .*has no setting 'kinds'.*Choose from kind"),
     ],
 )
 def test_bad_settings_name_themselves_and_the_remedy(settings, message):
