@@ -15,15 +15,16 @@ from the last checkpoint measured when started again.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from experiments.allocation_cases import CASES, Case
+from experiments.allocation_cases import CASES
 from experiments.allocation_scores import HeldOut, proxy_rows
 from experiments.command_line import StudyParser, configs
 from experiments.harness import claim
@@ -48,107 +49,89 @@ TABLES = {
 PILOTS, OWN, HELD_OUT = 10_000, 100_000, 1_000_000
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is measured.
+class Plan(NamedTuple):
+    """What is measured."""
 
-    Attributes:
-        checkpoints: Optimiser steps before which it is.
-        budgets: Queries of a sample at each site.
-        batches: Batches that are allocated and scored at each checkpoint.
-        directions: Held-out directions of each sample at each site.
-        window: Batches before a checkpoint from which allocators learn.
-        arguments: The configuration, as after ``main.py fit``.
-    """
-
-    checkpoints: tuple[int, ...]
-    budgets: tuple[int, ...]
-    batches: int
-    directions: int
-    window: int
-    arguments: tuple[str, ...]
-
-
-class Pilots:
-    """Pilots of a batch, spent once for all allocators."""
-
-    def __init__(self, run: EqualCountsRun) -> None:
-        self.run = run
-        self._spent: dict[tuple[int, str, int], TraceObservation] = {}
-
-    def traces(self, clean: CleanPass, where: str, number: int) -> TraceObservation:
-        """Traces of so many pilots at the ``lowest`` or ``deepest`` site or at ``all``."""
-        key = (clean.draw, where, number)
-        if key not in self._spent:
-            self._spent = {kept: traces for kept, traces in self._spent.items() if kept[0] == clean.draw}
-            counts = torch.zeros(len(self.run.strategy.sites), clean.batch_size, dtype=torch.int64)
-            counts[{"lowest": slice(0, 1), "deepest": slice(-1, None), "all": slice(None)}[where]] = number
-            self._spent[key] = self.run.strategy.observe_traces(clean, counts, first_query=PILOTS)
-        return self._spent[key]
+    checkpoints: tuple[int, ...]  # optimiser steps before which it is
+    budgets: tuple[int, ...]  # queries of a sample at each site
+    batches: int  # that are allocated and scored at each checkpoint
+    directions: int  # held out, of each sample at each site
+    window: int  # batches before a checkpoint from which allocators learn
+    arguments: tuple[str, ...]  # the configuration, as after ``main.py fit``
 
 
 class Spectators:
-    """The allocators of one budget, which look on."""
+    """The allocators of each budget, which look on; pilots are spent once for all of them."""
 
-    def __init__(self, run: EqualCountsRun, pilots: Pilots, budget: int) -> None:
-        self.run, self.pilots, self.queries = run, pilots, budget
-        self.unit, self.minimum = run.strategy.budget.multiple, run.strategy.budget.minimum
-        self.allocators: dict[str, tuple[Case, QueryAllocator]] = {case.name: (case, case.make()) for case in CASES}
-        self.names = frozenset(name for _, allocator in self.allocators.values() for name in allocator.requests)
+    def __init__(self, run: EqualCountsRun, budgets: Sequence[int]) -> None:
+        self.strategy, self.budgets = run.strategy, budgets
+        self.limits = {"unit": run.strategy.budget.multiple, "minimum": run.strategy.budget.minimum}
+        self.cases = {(budget, case.name): case for budget in budgets for case in CASES}
+        self.allocators: dict[tuple[int, str], QueryAllocator] = {key: case.make() for key, case in self.cases.items()}
+        self.names = frozenset(name for allocator in self.allocators.values() for name in allocator.requests)
+        self._pilots: dict[tuple[int, str, int], TraceObservation] = {}
 
     def learn(self, clean: CleanPass, statistics: SampleStatistics) -> None:
-        """Let those that learn see queries spent as the optimal allocator would have spent them."""
-        counts = self.allocate("optimal", clean, statistics)[0].counts
-        traces = self.run.strategy.observe_traces(clean, counts, first_query=OWN)
-        for name, (_, allocator) in self.allocators.items():
-            if allocator.learns:
-                if name != "optimal":
-                    self.allocate(name, clean, statistics)
-                allocator.observe(traces)
+        """Let those that learn see queries spent as the optimal allocator of their budget would have spent them."""
+        for budget in self.budgets:
+            counts = self.allocate((budget, "optimal"), clean, statistics)[0].counts
+            traces = self.strategy.observe_traces(clean, counts, first_query=OWN)
+            for key, allocator in self.allocators.items():
+                if key[0] == budget and allocator.learns:
+                    if key[1] != "optimal":
+                        self.allocate(key, clean, statistics)
+                    allocator.observe(traces)
 
-    def allocate(self, name: str, clean: CleanPass, statistics: SampleStatistics) -> tuple[Allocation, Tensor]:
-        """Counts of a batch and the ``(s, b)`` pilots that were spent before."""
-        case, allocator = self.allocators[name]
-        pilots = torch.zeros(len(self.run.strategy.sites), clean.batch_size, dtype=torch.int64)
-        if number := self._pilot_queries(case):
-            traces = self.pilots.traces(clean, case.pilots, number)
+    def allocate(
+        self, key: tuple[int, str], clean: CleanPass, statistics: SampleStatistics
+    ) -> tuple[Allocation, Tensor]:
+        """Counts of a batch by budget and case, and the ``(s, b)`` pilots that were spent before."""
+        pilots = torch.zeros(len(self.strategy.sites), clean.batch_size, dtype=torch.int64)
+        if number := self._pilot_queries(key):
+            traces = self._traces(clean, self.cases[key].pilots, number)
             pilots[traces.trace.isfinite().any(dim=1).cpu()] = number
             statistics = replace(statistics, trace=traces.trace, trace_queries=traces.queries)
-        left = tuple(self.queries - int(line.max()) for line in pilots)
-        return allocator.allocate(statistics, QueryBudget(left, multiple=self.unit, minimum=self.minimum)), pilots
+        left = tuple(key[0] - int(line.max()) for line in pilots)
+        budget = QueryBudget(left, multiple=self.limits["unit"], minimum=self.limits["minimum"])
+        return self.allocators[key].allocate(statistics, budget), pilots
 
-    def affordable(self) -> list[str]:
-        """Names of the cases whose pilots the budget suffices for."""
-        return [name for name, (case, _) in self.allocators.items() if not case.pilots or self._pilot_queries(case)]
+    def affordable(self) -> list[tuple[int, str]]:
+        """Budgets and cases whose pilots the budget suffices for."""
+        return [key for key, case in self.cases.items() if not case.pilots or self._pilot_queries(key)]
 
-    def _pilot_queries(self, case: Case) -> int:
-        return case.pilot_queries(self.queries, unit=self.unit, minimum=self.minimum)
+    def _pilot_queries(self, key: tuple[int, str]) -> int:
+        return self.cases[key].pilot_queries(key[0], **self.limits)
+
+    def _traces(self, clean: CleanPass, where: str, number: int) -> TraceObservation:
+        key = (clean.draw, where, number)
+        if key not in self._pilots:
+            self._pilots = {kept: traces for kept, traces in self._pilots.items() if kept[0] == clean.draw}
+            counts = torch.zeros(len(self.strategy.sites), clean.batch_size, dtype=torch.int64)
+            counts[{"lowest": slice(0, 1), "deepest": slice(-1, None), "all": slice(None)}[where]] = number
+            self._pilots[key] = self.strategy.observe_traces(clean, counts, first_query=PILOTS)
+        return self._pilots[key]
 
 
 def measure(
-    run: EqualCountsRun, plan: Plan, step: int, spectators: Sequence[Spectators], advance: Callable[[], Any]
+    run: EqualCountsRun, plan: Plan, step: int, spectators: Spectators, advance: Callable[[], Any]
 ) -> dict[str, list[Any]]:
     """Rows of the three tables at one checkpoint."""
     accuracy, order, size = run.train_accuracy(), run.shuffled(step), run.data.batch_size
     held: list[HeldOut] = []
     scores: dict[tuple[int, str], list[Tensor]] = {}
     rows: dict[str, list[Any]] = {name: [] for name in TABLES}
-    names = frozenset().union(*(each.names for each in spectators)) | {"scale"}
     sites = [site.name for site in run.strategy.sites]
     draw_counter = run.strategy.draw
     for i in range(plan.batches):
         clean = run.strategy.clean_pass(*run.images(order[i * size : (i + 1) * size]))
-        statistics = run.strategy.sample_statistics(clean, names)
-        if statistics.scale is None:
-            raise TypeError("The scale was asked for.")
+        statistics = run.strategy.sample_statistics(clean, spectators.names | {"scale"})
         everywhere = torch.full((len(sites), clean.batch_size), plan.directions)
         traces = run.strategy.observe_traces(clean, everywhere, first_query=HELD_OUT)
-        held.append(HeldOut.of(traces, statistics.scale))
-        for each in spectators:
-            for name in each.affordable():
-                allocation, pilots = each.allocate(name, clean, statistics)
-                j = held[-1].of_counts(allocation.counts, pilots, allocation.pilot_weight, each.queries)
-                scores.setdefault((each.queries, name), []).append(j)
+        held.append(HeldOut.of(traces, cast("Tensor", statistics.scale)))
+        for key in spectators.affordable():
+            allocation, pilots = spectators.allocate(key, clean, statistics)
+            j = held[-1].of_counts(allocation.counts, pilots, allocation.pilot_weight, key[0])
+            scores.setdefault(key, []).append(j)
         if i == 0:
             rows["traces"] = trace_rows(run, clean, held[-1], step)
         advance()
@@ -181,44 +164,59 @@ def trace_rows(run: EqualCountsRun, clean: CleanPass, held: HeldOut, step: int) 
         compared[f"trace with 4 pilots at the {name} site"] = pilots.trace[other].double().cpu()
         compared[f"trace with that at the {name} site"] = held.trace[other]
     compared["trace with loss"] = clean.loss.cpu()
-    rows = [
-        (step, site, quantity, float(rank_correlation(values, held.trace[k])))
-        for k, site in enumerate(sites) for quantity, values in compared.items()
-    ]  # fmt: skip
+    rows: list[tuple[Any, ...]] = []
+    for site, exact in zip(sites, held.trace, strict=True):
+        rows += [(step, site, name, float(rank_correlation(values, exact))) for name, values in compared.items()]
     return rows + proxy_rows(run.strategy, clean, step)
 
 
-def study(run: EqualCountsRun, plan: Plan, output: Path) -> None:
-    """Train, measure at the checkpoints, and keep what was measured as it comes."""
+def study(options: argparse.Namespace) -> None:
+    """Train, measure at the checkpoints, and write the tables and the picture."""
+    arguments = (*configs(options.config), *options.extra)
+    run = EqualCountsRun(arguments)
+    checkpoints = tuple(sorted(options.checkpoints or default_checkpoints(run.steps)))
+    plan = Plan(
+        checkpoints,
+        tuple(dict.fromkeys(options.budgets)),
+        options.batches,
+        options.directions,
+        options.window,
+        arguments,
+    )
+    measure_all(run, plan, options.output)
+    draw_if_possible(draw_allocation, options.output)
+    print(f"written to {options.output}")
+
+
+def measure_all(run: EqualCountsRun, plan: Plan, output: Path) -> None:
+    """Train and keep what is measured at the checkpoints as it comes."""
     from tqdm import tqdm
 
-    claim(output, asdict(plan))
+    claim(output, plan._asdict())
     state, done = output / "run.pt", -1
     if state.exists():
         kept = torch.load(state, weights_only=True)
         run.load_state_dict(kept["run"])
         done = kept["step"]
     left = [step for step in plan.checkpoints if step > done]
-    pilots, spectators = Pilots(run), list[Spectators]()
-    looked_on = sum(min(plan.window, step) for step in left) * len(plan.budgets)
-    bar = tqdm(total=len(left) * plan.batches + looked_on, unit="batch", desc="allocation", mininterval=5.0)
+    spectators: Spectators | None = None
+    total = sum(plan.batches + min(plan.window, step) for step in left)
+    bar = tqdm(total=total, unit="batch", desc="allocation", mininterval=5.0)
     for step, (images, labels) in run.batches(max(done, 0)):
         if not left:
             break
         clean = run.strategy.clean_pass(images, labels)
-        if left[0] - plan.window <= step <= left[0]:
-            spectators = spectators or [Spectators(run, pilots, budget) for budget in plan.budgets]
         if left[0] - plan.window <= step < left[0]:
-            statistics = run.strategy.sample_statistics(clean, spectators[0].names)
-            for each in spectators:
-                each.learn(clean, statistics)
-                bar.update()
-        if step == left[0]:
+            spectators = spectators or Spectators(run, plan.budgets)
+            spectators.learn(clean, run.strategy.sample_statistics(clean, spectators.names))
+            bar.update()
+        elif step == left[0]:
+            spectators = spectators or Spectators(run, plan.budgets)
             for name, rows in measure(run, plan, step, spectators, bar.update).items():
                 texts = [[f"{value:.6g}" if isinstance(value, float) else value for value in row] for row in rows]
                 write_csv(output / f"{name}.csv", TABLES[name], texts, append=True)
             left.pop(0)
-            spectators = []
+            spectators = None
             run.strategy.draw -= 1  # the batch's clean pass is made again when a run is resumed here
             torch.save({"step": step, "run": run.state_dict()}, state.with_suffix(".part"))
             state.with_suffix(".part").replace(state)  # an interruption leaves the old file or the new one
@@ -239,19 +237,11 @@ def main(args: Sequence[str] | None = None) -> None:
     add("--config", action="append", required=True, help="configuration file; may be repeated")
     add("--checkpoints", type=int, nargs="+", help="optimiser steps (default: 0 and halves of the run)")
     add("--budgets", type=int, nargs="+", default=[4, 10, 20, 60, 200], help="queries of a sample")
-    add("--batches", type=int, default=6, help="batches scored at each checkpoint (default 6)")
-    add("--directions", type=int, default=128, help="held-out directions of a sample (default 128)")
     add("--window", type=int, default=10, help="batches that allocators learn from (default 10)")
-    options = parser.parse(args, at_least_one=["batches", "directions"])
-    with parser.mistakes():
-        arguments = (*configs(options.config), *options.extra)
-        run = EqualCountsRun(arguments)
-        checkpoints = tuple(sorted(options.checkpoints or default_checkpoints(run.steps)))
-        budgets = tuple(options.budgets)
-        plan = Plan(checkpoints, budgets, options.batches, options.directions, options.window, arguments)
-        study(run, plan, options.output)
-    draw_if_possible(draw_allocation, options.output)
-    print(f"written to {options.output}")
+    parser.numbers(
+        batches=(6, "batches scored at each checkpoint"), directions=(128, "held-out directions of a sample")
+    )
+    parser.run(study, args)
 
 
 if __name__ == "__main__":

@@ -6,35 +6,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from flops_lightning.allocators import (
-    BernoulliAllocator,
-    CostAwareAllocator,
-    EqualAllocator,
-    GaussianAllocator,
-    OptimalAllocator,
-    QueryAllocator,
-    TraceSettings,
-)
+from flops_lightning import allocators
+from flops_lightning.allocators import GaussianAllocator, OptimalAllocator, QueryAllocator, TraceSettings
 
 MOST_PILOTS = 4
 
 
 @dataclass(frozen=True)
 class Case:
-    """An allocator as it is compared.
-
-    Attributes:
-        name: In tables and plots.
-        make: Makes a new one.
-        pilots: Sites with pilots: ``lowest``, ``deepest``, ``all``, or none. Pilots are paid from the same budget and
-            reused.
-        best_linear: Name of the case with the best allocation linear in tanh(loss) under the same traces.
-    """
+    """An allocator as it is compared."""
 
     name: str
     make: Callable[[], QueryAllocator]
-    pilots: str = ""
-    best_linear: str = "best linear"
+    pilots: str = ""  # at the lowest, the deepest or all sites; paid from the same budget and reused
+    best_linear: str = "best linear"  # the case of the best allocation linear in tanh(loss) under the same traces
 
     def pilot_queries(self, budget: int, *, unit: int, minimum: int) -> int:
         """Pilots of a sample at each of its sites: four, or what a small budget leaves beside the minimum."""
@@ -45,28 +30,23 @@ class Case:
 
 
 predicted = partial(TraceSettings, source="prediction")
+exact = partial(GaussianAllocator, gradient="exact")
 
 CASES: Sequence[Case] = (
-    Case("equal", EqualAllocator),
-    Case("bernoulli", lambda: BernoulliAllocator(traces=predicted())),
-    Case("bernoulli, p = 0.5", lambda: BernoulliAllocator(optimise=False)),
+    Case("equal", allocators.EqualAllocator),
+    Case("bernoulli", lambda: allocators.BernoulliAllocator(traces=predicted())),
+    Case("bernoulli, p = 0.5", lambda: allocators.BernoulliAllocator(optimise=False)),
     Case("gaussian", lambda: GaussianAllocator(traces=predicted())),
     Case("gaussian, score gradient", lambda: GaussianAllocator(traces=predicted(), gradient="score")),
     Case("gaussian, diagonal", lambda: GaussianAllocator(traces=predicted(), covariance="diagonal")),
-    Case("gaussian, pilots lowest", GaussianAllocator, pilots="lowest", best_linear="best linear, pilots lowest"),
-    Case("gaussian, pilots deepest", GaussianAllocator, pilots="deepest", best_linear="best linear, pilots deepest"),
+    Case("gaussian, pilots lowest", GaussianAllocator, "lowest", "best linear, pilots lowest"),
+    Case("gaussian, pilots deepest", GaussianAllocator, "deepest", "best linear, pilots deepest"),
     Case("best linear", lambda: GaussianAllocator(traces=predicted(), gradient="exact")),
-    Case(
-        "best linear, pilots lowest", lambda: GaussianAllocator(gradient="exact"), pilots="lowest",
-        best_linear="best linear, pilots lowest",
-    ),
-    Case(
-        "best linear, pilots deepest", lambda: GaussianAllocator(gradient="exact"), pilots="deepest",
-        best_linear="best linear, pilots deepest",
-    ),
+    Case("best linear, pilots lowest", exact, "lowest", "best linear, pilots lowest"),
+    Case("best linear, pilots deepest", exact, "deepest", "best linear, pilots deepest"),
     Case("optimal", lambda: OptimalAllocator(traces=predicted())),
     Case("optimal, loss only", lambda: OptimalAllocator(traces=TraceSettings(predictors=["loss"]))),
     Case("optimal, pilots everywhere", lambda: OptimalAllocator(traces=TraceSettings("pilots")), pilots="all"),
     Case("optimal, both", lambda: OptimalAllocator(traces=TraceSettings("both")), pilots="lowest"),
-    Case("cost-aware", lambda: CostAwareAllocator(traces=predicted())),
-)  # fmt: skip
+    Case("cost-aware", lambda: allocators.CostAwareAllocator(traces=predicted())),
+)

@@ -10,12 +10,7 @@ import torch
 from torch import Tensor
 
 from flops_lightning.allocators.held_back import rank_correlation
-from flops_lightning.allocators.objective import (
-    effective_counts,
-    equal_objective,
-    estimated_gain_optimal,
-    objective,
-)
+from flops_lightning.allocators.objective import effective_counts, equal_objective, estimated_gain_optimal, objective
 from flops_lightning.allocators.rounding import water_fill
 from flops_lightning.protocol import TraceObservation
 from flops_lightning.queries import CleanPass
@@ -26,17 +21,11 @@ PROXY_SAMPLES, PROXY_DIRECTIONS, PROXY_FIRST_QUERY = 32, 32, 2_000_000
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Traces of one batch from many directions that no allocator saw.
+    """Traces of one batch from many directions that no allocator saw."""
 
-    Attributes:
-        trace: ``(s, b)`` nonnegative.
-        freedom: ``(s, b)`` degrees of freedom behind each.
-        scale: ``(s,)`` factors to squared units of the parameters.
-    """
-
-    trace: Tensor
-    freedom: Tensor
-    scale: Tensor
+    trace: Tensor  # (s, b) nonnegative
+    freedom: Tensor  # (s, b) degrees of freedom behind each
+    scale: Tensor  # (s,) factors to squared units of the parameters
 
     @classmethod
     def of(cls, observation: TraceObservation, scale: Tensor) -> HeldOut:
@@ -50,13 +39,9 @@ class HeldOut:
         return self.scale * self.trace.sum(dim=1) / queries
 
     def of_counts(self, counts: Tensor, pilots: Tensor, weight: Tensor | None, queries: int) -> Tensor:
-        """``(s,)`` J of ``(s, b)`` counts, with ``(s, b)`` reused pilots beside them.
+        """``(s,)`` J of ``(s, b)`` counts after reused pilots, of ``queries`` of a sample and site in all.
 
-        Args:
-            counts: Queries after the pilots.
-            pilots: Pilots of each sample at each site.
-            weight: Weights of the pilots; None: their share of ``queries``.
-            queries: Queries of a sample and site, pilots included.
+        The ``(s, b)`` pilots have ``weight``; None: their share of ``queries``.
         """
         effective = effective_counts(counts, pilots, pilots / queries if weight is None else weight)
         return self.scale * torch.stack([objective(t, a) for t, a in zip(self.trace, effective, strict=True)])
@@ -66,15 +51,11 @@ class HeldOut:
         return self.equal(queries) / estimated_gain_optimal(self.trace, self.freedom)
 
 
-# -- traces in activation space and in parameter space, at block and group sites ---------------------------------------
-
-
 @torch.no_grad()
 def proxy_rows(strategy: LikelihoodRatio, clean: CleanPass, step: int) -> list[tuple[Any, ...]]:
     """Rank correlation of the two traces at each site, and how much of the gain in parameter space the proxy keeps.
 
-    Both traces come from the same directions, of the first samples of the batch: each single query's gradient is built,
-    which no training step does.
+    Both come from the same directions of the batch's first samples; each single query's gradient is built.
     """
     few = _samples(clean, slice(0, PROXY_SAMPLES))
     rows: list[tuple[Any, ...]] = []
@@ -89,10 +70,8 @@ def proxy_rows(strategy: LikelihoodRatio, clean: CleanPass, step: int) -> list[t
                 by_query.append(sums.delta())
         for b in range(few.batch_size):
             one = _samples(few, slice(b, b + 1))
-            vectors = [
-                torch.cat([g.flatten() for g in strategy.engine.gradient(site, one, delta[b : b + 1]).values()])
-                for delta in by_query
-            ]
+            gradients = [strategy.engine.gradient(site, one, delta[b : b + 1]).values() for delta in by_query]
+            vectors = [torch.cat([g.flatten() for g in each]) for each in gradients]
             exact[b] = torch.stack(vectors).double().var(dim=0).sum()
             proxy[b] = torch.stack([delta[b].flatten() for delta in by_query]).double().var(dim=0).sum()
         agreement = float(rank_correlation(proxy, exact))

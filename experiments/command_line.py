@@ -6,8 +6,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,47 +34,47 @@ def fit(
 
 
 class StudyParser(argparse.ArgumentParser):
-    """The command line of a study: its own options, then ``--`` and arguments for every run."""
+    """The command line of a study: its own options, then ``--`` and arguments for every run.
+
+    Args:
+        doc: Docstring of the study's module; its first line begins with the command in backticks.
+        runs: Whether the study starts runs; then it has the options of ``run_all``.
+    """
 
     def __init__(self, doc: str | None, *, runs: bool = True) -> None:
-        """Options that all studies share; those of ``run_all`` with ``runs``.
-
-        Args:
-            doc: Docstring of the study's module; its first line begins with the command in backticks.
-            runs: Whether the study starts runs.
-        """
         summary = (doc or "").partition("\n")[0]
-        command = re.search(r"python -m \S+", summary)
-        super().__init__(prog=command[0].strip("`") if command else None, description=summary,
-                         epilog="Arguments after -- go to every run of main.py fit.")  # fmt: skip
+        command = re.search(r"python -m [\w.]+", summary)
+        epilog = "Arguments after -- go to every run of main.py fit."
+        super().__init__(prog=command[0] if command else None, description=summary, epilog=epilog)
         self.add_argument("--output", type=Path, required=True, help="folder of the study's files")
+        self._numbers: list[str] = []
         if runs:
-            self.add_argument("--jobs", type=int, default=1, help="runs at a time; they share the cores (default 1)")
+            self.numbers(jobs=(1, "runs at a time; they share the cores"))
             self.add_argument("--dry_run", action="store_true", help="print the commands and run nothing")
 
-    def parse(self, args: Sequence[str] | None, *, at_least_one: Sequence[str] = ()) -> argparse.Namespace:
-        """Options, and as ``extra`` what stands after ``--``; exits with code 2 after a mistake.
+    def numbers(self, **options: tuple[int, str]) -> None:
+        """Add options that are 1 or more, by name: their default and what they say."""
+        for name, (default, text) in options.items():
+            self.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default {default})")
+            self._numbers.append(name)
 
-        Args:
-            args: The command line; None: that of the process.
-            at_least_one: Options that must be 1 or more.
-        """
+    def parse(self, args: Sequence[str] | None) -> argparse.Namespace:
+        """Options, and as ``extra`` what stands after ``--``; None: of the command line of this process."""
         given = list(sys.argv[1:] if args is None else args)
         end = given.index("--") if "--" in given else len(given)
         options = self.parse_args(given[:end])
         options.extra = tuple(given[end + 1 :])
-        with self.mistakes():
-            for name in (*(("jobs",) if hasattr(options, "jobs") else ()), *at_least_one):
+        return options
+
+    def run(self, study: Callable[[argparse.Namespace], None], args: Sequence[str] | None) -> None:
+        """Make the study; a wrong setting and a failed run end the program with a message, with code 2 and 1."""
+        options = self.parse(args)
+        try:
+            for name in self._numbers:
                 check_at_least(f"--{name}", getattr(options, name), 1)
             if not Path("configs").is_dir():
                 raise SettingError("folder", str(Path.cwd()), "has no configs.", "Run from the repository's root.")
-        return options
-
-    @contextmanager
-    def mistakes(self) -> Iterator[None]:
-        """Within, a wrong setting and a failed run end the program with a message, with code 2 and 1."""
-        try:
-            yield
+            study(options)
         except SettingError as error:
             self.error(str(error))
         except RunFailedError as error:

@@ -21,22 +21,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from experiments import strategies_table
 from experiments.command_line import StudyParser, arguments, configs, fit
 from experiments.harness import Cell, run_all
 from experiments.pictures import draw_if_possible, draw_strategies
-from experiments.strategies_table import (
-    AT_END,
-    AT_START,
-    BUDGETS,
-    BudgetKind,
-    Cosines,
-    Length,
-    Reference,
-    Row,
-    length,
-    report,
-    write_tables,
-)
+from experiments.strategies_table import AT_END, AT_START, BUDGETS, BudgetKind, Cosines, Length, Reference, Row
 from flops_lightning.errors import SettingError
 from flops_lightning.plan.cost import Cost, typical_seconds
 
@@ -47,21 +36,25 @@ METHODS = (
 REFERENCE = "lr"
 TUNING_SEED = 1000
 PROBE_STEPS = 5
-LOGGED_STEPS = 200
-"""Steps of a run whose training loss is logged, about: logging every step would slow the fast methods."""
+LOGGED_STEPS = 200  # of a run, about: logging every step would slow the fast methods
 
 
 class Study:
-    """The runs of a comparison, in their order."""
+    """The runs of a comparison, in their order; each phase needs the one before."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        """Take the command line's settings."""
+        for name in options.methods:
+            if not Path(f"configs/method/{name}.yaml").is_file():
+                raise SettingError(
+                    "--methods", name, f"has no configs/method/{name}.yaml.", "Name files that are there."
+                )
+        part = options.tuning_fraction
+        if not 0 < part <= 1:
+            raise SettingError("--tuning-fraction", part, "must be above 0 and at most 1.", "Write for example 0.25.")
         self.options = options
         self.output: Path = options.output
         self.methods: list[str] = list(dict.fromkeys(options.methods))
         self.tried: list[float] = sorted(set(options.rates))
-
-    # -- what is run ---------------------------------------------------------------------------------------------------
 
     def files(self, method: str) -> tuple[str, ...]:
         """Configuration files of a method."""
@@ -79,6 +72,11 @@ class Study:
     def reference_run(self) -> Cell:
         """The run that fixes the budgets."""
         return self.fit("reference", REFERENCE, 0, keeps_weights=True)
+
+    @cached_property
+    def reference(self) -> Reference:
+        """What the budgets are."""
+        return Reference(*map(self.reference_run.summary.__getitem__, Reference._fields))
 
     def probe(self, method: str) -> Cell:
         """A run of a few steps."""
@@ -102,27 +100,16 @@ class Study:
                    *configs(self.files(method)), *self.options.extra, *arguments(settings))  # fmt: skip
         return Cell(self.output, name, command, result="cosines.json")
 
-    # -- what follows from it ------------------------------------------------------------------------------------------
-
-    @cached_property
-    def reference(self) -> Reference:
-        """What the budgets are."""
-        return Reference.of(self.reference_run.summary)
-
     @cached_property
     def costs(self) -> dict[str, Cost]:
-        """What a step of each method costs."""
+        """What a step of each method costs, from the difference between the steps of its probe."""
         costs = {}
         for method in self.methods:
             probe = self.probe(method)
-            summary, queries = probe.summary, probe.curve("queries/total")
-            times = [event.wall_time for event in queries]
-            curves = {
-                "queries": [event.value for event in queries],
-                "forward_equivalents": [event.value for event in probe.curve("queries/forward_equivalents")],
-            }
+            summary, times = probe.summary, [event.wall_time for event in probe.curve("queries/total")]
+            tags = {"queries": "queries/total", "forward_equivalents": "queries/forward_equivalents"}
             costs[method] = Cost.of(
-                curves,
+                {name: [event.value for event in probe.curve(tag)] for name, tag in tags.items()},
                 [summary["samples"] / summary["steps"]] * len(times),
                 seconds=typical_seconds([b - a for a, b in pairwise(times)]),
                 seconds_once=max(0.0, summary["train_seconds"] - (times[-1] - times[0])),
@@ -132,7 +119,7 @@ class Study:
     def length(self, budget: BudgetKind, method: str) -> Length:
         """Steps of a method under a budget, or why it is not run."""
         limits = {"max_steps_factor": self.options.max_steps_factor, "max_minutes": self.options.max_minutes}
-        return length(budget, self.costs[method], self.reference, **limits)
+        return strategies_table.length(budget, self.costs[method], self.reference, **limits)
 
     def tuning_steps(self, method: str) -> int:
         """Steps of a run that tries a learning rate; 0 for a method that no budget is feasible for."""
@@ -142,9 +129,8 @@ class Study:
     def tuning(self, method: str) -> dict[float, Cell]:
         """Runs that try learning rates; none where there is no choice."""
         steps = self.tuning_steps(method)
-        if not steps or len(self.tried) == 1:
-            return {}
-        return {rate: self.training(method, rate, steps, TUNING_SEED) for rate in self.tried}
+        tried = self.tried if steps and len(self.tried) > 1 else []
+        return {rate: self.training(method, rate, steps, TUNING_SEED) for rate in tried}
 
     @cached_property
     def rates(self) -> dict[str, float]:
@@ -153,17 +139,16 @@ class Study:
             return dict.fromkeys(self.methods, self.tried[0])
         best = {}
         for method in self.methods:
-            losses = {rate: cell.late_loss for rate, cell in self.tuning(method).items()}
-            rate = min(losses, key=losses.__getitem__, default=math.nan)
-            best[method] = rate if math.isfinite(losses.get(rate, math.inf)) else math.nan
+            tried = self.tuning(method).items()
+            losses = {rate: loss for rate, cell in tried if math.isfinite(loss := cell.late_loss)}
+            best[method] = min(losses, key=losses.__getitem__, default=math.nan)
         return best
 
     def runs(self, budget: BudgetKind, method: str) -> dict[int, Cell]:
         """The runs of a row by seed; none where it is infeasible."""
         found, rate = self.length(budget, method), self.rates[method]
-        if found.reason or math.isnan(rate):
-            return {}
-        return {seed: self.training(method, rate, found.steps, seed) for seed in range(self.options.seeds)}
+        seeds = range(0 if found.reason or math.isnan(rate) else self.options.seeds)
+        return {seed: self.training(method, rate, found.steps, seed) for seed in seeds}
 
     def row(self, budget: BudgetKind, method: str, cosines: Cosines) -> Row:
         """A method's line under a budget."""
@@ -182,13 +167,13 @@ class Study:
 
     def plan(self) -> str:
         """What is about to be run, and about how long it takes."""
-        lines, total = [], 0.0
+        lines, total, seeds = [], 0.0, self.options.seeds
         for method in self.methods:
             cost, found = self.costs[method], {budget: self.length(budget, method) for budget in BUDGETS}
             steps = {each.steps for each in found.values() if not each.reason}  # equal numbers share their runs
             tried = len(self.tuning(method))
-            made = self.options.seeds * sum(steps) + tried * self.tuning_steps(method)
-            seconds = made * cost.seconds + (self.options.seeds * len(steps) + tried) * cost.seconds_once
+            made = seeds * sum(steps) + tried * self.tuning_steps(method)
+            seconds = made * cost.seconds + (seeds * len(steps) + tried) * cost.seconds_once
             total += seconds
             text = "; ".join(f"{BUDGETS[b]}: {each.reason or f'{each.steps:,} steps'}" for b, each in found.items())
             lines.append(
@@ -199,10 +184,23 @@ class Study:
         lines.append(f"training: about {hours:.1f} hours with {self.options.jobs} at a time, processes' start apart")
         return "\n".join(lines)
 
-    def about(self) -> dict[str, str]:
-        """What the report tells of the settings."""
+    def run(self) -> None:
+        """Run what is not finished and write the tables."""
+        run = partial(run_all, jobs=self.options.jobs, dry_run=self.options.dry_run)
+        if not run([self.reference_run, *map(self.probe, self.methods)]):
+            return
+        print(self.plan(), flush=True)
+        if self.options.plan or not run([cell for m in self.methods for cell in self.tuning(m).values()]):
+            return
+        if run(self.finals()):
+            by_method = {m: {where: self.cosine(m, where) for where in (AT_START, AT_END)} for m in self.methods}
+            if run([cell for cells in by_method.values() for cell in cells.values()]):
+                self.write({m: {w: c.summary["cosines"] for w, c in cells.items()} for m, cells in by_method.items()})
+
+    def write(self, cosines: Mapping[str, Cosines]) -> None:
+        """Write tables and picture."""
         options = self.options
-        return {
+        about = {
             "configs": " ".join((" + ".join(options.config), *options.extra)),
             "start_accuracy": f"{self.reference_run.summary['start_accuracy']:.1%}",
             "rates": ", ".join(f"{rate:g}" for rate in self.tried),
@@ -212,70 +210,33 @@ class Study:
             "cosines": f"mean ± standard deviation over {options.draws} draws on each of {options.batches} batches",
             "processes": f"{options.jobs} at a time on {os.cpu_count()} cores",
         }
-
-    # -- running -------------------------------------------------------------------------------------------------------
-
-    def run(self) -> None:
-        """Run what is not finished and write the tables; each phase needs the one before."""
-        run = partial(run_all, jobs=self.options.jobs, dry_run=self.options.dry_run)
-        if not run([self.reference_run, *map(self.probe, self.methods)]):
-            return
-        print(self.plan(), flush=True)
-        if self.options.plan:
-            return
-        if not run([cell for method in self.methods for cell in self.tuning(method).values()]) or not run(
-            self.finals()
-        ):
-            return
-        by_method = {method: {where: self.cosine(method, where) for where in (AT_START, AT_END)}
-                     for method in self.methods}  # fmt: skip
-        if run([cell for by_weights in by_method.values() for cell in by_weights.values()]):
-            self.write({m: {where: c.summary["cosines"] for where, c in each.items()} for m, each in by_method.items()})
-
-    def write(self, cosines: Mapping[str, Cosines]) -> None:
-        """Write tables and picture."""
         tables = {budget: [self.row(budget, method, cosines[method]) for method in self.methods] for budget in BUDGETS}
-        text = report(tables, self.reference, self.about())
+        text = strategies_table.report(tables, self.reference, about)
         (self.output / "strategies.md").write_text(text)
-        write_tables(self.output, tables, cosines)
+        strategies_table.write_tables(self.output, tables, cosines)
         draw_if_possible(draw_strategies, self.output)
         print(f"\n{text}\nwritten to {self.output}")
 
 
-def parse(args: Sequence[str] | None) -> tuple[StudyParser, argparse.Namespace]:
-    """Read the command line."""
+def command_line() -> StudyParser:
+    """The options."""
     parser = StudyParser(__doc__)
+    parser.numbers(seeds=(5, "seeds 0 to N-1"), batches=(4, "batches on which cosines are measured"))
+    parser.numbers(draws=(8, "estimates of each"))
     add = parser.add_argument
     add("--config", action="append", required=True, help="configuration file; may be repeated")
     add("--methods", nargs="+", default=list(METHODS), help="names of configs/method/*.yaml (default: all)")
-    add("--seeds", type=int, default=5, help="seeds 0 to N-1 (default 5)")
     add("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3], help="learning rates to choose from")
     add("--tuning-fraction", type=float, default=0.25, help="part of a run that rates are tried for (default 0.25)")
     add("--max-steps-factor", type=float, default=50.0, help="steps of a run, in those of lr, at most (default 50)")
     add("--max-minutes", type=float, default=20.0, help="foreseen minutes of a run, at most (default 20)")
-    add("--batches", type=int, default=4, help="batches on which cosines are measured (default 4)")
-    add("--draws", type=int, default=8, help="estimates of each (default 8)")
     add("--plan", action="store_true", help="measure what steps cost, say what would be run, and stop")
-    return parser, parser.parse(args, at_least_one=["seeds", "batches", "draws"])
+    return parser
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the study."""
-    parser, options = parse(args)
-    with parser.mistakes():
-        for name in options.methods:
-            if not Path(f"configs/method/{name}.yaml").is_file():
-                raise SettingError(
-                    "--methods", name, f"has no configs/method/{name}.yaml.", "Name files of configs/method."
-                )
-        if not 0 < options.tuning_fraction <= 1:
-            raise SettingError(
-                "--tuning-fraction",
-                options.tuning_fraction,
-                "must be above 0 and at most 1.",
-                "Write for example 0.25.",
-            )
-        Study(options).run()
+    command_line().run(lambda options: Study(options).run(), args)
 
 
 if __name__ == "__main__":

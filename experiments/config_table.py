@@ -22,20 +22,12 @@ START, END = f"<!-- configs: made by {COMMAND} -->\n", "<!-- end of configs -->"
 
 
 def description(path: Path) -> str:
-    """First sentence of a file's header, without its full stop.
-
-    Raises:
-        SettingError: the file does not open with a sentence in a comment.
-    """
-    # Lines of further indentation are notes, such as `#   launch:  ...`.
-    header = re.match(r"(?:# \S.*\n)*", path.read_text())
-    text = " ".join(line.removeprefix("# ") for line in header[0].splitlines()) if header else ""
-    sentence = re.match(r"(.+?)\.(?= |$)", text)
+    """First sentence of a file's header, without its full stop; lines of further indentation are notes."""
+    header = re.findall(r"\A(?:# \S.*\n)*", path.read_text())[0]
+    sentence = re.match(r"(.+?)\.(?= |$)", " ".join(line.removeprefix("# ") for line in header.splitlines()))
     if sentence is None:
-        raise SettingError(
-            "configs", path.as_posix(), "does not open with a comment that says what it is.",
-            "Begin it with `# ` and a sentence that ends in a full stop.",
-        )  # fmt: skip
+        remedy = "Begin it with `# ` and a sentence that ends in a full stop."
+        raise SettingError("configs", path.as_posix(), "does not open with a comment that says what it is.", remedy)
     return sentence[1]
 
 
@@ -59,27 +51,17 @@ def tables(root: Path) -> str:
 
 
 def renewed(page: str, root: Path) -> str:
-    """The page's text with the tables of today between its two markers.
-
-    Raises:
-        SettingError: the markers are not there, once each and in order; a file has no header.
-    """
+    """The page's text with the tables of today between its two markers."""
     before, _, rest = page.partition(START)
     _, _, after = rest.partition(END)
     if (page.count(START), page.count(END), rest.count(END)) != (1, 1, 1):
-        raise SettingError(
-            PAGE.as_posix(), None, "does not have each of the two markers once, in order.",
-            f"Write {START.strip()} and {END} on lines of their own.",
-        )  # fmt: skip
+        remedy = f"Write {START.strip()} and {END} on lines of their own."
+        raise SettingError(PAGE.as_posix(), None, "does not have each of the two markers once, in order.", remedy)
     return f"{before}{START}\n{tables(root)}\n{END}{after}"
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Rewrite the tables in ``docs/configs.md``.
-
-    Raises:
-        SystemExit: with code 1 if ``--check`` finds other tables, 2 after a mistake in the page or configurations.
-    """
+    """Rewrite the tables in ``docs/configs.md``; exits with code 2 after a mistake there or in a configuration."""
     parser = argparse.ArgumentParser(prog=COMMAND, description=f"The tables of configurations in {PAGE}.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if they are out of date")
     options = parser.parse_args(args)
@@ -92,8 +74,7 @@ def main(args: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     if options.check and new != old:
         sys.exit(f"{PAGE} is not what {COMMAND} writes: run it.")
-    if new != old:
-        PAGE.write_text(new)
+    PAGE.write_text(new)
 
 
 if __name__ == "__main__":

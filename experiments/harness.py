@@ -16,17 +16,15 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from flops_lightning.errors import SettingError
 
 COMMAND, DIVERGED = "command.json", "diverged"
-NON_FINITE = "lost every query to non-finite losses"
-"""In the log of a run that stopped because its losses were not finite any more."""
-GRACE = 120.0
-"""Seconds that a run has to save and leave."""
+NON_FINITE = "lost every query to non-finite losses"  # in the log of a run that diverged
+GRACE = 120.0  # seconds that a run has to save and leave
 
 
 class StudyStopped(SystemExit):
@@ -39,29 +37,19 @@ class RunFailedError(RuntimeError):
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a study, in a folder of its own.
-
-    Attributes:
-        study: Folder of the study.
-        name: Path of the run's folder in it.
-        arguments: What Python runs, for example ``("main.py", "fit", ...)``.
-        result: Name of the JSON file that marks the run as finished.
-        resumes: Whether the command continues from its last checkpoint; otherwise an unfinished folder is emptied.
-        keeps_weights: Whether checkpoints and weights stay when the run has finished.
-        may_diverge: Whether non-finite losses are an outcome, and not a failure.
-    """
+    """One run of a study, in a folder of its own."""
 
     study: Path
-    name: str
-    arguments: tuple[str, ...] = field(repr=False)
-    result: str = "summary.json"
-    resumes: bool = False
-    keeps_weights: bool = False
-    may_diverge: bool = False
+    name: str  # of the run's folder in that of the study
+    arguments: tuple[str, ...]  # of Python, such as ("main.py", "fit", ...)
+    result: str = "summary.json"  # the JSON file that marks the run as finished
+    resumes: bool = False  # from its last checkpoint; otherwise an unfinished folder is emptied
+    keeps_weights: bool = False  # also when it has finished
+    may_diverge: bool = False  # non-finite losses are an outcome, and not a failure
 
     @property
     def folder(self) -> Path:
-        """Where its files go."""
+        """The run's own."""
         return self.study / self.name
 
     @property
@@ -102,18 +90,10 @@ class Cell:
         """Raise a :class:`SettingError` if the folder holds a run with other settings."""
         note = self.folder / COMMAND
         if note.is_file() and self._settings(json.loads(note.read_text())) != self._settings(self.arguments):
-            raise SettingError(
-                "--output", str(self.study), f"holds {self.name} with other settings (see {COMMAND} in it).",
-                "Use the settings of that run, or choose another folder.",
-            )  # fmt: skip
+            raise _other_settings(self.study, self.name, COMMAND)
 
     def run(self, children: Children, threads: int) -> None:
-        """Run it.
-
-        Raises:
-            RunFailedError: it failed; its output is in ``log.txt`` of its folder.
-            StudyStopped: a signal ended it.
-        """
+        """Run it; raises :class:`RunFailedError` if it failed, :class:`StudyStopped` if a signal ended it."""
         children.check()
         if not self.resumes:
             shutil.rmtree(self.folder, ignore_errors=True)  # what an interrupted run left
@@ -121,7 +101,7 @@ class Cell:
         (self.folder / COMMAND).write_text(json.dumps(self._settings(self.arguments)))
         log = self.folder / "log.txt"
         with log.open("a") as output:
-            code = children.run(self.command, stdout=output, stderr=output, threads=threads)
+            code = children.run(self.command, output, threads)
         if self.may_diverge and code and NON_FINITE in log.read_text():
             (self.folder / DIVERGED).touch()
         elif not self.finished:
@@ -131,7 +111,7 @@ class Cell:
                 file.unlink()
 
     def _settings(self, arguments: Sequence[str]) -> list[str]:
-        # Without the study's path: a folder may be moved, and named from elsewhere.
+        # Without the path of the study, which may be moved.
         return [re.sub(rf"^{re.escape(str(self.study))}(?=/|$)", "STUDY", part) for part in arguments]
 
     def _results(self) -> list[tuple[Path, dict[str, Any]]]:
@@ -149,18 +129,16 @@ class Children:
         self.stopped = False
         self._running: set[subprocess.Popen[bytes]] = set()
 
-    def run(self, command: Sequence[str], *, threads: int, **settings: Any) -> int:
+    def run(self, command: Sequence[str], output: IO[str], threads: int) -> int:
         """Run a command to its end; its exit code. Raises :class:`StudyStopped` if it was stopped."""
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         # In a session of its own, so that Ctrl-C reaches it once: from here.
-        with subprocess.Popen(command, env=environment, start_new_session=True, **settings) as process:
+        with subprocess.Popen(command, env=env, start_new_session=True, stdout=output, stderr=output) as process:
             self._running.add(process)
             if self.stopped:  # before it was in the set
                 process.terminate()
-            try:
-                code = process.wait()
-            finally:
-                self._running.discard(process)
+            code = process.wait()
+        self._running.discard(process)
         if code:
             self.check()
         return code
@@ -190,15 +168,15 @@ class Children:
     @contextmanager
     def stopped_by_signals(self) -> Iterator[None]:
         """Within, SIGTERM, SIGHUP and Ctrl-C stop the children; in the main thread only."""
-        numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
-        before = {each: handler for each in numbers if (handler := signal.getsignal(each)) is not signal.SIG_IGN}
-        for number in before:
-            signal.signal(number, self.stop)
+        obeyed = [
+            n for n in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT) if signal.getsignal(n) is not signal.SIG_IGN
+        ]
+        before = {number: signal.signal(number, self.stop) for number in obeyed}
         try:
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, signal.SIG_DFL if handler is None else handler)
+                signal.signal(number, handler or signal.SIG_DFL)
 
 
 def run_all(
@@ -218,14 +196,9 @@ def run_all(
         cells: Runs, in order. The same run may be given twice.
         jobs: Runs at a time.
         threads: Threads of a run; 0 shares the cores.
-        keep_going: Whether the others run when one has failed.
+        keep_going: Whether the others run when one has failed; otherwise that is a :class:`RunFailedError`.
         dry_run: Print the commands of these cells instead.
         outcome: What to print about a finished run; called after each.
-
-    Raises:
-        RunFailedError: a run failed, without ``keep_going``.
-        SettingError: a folder holds a run with other settings.
-        StudyStopped: a signal ended the study.
     """
     from tqdm import tqdm
 
@@ -239,11 +212,8 @@ def run_all(
     done = len(unique) - len(left)
     threads = threads or max(1, (os.cpu_count() or 1) // jobs)
     children, failed = Children(), False
-    with (
-        children.stopped_by_signals(),
-        tqdm(total=len(unique), initial=done, unit="run", disable=None) as bar,
-        ThreadPoolExecutor(jobs) as pool,
-    ):
+    bar = tqdm(total=len(unique), initial=done, unit="run", disable=None)
+    with children.stopped_by_signals(), bar, ThreadPoolExecutor(jobs) as pool:
         futures = {pool.submit(cell.run, children, threads): cell for cell in left}
         try:
             for i, future in enumerate(as_completed(futures), start=done + 1):
@@ -271,16 +241,14 @@ def late_mean(values: Sequence[float]) -> float:
 
 
 def claim(output: Path, settings: Mapping[str, Any]) -> None:
-    """Take a folder for a study with these settings, or continue in one that was taken for them.
-
-    Raises:
-        SettingError: the folder holds a study with other settings.
-    """
+    """Take a folder for a study with these settings; raises a :class:`SettingError` if it holds one with others."""
     note, text = output / "study.json", json.dumps(settings, indent=2, default=str) + "\n"
     if note.exists() and note.read_text() != text:
-        raise SettingError(
-            "--output", str(output), "holds a study with other settings (see study.json in it).",
-            "Use the settings of that study, or choose another folder.",
-        )  # fmt: skip
+        raise _other_settings(output, "a study", note.name)
     output.mkdir(parents=True, exist_ok=True)
     note.write_text(text)
+
+
+def _other_settings(output: Path, what: str, note: str) -> SettingError:
+    problem = f"holds {what} with other settings (see {note} in it)."
+    return SettingError("--output", str(output), problem, "Use those settings, or choose another folder.")

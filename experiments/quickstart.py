@@ -1,7 +1,6 @@
 """``python -m experiments.quickstart --output DIR``: the quickstart and its alternatives, several seeds.
 
-Each run is ``main.py fit`` in a process and a folder of its own; a finished one is not repeated. Writes
-``quickstart.md`` and ``quickstart.csv``.
+Finished runs are not repeated. Writes ``quickstart.md`` and ``quickstart.csv``.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +32,17 @@ COLUMNS = (
 
 def cells(output: Path, seeds: int, extra: Sequence[str] = ()) -> dict[tuple[str, int], Cell]:
     """The runs by variant and seed."""
-    return {
-        (variant, seed): fit(
-            output, f"{Path(files[-1]).stem if files else 'ops_lr'}/seed_{seed}", (BASE, *files), extra,
-            {"seed_everything": seed}, keeps_weights=True,
-        )
-        for seed in range(seeds)
-        for variant, files in VARIANTS.items()
-    }  # fmt: skip
+    found = {}
+    for seed, (variant, files) in product(range(seeds), VARIANTS.items()):
+        name = f"{Path(files[-1]).stem if files else 'ops_lr'}/seed_{seed}"
+        found[variant, seed] = fit(output, name, (BASE, *files), extra, {"seed_everything": seed}, keeps_weights=True)
+    return found
 
 
 def by_site(summary: Mapping[str, Any]) -> str:
     """Queries of a sample at each site."""
-    total, per_sample = summary["queries"], summary["queries_per_sample"]
-    sites = {site: per_sample * queries / total for site, queries in summary["queries_by_site"].items()}
+    share = summary["queries_per_sample"] / (summary["queries"] or 1)
+    sites = {site: share * queries for site, queries in summary["queries_by_site"].items()}
     if len(sites) > 6 and len(set(sites.values())) == 1:
         return f"{next(iter(sites.values())):g} at each of {len(sites)} layers"
     return ", ".join(f"{site} {queries:g}" for site, queries in sites.items()) or "none"
@@ -69,7 +66,10 @@ def report(runs: Mapping[tuple[str, int], Cell]) -> str:
 def study(options: argparse.Namespace) -> None:
     """Run what is missing, and write the tables."""
     runs = cells(options.output, options.seeds, options.extra)
-    if not run_all([*runs.values()], jobs=options.jobs, dry_run=options.dry_run, outcome=outcome):
+    said = "{test_accuracy:.1%} in {train_seconds:.0f} s".format_map
+    if not run_all(
+        [*runs.values()], jobs=options.jobs, dry_run=options.dry_run, outcome=lambda cell: said(cell.summary)
+    ):
         return
     text = report(runs)
     (options.output / "quickstart.md").write_text(text)
@@ -78,18 +78,11 @@ def study(options: argparse.Namespace) -> None:
     print(f"\n{text}\nwritten to {options.output}")
 
 
-def outcome(cell: Cell) -> str:
-    """A finished run in a few words."""
-    return f"{cell.summary['test_accuracy']:.1%} in {cell.summary['train_seconds']:.0f} s"
-
-
 def main(args: Sequence[str] | None = None) -> None:
     """Run the study."""
     parser = StudyParser(__doc__)
-    parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to N-1 (default 5)")
-    options = parser.parse(args, at_least_one=["seeds"])
-    with parser.mistakes():
-        study(options)
+    parser.numbers(seeds=(5, "seeds 0 to N-1"))
+    parser.run(study, args)
 
 
 if __name__ == "__main__":

@@ -42,11 +42,7 @@ def extreme_digits(checkpoint: Path, shown: int) -> tuple[Tensor, Tensor, Tensor
 
 
 def draw(runs: Path, seeds: int, output: Path) -> None:
-    """Draw the picture from finished runs.
-
-    Raises:
-        SettingError: matplotlib is not installed.
-    """
+    """Draw the picture from finished runs."""
     figure = pyplot().figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=[1.25, 1])
     _draw_curves(left.subplots(), runs, seeds)
@@ -72,11 +68,11 @@ def _draw_curves(axes: Any, runs: Path, seeds: int) -> None:
 
 
 def _draw_digits(figure: Any, images: Tensor, labels: Tensor, counts: Tensor) -> None:
-    for i, axis in enumerate(figure.subplots(2, len(images) // 2).ravel()):
-        axis.imshow(images[i], cmap="gray_r")
-        axis.set_title(f"{int(counts[i])}", fontsize=11)
-        axis.set_xlabel(f"a {int(labels[i])}", fontsize=9)
-        axis.set(xticks=[], yticks=[])
+    for axis, image, label, count in zip(
+        figure.subplots(2, len(images) // 2).flat, images, labels, counts, strict=True
+    ):
+        axis.imshow(image, cmap="gray_r")
+        axis.set(title=f"{int(count)}", xlabel=f"a {int(label)}", xticks=[], yticks=[])
     figure.suptitle("queries of the hardest and the easiest of 64 samples (20 on average)", fontsize=10)
 
 

@@ -18,6 +18,7 @@ import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -42,18 +43,11 @@ Settings = Mapping[str, Any]
 
 
 def compared(strategy: LikelihoodRatio) -> dict[str, Settings]:
-    """Settings of the strategy that are compared, by name; :data:`BASE` changes nothing.
-
-    Raises:
-        SettingError: the strategy names no sites, or several by one entry, so that the head's queries cannot be given
-            to the others one by one.
-    """
-    specs = strategy.specs
-    if len(specs) < 2 or len(specs) != len(strategy.sites):
-        raise SettingError(
-            "strategy.sites", [site.name for site in strategy.sites], "does not have one entry for each site.",
-            "Name two or more sites of kind group.",
-        )  # fmt: skip
+    """Settings of the strategy that are compared, by name; :data:`BASE` changes nothing."""
+    specs, names = strategy.specs, [site.name for site in strategy.sites]
+    if len(specs) < 2 or len(specs) != len(names):  # the head's queries cannot be given to the others one by one
+        remedy = "Name two or more sites of kind group."
+        raise SettingError("strategy.sites", names, "does not have one entry for each site.", remedy)
     given = {"exact_head": True, "sites": [asdict(spec) for spec in spread_queries(specs)]}
     return {
         BASE: {},
@@ -72,40 +66,33 @@ def spread_queries(specs: Sequence[SiteSpec]) -> list[SiteSpec]:
     return [*(replace(spec, queries_per_sample=n) for spec, n in zip(others, raised, strict=True)), head]
 
 
-# -- variance ----------------------------------------------------------------------------------------------------------
-
-
 def site_variances(strategy: LikelihoodRatio, batch: Batch, *, draws: int) -> dict[str, float]:
     """Sum over each site's parameters of the variance of the gradient estimate, by ``draws`` estimates of one batch."""
-    sums: dict[str, Tensor] = {}
-    squares: dict[str, float] = {}
+    gradients: dict[str, list[Tensor]] = {}
     for _ in range(draws):
         strategy.network.module.zero_grad()
         strategy.estimate(strategy.clean_pass(*batch))
         for site in (*strategy.sites, *strategy.exact_sites):
-            found = [p.grad for p in site.parameters.values() if p.grad is not None]
-            flat = torch.cat([g.flatten() for g in found]).double()
-            squares[site.name] = squares.get(site.name, 0.0) + float(flat.square().sum())
-            sums[site.name] = sums.get(site.name, torch.zeros_like(flat)) + flat
+            found = [p.grad.flatten() for p in site.parameters.values() if p.grad is not None]
+            gradients.setdefault(site.name, []).append(torch.cat(found).double())
     strategy.network.module.zero_grad()
-    return {name: (squares[name] - float(sums[name].square().sum()) / draws) / (draws - 1) for name in sums}
+    return {name: float(torch.stack(each).var(dim=0).sum()) for name, each in gradients.items()}
 
 
-def random_batches(run: EqualCountsRun, number: int, seed: int) -> list[Batch]:
-    """Batches of the training set."""
+def _random_batches(run: EqualCountsRun, number: int, seed: int) -> list[Batch]:
     return [run.images(run.shuffled(seed * 10_000 + i)[: run.data.batch_size]) for i in range(number)]
 
 
 def measure(run: EqualCountsRun, step: int, *, batches: int, draws: int) -> list[tuple[Any, ...]]:
     """Rows of ``variance.csv`` at one checkpoint."""
     rows: list[tuple[Any, ...]] = []
-    measured = random_batches(run, batches, seed=2 * step)
+    measured = _random_batches(run, batches, seed=2 * step)
     own = {name: getattr(run.strategy, name) for name in ("variant", "chunk_rows", "seed")}
     for name, settings in compared(run.strategy).items():
         strategy = LikelihoodRatio(**{"sites": run.strategy.specs, **own, **settings})
         strategy.bind(run.task.network, run.task.loss)
         if strategy.token_sigma:
-            for batch in random_batches(run, 3 * HALF_LIFE, seed=2 * step + 1):
+            for batch in _random_batches(run, 3 * HALF_LIFE, seed=2 * step + 1):
                 strategy.estimate(strategy.clean_pass(*batch))
         for i, batch in enumerate(measured):
             found = site_variances(strategy, batch, draws=draws)
@@ -129,45 +116,36 @@ def measure_variances(run: EqualCountsRun, path: Path, *, checkpoints: int, batc
 
 def variance_table(rows: Sequence[Mapping[str, str]]) -> str:
     """Markdown: variance without a setting over variance with it, at each checkpoint and site."""
-    values = {(row["checkpoint"], row["setting"], row["batch"], row["site"]): float(row["variance"]) for row in rows}
-    sites, settings, checkpoints = (
-        list(dict.fromkeys(row[k] for row in rows)) for k in ("site", "setting", "checkpoint")
-    )
+    values = {tuple(row[name] for name in VARIANCE_COLUMNS[:-1]): float(row["variance"]) for row in rows}
+    checkpoints, settings, batches, sites = (list(dict.fromkeys(each)) for each in zip(*values, strict=True))
     lines = []
-    for checkpoint in checkpoints:
-        batches = dict.fromkeys(row["batch"] for row in rows if row["checkpoint"] == checkpoint)
-        for setting in settings:
-            if setting == BASE:
-                continue
-            line = [checkpoint, setting]
-            for group in (sites, *([site] for site in sites)):
-                before, after = (
-                    [sum(values[checkpoint, name, batch, site] for site in group) for batch in batches]
-                    for name in (BASE, setting)
-                )
-                exact = all(a <= 1e-9 * b for a, b in zip(after, before, strict=True))
-                line.append("exact" if exact else paired_ratio(before, after))
-            lines.append(line)
+    for checkpoint, setting in product(checkpoints, settings):
+        if setting == BASE:
+            continue
+        line = [checkpoint, setting]
+        for group in (sites, *([site] for site in sites)):
+            before, after = (
+                [sum(values[checkpoint, name, batch, site] for site in group) for batch in batches]
+                for name in (BASE, setting)
+            )
+            exact = all(a <= 1e-9 * b for a, b in zip(after, before, strict=True))
+            line.append("exact" if exact else paired_ratio(before, after))
+        lines.append(line)
     return markdown(["before step", "setting", "all parameters", *sites], lines)
-
-
-# -- accuracy ----------------------------------------------------------------------------------------------------------
 
 
 def accuracy_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Markdown: every setting against the one without either, seed by seed."""
-    by_setting: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        by_setting.setdefault(row["setting"], []).append(row)
-    base_accuracy, base_loss = ([row[k] for row in by_setting[BASE]] for k in ("test_accuracy", "late_loss"))
     lines = []
-    for setting, own in by_setting.items():
-        accuracy, loss = ([row[column] for row in own] for column in ("test_accuracy", "late_loss"))
+    for setting in dict.fromkeys(row["setting"] for row in rows):
+        queries, loss, accuracy, _, base_loss, base_accuracy = (
+            [row[column] for row in rows if row["setting"] == name]
+            for name, column in product((setting, BASE), ACCURACY_COLUMNS[2:])
+        )
         itself = setting == BASE
         lines.append([
-            setting, f"{own[0]['queries_per_sample']:g}", spread(accuracy),
-            "" if itself else paired_difference(accuracy, base_accuracy), f"{statistics.fmean(loss):.3f}",
-            "" if itself else paired_ratio(loss, base_loss),
+            setting, f"{queries[0]:g}", spread(accuracy), "" if itself else paired_difference(accuracy, base_accuracy),
+            f"{statistics.fmean(loss):.3f}", "" if itself else paired_ratio(loss, base_loss),
         ])  # fmt: skip
     columns = ["setting", "queries a sample", "test accuracy, mean (min - max)", "difference, points",
                "training loss, last quarter", "ratio"]  # fmt: skip
@@ -177,17 +155,17 @@ def accuracy_table(rows: Sequence[Mapping[str, Any]]) -> str:
 def cells(settings: Mapping[str, Settings], options: argparse.Namespace) -> dict[tuple[str, int], Cell]:
     """The runs by setting and seed."""
     found = {}
-    for seed in range(options.seeds):
-        for name, changed in settings.items():
-            own = {"seed_everything": seed, "trainer.log_every_n_steps": 1}
-            own |= {f"model.init_args.strategy.init_args.{key}": value for key, value in changed.items()}
-            folder = f"{name.replace(', ', '_').replace(' ', '_')}/seed_{seed}"
-            found[name, seed] = fit(options.output, folder, options.config, options.extra, own)
+    for seed, (name, changed) in product(range(options.seeds), settings.items()):
+        own = {"seed_everything": seed, "trainer.log_every_n_steps": 1}
+        own |= {f"model.init_args.strategy.init_args.{key}": value for key, value in changed.items()}
+        folder = f"{name.replace(', ', '_').replace(' ', '_')}/seed_{seed}"
+        found[name, seed] = fit(options.output, folder, options.config, options.extra, own)
     return found
 
 
 def study(options: argparse.Namespace) -> None:
     """Measure and run what is missing, and write the tables."""
+    options.config = options.config or list(CONFIGS)
     arguments = [*configs(options.config), *options.extra]
     torch.set_num_threads(options.threads)
     run, variance = EqualCountsRun(arguments), options.output / "variance.csv"
@@ -196,15 +174,14 @@ def study(options: argparse.Namespace) -> None:
         measured = {name: getattr(options, name) for name in ("checkpoints", "batches", "draws")}
         claim(options.output, {"arguments": arguments, **measured})
         measure_variances(run, variance, **measured)
-    if not run_all([*runs.values()], jobs=options.jobs, threads=options.threads, dry_run=options.dry_run,
-                   outcome=lambda cell: f"test accuracy {cell.summary['test_accuracy']:.1%}"):  # fmt: skip
+    how = {"jobs": options.jobs, "threads": options.threads, "dry_run": options.dry_run}
+    if not run_all([*runs.values()], outcome=lambda c: f"test accuracy {c.summary['test_accuracy']:.1%}", **how):
         return
-    results = [
-        (*key, cell.summary["queries_per_sample"], cell.late_loss, cell.summary["test_accuracy"])
-        for key, cell in runs.items()
+    rows = [
+        {**cell.summary, "setting": name, "seed": seed, "late_loss": cell.late_loss}
+        for (name, seed), cell in runs.items()
     ]
-    write_csv(options.output / "accuracy.csv", ACCURACY_COLUMNS, results)
-    rows = [dict(zip(ACCURACY_COLUMNS, result, strict=True)) for result in results]
+    write_csv(options.output / "accuracy.csv", ACCURACY_COLUMNS, [[row[c] for c in ACCURACY_COLUMNS] for row in rows])
     text = f"{variance_table(read_csv(variance))}\n{accuracy_table(rows)}"
     (options.output / "sigma_and_head.md").write_text(text)
     print(f"\n{text}\nwritten to {options.output}")
@@ -213,17 +190,12 @@ def study(options: argparse.Namespace) -> None:
 def main(args: Sequence[str] | None = None) -> None:
     """Run the study."""
     parser = StudyParser(__doc__)
-    add = parser.add_argument
-    add("--config", action="append", help=f"configuration file; may be repeated (default {CONFIGS})")
-    add("--seeds", type=int, default=5, help="seeds 0 to N-1 (default 5)")
-    add("--checkpoints", type=int, default=3, help="checkpoints of the variance (default 3)")
-    add("--batches", type=int, default=5, help="batches measured at each (default 5)")
-    add("--draws", type=int, default=20, help="estimates of each batch (default 20)")
-    add("--threads", type=int, default=os.cpu_count() or 1, help="threads of a run (default: all)")
-    options = parser.parse(args, at_least_one=["seeds", "checkpoints", "batches", "draws", "threads"])
-    options.config = options.config or list(CONFIGS)
-    with parser.mistakes():
-        study(options)
+    files = f"configuration file; may be repeated (default {CONFIGS})"
+    parser.add_argument("--config", action="append", help=files)
+    parser.numbers(seeds=(5, "seeds 0 to N-1"), checkpoints=(3, "checkpoints of the variance"))
+    parser.numbers(batches=(5, "batches measured at each"), draws=(20, "estimates of each batch"))
+    parser.numbers(threads=(os.cpu_count() or 1, "threads of a run"))
+    parser.run(study, args)
 
 
 if __name__ == "__main__":

@@ -8,15 +8,12 @@ from collections.abc import Sequence
 
 from scipy.stats import t
 
-LEVEL = 0.95
-
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
     """Mean and the bounds of its confidence interval; NaN bounds for a single value."""
-    mean, number = statistics.fmean(values), len(values)
-    if number < 2:
-        return mean, math.nan, math.nan
-    half = float(t.ppf((1 + LEVEL) / 2, number - 1)) * statistics.stdev(values) / math.sqrt(number)
+    mean, number, half = statistics.fmean(values), len(values), math.nan
+    if number > 1:
+        half = float(t.ppf(0.975, number - 1)) * statistics.stdev(values) / math.sqrt(number)
     return mean, mean - half, mean + half
 
 

@@ -9,6 +9,7 @@ Writes JSON: ``cosines``, one list a batch, one number a draw.
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Sequence
 from itertools import islice
@@ -26,17 +27,15 @@ from flops_lightning.errors import SettingError
 from flops_lightning.strategies import Backprop
 from flops_lightning.tasks import ForwardImageClassifier
 
-STILL = 1e-30
-"""A learning rate that moves no weight: far below what float32 and float64 resolve beside it."""
-WINDOW = 10
-"""Batches from which allocators learn before."""
+STILL = 1e-30  # a learning rate that moves no weight: far below what float32 and float64 resolve beside it
+WINDOW = 10  # batches from which allocators learn before
 
 
 class Recorder(Callback):
     """Compares the gradient of each step, as the optimiser gets it, with the one by backprop."""
 
     def __init__(self, task: ForwardImageClassifier, *, window: int, batches: int) -> None:
-        """Measure on this task's network, after ``window`` batches, on ``batches`` that come in turn."""
+        # After ``window`` batches, on ``batches`` that come in turn.
         self.task, self.window = task, window
         self.parameters = task.network.trainable()
         self.exact = Backprop()
@@ -80,19 +79,7 @@ class Recorder(Callback):
 
 
 def measure(given: Sequence[str], *, batches: int, draws: int) -> list[list[float]]:
-    """Cosines of a method's estimates with the gradient.
-
-    Args:
-        given: The configuration, as after ``main.py fit``.
-        batches: Batches of the training set.
-        draws: Estimates of each.
-
-    Returns:
-        One list a batch, one number a draw.
-
-    Raises:
-        SettingError: the model is not one that this study can measure.
-    """
+    """Cosines of a method's estimates with the gradient: one list a batch of the training set, one number a draw."""
     from flops_lightning.cli.command import build
 
     own = {
@@ -104,9 +91,8 @@ def measure(given: Sequence[str], *, batches: int, draws: int) -> list[list[floa
     cli = build([*given, *arguments(own)])
     task, trainer = cli.model, cast("Any", cli.trainer)
     if not isinstance(task, ForwardImageClassifier):
-        raise SettingError(
-            "model.class_path", type(task).__name__, "has no strategy to measure.", "Give a ForwardImageClassifier."
-        )
+        remedy = "Give a ForwardImageClassifier."
+        raise SettingError("model.class_path", type(task).__name__, "has no strategy to measure.", remedy)
     allocators = [each for each in trainer.callbacks if isinstance(each, QueryAllocatorCallback)]
     learns = any(each.allocator.learns for each in allocators)
     cli.datamodule.setup("fit")
@@ -119,14 +105,17 @@ def measure(given: Sequence[str], *, batches: int, draws: int) -> list[list[floa
     return recorder.cosines
 
 
+def study(options: argparse.Namespace) -> None:
+    """Measure and write."""
+    cosines = measure(options.extra, batches=options.batches, draws=options.draws)
+    options.output.write_text(json.dumps({"cosines": cosines}) + "\n")
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Measure and write."""
     parser = StudyParser(__doc__, runs=False)
-    parser.add_argument("--batches", type=int, default=4, help="batches (default 4)")
-    parser.add_argument("--draws", type=int, default=8, help="estimates of each (default 8)")
-    options = parser.parse(args, at_least_one=["batches", "draws"])
-    cosines = measure(options.extra, batches=options.batches, draws=options.draws)
-    options.output.write_text(json.dumps({"cosines": cosines}) + "\n")
+    parser.numbers(batches=(4, "batches"), draws=(8, "estimates of each"))
+    parser.run(study, args)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from experiments.tables import markdown, spread, write_csv
 from flops_lightning.plan.cost import Cost
@@ -22,22 +22,18 @@ COLUMNS = (
     "peak_memory_mb", "cosine",
 )  # fmt: skip
 SUMMARY_KEYS = ("test_accuracy", "queries", "forward_equivalents", "train_seconds", "peak_memory_mb")
-AT_START, AT_END = "start", "end"
-"""Weights at which cosines are measured: those that all runs start from, and those of the reference run's end."""
+AT_START, AT_END = "start", "end"  # weights at which cosines are measured: of all runs' start, of the reference's end
 EDGE = "\\*"
-ROUNDING = 1e-9
-"""Spread below which estimates are the same."""
+ROUNDING = 1e-9  # spread below which estimates are the same
 MEMORY = {
     "cuda": "of the tensors on the GPU (`torch.cuda.max_memory_allocated`)",
     "process": "of the whole process, libraries and data included (its high-water mark)",
 }
 
-Cosines = Mapping[str, Sequence[Sequence[float]]]
-"""By weights: one list a batch, one number a draw."""
+Cosines = Mapping[str, Sequence[Sequence[float]]]  # by weights: one list a batch, one number a draw
 
 
-@dataclass(frozen=True)
-class Reference:
+class Reference(NamedTuple):
     """The run that fixes the budgets: its optimiser steps, the samples it saw, and what it spent."""
 
     steps: int
@@ -45,19 +41,8 @@ class Reference:
     queries: float
     forward_equivalents: float
 
-    @classmethod
-    def of(cls, summary: Mapping[str, Any]) -> Reference:
-        """From the ``summary.json`` of the run."""
-        return cls(**{name: summary[name] for name in ("steps", "samples", "queries", "forward_equivalents")})
 
-    @property
-    def samples_per_step(self) -> float:
-        """On average: the last batch of an epoch may be smaller."""
-        return self.samples / self.steps
-
-
-@dataclass(frozen=True)
-class Length:
+class Length(NamedTuple):
     """Optimiser steps of a method under a budget; ``reason``: why it is not run; ``note``: a remark for the table."""
 
     steps: int
@@ -73,7 +58,8 @@ def steps_for(budget: BudgetKind, cost: Cost, reference: Reference) -> int:
     each, once = (getattr(cost, name) for name in (budget, f"{budget}_once"))
     if each == 0:
         return reference.steps
-    return max(0, round((getattr(reference, budget) - once) / (each * reference.samples_per_step)))
+    samples_per_step = reference.samples / reference.steps  # on average: the last batch of an epoch may be smaller
+    return max(0, round((getattr(reference, budget) - once) / (each * samples_per_step)))
 
 
 def length(
@@ -94,22 +80,13 @@ def length(
 
 @dataclass(frozen=True)
 class Row:
-    """A method under a budget.
-
-    Attributes:
-        method: Its name.
-        length: Its steps, or why there are none.
-        rate: Its learning rate; NaN if it was not tuned.
-        edge: Whether that is the least or the largest of those tried.
-        summaries: ``summary.json`` of each run by seed; None where it diverged.
-        cosines: Of its estimates with the gradient.
-    """
+    """A method under a budget."""
 
     method: str
     length: Length
-    rate: float = math.nan
-    edge: bool = False
-    summaries: Mapping[int, Mapping[str, Any] | None] = field(default_factory=dict)
+    rate: float = math.nan  # NaN if it was not tuned
+    edge: bool = False  # whether the rate is the least or the largest of those tried
+    summaries: Mapping[int, Mapping[str, Any] | None] = field(default_factory=dict)  # by seed; None: the run diverged
     cosines: Cosines = field(default_factory=dict)
 
     @property
@@ -128,9 +105,10 @@ def _cosine(batches: Sequence[Sequence[float]] | None) -> str:
     if not batches:
         return "-"
     values = [value for batch in batches for value in batch]
-    # Mean and spread with as many digits as the spread leaves meaningful.
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.fmean(values):.2g} ± {deviation if deviation > ROUNDING else 0:.1g}"
+    return (
+        f"{statistics.fmean(values):.2g} ± {deviation if deviation > ROUNDING else 0:.1g}"  # the digits that mean much
+    )
 
 
 def _line(row: Row) -> list[str]:
@@ -162,14 +140,7 @@ def strategies_table(rows: Iterable[Row]) -> str:
 
 
 def report(tables: Mapping[BudgetKind, Sequence[Row]], reference: Reference, about: Mapping[str, str]) -> str:
-    """Both tables with what is to be known about them.
-
-    Args:
-        tables: Rows by budget.
-        reference: What fixed the budgets.
-        about: ``configs``, ``start_accuracy``, ``rates``, ``tuning``, ``cosines``, ``processes``, as they are to be
-            read.
-    """
+    """Both tables, with what ``about`` says of ``configs``, ``start_accuracy``, ``rates``, ``tuning``, and so on."""
     parts = [
         f"# Strategies on {about['configs']}\n",
         f"Every method starts from the same weights (test accuracy {about['start_accuracy']}) and trains in a process "
@@ -190,9 +161,7 @@ def report(tables: Mapping[BudgetKind, Sequence[Row]], reference: Reference, abo
     return "\n".join(parts) + "\n"
 
 
-def write_tables(
-    output: Path, tables: Mapping[BudgetKind, Sequence[Row]], cosines: Mapping[str, Cosines]
-) -> None:  # fmt: skip
+def write_tables(output: Path, tables: Mapping[BudgetKind, Sequence[Row]], cosines: Mapping[str, Cosines]) -> None:
     """``strategies.csv``: a line a run, without accuracy where it diverged. ``cosines.csv``: a line an estimate."""
     runs = [
         [row.method, budget, row.rate, seed, row.length.steps,

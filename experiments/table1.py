@@ -21,17 +21,16 @@ from experiments.command_line import StudyParser, arguments, configs
 from experiments.harness import Cell, run_all
 from experiments.table1_paper import DATA_SETS, PAPER, ROWS, published
 from experiments.tables import markdown, write_csv
+from flops_lightning.errors import SettingError
 
-FILES: Mapping[str, tuple[str, ...]] = {
-    # A cell's configuration is the paper's own method.
+FILES: Mapping[str, tuple[str, ...]] = {  # on top of a cell's configuration, which is the paper's own method
     "ops_lr": (),
     "ops_lr_optimal": ("configs/method/ops_lr.yaml",),
     "ops_spsa": ("configs/method/ops_spsa.yaml", "configs/allocators/gaussian.yaml"),
     **{method: (f"configs/method/{method}.yaml",) for method in ("bp", "mezo", "mezo_nspsa", "deepzero_spsa", "lr")},
 }
-"""Configuration files on top of a cell's, by method."""
+# Five sites of 20 queries each, where the method's file counts on four.
 OWN = {("vit_large", "mezo_nspsa"): ("--model.init_args.strategy.init_args.queries=100",)}
-"""Arguments of single cells: five sites of 20 queries each, where the method's file counts on four."""
 METHODS = (*ROWS, "ops_lr_optimal")
 TITLES = {**ROWS, "ops_lr_optimal": "OPS-LR, optimal allocator, no pilots (ours)"}
 COLUMNS = ("start_accuracy", "test_accuracy", "steps", "queries", "forward_equivalents", "train_seconds")
@@ -50,17 +49,25 @@ class Key(NamedTuple):
 def cells(options: argparse.Namespace) -> dict[Key, Cell]:
     """All runs; seeds change slowest, so that an interrupted table has all its cells once."""
     found = {}
-    for seed, model, data_set, method in product(
-        *map(dict.fromkeys, (options.seeds, options.models, options.data_sets, options.methods))
-    ):
+    given_once = map(dict.fromkeys, (options.seeds, options.models, options.data_sets, options.methods))
+    for seed, model, data_set, method in product(*given_once):
         name = f"{model}/{data_set}/{method}/seed_{seed}"
         # The method's files come last: they replace what an overlay of the user's says of the strategy.
-        given = (*options.extra, *options.only.get(data_set, ()))
+        only = [f"--{setting}" for where, setting in map(_only, options.only) if where == data_set]
+        given = (*(["--config", SMALL] if options.small else ()), *options.extra, *only)
         on_top = (*configs(FILES[method]), *OWN.get((model, method), ()))
         own = {"seed_everything": seed, "trainer.default_root_dir": options.output / name, "ckpt_path": "last"}
         command = ("main.py", "fit", "--config", f"configs/{model}_{data_set}.yaml", *given, *on_top, *arguments(own))
         found[Key(model, data_set, method, seed)] = Cell(options.output, name, command, resumes=True)
     return found
+
+
+def _only(given: str) -> tuple[str, str]:
+    data_set, _, setting = given.partition(":")
+    if data_set not in DATA_SETS or setting.find("=") < 1:
+        remedy = "Write for example cifar10:data.init_args.download=true."
+        raise SettingError("--only", given, "is not DATA_SET:NAME=VALUE.", remedy)
+    return data_set, setting
 
 
 def entry(runs: Sequence[Cell]) -> str:
@@ -95,16 +102,15 @@ def report(runs: Mapping[Key, Cell], *, small: bool) -> str:
 def write(runs: Mapping[Key, Cell], output: Path, *, small: bool) -> None:
     """Write ``table1.md`` and ``table1.csv``."""
     (output / "table1.md").write_text(report(runs, small=small))
-    summaries = {key: cell.summary if cell.finished else {} for key, cell in runs.items()}
-    rows = [
-        (*key, *(summary.get(name) for name in COLUMNS), published(key.model, key.method, key.data_set))
-        for key, summary in summaries.items()
-    ]
+    rows = []
+    for key, cell in runs.items():
+        summary = cell.summary if cell.finished else {}
+        rows.append((*key, *map(summary.get, COLUMNS), published(key.model, key.method, key.data_set)))
     write_csv(output / "table1.csv", ("model", "data_set", "method", "seed", *COLUMNS, "paper"), rows)
 
 
-def parse(args: Sequence[str] | None) -> tuple[StudyParser, argparse.Namespace]:
-    """Read the command line; ``only`` becomes a mapping from data sets to arguments."""
+def command_line() -> StudyParser:
+    """The options."""
     parser = StudyParser(__doc__)
     add = parser.add_argument
     add("--models", nargs="+", choices=PAPER, default=list(PAPER), help="default all")
@@ -113,41 +119,30 @@ def parse(args: Sequence[str] | None) -> tuple[StudyParser, argparse.Namespace]:
     add("--seeds", nargs="+", type=int, default=[0], help="default 0")
     add("--small", action="store_true", help=f"with {SMALL}, for two CPU cores")
     add("--only", nargs="+", default=[], metavar="DATA_SET:NAME=VALUE", help="settings of the runs on one data set")
-    options = parser.parse(args)
-    options.extra = (*(("--config", SMALL) if options.small else ()), *options.extra)
-    only: dict[str, tuple[str, ...]] = {}
-    for each in options.only:
-        data_set, _, setting = each.partition(":")
-        if data_set not in DATA_SETS or setting.find("=") < 1:
-            parser.error(f"--only = {each!r}: is not DATA_SET:NAME=VALUE, as cifar10:data.init_args.download=true is.")
-        only[data_set] = (*only.get(data_set, ()), f"--{setting}")
-    options.only = only
-    return parser, options
+    return parser
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    """Run what is missing, and write the table after every cell.
-
-    Raises:
-        SystemExit: with code 1 if a cell failed, after all others were tried.
-    """
-    parser, options = parse(args)
+def study(options: argparse.Namespace) -> None:
+    """Run what is missing, and write the table after every cell; exits with code 1 if one failed, after all others."""
     runs = cells(options)
 
     def outcome(cell: Cell) -> str:
         write(runs, options.output, small=options.small)
         return f"{100 * cell.summary['test_accuracy']:.1f} %"
 
-    with parser.mistakes():
-        complete = run_all(
-            [*runs.values()], jobs=options.jobs, keep_going=True, dry_run=options.dry_run, outcome=outcome
-        )
+    given = {"jobs": options.jobs, "dry_run": options.dry_run}
+    complete = run_all([*runs.values()], keep_going=True, outcome=outcome, **given)
     if options.dry_run:
         return
     write(runs, options.output, small=options.small)
     print(report(runs, small=options.small))
     if not complete:
         sys.exit(1)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Make the table."""
+    command_line().run(study, args)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 DATA_SETS = ("imagenet", "caltech101", "food101", "flowers102", "cifar10", "cifar100", "eurosat")
-"""Columns, in the paper's order."""
-
-ROWS = {
+ROWS = {  # by the name of the method's file in configs/method
     "bp": "BP (upper bound)",
     "mezo": "Mezo (2 queries)",
     "mezo_nspsa": "Mezo (n-SPSA)",
@@ -14,9 +12,7 @@ ROWS = {
     "ops_spsa": "OPS-SPSA",
     "ops_lr": "OPS-LR",
 }
-"""The paper's name of each method, by the name of its file in ``configs/method``."""
-
-PAPER: dict[str, dict[str, tuple[float, ...]]] = {
+PAPER: dict[str, dict[str, tuple[float, ...]]] = {  # by model and method: one figure a data set
     "vit_base": {
         "bp": (80.5, 92.2, 92.4, 93.5, 96.3, 90.7, 91.9),
         "mezo": (9.3, 42.6, 37.3, 38.2, 42.1, 37.5, 39.8),
@@ -36,7 +32,6 @@ PAPER: dict[str, dict[str, tuple[float, ...]]] = {
         "ops_lr": (67.6, 90.2, 89.5, 92.3, 95.5, 90.8, 90.1),
     },
 }
-"""By model and method: one figure a data set."""
 
 
 def published(model: str, method: str, data_set: str) -> float | None:

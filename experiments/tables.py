@@ -33,7 +33,4 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]],
 
 def read_csv(path: Path) -> list[dict[str, str]]:
     """Rows of a table; none if there is no file."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []

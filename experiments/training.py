@@ -17,19 +17,11 @@ from flops_lightning.strategies.pilots import PilotSpec
 from flops_lightning.tasks import ForwardImageClassifier
 
 Batch = tuple[Tensor, Tensor]
-ACCURACY_IMAGES = 2000
-"""Images of the training set whose accuracy is reported, at most."""
+ACCURACY_IMAGES = 2000  # of the training set, at most
 
 
 class EqualCountsRun:
-    """Training by a configuration's own strategy and optimiser, with equal counts and without pilots.
-
-    Args:
-        arguments: The configuration, as after ``main.py fit``.
-
-    Raises:
-        SettingError: it does not train a classifier with ``LikelihoodRatio``.
-    """
+    """Training by the own strategy and optimiser of a configuration, with equal counts and without pilots."""
 
     def __init__(self, arguments: Sequence[str]) -> None:
         from flops_lightning.cli.command import build
@@ -37,10 +29,8 @@ class EqualCountsRun:
         cli = build(arguments)
         strategy = getattr(cli.model, "strategy", None)
         if not isinstance(cli.model, ForwardImageClassifier) or not isinstance(strategy, LikelihoodRatio):
-            raise SettingError(
-                "--config", list(arguments), f"trains with {type(strategy).__name__}, not with LikelihoodRatio.",
-                "Use for example configs/vit_tiny_digits.yaml.",
-            )  # fmt: skip
+            problem = f"trains with {type(strategy).__name__}, not with LikelihoodRatio."
+            raise SettingError("--config", list(arguments), problem, "Use for example configs/vit_tiny_digits.yaml.")
         self.task, self.data, self.strategy = cli.model, cli.datamodule, strategy
         self.strategy.pilots = PilotSpec()
         self.data.setup("fit")

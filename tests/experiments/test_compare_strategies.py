@@ -1,17 +1,14 @@
 from __future__ import annotations
 
-import json
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from experiments import compare_strategies, harness
-from experiments.compare_strategies import METHODS, Study, parse
+from experiments import compare_strategies
+from experiments.compare_strategies import METHODS, Study, command_line
 from experiments.harness import Cell
-from experiments.pictures import draw_strategies
 from experiments.strategies_table import (
     Length,
     Reference,
@@ -21,12 +18,11 @@ from experiments.strategies_table import (
     report,
     steps_for,
     strategies_table,
-    write_tables,
 )
 from experiments.tables import read_csv
 from flops_lightning.plan.cost import Cost, typical_seconds
+from tests.experiments.fakes import SUMMARY, entries, finish
 
-ROOT = Path(__file__).parent.parent.parent
 # 12 epochs of 19 batches of 64 and one of 41, 80 queries a sample.
 REFERENCE = Reference(240, 12 * 1257, 80.0 * 12 * 1257, 20.0 * 12 * 1257)
 LIMITS = {"max_steps_factor": 50.0, "max_minutes": 20.0}
@@ -34,9 +30,6 @@ LIMITS = {"max_steps_factor": 50.0, "max_minutes": 20.0}
 
 def cost(queries: float, equivalents: float, once: float = 0.0, seconds: float = 0.1) -> Cost:
     return Cost(queries, equivalents, once, once, seconds, seconds_once=0.0)
-
-
-# -- budgets and steps -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -76,56 +69,35 @@ def test_a_cost_is_read_from_the_difference_of_steps() -> None:
     assert read == Cost(80.0, 20.0, 1000.0, 250.0, 0.5, 3.0)  # one slow step is not the rule
 
 
-# -- a study whose runs are finished -----------------------------------------------------------------------------------
-
-
-def finish(cell: Cell, **values: Any) -> None:
-    usual = {
-        "start_accuracy": 0.14, "test_accuracy": 0.9, "steps": 240, "samples": 15084, "queries": 1206720,
-        "forward_equivalents": 301680.0, "train_seconds": 24.0, "peak_memory_mb": 900.0, "peak_memory_of": "process",
-    }  # fmt: skip
-    cell.folder.mkdir(parents=True, exist_ok=True)
-    (cell.folder / "summary.json").write_text(json.dumps({**usual, **values}))
-    (cell.folder / "model.safetensors").touch()
-
-
 @pytest.fixture
-def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
+def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_runs: None) -> Study:
     """`lr` and `mezo`, all runs in place."""
-    monkeypatch.chdir(ROOT)
     costs = {"lr": cost(80, 20), "mezo": cost(2, 2)}
     losses = {"lr_0.0003": 0.5, "lr_0.001": 0.3, "lr_0.003": 0.4}
     late_loss = property(lambda c: float("inf") if c.diverged else losses[c.folder.parts[-3]])
     monkeypatch.setattr(Study, "costs", costs)
     monkeypatch.setattr(Cell, "late_loss", late_loss)
-    monkeypatch.setattr(harness.Children, "run", lambda _, command, **__: pytest.fail(f"ran {command}"))
     given = ["--config", "configs/vit_tiny_digits.yaml", "--output", str(tmp_path), "--methods", *costs]
-    study = Study(parse([*given, "--seeds", "3", "--max-steps-factor", "30"])[1])
-    finish(study.reference_run)
+    study = Study(command_line().parse([*given, "--seeds", "3", "--max-steps-factor", "30"]))
+    finish(study.reference_run.folder)
     for method in costs:
         for cell in (study.probe(method), *study.tuning(method).values()):
-            finish(cell)
-    for i, cell in enumerate(study.finals()):
-        finish(cell, test_accuracy=0.90 + 0.01 * (i % 3))
-    for method in costs:
+            finish(cell.folder)
         for where in ("start", "end"):
-            folder = study.cosine(method, where).folder
-            folder.mkdir(parents=True)
-            (folder / "cosines.json").write_text(json.dumps({"cosines": [[0.1, 0.3], [0.2, 0.2]]}))
+            finish(study.cosine(method, where).folder, file="cosines.json", cosines=[[0.1, 0.3], [0.2, 0.2]])
+    for i, cell in enumerate(study.finals()):
+        finish(cell.folder, test_accuracy=0.90 + 0.01 * (i // 3))
     return study
 
 
 def test_a_run_of_so_many_steps_ends_there_whatever_the_configuration_says(finished: Study) -> None:
     command = finished.training("lr", 1e-3, 400, 3).command
     settings = dict(zip(command[3::2], command[4::2], strict=True))
-    assert settings["--trainer.max_epochs"] == "-1"
-    assert settings["--trainer.max_steps"] == "400"
-    assert settings["--trainer.log_every_n_steps"] == "2"
-    assert settings["--seed_everything"] == "3"
+    names = ("trainer.max_epochs", "trainer.max_steps", "trainer.log_every_n_steps", "seed_everything")
+    assert [settings[f"--{name}"] for name in names] == ["-1", "400", "2", "3"]
 
 
 def test_cosines_of_other_numbers_are_measured_anew(finished: Study) -> None:
-    """The report says over how many batches and draws they are."""
     assert finished.cosine("lr", "start").finished
     for name in ("batches", "draws"):
         setattr(finished.options, name, getattr(finished.options, name) + 1)
@@ -133,18 +105,18 @@ def test_cosines_of_other_numbers_are_measured_anew(finished: Study) -> None:
 
 
 def test_a_finished_study_only_writes_its_tables(finished: Study, capsys: pytest.CaptureFixture[str]) -> None:
+    (finished.finals()[-1].folder / "diverged").touch()  # of mezo, with seed 2
     finished.run()
-    text = " ".join((finished.output / "strategies.md").read_text().split())  # without the padding of the table
+    text = (finished.output / "strategies.md").read_text()
     assert "## Equal total queries: 1,206,720 queries" in text
-    assert "| mezo | - | - | infeasible: 9,600 steps, 40 times those of the reference (limit 30) |" in text
-    assert "| mezo | 0.001 | 2,400 |" in text
-    rows = read_csv(finished.output / "strategies.csv")
+    lines = [row[:4] for row in entries(text)]
+    assert ["mezo", "-", "-", "infeasible: 9,600 steps, 40 times those of the reference (limit 30)"] in lines
+    assert ["mezo", "0.001", "2,400", "90.5% (90.0% - 91.0%), 1 of 3 diverged"] in lines
     # lr makes the same steps under both budgets, and its runs serve twice.
-    assert [(row["method"], row["budget"], row["seed"]) for row in rows] == [
-        *(("lr", "queries", str(seed)) for seed in range(3)),
-        *(("lr", "forward_equivalents", str(seed)) for seed in range(3)),
-        *(("mezo", "forward_equivalents", str(seed)) for seed in range(3)),
-    ]
+    rows = read_csv(finished.output / "strategies.csv")
+    table = [("lr", "queries"), ("lr", "forward_equivalents"), ("mezo", "forward_equivalents")]
+    assert [(row["method"], row["budget"], row["seed"]) for row in rows] == [(*r, s) for r in table for s in "012"]
+    assert rows[-1]["accuracy"] == ""
     assert {row["cosine"] for row in rows} == {"0.2"}
     if find_spec("matplotlib"):
         assert (finished.output / "strategies.png").stat().st_size > 10_000
@@ -152,8 +124,7 @@ def test_a_finished_study_only_writes_its_tables(finished: Study, capsys: pytest
 
 
 def test_rates_are_tried_at_a_part_of_the_steps_of_the_first_feasible_budget(finished: Study) -> None:
-    assert finished.tuning_steps("lr") == 60
-    assert finished.tuning_steps("mezo") == 600
+    assert (finished.tuning_steps("lr"), finished.tuning_steps("mezo")) == (60, 600)
     assert finished.rates == {"lr": 1e-3, "mezo": 1e-3}
     seeds = {cell.folder.name for cell in finished.tuning("lr").values()}
     assert seeds == {"seed_1000"}
@@ -175,54 +146,34 @@ def test_a_method_that_diverges_at_every_rate_is_infeasible(finished: Study) -> 
     assert all("mezo" not in cell.folder.parts for cell in study.finals())
 
 
-def test_without_matplotlib_the_study_ends_with_its_tables(
-    finished: Study, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    finished.run()
-    assert "no picture: matplotlib = None: is not installed" in capsys.readouterr().out
-    assert (finished.output / "strategies.md").exists()
-
-
-# -- tables ------------------------------------------------------------------------------------------------------------
-
-
 def summaries(*accuracies: float | None) -> dict[int, dict[str, Any] | None]:
+    rising = ("queries", "train_seconds", "peak_memory_mb")
     return {
-        seed: None if a is None else {
-            "test_accuracy": a, "queries": 1000 + seed, "forward_equivalents": 50.4, "train_seconds": 10.0 + seed,
-            "peak_memory_mb": 900.0 + seed, "peak_memory_of": "process",
-        }
+        seed: None if a is None else {**SUMMARY, "test_accuracy": a, **{name: SUMMARY[name] + seed for name in rising}}
         for seed, a in enumerate(accuracies)
-    }  # fmt: skip
+    }
 
 
 COSINES = {"start": [[0.1, 0.3], [0.2, 0.2]], "end": [[0.5]]}
 
 
 def line(row: Row) -> list[str]:
-    return [entry.strip() for entry in strategies_table([row]).splitlines()[2].strip("|").split("|")]
+    return entries(strategies_table([row]))[1]
 
 
 def test_a_line_gives_mean_and_range_and_what_it_cost() -> None:
     row = Row("lr", Length(240), 1e-3, edge=False, summaries=summaries(0.9, 0.95, 0.94), cosines=COSINES)
-    assert line(row) == [
-        "lr", "0.001", "240", "93.0% (90.0% - 95.0%)", "1,001", "50", "11", "902", "0.2 ± 0.08", "0.5 ± 0",
-    ]  # fmt: skip
+    spent = ["1,206,721", "301,680", "25", "902"]
+    assert line(row) == ["lr", "0.001", "240", "93.0% (90.0% - 95.0%)", *spent, "0.2 ± 0.08", "0.5 ± 0"]
     assert mean_cosine(COSINES) == pytest.approx((0.2 + 0.5) / 2)
 
 
 def test_marks_for_edges_notes_divergence_and_what_is_infeasible() -> None:
-    assert line(Row("bp", Length(240, note="no queries"), 3e-3, edge=True, summaries=summaries(0.9)))[:2] == [
-        "bp (no queries)", r"0.003 \*",
-    ]  # fmt: skip
-    assert line(Row("es", Length(9), 1e-3, summaries=summaries(0.9, None)))[3] == (
-        "90.0% (90.0% - 90.0%), 1 of 2 diverged"
-    )
+    noted = Row("bp", Length(240, note="no queries"), 3e-3, edge=True, summaries=summaries(0.9))
+    assert line(noted)[:2] == ["bp (no queries)", r"0.003 \*"]
     assert line(Row("es", Length(9), 1e-3, summaries=summaries(None, None)))[3] == "diverged (2 of 2)"
-    assert line(Row("mezo", Length(9, "too slow"), cosines=COSINES))[3:] == [
-        "infeasible: too slow", "-", "-", "-", "-", "0.2 ± 0.08", "0.5 ± 0",
-    ]  # fmt: skip
+    slow = Row("mezo", Length(9, "too slow"), cosines=COSINES)
+    assert line(slow)[3:] == ["infeasible: too slow", *"----", "0.2 ± 0.08", "0.5 ± 0"]
 
 
 def test_the_report_says_where_time_and_memory_come_from() -> None:
@@ -234,21 +185,8 @@ def test_the_report_says_where_time_and_memory_come_from() -> None:
     assert f"{REFERENCE.queries:,.0f} queries" in text
 
 
-def test_the_picture_is_drawn_from_the_tables_with_runs_missing(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    rows = [Row("lr", Length(9), 1e-3, summaries=summaries(0.9, None), cosines=COSINES), Row("mezo", Length(9, "slow"))]
-    tables = {"queries": rows, "forward_equivalents": rows[1:]}
-    write_tables(tmp_path, tables, {"lr": COSINES, "mezo": COSINES})
-    assert [row["accuracy"] for row in read_csv(tmp_path / "strategies.csv")] == ["0.9", ""]
-    draw_strategies(tmp_path)
-    assert (tmp_path / "strategies.png").stat().st_size > 10_000
-
-
-# -- settings and the real thing ---------------------------------------------------------------------------------------
-
-
 def test_every_method_has_its_overlay() -> None:
-    assert {path.stem for path in (ROOT / "configs" / "method").glob("*.yaml")} == set(METHODS)
+    assert {path.stem for path in Path("configs/method").glob("*.yaml")} == set(METHODS)
 
 
 @pytest.mark.parametrize(
@@ -259,9 +197,8 @@ def test_every_method_has_its_overlay() -> None:
     ],
 )
 def test_wrong_settings_are_refused(
-    given: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    given: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit, match="2"):
         compare_strategies.main(["--config", "x.yaml", "--output", str(tmp_path / "out"), *given])
     assert message in capsys.readouterr().err
@@ -269,8 +206,7 @@ def test_wrong_settings_are_refused(
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)  # a dozen processes, each of which imports everything
-def test_a_short_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
+def test_a_short_study(tmp_path: Path) -> None:
     study = ["--config", "configs/vit_tiny_digits.yaml", "--output", str(tmp_path), "--methods", "bp", "lr"]
     few = ["--seeds", "1", "--jobs", "2", "--rates", "1e-3", "--batches", "1", "--draws", "2"]
     compare_strategies.main([*study, *few, "--", "--trainer.max_epochs=1", "--trainer.limit_train_batches=6"])
@@ -279,10 +215,8 @@ def test_a_short_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows["lr", "queries"]["steps"] == rows["bp", "queries"]["steps"] == "6"
     lr, bp = (float(rows[name, "forward_equivalents"]["forward_equivalents"]) for name in ("lr", "bp"))
     assert bp == pytest.approx(lr, abs=0.5 * 3 * 64)  # to the nearest step
-    cosines = {
-        (row["method"], row["weights"], row["draw"]): float(row["cosine"]) for row in read_csv(tmp_path / "cosines.csv")
-    }
-    assert all(value == pytest.approx(1.0, abs=1e-5) for (name, *_), value in cosines.items() if name == "bp")
-    assert 0.1 < cosines["lr", "start", "0"] < 0.95
-    assert cosines["lr", "start", "0"] != cosines["lr", "start", "1"]
-    assert cosines["lr", "start", "0"] != cosines["lr", "end", "0"]
+    cosines = [(row["method"], float(row["cosine"])) for row in read_csv(tmp_path / "cosines.csv")]
+    assert [value for name, value in cosines if name == "bp"] == pytest.approx([1.0] * 4, abs=1e-5)
+    estimates = {value for name, value in cosines if name == "lr"}  # other at each draw and at the end
+    assert len(estimates) == 4
+    assert all(0.1 < value < 0.95 for value in estimates)

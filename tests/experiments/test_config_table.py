@@ -9,8 +9,8 @@ import pytest
 
 from experiments.config_table import END, START, description, main, renewed, tables
 from flops_lightning.errors import SettingError
+from tests.experiments.fakes import ROOT, entries
 
-ROOT = Path(__file__).parent.parent.parent
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml"))
 
 
@@ -20,28 +20,19 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def test_the_page_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
+def test_the_page_is_up_to_date() -> None:
     main(["--check"])
 
 
-def test_every_configuration_is_linked_once() -> None:
-    assert sorted(re.findall(r"\]\(\.\./(configs/[^)]+)\)", tables(ROOT))) == FILES
-
-
-def test_the_cells_of_the_paper_stand_in_a_grid_with_its_figures() -> None:
+def test_every_configuration_is_linked_once_and_those_of_the_paper_beside_its_figures() -> None:
     grid, _, rows = tables(ROOT).partition("\n\n")
-    lines = grid.splitlines()
-    assert len(lines) == 2 + 7
-    assert {line.count("|") for line in lines} == {4}
-    assert "[vit_base_cifar10](../configs/vit_base_cifar10.yaml) 93.2 " in grid
-    assert "[vit_large_eurosat](../configs/vit_large_eurosat.yaml) 90.1 " in grid
+    assert sorted(re.findall(r"\]\(\.\./(configs/[^)]+)\)", grid + rows)) == FILES
+    found = {row[0]: row[1:] for row in entries(grid)}
+    assert len(found) == 1 + 7
+    assert found["cifar10"][0] == "[vit_base_cifar10](../configs/vit_base_cifar10.yaml) 93.2"
+    assert found["eurosat"][1] == "[vit_large_eurosat](../configs/vit_large_eurosat.yaml) 90.1"
     assert "vit_base_" not in rows
-
-
-def test_descriptions_are_short_enough_for_a_row() -> None:
-    cells = {path for path in FILES if re.match(r"configs/vit_(base|large)_", path)}
-    assert {path for path in set(FILES) - cells if len(description(ROOT / path)) > 120} == set()
+    assert {file for file, text in entries(rows) if len(text) > 120} == set()
 
 
 @pytest.mark.parametrize(
@@ -73,8 +64,8 @@ def test_without_both_markers_nothing_is_guessed(text: str) -> None:
 def test_check_finds_an_old_table_and_a_run_renews_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "configs" / "method" / "new.yaml", "# Method overlay: a new one.\n")
-    page = write(tmp_path / "docs" / "configs.md", f"# Title\n\n{START}| old |\n{END}\nThe rest.\n")
-    before = page.read_text()
+    before = f"# Title\n\n{START}| old |\n{END}\nThe rest.\n"
+    page = write(tmp_path / "docs" / "configs.md", before)
     with pytest.raises(SystemExit, match="run it") as leaving:
         main(["--check"])
     assert leaving.value.code not in (0, 2)  # a text: Python prints it and exits with 1
@@ -91,7 +82,6 @@ def test_elsewhere_it_says_where_to_run_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as leaving:
+    with pytest.raises(SystemExit, match="2"):
         main([])
-    assert leaving.value.code == 2
     assert "Run from the repository's root." in capsys.readouterr().err

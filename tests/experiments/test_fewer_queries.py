@@ -10,37 +10,31 @@ from experiments.fewer_queries import ALLOCATORS, PROBLEMS, Curve, compare
 from experiments.harness import late_mean
 from experiments.tables import read_csv
 
-ROOT = Path(__file__).parent.parent.parent
+
+def falling(rate: float) -> Curve:
+    loss = [math.exp(-rate * i) for i in range(40)]
+    spent = [100.0 * (i + 1) for i in range(40)]
+    return Curve(list(range(40)), loss, spent, [q / 10 for q in spent], [(9, 0.4), (19, 0.6), (29, 0.7)], 0.7)
 
 
-def falling(start: float, rate: float, steps: int = 40) -> Curve:
-    loss = [start * math.exp(-rate * i) for i in range(steps)]
-    spent = [100.0 * (i + 1) for i in range(steps)]
-    return Curve(list(range(steps)), loss, spent, [q / 10 for q in spent], [(9, 0.4), (19, 0.6), (29, 0.7)], 0.7)
-
-
-def test_what_was_spent_until_the_loss_fell() -> None:
-    curve = falling(1.0, 0.1)
+def test_what_was_spent_until_the_loss_fell_and_the_accuracy_was_reached() -> None:
+    curve = falling(0.1)
     first = next(i for i in range(9, 40) if sum(curve.loss[i - 9 : i + 1]) / 10 <= 0.3)
-    assert curve.to_loss(0.3, curve.queries) == 100.0 * (first + 1)
+    assert curve.to_loss(0.3) == 100.0 * (first + 1)
     assert curve.to_loss(0.3, curve.forward_equivalents) == 10.0 * (first + 1)
-    assert math.isnan(curve.to_loss(1e-9, curve.queries))
+    assert curve.to_accuracy(0.6) == 2000.0
+    assert math.isnan(curve.to_loss(1e-9))
+    assert math.isnan(curve.to_accuracy(0.9))
 
 
 def test_a_lucky_batch_at_the_start_is_not_yet_a_loss_reached() -> None:
-    curve = falling(1.0, 0.0)
+    curve = falling(0.0)
     curve.loss[0] = 0.0
-    assert math.isnan(curve.to_loss(0.5, curve.queries))
-
-
-def test_what_was_spent_until_the_accuracy_was_reached() -> None:
-    curve = falling(1.0, 0.1)
-    assert curve.to_accuracy(0.6, curve.queries) == 2000.0
-    assert math.isnan(curve.to_accuracy(0.9, curve.queries))
+    assert math.isnan(curve.to_loss(0.5))
 
 
 def test_the_late_loss_is_that_of_the_last_quarter() -> None:
-    losses = falling(1.0, 0.1).loss
+    losses = falling(0.1).loss
     assert late_mean(losses) == pytest.approx(sum(losses[30:]) / 10)
     assert late_mean([3.0, math.nan]) == math.inf
 
@@ -51,22 +45,18 @@ def test_misses_are_told() -> None:
     assert compare([math.nan], [1.0]) == "not reached (1 of 1)"
 
 
-def test_every_allocator_has_its_overlay() -> None:
-    for name in ALLOCATORS:
-        assert (ROOT / "configs" / "allocators" / f"{name}.yaml").is_file()
-    for problem in PROBLEMS.values():
-        assert (ROOT / problem.config).is_file()
+def test_every_file_is_there() -> None:
+    files = [*(f"configs/allocators/{name}.yaml" for name in ALLOCATORS), *(each.config for each in PROBLEMS.values())]
+    assert [file for file in files if not Path(file).is_file()] == []
 
 
 @pytest.mark.slow
-def test_a_short_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
+def test_a_short_study(tmp_path: Path) -> None:
     short = ["--", "--trainer.max_epochs=1", "--trainer.limit_train_batches=12", "--trainer.val_check_interval=4"]
     arguments = ["--problem", "digits", "--output", str(tmp_path), "--seeds", "2", "--allocators", "cost_aware"]
     fewer_queries.main([*arguments, *short])
     rows = read_csv(tmp_path / "fewer_queries.csv")
-    assert [(row["allocator"], row["seed"]) for row in rows] == [
-        ("equal", "0"), ("cost_aware", "0"), ("equal", "1"), ("cost_aware", "1"),
-    ]  # fmt: skip
+    expected = [("equal", "0"), ("cost_aware", "0"), ("equal", "1"), ("cost_aware", "1")]
+    assert [(row["allocator"], row["seed"]) for row in rows] == expected
     assert all(float(row["queries"]) == 12 * 64 * 80 for row in rows if row["allocator"] == "equal")
     assert "| cost_aware " in (tmp_path / "fewer_queries.md").read_text()

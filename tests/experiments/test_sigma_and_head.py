@@ -11,9 +11,9 @@ from experiments.sigma_and_head import BASE, accuracy_table, compared, site_vari
 from experiments.tables import read_csv
 from flops_lightning.errors import SettingError
 from flops_lightning.strategies import SiteSpec
+from tests.experiments.fakes import entries
 from tests.reference.networks import bound, estimated, squared_error
 
-ROOT = Path(__file__).parent.parent.parent
 SITES = [{"stages": ["0", "1"]}, {"stages": ["2", "3"]}, {"stages": ["4"], "queries_per_sample": 7}]
 
 
@@ -50,22 +50,14 @@ def test_variances_are_those_of_the_estimates(tokens_net: nn.Sequential, tokens:
     assert all(parameter.grad is None for parameter in tokens_net.parameters())
 
 
-def variance_rows(values: dict[str, list[float]]) -> list[dict[str, str]]:
-    return [
-        {"checkpoint": "0", "setting": setting, "batch": str(i), "site": site, "variance": str(value * scale)}
-        for setting, by_batch in values.items()
-        for i, value in enumerate(by_batch)
-        for site, scale in (("body", 3.0), ("head", 0.0 if setting == "exact head" else 1.0))
-    ]
-
-
-def lines(table: str) -> list[list[str]]:
-    return [[entry.strip() for entry in line.strip("|").split("|")] for line in table.splitlines()[2:]]
-
-
 def test_variances_are_compared_batch_by_batch() -> None:
-    rows = variance_rows({BASE: [2.0, 8.0], "token sigma": [1.0, 4.0], "exact head": [2.0, 8.0]})
-    assert lines(variance_table(rows)) == [
+    rows = [
+        {"checkpoint": "0", "setting": setting, "batch": str(batch), "site": site, "variance": str(value * 4.0**batch)}
+        for setting, body, head in ((BASE, 6.0, 2.0), ("token sigma", 3.0, 1.0), ("exact head", 6.0, 0.0))
+        for batch in range(2)
+        for site, value in (("body", body), ("head", head))
+    ]
+    assert entries(variance_table(rows))[1:] == [
         ["0", "token sigma", *["2.00 (2.00 - 2.00)"] * 3],
         ["0", "exact head", "1.33 (1.33 - 1.33)", "1.00 (1.00 - 1.00)", "exact"],
     ]
@@ -75,16 +67,14 @@ def test_variances_are_compared_batch_by_batch() -> None:
 def test_accuracies_are_compared_seed_by_seed(seeds: int) -> None:
     row = {"queries_per_sample": 80.0, "late_loss": 0.5, "test_accuracy": 0.9}
     better = {**row, "setting": "token sigma", "late_loss": 0.25, "test_accuracy": 0.95}
-    assert lines(accuracy_table([{**row, "setting": BASE}, better] * seeds)) == [
+    assert entries(accuracy_table([{**row, "setting": BASE}, better] * seeds))[1:] == [
         [BASE, "80", "90.0% (90.0% - 90.0%)", "", "0.500", ""],
         ["token sigma", "80", "95.0% (95.0% - 95.0%)", "+5.0 (+5.0 to +5.0)", "0.250", "0.50 (0.50 - 0.50)"],
     ]
 
 
 @pytest.mark.slow
-def test_a_short_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    threads = torch.get_num_threads()
+def test_a_short_study(tmp_path: Path) -> None:
     short = ["--", "--data.init_args.batch_size=16", "--trainer.max_epochs=1", "--trainer.limit_train_batches=4"]
     few = ["--seeds", "1", "--checkpoints", "1", "--batches", "2", "--draws", "3", "--threads", "1"]
     sigma_and_head.main(["--output", str(tmp_path), *few, *short])
@@ -102,4 +92,3 @@ def test_a_short_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit):  # nor another study mixed with it
         sigma_and_head.main(["--output", str(tmp_path), *few, "--draws", "4", *short])
     assert "| both, queries given " in (tmp_path / "sigma_and_head.md").read_text()
-    torch.set_num_threads(threads)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,19 +13,13 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from experiments.harness import Cell, Children, run_all
-from experiments.table1 import FILES, METHODS, SMALL, TITLES, cells, entry, main, parse
+from experiments.table1 import FILES, METHODS, SMALL, TITLES, cells, command_line, entry, main
 from experiments.table1_paper import DATA_SETS, PAPER, ROWS, published
 from experiments.tables import read_csv
 from flops_lightning.callbacks import QueryAllocatorCallback
 from flops_lightning.cli.command import build
 from flops_lightning.datamodules import CIFAR10DataModule
-
-ROOT = Path(__file__).parent.parent.parent
-
-
-@pytest.fixture(autouse=True)
-def from_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
+from tests.experiments.fakes import ROOT, entries, finish
 
 
 def value(command: list[str], name: str) -> str:
@@ -35,44 +27,32 @@ def value(command: list[str], name: str) -> str:
 
 
 class Machine:
-    """Stands for what runs a command: notes commands, and leaves behind what a run would."""
+    """Stands for what runs a command: notes its method and seed, and leaves behind what a run would."""
 
     def __init__(self) -> None:
-        self.commands: list[list[str]] = []
+        self.ran: list[tuple[str, int]] = []
         self.failing: set[str] = set()
 
-    def __call__(self, command: list[str], **_: Any) -> int:
-        self.commands.append(command)
-        folder = Path(value(command, "--trainer.default_root_dir"))
+    def __call__(self, command: list[str]) -> int:
+        folder, seed = Path(value(command, "--trainer.default_root_dir")), int(value(command, "--seed_everything"))
+        self.ran.append((folder.parent.name, seed))
         if folder.parent.name in self.failing:
             return 3
         version = folder / "name" / "version_0"
-        (version / "checkpoints").mkdir(parents=True)
-        (version / "checkpoints" / "last.ckpt").write_text("large")
-        (version / "model.safetensors").write_text("large")
-        accuracy = 0.5 + 0.02 * int(value(command, "--seed_everything"))
-        (version / "summary.json").write_text(json.dumps({"test_accuracy": accuracy, "steps": 7, "queries": 560}))
+        finish(version, test_accuracy=0.5 + 0.02 * seed, steps=7, queries=560)
+        (version / "last.ckpt").touch()
         return 0
-
-    @property
-    def ran(self) -> list[tuple[str, int]]:
-        """Method and seed of every command."""
-        folders = [Path(value(command, "--trainer.default_root_dir")) for command in self.commands]
-        return [(folder.parent.name, int(folder.name.removeprefix("seed_"))) for folder in folders]
 
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     fake = Machine()
-    monkeypatch.setattr(Children, "run", lambda _, command, **settings: fake(command, **settings))
+    monkeypatch.setattr(Children, "run", lambda _, command, *__: fake(command))
     return fake
 
 
 def study(output: Path, *extra: str, methods: tuple[str, ...] = ("bp", "lr")) -> list[str]:
     return ["--models", "vit_base", "--data_sets", "cifar10", "--methods", *methods, "--output", str(output), *extra]
-
-
-# -- the paper ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_papers_table_is_copied_without_a_slip() -> None:
@@ -95,11 +75,8 @@ def test_every_method_has_files_and_a_title() -> None:
     assert [file for files in FILES.values() for file in files if not Path(file).is_file()] == []
 
 
-# -- commands ----------------------------------------------------------------------------------------------------------
-
-
 def planned(*given: str) -> list[Cell]:
-    return list(cells(parse(list(given))[1]).values())
+    return list(cells(command_line().parse(given)).values())
 
 
 def test_a_command_puts_the_methods_files_on_top_of_all_others(tmp_path: Path) -> None:
@@ -115,7 +92,7 @@ def test_a_command_puts_the_methods_files_on_top_of_all_others(tmp_path: Path) -
 
 
 def test_cells_have_folders_of_their_own_and_all_come_once_before_the_second_seed(tmp_path: Path) -> None:
-    found = cells(parse(["--output", str(tmp_path), "--seeds", "0", "1", "0"])[1])
+    found = cells(command_line().parse(["--output", str(tmp_path), "--seeds", "0", "1", "0"]))
     assert len(found) == len({cell.folder for cell in found.values()}) == 2 * 2 * 7 * 7
     assert [key.seed for key in found] == [0] * 98 + [1] * 98
     assert {key.method for key in found} == set(ROWS)
@@ -140,13 +117,9 @@ def test_five_sites_get_as_many_queries_in_all_as_for_the_other_methods(tmp_path
 
 @pytest.mark.parametrize("wrong", ["mnist:data.root=a", "cifar10:data.root", "cifar10", "cifar10:=a", "data.root=a"])
 def test_a_wrong_only_is_told(wrong: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as leaving:
+    with pytest.raises(SystemExit, match="2"):
         main(study(tmp_path, "--only", wrong))
-    assert leaving.value.code == 2
     assert f"--only = '{wrong}': is not DATA_SET:NAME=VALUE" in capsys.readouterr().err
-
-
-# -- running -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_finished_cell_is_not_run_again_and_keeps_no_weights(
@@ -168,12 +141,9 @@ def test_a_failed_cell_stops_no_other_and_is_tried_again(tmp_path: Path, machine
         main(study(tmp_path, methods=("bp", "lr", "mezo")))
     assert machine.ran == [("bp", 0), ("lr", 0), ("mezo", 0)]
     assert "| BP (upper bound) | - " in (tmp_path / "table1.md").read_text()
-    machine.failing, machine.commands = set(), []
+    machine.failing = set()
     main(study(tmp_path, methods=("bp", "lr", "mezo")))
-    assert machine.ran == [("bp", 0)]
-
-
-# -- tables ------------------------------------------------------------------------------------------------------------
+    assert machine.ran[3:] == [("bp", 0)]
 
 
 def test_an_entry_is_mean_and_standard_deviation_of_what_is_there(tmp_path: Path, machine: Machine) -> None:
@@ -192,24 +162,20 @@ def test_the_tables_stand_beside_the_papers_figures(
     with pytest.raises(SystemExit):
         main(["--models", "vit_base", *sets, *methods, "--seeds", "0", "1", "--output", str(tmp_path), "--small"])
     text = (tmp_path / "table1.md").read_text()
-    title, _, *table = text.splitlines()
-    assert title == "vit_base in small, test accuracy in percent, mean ± sd over seeds:"
-    assert [[entry.strip() for entry in line.strip("|").split("|")] for line in (table[0], *table[2:])] == [
+    assert text.startswith("vit_base in small, test accuracy in percent, mean ± sd over seeds:\n")
+    assert entries(text) == [
         ["method", "cifar10", "paper", "eurosat", "paper"],
         ["LR", "-", "87.7", "-", "82.9"],
         ["OPS-LR", "51.0 ± 1.4", "93.2", "51.0 ± 1.4", "89.3"],
         ["OPS-LR, optimal allocator, no pilots (ours)", "51.0 ± 1.4", "-", "51.0 ± 1.4", "-"],
     ]
     assert text in capsys.readouterr().out
-    rows = read_csv(tmp_path / "table1.csv")
+    rows = {(row["data_set"], row["method"], row["seed"]): row for row in read_csv(tmp_path / "table1.csv")}
     assert len(rows) == 2 * 3 * 2
-    (row,) = [r for r in rows if (r["data_set"], r["method"], r["seed"]) == ("eurosat", "ops_lr", "1")]
-    assert (row["test_accuracy"], row["queries"], row["steps"], row["paper"]) == ("0.52", "560", "7", "89.3")
-    assert {r["test_accuracy"] for r in rows if r["method"] == "lr"} == {""}
-    assert {r["paper"] for r in rows if r["method"] == "ops_lr_optimal"} == {""}
-
-
-# -- the real command line ---------------------------------------------------------------------------------------------
+    columns = ("test_accuracy", "queries", "steps", "paper")
+    assert [rows["eurosat", "ops_lr", "1"][name] for name in columns] == ["0.52", "560", "7", "89.3"]
+    assert [rows["eurosat", "lr", "0"][name] for name in columns] == ["", "", "", "82.9"]
+    assert rows["eurosat", "ops_lr_optimal", "1"]["paper"] == ""
 
 
 @pytest.fixture(scope="module")
@@ -245,17 +211,14 @@ STRATEGIES = {
 @pytest.mark.parametrize("method", METHODS)
 def test_the_command_line_takes_a_cells_arguments_in_small(method: str, tmp_path: Path, cifar10: list[str]) -> None:
     (cell,) = planned(*study(tmp_path, "--seeds", "5", *cifar10, methods=(method,)))
-    *given, checkpoint, word = cell.command[3:]
-    assert (checkpoint, word) == ("--ckpt_path", "last")
-    cli = build(given)
+    cli = build(cell.command[3:-2])  # without --ckpt_path
     allocators = [c.allocator for c in cli.trainer.callbacks if isinstance(c, QueryAllocatorCallback)]
     strategy, allocator = STRATEGIES[method]
     assert type(cli.model.strategy).__name__ == strategy
     assert [type(each).__name__ for each in allocators] == ([allocator] if allocator else [])
     assert (cli.config["seed_everything"], cli.trainer.max_epochs) == (5, 10)
     assert cli.trainer.default_root_dir == str(cell.folder)
-    assert (cli.datamodule.batch_size, cli.datamodule.image_size) == (32, 32)
-    assert len(cli.model.backbone.blocks) == 6
+    assert (cli.datamodule.batch_size, cli.datamodule.image_size, len(cli.model.backbone.blocks)) == (32, 32, 6)
     sites = cli.model.strategy.sites
     if strategy == "MeZO":
         assert cli.model.strategy.queries == {"mezo": 2, "mezo_nspsa": 80}[method]
