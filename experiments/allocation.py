@@ -16,7 +16,7 @@ from the last checkpoint measured when started again.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -47,6 +47,7 @@ TABLES = {
 }
 # First query of each kind: apart from each other and from the queries that train.
 PILOTS, OWN, HELD_OUT = 10_000, 100_000, 1_000_000
+Key = tuple[int, str]  # budget and name of the case
 
 
 class Plan(NamedTuple):
@@ -67,7 +68,7 @@ class Spectators:
         self.strategy, self.budgets = run.strategy, budgets
         self.limits = {"unit": run.strategy.budget.multiple, "minimum": run.strategy.budget.minimum}
         self.cases = {(budget, case.name): case for budget in budgets for case in CASES}
-        self.allocators: dict[tuple[int, str], QueryAllocator] = {key: case.make() for key, case in self.cases.items()}
+        self.allocators: dict[Key, QueryAllocator] = {key: case.make() for key, case in self.cases.items()}
         self.names = frozenset(name for allocator in self.allocators.values() for name in allocator.requests)
         self._pilots: dict[tuple[int, str, int], TraceObservation] = {}
 
@@ -82,9 +83,7 @@ class Spectators:
                         self.allocate(key, clean, statistics)
                     allocator.observe(traces)
 
-    def allocate(
-        self, key: tuple[int, str], clean: CleanPass, statistics: SampleStatistics
-    ) -> tuple[Allocation, Tensor]:
+    def allocate(self, key: Key, clean: CleanPass, statistics: SampleStatistics) -> tuple[Allocation, Tensor]:
         """Counts of a batch by budget and case, and the ``(s, b)`` pilots that were spent before."""
         pilots = torch.zeros(len(self.strategy.sites), clean.batch_size, dtype=torch.int64)
         if number := self._pilot_queries(key):
@@ -95,11 +94,11 @@ class Spectators:
         budget = QueryBudget(left, multiple=self.limits["unit"], minimum=self.limits["minimum"])
         return self.allocators[key].allocate(statistics, budget), pilots
 
-    def affordable(self) -> list[tuple[int, str]]:
+    def affordable(self) -> list[Key]:
         """Budgets and cases whose pilots the budget suffices for."""
         return [key for key, case in self.cases.items() if not case.pilots or self._pilot_queries(key)]
 
-    def _pilot_queries(self, key: tuple[int, str]) -> int:
+    def _pilot_queries(self, key: Key) -> int:
         return self.cases[key].pilot_queries(key[0], **self.limits)
 
     def _traces(self, clean: CleanPass, where: str, number: int) -> TraceObservation:
@@ -112,13 +111,11 @@ class Spectators:
         return self._pilots[key]
 
 
-def measure(
-    run: EqualCountsRun, plan: Plan, step: int, spectators: Spectators, advance: Callable[[], Any]
-) -> dict[str, list[Any]]:
+def measure(run: EqualCountsRun, plan: Plan, step: int, spectators: Spectators, bar: Any) -> dict[str, list[Any]]:
     """Rows of the three tables at one checkpoint."""
     accuracy, order, size = run.train_accuracy(), run.shuffled(step), run.data.batch_size
     held: list[HeldOut] = []
-    scores: dict[tuple[int, str], list[Tensor]] = {}
+    scores: dict[Key, list[Tensor]] = {}
     rows: dict[str, list[Any]] = {name: [] for name in TABLES}
     sites = [site.name for site in run.strategy.sites]
     draw_counter = run.strategy.draw
@@ -134,7 +131,7 @@ def measure(
             scores.setdefault(key, []).append(j)
         if i == 0:
             rows["traces"] = trace_rows(run, clean, held[-1], step)
-        advance()
+        bar.update()
     run.strategy.draw = draw_counter  # the run draws its noise as if it had not been looked at
     best_linear = {case.name: case.best_linear for case in CASES}
     for (budget, name), js in scores.items():
@@ -174,7 +171,8 @@ def study(options: argparse.Namespace) -> None:
     """Train, measure at the checkpoints, and write the tables and the picture."""
     arguments = (*configs(options.config), *options.extra)
     run = EqualCountsRun(arguments)
-    checkpoints = tuple(sorted(options.checkpoints or default_checkpoints(run.steps)))
+    halves = [run.steps // 2**k for k in range(5)]  # learning is fastest early
+    checkpoints = tuple(sorted(options.checkpoints or {0, *(step for step in halves if step > 5)}))
     plan = Plan(
         checkpoints,
         tuple(dict.fromkeys(options.budgets)),
@@ -212,7 +210,7 @@ def measure_all(run: EqualCountsRun, plan: Plan, output: Path) -> None:
             bar.update()
         elif step == left[0]:
             spectators = spectators or Spectators(run, plan.budgets)
-            for name, rows in measure(run, plan, step, spectators, bar.update).items():
+            for name, rows in measure(run, plan, step, spectators, bar).items():
                 texts = [[f"{value:.6g}" if isinstance(value, float) else value for value in row] for row in rows]
                 write_csv(output / f"{name}.csv", TABLES[name], texts, append=True)
             left.pop(0)
@@ -223,11 +221,6 @@ def measure_all(run: EqualCountsRun, plan: Plan, output: Path) -> None:
             run.strategy.draw += 1
         run.step(clean)
     bar.close()
-
-
-def default_checkpoints(steps: int) -> tuple[int, ...]:
-    """Before the first step, after the last, and at halves of it in between: learning is fastest early."""
-    return tuple(sorted({0, *(steps // 2**k for k in range(5) if steps // 2**k > 5)}))
 
 
 def main(args: Sequence[str] | None = None) -> None:

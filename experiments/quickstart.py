@@ -67,9 +67,8 @@ def study(options: argparse.Namespace) -> None:
     """Run what is missing, and write the tables."""
     runs = cells(options.output, options.seeds, options.extra)
     said = "{test_accuracy:.1%} in {train_seconds:.0f} s".format_map
-    if not run_all(
-        [*runs.values()], jobs=options.jobs, dry_run=options.dry_run, outcome=lambda cell: said(cell.summary)
-    ):
+    how = {"jobs": options.jobs, "dry_run": options.dry_run}
+    if not run_all([*runs.values()], outcome=lambda cell: said(cell.summary), **how):
         return
     text = report(runs)
     (options.output / "quickstart.md").write_text(text)

@@ -68,11 +68,11 @@ def _draw_curves(axes: Any, runs: Path, seeds: int) -> None:
 
 
 def _draw_digits(figure: Any, images: Tensor, labels: Tensor, counts: Tensor) -> None:
-    for axis, image, label, count in zip(
-        figure.subplots(2, len(images) // 2).flat, images, labels, counts, strict=True
-    ):
-        axis.imshow(image, cmap="gray_r")
-        axis.set(title=f"{int(count)}", xlabel=f"a {int(label)}", xticks=[], yticks=[])
+    for i, axis in enumerate(figure.subplots(2, len(images) // 2).flat):
+        axis.imshow(images[i], cmap="gray_r")
+        axis.set_title(f"{int(counts[i])}", fontsize=11)
+        axis.set_xlabel(f"a {int(labels[i])}", fontsize=9)
+        axis.set(xticks=[], yticks=[])
     figure.suptitle("queries of the hardest and the easiest of 64 samples (20 on average)", fontsize=10)
 
 

@@ -32,10 +32,9 @@ WINDOW = 10  # batches from which allocators learn before
 
 
 class Recorder(Callback):
-    """Compares the gradient of each step, as the optimiser gets it, with the one by backprop."""
+    """Compares the gradient, as the optimiser gets it, with backprop's: on ``batches`` in turn, after ``window``."""
 
     def __init__(self, task: ForwardImageClassifier, *, window: int, batches: int) -> None:
-        # After ``window`` batches, on ``batches`` that come in turn.
         self.task, self.window = task, window
         self.parameters = task.network.trainable()
         self.exact = Backprop()
@@ -48,9 +47,7 @@ class Recorder(Callback):
         """Look at what every step of the optimiser is given; methods may make several, each for some parameters."""
         trainer.optimizers[0].register_step_pre_hook(self._keep)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Compare."""
         parts, self._parts = self._parts, []
         if batch_idx < self.window:

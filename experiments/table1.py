@@ -52,9 +52,9 @@ def cells(options: argparse.Namespace) -> dict[Key, Cell]:
     given_once = map(dict.fromkeys, (options.seeds, options.models, options.data_sets, options.methods))
     for seed, model, data_set, method in product(*given_once):
         name = f"{model}/{data_set}/{method}/seed_{seed}"
-        # The method's files come last: they replace what an overlay of the user's says of the strategy.
         only = [f"--{setting}" for where, setting in map(_only, options.only) if where == data_set]
         given = (*(["--config", SMALL] if options.small else ()), *options.extra, *only)
+        # The method's files come last: they replace what an overlay of the user's says of the strategy.
         on_top = (*configs(FILES[method]), *OWN.get((model, method), ()))
         own = {"seed_everything": seed, "trainer.default_root_dir": options.output / name, "ckpt_path": "last"}
         command = ("main.py", "fit", "--config", f"configs/{model}_{data_set}.yaml", *given, *on_top, *arguments(own))

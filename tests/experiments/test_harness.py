@@ -214,17 +214,18 @@ def test_a_signal_ends_the_runs_and_begins_no_other(before: str, deaf: bool, tmp
     assert times(tmp_path / "next") == 1
 
 
-def waits_for(path: Path, then: str) -> tuple[str, str]:
-    return ("-c", f"import os, sys, time\nwhile not os.path.exists({str(path)!r}): time.sleep(0.01)\n{then}")
+def beside(study: Path, name: str, then: str) -> Cell:
+    """A run that waits for the sleeper."""
+    wait = f"import os, sys, time\nwhile not os.path.exists({str(study / 'pid')!r}): time.sleep(0.01)\n"
+    return Cell(study, name, ("-c", wait + then))
 
 
 @pytest.mark.parametrize("deaf", [False, True])
 def test_a_failure_ends_the_runs_beside_it(deaf: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "GRACE", 0.2)  # after which a run that ignores the signal is killed
-    failing = Cell(tmp_path, "failing", waits_for(tmp_path / "pid", "sys.exit(3)"))
     start = time.monotonic()
     with pytest.raises(RunFailedError, match="failing: exit code 3"):
-        run_all([sleeper(tmp_path, "long", deaf=deaf), failing], jobs=2)
+        run_all([sleeper(tmp_path, "long", deaf=deaf), beside(tmp_path, "failing", "sys.exit(3)")], jobs=2)
     assert time.monotonic() - start < 30
     assert ended(tmp_path)
 
@@ -233,8 +234,7 @@ def test_an_exception_of_the_study_ends_the_runs(tmp_path: Path) -> None:
     def fails(cell: Cell) -> str:
         raise OSError(f"no space for the table of {cell.name}")
 
-    result = str(tmp_path / "quick" / "summary.json")
-    quick = Cell(tmp_path, "quick", waits_for(tmp_path / "pid", f"open({result!r}, 'w').write('1')"))
+    quick = beside(tmp_path, "quick", f"open({str(tmp_path / 'quick/summary.json')!r}, 'w').write('1')")
     with pytest.raises(OSError, match="no space for the table of quick"):
         run_all([sleeper(tmp_path, "long"), quick], jobs=2, outcome=fails)
     assert ended(tmp_path)
