@@ -11,9 +11,8 @@
 ``trace_observation()``             Optional (:class:`SupportsTraceFeedback`). What the queries showed.
 ==================================  ====================================================================================
 
-and once, before training, ``request_statistics(names)`` (optional, :class:`SupportsStatisticsRequests`). The letters
-are ``s`` for sites (the places where a method perturbs; 1 for methods that perturb the parameters), ``b`` for the
-samples of the batch and ``d`` for features.
+and once, before training, optionally ``request_statistics(names)`` (:class:`SupportsStatisticsRequests`). There are
+``s`` sites (where a method perturbs; 1 if that is the parameters), ``b`` samples of the batch and ``d`` features.
 """
 
 from __future__ import annotations
@@ -27,24 +26,13 @@ from torch import Tensor
 
 from flops_lightning.errors import SettingError, check_at_least
 
-PER_SITE = ("counted_costs", "measured_costs", "scale", "preconditioned_scale")
-"""Statistics with one number for each site."""
-FIELDS = ("loss", "embedding", "trace", "trace_queries", *PER_SITE)
-"""Statistics that are tensors."""
+PER_SITE = ("counted_costs", "measured_costs", "scale", "preconditioned_scale")  # one number for each site
+FIELDS = ("loss", "embedding", "trace", "trace_queries", *PER_SITE)  # tensors
 
 
 @dataclass(frozen=True)
 class QueryBudget:
-    """Queries to split over the samples of a batch, for each site.
-
-    Attributes:
-        queries_per_sample: Average number of queries of a sample, one entry for each of the ``s`` sites.
-        multiple: Counts are multiples of this (2 if queries come in antithetic pairs).
-        minimum: Fewest queries that the estimator can use (2 for leave-one-out); an allocator may set a higher floor.
-        sites: Names of the sites in logs; by default their numbers.
-
-    Raises:
-        SettingError: No allocation can meet the budget.
+    """Queries to split over the samples of a batch, for each site; refused if no allocation can meet them.
 
     Example:
         >>> QueryBudget((20, 8), multiple=2, sites=("lower", "upper")).site_names
@@ -54,13 +42,12 @@ class QueryBudget:
         flops_lightning.errors.SettingError: queries_per_sample = 7: must be a positive multiple of 2. ...
     """
 
-    queries_per_sample: tuple[int, ...]
-    multiple: int = 1
-    minimum: int = 0
-    sites: tuple[str, ...] = field(default=(), compare=False)
+    queries_per_sample: tuple[int, ...]  # average of a sample, one entry for each of the s sites
+    multiple: int = 1  # counts are multiples of this (2 if queries come in antithetic pairs)
+    minimum: int = 0  # fewest that the estimator can use (2 for leave-one-out); an allocator may set a higher floor
+    sites: tuple[str, ...] = field(default=(), compare=False)  # names in logs; by default their numbers
 
     def __post_init__(self) -> None:
-        """Check that an allocation can meet the budget."""
         check_at_least("multiple", self.multiple, 1, "Write 2 for antithetic pairs, else 1.")
         if not self.queries_per_sample:
             raise SettingError("queries_per_sample", (), "no site has a budget.", "Give at least one number.")
@@ -83,27 +70,6 @@ class QueryBudget:
 class SampleStatistics:
     """What is known of the samples of a batch before their queries are spent.
 
-    Only ``loss`` is required. A module learns what else the allocator reads from ``request_statistics(names)``, if it
-    has this method (:class:`SupportsStatisticsRequests`).
-
-    Attributes:
-        loss: ``(b,)`` clean losses.
-        embedding: ``(b, d)`` features by which samples are compared (in the paper the top CLS token), or None.
-        trace: ``(b,)``, or ``(s, b)`` with one row for each site: pilot estimates of the trace of the covariance of one
-            query's gradient, or None. NaN: unknown.
-        trace_queries: ``(b,)`` or ``(s, b)`` like ``trace``: the pilots behind each estimate, or None.
-        pilots_reused: Whether the pilots enter the gradient.
-        predictors: ``(b,)`` or ``(s, b)`` nonnegative numbers from the clean pass that predict the trace, by name, or
-            None. A regression uses their logarithms.
-        counted_costs: ``(s,)`` cost of one query at each site, counted in forward-equivalents, or None.
-        measured_costs: ``(s,)`` the same, measured, or None.
-        scale: ``(s,)`` factors that convert the traces of each site to squared units of its parameters, or None.
-        preconditioned_scale: ``(s,)`` the same, in the metric of the optimiser's steps, or None.
-        budget: The module's own budget, or None if the callback's setting holds.
-
-    Raises:
-        SettingError: A tensor does not have one entry for each sample, or each site.
-
     Example:
         >>> statistics = SampleStatistics(loss=torch.tensor([0.5, 2.0]), predictors={"output_gradient": torch.ones(2)})
         >>> sorted(statistics.tensors())
@@ -113,35 +79,34 @@ class SampleStatistics:
         flops_lightning.errors.SettingError: sample_statistics.loss = (): must have the shape (b,), with one entry ...
     """
 
-    loss: Tensor
-    embedding: Tensor | None = None
+    loss: Tensor  # (b,) clean losses
+    embedding: Tensor | None = None  # (b, d) features by which samples are compared (in the paper the top CLS token)
+    # (b,) or (s, b) pilot estimates of the trace of the covariance of one query's gradient (NaN: unknown), the pilots
+    # behind each, and whether these enter the gradient
     trace: Tensor | None = None
     trace_queries: Tensor | None = None
     pilots_reused: bool = True
+    # (b,) or (s, b) nonnegative numbers from the clean pass that predict the trace (by their logarithms), by name
     predictors: Mapping[str, Tensor] | None = None
-    counted_costs: Tensor | None = None
-    measured_costs: Tensor | None = None
-    scale: Tensor | None = None
-    preconditioned_scale: Tensor | None = None
-    budget: QueryBudget | None = None
+    counted_costs: Tensor | None = None  # (s,) cost of one query at each site, counted in forward-equivalents
+    measured_costs: Tensor | None = None  # (s,) the same, measured
+    scale: Tensor | None = None  # (s,) factors that convert traces to squared units of each site's parameters
+    preconditioned_scale: Tensor | None = None  # (s,) the same, in the metric of the optimiser's steps
+    budget: QueryBudget | None = None  # the module's own; None: the callback's setting
 
     def __post_init__(self) -> None:
-        """Check the shapes."""
         for name, value in self.tensors().items():
-            problem, remedy = "", "Return what belongs to each sample, not reduced over the batch."
-            if name in PER_SITE:
-                shape, fits = "(s,)", value.ndim == 1
-                remedy = "Return one number for each site."
-            else:
-                problem = ", with one entry for each sample as in `loss`"
-                if name == "embedding":
-                    shape, fits = "(b, d)", value.ndim == 2 and value.shape[:1] == self.loss.shape
-                elif name == "loss":
-                    shape, fits = "(b,)", value.ndim == 1
-                else:
-                    shape, fits = "(b,) or (s, b)", value.ndim in (1, 2) and value.shape[-1:] == self.loss.shape
+            shape, fits = "(b,) or (s, b)", value.ndim in (1, 2) and value.shape[-1:] == self.loss.shape
+            entries = ", with one entry for each sample as in `loss`"
+            remedy = "Return what belongs to each sample, not reduced over the batch."
+            if name == "loss":
+                shape, fits = "(b,)", value.ndim == 1
+            elif name == "embedding":
+                shape, fits = "(b, d)", value.ndim == 2 and value.shape[:1] == self.loss.shape
+            elif name in PER_SITE:
+                shape, fits, entries, remedy = "(s,)", value.ndim == 1, "", "Return one number for each site."
             if not fits:
-                problem = f"must have the shape {shape}{problem}."
+                problem = f"must have the shape {shape}{entries}."
                 raise SettingError(f"sample_statistics.{name}", tuple(value.shape), problem, remedy)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -159,67 +124,52 @@ class SampleStatistics:
         """A detached copy in float64 on the CPU; takes one transfer from an accelerator."""
         tensors = {name: value.detach().to(self.loss.device) for name, value in self.tensors().items()}
         flat = torch.cat([value.flatten() for value in tensors.values()]).cpu().double()
-        parts = flat.split([value.numel() for value in tensors.values()])
-        return self.with_tensors(
-            {name: part.view(tensors[name].shape) for name, part in zip(tensors, parts, strict=True)}
-        )
+        parts = zip(tensors, flat.split([value.numel() for value in tensors.values()]), strict=True)
+        return self.with_tensors({name: part.view(tensors[name].shape) for name, part in parts})
 
 
 @dataclass(frozen=True)
 class Allocation:
     """What an allocator returns for one batch.
 
-    Attributes:
-        counts: ``(s, b)`` int64 on the CPU; row ``s`` sums exactly to ``queries_per_sample[s] * b``.
-        diagnostics: Numbers to log by name (parameters, ``J_over_J_equal``, convergence, ...).
-        pilot_weight: ``(s, b)`` weight of reused pilots in each sample's gradient, chosen before the pilots were seen,
-            or None for the share of the pilots in the budget.
-        most: ``(s,)`` upper bound of a sample's counts at each site, or None.
-
     Example:
         >>> Allocation(torch.tensor([[2, 6]]), {"count_max": 6.0}).counts.sum(dim=1)
         tensor([8])
     """
 
-    counts: Tensor
-    diagnostics: dict[str, float] = field(default_factory=dict)
+    counts: Tensor  # (s, b) int64 on the CPU; row s sums exactly to queries_per_sample[s] * b
+    diagnostics: dict[str, float] = field(default_factory=dict)  # numbers to log, by name
+    # (s, b) weight of reused pilots in each sample's gradient, chosen before they are seen; None: their budget share
     pilot_weight: Tensor | None = None
-    most: Tensor | None = None
+    most: Tensor | None = None  # (s,) upper bound of a sample's counts at each site
 
 
 @dataclass(frozen=True)
 class TraceObservation:
     """What the queries of a step, spent after the allocation, show about the traces.
 
-    Attributes:
-        trace: ``(s, b)`` unbiased estimates of the trace of the covariance of one query's gradient; NaN if fewer than
-            two queries survived.
-        queries: ``(s, b)`` surviving queries behind each estimate.
-        unit: Queries that are independent of others only as a group (2 in antithetic pairs).
-
     Example:
-        The trace of one query's covariance is the sum of the variances of its gradient's entries:
-
         >>> gradients = torch.tensor([[[1.0, 0.0], [3.0, 0.0]]])  # (b = 1 sample, 2 queries, 2 parameters)
-        >>> trace = gradients.var(dim=1).sum(dim=-1)[None]  # (s = 1, b)
-        >>> TraceObservation(trace, torch.tensor([[2.0]])).trace
+        >>> TraceObservation(trace=gradients.var(dim=1).sum(dim=-1)[None], queries=torch.tensor([[2.0]])).trace
         tensor([[2.]])
     """
 
+    # (s, b) unbiased estimates of the trace of the covariance of one query's gradient (the sum of the variances of its
+    # entries); NaN if fewer than two queries survived
     trace: Tensor
-    queries: Tensor
-    unit: int = 1
+    queries: Tensor  # (s, b) surviving queries behind each
+    unit: int = 1  # queries that are independent of others only as a group (2 in antithetic pairs)
 
     def joined(self, other: TraceObservation) -> TraceObservation:
         """All known traces of both; those of ``other`` where both have one."""
         newer = other.trace.isfinite()
-        trace = torch.where(newer, other.trace, self.trace)
-        return replace(self, trace=trace, queries=torch.where(newer, other.queries, self.queries))
+        newest = (torch.where(newer, other.trace, self.trace), torch.where(newer, other.queries, self.queries))
+        return TraceObservation(*newest, self.unit)
 
     def on_cpu(self) -> TraceObservation:
         """A copy in float64 on the CPU; takes one transfer."""
-        both = torch.stack([self.trace.detach(), self.queries.to(self.trace)]).cpu().double()
-        return replace(self, trace=both[0], queries=both[1])
+        trace, queries = torch.stack([self.trace.detach(), self.queries.to(self.trace)]).cpu().double()
+        return TraceObservation(trace, queries, self.unit)
 
 
 @runtime_checkable
@@ -228,10 +178,8 @@ class SupportsQueryAllocation(Protocol):
 
     Example:
         >>> class MyModule:  # in practice a LightningModule
-        ...     def sample_statistics(self, batch):
-        ...         return SampleStatistics(loss=batch.square().sum(dim=1))
-        ...     def set_query_counts(self, counts):
-        ...         self.counts = counts  # read by training_step
+        ...     def sample_statistics(self, batch): return SampleStatistics(loss=batch.square().sum(dim=1))
+        ...     def set_query_counts(self, counts): self.counts = counts  # read by training_step
         >>> isinstance(MyModule(), SupportsQueryAllocation)
         True
     """
@@ -239,8 +187,7 @@ class SupportsQueryAllocation(Protocol):
     def sample_statistics(self, batch: Any) -> SampleStatistics:
         """Run the clean pass (and pilots, if any) and return what the allocator may see.
 
-        Called before the training step, without autograd and under the trainer's precision. The module is in train
-        mode: switch dropout and the like off here if the losses should be clean.
+        Called in train mode, without autograd, under the trainer's precision: switch dropout off for clean losses.
         """
 
     def set_query_counts(self, counts: Tensor) -> None:
@@ -253,16 +200,13 @@ class SupportsStatisticsRequests(Protocol):
 
     Example:
         >>> class Thrifty:
-        ...     def request_statistics(self, names):
-        ...         self.needs_embedding = "embedding" in names
-        >>> module = Thrifty()
-        >>> module.request_statistics(frozenset({"trace", "trace_queries"}))
-        >>> isinstance(module, SupportsStatisticsRequests), module.needs_embedding
-        (True, False)
+        ...     def request_statistics(self, names): self.needs_embedding = "embedding" in names
+        >>> isinstance(Thrifty(), SupportsStatisticsRequests)
+        True
     """
 
     def request_statistics(self, names: frozenset[str]) -> None:
-        """Take, once before training, the names of fields of :class:`SampleStatistics` that the allocator reads.
+        """Take the names of :class:`SampleStatistics` that the allocator reads, once before training.
 
         ``predictors.<name>`` asks for one predictor, ``predictors`` for all; ``observation``: ``trace_observation``.
         """
@@ -274,8 +218,8 @@ class SupportsPilotWeights(Protocol):
 
     Example:
         >>> class Weighing:
-        ...     def set_pilot_weights(self, weights):
-        ...         self.weights = weights  # gradient = weights * mean(pilots) + (1 - weights) * mean(other queries)
+        ...     def set_pilot_weights(self, weights):  # gradient = w * mean(pilots) + (1 - w) * mean(other queries)
+        ...         self.weights = weights
         >>> isinstance(Weighing(), SupportsPilotWeights)
         True
     """
@@ -290,8 +234,7 @@ class SupportsTraceFeedback(Protocol):
 
     Example:
         >>> class Reporting:
-        ...     def trace_observation(self):
-        ...         return TraceObservation(trace=self.gradients.var(dim=1).sum(dim=-1)[None], queries=self.counts)
+        ...     def trace_observation(self): return TraceObservation(self.trace, self.counts)
         >>> isinstance(Reporting(), SupportsTraceFeedback)
         True
     """

@@ -28,12 +28,8 @@ def tensorboard_writers(trainer: Trainer) -> list[Any]:
 def write_page(trainer: Trainer, settings: Mapping[str, Any], budget: QueryBudget | None = None) -> None:
     """Write the text card ``run`` and the layout of the custom scalars page to the trainer's TensorBoard loggers.
 
-    Does nothing with other loggers. Call it once, for example in ``on_train_start``.
-
-    Args:
-        trainer: The trainer, whose loggers are written to.
-        settings: Settings of the run by name.
-        budget: Queries per sample at each site, or None without queries.
+    Does nothing with other loggers. Call it once, for example in ``on_train_start``, with the settings of the run by
+    name and its budget, if it has queries.
     """
     for writer in tensorboard_writers(trainer):
         writer.add_text("run", run_card(settings, budget), trainer.global_step)

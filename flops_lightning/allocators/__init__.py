@@ -23,26 +23,9 @@ from flops_lightning.protocol import (
 )
 
 __all__ = [
-    "Allocation",
-    "BernoulliAllocator",
-    "CostAwareAllocator",
-    "EqualAllocator",
-    "GaussianAllocator",
-    "GaussianParameters",
-    "OptimalAllocator",
-    "QueryAllocator",
-    "QueryBudget",
-    "SampleStatistics",
-    "SupportsPilotWeights",
-    "SupportsQueryAllocation",
-    "SupportsStatisticsRequests",
-    "SupportsTraceFeedback",
-    "TraceObservation",
-    "TraceSettings",
-    "equal_objective",
-    "gain_optimal",
-    "largest_remainder",
-    "objective",
-    "optimal_shares",
-    "water_fill",
-]
+    "Allocation", "BernoulliAllocator", "CostAwareAllocator", "EqualAllocator", "GaussianAllocator",
+    "GaussianParameters", "OptimalAllocator", "QueryAllocator", "QueryBudget", "SampleStatistics",
+    "SupportsPilotWeights", "SupportsQueryAllocation", "SupportsStatisticsRequests", "SupportsTraceFeedback",
+    "TraceObservation", "TraceSettings", "equal_objective", "gain_optimal", "largest_remainder", "objective",
+    "optimal_shares", "water_fill",
+]  # fmt: skip

@@ -15,19 +15,14 @@ from flops_lightning.settings import KeepsSettings
 
 
 class QueryAllocator(KeepsSettings, ABC):
-    """Splits a fixed budget of queries over the samples of a batch.
-
-    Subclasses implement :meth:`allocate`: statistics in, counts out. What must survive a restart goes into
-    ``state_dict``.
+    """Splits a fixed budget of queries over the samples of a batch; what must survive a restart is in ``state_dict``.
 
     Example:
         >>> from flops_lightning.protocol import Allocation, QueryBudget, SampleStatistics
         >>> class FirstHalf(QueryAllocator):
-        ...     '''Gives all queries to the first half of the batch.'''
         ...     def allocate(self, statistics, budget):
         ...         half = len(statistics.loss) // 2
-        ...         rows = [[2 * queries] * half + [0] * half for queries in budget.queries_per_sample]
-        ...         return Allocation(torch.tensor(rows))
+        ...         return Allocation(torch.tensor([[2 * n] * half + [0] * half for n in budget.queries_per_sample]))
         >>> FirstHalf().allocate(SampleStatistics(loss=torch.ones(4)), QueryBudget((3,))).counts
         tensor([[6, 6, 0, 0]])
     """
@@ -52,15 +47,8 @@ class QueryAllocator(KeepsSettings, ABC):
     def allocate(self, statistics: SampleStatistics, budget: QueryBudget) -> Allocation:
         """Choose how many queries each sample gets at each site.
 
-        Args:
-            statistics: Of the batch, on any device; :meth:`SampleStatistics.on_cpu` fetches them in one transfer.
-            budget: Queries per sample at each site.
-
-        Returns:
-            ``(s, b)`` counts that meet the budget exactly, and diagnostics to log.
-
-        Raises:
-            SettingError: A statistic is missing, or the budget is too small.
+        The statistics may be on any device; :meth:`SampleStatistics.on_cpu` fetches them in one transfer. Returns
+        ``(s, b)`` counts that meet the budget exactly, and diagnostics to log.
         """
 
     def state_dict(self) -> dict[str, Any]:
@@ -73,28 +61,21 @@ class QueryAllocator(KeepsSettings, ABC):
             raise ValueError(f"{type(self).__name__} keeps no state, the checkpoint has {sorted(state)}.")
 
     def check(self, statistics: SampleStatistics) -> None:
-        """Raise if a statistic that this allocator needs is missing.
-
-        Raises:
-            SettingError: ``statistics`` lacks a field named in :attr:`requires`.
-        """
+        """Raise a :class:`SettingError` if ``statistics`` lacks a field named in :attr:`requires`."""
         for name in sorted(self.requires):
             if getattr(statistics, name) is None:
                 pilots = " (set `strategy.pilots`)" if name == "trace" else ""
-                raise SettingError(
-                    "allocator", type(self).__name__,
-                    f"needs the statistic `{name}`, which `sample_statistics` returned as None.",
-                    f"Return `{name}` from `sample_statistics`{pilots}, or use EqualAllocator.",
-                )  # fmt: skip
+                problem = f"needs the statistic `{name}`, which `sample_statistics` returned as None."
+                remedy = f"Return `{name}` from `sample_statistics`{pilots}, or use EqualAllocator."
+                raise SettingError("allocator", type(self).__name__, problem, remedy)
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Run torch's CPU operations on the calling thread alone, and restore the number of threads afterwards.
+    """Run torch's CPU operations on the calling thread alone.
 
-    An allocation is hundreds of operations on matrices the size of a batch. Several threads gain nothing on idle cores,
-    and wait for each other while data loading keeps the cores busy: 1.3 s instead of 17 ms for a batch of 128, on two
-    cores.
+    An allocation is hundreds of operations on matrices the size of a batch: several threads gain nothing on idle cores,
+    and wait for each other on busy ones (on two cores 1.3 s instead of 17 ms for a batch of 128).
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -5,23 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from flops_lightning.allocators.base import check_unused, one_thread
-from flops_lightning.allocators.gaussian_search import PATIENCE, TOLERANCE
+from flops_lightning.allocators.gaussian_search import PATIENCE, TOLERANCE, Optimum
 from flops_lightning.allocators.objective import objective
 from flops_lightning.allocators.rounding import next_multiple, round_at_sites
-from flops_lightning.allocators.trace_allocator import DRAWS, MAX_ITERATIONS, SearchAllocator, count_diagnostics
+from flops_lightning.allocators.trace_allocator import SearchAllocator, count_diagnostics
 from flops_lightning.errors import SettingError
 from flops_lightning.protocol import Allocation, QueryBudget, SampleStatistics
 
-LEAST_P = 0.01
-"""An optimised p stays between this and one minus this: at 0 and 1 the score does not exist."""
-LEARNING_RATE = 0.5
-"""Step of Adam in ``logit(p)``; the whole range of p is 9.2 wide, and from 0.5 to either end are 10 steps."""
+LEAST_P = 0.01  # an optimised p stays between this and one minus this: at 0 and 1 the score does not exist
+LEARNING_RATE = 0.5  # step of Adam in logit(p); the whole range of p is 9.2 wide, and from 0.5 to an end are 10 steps
 
 
 class BernoulliAllocator(SearchAllocator):
@@ -30,23 +28,21 @@ class BernoulliAllocator(SearchAllocator):
     A sample whose clean loss is below the batch's mean is pruned with probability p: it gets ``Abar / 2`` queries
     instead of ``Abar`` (eq. 6), or ``min_queries`` if that is more. The freed queries go in equal parts to the samples
     that were not pruned: with ``m`` of ``B`` pruned these get ``Abar + m Abar / (2 (B - m))``. The paper's text instead
-    normalises the relative counts, ``A_b / sum A`` (section 4.1), which multiplies each by ``2 B / (2 B - m)``: part of
-    the freed queries returns to the pruned samples, and the ratio stays at 2 where it is ``2 + m / (B - m)`` here.
+    normalises the relative counts, ``A_b / sum A`` (section 4.1), which returns part of the freed queries to the pruned
+    samples: the ratio stays at 2 where it is ``2 + m / (B - m)`` here.
 
     With ``optimise``, p minimises ``J = E sum_b Tr_b / A_b`` (eq. 9) on every batch before it is used, starting from
     the last batch's p or the given one, whichever is better. J is monotone in p: ``E[J | m]`` falls with ``m`` if the
     mean trace of the samples of below-mean loss is less than half the mean trace of the batch (less than
-    ``min_queries / Abar`` of it, if that exceeds a half), and rises if it is more. So p runs towards 0.99 or 0.01 as
-    long as this changes J noticeably; what is learned is the side of that threshold. With several sites the first
-    decides; the same samples are pruned at every site.
+    ``min_queries / Abar`` of it, if that exceeds a half), and rises if it is more. So p runs towards 0.99 or 0.01; what
+    is learned is the side of that threshold. With several sites the first decides; all prune the same samples.
 
-    Samples whose loss is not finite (with ``optimise``: or whose trace) get the minimum; the others are allocated as a
-    batch of their own. If no loss is below the mean or, with ``optimise``, no trace is positive, the allocation is
-    equal and p stays as it was.
+    Samples whose loss (with ``optimise``: or trace) is not finite get the minimum; the others are allocated as a batch
+    of their own. If no loss is below the mean or, with ``optimise``, no trace is positive, the allocation is equal and
+    p stays as it was.
 
-    Diagnostics: ``p``; ``pruned`` (share of the batch); ``count_min``, ``count_max``. With ``optimise`` also
-    ``iterations``, ``converged`` (0 or 1), ``not_converged_total`` (batches so far), and ``J_over_J_equal`` (of the
-    counts at the first site, with the traces given).
+    Diagnostics: ``p``; ``pruned`` (share of the batch); ``count_min``, ``count_max``. With ``optimise`` also those of
+    :class:`SearchAllocator`.
 
     Example:
         >>> statistics = SampleStatistics(loss=torch.tensor([0.1, 0.2, 5.0]))
@@ -61,11 +57,7 @@ class BernoulliAllocator(SearchAllocator):
         Args:
             p: Probability with which a sample of below-mean loss is pruned; with ``optimise`` where p starts.
             optimise: Optimise p on every batch. Otherwise it stays, and nothing but the loss is needed.
-            **settings: Those of :class:`SearchAllocator`; ``traces``, ``draws`` and ``max_iterations`` only with
-                ``optimise``.
-
-        Raises:
-            SettingError: A value is out of range, or has no effect without ``optimise``.
+            **settings: Those of :class:`SearchAllocator`; except ``min_queries`` and ``seed`` only with ``optimise``.
         """
         super().__init__(**settings)
         least_p, most_p = (LEAST_P, 1.0 - LEAST_P) if optimise else (0.0, 1.0)
@@ -76,14 +68,13 @@ class BernoulliAllocator(SearchAllocator):
             )  # fmt: skip
         if not optimise:
             check_unused("traces", self.traces, None, "optimise = False")
-            check_unused("draws", self.draws, DRAWS, "optimise = False")
-            check_unused("max_iterations", self.max_iterations, MAX_ITERATIONS, "optimise = False")
+            self._check_no_search("optimise = False")
         self.p, self.optimise = p, optimise
         self._last_p = p
 
     @property
     def requests(self) -> frozenset[str]:
-        """What the trace estimator reads, if p is optimised."""
+        """The trace estimator's, if p is optimised."""
         return super().requests if self.optimise else frozenset()
 
     @property
@@ -121,53 +112,35 @@ class BernoulliAllocator(SearchAllocator):
         counts = round_at_sites(shares, totals, minimum=minimum, multiple=budget.multiple)
         values = {"p": self._last_p, "pruned": int(pruned.sum()) / batch_size} | count_diagnostics(counts)
         if trace is not None:
-            iterations, converged = (optimum.iterations, optimum.converged) if optimum else (0, True)
-            values |= self._search_diagnostics(trace, counts[0], iterations, converged)
+            values |= self._search_diagnostics(trace, counts[0], optimum)
         return Allocation(counts, values)
 
-    def _draw(self, loss: Tensor, trace: Tensor | None, total: float, floor: float) -> tuple[Tensor, Optimum | None]:
-        # Which of the usable samples are pruned. `total` and `floor` are those of the first site.
+    def _draw(self, loss: Tensor, trace: Tensor | None, total: float, least: int) -> tuple[Tensor, Any]:
+        """Which of the usable samples are pruned, and the optimum of p for the first site's total, if there is one."""
         generator = self._generator()
         below, optimum = below_mean(loss), None
         uniform = torch.rand(len(loss), dtype=torch.float64, generator=generator)
         if trace is not None:
             if not bool(below.any()) or not bool((trace > 0).any()):
                 return torch.zeros_like(below), None
+            starts = list(dict.fromkeys((self._last_p, self.p)))
+            problem = PruningProblem(below, trace, total, least)
             optimum = optimise_p(
-                PruningProblem(below, trace, total, floor),
-                list(dict.fromkeys((self._last_p, self.p))),
-                draws=self.draws,
-                max_iterations=self.max_iterations,
-                generator=generator,
+                problem, starts, draws=self.draws, max_iterations=self.max_iterations, generator=generator
             )
             self._not_converged += not optimum.converged
-            self._last_p = optimum.p
+            self._last_p = optimum.place
         return below & (uniform < self._last_p), optimum
 
 
 @dataclass(frozen=True)
 class PruningProblem:
-    """One batch, as the optimisation of p sees it.
+    """One batch, as the optimisation of p sees it."""
 
-    Attributes:
-        below: ``(b,)`` bool, whether a loss is below the mean; not true of all.
-        trace: ``(b,)`` float64 nonnegative traces; their scale does not matter.
-        total: Queries of the batch.
-        floor: Least queries of a sample.
-    """
-
-    below: Tensor
-    trace: Tensor
-    total: float
-    floor: float
-
-
-class Optimum(NamedTuple):
-    """Where the optimisation of p ended, after how many gradient steps, and whether J had stopped changing."""
-
-    p: float
-    iterations: int
-    converged: bool
+    below: Tensor  # (b,) bool, whether a loss is below the mean; not true of all
+    trace: Tensor  # (b,) float64, nonnegative; its scale does not matter
+    total: float  # queries of the batch
+    floor: float  # least queries of a sample
 
 
 def below_mean(loss: Tensor) -> Tensor:
@@ -181,13 +154,8 @@ def below_mean(loss: Tensor) -> Tensor:
 def pruned_allocation(pruned: Tensor, total: float, *, floor: float) -> Tensor:
     """Half the average for the pruned samples, and what this frees in equal parts for the others (eq. 6).
 
-    Args:
-        pruned: ``(..., b)`` bool, in each row not true of all.
-        total: Sum of each allocation, in queries.
-        floor: Least part of a sample, in queries, at most the average.
-
-    Returns:
-        ``(..., b)`` float64 allocations.
+    ``pruned`` is ``(..., b)``, in no row true of all; the sum of each allocation is ``total``, and ``floor``, at most
+    the average, the least part of a sample, all in queries. Returns ``(..., b)`` float64 allocations.
     """
     low = max(total / pruned.shape[-1] / 2, floor)
     number = pruned.sum(dim=-1, keepdim=True).double()
@@ -205,12 +173,8 @@ def score_gradient(problem: PruningProblem, p: float, uniform: Tensor) -> float:
     """Likelihood-ratio estimate of ``dJ / d logit(p)`` (eq. 11), unbiased.
 
     The score of a draw is ``m - n p``, with ``m`` of the ``n`` samples below the mean pruned. Each draw's J is compared
-    with the mean J of the other draws (leave-one-out baseline), which does not change the expectation.
-
-    Args:
-        problem: The batch.
-        p: Probability of pruning, neither 0 nor 1.
-        uniform: ``(k, b)`` standard uniform numbers, ``k >= 2``.
+    with the mean J of the others (leave-one-out baseline), which does not change the expectation. ``uniform`` is
+    ``(k, b)``, ``k >= 2``.
     """
     value, number = draw_objective(problem, p, uniform)
     advantage = (value - value.mean()) * len(value) / (len(value) - 1)
@@ -219,11 +183,10 @@ def score_gradient(problem: PruningProblem, p: float, uniform: Tensor) -> float:
 
 def optimise_p(
     problem: PruningProblem, starts: Sequence[float], *, draws: int, max_iterations: int, generator: torch.Generator
-) -> Optimum:
+) -> Optimum[float]:
     """Adam on ``logit(p)`` from the best of ``starts``, as :func:`~flops_lightning.allocators.gaussian_search.descend`.
 
-    J is monitored with common random numbers; the gradient needs new draws at every iteration. The best p met is
-    returned.
+    J is monitored with common random numbers; the gradient needs new draws at every iteration.
     """
     shape = (draws, len(problem.below))
     common = torch.rand(shape, dtype=torch.float64, generator=generator)

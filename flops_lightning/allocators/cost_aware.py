@@ -22,10 +22,8 @@ from flops_lightning.protocol import Allocation, QueryBudget, SampleStatistics
 Costs = Literal["flops", "measured", "given"]
 Metric = Literal["parameters", "preconditioned"]
 
-LEAST_COST = 1e-4
-"""Least cost of a query relative to the dearest: counted FLOPs can be none where only a loss is computed."""
-MOST_QUERIES = 10
-"""Default of ``max_queries``, in multiples of a site's own budget."""
+LEAST_COST = 1e-4  # relative to the dearest query: counted FLOPs can be none where only a loss is computed
+MOST_QUERIES = 10  # default of `max_queries`, in multiples of a site's own budget
 
 
 class CostAwareAllocator(TraceAllocator):
@@ -36,12 +34,10 @@ class CostAwareAllocator(TraceAllocator):
     allocation with unequal costs; not in the paper, which fixes the queries of each site). ``C`` is what the module's
     own budgets would cost, so the compute of a step stays what it was and the number of queries changes.
 
-    Traces of different sites are compared in squared units of the parameters: those of block and group sites are
-    multiplied with the module's estimate of the squared norm of their Jacobian (``SampleStatistics.scale``).
-
-    Counts are integers between ``min_queries`` and ``max_queries``, multiples of the budget's ``multiple``; what
-    rounding leaves of the compute is spent where it lowers J most for its cost. Every site needs traces: a prediction,
-    or pilots everywhere. Unlike with other allocators, the sum of a site's counts is not fixed.
+    Traces of block and group sites are converted to squared units of the parameters by the module's estimate of the
+    squared norm of their Jacobian (``SampleStatistics.scale``). Counts lie between ``min_queries`` and ``max_queries``;
+    what rounding leaves of the compute is spent where it lowers J most for its cost. Every site needs traces: a
+    prediction, or pilots everywhere. Unlike with other allocators, the sum of a site's counts is not fixed.
 
     Diagnostics: ``J_over_J_own`` (against equal counts of the module's own budget, with the estimated traces),
     ``compute_used`` (share of C), ``queries/<site>`` (average of a sample at each site), ``count_min``, ``count_max``.
@@ -49,11 +45,8 @@ class CostAwareAllocator(TraceAllocator):
     Example:
         >>> from flops_lightning.allocators import TraceSettings
         >>> statistics = SampleStatistics(
-        ...     loss=torch.ones(2),
-        ...     trace=torch.tensor([[1.0, 4.0], [1.0, 1.0]]),
-        ...     scale=torch.ones(2),
-        ...     counted_costs=torch.tensor([1.0, 0.25]),  # a query at the upper site is four times cheaper
-        ... )
+        ...     loss=torch.ones(2), trace=torch.tensor([[1.0, 4.0], [1.0, 1.0]]), scale=torch.ones(2),
+        ...     counted_costs=torch.tensor([1.0, 0.25]))  # a query at the upper site is four times cheaper
         >>> allocator = CostAwareAllocator(traces=TraceSettings(source="pilots"))
         >>> allocator.allocate(statistics, QueryBudget((8, 8))).counts
         tensor([[ 5, 10],
@@ -61,15 +54,9 @@ class CostAwareAllocator(TraceAllocator):
     """
 
     def __init__(
-        self,
-        *,
-        costs: Costs = "flops",
-        given_costs: Sequence[float] = (),
-        compute: float = 0.0,
-        metric: Metric = "parameters",
-        max_queries: int = 0,
-        **settings: Any,
-    ) -> None:
+        self, *, costs: Costs = "flops", given_costs: Sequence[float] = (), compute: float = 0.0,
+        metric: Metric = "parameters", max_queries: int = 0, **settings: Any,
+    ) -> None:  # fmt: skip
         """Check the settings.
 
         Args:
@@ -83,19 +70,14 @@ class CostAwareAllocator(TraceAllocator):
             max_queries: Most queries of a sample at a site; 0: ten times the site's own budget. Sites that cost next to
                 nothing would take any number.
             **settings: ``traces`` and ``min_queries``, see :class:`TraceAllocator`.
-
-        Raises:
-            SettingError: A value is unknown, out of range, or has no effect.
         """
         super().__init__(**settings)
         check_choice("costs", costs, get_args(Costs))
         check_choice("metric", metric, get_args(Metric))
         given_costs = list(given_costs)
         if bool(given_costs) != (costs == "given"):
-            raise SettingError(
-                "given_costs", given_costs, f"does not go with costs: {costs}.",
-                "Write one cost for each site together with costs: given.",
-            )  # fmt: skip
+            remedy = "Write one cost for each site together with costs: given."
+            raise SettingError("given_costs", given_costs, f"does not go with costs: {costs}.", remedy)
         for cost in given_costs:
             check_positive("given_costs", cost, "Write for example 1 for each site.")
         check_at_least("compute", compute, 0, "Write 0 for what the sites' own budgets cost.")
@@ -104,26 +86,21 @@ class CostAwareAllocator(TraceAllocator):
             raise SettingError("max_queries", max_queries, problem, "Write 0 for the default, or more.")
         self.costs, self.given_costs, self.compute = costs, given_costs, compute
         self.metric, self.max_queries = metric, max_queries
+        self._scale_name = "scale" if metric == "parameters" else "preconditioned_scale"
         source = self._traces.settings
         if source.source != "pilots" and not source.window:
-            raise SettingError(
-                "traces.window", 0, "cannot tell how traces of one site compare with another's.", "Write 1 or more."
-            )
+            problem = "cannot tell how traces of one site compare with another's."
+            raise SettingError("traces.window", 0, problem, "Write 1 or more.")
 
     @property
     def requests(self) -> frozenset[str]:
-        """Traces, costs and scales."""
-        costs = {"flops": {"counted_costs"}, "measured": {"measured_costs"}, "given": set()}[self.costs]
+        """The trace estimator's, costs and scales."""
+        costs = {"flops": {"counted_costs"}, "measured": {"measured_costs"}}.get(self.costs, set())
         return super().requests | frozenset(costs) | {self._scale_name}
 
     @one_thread()
     def allocate(self, statistics: SampleStatistics, budget: QueryBudget) -> Allocation:
-        """Estimate the traces and split the compute.
-
-        Raises:
-            SettingError: A statistic is missing, some but not all sites have traces, ``max_queries`` is below what the
-                estimator needs, or the compute does not pay for ``min_queries`` everywhere.
-        """
+        """Estimate the traces and split the compute."""
         statistics = statistics.on_cpu()
         sites, batch_size = len(budget.queries_per_sample), len(statistics.loss)
         own = torch.tensor(budget.queries_per_sample, dtype=torch.float64)
@@ -141,36 +118,29 @@ class CostAwareAllocator(TraceAllocator):
         most = (most.div(multiple).floor() * multiple).clamp_min(least)
         total = (self.compute or float((costs * own).sum())) * batch_size
         if total * (1.0 + 1e-9) < float(costs.sum()) * least * batch_size:
-            raise SettingError(
-                "compute", self.compute, f"does not pay for {least} queries of every sample at each of {sites} sites.",
-                # Four digits may round down by half a thousandth.
-                f"Lower min_queries, or write at least {1.0005 * float(costs.sum()) * least:.4g}.",
-            )  # fmt: skip
+            problem = f"does not pay for {least} queries of every sample at each of {sites} sites."
+            enough = 1.0005 * float(costs.sum()) * least  # four digits may round down by half a thousandth
+            remedy = f"Lower min_queries, or write at least {enough:.4g}."
+            raise SettingError("compute", self.compute, problem, remedy)
         cheapest = partial(cheapest_counts, costs=costs, total=total, least=least, most=most, multiple=multiple)
-        weight = None
-        if estimate.prediction is not None and estimate.weighs_pilots:
-            # As in OptimalAllocator: by the counts that the prediction alone would give.
-            expected = cheapest(self._variance(estimate.prediction, estimate, scales, own, costs))
-            weight = estimate.pilots / (estimate.pilots + expected)
+        weight = estimate.pilot_weight(lambda p: cheapest(self._variance(p, estimate, scales, own, costs)))
         variance = self._variance(estimate.trace, estimate, scales, own, costs)
         if weight is not None:
             variance = variance * (1.0 - weight).square()
         counts = cheapest(variance)
         equal = float((variance.sum(dim=1) / own).sum())
-        values = count_diagnostics(counts, estimate) | {
-            "J_over_J_own": float((variance / counts).sum()) / equal if equal > 0 else 1.0,
-            "compute_used": float((costs[:, None] * counts).sum()) / total,
-        }
-        values |= {
-            f"queries/{site}": float(row.double().mean()) for site, row in zip(budget.site_names, counts, strict=True)
-        }
+        values = count_diagnostics(counts, estimate)
+        values["J_over_J_own"] = float((variance / counts).sum()) / equal if equal > 0 else 1.0
+        values["compute_used"] = float((costs[:, None] * counts).sum()) / total
+        averages = zip(budget.site_names, counts.double().mean(dim=1).tolist(), strict=True)
+        values |= {f"queries/{name}": average for name, average in averages}
         return Allocation(counts, values, weight, most.long())
 
     def _variance(self, trace: Tensor, estimate: TraceEstimate, scales: Tensor, own: Tensor, costs: Tensor) -> Tensor:
         """``(s, b)`` V of :func:`cheapest_counts`: traces in units of the parameters.
 
-        Where nothing tells how large they are at one site beside another (a prediction before anything was learned, or
-        traces that are all zero) sites keep the share of their own budgets, which V ~ own^2 cost gives.
+        Where nothing tells how large they are at one site beside another (nothing learned yet, or all zero) sites keep
+        the share of their own budgets, which V ~ own^2 cost gives.
         """
         variance = trace * scales
         if estimate.calibrated and bool((variance > 0).any()):
@@ -179,50 +149,39 @@ class CostAwareAllocator(TraceAllocator):
         root = torch.where(root.sum(dim=1, keepdim=True) > 0, root, 1.0)
         return (root / root.mean(dim=1, keepdim=True)).square() * (own.square() * costs)[:, None]
 
-    @property
-    def _scale_name(self) -> str:
-        return "scale" if self.metric == "parameters" else "preconditioned_scale"
-
     def _site_costs(self, statistics: SampleStatistics, sites: int) -> Tensor:
+        remedy = "Write costs: given and one number for each site in given_costs."
         if self.costs == "given":
             costs: Tensor | None = torch.tensor(self.given_costs, dtype=torch.float64)
         else:
             costs = statistics.counted_costs if self.costs == "flops" else statistics.measured_costs
         if costs is None or len(costs) != sites:
-            raise SettingError(
-                "costs", self.costs, f"needs one cost for each of {sites} sites, "
-                + ("and `sample_statistics` returned none." if costs is None else f"and there are {len(costs)}."),
-                "Write costs: given and one number for each site in given_costs.",
-            )  # fmt: skip
+            number = "and `sample_statistics` returned none." if costs is None else f"and there are {len(costs)}."
+            raise SettingError("costs", self.costs, f"needs one cost for each of {sites} sites, {number}", remedy)
         if not bool((costs.isfinite() & (costs >= 0)).all()):
-            raise SettingError(
-                "costs", self.costs, f"gave {costs.tolist()}; all must be finite numbers, 0 or more.",
-                "Write costs: given and one number for each site in given_costs.",
-            )  # fmt: skip
+            problem = f"gave {costs.tolist()}; all must be finite numbers, 0 or more."
+            raise SettingError("costs", self.costs, problem, remedy)
         return costs.clamp_min(float(costs.max()) * LEAST_COST) if float(costs.max()) > 0 else torch.ones_like(costs)
 
     def _scales(self, statistics: SampleStatistics, sites: int) -> Tensor:
         scale: Tensor | None = getattr(statistics, self._scale_name)
         if scale is None and sites > 1:
-            raise SettingError(
-                "metric", self.metric, f"needs the statistic `{self._scale_name}` to compare {sites} sites.",
-                "Return it from `sample_statistics` (ones, if the traces are in squared units of the parameters).",
-            )  # fmt: skip
+            problem = f"needs the statistic `{self._scale_name}` to compare {sites} sites."
+            remedy = "Return it from `sample_statistics` (ones, if the traces are in squared units of the parameters)."
+            raise SettingError("metric", self.metric, problem, remedy)
         if scale is not None and len(scale) != sites:
-            raise SettingError(
-                f"sample_statistics.{self._scale_name}", tuple(scale.shape),
-                f"must have one factor for each of {sites} sites.", "Return one number for each site.",
-            )  # fmt: skip
+            problem = f"must have one factor for each of {sites} sites."
+            remedy = "Return one number for each site."
+            raise SettingError(f"sample_statistics.{self._scale_name}", tuple(scale.shape), problem, remedy)
         return torch.ones(sites, dtype=torch.float64) if scale is None else scale
 
     def _check_pilots(self, pilots: Tensor) -> None:
-        # Traces that follow those of other sites are relative: they cannot be compared with traces that were seen.
+        """Traces that follow those of other sites are relative: they cannot be compared with traces that were seen."""
         known = (pilots > 0).any(dim=1)
         if bool(known.any()) and not bool(known.all()):
-            raise SettingError(
-                "traces.source", "pilots", f"{int(known.sum())} of {len(known)} sites have pilots, and the others no "
-                "traces to compare.", "Set `strategy.pilots` for every site, or source: prediction.",
-            )  # fmt: skip
+            problem = f"{int(known.sum())} of {len(known)} sites have pilots, and the others no traces to compare."
+            remedy = "Set `strategy.pilots` for every site, or source: prediction."
+            raise SettingError("traces.source", "pilots", problem, remedy)
 
 
 def cheapest_counts(
@@ -234,16 +193,8 @@ def cheapest_counts(
     spent one multiple at a time where it lowers the sum most for its cost. That is as good as any integer table which
     costs less by one multiple at the dearest site.
 
-    Args:
-        variance: ``(s, b)`` nonnegative V.
-        costs: ``(s,)`` positive costs of a query.
-        total: Compute budget, at least what ``least`` queries everywhere cost.
-        least: Least count, a multiple of ``multiple``.
-        most: ``(s,)`` largest counts, multiples of ``multiple``.
-        multiple: Counts are multiples of this.
-
-    Returns:
-        ``(s, b)`` int64.
+    For ``(s, b)`` nonnegative V and ``(s,)`` positive costs; ``least`` and the ``(s,)`` ``most`` are multiples of
+    ``multiple``, and ``total`` pays for ``least`` everywhere. Returns ``(s, b)`` int64.
     """
     price = costs[:, None]
     share = optimal_shares(variance / price)

@@ -1,9 +1,8 @@
 """Gamma regression with logarithmic link: how noisy a sample's gradient is, told from numbers of its clean pass.
 
 A variance estimated from ``n`` queries scatters in proportion to its own size and is skewed, as a gamma variable is.
-Least squares on its logarithm would learn too small a value for samples with few queries (the expectation of the
-logarithm of a small-sample variance is biased low) and so starve them further; the gamma likelihood is unbiased in the
-mean whatever ``n``.
+Least squares on its logarithm is biased low for few queries and would starve such samples further; the gamma likelihood
+is unbiased in the mean whatever ``n``.
 """
 
 from __future__ import annotations
@@ -13,52 +12,33 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-ITERATIONS = 50
-"""More than needed: the objective is convex, and Newton's method with a line search takes 3, from bad starts 20."""
+ITERATIONS = 50  # more than needed: the objective is convex, and Newton's method takes 3, from bad starts 20
+# Multiples of a Newton step that are tried: with a few outlying observations a full step is too long or too short.
 LENGTHS = tuple(4.0**k for k in range(1, -8, -1))
-"""Multiples of a Newton step that are tried. Where a few observations lie far from the others a full step overshoots,
-or goes only a little of the way."""
-DAMPING = 1e-9
-"""Part of its largest entry added to the Hessian's diagonal: features may determine each other."""
-LARGEST_EXPONENT = 80.0
-"""Predictions stay between ``exp(-80)`` and ``exp(80)``, so that their squares do not overflow."""
+DAMPING = 1e-9  # part of its largest entry added to the Hessian's diagonal: features may determine each other
+LARGEST_EXPONENT = 80.0  # predictions stay between exp(-80) and exp(80), so that their squares do not overflow
 
 
 @dataclass(frozen=True)
 class GammaRegression:
-    """``log E[y] = intercept + slope . (x - centre) / spread``, one fit for each site.
+    """``log E[y] = intercept + slope . (x - centre) / spread``, one fit for each site."""
 
-    Attributes:
-        centre: ``(s, f)`` means of the features over the observations.
-        spread: ``(s, f)`` their standard deviations (1 for a constant one).
-        coefficients: ``(s, 1 + f)`` intercept and slopes in standardised features.
-    """
-
-    centre: Tensor
-    spread: Tensor
-    coefficients: Tensor
+    centre: Tensor  # (s, f) means of the features over the observations
+    spread: Tensor  # (s, f) their standard deviations (1 for a constant one)
+    coefficients: Tensor  # (s, 1 + f) intercept and slopes in standardised features
 
     def predict(self, features: Tensor) -> Tensor:
         """``(s, n)`` expectations of y for ``(s, n, f)`` features."""
-        design = _design(features, self.centre, self.spread)
-        return _mean(design, self.coefficients)
+        return _mean(_design(features, self.centre, self.spread), self.coefficients)
 
 
 def fit_gamma(features: Tensor, observed: Tensor, weights: Tensor, *, prior: Tensor, ridge: float) -> GammaRegression:
     """Fit by Newton's method the gamma likelihood with a Gaussian prior on the slopes.
 
     Minimises ``sum_n w_n (y_n / m_n + log m_n) + ridge W / 2 |slope - prior|^2`` with ``W = sum_n w_n`` and the slopes
-    in standardised features.
-
-    Args:
-        features: ``(s, n, f)``; anything where the weight is 0.
-        observed: ``(s, n)`` nonnegative; anything where the weight is 0.
-        weights: ``(s, n)`` degrees of freedom behind each observation; 0: not observed.
-        prior: ``(f,)`` slopes in the features' own units towards which the fit is drawn.
-        ridge: Strength of the prior, relative to the observations.
-
-    Returns:
-        The fit. A site without a positive observation predicts by the prior alone.
+    in standardised features. ``features`` are ``(s, n, f)``, ``observed`` ``(s, n)`` nonnegative and ``weights``
+    ``(s, n)`` the degrees of freedom behind each, 0 where nothing was observed and the others may be anything.
+    ``prior`` is ``(f,)`` in the features' own units. A site without a positive observation predicts by it alone.
     """
     seen = weights > 0
     features = torch.where(seen[..., None], features, 0.0)

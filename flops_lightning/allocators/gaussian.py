@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from flops_lightning.allocators.base import check_unused, one_thread
+from flops_lightning.allocators.base import one_thread
 from flops_lightning.allocators.gaussian_search import (
     AllocationProblem,
     Covariance,
@@ -21,14 +21,13 @@ from flops_lightning.allocators.gaussian_search import (
     search,
 )
 from flops_lightning.allocators.rounding import next_multiple, round_at_sites
-from flops_lightning.allocators.trace_allocator import DRAWS, MAX_ITERATIONS, SearchAllocator, count_diagnostics
+from flops_lightning.allocators.trace_allocator import SearchAllocator, count_diagnostics
 from flops_lightning.errors import SettingError, check_choice
 from flops_lightning.protocol import Allocation, QueryBudget, SampleStatistics
 
 Gradient = Literal["pathwise", "score", "exact"]
 
-CONSTANT_FEATURE = 1e-6
-"""Standard deviation of tanh(loss) over a batch below which it is taken as constant."""
+CONSTANT_FEATURE = 1e-6  # standard deviation of tanh(loss) over a batch below which it is taken as constant
 
 
 class GaussianAllocator(SearchAllocator):
@@ -40,23 +39,22 @@ class GaussianAllocator(SearchAllocator):
     allocation, starting from those of the last batch (or from the paper's initial values if these are better).
 
     The normalisation makes one parameter redundant: the root mean square of ``mu`` over the batch is kept at the
-    average number of queries. J is least without randomness (Jensen), so sigma runs to its floor, 1 % of that average,
-    where gamma hardly matters; what is learned is the ratio of ``beta0`` and ``beta1``. With several sites the
-    optimisation uses the budget of the first, and the same draw is rounded for each.
+    average number of queries. J is least without randomness (Jensen), so sigma runs to its floor, 1 % of that average;
+    what is learned is the ratio of ``beta0`` and ``beta1``. With several sites the optimisation uses the budget of the
+    first, and the same draw is rounded for each.
 
-    Samples whose loss, trace or embedding is not finite get the minimum and take no part in the optimisation; negative
-    trace estimates count as zero; if no trace is positive (a flat loss), the allocation is equal. ``min_queries: 0`` is
-    the paper's choice: a sample whose draw is negative gets no query, which biases the batch gradient; J is evaluated
-    as if it got one.
+    Samples whose loss, trace or embedding is not finite get the minimum and take no part; negative trace estimates
+    count as zero; if no trace is positive (a flat loss), the allocation is equal. ``min_queries: 0`` is the paper's
+    choice: a sample whose draw is negative gets no query, which biases the batch gradient; J is evaluated as if it got
+    one.
 
-    Diagnostics: ``beta0, beta1, sigma, gamma``; ``iterations``, ``converged`` (0 or 1), ``not_converged_total``
-    (batches so far); of the first site ``J_over_J_equal`` (with the traces given), ``count_min`` and ``count_max``.
+    Diagnostics: ``beta0, beta1, sigma, gamma``; ``count_min`` and ``count_max`` of the first site; those of
+    :class:`SearchAllocator`.
 
     Example:
         >>> statistics = SampleStatistics(loss=torch.tensor([0.1, 0.5, 2.0]), trace=torch.tensor([1.0, 4.0, 9.0]))
         >>> allocator = GaussianAllocator(gradient="exact", covariance="diagonal")
-        >>> allocation = allocator.allocate(statistics, QueryBudget((8,)))
-        >>> allocation.counts  # close to the optimum, 4, 8 and 12
+        >>> allocator.allocate(statistics, QueryBudget((8,))).counts  # close to the optimum, 4, 8 and 12
         tensor([[ 4,  8, 12]])
     """
 
@@ -76,52 +74,37 @@ class GaussianAllocator(SearchAllocator):
                 prints it; similar samples then vary *less* together, and the matrix is replaced by the nearest positive
                 semi-definite one. ``"diagonal"``: independent draws, no embedding needed.
             **settings: Those of :class:`SearchAllocator`; ``draws`` and ``max_iterations`` not with ``"exact"``.
-
-        Raises:
-            SettingError: A value is unknown, out of range, or has no effect with this ``gradient``.
         """
         super().__init__(**settings)
         check_choice("gradient", gradient, get_args(Gradient))
         check_choice("covariance", covariance, get_args(Covariance))
         if gradient == "exact":
-            check_unused("draws", self.draws, DRAWS, "gradient = 'exact'")
-            check_unused("max_iterations", self.max_iterations, MAX_ITERATIONS, "gradient = 'exact'")
-        self.gradient: Gradient = gradient
-        self.covariance: Covariance = covariance
-        self._parameters: GaussianParameters | None = None
-
-    @property
-    def parameters(self) -> GaussianParameters | None:
-        """Lambda after the last batch, or None before the first."""
-        return self._parameters
+            self._check_no_search("gradient = 'exact'")
+        self.gradient, self.covariance = gradient, covariance
+        self.parameters: GaussianParameters | None = None  # after the last batch
 
     @property
     def requests(self) -> frozenset[str]:
-        """What the trace estimator reads, and the embedding unless the covariance is diagonal."""
+        """The trace estimator's, and the embedding unless the covariance is diagonal."""
         return super().requests | frozenset(() if self.covariance == "diagonal" else {"embedding"})
 
     def state_dict(self) -> dict[str, Any]:
         """Lambda (None before the first batch), and the state of the search."""
-        parameters = None if self._parameters is None else list(astuple(self._parameters))
+        parameters = None if self.parameters is None else list(astuple(self.parameters))
         return super().state_dict() | {"parameters": parameters}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
         super().load_state_dict(state)
-        self._parameters = None if state["parameters"] is None else GaussianParameters(*state["parameters"])
+        self.parameters = None if state["parameters"] is None else GaussianParameters(*state["parameters"])
 
     def check(self, statistics: SampleStatistics) -> None:
-        """Raise if the embedding is missing and the covariance needs it.
-
-        Raises:
-            SettingError: The message says how to do without.
-        """
+        """Raise a :class:`SettingError` also if the covariance needs the embedding and there is none."""
         super().check(statistics)
         if self.covariance != "diagonal" and statistics.embedding is None:
-            raise SettingError(
-                "covariance", self.covariance, "compares the embeddings of samples, and `sample_statistics` returned "
-                "none.", "Return `embedding` from `sample_statistics`, or set covariance = 'diagonal'.",
-            )  # fmt: skip
+            problem = "compares the embeddings of samples, and `sample_statistics` returned none."
+            remedy = "Return `embedding` from `sample_statistics`, or set covariance = 'diagonal'."
+            raise SettingError("covariance", self.covariance, problem, remedy)
 
     @one_thread()
     def allocate(self, statistics: SampleStatistics, budget: QueryBudget) -> Allocation:
@@ -132,25 +115,19 @@ class GaussianAllocator(SearchAllocator):
         statistics = statistics.on_cpu()
         totals, minimum = self._totals(statistics, budget)
         usable, trace = self._usable_traces(statistics, budget)
-        generator = self._generator()
-        shares, optimum = usable.double(), None
+        shares, optimum, generator = usable.double(), None, self._generator()
         if bool((trace > 0).any()):
             shares[usable], optimum = self._draw(statistics, usable, trace[usable], budget, generator)
         counts = round_at_sites(shares.expand(len(totals), -1), totals, minimum=minimum, multiple=budget.multiple)
-        iterations, converged = (optimum.iterations, optimum.converged) if optimum else (0, True)
-        values = self._search_diagnostics(trace, counts[0], iterations, converged) | count_diagnostics(counts[0])
-        if self._parameters is not None:
-            values |= {name: float(value) for name, value in vars(self._parameters).items()}
+        values = self._search_diagnostics(trace, counts[0], optimum) | count_diagnostics(counts[0])
+        if self.parameters is not None:
+            values |= {name: float(value) for name, value in vars(self.parameters).items()}
         return Allocation(counts, values)
 
     def _draw(
-        self,
-        statistics: SampleStatistics,
-        usable: Tensor,
-        trace: Tensor,
-        budget: QueryBudget,
+        self, statistics: SampleStatistics, usable: Tensor, trace: Tensor, budget: QueryBudget,
         generator: torch.Generator,
-    ) -> tuple[Tensor, Optimum | None]:
+    ) -> tuple[Tensor, Optimum[Tensor] | None]:  # fmt: skip
         queries = budget.queries_per_sample[0]
         least = next_multiple(max(self.min_queries, budget.minimum), budget.multiple)
         feature = statistics.loss[usable].tanh()
@@ -158,47 +135,33 @@ class GaussianAllocator(SearchAllocator):
         if spread < CONSTANT_FEATURE:  # equal or saturated losses: there is no slope to learn, and none is remembered
             return torch.ones_like(feature), None
         embedding = statistics.embedding
-        problem = AllocationProblem(
-            feature=(feature - centre) / spread,
-            trace=trace,
-            distance=None if embedding is None else embedding_distance(embedding[usable], self.covariance),
-            project=self.covariance == "cosine_similarity",
-            total=queries * len(usable) - least * int((~usable).sum()),
-            floor=max(least, budget.multiple),
-        )
+        distance = None if embedding is None else embedding_distance(embedding[usable], self.covariance)
+        total, floor = queries * len(usable) - least * int((~usable).sum()), max(least, budget.multiple)
+        project = self.covariance == "cosine_similarity"
+        problem = AllocationProblem((feature - centre) / spread, trace, distance, project, total, floor)
         normal = torch.randn(1, len(feature), dtype=torch.float64, generator=generator)
         initial = GaussianParameters.initial(queries)
-        last = self._parameters or initial
+        last = self.parameters or initial
         if self.gradient == "exact":
             optimum = search(problem, math.log(last.gamma))
         else:
+            starts = [to_coordinates(each, centre, spread) for each in dict.fromkeys((last, initial))]
             optimum = descend(
-                problem,
-                [to_coordinates(each, centre, spread) for each in dict.fromkeys((last, initial))],
-                gradient=self.gradient,
-                draws=self.draws,
-                max_iterations=self.max_iterations,
+                problem, starts, gradient=self.gradient, draws=self.draws, max_iterations=self.max_iterations,
                 generator=generator,
-            )
+            )  # fmt: skip
         self._not_converged += not optimum.converged
-        self._parameters = from_coordinates(optimum.coordinates, centre, spread, queries)
-        correlation = problem.correlation(optimum.coordinates)
-        return make_draws(problem, optimum.coordinates, correlation, normal)[0], optimum
+        self.parameters = from_coordinates(optimum.place, centre, spread, queries)
+        return make_draws(problem, optimum.place, problem.correlation(optimum.place), normal)[0], optimum
 
 
 @dataclass(frozen=True)
 class GaussianParameters:
-    """The four parameters lambda of the Gaussian allocator; a common factor of the first three changes nothing.
+    """The parameters lambda of the Gaussian allocator; a common factor of the first three, in queries, changes nothing.
 
     Example:
         >>> GaussianParameters.initial(20)
         GaussianParameters(beta0=20, beta1=10.0, sigma=4.0, gamma=1.0)
-
-    Attributes:
-        beta0: Intercept of the mean, in queries.
-        beta1: Slope of the mean in ``tanh(loss)``, in queries.
-        sigma: Scale of the covariance, in queries.
-        gamma: Decay of the covariance with the distance of the embeddings.
     """
 
     beta0: float
@@ -214,8 +177,7 @@ class GaussianParameters:
 
 def to_coordinates(parameters: GaussianParameters, centre: float, spread: float) -> Tensor:
     """``(3,)`` ``angle, ln(sigma), ln(gamma)`` for a batch whose feature has this mean and standard deviation."""
-    # mu = beta0 + beta1 (centre + spread z) has the mean `level`, the standard deviation `tilt` and their hypotenuse as
-    # its root mean square.
+    # The mean of mu is `level`, its standard deviation `tilt`, and its root mean square their hypotenuse.
     level, tilt = parameters.beta0 + parameters.beta1 * centre, parameters.beta1 * spread
     sigma = parameters.sigma / math.hypot(level, tilt)
     return torch.tensor([math.atan2(tilt, level), math.log(sigma), math.log(parameters.gamma)], dtype=torch.float64)
@@ -225,9 +187,5 @@ def from_coordinates(coordinates: Tensor, centre: float, spread: float, queries:
     """Lambda in the scale in which ``mu`` has the root mean square ``queries`` over the batch."""
     angle, log_sigma, log_gamma = coordinates.tolist()
     beta1 = queries * math.sin(angle) / spread
-    return GaussianParameters(
-        beta0=queries * math.cos(angle) - beta1 * centre,
-        beta1=beta1,
-        sigma=queries * math.exp(log_sigma),
-        gamma=math.exp(log_gamma),
-    )
+    beta0, sigma = queries * math.cos(angle) - beta1 * centre, queries * math.exp(log_sigma)
+    return GaussianParameters(beta0, beta1, sigma, gamma=math.exp(log_gamma))

@@ -6,8 +6,7 @@ batch: with ``z`` the feature ``tanh(loss)`` standardised over the batch,
 
     ``mu = Abar (cos(angle) + sin(angle) z)``,    ``Sigma = (Abar sigma)^2 C(gamma)``,
 
-and the three coordinates are ``angle, ln(sigma), ln(gamma)``. Every ratio of ``beta0`` and ``beta1``, of either sign,
-is one angle. All gradients are in closed form: nothing here needs autograd.
+and the three coordinates are ``angle, ln(sigma), ln(gamma)``. All gradients are in closed form.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Generic, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,18 +25,14 @@ from flops_lightning.allocators.rounding import water_fill
 
 Covariance = Literal["cosine_distance", "cosine_similarity", "diagonal"]
 
-JITTER = 1e-4
-"""Added to the diagonal, relative to its mean: duplicates in a batch make the matrix singular."""
-SIGMA_FLOOR = 0.01
-"""Least sigma, relative to the root mean square of mu: the optimum is at 0, where the score does not exist."""
-GAMMA_LIMIT = 10.0
-"""Gamma stays between ``1 / GAMMA_LIMIT`` and ``GAMMA_LIMIT``."""
-LEARNING_RATE = 0.1
-"""Step of Adam in the coordinates: radians, and e-foldings of sigma and gamma."""
-PATIENCE = 5
-"""Iterations over which J is compared."""
-TOLERANCE = 0.01
-"""Relative change of J over ``PATIENCE`` iterations below which it has converged."""
+JITTER = 1e-4  # added to the diagonal, relative to its mean: duplicates in a batch make the matrix singular
+SIGMA_FLOOR = 0.01  # relative to the root mean square of mu: the optimum is at 0, where the score does not exist
+GAMMA_LIMIT = 10.0  # gamma stays between 1 / GAMMA_LIMIT and GAMMA_LIMIT
+LEARNING_RATE = 0.1  # step of Adam in the coordinates: radians, and e-foldings of sigma and gamma
+PATIENCE = 5  # iterations over which J is compared
+TOLERANCE = 0.01  # relative change of J over PATIENCE iterations below which it has converged
+
+T = TypeVar("T")
 
 
 class CorrelationRoot(NamedTuple):
@@ -50,8 +45,8 @@ class CorrelationRoot(NamedTuple):
 def embedding_distance(embedding: Tensor, kind: Covariance) -> Tensor | None:
     """``(b, b)`` float64 ``d_ij`` between ``(b, d)`` finite embeddings, or None for ``"diagonal"``.
 
-    ``"cosine_distance"`` is half the squared distance of the unit vectors, with which the kernel is positive
-    semi-definite. A sample whose features are all zero resembles no other one.
+    ``"cosine_distance"`` is half the squared distance of the unit vectors: its kernel is positive semi-definite. A
+    sample whose features are all zero resembles no other one.
     """
     if kind == "diagonal":
         return None
@@ -64,9 +59,8 @@ def embedding_distance(embedding: Tensor, kind: Covariance) -> Tensor | None:
 def correlation_root(distance: Tensor, log_gamma: float, *, project: bool) -> CorrelationRoot:
     """Cholesky factor of ``C_ij = exp(-d_ij / (2 gamma^2))``, made positive definite by a small jitter.
 
-    The derivative is that of the factorisation, ``dR = R Phi(R^-1 dC R^-T)``, Phi the lower triangle with its diagonal
-    halved. ``project`` first replaces C by the nearest positive semi-definite matrix (Frobenius norm): if ``d`` is a
-    similarity, negative eigenvalues can be as large as the positive ones.
+    Its derivative is ``dR = R Phi(R^-1 dC R^-T)``, Phi the lower triangle with its diagonal halved. ``project`` first
+    replaces C by the nearest positive semi-definite matrix (Frobenius norm): a similarity as ``d`` needs it.
     """
     exponent = 0.5 * torch.tensor(-2.0 * log_gamma, dtype=torch.float64).exp() * distance
     matrix = (-exponent).exp()
@@ -77,15 +71,13 @@ def correlation_root(distance: Tensor, log_gamma: float, *, project: bool) -> Co
         symmetric.diagonal().add_(JITTER * symmetric.diagonal().mean())
     root = torch.linalg.cholesky(matrix)
     half = torch.linalg.solve_triangular(root, slope, upper=False)
-    whole = torch.linalg.solve_triangular(root, half.T, upper=False)
-    turn = whole.tril()
+    turn = torch.linalg.solve_triangular(root, half.T, upper=False).tril()
     turn.diagonal().mul_(0.5)
     return CorrelationRoot(root, turn)
 
 
 def _nearest_positive(matrix: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
-    # Eigenvalues clipped at zero. The derivative is the Daleckii-Krein formula: divided differences of the clipped
-    # eigenvalues, which stay finite where eigenvalues coincide.
+    """Clip the eigenvalues at zero; the derivative is the Daleckii-Krein formula, by their divided differences."""
     values, vectors = torch.linalg.eigh(matrix)
     clipped = values.clamp_min(0.0)
     gaps = values[:, None] - values[None, :]
@@ -98,23 +90,14 @@ def _nearest_positive(matrix: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class AllocationProblem:
-    """One batch, as the optimisation sees it.
+    """One batch, as the optimisation sees it; tensors are float64."""
 
-    Attributes:
-        feature: ``(b,)`` float64, ``tanh(loss)`` with mean 0 and variance 1 over the batch (all 0 if it is constant).
-        trace: ``(b,)`` float64 nonnegative traces; their scale does not matter.
-        distance: ``(b, b)`` float64 distances of the embeddings, or None for independent draws.
-        project: Whether the kernel of ``distance`` needs projecting onto the positive semi-definite matrices.
-        total: Queries of the batch.
-        floor: Least queries of a sample in J.
-    """
-
-    feature: Tensor
-    trace: Tensor
-    distance: Tensor | None
-    project: bool
-    total: float
-    floor: float
+    feature: Tensor  # (b,) tanh(loss) with mean 0 and variance 1 over the batch
+    trace: Tensor  # (b,) nonnegative; its scale does not matter
+    distance: Tensor | None  # (b, b) distances of the embeddings; None: independent draws
+    project: bool  # whether the kernel of the distances is not positive semi-definite
+    total: float  # queries of the batch
+    floor: float  # least queries of a sample in J
 
     def correlation(self, coordinates: Tensor) -> CorrelationRoot:
         """Root of the correlation of the draws, ``(b, b)``."""
@@ -148,24 +131,14 @@ def pathwise_gradient(
 ) -> tuple[Tensor, Tensor]:
     """J averaged over draws and its derivative through the draws ``mu + sigma R eps`` (reparameterisation gradient).
 
-    Args:
-        problem: The batch.
-        coordinates: ``(3,)`` ``angle, ln(sigma), ln(gamma)``.
-        correlation: Root of the correlation at these coordinates.
-        normal: ``(k, b)`` standard normal ``eps``.
-
-    Returns:
-        Mean J (a scalar) and its ``(3,)`` gradient in the coordinates, both unbiased.
+    At ``(3,)`` coordinates with the root of the correlation there, from ``(k, b)`` standard normal ``eps``. Returns the
+    mean J (a scalar) and its ``(3,)`` gradient in the coordinates, both unbiased.
     """
     value, slope = _objective_slope(problem, make_draws(problem, coordinates, correlation, normal))
-    gradient = torch.stack(
-        [
-            (slope @ _mean_slope(problem, coordinates)).mean(),
-            coordinates[1].exp() * (slope * (normal @ correlation.root.T)).sum(dim=1).mean(),
-            coordinates[1].exp() * (slope * (normal @ correlation.turn.T @ correlation.root.T)).sum(dim=1).mean(),
-        ]
-    )
-    return value.mean(), gradient
+    mean_slope, sigma = _mean_slope(problem, coordinates), coordinates[1].exp()
+    of_sigma = sigma * (slope * (normal @ correlation.root.T)).sum(dim=1).mean()
+    of_gamma = sigma * (slope * (normal @ correlation.turn.T @ correlation.root.T)).sum(dim=1).mean()
+    return value.mean(), torch.stack([(slope @ mean_slope).mean(), of_sigma, of_gamma])
 
 
 def score_gradient(
@@ -173,28 +146,22 @@ def score_gradient(
 ) -> tuple[Tensor, Tensor]:
     """J averaged over draws and its likelihood-ratio derivative (FLOPS, Ren et al., ICLR 2025, eq. 11).
 
-    Each draw's J is compared with the mean J of the other draws (leave-one-out baseline), which does not change the
-    expectation and keeps the variance from growing like ``1 / sigma^2`` as sigma falls. It still grows with the
-    condition number of the correlation, hence if the samples of a batch resemble each other. Arguments and results are
-    those of :func:`pathwise_gradient`; ``k >= 2``.
+    Each draw's J is compared with the mean J of the others (leave-one-out baseline), which does not change the
+    expectation and keeps the variance from growing like ``1 / sigma^2``. It still grows with the condition number of
+    the correlation. Arguments and results are those of :func:`pathwise_gradient`; ``k >= 2``.
     """
     value = draw_objective(problem, make_draws(problem, coordinates, correlation, normal))
     advantage = (value - value.mean()) * len(value) / (len(value) - 1)
     # Sigma^-1 (D - mu) = R^-T eps / sigma.
     whitened = torch.linalg.solve_triangular(correlation.root.T, normal.T, upper=True).T / coordinates[1].exp()
-    score = torch.stack(
-        [
-            whitened @ _mean_slope(problem, coordinates),
-            normal.square().sum(dim=1) - normal.shape[1],
-            ((normal @ correlation.turn.T) * normal).sum(dim=1) - correlation.turn.trace(),
-        ],
-        dim=1,
-    )
+    of_sigma = normal.square().sum(dim=1) - normal.shape[1]
+    of_gamma = ((normal @ correlation.turn.T) * normal).sum(dim=1) - correlation.turn.trace()
+    score = torch.stack([whitened @ _mean_slope(problem, coordinates), of_sigma, of_gamma], dim=1)
     return value.mean(), (advantage[:, None] * score).mean(dim=0)
 
 
 def _mean_slope(problem: AllocationProblem, coordinates: Tensor) -> Tensor:
-    # d mu / d angle
+    """``d mu / d angle``."""
     return coordinates[0].cos() * problem.feature - coordinates[0].sin()
 
 
@@ -211,37 +178,26 @@ def _objective_slope(problem: AllocationProblem, draws: Tensor) -> tuple[Tensor,
 
 
 @dataclass(frozen=True)
-class Optimum:
-    """Where the optimisation ended, ``(3,)`` float64, after how many steps, and whether J had stopped changing."""
+class Optimum(Generic[T]):
+    """Where an optimisation ended, after how many steps, and whether J had stopped changing."""
 
-    coordinates: Tensor
+    place: T
     iterations: int
     converged: bool
 
 
 def descend(
-    problem: AllocationProblem,
-    starts: Sequence[Tensor],
-    *,
-    gradient: Literal["pathwise", "score"],
-    draws: int,
-    max_iterations: int,
-    generator: torch.Generator,
-) -> Optimum:
+    problem: AllocationProblem, starts: Sequence[Tensor], *, gradient: Literal["pathwise", "score"], draws: int,
+    max_iterations: int, generator: torch.Generator,
+) -> Optimum[Tensor]:  # fmt: skip
     """Adam on the coordinates until J changes by less than 1 % over 5 iterations.
 
-    J is monitored with the same random numbers throughout (common random numbers), so that a change of J is a change of
-    the coordinates. The best coordinates met are returned, so this J never ends above where it began. The score
+    J is averaged over ``draws`` draws, the same throughout (common random numbers), so that a change of J is a change
+    of the coordinates. The best coordinates met are returned, so this J never ends above where it began. The score
     gradient needs new draws at every iteration: with fixed ones its error would never average out.
 
-    Args:
-        problem: The batch.
-        starts: ``(3,)`` coordinates; the one with the least J is the start. One whose mean is nowhere positive comes
-            last: its allocation is the equal one, on a plateau without gradient.
-        gradient: Which estimate of the gradient to follow.
-        draws: Draws K over which J and its gradient are averaged.
-        max_iterations: Gradient steps after which to give up.
-        generator: Source of the draws.
+    The start is the one with the least J. One whose mean is nowhere positive comes last: its allocation is the equal
+    one, on a plateau without gradient.
     """
     shape = (draws, len(problem.feature))
     common = torch.randn(shape, dtype=torch.float64, generator=generator)
@@ -277,11 +233,11 @@ def average_objective(problem: AllocationProblem, coordinates: Tensor, normal: T
     return float(draw_objective(problem, draws).mean())
 
 
-def search(problem: AllocationProblem, log_gamma: float) -> Optimum:
+def search(problem: AllocationProblem, log_gamma: float) -> Optimum[Tensor]:
     """Best angle of the deterministic allocation, by nested grids, with sigma at its floor.
 
-    By Jensen's inequality J is least without randomness, so this is where the gradients run to. The grids resolve the
-    angle to ``pi / 16384``; the first covers the circle, on which J may have several minima. ``log_gamma`` stays.
+    The gradients run to it, J being least without randomness (Jensen). The grids resolve the angle to ``pi / 16384``;
+    the first covers the circle, on which J may have several minima. ``log_gamma`` stays.
     """
     centre, width = 0.0, math.pi
     for points in (129, 33, 33):

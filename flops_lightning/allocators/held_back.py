@@ -1,14 +1,13 @@
 """What counts were worth, told from traces that they were not made from.
 
 The queries of a step are spent after its counts were chosen, so the traces that they show are independent of the
-counts: ``J = sum_b Tr_b / A_b`` (FLOPS, Ren et al., ICLR 2025, eq. 9) of the counts used and J of equal counts are both
-estimated without bias. J by the traces that the counts were chosen from is not: it is too low, the more so the noisier
-these were.
+counts: they estimate ``J = sum_b Tr_b / A_b`` (FLOPS, Ren et al., ICLR 2025, eq. 9) of the counts used and of equal
+counts without bias. The traces that the counts were chosen from read too low a J, the more so the noisier they were.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,52 +15,30 @@ from torch import Tensor
 from flops_lightning.allocators.objective import effective_counts, estimated_gain_optimal, objective
 from flops_lightning.protocol import TraceObservation
 
-LEAST = 3
-"""Fewest pairs with a rank correlation: two are always in the same or in opposite order."""
+LEAST = 3  # pairs for a rank correlation: two are always in the same or in opposite order
 
 
-@dataclass(frozen=True)
-class HeldBackRatios:
-    """J of the counts used, by the traces that their own queries showed.
-
-    Attributes:
-        over_equal: ``(s,)`` J over that of equal counts; NaN at sites where no trace is seen, or none is positive.
-        over_optimal: ``(s,)`` J over the least possible, NaN at the same sites.
-        seen: ``(s, b)`` whether a sample's trace was seen.
-    """
+class HeldBackRatios(NamedTuple):
+    """``(s,)`` J of counts over J of equal counts and over the least J; NaN where no positive trace is seen."""
 
     over_equal: Tensor
     over_optimal: Tensor
-    seen: Tensor
 
 
 def held_back_ratios(
-    observation: TraceObservation,
-    counts: Tensor,
-    *,
-    pilots: Tensor | None = None,
-    pilot_weight: Tensor | None = None,
+    observation: TraceObservation, counts: Tensor, *, pilots: Tensor | None = None, pilot_weight: Tensor | None = None,
     pilots_reused: bool = True,
-) -> HeldBackRatios:
-    """J of counts over J of equal counts and over the least J, at each site.
-
-    All are given the same queries: pilots are paid from the budget, whether or not they enter the gradient.
+) -> HeldBackRatios:  # fmt: skip
+    """J of counts over J of equal counts and over the least J, at each site, all with the same queries.
 
     A sample with fewer than two independent queries shows no trace and is left out of both sums, as if its trace were
     zero. Equal counts stay those of the whole batch, so what the others gained from its queries counts. Its own share
     in J is missing: with counts ``~ sqrt(Tr)`` no more than its share of the queries, but much where a noisy sample was
-    given one query. The least J is that of the samples seen with the queries that they had.
+    given one query. The least J is that of the samples seen with the queries that they had, corrected for the noise in
+    the traces (:func:`estimated_gain_optimal`).
 
-    Args:
-        observation: ``(s, b)`` traces seen and the queries behind each, on the CPU.
-        counts: ``(s, b)`` or ``(1, b)`` queries of each sample, pilots left out.
-        pilots: ``(s, b)`` pilots of each sample, or None.
-        pilot_weight: ``(s, b)`` weight of the pilots in each sample's gradient; None: their share of the site's
-            queries. Without effect where there are none.
-        pilots_reused: Whether pilots enter the gradient.
-
-    Returns:
-        The ratios. :func:`estimated_gain_optimal` corrects the least J for the noise in the traces.
+    ``counts`` are ``(s, b)`` or ``(1, b)`` without the ``(s, b)`` pilots, which are paid from the budget whether or not
+    they enter the gradient. Their ``(s, b)`` weight in it by default is their share of the site's queries.
     """
     seen = observation.trace.isfinite()
     trace = torch.where(seen, observation.trace, 0.0).double().clamp_min(0.0)
@@ -79,31 +56,22 @@ def held_back_ratios(
     number, queries = seen.sum(dim=1), torch.where(seen, counts + paid, 0.0).sum(dim=1)
     freedom = (observation.queries / observation.unit - 1.0).clamp_min(0.0)
     least = number * total / queries / estimated_gain_optimal(observation.trace, freedom)
-    known = total > 0
-    return HeldBackRatios(
-        torch.where(known, of_counts * mean[:, 0] / total, torch.nan),
-        torch.where(known, of_counts / least, torch.nan),
-        seen,
-    )
+    ratios = (of_counts * mean[:, 0] / total, of_counts / least)
+    return HeldBackRatios(*(torch.where(total > 0, ratio, torch.nan) for ratio in ratios))
 
 
 def average_ranks(values: Tensor) -> Tensor:
     """``(..., n)`` float64 ranks from 1 along the last dimension; equal values share the mean of their ranks."""
     ordered, values = values.double().sort(dim=-1).values, values.double().contiguous()
-    below = torch.searchsorted(ordered, values, right=False)
-    up_to = torch.searchsorted(ordered, values, right=True)
+    below, up_to = (torch.searchsorted(ordered, values, right=right) for right in (False, True))
     return (below + up_to + 1).double() / 2.0
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
     """Spearman's rank correlation along the last dimension: Pearson's of the ranks, ties averaged.
 
-    Args:
-        a: ``(..., n)`` values.
-        b: ``(..., n)`` values, broadcastable with ``a``. Pairs in which one is not finite are left out.
-
-    Returns:
-        ``(...)`` float64 in [-1, 1]; NaN where fewer than three pairs are left, or one side of them is constant.
+    ``a`` and ``b`` are ``(..., n)`` and broadcastable; pairs in which one is not finite are left out. Returns ``(...)``
+    float64 in [-1, 1]; NaN where fewer than three pairs are left, or one side of them is constant.
     """
     a, b = torch.broadcast_tensors(a.double(), b.double())
     known = a.isfinite() & b.isfinite()

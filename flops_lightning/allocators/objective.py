@@ -15,13 +15,9 @@ from torch import Tensor
 def objective(trace: Tensor, counts: Tensor) -> Tensor:
     """``J(A) = sum_b Tr_b / A_b`` (eq. 9 for a given allocation).
 
-    Args:
-        trace: ``(b,)`` nonnegative traces, in squared gradient units.
-        counts: ``(..., b)`` queries of each sample, integer or not. A sample of trace zero costs nothing; a sample
-            without queries whose trace is positive makes J infinite.
-
-    Returns:
-        ``(...)`` float64 J, in squared gradient units.
+    ``trace`` is ``(b,)``, nonnegative, in squared gradient units; ``counts`` ``(..., b)``, integer or not. Returns
+    ``(...)`` float64. A sample of trace zero costs nothing; one without queries whose trace is positive makes J
+    infinite.
     """
     trace = trace.double()
     return torch.where(trace > 0, trace / counts.double(), 0.0).sum(dim=-1)
@@ -33,14 +29,9 @@ def equal_objective(trace: Tensor, total: float) -> Tensor:
 
 
 def optimal_shares(trace: Tensor) -> Tensor:
-    """Relative shares of the counts that minimise J: ``sqrt(Tr_b)`` (appendix A.3; Neyman allocation).
+    """``(..., b)`` float64 relative shares of the counts that minimise J: ``sqrt(Tr_b)`` (appendix A.3, Neyman).
 
-    Args:
-        trace: ``(..., b)`` nonnegative traces; with unequal costs of a query, the traces divided by the costs.
-
-    Returns:
-        ``(..., b)`` float64, not normalised; :func:`~flops_lightning.allocators.water_fill` and
-        :func:`~flops_lightning.allocators.largest_remainder` turn them into counts.
+    With unequal costs of a query, give the traces divided by the costs.
     """
     return trace.double().sqrt()
 
@@ -48,12 +39,8 @@ def optimal_shares(trace: Tensor) -> Tensor:
 def gain_optimal(trace: Tensor) -> Tensor:
     """``J_equal / J_optimal = 1 + CV^2(sqrt(Tr))``: what the best continuous allocation gains over the equal one.
 
-    Args:
-        trace: ``(b,)`` nonnegative traces. If all are zero there is nothing to gain, and the gain is 1. Noisy estimates
-            of the traces read a gain that is too high.
-
-    Returns:
-        float64 scalar, at least 1 and at most ``b``.
+    A float64 scalar from 1 to ``b`` for ``(b,)`` nonnegative traces, 1 if all are zero. Noisy estimates of the traces
+    read a gain that is too high: see :func:`estimated_gain_optimal`.
     """
     root = optimal_shares(trace)
     mean = root.mean()
@@ -63,15 +50,8 @@ def gain_optimal(trace: Tensor) -> Tensor:
 def effective_counts(counts: Tensor, pilots: Tensor, weight: Tensor) -> Tensor:
     """Queries worth as much as reused pilots and the rest together: ``1 / (w^2 / n + (1 - w)^2 / A)``.
 
-    The estimate of a sample is ``w mean(n pilots) + (1 - w) mean(A others)``, so its variance is ``Tr`` over this.
-
-    Args:
-        counts: ``(..., b)`` queries A beside the pilots.
-        pilots: ``(..., b)`` pilots n.
-        weight: ``(..., b)`` weight w of the pilots, fixed before they are seen; without effect where there are none.
-
-    Returns:
-        ``(..., b)`` float64.
+    The estimate of a sample is ``w mean(n pilots) + (1 - w) mean(A others)``, so its variance is ``Tr`` over this. All
+    are ``(..., b)``; the weight must be fixed before the pilots are seen, and has no effect where there are none.
     """
     counts, pilots = counts.double(), pilots.double()
     weight = torch.where(pilots > 0, weight.double(), 0.0)
@@ -87,12 +67,8 @@ def estimated_gain_optimal(trace: Tensor, freedom: Tensor) -> Tensor:
     derivative along its noise is ``chi^2_1``. The expectation of its root is too small by a known factor, and the
     square of a sum of roots too large by their variances; both are taken off.
 
-    Args:
-        trace: ``(..., b)`` unbiased estimates, NaN where there is none.
-        freedom: ``(..., b)`` degrees of freedom, the queries (or antithetic pairs) less one.
-
-    Returns:
-        ``(...)`` float64, at least 1; 1 where no trace is positive.
+    ``trace`` is ``(..., b)``, NaN where there is none; ``freedom`` the queries (or antithetic pairs) less one. Returns
+    ``(...)`` float64, at least 1; 1 where no trace is positive.
     """
     known = trace.isfinite() & (freedom > 0)
     n = torch.where(known, freedom, 1.0).double()

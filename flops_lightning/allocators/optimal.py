@@ -9,7 +9,6 @@ from flops_lightning.allocators.base import one_thread
 from flops_lightning.allocators.objective import optimal_shares
 from flops_lightning.allocators.rounding import round_at_sites, water_fill
 from flops_lightning.allocators.trace_allocator import TraceAllocator, count_diagnostics, over_equal
-from flops_lightning.allocators.trace_estimator import TraceEstimate
 from flops_lightning.protocol import Allocation, QueryBudget, SampleStatistics
 
 
@@ -18,14 +17,12 @@ class OptimalAllocator(TraceAllocator):
 
     With exact traces this minimises ``J = sum_b Tr_b / A_b`` (eq. 9) and reaches the right-hand side of Theorem 2. By
     default the traces are predicted from the clean pass by a regression that learns from every step's own queries
-    (:class:`TraceSettings`), so no pilots are needed. If no trace is positive, the allocation is equal.
+    (:class:`TraceSettings`). If no trace is positive, the allocation is equal. ``min_queries: 0`` lets samples go
+    without queries, which biases the batch gradient towards zero if their trace is rounded away.
 
     With reused pilots and a prediction, a sample's pilots enter its gradient with the weight ``n / (n + A)``, ``A``
-    being the queries that the prediction alone would give. This is fixed before the pilots are seen, which keeps
-    the estimate unbiased, and wastes less than one weight for all samples.
-
-    ``min_queries: 0`` lets samples go without queries, which biases the batch gradient towards zero if their trace is
-    rounded away.
+    being the queries that the prediction alone would give. This is fixed before the pilots are seen, which keeps the
+    estimate unbiased, and wastes less than one weight for all samples.
 
     Diagnostics: ``J_over_J_equal`` (with the estimated traces, mean over the sites), ``prior_strength`` (mean over the
     sites, with a prediction), ``count_min``, ``count_max``.
@@ -46,34 +43,17 @@ class OptimalAllocator(TraceAllocator):
         statistics = statistics.on_cpu()
         totals, minimum = self._totals(statistics, budget)
         estimate = self._traces.estimate(statistics, sites=len(totals), unit=budget.multiple)
-        weight = pilot_weight(estimate, totals, floor=max(minimum, budget.multiple))
+        floor = max(minimum, budget.multiple)
+
+        def expected(prediction: Tensor) -> Tensor:
+            lines = zip(optimal_shares(prediction), totals, strict=True)
+            return torch.stack([water_fill(s, total, floor=min(floor, total / len(s))) for s, total in lines])
+
+        weight = estimate.pilot_weight(expected)
         shares = optimal_shares(estimate.trace)
         if weight is not None:
             shares = shares * (1.0 - weight)
         counts = round_at_sites(shares, totals, minimum=minimum, multiple=budget.multiple)
-        return Allocation(counts, diagnostics(estimate, counts), weight)
-
-
-def pilot_weight(estimate: TraceEstimate, totals: list[int], *, floor: int) -> Tensor | None:
-    """``(s, b)`` weight of each sample's pilots, ``n / (n + A)``, with A from the prediction alone.
-
-    None without a prediction or without reused pilots: then the weight is the share of the pilots in the budget.
-    """
-    if estimate.prediction is None or not estimate.weighs_pilots:
-        return None
-    shares = optimal_shares(estimate.prediction)
-    expected = torch.stack(
-        [water_fill(s, t, floor=min(floor, t / s.numel())) for s, t in zip(shares, totals, strict=True)]
-    )
-    return estimate.pilots / (estimate.pilots + expected)
-
-
-def diagnostics(estimate: TraceEstimate, counts: Tensor) -> dict[str, float]:
-    """Diagnostics of ``(s, b)`` counts."""
-    ratios = [
-        over_equal(trace, count)
-        for trace, count in zip(estimate.trace, counts, strict=True)
-        if float(trace.sum()) > 0 and int(count.sum()) > 0
-    ]
-    mean = sum(ratios) / len(ratios) if ratios else 1.0
-    return {"J_over_J_equal": mean} | count_diagnostics(counts, estimate)
+        pairs = [(t, n) for t, n in zip(estimate.trace, counts, strict=True) if float(t.sum()) > 0 and int(n.sum()) > 0]
+        mean = sum(over_equal(trace, count) for trace, count in pairs) / len(pairs) if pairs else 1.0
+        return Allocation(counts, {"J_over_J_equal": mean} | count_diagnostics(counts, estimate), weight)

@@ -1,8 +1,7 @@
 """One allocation for the samples of all ranks: what they know is gathered, what each may spend is fixed.
 
-Every rank gathers the same statistics, optimises the same allocation and learns from the same observations, so that
-allocators stay alike without exchanging their state. What a rank spends is its samples' share of the budget, whatever
-the samples: ranks wait for each other at every step, and the slowest would set the pace.
+Every rank gathers the same statistics and observations, so allocators stay alike without exchanging their state. What a
+rank spends is its samples' share of the budget: ranks wait for each other at every step, and the slowest sets the pace.
 """
 
 from __future__ import annotations
@@ -20,13 +19,7 @@ from flops_lightning.protocol import PER_SITE, Allocation, SampleStatistics, Tra
 
 @dataclass(frozen=True)
 class GatheredStatistics:
-    """The statistics of all ranks' samples, rank by rank.
-
-    Attributes:
-        statistics: Of all ``B`` samples.
-        sizes: Samples of each rank.
-        rank: Whose place :meth:`own` cuts out.
-    """
+    """``(B)`` samples of all ranks, rank by rank: their statistics, the number of each rank, and the own rank."""
 
     statistics: SampleStatistics
     sizes: tuple[int, ...]
@@ -62,10 +55,9 @@ def gather_observation(communicator: Communicator, observation: TraceObservation
     """``(s, B)`` of what the queries of all ranks showed."""
     if communicator.size == 1:
         return observation
-    trace = observation.trace.detach()
-    lines = torch.cat([trace, observation.queries.to(trace)]).T
+    lines = torch.cat([observation.trace.detach(), observation.queries.to(observation.trace)]).T
     both = torch.cat(gather_lines(communicator, lines.contiguous())).T
-    seen, queries = both.split(len(trace))
+    seen, queries = both.chunk(2)
     return replace(observation, trace=seen, queries=queries)
 
 
@@ -73,12 +65,7 @@ def with_fixed_totals(allocation: Allocation, sizes: Sequence[int], *, multiple:
     """The same allocation with each rank's queries at each site in proportion to its number of samples.
 
     Within a rank the shares stay what they were, and no sample falls below the least count of the site or rises above
-    the most that the allocator grants; a rank whose samples all have that spends less.
-
-    Args:
-        allocation: Of all ranks' samples, rank by rank.
-        sizes: Samples of each rank.
-        multiple: Counts are multiples of this.
+    the most that the allocator grants; a rank whose samples all have that spends less. Ranks have ``sizes`` samples.
     """
     if len(sizes) == 1:
         return allocation
@@ -86,8 +73,7 @@ def with_fixed_totals(allocation: Allocation, sizes: Sequence[int], *, multiple:
     for i, line in enumerate(allocation.counts):
         least = int(line.min())
         most = None if allocation.most is None else int(allocation.most[i])
-        of_ranks = torch.tensor(sizes, dtype=torch.float64)
-        totals = largest_remainder(of_ranks, int(line.sum()), minimum=0, multiple=multiple).tolist()
+        totals = largest_remainder(torch.tensor(sizes).double(), int(line.sum()), minimum=0, multiple=multiple).tolist()
         parts = zip(line.split(list(sizes)), totals, strict=True)
         lines.append(torch.cat([_bounded(p, n, least=least, most=most, multiple=multiple) for p, n in parts]))
     return replace(allocation, counts=torch.stack(lines))

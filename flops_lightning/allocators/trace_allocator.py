@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flops_lightning.allocators.base import QueryAllocator
+from flops_lightning.allocators.base import QueryAllocator, check_unused
+from flops_lightning.allocators.gaussian_search import Optimum
 from flops_lightning.allocators.objective import equal_objective, objective
 from flops_lightning.allocators.rounding import check_budget
-from flops_lightning.allocators.trace_estimator import TraceEstimate, TraceEstimator, TraceSettings
+from flops_lightning.allocators.trace_estimator import TraceEstimate, TraceEstimator, TraceSettings, mean_over_sites
 from flops_lightning.errors import check_at_least
 from flops_lightning.protocol import QueryBudget, SampleStatistics, TraceObservation
 
@@ -21,10 +22,7 @@ MAX_ITERATIONS = 100
 
 
 class TraceAllocator(QueryAllocator):
-    """Base of the allocators that use the traces of a :class:`TraceEstimator`.
-
-    Samples whose statistics are not finite get the minimum.
-    """
+    """Base of the allocators that use the traces of a :class:`TraceEstimator`."""
 
     default_traces: ClassVar[TraceSettings] = TraceSettings()
     least_min_queries: ClassVar[int] = 1
@@ -35,9 +33,6 @@ class TraceAllocator(QueryAllocator):
         Args:
             traces: Where the traces come from.
             min_queries: Least queries of a sample, raised to the next multiple of the budget's ``multiple``.
-
-        Raises:
-            SettingError: A value is out of range or has no effect.
         """
         check_at_least("min_queries", min_queries, self.least_min_queries)
         self.traces, self.min_queries = traces, min_queries
@@ -45,7 +40,7 @@ class TraceAllocator(QueryAllocator):
 
     @property
     def requests(self) -> frozenset[str]:
-        """What the trace estimator reads."""
+        """The trace estimator's."""
         return self._traces.requests
 
     @property
@@ -75,7 +70,13 @@ class TraceAllocator(QueryAllocator):
 
 
 class SearchAllocator(TraceAllocator):
-    """Base of the paper's allocators, which optimise the parameters of a distribution on every batch (section 4)."""
+    """Base of the paper's allocators, which optimise the parameters of a distribution on every batch (section 4).
+
+    With several sites, a sample's trace is the mean over the sites, each in units of its own mean over the batch.
+
+    Diagnostics: ``iterations``, ``converged`` (0 or 1), ``not_converged_total`` (batches so far), ``J_over_J_equal``
+    (of the counts at the first site, with the traces given).
+    """
 
     default_traces = TraceSettings(source="pilots")
 
@@ -88,19 +89,18 @@ class SearchAllocator(TraceAllocator):
             draws: Draws K over which J and its gradient are averaged.
             max_iterations: Gradient steps on a batch after which it counts as not converged.
             seed: Seed of the draws. The draws of a batch depend on it and on the number of batches before.
-            **settings: ``traces`` (None: pilots, as in the paper) and ``min_queries``. With several sites, a sample's
-                trace is the mean over the sites, each in units of its own mean over the batch.
-
-        Raises:
-            SettingError: A value is out of range or has no effect.
+            **settings: ``traces`` (None: pilots, as in the paper) and ``min_queries``.
         """
         super().__init__(**settings)
         check_at_least("draws", draws, 2)
         check_at_least("max_iterations", max_iterations, 1)
         check_at_least("seed", seed, 0)
         self.draws, self.max_iterations, self.seed = draws, max_iterations, seed
-        self._batches = 0
-        self._not_converged = 0
+        self._batches = self._not_converged = 0
+
+    def _check_no_search(self, because: str) -> None:
+        for name, default in (("draws", DRAWS), ("max_iterations", MAX_ITERATIONS)):
+            check_unused(name, getattr(self, name), default, because)
 
     def state_dict(self) -> dict[str, Any]:
         """The traces, and the numbers of batches and of those not converged."""
@@ -122,16 +122,16 @@ class SearchAllocator(TraceAllocator):
         """``(b,)`` whether a sample's statistics are finite, and ``(b,)`` traces over their maximum, 0 if not."""
         # J does not depend on their scale, and squares and sums of the largest must not overflow.
         estimate = self._traces.estimate(statistics, sites=len(budget.queries_per_sample), unit=budget.multiple)
-        usable, trace = estimate.usable, estimate.combined()
+        usable, trace = estimate.usable, mean_over_sites(estimate.trace)
         if statistics.embedding is not None:
             usable = usable & statistics.embedding.isfinite().all(dim=1)
         trace = torch.where(usable, trace, 0.0)
         return usable, trace / trace.max().clamp_min(torch.finfo(torch.float64).tiny)
 
-    def _search_diagnostics(self, trace: Tensor, counts: Tensor, iterations: int, converged: bool) -> dict[str, float]:
+    def _search_diagnostics(self, trace: Tensor, counts: Tensor, optimum: Optimum[Any] | None) -> dict[str, float]:
         return {
-            "iterations": float(iterations),
-            "converged": float(converged),
+            "iterations": float(optimum.iterations if optimum else 0),
+            "converged": float(optimum is None or optimum.converged),
             "not_converged_total": float(self._not_converged),
             "J_over_J_equal": over_equal(trace, counts) if bool((trace > 0).any()) else 1.0,
         }

@@ -1,15 +1,15 @@
 """Estimates the traces of a batch: from pilots, from a prediction that costs no query, or from both.
 
-A trace estimated from a few pilots is noisy. A prediction from the clean pass is not, but misses what the clean pass
-does not show. With both, each pilot estimate is shrunk towards the prediction, ``(nu pred + n Tr) / (nu + n)``: the
-posterior mean of a variance, ``n`` the degrees of freedom of the estimate (pilots, or pairs of them, less one) and
-``nu`` what the prediction is worth in the same unit.
+A trace estimated from a few pilots is noisy; a prediction from the clean pass is not, but misses what that does not
+show. With both, each pilot estimate is shrunk towards the prediction, ``(nu pred + n Tr) / (nu + n)``: the posterior
+mean of a variance, ``n`` the degrees of freedom of the estimate (pilots, or pairs of them, less one) and ``nu`` what
+the prediction is worth in the same unit.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -20,13 +20,13 @@ from flops_lightning.allocators.base import check_unused
 from flops_lightning.allocators.gamma_regression import fit_gamma, prior_strength
 from flops_lightning.errors import SettingError, check_at_least, check_choice, check_positive
 from flops_lightning.protocol import SampleStatistics, TraceObservation
+from flops_lightning.settings import read_settings
 
 Source = Literal["prediction", "pilots", "both"]
 
+# Before anything is learned, traces are proportional to the first of these predictors that there is.
 STEEP = ("top_gradient", "head_gradient", "output_gradient")
-"""Predictors to which traces are proportional before anything is learned; the first of them that there is."""
-START_PRIOR = 4.0
-"""``nu`` before the residuals of the prediction were seen."""
+START_PRIOR = 4.0  # nu before the residuals of the prediction were seen
 
 
 @dataclass
@@ -68,10 +68,9 @@ class TraceSettings:
             raise SettingError("traces.predictors", self.predictors, "must be a list.", f"Write [{self.predictors}].")
         if not self.window and self.source != "pilots":
             if self.predictors and not set(self.predictors) & set(STEEP):
-                raise SettingError(
-                    "traces.predictors", self.predictors, "predict nothing with window: 0, which uses gradients only.",
-                    f"Add one of {', '.join(STEEP)}, or write a larger window.",
-                )  # fmt: skip
+                problem = "predict nothing with window: 0, which uses gradients only."
+                remedy = f"Add one of {', '.join(STEEP)}, or write a larger window."
+                raise SettingError("traces.predictors", self.predictors, problem, remedy)
             check_unused("traces.ridge", self.ridge, TraceSettings.ridge, "window: 0")
         if self.source == "pilots":
             for name in ("predictors", "window", "ridge"):
@@ -82,52 +81,35 @@ class TraceSettings:
 
 @dataclass(frozen=True)
 class TraceEstimate:
-    """Traces of a batch, estimated before its queries are spent.
+    """Traces of a batch, estimated before its queries are spent."""
 
-    Attributes:
-        trace: ``(s, b)`` finite nonnegative estimates; 0 if a sample is not ``usable``.
-        prediction: ``(s, b)`` estimates without the pilots, or None.
-        usable: ``(b,)`` whether a sample's statistics are finite.
-        pilots: ``(s, b)`` pilots taken.
-        prior_strength: ``(s,)`` nu of each site.
-        pilots_reused: Whether the pilots enter the gradient.
-        calibrated: Whether traces of different sites are on the same scale; not before a prediction has learned.
-    """
+    trace: Tensor  # (s, b) finite nonnegative estimates; 0 if a sample is not usable
+    prediction: Tensor | None  # (s, b) estimates without the pilots
+    usable: Tensor  # (b,) whether a sample's statistics are finite
+    pilots: Tensor  # (s, b) pilots taken
+    prior_strength: Tensor  # (s,) nu of each site
+    pilots_reused: bool  # whether the pilots enter the gradient
+    calibrated: bool  # whether traces of different sites are on the same scale; not before a prediction has learned
 
-    trace: Tensor
-    prediction: Tensor | None
-    usable: Tensor
-    pilots: Tensor
-    prior_strength: Tensor
-    pilots_reused: bool = True
-    calibrated: bool = True
+    def pilot_weight(self, counts: Callable[[Tensor], Tensor]) -> Tensor | None:
+        """``(s, b)`` weight of each sample's reused pilots, ``n / (n + A)``, with A the counts for the prediction.
 
-    def combined(self) -> Tensor:
-        """``(b,)`` one trace a sample: the mean over the sites, each in units of its own mean over the batch."""
-        return mean_over_sites(self.trace)
-
-    @property
-    def weighs_pilots(self) -> bool:
-        """Whether there are reused pilots, and a prediction by which to weigh them without a look at them."""
-        return self.prediction is not None and self.pilots_reused and bool((self.pilots > 0).any())
+        None without a prediction or without reused pilots: then the weight is the share of the pilots in the budget.
+        """
+        if self.prediction is None or not self.pilots_reused or not bool((self.pilots > 0).any()):
+            return None
+        return self.pilots / (self.pilots + counts(self.prediction))
 
 
 class TraceEstimator:
     """Estimates the traces of each batch, and learns from what its queries showed."""
 
     def __init__(self, settings: TraceSettings | Mapping[str, Any] | None = None) -> None:
-        """Check the settings; a mapping stands for :class:`TraceSettings`."""
-        try:
-            self.settings = TraceSettings(**settings) if isinstance(settings, Mapping) else settings or TraceSettings()
-        except TypeError as error:
-            raise SettingError("traces", settings, f"{error}.", "See TraceSettings.") from error
-        if not isinstance(self.settings, TraceSettings):
-            raise SettingError("traces", settings, "must be TraceSettings.", "Write for example {source: prediction}.")
+        self.settings = read_settings(TraceSettings, TraceSettings() if settings is None else settings, "traces")
         self.settings.check()
         # Of each batch: features (s, n, f), traces (s, n), degrees of freedom (s, n).
         self._seen: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=self.settings.window)
-        # Of the batch last estimated; NaN where the clean pass is not finite.
-        self._features: Tensor | None = None
+        self._features: Tensor | None = None  # of the batch last estimated; NaN where the clean pass is not finite
         self._names: tuple[str, ...] = ()
         self._predicts = self.settings.source != "pilots"
 
@@ -138,7 +120,7 @@ class TraceEstimator:
 
     @property
     def requests(self) -> frozenset[str]:
-        """Statistics that are read."""
+        """Names of the statistics that are read."""
         names = {"trace", "trace_queries"} if self.settings.source != "prediction" else set()
         if self._predicts:
             wanted = self.settings.predictors
@@ -146,13 +128,8 @@ class TraceEstimator:
         return frozenset(names)
 
     def estimate(self, statistics: SampleStatistics, *, sites: int, unit: int = 1) -> TraceEstimate:
-        """Estimate the traces of a batch from its statistics, in float64 on the CPU.
-
-        Raises:
-            SettingError: The traces or a named predictor are missing.
-        """
-        loss = statistics.loss
-        usable = loss.isfinite()
+        """Estimate the traces of a batch from its statistics, in float64 on the CPU."""
+        usable = statistics.loss.isfinite()
         pilot, queries = self._pilots(statistics, sites)
         prediction, strength = None, torch.full((sites,), self.settings.prior_strength or START_PRIOR).double()
         if self._predicts:
@@ -189,27 +166,23 @@ class TraceEstimator:
 
     def _predict(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
         prior = torch.zeros(features.shape[2], dtype=torch.float64)
-        steep = [self._names.index(name) for name in STEEP if name in self._names]
-        prior[steep[:1]] = 1.0
-        if not self._seen:
-            nothing = torch.zeros(features.shape[:2], dtype=torch.float64)
-            start = fit_gamma(features, nothing, nothing + 1.0, prior=prior, ridge=self.settings.ridge)
-            return start.predict(features), None
-        seen, traces, freedom = (torch.cat(parts, dim=1).double() for parts in zip(*self._seen, strict=True))
+        prior[[self._names.index(name) for name in STEEP if name in self._names][:1]] = 1.0
+        seen = features
+        traces, freedom = torch.zeros(features.shape[:2]).double(), torch.ones(features.shape[:2]).double()
+        if self._seen:
+            seen, traces, freedom = (torch.cat(parts, dim=1).double() for parts in zip(*self._seen, strict=True))
         fit = fit_gamma(seen, traces, freedom, prior=prior, ridge=self.settings.ridge)
-        return fit.predict(features), prior_strength(fit, seen, traces, freedom, unseen=START_PRIOR)
+        strength = prior_strength(fit, seen, traces, freedom, unseen=START_PRIOR) if self._seen else None
+        return fit.predict(features), strength
 
     def _standing(self, statistics: SampleStatistics, sites: int) -> Tensor:
         """``(s, b, f)`` features: tanh(loss) and the logarithms of the predictors."""
         offered = dict(statistics.predictors or {})
         wanted = [name for name in self.settings.predictors if name != "loss"]
         meant = {name: [each for each in offered if f"{each}.".startswith(f"{name}.")] for name in wanted}
-        for name in wanted:
-            if not meant[name]:
-                raise SettingError(
-                    "traces.predictors", name, "is not among the predictors that `sample_statistics` returned: "
-                    f"{sorted(offered)}.", f"Choose from {[*STEEP, 'activation', 'loss']}.",
-                )  # fmt: skip
+        for name in (name for name in wanted if not meant[name]):
+            problem = f"is not among the predictors that `sample_statistics` returned: {sorted(offered)}."
+            raise SettingError("traces.predictors", name, problem, f"Choose from {[*STEEP, 'activation', 'loss']}.")
         chosen = dict.fromkeys(each for name in wanted for each in meant[name])
         names = ("tanh(loss)", *(chosen if self.settings.predictors else sorted(offered)))
         if names != self._names or any(len(features) != sites for features, _, _ in self._seen):
@@ -222,23 +195,21 @@ class TraceEstimator:
 
     def _pilots(self, statistics: SampleStatistics, sites: int) -> tuple[Tensor, Tensor]:
         """``(s, b)`` pilot traces (NaN where there are none) and the pilots behind each."""
-        unknown = torch.full((sites, len(statistics.loss)), torch.nan, dtype=torch.float64)
+        """``(s, b)`` pilot traces (NaN where there are none) and the pilots behind each."""
         if self.settings.source == "prediction":
+            unknown = torch.full((sites, len(statistics.loss)), torch.nan, dtype=torch.float64)
             return unknown, torch.zeros_like(unknown)
         if statistics.trace is None:
-            raise SettingError(
-                "traces.source", self.settings.source, "needs the statistic `trace`, and `sample_statistics` returned "
-                "none.", "Set `strategy.pilots`, or source: prediction.",
-            )  # fmt: skip
+            problem = "needs the statistic `trace`, and `sample_statistics` returned none."
+            remedy = "Set `strategy.pilots`, or source: prediction."
+            raise SettingError("traces.source", self.settings.source, problem, remedy)
         _check_lines("trace", statistics.trace, sites)
-        trace = statistics.trace.expand(sites, -1)
-        queries = statistics.trace_queries
+        trace, queries = statistics.trace.expand(sites, -1), statistics.trace_queries
+        if queries is None and self.settings.source == "both":
+            problem = "is needed to weigh pilots against the prediction."
+            remedy = "Return how many pilots are behind each trace."
+            raise SettingError("sample_statistics.trace_queries", None, problem, remedy)
         if queries is None:
-            if self.settings.source == "both":
-                raise SettingError(
-                    "sample_statistics.trace_queries", None, "is needed to weigh pilots against the prediction.",
-                    "Return how many pilots are behind each trace.",
-                )  # fmt: skip
             return trace, torch.where(trace.isfinite(), 1.0, 0.0)
         _check_lines("trace_queries", queries, sites)
         return trace, queries.expand(sites, -1)
@@ -275,20 +246,18 @@ def _level(trace: Tensor) -> Tensor:
 
 def _check_lines(name: str, value: Tensor, sites: int) -> None:
     if value.ndim == 2 and len(value) != sites:
-        raise SettingError(
-            f"sample_statistics.{name}", tuple(value.shape), f"must have one row for each of {sites} sites.",
-            "Return (s, b), or (b,) for all sites alike.",
-        )  # fmt: skip
+        problem, remedy = f"must have one row for each of {sites} sites.", "Return (s, b), or (b,) for all sites alike."
+        raise SettingError(f"sample_statistics.{name}", tuple(value.shape), problem, remedy)
 
 
 def _levelled(prediction: Tensor, pilot: Tensor) -> Tensor:
-    # With the pilots' mean at each site that has any.
+    """Scale to the pilots' mean at each site that has any."""
     known = pilot.isfinite()
     means = [torch.where(known, x, 0.0).clamp_min(0.0).sum(dim=1, keepdim=True) for x in (pilot, prediction)]
     return torch.where((means[0] > 0) & (means[1] > 0), prediction * means[0] / means[1], prediction)
 
 
 def _log(value: Tensor) -> Tensor:
-    # A gradient that underflowed to zero counts as the smallest of its batch.
+    """Take logarithms; a gradient that underflowed to zero counts as the smallest of its batch."""
     least = torch.where(value > 0, value, torch.inf).amin(dim=-1, keepdim=True)
     return torch.where(value == 0, torch.where(least.isinf(), 1.0, least), value).log()

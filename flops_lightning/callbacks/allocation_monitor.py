@@ -1,23 +1,20 @@
 """What an allocation was worth, measured with queries that it was not made from.
 
-The counts of a step are chosen from predictions and pilots; the queries then spent show traces that were unknown when
-the counts were chosen (held back). Every ``log_every_n_steps`` batches this gives:
+The queries of a step show traces that were unknown when its counts were chosen (held back). Every
+``log_every_n_steps`` batches this gives:
 
 ==================================  ====================================================================================
 ``J_over_J_equal_seen``             J of the counts used over J of equal counts, both with the traces seen, mean over
-                                    the sites. Below 1, the allocator lowers the gradient's variance by this factor.
-                                    The allocators' own ``J_over_J_equal`` uses the traces that they chose by, and
-                                    flatters. Pilots count as queries; if they are reused, with their weight.
+                                    the sites: the factor by which the allocator changes the gradient's variance. (The
+                                    allocators' own ``J_over_J_equal`` flatters.) Pilots count as queries.
 ``J_over_J_equal_seen/<site>``      The same at each site, if there are 2 to 8.
 ``J_over_J_optimal_seen``           J of the counts used over the least possible with as many queries, mean over the
                                     sites: 1 is perfect. Corrected for the noise in the traces.
-``seen_share``                      Share of the traces that were seen. A sample shows none at a site with fewer than
-                                    two queries (antithetic: pairs) there, and is left out of both sums of a ratio:
-                                    :func:`held_back_ratios` says what this hides.
+``seen_share``                      Share of the traces that were seen. A sample shows none with fewer than two queries
+                                    (or pairs) at a site: :func:`held_back_ratios` says what this hides.
 ``loss_trace_correlation``          Spearman's rank correlation over the batch of clean loss and trace seen, mean over
-                                    the sites: how far the loss alone, which the Gaussian and the Bernoulli allocator
-                                    use, can tell noisy samples from others. Noise in the traces lowers this and the
-                                    next two.
+                                    the sites: how far the loss alone (as in the Gaussian and the Bernoulli allocator)
+                                    can tell noisy samples. Noise in the traces lowers this and the next two.
 ``pilot_trace_correlation``         The same of the pilots' trace and the trace seen, at the sites that have pilots.
 ``pilot_rank_correlation``          The same of the pilots' traces at two sites, mean over all pairs of sites with
                                     pilots: whether pilots at one site speak for another.
@@ -48,44 +45,26 @@ from flops_lightning.errors import SettingError
 from flops_lightning.protocol import Allocation, SampleStatistics, TraceObservation
 from flops_lightning.tensorboard import tensorboard_writers
 
-PICTURES_EVERY = 10
-"""Watched steps from one set of pictures to the next."""
-IMAGES = 8
-"""Images in a picture."""
-SITES_SHOWN = 8
-"""Largest number of sites with a figure for each."""
-GAP = 2
-"""Pixels between the images of a picture."""
+PICTURES_EVERY = 10  # watched steps from one set of pictures to the next
+IMAGES = 8  # in a picture
+SITES_SHOWN = 8  # largest number of sites with a figure for each
+GAP = 2  # pixels between the images of a picture
 
 
 class AllocationMonitor:
     """Figures and pictures of the allocations, for the logger of a run."""
 
     def __init__(self) -> None:
-        """Start counting watched steps."""
         self._watched = 0
 
     def watch(
-        self,
-        trainer: Trainer,
-        statistics: SampleStatistics,
-        allocation: Allocation,
-        observation: TraceObservation | None,
-        batch: Any,
-        *,
-        samples: int,
-        sites: Sequence[str],
-    ) -> dict[str, float]:
+        self, trainer: Trainer, statistics: SampleStatistics, allocation: Allocation,
+        observation: TraceObservation | None, batch: Any, *, samples: int, sites: Sequence[str],
+    ) -> dict[str, float]:  # fmt: skip
         """Show counts and images in TensorBoard, if the trainer logs there, and return :func:`allocation_figures`.
 
-        Args:
-            trainer: Provides loggers and step.
-            statistics: What the allocator knew of the batch.
-            allocation: What it chose.
-            observation: What the queries of the step showed, or None.
-            batch: The batch; :func:`count_pictures` says which can be drawn.
-            samples: Number of samples of this process; in the tables of the first process they come first.
-            sites: Names of the sites.
+        The statistics are what the allocator knew, the observation what the queries of the step showed. ``samples`` is
+        the number of samples of this process; in the tables of the first process they come first.
         """
         for writer in tensorboard_writers(trainer):
             for site, counts in zip(_names(sites, len(allocation.counts)), allocation.counts, strict=True):
@@ -103,34 +82,23 @@ def _names(sites: Sequence[str], number: int) -> Sequence[str]:
 
 @one_thread()
 def allocation_figures(
-    statistics: SampleStatistics,
-    allocation: Allocation,
-    observation: TraceObservation | None,
+    statistics: SampleStatistics, allocation: Allocation, observation: TraceObservation | None,
     sites: Sequence[str] = (),
-) -> dict[str, float]:
-    """The figures of one batch, by their names in the module's docstring, without those that do not exist.
-
-    Raises:
-        SettingError: ``observation`` does not fit the counts.
-    """
+) -> dict[str, float]:  # fmt: skip
+    """The figures of one batch, by their names in the module's docstring, without those that do not exist."""
     tables = _tables(statistics, allocation, observation)
     values: dict[str, Tensor] = {}
     pilot = tables.get("pilot")
     if observation is not None:
         seen = TraceObservation(tables["seen"], tables["queries"], observation.unit)
-        ratios = held_back_ratios(
-            seen,
-            allocation.counts,
-            pilots=tables.get("pilots"),
-            pilot_weight=allocation.pilot_weight,
-            pilots_reused=statistics.pilots_reused,
-        )
+        given = {"pilots": tables.get("pilots"), "pilot_weight": allocation.pilot_weight}
+        ratios = held_back_ratios(seen, allocation.counts, pilots_reused=statistics.pilots_reused, **given)
         values["J_over_J_equal_seen"] = ratios.over_equal.nanmean()
         if 2 <= len(ratios.over_equal) <= SITES_SHOWN:
             named = zip(_names(sites, len(ratios.over_equal)), ratios.over_equal, strict=True)
             values |= {f"J_over_J_equal_seen/{site}": ratio for site, ratio in named}
         values["J_over_J_optimal_seen"] = ratios.over_optimal.nanmean()
-        values["seen_share"] = ratios.seen.double().mean()
+        values["seen_share"] = seen.trace.isfinite().double().mean()
         values["loss_trace_correlation"] = rank_correlation(tables["loss"], seen.trace).nanmean()
         if pilot is not None:
             values["pilot_trace_correlation"] = rank_correlation(pilot, seen.trace).nanmean()
@@ -153,10 +121,9 @@ def _tables(
     sites = len(tables["seen"]) if observation is not None else len(allocation.counts)
     for name, table in (*tables.items(), ("counts", allocation.counts)):
         if len(table) not in (1, sites) or table.shape[1] != len(statistics.loss):
-            raise SettingError(
-                "trace_observation", (sites, len(statistics.loss)), f"does not fit {name} of the shape "
-                f"{tuple(table.shape)}.", "Return (s, b): one row for each site, one entry for each sample.",
-            )  # fmt: skip
+            problem = f"does not fit {name} of the shape {tuple(table.shape)}."
+            remedy = "Return (s, b): one row for each site, one entry for each sample."
+            raise SettingError("trace_observation", (sites, len(statistics.loss)), problem, remedy)
     flat = torch.cat(list(tables.values())).cpu().double()
     return dict(zip(tables, flat.split([len(table) for table in tables.values()]), strict=True))
 
@@ -164,25 +131,20 @@ def _tables(
 def count_pictures(counts: Tensor, batch: Any) -> dict[str, Tensor]:
     """Pictures of the images that got the most and the fewest queries, in the order of their counts.
 
-    Args:
-        counts: ``(s, b)``.
-        batch: ``(images (b, c, h, w), ...)`` with one or three channels; other batches give no picture.
-
-    Returns:
-        ``most_queries`` and ``fewest_queries``, ``(c, h, w')`` on the CPU in 0..1, of up to eight images each, none in
-        common; empty if all counts are equal.
+    ``counts`` is ``(s, b)``, ``batch`` ``(images (b, c, h, w), ...)`` with one or three channels; other batches give no
+    picture, nor do equal counts. Returns ``most_queries`` and ``fewest_queries``, ``(c, h, w')`` on the CPU in 0..1, of
+    up to eight images each, none in common.
     """
     images = batch[0] if isinstance(batch, (tuple, list)) and batch else None
     total = counts.sum(dim=0)
-    number = min(IMAGES, len(total) // 2)
     if not isinstance(images, Tensor) or images.dim() != 4 or images.shape[1] not in (1, 3):
         return {}
     if len(images) != len(total) or int(total.min()) == int(total.max()):
         return {}
     order = total.argsort(descending=True, stable=True)
-    chosen = torch.cat([order[:number], order.flip(0)[:number]])
-    most, fewest = images[chosen.to(images.device)].detach().cpu().split(number)
-    return {"most_queries": image_row(most), "fewest_queries": image_row(fewest)}
+    number = min(IMAGES, len(total) // 2)
+    chosen = {"most_queries": order[:number], "fewest_queries": order.flip(0)[:number]}
+    return {name: image_row(images[some.to(images.device)].detach().cpu()) for name, some in chosen.items()}
 
 
 def image_row(images: Tensor) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, cast
+import re
+from dataclasses import replace
+from typing import Any, NamedTuple, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -33,15 +34,11 @@ SIGNATURES = {
     "sample_statistics": "def sample_statistics(self, batch) -> SampleStatistics",
     "set_query_counts": "def set_query_counts(self, counts: Tensor) -> None",
 }
-"""The methods of :class:`SupportsQueryAllocation`."""
-FIRST_PAGE = frozenset(
-    ("J_over_J_equal", "J_over_J_equal_seen", "J_over_J_optimal_seen", "J_over_J_own", "count_min", "count_max")
-)
-"""Figures logged as ``allocation/<name>``; the others are ``allocation_details/<name>``."""
+# Figures logged as `allocation/<name>`; the others are `allocation_details/<name>`.
+ON_FIRST_PAGE = "J_over_J_(equal|equal_seen|optimal_seen|own)|count_(min|max)"
 
 
-@dataclass(frozen=True)
-class AllocatedBatch:
+class AllocatedBatch(NamedTuple):
     """What the callback keeps from the start of a batch to its end."""
 
     gathered: GatheredStatistics
@@ -50,23 +47,15 @@ class AllocatedBatch:
 
 
 def resolve_budget(own: QueryBudget | None, *, queries_per_sample: int, multiple: int) -> QueryBudget:
-    """The budget that holds, given the module's and the callback's settings.
+    """The budget that holds: the module's ``own``, or the callback's settings if there is none; refused if they differ.
 
-    Args:
-        own: The module's budget, or None.
-        queries_per_sample: The callback's average number of queries of a sample; 0: the module's.
-        multiple: The callback's multiple of the counts; 1: the module's.
-
-    Raises:
-        SettingError: There is no budget, or there are two that differ.
+    ``queries_per_sample`` 0 and ``multiple`` 1 stand for the module's.
     """
     if own is None:
         if not queries_per_sample:
-            raise SettingError(
-                "queries_per_sample", queries_per_sample, "neither the callback nor the module sets a budget.",
-                "Set `queries_per_sample` of QueryAllocatorCallback, or return `budget=QueryBudget(...)` in the "
-                "statistics of `sample_statistics`.",
-            )  # fmt: skip
+            problem = "neither the callback nor the module sets a budget."
+            remedy = "Set it in QueryAllocatorCallback, or return `budget=QueryBudget(...)` in `sample_statistics`."
+            raise SettingError("queries_per_sample", queries_per_sample, problem, remedy)
         return QueryBudget((queries_per_sample,), multiple)
     remedy = "Remove it from the callback, or make the two agree."
     if queries_per_sample and any(queries != queries_per_sample for queries in own.queries_per_sample):
@@ -83,11 +72,8 @@ class QueryAllocatorCallback(Callback):
 
     Works with every LightningModule that has the two methods of
     :class:`~flops_lightning.protocol.SupportsQueryAllocation`; :mod:`flops_lightning.protocol` also lists the optional
-    ones.
-
-    The allocator's diagnostics are logged at every step, and every ``log_every_n_steps`` the figures of
-    :class:`AllocationMonitor`: those in ``FIRST_PAGE`` as ``allocation/<name>``, the others as
-    ``allocation_details/<name>``. The allocator's state is saved in checkpoints. In several processes all make the same
+    ones. The allocator's diagnostics are logged at every step, and every ``log_every_n_steps`` the figures of
+    :class:`AllocationMonitor`. The allocator's state is saved in checkpoints. In several processes all make the same
     allocation from the statistics of all, and each spends a share of the budget in proportion to its samples.
 
     Args:
@@ -97,14 +83,9 @@ class QueryAllocatorCallback(Callback):
         multiple: Counts are multiples of this (2 if queries come in antithetic pairs). 1: the module's own.
         log: Whether to log the allocator's diagnostics and to watch the allocation.
 
-    Raises:
-        SettingError: The budget cannot be met, or ``allocator`` is not a QueryAllocator (for example a class).
-
     Example:
-        >>> import lightning.pytorch as pl
         >>> from flops_lightning import EqualAllocator
-        >>> callback = QueryAllocatorCallback(allocator=EqualAllocator(), queries_per_sample=20)
-        >>> trainer = pl.Trainer(accelerator="cpu", callbacks=[callback], logger=False, barebones=True)
+        >>> callback = QueryAllocatorCallback(allocator=EqualAllocator(), queries_per_sample=20)  # give it to a Trainer
         >>> callback.state_key
         'QueryAllocatorCallback[EqualAllocator]'
     """
@@ -112,16 +93,12 @@ class QueryAllocatorCallback(Callback):
     def __init__(
         self, *, allocator: QueryAllocator, queries_per_sample: int = 0, multiple: int = 1, log: bool = True
     ) -> None:
-        """Check the settings."""
         if not isinstance(allocator, QueryAllocator):
-            raise SettingError(
-                "allocator", allocator, "is not a QueryAllocator.", "Write for example EqualAllocator()."
-            )
+            remedy = "Write for example EqualAllocator()."
+            raise SettingError("allocator", allocator, "is not a QueryAllocator.", remedy)
         if queries_per_sample or multiple != 1:
             QueryBudget((queries_per_sample or multiple,), multiple)
-        self.allocator = allocator
-        self.queries_per_sample = queries_per_sample
-        self.multiple = multiple
+        self.allocator, self.queries_per_sample, self.multiple = allocator, queries_per_sample, multiple
         self._monitor = AllocationMonitor() if log else None
         self._last: AllocatedBatch | None = None
         self._ranks: Communicator = SingleProcess()
@@ -140,37 +117,27 @@ class QueryAllocatorCallback(Callback):
         self.allocator.load_state_dict(state_dict)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse, before training, a module without the required methods and a second allocator.
-
-        Raises:
-            SettingError: The message names the methods to add.
-        """
+        """Refuse, before training, a module without the required methods and a second allocator."""
         if stage != "fit":
             return
         missing = [line for name, line in SIGNATURES.items() if not callable(getattr(pl_module, name, None))]
         if missing:
-            raise SettingError(
-                "model", type(pl_module).__name__, "lacks methods that QueryAllocatorCallback needs.",
-                f"Add to the module: {'; '.join(missing)}.",
-            )  # fmt: skip
+            problem, remedy = "lacks methods that QueryAllocatorCallback needs.", "; ".join(missing)
+            raise SettingError("model", type(pl_module).__name__, problem, f"Add to the module: {remedy}.")
         self._ranks = present_communicator()
         self._request(pl_module)
         callbacks = cast("Any", trainer).callbacks  # an attribute that Lightning does not declare
         rivals = [type(each.allocator).__name__ for each in callbacks if isinstance(each, QueryAllocatorCallback)]
         if len(rivals) > 1:
-            raise SettingError(
-                "trainer.callbacks", rivals, "more than one QueryAllocatorCallback; each would overwrite the other's "
-                "counts.", "Keep one.",
-            )  # fmt: skip
+            problem = "more than one QueryAllocatorCallback; each would overwrite the other's counts."
+            raise SettingError("trainer.callbacks", rivals, problem, "Keep one.")
 
     def _request(self, pl_module: LightningModule) -> None:
         feeds_back = isinstance(pl_module, SupportsTraceFeedback)
         if self.allocator.learns and not feeds_back:
-            raise SettingError(
-                "allocator", type(self.allocator).__name__, "learns from each step's queries, and "
-                f"{type(pl_module).__name__} does not report what they showed.",
-                "Add `def trace_observation(self) -> TraceObservation | None`, or write traces: {source: pilots}.",
-            )  # fmt: skip
+            problem = f"learns from each step's queries, which {type(pl_module).__name__} does not report."
+            remedy = "Add `def trace_observation(self) -> TraceObservation | None`, or write traces: {source: pilots}."
+            raise SettingError("allocator", type(self.allocator).__name__, problem, remedy)
         if isinstance(pl_module, SupportsStatisticsRequests):
             watched = feeds_back and (self.allocator.learns or self._monitor is not None)
             pl_module.request_statistics(self.allocator.requests | frozenset({"observation"} if watched else ()))
@@ -183,10 +150,8 @@ class QueryAllocatorCallback(Callback):
         with torch.no_grad(), trainer.precision_plugin.forward_context():
             statistics: object = module.sample_statistics(batch)
         if not isinstance(statistics, SampleStatistics):
-            raise SettingError(
-                "sample_statistics", type(statistics).__name__, "must return SampleStatistics.",
-                "Return `flops_lightning.allocators.SampleStatistics(loss=..., embedding=..., trace=...)`.",
-            )  # fmt: skip
+            remedy = "Return `flops_lightning.allocators.SampleStatistics(loss=..., embedding=..., trace=...)`."
+            raise SettingError("sample_statistics", type(statistics).__name__, "must return SampleStatistics.", remedy)
         self.allocator.check(statistics)
         if "embedding" not in self.allocator.requests:
             statistics = replace(statistics, embedding=None)  # by far the largest part of what ranks would exchange
@@ -222,17 +187,14 @@ class QueryAllocatorCallback(Callback):
         # Counted over epochs, as the loggers count.
         every: int = cast("Any", trainer).log_every_n_steps
         if self._monitor is not None and every and (trainer.fit_loop.total_batch_idx + 1) % every == 0:
-            gathered, sites = last.gathered, last.sites
             figures = self._monitor.watch(
-                trainer, gathered.statistics, last.allocation, observation, batch,
-                samples=gathered.sizes[gathered.rank], sites=sites,
+                trainer, last.gathered.statistics, last.allocation, observation, batch,
+                samples=last.gathered.sizes[last.gathered.rank], sites=last.sites,
             )  # fmt: skip
             self._log(pl_module, figures)
 
     def _log(self, pl_module: LightningModule, values: dict[str, float]) -> None:
+        details = {name: "" if re.fullmatch(ON_FIRST_PAGE, name) else "_details" for name in values}
+        named = {f"allocation{details[name]}/{name}": value for name, value in values.items()}
         # The batch size is of no consequence: nothing here is averaged over an epoch.
-        named = {
-            f"{'allocation' if name in FIRST_PAGE else 'allocation_details'}/{name}": value
-            for name, value in values.items()
-        }
         pl_module.log_dict(named, on_step=True, on_epoch=False, batch_size=1)

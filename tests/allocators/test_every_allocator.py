@@ -20,12 +20,10 @@ from flops_lightning.allocators import (
     GaussianAllocator,
     OptimalAllocator,
     QueryAllocator,
-    QueryBudget,
-    SampleStatistics,
-    TraceObservation,
     TraceSettings,
 )
 from flops_lightning.errors import SettingError
+from flops_lightning.protocol import QueryBudget, SampleStatistics, TraceObservation
 
 BUDGET = QueryBudget((20,))
 PILOTS = TraceSettings(source="pilots")
@@ -64,10 +62,10 @@ def test_counts_meet_the_budget_whatever_the_statistics(
     def column() -> Tensor:
         return torch.tensor(data.draw(st.lists(STATISTIC, min_size=size, max_size=size)), dtype=torch.float64)
 
-    least = 0 if case[0] is EqualAllocator else data.draw(st.integers(1, 5))
-    allocator = case[0](**case[1], **({"min_queries": least} if least else {}))
+    own, minimum = (data.draw(st.integers(low, 5)) * (case[0] is not EqualAllocator) for low in (1, 0))
+    allocator, least = case[0](**case[1], **({"min_queries": own} if own else {})), max(own, minimum)
     fewest = max(1, -(-least // multiple))
-    budget = QueryBudget((data.draw(st.integers(fewest, 12)) * multiple, 6 * multiple), multiple)
+    budget = QueryBudget((data.draw(st.integers(fewest, 12)) * multiple, 6 * multiple), multiple, minimum)
     for _ in range(2):
         embedding = torch.stack([column(), column()], dim=1)
         allocation = allocator.allocate(SampleStatistics(loss=column(), embedding=embedding, trace=column()), budget)
@@ -144,6 +142,49 @@ def test_the_scale_of_traces_changes_nothing(cls: Any) -> None:
         found.append(cls(traces=PILOTS).allocate(scaled, BUDGET).counts)
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
+
+
+BERNOULLI = {"optimise": True}, {"optimise": False}
+GAUSSIAN = [{"gradient": gradient} for gradient in ("pathwise", "score", "exact")]
+
+
+@pytest.mark.parametrize(
+    ("cls", "arguments", "field"),
+    [
+        *itertools.product([GaussianAllocator], GAUSSIAN, ["loss", "embedding", "trace"]),
+        *itertools.product([BernoulliAllocator], BERNOULLI, ["loss"]),
+        (BernoulliAllocator, {"optimise": True}, "trace"),
+    ],
+)
+@pytest.mark.parametrize("minimum", [8, 15])
+def test_broken_samples_get_the_minimum_and_spoil_no_other(cls: Any, arguments: Any, field: str, minimum: int) -> None:
+    # Half of 48 samples with 20 queries each are broken and get the minimum, which leaves more for each of the others:
+    # these are allocated as if they were a batch of their own.
+    with_broken, alone = (cls(min_queries=minimum, **arguments) for _ in range(2))
+    for seed in range(3):
+        statistics = batch(seed)
+        sound = {name: getattr(statistics, name)[::2].clone() for name in ("loss", "embedding", "trace")}
+        getattr(statistics, field)[1::4] = math.nan
+        getattr(statistics, field)[3::4] = math.inf
+        allocation = with_broken.allocate(statistics, BUDGET)
+        expected = alone.allocate(SampleStatistics(**sound), QueryBudget((40 - minimum,)))
+        assert allocation.counts[0, 1::2].tolist() == [minimum] * 24
+        assert torch.equal(allocation.counts[0, ::2], expected.counts[0])
+        assert allocation.diagnostics.get("p") == expected.diagnostics.get("p")
+        assert all(math.isfinite(value) for value in allocation.diagnostics.values())
+
+
+@pytest.mark.parametrize(("cls", "learned"), [(GaussianAllocator, "parameters"), (BernoulliAllocator, "p")])
+@pytest.mark.parametrize("trace", [0.0, -1.0])
+def test_a_flat_batch_is_allocated_equally_and_changes_nothing(cls: Any, learned: str, trace: float) -> None:
+    allocator = cls()
+    allocator.allocate(batch(), BUDGET)
+    before = allocator.state_dict()[learned]
+    flat = SampleStatistics(loss=torch.rand(8), embedding=torch.randn(8, 3), trace=torch.full((8,), trace))
+    allocation = allocator.allocate(flat, BUDGET)
+    assert allocation.counts.tolist() == [[20] * 8]
+    assert allocation.diagnostics["J_over_J_equal"] == 1.0
+    assert allocator.state_dict()[learned] == before
 
 
 @pytest.mark.parametrize("cls", [OptimalAllocator, GaussianAllocator, BernoulliAllocator])

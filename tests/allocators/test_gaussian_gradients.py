@@ -30,15 +30,9 @@ def make_problem(covariance: Covariance, *, floor: float = 1.0) -> AllocationPro
     generator = torch.Generator().manual_seed(5)
     feature = torch.randn(BATCH, dtype=torch.float64, generator=generator)
     feature = (feature - feature.mean()) / feature.std(correction=0)
-    embedding = torch.randn(BATCH, 4, generator=generator)
-    return AllocationProblem(
-        feature=feature,
-        trace=torch.randn(BATCH, dtype=torch.float64, generator=generator).exp(),
-        distance=embedding_distance(embedding, covariance),
-        project=covariance == "cosine_similarity",
-        total=8.0 * BATCH,
-        floor=floor,
-    )
+    distance = embedding_distance(torch.randn(BATCH, 4, generator=generator), covariance)
+    trace = torch.randn(BATCH, dtype=torch.float64, generator=generator).exp()
+    return AllocationProblem(feature, trace, distance, covariance == "cosine_similarity", 8.0 * BATCH, floor)
 
 
 def nearest_positive(matrix: Tensor) -> Tensor:

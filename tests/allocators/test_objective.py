@@ -77,17 +77,6 @@ def test_extreme_batches() -> None:
     assert optimal_shares(zero).tolist() == [0.0] * 4  # every allocation is optimal
 
 
-def test_effective_counts_are_the_variance_of_pilots_and_rest_together() -> None:
-    # Queries of variance 1; the estimate is w mean(3 pilots) + (1 - w) mean(5 others).
-    repeats, weight = 20_000, torch.tensor([0.0, 0.2, 0.375, 0.8, 1.0], dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)
-    pilots, others = (torch.randn(repeats, n, dtype=torch.float64, generator=generator).mean(dim=1) for n in (3, 5))
-    estimates = weight[:, None] * pilots + (1 - weight[:, None]) * others
-    expected = 1.0 / effective_counts(torch.full((5,), 5), torch.full((5,), 3), weight)
-    standard_error = expected * math.sqrt(2 / repeats)
-    assert bool(((estimates.square().mean(dim=1) - expected).abs() < 4 * standard_error).all())
-
-
 def test_effective_counts_by_hand() -> None:
     counts, pilots = torch.tensor([[5, 8, 0, 4, 0, 0]]), torch.tensor([[3, 0, 0, 2, 2, 2]])
     weight = torch.tensor([3 / 8, 0.7, 0.5, 0.5, 1.0, 0.5], dtype=torch.float64)
@@ -123,25 +112,13 @@ def test_estimated_gain_of_equal_traces_is_one_where_the_naive_one_is_not(freedo
     assert naive > gain + 10 * standard_error
 
 
-@pytest.mark.parametrize("freedom", [1, 2, 5, 20])
-def test_estimated_gain_is_unbiased_for_a_known_spread(freedom: int) -> None:
-    repeats, size = 200, 2000
-    trace = traces(5, size).square()
-    estimates = estimated_gain_optimal(
-        noisy(trace.expand(repeats, -1), freedom, seed=freedom), torch.full((repeats, size), freedom)
-    )
-    standard_error = float(estimates.std()) / math.sqrt(repeats)
-    assert abs(float(estimates.mean()) - float(gain_optimal(trace))) < 4 * standard_error
-
-
 def test_estimated_gain_where_freedom_differs_and_traces_are_missing() -> None:
     repeats, size = 400, 1000
     trace = traces(5, size).square()
     freedom = torch.tensor([1, 3, 8, 0]).repeat(size // 4)
-    drawn = torch.stack([noisy(trace.expand(repeats, -1), n, seed=n) if n else torch.ones(repeats, size) for n in
-                         (1, 3, 8, 0)])  # fmt: skip
-    chosen = torch.arange(4).repeat(size // 4)
-    estimates = drawn[chosen, :, torch.arange(size)].T
+    estimates = torch.ones(repeats, size, dtype=torch.float64)
+    for n in (1, 3, 8):
+        estimates[:, freedom == n] = noisy(trace.expand(repeats, -1), n, seed=n)[:, freedom == n]
     estimates[:, 4] = math.nan
     known = (freedom > 0) & (torch.arange(size) != 4)
     gains = estimated_gain_optimal(estimates, freedom.expand(repeats, -1))

@@ -1,25 +1,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
-from flops_lightning.allocators import (
-    OptimalAllocator,
-    QueryBudget,
-    SampleStatistics,
-    TraceObservation,
-    TraceSettings,
-    gain_optimal,
-    objective,
-)
+from flops_lightning.allocators import OptimalAllocator, TraceSettings, gain_optimal, objective
 from flops_lightning.errors import SettingError
+from flops_lightning.protocol import QueryBudget, SampleStatistics, TraceObservation
 
 D = torch.float64
 
@@ -55,38 +45,6 @@ def test_exact_traces_reach_theorem_2_as_the_budget_grows() -> None:
         assert 1 - 1e-12 <= float(gain_optimal(trace)) / gain < 1 + (1 / (least - 1)) ** 2
 
 
-@given(
-    st.lists(st.floats(0.0, 1e6), min_size=1, max_size=10),
-    st.integers(0, 10_000),
-    st.sampled_from([1, 2]),
-    st.integers(0, 3),
-    st.integers(1, 12),
-)
-def test_no_other_allocation_of_the_same_sum_is_better(
-    values: list[float], seed: int, multiple: int, minimum: int, queries: int
-) -> None:
-    trace, size = torch.tensor(values, dtype=D), len(values)
-    budget = QueryBudget((multiple * (queries + 2),), multiple=multiple, minimum=minimum)
-    allocation = from_pilots(min_queries=1).allocate(exact(trace), budget)
-    counts, total = allocation.counts[0], multiple * (queries + 2) * size
-    floor = -(-max(minimum, 1) // multiple) * multiple
-    assert int(counts.sum()) == total
-    assert int(counts.min()) >= floor
-    assert bool((counts % multiple == 0).all())
-    # Any other: what is above the floor given out at random, one multiple after the other.
-    generator = torch.Generator().manual_seed(seed)
-    weights = torch.rand(size, generator=generator) ** 4 + 1e-3
-    drawn = torch.multinomial(weights, (total - size * floor) // multiple, replacement=True, generator=generator)
-    other = floor + multiple * torch.bincount(drawn, minlength=size)
-    # Integer slack: the allocation is off the continuous optimum by less than one multiple a sample, and
-    # 1 / (A - m) <= 1 / A * (1 + m / floor) where it was rounded down.
-    best = objective(trace, counts)
-    assert float(best) <= float(objective(trace, other)) * (1 + multiple / floor) * (1 + 1e-9)
-    if total >= 100 * size * multiple:
-        assert float(best) <= float(objective(trace, other)) * 1.01
-    assert allocation.diagnostics["J_over_J_equal"] <= 1 + multiple / floor
-
-
 @pytest.mark.parametrize("value", [0.0, 1.0, 1e-12, 1e12])
 def test_equal_traces_get_equal_counts(value: float) -> None:
     allocation = from_pilots().allocate(exact(torch.full((7,), value, dtype=D)), QueryBudget((20, 6), multiple=2))
@@ -119,13 +77,8 @@ def test_samples_that_are_not_finite_get_the_minimum() -> None:
 def piloted(trace: Tensor, pilots: int = 4, seed: int = 0, *, reused: bool = True) -> SampleStatistics:
     generator = torch.Generator().manual_seed(seed)
     steep = (1.5 * torch.randn(trace.shape[-1], dtype=D, generator=generator)).exp()
-    return SampleStatistics(
-        loss=torch.ones(trace.shape[-1], dtype=D),
-        trace=trace,
-        trace_queries=torch.full_like(trace, float(pilots)),
-        predictors={"top_gradient": steep},
-        pilots_reused=reused,
-    )
+    queries = torch.full_like(trace, float(pilots))
+    return exact(trace, trace_queries=queries, predictors={"top_gradient": steep}, pilots_reused=reused)
 
 
 BOTH = TraceSettings(source="both", prior_strength=5.0)
@@ -252,27 +205,6 @@ def test_learns_the_traces_from_its_own_queries() -> None:
     assert float((possible - reached).mean()) < 0.01
     assert float(reached.mean()) >= 0.9
     assert first < 0.75  # at first the loss alone is known, which says nothing here: the allocation is equal
-
-
-def test_pilots_and_prediction_together_beat_either() -> None:
-    means = {}
-    for source in ("prediction", "both"):
-        allocator, shares = OptimalAllocator(traces=TraceSettings(source=source)), []  # type: ignore[arg-type]
-        for i in range(40):
-            statistics, trace, _ = world(i)
-            pilots = shown(trace, torch.full_like(trace, 6.0), seed=40_000 + i)
-            told = replace(statistics, trace=pilots.trace, trace_queries=pilots.queries, pilots_reused=False)
-            counts = allocator.allocate(told, QueryBudget((QUERIES, QUERIES))).counts
-            allocator.observe(shown(trace, counts, seed=10_000 + i))
-            shares += [share_of_gain(trace[s], counts[s]) for s in range(2)] if i >= 5 else []
-        means[source] = torch.tensor(shares)
-    difference = means["both"] - means["prediction"]
-    assert float(difference.mean()) > 4 * float(difference.std()) / math.sqrt(len(difference))
-
-
-def test_sample_alone_gets_all() -> None:
-    statistics, _, _ = world(0, size=1)
-    assert OptimalAllocator().allocate(statistics, QueryBudget((20, 6))).counts.tolist() == [[20], [6]]
 
 
 def test_settings_without_sense_are_refused() -> None:

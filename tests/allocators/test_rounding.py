@@ -41,21 +41,15 @@ def bisected_water_fill(shares: Tensor, total: float, floor: float) -> Tensor:
 
 @given(budgets())
 @settings(deadline=None, max_examples=150)
-def test_counts_meet_the_budget(case: tuple[Tensor, int, int, int]) -> None:
+def test_counts_meet_the_budget_close_to_the_continuous_allocation(
+    case: tuple[Tensor, int, int, int],
+) -> None:
     shares, total, minimum, multiple = case
     counts = largest_remainder(shares, total, minimum=minimum, multiple=multiple)
     assert counts.dtype == torch.int64
     assert int(counts.sum()) == total
     assert int(counts.min()) >= minimum
     assert bool((counts % multiple == 0).all())
-    assert torch.equal(counts, largest_remainder(shares, total, minimum=minimum, multiple=multiple))
-
-
-@given(budgets())
-@settings(deadline=None, max_examples=150)
-def test_counts_stay_within_one_multiple_of_the_continuous_allocation(case: tuple[Tensor, int, int, int]) -> None:
-    shares, total, minimum, multiple = case
-    counts = largest_remainder(shares, total, minimum=minimum, multiple=multiple)
     floor = -(-minimum // multiple) * multiple
     parts = water_fill(shares, total, floor=floor)
     assert bool(((counts - parts).abs() < multiple * (1 + 1e-9)).all())
@@ -108,9 +102,6 @@ def test_water_filling_is_scale_free_and_batched() -> None:
 def test_shares_that_are_not_finite_are_refused(bad: float) -> None:
     with pytest.raises(ValueError, match="finite"):
         largest_remainder(torch.tensor([1.0, bad]), 4, minimum=1, multiple=1)
-
-
-def test_no_samples_are_refused() -> None:
     with pytest.raises(ValueError, match="at least one"):
         largest_remainder(torch.empty(0), 0, minimum=1, multiple=1)
 
