@@ -47,29 +47,11 @@ def test_on_cpu_changes_the_type_and_nothing_else() -> None:
     assert after.budget == QueryBudget((4, 6, 8))
 
 
-@pytest.mark.parametrize("missing", sorted({*full()} - {"loss"}))
-def test_what_is_missing_stays_missing(missing: str) -> None:
-    after = SampleStatistics(**(full() | {missing: None})).on_cpu()
-    assert getattr(after, missing) is None
-    others = {name for name in full() if name != missing}
-    assert {name for name in others if getattr(after, name) is not None} == others
-
-
 def test_the_loss_alone_is_enough_and_no_predictor_is_not_none() -> None:
     alone = SampleStatistics(loss=torch.tensor([1.0, 2.0])).on_cpu()
     assert alone.loss.tolist() == [1.0, 2.0]
-    assert alone.predictors is None
+    assert {name for name in full() if getattr(alone, name) is not None} == {"loss"}
     assert SampleStatistics(loss=torch.ones(2), predictors={}).on_cpu().predictors == {}
-
-
-@pytest.mark.parametrize("size", [1, 5])
-def test_traces_and_predictors_may_have_a_line_for_each_site(size: int) -> None:
-    for shape in ((size,), (1, size), (4, size)):
-        for name in ("trace", "trace_queries"):
-            assert getattr(SampleStatistics(loss=torch.ones(size), **{name: torch.ones(shape)}), name).shape == shape
-        predictors = SampleStatistics(loss=torch.ones(size), predictors={"x": torch.ones(shape)}).on_cpu().predictors
-        assert predictors is not None
-        assert predictors["x"].shape == shape
 
 
 @pytest.mark.parametrize(
@@ -79,17 +61,11 @@ def test_traces_and_predictors_may_have_a_line_for_each_site(size: int) -> None:
         ("loss", (5, 1), r"sample_statistics.loss = \(5, 1\): must have the shape \(b,\)"),
         ("embedding", (5,), rf"sample_statistics.embedding = \(5,\): must have the shape \(b, d\), {ONE_EACH}"),
         ("embedding", (4, 7), r"sample_statistics.embedding = \(4, 7\): must have"),
-        ("embedding", (5, 7, 2), r"sample_statistics.embedding = \(5, 7, 2\): must have"),
         ("trace", (), rf"sample_statistics.trace = \(\): must have the shape \(b,\) or \(s, b\), {ONE_EACH}"),
-        ("trace", (4,), r"sample_statistics.trace = \(4,\): must have"),
         ("trace", (5, 3), r"sample_statistics.trace = \(5, 3\): must have"),
         ("trace", (2, 3, 5), r"sample_statistics.trace = \(2, 3, 5\): must have"),
         ("trace_queries", (1,), r"sample_statistics.trace_queries = \(1,\): must have"),
-        (
-            "counted_costs",
-            (),
-            r"sample_statistics.counted_costs = \(\): must have the shape \(s,\). Return one",
-        ),
+        ("counted_costs", (), r"sample_statistics.counted_costs = \(\): must have the shape \(s,\). Return one"),
         ("measured_costs", (3, 5), r"sample_statistics.measured_costs = \(3, 5\): must have the shape \(s,\)"),
         ("scale", (3, 1), r"sample_statistics.scale = \(3, 1\): must have the shape \(s,\)"),
         ("preconditioned_scale", (1, 1), r"sample_statistics.preconditioned_scale = \(1, 1\): must have"),
@@ -99,9 +75,6 @@ def test_shapes_that_do_not_fit_are_refused(name: str, shape: tuple[int, ...], m
     with pytest.raises(SettingError, match=message) as caught:
         SampleStatistics(**({"loss": torch.ones(5)} | {name: torch.ones(shape)}))
     assert caught.value.setting == f"sample_statistics.{name}"
-
-
-def test_predictors_that_do_not_fit_are_refused_by_name() -> None:
     with pytest.raises(SettingError, match=rf"sample_statistics.predictors.norm = \(3,\): must have .* {ONE_EACH}"):
         SampleStatistics(loss=torch.ones(5), predictors={"fine": torch.ones(5), "norm": torch.ones(3)})
 

@@ -81,10 +81,8 @@ def test_pilots_that_are_thrown_away_are_paid_all_the_same() -> None:
     torch.testing.assert_close(ratios.over_equal, torch.full((1,), 4 / 3, dtype=torch.float64), **EXACTLY)
     # Reused without a weight, they have their share of the budget.
     counts = torch.tensor([[1, 5, 5, 1]])
-    of_share, given = (
-        held_back_ratios(exact(trace), counts, pilots=pilots, pilot_weight=w) for w in (None, pilots / 4)
-    )
-    torch.testing.assert_close(of_share.over_equal, given.over_equal, **EXACTLY)
+    share, given = (held_back_ratios(exact(trace), counts, pilots=pilots, pilot_weight=w) for w in (None, pilots / 4))
+    torch.testing.assert_close(share.over_equal, given.over_equal, **EXACTLY)
 
 
 def test_a_sample_left_with_its_pilots_is_worth_those() -> None:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import logging
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -9,19 +8,11 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from flops_lightning.allocators import (
-    Allocation,
-    EqualAllocator,
-    GaussianAllocator,
-    QueryBudget,
-    SampleStatistics,
-    TraceObservation,
-    objective,
-)
+from flops_lightning.allocators import EqualAllocator, GaussianAllocator, objective
 from flops_lightning.allocators.held_back import held_back_ratios, rank_correlation
 from flops_lightning.callbacks import QueryAllocatorCallback
 from flops_lightning.callbacks.allocation_monitor import (
@@ -33,6 +24,8 @@ from flops_lightning.callbacks.allocation_monitor import (
     image_row,
 )
 from flops_lightning.errors import SettingError
+from flops_lightning.protocol import Allocation, QueryBudget, SampleStatistics, TraceObservation
+from tests.callbacks.test_query_allocator import Plain, make_trainer
 
 BATCH, STEPS, QUERIES = 6, PICTURES_EVERY + 2, 10
 
@@ -43,11 +36,8 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
 
 def case(sites: int = 3, batch: int = 7) -> tuple[SampleStatistics, Allocation, TraceObservation]:
     counts = torch.randint(2, 20, (sites, batch), generator=torch.Generator().manual_seed(1))
-    statistics = SampleStatistics(
-        loss=numbers(batch),
-        trace=numbers(sites, batch, seed=2),
-        trace_queries=torch.full((sites, batch), 4),
-    )
+    queries = torch.full((sites, batch), 4)
+    statistics = SampleStatistics(numbers(batch), trace=numbers(sites, batch, seed=2), trace_queries=queries)
     return statistics, Allocation(counts), TraceObservation(numbers(sites, batch, seed=3), counts.float())
 
 
@@ -83,9 +73,7 @@ def test_without_pilots_it_is_the_ratio_of_the_objectives() -> None:
     mean = allocation.counts.double().mean().expand(7)
     expected = objective(observation.trace[0], allocation.counts[0]) / objective(observation.trace[0], mean)
     assert figures["J_over_J_equal_seen"] == pytest.approx(float(expected), rel=1e-12)
-    assert set(figures) == {
-        *("J_over_J_equal_seen", "J_over_J_optimal_seen", "seen_share", "loss_trace_correlation"),
-    }
+    assert {*figures} == {"J_over_J_equal_seen", "J_over_J_optimal_seen", "seen_share", "loss_trace_correlation"}
 
 
 def test_pilots_that_are_not_reused_only_cost() -> None:
@@ -158,18 +146,6 @@ def test_a_figure_that_does_not_exist_is_left_out() -> None:
     assert one == pytest.approx(expected, abs=1e-6)
 
 
-def test_samples_without_queries_show_nothing() -> None:
-    statistics, allocation, observation = case(sites=1)
-    statistics = replace(statistics, trace=None, trace_queries=None)
-    counts, trace = allocation.counts.clone(), observation.trace.clone()
-    counts[0, 2], trace[0, 2] = 0, math.nan
-    figures = allocation_figures(statistics, Allocation(counts), TraceObservation(trace, counts.float()))
-    kept = [0, 1, 3, 4, 5, 6]
-    mean = counts.double().mean().expand(6)
-    expected = objective(trace[0, kept], counts[0, kept]) / objective(trace[0, kept], mean)
-    assert figures["J_over_J_equal_seen"] == pytest.approx(float(expected))
-
-
 def test_an_observation_of_another_shape_is_refused() -> None:
     statistics, allocation, observation = case()
     two = TraceObservation(observation.trace[:2], observation.queries[:2])
@@ -215,24 +191,10 @@ def test_images_are_stretched_to_the_range_of_the_display() -> None:
     assert image_row(torch.tensor([[[[0, 255]]]], dtype=torch.uint8)).flatten().tolist() == [0.0, 1.0]
 
 
-@pytest.mark.parametrize(
-    "batch",
-    [
-        None,
-        {"images": shaded(3)},
-        [],
-        shaded(3),
-        (torch.zeros(3, 5), torch.zeros(3)),
-        (shaded(3, channels=2), torch.zeros(3)),
-        (shaded(4), torch.zeros(4)),
-        ("images", torch.zeros(3)),
-    ],
-)
-def test_there_are_no_pictures_of_other_batches(batch: Any) -> None:
-    assert count_pictures(torch.tensor([[1, 2, 3]]), batch) == {}
-
-
-def test_there_are_no_pictures_of_counts_that_are_alike() -> None:
+def test_there_are_no_pictures_of_other_batches_or_of_counts_that_are_alike() -> None:
+    others = ([torch.zeros(3, 5)], [shaded(3, channels=2)], [shaded(4)], ["images"])
+    for batch in (None, {"images": shaded(3)}, [], shaded(3), *others):
+        assert count_pictures(torch.tensor([[1, 2, 3]]), batch) == {}
     assert count_pictures(torch.full((2, 4), 5), (shaded(4),)) == {}
     assert count_pictures(torch.tensor([[7]]), (shaded(1),)) == {}
 
@@ -240,10 +202,8 @@ def test_there_are_no_pictures_of_counts_that_are_alike() -> None:
 # -- in a run ----------------------------------------------------------------------------------------------------------
 
 
-class Module(pl.LightningModule):
+class Module(Plain):
     """Trains on images, with two sites whose traces it makes up, and remembers what passed through its hooks."""
-
-    automatic_optimization = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -268,37 +228,16 @@ class Module(pl.LightningModule):
         return self.seen[-1]
 
     def training_step(self, batch: list[Tensor]) -> None:
-        self.layer.weight.grad = torch.ones_like(self.layer.weight)
-        self.optimizers().step()
+        super().training_step(batch)
         (callback,) = self.trainer.callbacks
         if isinstance(callback.allocator, GaussianAllocator):
             self.parameters_used.append(dict(vars(callback.allocator.parameters)))
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.layer.parameters(), lr=0.01)
 
-
-@pytest.fixture(autouse=True)
-def _quiet(caplog: pytest.LogCaptureFixture) -> None:
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        caplog.set_level(logging.ERROR, logger=name)
-
-
-def fit(
-    logger: Any, *, allocator: Any = None, images: Tensor | None = None, every: int = 1, log: bool = True
-) -> Module:
+def fit(folder: Path, *, allocator: Any = None, images: Tensor | None = None, every: int = 1) -> Module:
     module, images = Module(), numbers(BATCH * STEPS, 1, 2, 2) if images is None else images
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_epochs=1,
-        log_every_n_steps=every,
-        logger=logger,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[QueryAllocatorCallback(allocator=allocator or EqualAllocator(), log=log)],
-    )
+    callback = QueryAllocatorCallback(allocator=allocator or EqualAllocator())
+    trainer = make_trainer(callback, logger=TensorBoardLogger(folder), log_every_n_steps=every)
     trainer.fit(module, DataLoader(TensorDataset(images), batch_size=BATCH))
     return module
 
@@ -312,13 +251,11 @@ def events(folder: Path) -> Any:
 
 
 def test_figures_counts_and_pictures_arrive_in_tensorboard(tmp_path: Path) -> None:
-    module = fit(TensorBoardLogger(tmp_path), allocator=GaussianAllocator())
+    module = fit(tmp_path, allocator=GaussianAllocator())
     log = events(tmp_path)
     front = {tag for tag in log.Tags()["scalars"] if tag.startswith("allocation/")}
-    assert front == {
-        f"allocation/{name}"
-        for name in ("J_over_J_equal", "J_over_J_equal_seen", "J_over_J_optimal_seen", "count_min", "count_max")
-    }
+    names = ("J_over_J_equal", "J_over_J_equal_seen", "J_over_J_optimal_seen", "count_min", "count_max")
+    assert front == {f"allocation/{name}" for name in names}
     for name in ("beta0", "beta1", "sigma", "gamma"):
         logged = [event.value for event in log.Scalars(f"allocation_details/{name}")]
         assert logged == pytest.approx([values[name] for values in module.parameters_used], rel=1e-6)
@@ -340,32 +277,15 @@ def test_figures_counts_and_pictures_arrive_in_tensorboard(tmp_path: Path) -> No
         assert {(picture.height, picture.width) for picture in pictures} == {(2, 3 * 2 + 2 * 2)}
 
 
-def test_other_loggers_get_the_figures(tmp_path: Path) -> None:
-    fit(CSVLogger(tmp_path))
-    (file,) = tmp_path.rglob("metrics.csv")
-    head, *lines = file.read_text().splitlines()
-    equal = head.split(",").index("allocation/J_over_J_equal_seen")
-    assert [float(line.split(",")[equal]) for line in lines] == pytest.approx([1.0] * STEPS)
-    assert "counts" not in head
-
-
 def test_only_steps_that_are_logged_are_watched_and_only_images_are_drawn(tmp_path: Path) -> None:
-    fit(TensorBoardLogger(tmp_path), allocator=GaussianAllocator(), images=numbers(BATCH * 10, 4), every=5)
+    fit(tmp_path, allocator=GaussianAllocator(), images=numbers(BATCH * 10, 4), every=5)
     log = events(tmp_path)
     assert [event.step for event in log.Histograms("counts/lower")] == [5, 10]
     assert len(log.Scalars("allocation/J_over_J_equal_seen")) == 2
     assert log.Tags()["images"] == []
 
 
-def test_nothing_is_watched_if_asked(tmp_path: Path) -> None:
-    module = fit(TensorBoardLogger(tmp_path), allocator=GaussianAllocator(), log=False)
-    tags = events(tmp_path).Tags()
-    shown = [tag for kind in ("scalars", "histograms", "images") for tag in tags[kind]]
-    assert not [tag for tag in shown if tag.startswith(("allocation", "counts"))]
-    assert len(module.counts) == STEPS
-
-
 def test_only_the_first_process_shows_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pl.Trainer, "is_global_zero", False)
-    fit(TensorBoardLogger(tmp_path))
+    fit(tmp_path)
     assert events(tmp_path).Tags()["histograms"] == []

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,30 +12,19 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from flops_lightning.allocators import (
-    Allocation,
     EqualAllocator,
     GaussianAllocator,
     OptimalAllocator,
     QueryAllocator,
-    QueryBudget,
-    SampleStatistics,
-    TraceObservation,
     TraceSettings,
 )
-from flops_lightning.allocators.base import one_thread
-from flops_lightning.callbacks import QueryAllocatorCallback, allocation_monitor, query_allocator
+from flops_lightning.callbacks import QueryAllocatorCallback, allocation_monitor
 from flops_lightning.callbacks.query_allocator import resolve_budget
 from flops_lightning.errors import SettingError
+from flops_lightning.protocol import QueryBudget, SampleStatistics, TraceObservation
 
 BATCH, BATCHES = 8, 4
-
-
-@pytest.fixture(autouse=True)
-def _quiet_and_on_one_thread(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        caplog.set_level(logging.ERROR, logger=name)
-    with one_thread():
-        yield
+BOTH = TraceSettings(source="both")
 
 
 class Plain(pl.LightningModule):
@@ -140,13 +127,9 @@ def loader() -> DataLoader[tuple[Tensor, ...]]:
 def make_trainer(*callbacks: pl.Callback, **settings: Any) -> pl.Trainer:
     settings = {"max_epochs": 1, "logger": False, "enable_checkpointing": False} | settings
     return pl.Trainer(
-        accelerator="cpu",
-        devices=1,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=list(callbacks),
+        accelerator="cpu", devices=1, enable_progress_bar=False, enable_model_summary=False, callbacks=list(callbacks),
         **settings,
-    )
+    )  # fmt: skip
 
 
 def test_counts_reach_the_module_before_every_step() -> None:
@@ -226,66 +209,14 @@ def test_a_learning_allocator_changes_its_counts() -> None:
     assert all(len(row.unique()) > 1 for row in told[1:])
 
 
-def test_an_allocator_that_learns_refuses_a_module_that_does_not_tell() -> None:
-    class OnlyHears(Foreign):
-        def request_statistics(self, names: frozenset[str]) -> None:
-            raise AssertionError("never reached")
-
-    callback = QueryAllocatorCallback(allocator=OptimalAllocator(), queries_per_sample=4)
-    for module in (Foreign(), OnlyHears()):
-        with pytest.raises(SettingError, match=f"OptimalAllocator.*{type(module).__name__}") as caught:
-            make_trainer(callback).fit(module, loader())
-        assert "def trace_observation(self) -> TraceObservation" in caught.value.remedy
-        assert "traces: {source: pilots}" in caught.value.remedy
-        assert module.events == []
-    pilots = OptimalAllocator(traces=TraceSettings(source="pilots"))
-    make_trainer(QueryAllocatorCallback(allocator=pilots, queries_per_sample=4)).fit(module := Foreign(), loader())
-    assert len(module.counts) == BATCHES
-
-
 def test_weights_of_pilots_reach_the_module_with_the_counts() -> None:
     module = Telling()
-    allocator = OptimalAllocator(traces=TraceSettings(source="both"))
+    allocator = OptimalAllocator(traces=BOTH)
     make_trainer(QueryAllocatorCallback(allocator=allocator, queries_per_sample=6)).fit(module, loader())
     assert module.events == ["request", *(["statistics", "counts", "weights", "step", "told"] * BATCHES)]
     # n / (n + A), with the A that the prediction would give: of four pilots and six other queries on average.
     expected = [4.0 / weights.double() - 4.0 for weights in module.weights]
     assert [float(queries.sum()) for queries in expected] == pytest.approx([6.0 * BATCH] * BATCHES)
-
-
-def test_no_weights_no_call() -> None:
-    module = Telling()
-    make_trainer(QueryAllocatorCallback(allocator=GaussianAllocator(), queries_per_sample=6)).fit(module, loader())
-    assert module.weights == []
-    assert len(module.counts) == BATCHES
-
-
-def test_a_module_that_cannot_take_weights_is_told_how() -> None:
-    class Deaf(Telling):
-        set_pilot_weights = None  # type: ignore[assignment]
-
-    allocator = OptimalAllocator(traces=TraceSettings(source="both"))
-    callback = QueryAllocatorCallback(allocator=allocator, queries_per_sample=6)
-    with pytest.raises(SettingError, match=r"traces\.source.*Deaf") as caught:
-        make_trainer(callback).fit(Deaf(), loader())
-    assert "def set_pilot_weights(self, weights: Tensor) -> None" in caught.value.remedy
-    assert "pilots_reused=False" in caught.value.remedy
-
-
-def test_figures_of_the_queries_are_logged_at_the_steps_that_are_logged(monkeypatch: pytest.MonkeyPatch) -> None:
-    steps: list[int] = []
-
-    def watch(self: object, trainer: pl.Trainer, *rest: object, samples: int, sites: object) -> dict[str, float]:
-        steps.append(trainer.global_step)
-        return {"figure": float(len(steps))}
-
-    monkeypatch.setattr(allocation_monitor.AllocationMonitor, "watch", watch)
-    trainer = make_trainer(
-        QueryAllocatorCallback(allocator=EqualAllocator(), queries_per_sample=4), log_every_n_steps=2
-    )
-    trainer.fit(Foreign(), loader())
-    assert steps == [2, 4]
-    assert {name: float(value) for name, value in trainer.logged_metrics.items()} == {"allocation_details/figure": 2.0}
 
 
 def test_what_is_watched_is_of_the_step_that_was_made(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,17 +238,10 @@ def test_what_is_watched_is_of_the_step_that_was_made(monkeypatch: pytest.Monkey
 def run(folder: Path, *, crash: bool = False, resume: bool = False) -> tuple[Foreign, GaussianAllocator]:
     pl.seed_everything(0, verbose=False)
     module, allocator = Foreign(QueryBudget((20, 6))), GaussianAllocator(seed=3)
-    callbacks = [
-        QueryAllocatorCallback(allocator=allocator),
-        ModelCheckpoint(folder, save_top_k=-1, filename="{epoch}"),
-    ]
-    trainer = make_trainer(*callbacks, *([Crash()] if crash else []), max_epochs=3, enable_checkpointing=True)
-    trainer.fit(
-        module,
-        loader(),
-        ckpt_path=str(folder / "epoch=0.ckpt") if resume else None,
-        weights_only=True if resume else None,
-    )
+    keep = ModelCheckpoint(folder, save_top_k=-1, filename="{epoch}")
+    callbacks = [QueryAllocatorCallback(allocator=allocator), keep, *([Crash()] if crash else [])]
+    start: Any = {"ckpt_path": folder / "epoch=0.ckpt", "weights_only": True} if resume else {}
+    make_trainer(*callbacks, max_epochs=3, enable_checkpointing=True).fit(module, loader(), **start)
     return module, allocator
 
 
@@ -326,34 +250,12 @@ def test_crash_and_resume_equals_the_uninterrupted_run(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="went down"):
         run(tmp_path / "parts", crash=True)
     parts, parts_allocator = run(tmp_path / "parts", resume=True)
-
+    saved = torch.load(tmp_path / "whole" / "epoch=1.ckpt", weights_only=True)["callbacks"]
+    assert saved["QueryAllocatorCallback[GaussianAllocator]"]["batches"] == 2 * BATCHES
     assert len(parts.counts) == 2 * BATCHES
     assert torch.equal(torch.stack(whole.counts[BATCHES:]), torch.stack(parts.counts))
     assert whole_allocator.state_dict() == parts_allocator.state_dict()
     assert parts_allocator.state_dict()["batches"] == 3 * BATCHES
-
-
-def test_state_is_kept_under_the_allocators_name(tmp_path: Path) -> None:
-    run(tmp_path)
-    saved = torch.load(tmp_path / "epoch=1.ckpt", weights_only=True)["callbacks"]
-    assert saved["QueryAllocatorCallback[GaussianAllocator]"]["batches"] == 2 * BATCHES
-    assert QueryAllocatorCallback(allocator=EqualAllocator()).state_key == "QueryAllocatorCallback[EqualAllocator]"
-
-
-def test_module_without_the_protocol_is_refused_before_training() -> None:
-    class Half(Plain):
-        def set_query_counts(self, counts: Tensor) -> None:
-            raise AssertionError("never reached")
-
-    callback = QueryAllocatorCallback(allocator=EqualAllocator(), queries_per_sample=4)
-    with pytest.raises(SettingError, match="Plain") as both:
-        make_trainer(callback).fit(Plain(), loader())
-    assert "def sample_statistics(self, batch) -> SampleStatistics" in both.value.remedy
-    assert "def set_query_counts(self, counts: Tensor) -> None" in both.value.remedy
-    with pytest.raises(SettingError, match="Half") as one:
-        make_trainer(callback).fit(Half(), loader())
-    assert "sample_statistics" in one.value.remedy
-    assert "set_query_counts" not in one.value.remedy
 
 
 def test_module_without_the_protocol_may_be_evaluated() -> None:
@@ -365,46 +267,59 @@ def test_module_without_the_protocol_may_be_evaluated() -> None:
     assert make_trainer(callback).test(Tested(), loader(), verbose=False) == [{"seen": 1.0}]
 
 
+class Deaf(Telling):
+    set_pilot_weights = None  # type: ignore[assignment]
+
+
+class Half(Plain):
+    set_query_counts = print
+
+
+class Loose(Foreign):
+    def sample_statistics(self, batch: list[Tensor]) -> Any:
+        return {"loss": batch[0][:, 0]}
+
+
+class Wants(EqualAllocator):
+    requires = frozenset({"predictors"})
+
+
+@pytest.mark.parametrize(
+    ("kind", "allocator", "message"),
+    [
+        (
+            Plain,
+            EqualAllocator(),
+            r"'Plain': .*sample_statistics\(self, batch\) -> Sam.*; def set_query_counts\(self, c",
+        ),
+        (Half, EqualAllocator(), "model = 'Half': .* Add to the module: def sample_statistics[^;]*$"),
+        (
+            Foreign,
+            OptimalAllocator(),
+            r"'OptimalAllocator': .*Foreign.*def trace_observation\(self\).*{source: pil",
+        ),
+        (
+            Deaf,
+            OptimalAllocator(traces=BOTH),
+            r"'both': .*Deaf.*def set_pilot_weights\(self, weights: Tensor\)",
+        ),
+        (Loose, EqualAllocator(), "sample_statistics = 'dict'.*SampleStatistics"),
+        (Foreign, Wants(), "allocator = 'Wants': needs the statistic `predictors`"),
+    ],
+)
+def test_modules_without_what_is_needed_are_refused_before_a_step(kind: Any, allocator: Any, message: str) -> None:
+    module = kind()
+    with pytest.raises(SettingError, match=message):
+        make_trainer(QueryAllocatorCallback(allocator=allocator, queries_per_sample=4)).fit(module, loader())
+    assert "step" not in getattr(module, "events", [])
+
+
 def test_two_allocators_are_refused() -> None:
-    callbacks = [
-        QueryAllocatorCallback(allocator=allocator, queries_per_sample=4)
-        for allocator in (EqualAllocator(), GaussianAllocator())
-    ]
+    allocators = (EqualAllocator(), GaussianAllocator())
+    callbacks = [QueryAllocatorCallback(allocator=allocator, queries_per_sample=4) for allocator in allocators]
     with pytest.raises(SettingError, match=r"EqualAllocator.*GaussianAllocator.*Keep one") as caught:
         make_trainer(*callbacks).fit(Foreign(), loader())
     assert caught.value.setting == "trainer.callbacks"
-
-
-def test_statistics_of_another_kind_are_refused() -> None:
-    class Loose(Foreign):
-        def sample_statistics(self, batch: list[Tensor]) -> Any:
-            return {"loss": batch[0][:, 0]}
-
-    callback = QueryAllocatorCallback(allocator=EqualAllocator(), queries_per_sample=4)
-    with pytest.raises(SettingError, match=r"sample_statistics = 'dict'.*SampleStatistics"):
-        make_trainer(callback).fit(Loose(), loader())
-
-
-def test_a_statistic_that_the_allocator_needs_is_named_at_the_first_batch() -> None:
-    class Wants(QueryAllocator):
-        requires = frozenset({"embedding"})
-
-        def allocate(self, statistics: SampleStatistics, budget: QueryBudget) -> Allocation:
-            raise AssertionError("never reached")
-
-    class Bare(Foreign):
-        def sample_statistics(self, batch: list[Tensor]) -> SampleStatistics:
-            return SampleStatistics(loss=batch[0][:, 0])
-
-    callback = QueryAllocatorCallback(allocator=Wants(), queries_per_sample=4)
-    with pytest.raises(SettingError, match=r"Wants.*`embedding`"):
-        make_trainer(callback).fit(Bare(), loader())
-
-
-def test_nobody_says_the_budget() -> None:
-    with pytest.raises(SettingError, match="QueryAllocatorCallback, or return `budget=QueryBudget") as caught:
-        make_trainer(QueryAllocatorCallback(allocator=EqualAllocator())).fit(Foreign(), loader())
-    assert caught.value.setting == "queries_per_sample"
 
 
 @pytest.mark.parametrize(
@@ -422,24 +337,23 @@ def test_budgets_that_agree(own: QueryBudget | None, queries: int, multiple: int
 
 
 @pytest.mark.parametrize(
-    ("queries", "multiple", "setting"),
-    [(10, 1, "queries_per_sample"), (20, 1, "queries_per_sample"), (0, 3, "multiple")],
+    ("own", "queries", "multiple", "message"),
+    [
+        (QueryBudget((20, 6), 2), 10, 1, "queries_per_sample = 10: differs .*Remove it from the callback"),
+        (QueryBudget((20, 6), 2), 20, 1, "queries_per_sample = 20: differs .*Remove it from the callback"),
+        (QueryBudget((20, 6), 2), 0, 3, "multiple = 3: differs .*Remove it from the callback"),
+        (None, 0, 1, "queries_per_sample = 0: neither .* QueryAllocatorCallback, or return `budget=QueryBudget"),
+    ],
 )
-def test_budgets_that_differ_are_refused(queries: int, multiple: int, setting: str) -> None:
-    with pytest.raises(SettingError, match="Remove it from the callback") as caught:
-        resolve_budget(QueryBudget((20, 6), 2), queries_per_sample=queries, multiple=multiple)
-    assert caught.value.setting == setting
+def test_budgets_that_differ_or_are_missing_are_refused(own: Any, queries: int, multiple: int, message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        resolve_budget(own, queries_per_sample=queries, multiple=multiple)
 
 
 @pytest.mark.parametrize(("queries", "multiple"), [(-1, 1), (3, 2), (0, 0), (4, -2)])
 def test_impossible_settings_are_refused(queries: int, multiple: int) -> None:
     with pytest.raises(SettingError):
         QueryAllocatorCallback(allocator=EqualAllocator(), queries_per_sample=queries, multiple=multiple)
-
-
-def test_the_callback_knows_no_task() -> None:
-    for module in (query_allocator, allocation_monitor):
-        assert "flops_lightning.tasks" not in Path(module.__file__).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(("every", "watched"), [(3, [3, 6, 9, 12]), (5, [5, 10]), (0, [])])
