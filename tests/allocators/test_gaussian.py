@@ -122,15 +122,6 @@ def test_parameters_describe_the_same_mean_in_both_forms() -> None:
     assert again.gamma == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("gradient", GRADIENTS)
-def test_the_scale_of_lambda_changes_nothing(gradient: Gradient) -> None:
-    statistics = batch(1)
-    plain, scaled = (GaussianAllocator(gradient=gradient) for _ in range(2))
-    plain.load_state_dict({"parameters": [20.0, 5.0, 2.0, 1.5], "batches": 3, "not_converged": 0})
-    scaled.load_state_dict({"parameters": [140.0, 35.0, 14.0, 1.5], "batches": 3, "not_converged": 0})
-    assert torch.equal(scaled.allocate(statistics, BUDGET).counts, plain.allocate(statistics, BUDGET).counts)
-
-
 def test_all_sites_round_the_same_draw_to_their_own_budget() -> None:
     counts = GaussianAllocator(gradient="exact").allocate(batch(), QueryBudget((20, 200, 6), multiple=2)).counts
     assert counts.shape == (3, 64)

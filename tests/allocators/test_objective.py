@@ -25,38 +25,6 @@ def best_shares(trace: Tensor) -> Tensor:
     return optimal_shares(trace) / optimal_shares(trace).sum()
 
 
-def test_objective_is_the_variance_of_the_batch_gradient() -> None:
-    # Independent queries of d-dimensional gradients whose covariance is (Tr_b / d) I, A_b of them each.
-    trace, counts, repeats, dimension = traces(batch_size=4), torch.tensor([1, 2, 5, 9]), 20_000, 3
-    generator = torch.Generator().manual_seed(1)
-    mean = torch.zeros(repeats, dimension, dtype=torch.float64)
-    for scale, number in zip((trace / dimension).sqrt(), counts.tolist(), strict=True):
-        queries = torch.randn(repeats, number, dimension, dtype=torch.float64, generator=generator)
-        mean += scale * queries.mean(dim=1) / len(trace)
-    squares = mean.square().sum(dim=1)
-    standard_error = float(squares.std()) / math.sqrt(repeats)
-    assert abs(float(squares.mean()) - float(objective(trace, counts)) / len(trace) ** 2) < 4 * standard_error
-
-
-def test_optimal_shares_reach_theorem_2_with_equality() -> None:
-    # The right-hand side of Theorem 2 without its common factor: sum_{j<k} (sqrt(Tr_j) - sqrt(Tr_k))^2 / A0.
-    trace, total = traces(), 240.0
-    root = trace.sqrt()
-    bound = (root[:, None] - root[None, :]).square().triu().sum() / total
-    gained = equal_objective(trace, total) - objective(trace, total * best_shares(trace))
-    torch.testing.assert_close(gained, bound, rtol=1e-12, atol=0.0)
-
-
-def test_theorem_2_is_an_upper_bound_for_every_other_allocation() -> None:
-    trace, total = traces(), 240.0
-    best = objective(trace, total * best_shares(trace))
-    generator = torch.Generator().manual_seed(2)
-    shares = torch.rand(1000, len(trace), dtype=torch.float64, generator=generator) + 1e-3
-    near = best_shares(trace) * (1 + 0.01 * torch.randn(1000, len(trace), dtype=torch.float64, generator=generator))
-    for others in (shares, near):
-        assert bool((objective(trace, total * others / others.sum(dim=1, keepdim=True)) > best).all())
-
-
 def test_gain_is_the_ratio_of_the_objectives() -> None:
     trace, total = traces(3), 100.0
     ratio = equal_objective(trace, total) / objective(trace, total * best_shares(trace))

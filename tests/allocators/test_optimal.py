@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flops_lightning.allocators import OptimalAllocator, TraceSettings, gain_optimal, objective
+from flops_lightning.allocators import OptimalAllocator, TraceSettings, objective
 from flops_lightning.errors import SettingError
 from flops_lightning.protocol import QueryBudget, SampleStatistics, TraceObservation
 
@@ -33,16 +33,6 @@ def share_of_gain(trace: Tensor, counts: Tensor) -> float:
 
 
 # With exact traces
-
-
-def test_exact_traces_reach_theorem_2_as_the_budget_grows() -> None:
-    trace = traces()
-    for queries in (10, 100, 1000, 10_000):
-        counts = from_pilots().allocate(exact(trace), QueryBudget((queries,))).counts[0]
-        gain = float(trace.sum() / queries / objective(trace, counts))
-        # Counts differ from A = c sqrt(Tr) by less than one, so J is off by a factor 1 + (1 / A)^2 of the least A.
-        least = float(queries * 12 * trace.sqrt().min() / trace.sqrt().sum())
-        assert 1 - 1e-12 <= float(gain_optimal(trace)) / gain < 1 + (1 / (least - 1)) ** 2
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 1e-12, 1e12])
@@ -152,18 +142,16 @@ def test_sites_without_pilots_have_weight_zero() -> None:
 SLOPES, RESIDUAL, QUERIES = (1.2, -0.7), 0.5, 20
 
 
-def world(seed: int, *, size: int = 64) -> tuple[SampleStatistics, Tensor, Tensor]:
-    """Predictors, traces whose logarithm is linear in theirs but for a residual, and the traces without it.
+def world(seed: int, *, size: int = 64) -> tuple[SampleStatistics, Tensor]:
+    """Predictors, and traces whose logarithm is linear in theirs but for a residual.
 
     Nothing the allocator starts with fits: there is no steep predictor.
     """
     generator = torch.Generator().manual_seed(seed)
     x, y, noise = torch.randn(3, 2, size, dtype=D, generator=generator)
-    known = (SLOPES[0] * x + SLOPES[1] * y).exp()
-    statistics = SampleStatistics(
-        loss=torch.rand(size, dtype=D, generator=generator), predictors={"a": (x - 9.0).exp(), "b": y.exp()}
-    )
-    return statistics, 1e-6 * known * (RESIDUAL * noise).exp(), known
+    loss = torch.rand(size, dtype=D, generator=generator)
+    statistics = SampleStatistics(loss, predictors={"a": (x - 9.0).exp(), "b": y.exp()})
+    return statistics, 1e-6 * (SLOPES[0] * x + SLOPES[1] * y + RESIDUAL * noise).exp()
 
 
 def shown(trace: Tensor, queries: Tensor, seed: int) -> TraceObservation:
@@ -176,35 +164,18 @@ def shown(trace: Tensor, queries: Tensor, seed: int) -> TraceObservation:
     return TraceObservation(torch.where(freedom > 0, trace * mean, math.nan), queries.double())
 
 
-def water_filled(trace: Tensor, total: int) -> Tensor:
-    """Reference: shares sqrt(Tr), floored at one by repeated rescaling of the others."""
-    root, held = trace.sqrt(), torch.zeros_like(trace, dtype=torch.bool)
-    for _ in range(len(trace)):
-        counts = torch.where(held, 1.0, root * (total - held.sum()) / root[~held].sum())
-        held |= counts < 1.0
-    return counts
-
-
 def test_learns_the_traces_from_its_own_queries() -> None:
     allocator, budget = OptimalAllocator(), QueryBudget((QUERIES, QUERIES))
-    learned, oracle = [], []
+    shares = []
     for i in range(40):
-        statistics, trace, known = world(i)
+        statistics, trace = world(i)
         counts = allocator.allocate(statistics, budget).counts
         allocator.observe(shown(trace, counts, seed=10_000 + i))
-        if i == 0:
-            first = sum(share_of_gain(trace[s], counts[s]) for s in range(2)) / 2
-        if i >= 5:
-            for s in range(2):
-                learned.append(share_of_gain(trace[s], counts[s]))
-                oracle.append(share_of_gain(trace[s], water_filled(known[s], QUERIES * 64)))
-    reached, possible = torch.tensor(learned), torch.tensor(oracle)
-    # With a log-normal residual r, allocating by its median costs E[e^r] / E[e^(r / 2)]^2 = exp(RESIDUAL^2 / 4).
-    assert abs(float(possible.mean()) - math.exp(-(RESIDUAL**2) / 4)) < 4 * float(possible.std()) / math.sqrt(70)
-    # Knowing the slopes from some 5 to 10 batches costs next to nothing.
-    assert float((possible - reached).mean()) < 0.01
-    assert float(reached.mean()) >= 0.9
-    assert first < 0.75  # at first the loss alone is known, which says nothing here: the allocation is equal
+        shares.append(sum(share_of_gain(trace[s], counts[s]) for s in range(2)) / 2)
+    # With a log-normal residual r, allocating by its median costs E[e^r] / E[e^(r / 2)]^2 = exp(RESIDUAL^2 / 4);
+    # knowing the slopes from some 5 to 10 batches costs next to nothing.
+    assert float(torch.tensor(shares[5:]).mean()) > 0.98 * math.exp(-(RESIDUAL**2) / 4)
+    assert shares[0] < 0.75  # at first the loss alone is known, which says nothing here: the allocation is equal
 
 
 def test_settings_without_sense_are_refused() -> None:

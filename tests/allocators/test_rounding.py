@@ -10,9 +10,7 @@ from flops_lightning.allocators.rounding import largest_remainder, water_fill
 from flops_lightning.errors import SettingError
 
 SHARE = st.one_of(
-    st.floats(0.0, 1.0),
-    st.floats(-10.0, 1e308, allow_subnormal=True),
-    st.sampled_from([0.0, 1.0, 1e308, 5e-324]),
+    st.floats(0.0, 1.0), st.floats(-10.0, 1e308, allow_subnormal=True), st.sampled_from([0.0, 1.0, 1e308, 5e-324])
 )
 
 
@@ -41,9 +39,7 @@ def bisected_water_fill(shares: Tensor, total: float, floor: float) -> Tensor:
 
 @given(budgets())
 @settings(deadline=None, max_examples=150)
-def test_counts_meet_the_budget_close_to_the_continuous_allocation(
-    case: tuple[Tensor, int, int, int],
-) -> None:
+def test_counts_meet_the_budget_close_to_the_continuous_allocation(case: tuple[Tensor, int, int, int]) -> None:
     shares, total, minimum, multiple = case
     counts = largest_remainder(shares, total, minimum=minimum, multiple=multiple)
     assert counts.dtype == torch.int64

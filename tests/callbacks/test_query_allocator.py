@@ -293,16 +293,8 @@ class Wants(EqualAllocator):
             r"'Plain': .*sample_statistics\(self, batch\) -> Sam.*; def set_query_counts\(self, c",
         ),
         (Half, EqualAllocator(), "model = 'Half': .* Add to the module: def sample_statistics[^;]*$"),
-        (
-            Foreign,
-            OptimalAllocator(),
-            r"'OptimalAllocator': .*Foreign.*def trace_observation\(self\).*{source: pil",
-        ),
-        (
-            Deaf,
-            OptimalAllocator(traces=BOTH),
-            r"'both': .*Deaf.*def set_pilot_weights\(self, weights: Tensor\)",
-        ),
+        (Foreign, OptimalAllocator(), r"'OptimalAllocator': .*Foreign.*def trace_observation\(self\).*{source: pil"),
+        (Deaf, OptimalAllocator(traces=BOTH), r"'both': .*Deaf.*def set_pilot_weights\(self, weights: Tensor\)"),
         (Loose, EqualAllocator(), "sample_statistics = 'dict'.*SampleStatistics"),
         (Foreign, Wants(), "allocator = 'Wants': needs the statistic `predictors`"),
     ],
