@@ -206,7 +206,7 @@ class SupportsStatisticsRequests(Protocol):
     """
 
     def request_statistics(self, names: frozenset[str]) -> None:
-        """Take the names of :class:`SampleStatistics` that the allocator reads, once before training.
+        """Take, once before training, the names of the fields of :class:`SampleStatistics` that the allocator reads.
 
         ``predictors.<name>`` asks for one predictor, ``predictors`` for all; ``observation``: ``trace_observation``.
         """
@@ -218,14 +218,13 @@ class SupportsPilotWeights(Protocol):
 
     Example:
         >>> class Weighing:
-        ...     def set_pilot_weights(self, weights):  # gradient = w * mean(pilots) + (1 - w) * mean(other queries)
-        ...         self.weights = weights
+        ...     def set_pilot_weights(self, weights): self.weights = weights
         >>> isinstance(Weighing(), SupportsPilotWeights)
         True
     """
 
     def set_pilot_weights(self, weights: Tensor) -> None:
-        """Keep the ``(s, b)`` weights :attr:`Allocation.pilot_weight` for the training step that follows."""
+        """Keep the ``(s, b)`` weights w for the step: ``w * mean(pilots) + (1 - w) * mean(other queries)``."""
 
 
 @runtime_checkable

@@ -1,8 +1,7 @@
 """Gamma regression with logarithmic link: how noisy a sample's gradient is, told from numbers of its clean pass.
 
-A variance estimated from ``n`` queries scatters in proportion to its own size and is skewed, as a gamma variable is.
-Least squares on its logarithm is biased low for few queries and would starve such samples further; the gamma likelihood
-is unbiased in the mean whatever ``n``.
+A variance estimated from ``n`` queries scatters as a gamma variable. Least squares on its logarithm is biased low for
+few queries and would starve such samples further; the gamma likelihood is unbiased in the mean whatever ``n``.
 """
 
 from __future__ import annotations

@@ -193,11 +193,9 @@ def descend(
     """Adam on the coordinates until J changes by less than 1 % over 5 iterations.
 
     J is averaged over ``draws`` draws, the same throughout (common random numbers), so that a change of J is a change
-    of the coordinates. The best coordinates met are returned, so this J never ends above where it began. The score
-    gradient needs new draws at every iteration: with fixed ones its error would never average out.
-
-    The start is the one with the least J. One whose mean is nowhere positive comes last: its allocation is the equal
-    one, on a plateau without gradient.
+    of the coordinates, and the best met is returned. The score gradient needs new draws at every iteration: with fixed
+    ones its error would never average out. Of the starts, the one with the least J is used; one whose mean is nowhere
+    positive comes last: its allocation is the equal one, on a plateau without gradient.
     """
     shape = (draws, len(problem.feature))
     common = torch.randn(shape, dtype=torch.float64, generator=generator)

@@ -1,9 +1,8 @@
 """The variance of a batch gradient as a function of the allocation, and its optimum.
 
 With ``Tr_b`` the trace of the covariance of a single query's gradient for sample ``b`` and ``A_b`` its number of
-independent queries, the trace of the covariance of the batch gradient is ``J(A) / B^2`` (FLOPS, Ren et al., ICLR 2025,
-Theorem 1 and eq. 9). This needs queries that are independent of each other and of the counts; where they come in
-antithetic pairs the unit is the pair, and ``Tr_b`` twice the trace of its covariance.
+queries, independent of each other and of the counts, the trace of the covariance of the batch gradient is
+``J(A) / B^2`` (FLOPS, Ren et al., ICLR 2025, Theorem 1 and eq. 9). Antithetic pairs count as one with twice the trace.
 """
 
 from __future__ import annotations
