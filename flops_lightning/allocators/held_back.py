@@ -31,8 +31,8 @@ def held_back_ratios(
 ) -> HeldBackRatios:  # fmt: skip
     """J of counts over J of equal counts and over the least J, at each site, all with the same queries.
 
-    A sample with fewer than two independent queries shows no trace and is left out of both sums. Equal counts stay those
-    of the whole batch. What is missing is its own share in J: with counts ``~ sqrt(Tr)`` no more than its share of the
+    A sample with fewer than two independent queries shows no trace and is left out of the sums; equal counts stay those
+    of the whole batch. Missing is its own share in J: with counts ``~ sqrt(Tr)`` no more than its share of the
     queries, but much where a noisy sample was given one query. The least J is that of the samples seen with the queries
     that they had, corrected for the noise in the traces (:func:`estimated_gain_optimal`).
 
