@@ -66,7 +66,7 @@ class Spectators:
 
     def __init__(self, run: EqualCountsRun, budgets: Sequence[int]) -> None:
         self.strategy, self.budgets = run.strategy, budgets
-        self.limits = {"unit": run.strategy.budget.multiple, "minimum": run.strategy.budget.minimum}
+        self.limits = {"multiple": run.strategy.budget.multiple, "minimum": run.strategy.budget.minimum}
         self.cases = {(budget, case.name): case for budget in budgets for case in CASES}
         self.allocators: dict[Key, QueryAllocator] = {key: case.make() for key, case in self.cases.items()}
         self.names = frozenset(name for allocator in self.allocators.values() for name in allocator.requests)
@@ -91,7 +91,7 @@ class Spectators:
             pilots[traces.trace.isfinite().any(dim=1).cpu()] = number
             statistics = replace(statistics, trace=traces.trace, trace_queries=traces.queries)
         left = tuple(key[0] - int(line.max()) for line in pilots)
-        budget = QueryBudget(left, multiple=self.limits["unit"], minimum=self.limits["minimum"])
+        budget = QueryBudget(left, multiple=self.limits["multiple"], minimum=self.limits["minimum"])
         return self.allocators[key].allocate(statistics, budget), pilots
 
     def affordable(self) -> list[Key]:

@@ -21,12 +21,12 @@ class Case:
     pilots: str = ""  # at the lowest, the deepest or all sites; paid from the same budget and reused
     best_linear: str = "best linear"  # the case of the best allocation linear in tanh(loss) under the same traces
 
-    def pilot_queries(self, budget: int, *, unit: int, minimum: int) -> int:
+    def pilot_queries(self, budget: int, *, multiple: int, minimum: int) -> int:
         """Pilots of a sample at each of its sites: four, or what a small budget leaves beside the minimum."""
         if not self.pilots:
             return 0
-        most = min(MOST_PILOTS * unit, (budget - max(minimum, unit)) // unit * unit)
-        return most if most >= 2 * unit else 0
+        most = min(MOST_PILOTS * multiple, (budget - max(minimum, multiple)) // multiple * multiple)
+        return most if most >= 2 * multiple else 0
 
 
 predicted = partial(TraceSettings, source="prediction")

@@ -49,7 +49,7 @@ class Cell:
 
     @property
     def folder(self) -> Path:
-        """The run's own."""
+        """Where its files go."""
         return self.study / self.name
 
     @property

@@ -106,9 +106,7 @@ def _cosine(batches: Sequence[Sequence[float]] | None) -> str:
         return "-"
     values = [value for batch in batches for value in batch]
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return (
-        f"{statistics.fmean(values):.2g} ± {deviation if deviation > ROUNDING else 0:.1g}"  # the digits that mean much
-    )
+    return f"{statistics.fmean(values):.2g} ± {deviation if deviation > ROUNDING else 0:.1g}"
 
 
 def _line(row: Row) -> list[str]:

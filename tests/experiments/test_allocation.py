@@ -79,11 +79,12 @@ def test_lost_samples_count_as_without_variance() -> None:
 
 
 @pytest.mark.parametrize(
-    ("budget", "unit", "minimum", "expected"), [(20, 1, 0, 4), (4, 1, 0, 3), (2, 1, 0, 0), (20, 2, 0, 8), (4, 2, 0, 0)]
+    ("budget", "multiple", "minimum", "expected"),
+    [(20, 1, 0, 4), (4, 1, 0, 3), (2, 1, 0, 0), (20, 2, 0, 8), (4, 2, 0, 0)],
 )
-def test_small_budgets_pay_for_fewer_pilots(budget: int, unit: int, minimum: int, expected: int) -> None:
+def test_small_budgets_pay_for_fewer_pilots(budget: int, multiple: int, minimum: int, expected: int) -> None:
     case = Case("", GaussianAllocator, pilots="lowest")
-    assert case.pilot_queries(budget, unit=unit, minimum=minimum) == expected
+    assert case.pilot_queries(budget, multiple=multiple, minimum=minimum) == expected
 
 
 def test_every_case_names_one_that_is_there() -> None:
