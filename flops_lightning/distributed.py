@@ -14,18 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-BUCKET = 2**24
-"""Numbers of one bucket: 64 MiB in float32, what reducing takes beside the gradients."""
+BUCKET = 2**24  # numbers of one bucket: 64 MiB in float32, what reducing takes beside the gradients
 
 
 class Communicator(Protocol):
-    """The ranks of a run, as one of them sees it.
-
-    Attributes:
-        rank: This rank.
-        size: Number of ranks.
-        sent: Bytes that this rank has sent through collective operations.
-    """
+    """The ranks of a run, as one of them sees it; ``sent`` counts its bytes in collective operations."""
 
     rank: int
     size: int
@@ -41,9 +34,7 @@ class Communicator(Protocol):
 class SingleProcess:
     """A run with one rank."""
 
-    rank = 0
-    size = 1
-    sent = 0
+    rank, size, sent = 0, 1, 0
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The tensor itself."""
@@ -58,11 +49,7 @@ class ProcessGroup:
     """The ranks of torch's default process group."""
 
     def __init__(self) -> None:
-        """Read rank and size of the default group.
-
-        Raises:
-            RuntimeError: ``torch.distributed`` is not initialised.
-        """
+        """Read rank and size of the default group."""
         self.rank, self.size, self.sent = dist.get_rank(), dist.get_world_size(), 0
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -137,23 +124,18 @@ def reduce_gradients(communicator: Communicator, parameters: Iterable[nn.Paramet
         parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
         flat = communicator.sum(torch.cat([part.flatten() for part in parts]).mul_(weight)).div_(total)
         for p, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
-            if p.grad is None:
-                p.grad = part.view_as(p).clone()
-            else:
-                p.grad.copy_(part.view_as(p))
+            p.grad = part.view_as(p).clone() if p.grad is None else p.grad.copy_(part.view_as(p))
     return bool(reduced)
 
 
 def _buckets(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
     """Runs of parameters of one dtype with at most :data:`BUCKET` numbers (a larger parameter is alone)."""
     buckets: list[list[nn.Parameter]] = []
-    size = 0
     for p in parameters:
-        if not buckets or size + p.numel() > BUCKET or p.dtype != buckets[-1][0].dtype:
+        full = not buckets or sum(q.numel() for q in buckets[-1]) + p.numel() > BUCKET
+        if full or p.dtype != buckets[-1][0].dtype:
             buckets.append([])
-            size = 0
         buckets[-1].append(p)
-        size += p.numel()
     return buckets
 
 

@@ -1,10 +1,8 @@
 """Losses ``(logits (r, c), target (r,)) -> (r,)``, to be named in a configuration by their dotted path.
 
 Where images are mixed (``data.mixup_alpha``, ``data.cutmix_alpha``) targets are probabilities ``(r, c)`` instead.
-
-Forward learning only evaluates a loss, so the loss needs no derivative. Training descends its expectation under the
-noise, whose gradient vanishes where no perturbation changes the loss: a piecewise constant loss needs a sigma at which
-perturbed outputs cross its steps.
+Forward learning needs no derivative of a loss; a piecewise constant one needs a sigma at which perturbed outputs cross
+its steps.
 """
 
 from __future__ import annotations
@@ -30,13 +28,7 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def zero_one_error(logits: Tensor, target: Tensor) -> Tensor:
-    """``(r,)`` 1 where the largest logit is not the target's, else 0; its mean is the error rate. No derivative.
-
-    NaN where a logit is.
-
-    Raises:
-        SettingError: targets are probabilities.
-    """
+    """``(r,)`` 1 where the largest logit is not the target's, else 0 (NaN where a logit is); it has no derivative."""
     if target.dim() > 1:
         raise SettingError(
             "loss", "flops_lightning.objectives.zero_one_error", "has no meaning for targets that are probabilities.",
@@ -53,23 +45,15 @@ def most_probable(target: Tensor) -> Tensor:
 
 
 def find_objective(path: str) -> Objective:
-    """The function at a dotted path.
-
-    Raises:
-        SettingError: there is none.
-    """
+    """The function at a dotted path."""
     try:
         found: Any = resolve_name(path)
     except (ImportError, AttributeError, ValueError) as error:
-        raise SettingError(
-            "loss", path, f"cannot be imported ({error}).",
-            "Write the dotted path of a function, for example flops_lightning.objectives.zero_one_error, or give the "
-            "function itself.",
-        ) from error  # fmt: skip
+        remedy = "Write the dotted path of a function, for example flops_lightning.objectives.zero_one_error, or give "
+        raise SettingError("loss", path, f"cannot be imported ({error}).", remedy + "the function itself.") from error
     if not callable(found) or isinstance(found, type):
-        raise SettingError(
-            "loss", path, "is not a function.", "Write the path of a function (logits (r, c), target (r,)) -> (r,)."
-        )
+        remedy = "Write the path of a function (logits (r, c), target (r,)) -> (r,)."
+        raise SettingError("loss", path, "is not a function.", remedy)
     return found
 
 

@@ -18,20 +18,14 @@ class _StageModule(nn.Module):
 
     def __init__(self, network: nn.Module, stage: Stage) -> None:
         super().__init__()
-        self.network = network
-        self.stage = stage
+        self.network, self.stage = network, stage
 
     def forward(self, x: Tensor) -> Tensor:
-        """Run the stage."""
         return self.stage.run(x)
 
 
 class FunctionalStages:
-    """Runs the stages of a network with given tensors in place of parameters.
-
-    Nothing is ever written to a parameter, so there is nothing to restore and nothing can drift. The only cost is the
-    memory of the given tensors, one stage at a time.
-    """
+    """Runs the stages of a network with given tensors in place of parameters, to which nothing is ever written."""
 
     def __init__(self, network: StagedNetwork) -> None:
         """Look up the names of each parameter: tied weights have several."""
@@ -42,14 +36,7 @@ class FunctionalStages:
         self._aliases = {name: names[id(parameter)] for name, parameter in network.module.named_parameters()}
 
     def run(self, stage: int, x: Tensor, values: Mapping[str, Tensor]) -> Tensor:
-        """Output of one stage.
-
-        Args:
-            stage: Index of the stage.
-            x: Input of the stage.
-            values: Tensors by the name of the parameter of this stage that they replace, of its shape. They may carry
-                tangents and need no gradient.
-        """
+        """Output of one stage with tensors by the name of the parameter of this stage that they replace."""
         if not values:
             return self._stages[stage].stage.run(x)
         aliased = {alias: value for name, value in values.items() for alias in self._aliases[name]}

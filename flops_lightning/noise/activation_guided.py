@@ -1,11 +1,12 @@
-"""Where the gradient of a layer's weight lies: the span of the layer's own inputs.
+"""Where the gradient of a layer's weight lies: in the span of the layer's own inputs, ``dW = sum_t delta_t x_t^T``.
 
-A sample's gradient is ``dW = sum_t delta_t x_t^T``: every row of it is a combination of the sample's inputs ``x_t``.
-Directions drawn in that span miss nothing of the gradient and waste no query beside it (AGZO, arXiv 2601.17261,
-with the leading directions by power iteration; here every sample has a span of its own, whole unless capped).
+Directions drawn in that span miss nothing of the gradient and waste no query beside it (AGZO, arXiv 2601.17261, with
+the leading directions by power iteration; here every sample has a span of its own, whole unless capped).
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,34 +14,26 @@ from torch.nn import functional as F
 
 from flops_lightning.errors import SettingError
 
-# Of the largest eigenvalue; 1e-5 in singular values, above what float32 inputs leave behind as rounding noise. A share
-# of the gradient of that order is lost.
+# Of the largest eigenvalue; 1e-5 in singular values, above the rounding noise of float32 inputs.
 _NEGLIGIBLE = 1e-10
 
 
 @torch.no_grad()
 def input_basis(module: nn.Module, x: Tensor, rank_cap: int = 0) -> Tensor:
-    """Orthonormal basis of the span of each sample's inputs, as ``row_direction`` takes it.
+    """``(b, m, i)`` orthonormal rows that span each sample's inputs, the leading direction first; ``m = min(t, i)``.
 
     With the full span ``<G, D> D`` stays an unbiased estimate of the sample's gradient ``G``, at about ``m / i`` of
     the variance: no gain where a sample has as many independent tokens as there are features. With ``rank_cap`` it
     estimates the gradient *projected onto the leading directions*: biased, at less variance still. The span is that of
-    the clean inputs: where layers below move as well, it holds the gradient as sigma goes to 0.
+    the clean inputs: where layers below move as well, it holds the gradient as sigma goes to 0. The cost is a symmetric
+    eigenproblem in float64 of the smaller side, ``min(t, i)``, for every sample.
 
-    The cost is one symmetric eigenproblem in float64 of the smaller side, ``min(t, i)``, for every sample.
+    Rows beyond a sample's rank are zero, all of them where its input is not finite. In float32, or float64 as x.
 
     Args:
         module: An ``nn.Linear``, or an ``nn.Conv2d`` of one group, whose inputs are the patches under its kernel.
         x: ``(b, ..., i)`` clean input, or ``(b, i, h, w)``; ``(b, i)`` is one vector a sample.
         rank_cap: Keep at most so many directions, those in which the inputs are largest; 0: all.
-
-    Returns:
-        ``(b, m, i)`` with orthonormal rows, the leading direction first, ``m = min(t, i)`` or ``rank_cap``. Rows beyond
-        a sample's rank are zero, all of them where its input is zero or not finite. In float32, or float64 as x.
-
-    Raises:
-        SettingError: a convolution of several groups.
-        TypeError: another layer family.
     """
     inputs = _inputs(module, x).double()
     inputs = torch.where(inputs.isfinite().all(2, keepdim=True).all(1, keepdim=True), inputs, 0.0)
@@ -65,14 +58,9 @@ def _inputs(module: nn.Module, x: Tensor) -> Tensor:
             "activation_guided", str(module), "is a convolution of several groups, each with inputs of its own.",
             "Leave this layer out, or write activation_guided: false.",
         )  # fmt: skip
-    if isinstance(module.padding, str):
-        return F.unfold(_padded(module, x), module.kernel_size, module.dilation, 0, module.stride).mT
-    return F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride).mT
-
-
-def _padded(module: nn.Conv2d, x: Tensor) -> Tensor:
-    """The input with the zeros that ``padding="same"`` (or ``"valid"``: none) puts around it."""
-    if module.padding == "valid":
-        return x
-    height, width = (d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True))
-    return F.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2))
+    padding: Any = module.padding
+    if padding == "same":
+        height, width = (d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True))
+        x = F.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2))
+    padding = 0 if isinstance(padding, str) else padding
+    return F.unfold(x, module.kernel_size, module.dilation, padding, module.stride).mT

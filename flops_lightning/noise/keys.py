@@ -1,13 +1,13 @@
 """Keyed noise: every row's direction is a pure function of its key, never of the order in which rows are drawn.
 
-A direction depends on (seed, draw, site, rank, sample's place in the batch, query index) and on nothing else, so an
-estimate is the same whatever the chunk size and however rows are packed, ranks can be simulated in one process, and a
-direction can be drawn again instead of being kept.
+So an estimate is the same whatever the chunk size and however rows are packed, and a direction can be drawn again
+instead of being kept.
 """
 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,15 +41,12 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def row_seeds(key: NoiseKey, samples: NDArray[np.int64], directions: NDArray[np.int64]) -> list[int]:
-    """Seeds of the rows ``(sample, direction)``.
+    """One seed a row, below 2^32 (what torch's CPU generator takes in).
 
     Args:
         key: Shared part of the key.
         samples: ``(r,)`` place of each row's sample in the rank's batch.
         directions: ``(r,)`` index of each row's direction among those of its sample.
-
-    Returns:
-        One seed below 2^32 a row (what torch's CPU generator takes in).
     """
     state = np.full(samples.shape, key.seed & 0xFFFFFFFFFFFFFFFF, dtype=np.uint64)
     site = zlib.crc32(key.site.encode())
@@ -60,11 +57,21 @@ def row_seeds(key: NoiseKey, samples: NDArray[np.int64], directions: NDArray[np.
     return [int(seed) for seed in state >> np.uint64(32)]
 
 
-def standard_normal(seeds: list[int], shape: tuple[int, ...], *, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """``(r, *shape)`` standard normal noise, row ``r`` drawn from ``seeds[r]`` alone.
+def drawn_at_once(seed: int, like: Mapping[str, Tensor]) -> Tensor:
+    """``(n,)`` standard normals for all entries of tensors: seeding a generator costs as much as small tensors do."""
+    first = next(iter(like.values()))
+    size = sum(tensor.numel() for tensor in like.values())
+    return standard_normal([seed], (size,), device=first.device, dtype=first.dtype)[0]
 
-    Half-precision activations get float32 noise: the rounding happens once, after the noise is added.
-    """
+
+def split_like(flat: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Views of ``flat``, shaped like the tensors by name."""
+    parts = flat.split([tensor.numel() for tensor in like.values()])
+    return {name: part.view(tensor.shape) for (name, tensor), part in zip(like.items(), parts, strict=True)}
+
+
+def standard_normal(seeds: list[int], shape: tuple[int, ...], *, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """``(r, *shape)`` standard normal noise in float32 or better, row ``r`` drawn from ``seeds[r]`` alone."""
     generator = torch.Generator(device=device)
     noise = torch.empty((len(seeds), *shape), device=device, dtype=torch.promote_types(dtype, torch.float32))
     for row, seed in zip(noise, seeds, strict=True):

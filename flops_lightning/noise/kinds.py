@@ -22,11 +22,8 @@ from flops_lightning.noise.keys import NoiseKey, row_seeds, standard_normal
 Distribution = Literal["gaussian", "rademacher"]
 Layout = Literal["dense", "factored"]
 
-ORTHOGONAL_BLOCK = 32
-"""Most directions in a block of orthogonal noise."""
-
-FRAME_ENTRIES = 2**22
-"""Numbers in the blocks of orthogonal noise that are drawn at a time: 16 MiB in float32."""
+ORTHOGONAL_BLOCK = 32  # most directions in a block of orthogonal noise
+FRAME_ENTRIES = 2**22  # numbers in the blocks of orthogonal noise that are drawn at a time: 16 MiB in float32
 
 
 @dataclass(frozen=True)
@@ -38,10 +35,9 @@ class NoiseSpec:
             sigma. ``rademacher``: entries +1 and -1, cheaper to draw and of constant length; the gradient of no
             smoothed loss, unbiased as sigma -> 0 only.
         layout: ``dense``: independent entries. ``factored``: ``z = u v^T`` over (token, feature) with +1 and -1 in
-            ``u`` and ``distribution`` in ``v``, several times cheaper to draw. Not Gaussian: unbiased as sigma -> 0
-            only. The trace is that of dense noise where tokens have little in common, and up to 3 times as large where
-            they are aligned, in their inputs and in their gradients. Dense for single tokens and single features
-            (:func:`tokens_and_features`), where every direction has rank one.
+            ``u`` and ``distribution`` in ``v``, several times cheaper to draw, unbiased as sigma -> 0 only. The trace
+            is that of dense noise where tokens have little in common, and up to 3 times as large where they are
+            aligned, in their inputs and in their gradients. Dense for single tokens and single features.
         orthogonal: Dense Gaussian directions of a sample are made orthogonal and of length ``sqrt(dim)``, in blocks of
             ``min(dim, 32)`` queries: the estimate is the gradient of the loss smoothed over the ball of radius ``sigma
             sqrt(dim)``. With ``A`` queries in a block a linear loss has the variance ``(dim - A) / (dim + 1)`` times
@@ -50,17 +46,9 @@ class NoiseSpec:
             products of the estimates of two halves of the queries, assume them to be.
 
     Example:
-        >>> import numpy as np
-        >>> import torch
-        >>> from flops_lightning.noise.keys import NoiseKey
-        >>> from flops_lightning.noise.kinds import draw_noise
-        >>> from flops_lightning.strategies import NoiseSpec
-        >>> key, first, both = NoiseKey(seed=0, draw=0, site="head"), np.array([0, 0]), np.array([0, 1])
-        >>> rows = {"shape": (2,), "device": torch.device("cpu"), "dtype": torch.float64}
-        >>> draw_noise(NoiseSpec(distribution="rademacher"), key, first, both, **rows).abs()
-        tensor([[1., 1.],
-                [1., 1.]], dtype=torch.float64)
-        >>> z = draw_noise(NoiseSpec(orthogonal=True), key, first, both, **rows)
+        >>> key, rows = NoiseKey(seed=0, draw=0, site="head"), (np.array([0, 0]), np.array([0, 1]))
+        >>> where = {"device": torch.device("cpu"), "dtype": torch.float64}
+        >>> z = draw_noise(NoiseSpec(orthogonal=True), key, *rows, (2,), **where)
         >>> (z @ z.T).round(decimals=6).abs()
         tensor([[2., 0.],
                 [0., 2.]], dtype=torch.float64)
@@ -71,11 +59,7 @@ class NoiseSpec:
     orthogonal: bool = False
 
     def check(self, setting: str = "model.strategy.noise") -> None:
-        """Check the settings; ``setting`` is their name as the user writes it.
-
-        Raises:
-            SettingError: an unknown distribution or layout; orthogonal directions that are not dense and Gaussian.
-        """
+        """Check the settings; ``setting`` is their name as the user writes it."""
         check_choice(f"{setting}.distribution", self.distribution, get_args(Distribution))
         check_choice(f"{setting}.layout", self.layout, get_args(Layout))
         for name, needed in (("distribution", "gaussian"), ("layout", "dense")):
@@ -88,11 +72,7 @@ class NoiseSpec:
 
 
 def read_noise(noise: NoiseSpec | Mapping[str, Any] | None, setting: str = "model.strategy.noise") -> NoiseSpec:
-    """The setting from Python, where it may be a mapping; None: dense Gaussian noise.
-
-    Raises:
-        SettingError: neither a NoiseSpec nor a mapping of its settings, or one that :meth:`NoiseSpec.check` refuses.
-    """
+    """The setting from Python, checked; it may be a mapping. None: dense Gaussian noise."""
     try:
         spec = NoiseSpec(**noise) if isinstance(noise, Mapping) else noise or NoiseSpec()
     except TypeError as error:
@@ -113,29 +93,22 @@ def tokens_and_features(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def draw_noise(
-    spec: NoiseSpec,
-    key: NoiseKey,
-    samples: NDArray[np.int64],
-    directions: NDArray[np.int64],
-    shape: tuple[int, ...],
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Noise of the rows ``(sample, direction)``, each a function of its key, whatever the other rows.
+    spec: NoiseSpec, key: NoiseKey, samples: NDArray[np.int64], directions: NDArray[np.int64], shape: tuple[int, ...],
+    *, device: torch.device, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """``(r, *shape)`` noise of the rows ``(sample, direction)``, each a function of its key, whatever the other rows.
+
+    A row is the same to the last bit; orthogonal noise to rounding, since it goes through a matrix factorisation.
+    Devices have different generators, hence different noise; half-precision activations get float32 noise.
 
     Args:
         spec: Kind of noise, checked.
         key: Shared part of the rows' keys.
-        samples: ``(r,)`` place of each row's sample in the rank's batch.
-        directions: ``(r,)`` index of each row's direction among those of its sample (antithetic: of its pair).
+        samples: See :func:`row_seeds`.
+        directions: See :func:`row_seeds`.
         shape: Shape of a row.
-        device: Where to draw. Devices have different generators, hence different noise.
-        dtype: Of the activation; half-precision ones get float32 noise.
-
-    Returns:
-        ``(r, *shape)``. The same row is the same to the last bit whatever the other rows; orthogonal noise to rounding,
-        since it goes through a matrix factorisation.
+        device: Where to draw.
+        dtype: Dtype of the activation.
     """
     dtype = torch.promote_types(dtype, torch.float32)
     if spec.orthogonal:
@@ -186,14 +159,9 @@ def _factored(
 
 
 def _orthogonal(
-    key: NoiseKey,
-    samples: NDArray[np.int64],
-    directions: NDArray[np.int64],
-    dim: int,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Tensor:
+    key: NoiseKey, samples: NDArray[np.int64], directions: NDArray[np.int64], dim: int, *,
+    device: torch.device, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     """``(r, dim)``: row ``q`` of a sample is vector ``q % m`` of the frame of its block ``q // m``."""
     noise = torch.empty((len(samples), dim), device=device, dtype=dtype)
     if not noise.numel():
@@ -220,12 +188,7 @@ def _orthogonal(
 def _frames(gaussians: Tensor, drawn: NDArray[np.bool_]) -> Tensor:
     """Uniformly random orthogonal vectors of length ``sqrt(dim)``, each a function of the Gaussians up to its own.
 
-    Args:
-        gaussians: ``(g, dim)`` standard normal noise, frame after frame.
-        drawn: ``(n, m)`` the first vectors of each of ``n`` frames, ``g`` in all and at most ``dim`` of each.
-
-    Returns:
-        ``(n, longest drawn, dim)``, meaningless where not drawn.
+    ``(g, dim)`` normals fill the ``g`` drawn of ``(n, m)`` places; returns ``(n, longest drawn, dim)``.
     """
     dim = gaussians.shape[1]
     raw = gaussians.new_zeros(*drawn.shape, dim)

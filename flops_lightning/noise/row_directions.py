@@ -1,9 +1,7 @@
 """Directions on a layer's parameters, one for every row: what the ``factored`` noise layout of ES and SPSA is made of.
 
-Row ``r`` (one query of one sample) moves a layer's parameters along its own direction ``D_r``. The weight of a linear
-or convolution moves along a low-rank matrix that is never built, ``D_r = sum_k a_rk b_rk^T / sqrt(K)``; biases and the
-weights of norms along a dense vector. Rows stay one batched forward pass: the clean output of the layer plus a small
-product (``row_layers.moved_output``).
+Row ``r`` (one query of one sample) moves the weight of a linear or convolution along a low-rank matrix that is never
+built, ``D_r = sum_k a_rk b_rk^T / sqrt(K)``; biases and the weights of norms along a dense vector.
 
 Legend: ``r`` row, ``t`` token, ``i`` / ``o`` input / output feature, ``k`` one of ``K`` factors. For a convolution
 ``i`` counts the weights of one output channel (input channels of one group x kernel).
@@ -31,7 +29,7 @@ class RowDirection:
 
     Attributes:
         a: ``(r, K, o)`` output factors of the weight of a linear or convolution.
-        b: ``(r, K, i)`` its input factors: ``D_r = sum_k a_rk b_rk^T / sqrt(K)``.
+        b: ``(r, K, i)`` its input factors.
         weight: ``(r, *shape)`` direction of a norm's weight.
         bias: ``(r, *shape)`` direction of the bias.
     """
@@ -40,16 +38,6 @@ class RowDirection:
     b: Tensor | None = None
     weight: Tensor | None = None
     bias: Tensor | None = None
-
-    def dense(self) -> Tensor:
-        """``weight``, where there is no other part.
-
-        Raises:
-            TypeError: the direction has no dense weight.
-        """
-        if self.weight is None:
-            raise TypeError("the weight of this direction is not dense.")
-        return self.weight
 
 
 def has_row_directions(module: nn.Module) -> bool:
@@ -63,14 +51,7 @@ def has_row_directions(module: nn.Module) -> bool:
 
 
 def direction_size(module: nn.Module, trained: frozenset[str], rank: int, *, basis_size: int = 0) -> int:
-    """Standard normals that one row's direction takes.
-
-    Args:
-        module: A module that :func:`has_row_directions` knows.
-        trained: Which of its parameters move: a subset of ``{"weight", "bias"}``.
-        rank: Largest K, at least 1.
-        basis_size: ``m`` where the input factor is drawn in a basis of m vectors; 0: without a basis.
-    """
+    """Standard normals that one row's direction takes; ``basis_size`` ``m``: see :func:`row_direction`, 0: no basis."""
     return sum(math.prod(shape) for shape in _drawn_shapes(module, trained, rank, basis_size).values())
 
 
@@ -81,22 +62,20 @@ def row_direction(
 
     ``K = min(rank, o, i)``. A factor as wide as its own side is not drawn: it is ``sqrt(K)`` times the identity, and
     ``D`` is then an ordinary dense Gaussian. For a gradient ``G`` of the weight the estimate ``<G, D> D`` has the trace
-
-        ``||G||^2 ([(o + 2)(i + 2) + (K - 1)(o i + 2)] / K - 1)``, where dense noise has ``||G||^2 (o i + 1)``.
+    ``||G||^2 ([(o + 2)(i + 2) + (K - 1)(o i + 2)] / K - 1)``, where dense noise has ``||G||^2 (o i + 1)``.
 
     With a basis the input factors are drawn in its span, ``E[vec(D) vec(D)^T] = I (x) P`` with ``P`` the projection
     onto it, and ``m`` takes the place of ``i`` in K and in the trace.
 
-    The parts are views of ``flat`` where they can be. ``-flat`` is not the antithetic partner: two negated factors make
-    the same matrix. Negate ``sigma`` instead.
+    ``-flat`` is not the antithetic partner: two negated factors make the same matrix. Negate ``sigma`` instead.
 
     Args:
         module: A module that :func:`has_row_directions` knows.
         trained: Which of its parameters move: a subset of ``{"weight", "bias"}``.
         rank: Largest K, at least 1.
-        flat: ``(r, n)`` standard normals, ``n`` as :func:`direction_size` says, in float32 or float64.
-        basis: ``(r, m, i)`` orthonormal rows, or zero rows, each row's own (see ``activation_guided.input_basis``);
-            without effect on biases and norms.
+        flat: ``(r, n)`` standard normals, ``n`` as :func:`direction_size` says, in float32 or float64; the parts are
+            views of it where they can be.
+        basis: ``(r, m, i)`` orthonormal or zero rows of ``activation_guided.input_basis``; no effect on bias and norms.
     """
     shapes = _drawn_shapes(module, trained, rank, 0 if basis is None else basis.shape[1])
     parts = flat.split([math.prod(shape) for shape in shapes.values()], dim=1)
@@ -114,13 +93,7 @@ def row_direction(
 
 
 def accumulate(module: nn.Module, direction: RowDirection, weights: Tensor) -> dict[str, Tensor]:
-    """``sum_r weights_r D_r`` by the layer's own parameter names, in the dtype of the directions.
-
-    Args:
-        module: The layer.
-        direction: Directions of ``r`` rows.
-        weights: ``(r,)`` one scalar a row; divided by nothing.
-    """
+    """``sum_r weights_r D_r``, ``weights`` ``(r,)``, by the layer's own parameter names in the directions' dtype."""
     sums: dict[str, Tensor] = {}
     if direction.a is not None and direction.b is not None:
         weights = weights.to(direction.a.dtype)
@@ -135,10 +108,7 @@ def accumulate(module: nn.Module, direction: RowDirection, weights: Tensor) -> d
 
 
 def sq_norm(direction: RowDirection) -> Tensor:
-    """``(r,)`` squared norms of the directions over all trained entries (at least one), exact, without a matrix.
-
-    ``||D_r||_F^2 = sum_kl (a_rk . a_rl)(b_rk . b_rl) / K``.
-    """
+    """``(r,)`` squared norms over all trained entries: ``||D_r||_F^2 = sum_kl (a_rk . a_rl)(b_rk . b_rl) / K``."""
     norms = []
     if direction.a is not None and direction.b is not None:
         a, b = direction.a, direction.b

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -10,7 +9,6 @@ from torch import Tensor
 
 from flops_lightning.errors import SettingError
 from flops_lightning.meter import CLEAN
-from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.queries import CleanPass, LossFunction, at_least_float32, full_precision, row_losses
 from flops_lightning.strategies.base import Estimate, add_gradients
 from flops_lightning.strategies.whole_batch import WholeBatchStrategy
@@ -22,7 +20,6 @@ class Backprop(WholeBatchStrategy):
     Float16 autocast is refused: a backward pass in float16 needs a loss scaler, which nothing else here does.
 
     Example:
-        >>> import torch
         >>> from flops_lightning import Backprop, stage_network
         >>> network = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False))
         >>> strategy = Backprop()
@@ -35,22 +32,14 @@ class Backprop(WholeBatchStrategy):
 
     why = "spends no queries"
 
-    def bind(self, network: StagedNetwork, loss: LossFunction) -> None:
-        """Keep network and loss.
-
-        Raises:
-            SettingError: see :meth:`check_network`.
-        """
-        self.check_network(network)
-        self.network, self.loss = network, loss
-
     def clean_pass(self, inputs: Tensor, targets: Tensor) -> CleanPass:
-        """Run the batch and keep its graph for :meth:`estimate`.
-
-        Raises:
-            SettingError: the loss has no derivative, or float16.
-        """
-        _refuse_float16(inputs.device.type)
+        """Run the batch and keep its graph for ``estimate``."""
+        device = inputs.device.type
+        if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
+            raise SettingError(
+                "trainer.precision", "16-mixed", "Backprop has no loss scaler: gradients would underflow in float16.",
+                "Write precision: bf16-mixed or 32-true for Backprop.",
+            )  # fmt: skip
         with self.network.evaluating(), torch.enable_grad():
             embedding = self.network.run(inputs, 0, len(self.network) - 1)
             output = at_least_float32(self.network.run(embedding, len(self.network) - 1))
@@ -61,21 +50,8 @@ class Backprop(WholeBatchStrategy):
         self.meter.add(CLEAN, clean_passes=len(loss), forward_equivalents=len(loss))
         return CleanPass(targets, {0: inputs}, output, loss, embedding.detach().flatten(1), self.draw - 1)
 
-    def estimate(
-        self,
-        clean: CleanPass,
-        counts: Tensor | None = None,
-        sites: Sequence[str] | None = None,
-        *,
-        pilot_weight: Tensor | None = None,
-        traces: bool = False,
-    ) -> Estimate:
-        """Add the exact gradient to ``.grad``.
-
-        Raises:
-            SettingError: see :meth:`refuse_allocation`.
-        """
-        self.refuse_allocation(counts, sites, pilot_weight, traces=traces)
+    @torch.enable_grad()
+    def _estimate(self, clean: CleanPass) -> Estimate:
         parameters = self.network.trainable()
         finite = torch.isfinite(clean.loss.detach())
         detached = replace(clean, loss=clean.loss.detach(), output=clean.output.detach())
@@ -86,7 +62,7 @@ class Backprop(WholeBatchStrategy):
         if not bool(finite.all()):
             # A sample without a finite loss contributes nothing, as it would with queries; in its graph zero times NaN
             # would be NaN, so the others run again without it.
-            with self.network.evaluating(), torch.enable_grad():
+            with self.network.evaluating():
                 output = self.network.run(clean.activations[0][finite])
                 total = row_losses(self.loss, output, clean.targets[finite]).sum() / clean.batch_size
         with full_precision(total):
@@ -102,11 +78,3 @@ def without_derivative(loss: LossFunction, problem: str = "") -> SettingError:
         "loss", getattr(loss, "__name__", type(loss).__name__), f"has no derivative{problem}.",
         "Use a strategy that needs none, such as LikelihoodRatio, or a loss such as cross-entropy.",
     )  # fmt: skip
-
-
-def _refuse_float16(device: str) -> None:
-    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
-        raise SettingError(
-            "trainer.precision", "16-mixed", "Backprop has no loss scaler: gradients would underflow in float16.",
-            "Write precision: bf16-mixed or 32-true for Backprop.",
-        )  # fmt: skip

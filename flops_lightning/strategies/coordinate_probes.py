@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -22,19 +22,13 @@ Masks = Mapping[str, NDArray[np.int64]]
 
 Scheme = Literal["forward", "central"]
 
-EVALUATIONS: dict[Scheme, int] = {"forward": 1, "central": 2}
-"""Passes of the batch for each coordinate, the clean one left out."""
-
 
 def inclusion_probabilities(
     sizes: Mapping[str, int], ratios: Mapping[str, float], coordinates: int
 ) -> dict[str, float]:
     """Probability with which each entry of a tensor is in the mask: ``c r_l / sum_m r_m n_m``.
 
-    Args:
-        sizes: Number of entries ``n`` of each tensor.
-        ratios: Relative density ``r`` of each tensor, between 0 and 1.
-        coordinates: Size ``c`` of the mask, at most ``sum_m r_m n_m``.
+    Tensors have ``n`` entries and relative densities ``r`` between 0 and 1; the mask has ``c <= sum_m r_m n_m``.
     """
     total = sum(ratios[name] * size for name, size in sizes.items())
     return {name: coordinates * ratios[name] / total for name in sizes}
@@ -47,12 +41,6 @@ def draw_masks(sizes: Mapping[str, int], probabilities: Mapping[str, float], *, 
     uniform number for all tensors), so that an entry is in the mask with exactly its probability. Rounding by largest
     remainder would never measure a tensor whose expected number stays small, such as a bias. Within a tensor,
     coordinates are drawn uniformly and without replacement.
-
-    Args:
-        sizes: Number of entries of each tensor.
-        probabilities: Those of :func:`inclusion_probabilities`.
-        seed: The run's seed.
-        draw: Number of the mask.
     """
     expected = np.array([probabilities[name] * size for name, size in sizes.items()])
     # Rounded, because a sum that misses a whole number by 1e-12 could ask a full tensor for one entry too many.
@@ -71,25 +59,19 @@ def _generator(seed: int, draw: int, name: str) -> np.random.Generator:
     return np.random.default_rng(row_seeds(NoiseKey(seed, draw, f"coordinates.{name}"), first, first))
 
 
-@dataclass(frozen=True)
-class Probe:
+class Probe(NamedTuple):
     """One entry of a flattened parameter, and how far it is moved."""
 
     name: str
-    index: int
+    entry: int
     move: float
 
 
 @dataclass(frozen=True, eq=False)
 class CoordinateProbes:
-    """Runs a network with moved parameters, without writing to them.
+    """Runs a network in eval mode with moved parameters, without writing to them.
 
-    Attributes:
-        network: The network, in eval mode.
-        loss: Its loss, one value a row.
-        stages: Its stages as functions of their parameters.
-        stage_of: Index of the stage that owns each parameter.
-        chunk_rows: Upper bound of the rows in one forward pass.
+    ``stage_of`` is the index of the stage that owns each parameter.
     """
 
     network: StagedNetwork
@@ -117,10 +99,7 @@ class CoordinateProbes:
         return found
 
     def _probe_losses(self, clean: CleanPass, stage: int, probes: Sequence[Probe]) -> Tensor:
-        """``(n, b)`` losses, one line for each probe of a stage.
-
-        The rows of several probes share one pass through the stages above as far as ``chunk_rows`` allows.
-        """
+        """``(n, b)`` losses of a stage's probes, which share passes above it as far as ``chunk_rows`` allows."""
         trainable = self.network.trainable()
         copies = {p.name: trainable[p.name].clone(memory_format=torch.contiguous_format) for p in probes}
         together = max(1, self.chunk_rows // clean.batch_size)
@@ -128,9 +107,8 @@ class CoordinateProbes:
         for start in range(0, len(probes), together):
             pack = probes[start : start + together]
             losses = []
-            for x, y in zip(
-                clean.activations[stage].split(self.chunk_rows), clean.targets.split(self.chunk_rows), strict=True
-            ):
+            inputs, targets = clean.activations[stage].split(self.chunk_rows), clean.targets.split(self.chunk_rows)
+            for x, y in zip(inputs, targets, strict=True):
                 h = torch.cat([self._moved_output(stage, x, copies[probe.name], probe) for probe in pack])
                 output = self.network.run(h, stage + 1)
                 losses.append(row_losses(self.loss, output, torch.cat([y] * len(pack))).unflatten(0, (len(pack), -1)))
@@ -138,7 +116,7 @@ class CoordinateProbes:
         return torch.cat(lines)
 
     def _moved_output(self, stage: int, x: Tensor, copy: Tensor, probe: Probe) -> Tensor:
-        entry = copy.view(-1)[probe.index]
+        entry = copy.view(-1)[probe.entry]
         before = entry.clone()
         entry += probe.move
         output = self.stages.run(stage, x.clone(), {probe.name: copy})  # the stage may work in place

@@ -1,21 +1,20 @@
 """``CoordinateFiniteDifferences``: DeepZero (Chen et al., ICLR 2024, arXiv 2310.02025).
 
-At each step a random mask of coordinates ``j`` is measured, one after the other, on the whole batch (CGE, eq. 2)::
+At each step a random mask of coordinates ``j`` is measured, one after the other, on the whole batch (CGE, eq. 2),
+strictly forward (no autograd)::
 
     forward:  g_j = [L(theta + step e_j) - L(theta)] / step
     central:  g_j = [L(theta + step e_j) - L(theta - step e_j)] / (2 step)
 
 and every other coordinate gets zero. What lies below the stage that owns the coordinate is not run again (the paper's
-feature reuse). Masks and their losses are in ``coordinate_probes.py``, the density of each layer in ``zo_grasp.py``.
-
-Strictly forward: no autograd anywhere.
+feature reuse).
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import torch
@@ -29,7 +28,6 @@ from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.queries import CleanPass, LossFunction, clean_pass
 from flops_lightning.strategies.base import Estimate, add_gradients, warn_silent
 from flops_lightning.strategies.coordinate_probes import (
-    EVALUATIONS,
     CoordinateProbes,
     Masks,
     Scheme,
@@ -60,7 +58,6 @@ class CoordinateFiniteDifferences(WholeBatchQueries):
     (ZO-GraSP's ratios are found on a rank's own first batch).
 
     Example:
-        >>> import torch
         >>> from flops_lightning import CoordinateFiniteDifferences, stage_network
         >>> network = torch.nn.Sequential(torch.nn.Linear(2, 1, bias=False))
         >>> strategy = CoordinateFiniteDifferences(coordinates=1, ratios="uniform", seed=0)
@@ -76,17 +73,9 @@ class CoordinateFiniteDifferences(WholeBatchQueries):
 
     def __init__(
         self,
-        *,
-        coordinates: int = 80,
-        step: float = 1e-3,
-        scheme: Scheme = "forward",
-        ratios: Ratios = "zo_grasp",
-        keep: float = 0.1,
-        grasp_queries: int = 192,
-        resample_every: int = 1,
-        rescale: bool = False,
-        **settings: Any,
-    ) -> None:
+        *, coordinates: int = 80, step: float = 1e-3, scheme: Scheme = "forward", ratios: Ratios = "zo_grasp",
+        keep: float = 0.1, grasp_queries: int = 192, resample_every: int = 1, rescale: bool = False, **settings: Any,
+    ) -> None:  # fmt: skip
         """Keep the settings; :meth:`bind` checks them against the network.
 
         Args:
@@ -101,41 +90,32 @@ class CoordinateFiniteDifferences(WholeBatchQueries):
             resample_every: Steps for which a mask is kept.
             rescale: Divide each derivative by the probability of its coordinate.
             **settings: See :class:`WholeBatchQueries`.
-
-        Raises:
-            SettingError: an unknown scheme or ratios, or a number out of range.
         """
         super().__init__(**settings)
         check_choice("model.strategy.scheme", scheme, get_args(Scheme))
         check_choice("model.strategy.ratios", ratios, get_args(Ratios))
-        check_at_least("model.strategy.coordinates", coordinates, 1)
-        check_at_least("model.strategy.grasp_queries", grasp_queries, 1)
-        check_at_least("model.strategy.resample_every", resample_every, 1)
+        counts = {"coordinates": coordinates, "grasp_queries": grasp_queries, "resample_every": resample_every}
+        for name, value in counts.items():
+            check_at_least(f"model.strategy.{name}", value, 1)
         check_positive("model.strategy.step", step, "Write for example 0.001.")
         if not 0 < keep <= 1:
             raise SettingError("model.strategy.keep", keep, "must be above 0 and at most 1.", "Write for example 0.1.")
         self.coordinates, self.step, self.keep, self.grasp_queries = coordinates, step, keep, grasp_queries
-        self.scheme: Scheme = scheme
-        self.ratios: Ratios = ratios
-        self.resample_every, self.rescale = resample_every, rescale
+        self.scheme, self.ratios, self.resample_every, self.rescale = scheme, ratios, resample_every, rescale
         self._stage_of: dict[str, int] = {}
         self._from_stage: tuple[float, ...] = ()
         self._found_ratios: dict[str, float] | None = None
 
     def bind(self, network: StagedNetwork, loss: LossFunction) -> None:
-        """Find the stage of each parameter.
-
-        Raises:
-            SettingError: the network has fewer trainable weights than the mask has coordinates.
-        """
-        self.check_network(network)
+        """Find the stage of each parameter; the mask may not have more coordinates than there are weights to train."""
+        super().bind(network, loss)
         entries = sum(p.numel() for p in network.trainable().values())
         if entries < self.coordinates:
             raise SettingError(
                 "model.strategy.coordinates", self.coordinates, f"exceeds the {entries} trainable weights.",
                 f"Write {entries} or less, or freeze less.",
             )  # fmt: skip
-        self.network, self.loss, self._stages = network, loss, FunctionalStages(network)
+        self._stages = FunctionalStages(network)
         names = [name for name, _ in network.module.named_parameters()]
         self._stage_of = {name: i for i, s in enumerate(network.stages) for name in names if s.owns(name)}
         self._from_stage, self._found_ratios = (), None
@@ -156,25 +136,12 @@ class CoordinateFiniteDifferences(WholeBatchQueries):
         self.meter.add(CLEAN, clean_passes=clean.batch_size, forward_equivalents=clean.batch_size)
         return clean
 
-    @torch.no_grad()
-    def estimate(
-        self,
-        clean: CleanPass,
-        counts: Tensor | None = None,
-        sites: Sequence[str] | None = None,
-        *,
-        pilot_weight: Tensor | None = None,
-        traces: bool = False,
-    ) -> Estimate:
+    def _estimate(self, clean: CleanPass) -> Estimate:
         """Add the masked gradient to ``.grad``; zeros outside of the mask.
 
         A query with a non-finite loss removes its sample from that coordinate's mean (central: with its partner): the
         term has weight zero, and the others keep theirs.
-
-        Raises:
-            SettingError: see :meth:`refuse_allocation`.
         """
-        self.refuse_allocation(counts, sites, pilot_weight, traces=traces)
         known = bool(torch.isfinite(clean.loss).any())
         with self.network.evaluating():
             if self._ratios is None:
@@ -186,7 +153,7 @@ class CoordinateFiniteDifferences(WholeBatchQueries):
             slopes = self._probes.slopes(clean, masks, step=self.step, scheme=self.scheme)
         used = torch.isfinite(torch.cat(list(slopes.values())))
         survivors, counting = torch.stack([used.sum(), used.any(0).sum()]).tolist()  # the only transfer
-        evaluations = EVALUATIONS[self.scheme]
+        evaluations = 2 if self.scheme == "central" else 1
         queries = used.numel() * evaluations
         lost, silent = queries - survivors * evaluations, clean.batch_size - counting
         cost = sum(len(masks[name]) * self._from_stage[self._stage_of[name]] for name in masks)
@@ -276,10 +243,6 @@ class CoordinateFiniteDifferences(WholeBatchQueries):
         return {**super().state_dict(), "ratios": self._found_ratios}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned.
-
-        Raises:
-            SettingError: another seed was given explicitly.
-        """
+        """Restore what :meth:`state_dict` returned; a seed that was given must be the same."""
         super().load_state_dict(state)
         self._found_ratios = None if state["ratios"] is None else dict(state["ratios"])

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -52,30 +52,26 @@ class FactoredDirections:
     """Lays factored directions over rows; see :class:`DirectionLayout`.
 
     Attributes:
-        network: The staged network.
-        stages: Its stages as functions of their parameters.
-        parts: The parts of each site, by its name.
-        loss: One loss a row.
         key: Seed and rank of the noise.
         unit: With 2, rows ``2p`` and ``2p + 1`` of a sample take ``+D_p`` and ``-D_p``.
+        chunk_rows: Upper bound of samples in the pass that fetches the inputs.
+        parts: The parts of each site, by its name.
         rank: Largest rank ``K`` of a direction.
         guided: Draw input factors in the span of the layer's inputs.
         span: Number of leading directions of that span to keep (biased); 0: all.
-        chunk_rows: Upper bound of samples in the pass that fetches the inputs.
-        response: What is read off the rows.
     """
 
     network: StagedNetwork
     stages: FunctionalStages
-    parts: dict[str, SiteParts]
     loss: LossFunction
     key: NoiseKey
     unit: int
+    chunk_rows: int
+    response: Response
+    parts: dict[str, SiteParts]
     rank: int
     guided: bool
     span: int
-    chunk_rows: int
-    response: Response
 
     def run(self, site: Site, clean: CleanPass, plan: RowPlan, *, traces: bool) -> RowResponses:
         """Run chunk by chunk."""
@@ -156,22 +152,14 @@ class FactoredDirections:
             yield move
         for name, number in runs.items():
             if number != 1:
-                raise SettingError(
-                    "model.strategy.layout", "factored", f"{name} did not run exactly once in the forward pass.",
-                    "Freeze it, or write layout: shared.",
-                )  # fmt: skip
+                raise _unsuitable(f"{name} did not run exactly once in the forward pass.")
 
     def _directions(self, site: Site, clean: CleanPass, chunk: Chunk, index: Tensor, bases: Bases) -> Directions:
         """One drawing a row for the whole site; the rows of an antithetic pair share it."""
         layers, others = self.parts[site.name].layers, self.parts[site.name].names
         own_bases = {name: basis.index_select(0, index) for name, basis in bases.items()}
-        sizes = [
-            direction_size(
-                layer.module, layer.trained, self.rank,
-                basis_size=own_bases[layer.name].shape[1] if layer.name in own_bases else 0,
-            )
-            for layer in layers
-        ]  # fmt: skip
+        spans = {name: basis.shape[1] for name, basis in own_bases.items()}
+        sizes = [direction_size(x.module, x.trained, self.rank, basis_size=spans.get(x.name, 0)) for x in layers]
         sizes += [site.parameters[name].numel() for name in others]
         key = replace(self.key, draw=clean.draw, site=site.name)
         first = slice(None, None, self.unit)
@@ -206,7 +194,7 @@ class FactoredDirections:
                 for leaf, gradient in accumulate(layer.module, directions[layer.name], signed).items()
             }
             for name in self.parts[site.name].names:
-                dense = directions[name].dense()
+                dense = cast("Tensor", directions[name].weight)
                 with full_precision(dense):
                     sums[name] = torch.tensordot(signed.to(dense.dtype), dense, dims=1)
             total = summed([total, sums])
@@ -235,19 +223,15 @@ class FactoredDirections:
 
 
 def _layer_input(layer: str, args: tuple[Any, ...], rows: int) -> Tensor:
-    """The input of a layer, one line a row.
-
-    Raises:
-        SettingError: the layer is called by keyword, or its first dimension is not that of the rows.
-    """
+    """The input of a layer, one line a row."""
     if not args or len(args[0]) != rows:
-        raise SettingError(
-            "model.strategy.layout", "factored",
-            f"{layer} is called by keyword, or its first dimension is not the batch.",
-            "Freeze it, or write layout: shared.",
-        )  # fmt: skip
+        raise _unsuitable(f"{layer} is called by keyword, or its first dimension is not the batch.")
     x: Tensor = args[0]
     return x
+
+
+def _unsuitable(problem: str) -> SettingError:
+    return SettingError("model.strategy.layout", "factored", problem, "Freeze it, or write layout: shared.")
 
 
 def _oriented(basis: Tensor) -> Tensor:

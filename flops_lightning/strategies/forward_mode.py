@@ -8,8 +8,8 @@ stored activations; network and loss must be differentiable.
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -36,22 +36,14 @@ class _ExactDerivatives(QueryStrategy[Q]):
     passes_per_query = 2.0
 
     def bind(self, network: StagedNetwork, loss: LossFunction) -> None:
-        """Resolve sites; their directions have no width."""
         for i, spec in enumerate(self.specs):
             if spec.sigma != SiteSpec.sigma:
-                warnings.warn(
-                    f"model.strategy.sites[{i}].sigma = {spec.sigma:g} has no effect: derivatives are exact.",
-                    stacklevel=2,
-                )
+                what = f"model.strategy.sites[{i}].sigma = {spec.sigma:g}"
+                warnings.warn(f"{what} has no effect: derivatives are exact.", stacklevel=2)
         super().bind(network, loss)
         self._sites = tuple(replace(site, sigma=0.0) for site in self._sites)
 
     def clean_pass(self, inputs: Tensor, targets: Tensor) -> CleanPass:
-        """Run the batch unperturbed.
-
-        Raises:
-            SettingError: at the first batch: the loss has no derivative.
-        """
         first = self._costs is None
         clean = super().clean_pass(inputs, targets)
         if first:
@@ -66,7 +58,6 @@ class ForwardMode(_ExactDerivatives[OutputQueryResult], LikelihoodRatio):
     directions give the exact gradient with as many queries as a site has features at all its tokens, up to 32.
 
     Example:
-        >>> import torch
         >>> from flops_lightning import ForwardMode, SiteSpec, stage_network
         >>> from flops_lightning.strategies import NoiseSpec
         >>> network = torch.nn.Sequential(torch.nn.Linear(1, 2, bias=False))
@@ -82,15 +73,7 @@ class ForwardMode(_ExactDerivatives[OutputQueryResult], LikelihoodRatio):
     fixed = frozenset({"variant", "token_sigma", "learn_sigma", "exact_head", "compile_suffixes"})
 
     def __init__(self, **settings: Any) -> None:
-        """Keep the settings.
-
-        Args:
-            **settings: See :class:`LikelihoodRatio`; the ``sigma`` of sites has no effect.
-
-        Raises:
-            SettingError: an unknown update or kind of noise, orthogonal noise with pilots, or fewer than two rows in a
-                chunk.
-        """
+        """Keep the settings, those of :class:`LikelihoodRatio`; the ``sigma`` of sites has no effect."""
         super().__init__(
             variant="baseline", token_sigma=False, learn_sigma=0.0, exact_head=False, compile_suffixes=False, **settings
         )
@@ -102,12 +85,11 @@ class ForwardMode(_ExactDerivatives[OutputQueryResult], LikelihoodRatio):
 
 
 class _DerivativeQueries(SiteQueries):
-    """Weights of the noise are exact derivatives of the losses along it."""
+    """Weights of the noise are exact derivatives of the losses along it, in sigma at 0."""
 
     def weights(
         self, site: Site, clean: CleanPass, index: Tensor, draw: DrawNoise, real: Tensor
     ) -> tuple[Tensor, Tensor, list[Perturbation]]:
-        """Derivatives of the rows' losses in sigma at 0."""
         layers: list[LayerTarget | None] = []
 
         def losses(sigma: Tensor) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
@@ -126,7 +108,6 @@ class WeightForwardMode(_ExactDerivatives[ParameterQueryResult], ParameterPertur
     """Forward gradients with directions in the weights of sites, as :class:`EvolutionStrategies` has.
 
     Example:
-        >>> import torch
         >>> from flops_lightning import SiteSpec, WeightForwardMode, stage_network
         >>> network = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False))
         >>> site = SiteSpec(stages=["0"], queries_per_sample=20_000)
@@ -141,14 +122,7 @@ class WeightForwardMode(_ExactDerivatives[ParameterQueryResult], ParameterPertur
     fixed = frozenset({"sigma", "variant", "compile_suffixes"})
 
     def __init__(self, **settings: Any) -> None:
-        """Keep the settings.
-
-        Args:
-            **settings: See :class:`ParameterPerturbation`; the ``sigma`` of sites has no effect.
-
-        Raises:
-            SettingError: an unknown choice, a number out of range, or a setting without effect.
-        """
+        """Keep the settings, those of :class:`ParameterPerturbation`; the ``sigma`` of sites has no effect."""
         super().__init__(sigma=0.0, variant="baseline", compile_suffixes=False, **settings)
 
     @property
@@ -157,20 +131,16 @@ class WeightForwardMode(_ExactDerivatives[ParameterQueryResult], ParameterPertur
         return _Derivative(self.variant)
 
 
-@dataclass(frozen=True)
 class _Derivative(Response):
-    """What a row tells of its direction: the exact derivative of the loss along it."""
+    """A row tells the exact derivative of the loss along its direction, at ``theta``."""
 
     in_place: ClassVar[bool] = False
 
     def values(self, losses: Losses, sigma: float, signs: Tensor) -> Tensor:
-        """Derivatives at ``theta``."""
         del sigma
-        derivatives: Tensor = directional_derivative(losses, signs)
-        return derivatives
+        return cast("Tensor", directional_derivative(losses, signs))
 
     def weights(self, values: Tensor, clean: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
-        """The derivatives themselves."""
         del sigma
         alive = torch.isfinite(values) & torch.isfinite(clean)
         return torch.where(alive, values, 0.0), alive

@@ -10,7 +10,6 @@ One scalar a step; with ``queries = n`` the mean over ``n / 2`` directions (n-SP
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, get_args
 
 import numpy as np
@@ -44,7 +43,6 @@ class MeZO(WholeBatchQueries):
     and the output under ``+z``).
 
     Example:
-        >>> import torch
         >>> from flops_lightning import MeZO, stage_network
         >>> network = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False))
         >>> strategy = MeZO(queries=2000, seed=0)
@@ -69,36 +67,25 @@ class MeZO(WholeBatchQueries):
             exchange: What processes tell each other: ``gradients``, or ``losses``, one scalar a direction, whose bytes
                 do not depend on the parameters; every process then draws the directions of all.
             **settings: See :class:`WholeBatchQueries`.
-
-        Raises:
-            SettingError: a sigma that is not positive, an odd number of queries, or fewer than one row in a chunk.
         """
         super().__init__(**settings)
         check_positive("model.strategy.sigma", sigma, "Write for example 1.0e-3.")
         if queries < 2 or queries % 2:
             raise SettingError("model.strategy.queries", queries, "must be even and 2 or more.", "Write for example 2.")
         check_choice("model.strategy.exchange", exchange, get_args(Exchange))
-        self.exchange = exchange
-        self.sigma = sigma
-        self.queries = queries
+        self.sigma, self.queries, self.exchange = sigma, queries, exchange
         self._sites: tuple[Site, ...] = ()
 
     def bind(self, network: StagedNetwork, loss: LossFunction) -> None:
-        """Take all trainable parameters; what is frozen below them is run once a batch.
-
-        Raises:
-            SettingError: see :meth:`check_network`.
-        """
-        self.check_network(network)
+        """Take all trainable parameters; what is frozen below them is run once a batch."""
+        super().bind(network, loss)
         trained = (i for i, stage in enumerate(network.stages) if any(stage.owns(n) for n in network.trainable()))
         first = next(trained, 0)
         ends = [network.stages[first].name, network.stages[-1].name]
         spec = SiteSpec(stages=ends, sigma=self.sigma, queries_per_sample=self.queries, name=SITE)
         self._sites = resolve_sites(network, [spec], in_parameters=True)
-        self.network, self.loss = network, loss
         self._stages = FunctionalStages(network)
-        self._warned = False
-        self._query_cost = 1.0
+        self._warned, self._query_cost = False, 1.0
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -125,22 +112,7 @@ class MeZO(WholeBatchQueries):
         self.draw += 1
         return clean
 
-    @torch.no_grad()
-    def estimate(
-        self,
-        clean: CleanPass,
-        counts: Tensor | None = None,
-        sites: Sequence[str] | None = None,
-        *,
-        pilot_weight: Tensor | None = None,
-        traces: bool = False,
-    ) -> Estimate:
-        """Add the estimate to ``.grad``.
-
-        Raises:
-            SettingError: see :meth:`refuse_allocation`.
-        """
-        self.refuse_allocation(counts, sites, pilot_weight, traces=traces)
+    def _estimate(self, clean: CleanPass) -> Estimate:
         (site,) = self._sites
         first_outputs: list[Tensor] = []
         chunks = -(-clean.batch_size // self.chunk_rows)
@@ -173,11 +145,5 @@ class MeZO(WholeBatchQueries):
             add_gradients(site.parameters, gradients)
         if silent:
             warn_silent(silent, "samples")
-        return Estimate(
-            loss=losses[:, 0].mean(1),
-            output=torch.cat(first_outputs[::2]),
-            queries=spent,
-            lost=lost,
-            silent_samples=silent,
-            lost_batch=not used,
-        )
+        output = torch.cat(first_outputs[::2])
+        return Estimate(losses[:, 0].mean(1), output, spent, lost, silent, lost_batch=not used)

@@ -1,8 +1,4 @@
-"""Noise in the parameters: :class:`EvolutionStrategies` (FLOPS, eq. 2) and :class:`SPSA` (eq. 3).
-
-Weights are in ``delta.py``, sums over queries in ``parameter_queries.py``, directions in ``shared_directions.py`` and
-``factored_directions.py``. No autograd anywhere.
-"""
+"""Noise in the parameters, no autograd anywhere: :class:`EvolutionStrategies` (FLOPS, eq. 2), :class:`SPSA` (eq. 3)."""
 
 from __future__ import annotations
 
@@ -21,12 +17,7 @@ from flops_lightning.queries import CleanPass, LossFunction
 from flops_lightning.strategies.base import Exchange
 from flops_lightning.strategies.delta import Variant
 from flops_lightning.strategies.factored_directions import FactoredDirections
-from flops_lightning.strategies.parameter_queries import (
-    DirectionLayout,
-    ParameterQueries,
-    ParameterQueryResult,
-    Response,
-)
+from flops_lightning.strategies.parameter_queries import ParameterQueries, ParameterQueryResult, Response
 from flops_lightning.strategies.query_strategy import QueryStrategy
 from flops_lightning.strategies.row_layers import SiteParts, site_parts
 from flops_lightning.strategies.shared_directions import SharedDirections
@@ -44,15 +35,9 @@ class ParameterPerturbation(QueryStrategy[ParameterQueryResult]):
 
     def __init__(
         self,
-        *,
-        sigma: float = 0.0,
-        layout: Layout = "shared",
-        rank: int = 1,
-        activation_guided: bool = False,
-        span: int = 0,
-        exchange: Exchange = "gradients",
-        **settings: Any,
-    ) -> None:
+        *, sigma: float = 0.0, layout: Layout = "shared", rank: int = 1, activation_guided: bool = False, span: int = 0,
+        exchange: Exchange = "gradients", **settings: Any,
+    ) -> None:  # fmt: skip
         """Keep the settings; :meth:`bind` checks them against the network.
 
         Args:
@@ -65,15 +50,12 @@ class ParameterPerturbation(QueryStrategy[ParameterQueryResult]):
             exchange: What processes tell each other: ``gradients``, or ``losses`` (``shared`` only), one scalar a
                 direction, whose bytes do not depend on the parameters; every process then draws the directions of all.
             **settings: See :class:`QueryStrategy`; the parameters of a site, a block or a group, move together.
-
-        Raises:
-            SettingError: an unknown choice, a number out of range, or a setting that the layout does not use.
         """
         super().__init__(**settings)
         check_at_least("model.strategy.sigma", sigma, 0, "Write for example 1.0e-3, or 0 for the sites' own.")
         check_choice("model.strategy.layout", layout, get_args(Layout))
         check_choice("model.strategy.exchange", exchange, get_args(Exchange))
-        for name, value, unused, used, remedy in (
+        for name, value, unused, used, needs in (
             ("rank", rank, 1, layout == "factored", "layout: factored"),
             ("activation_guided", activation_guided, False, layout == "factored", "layout: factored"),
             ("span", span, 0, activation_guided, "activation_guided: true"),
@@ -81,26 +63,17 @@ class ParameterPerturbation(QueryStrategy[ParameterQueryResult]):
         ):
             if value != unused and not used:
                 raise SettingError(
-                    f"model.strategy.{name}", value, "has no effect here.", f"Remove it, or write {remedy}."
+                    f"model.strategy.{name}", value, "has no effect here.", f"Remove it, or write {needs}."
                 )
         check_at_least("model.strategy.rank", rank, 1)
         check_at_least("model.strategy.span", span, 0, "Write 0 for the whole span.")
-        self.sigma = sigma
-        self.exchange = exchange
-        self.layout: Layout = layout
-        self.rank_of_directions = rank
-        self.activation_guided = activation_guided
-        self.span = span
+        self.sigma, self.exchange, self.rank_of_directions = sigma, exchange, rank
+        self.layout, self.activation_guided, self.span = layout, activation_guided, span
         self._stages: FunctionalStages | None = None
         self._parts: dict[str, SiteParts] = {}
 
     def bind(self, network: StagedNetwork, loss: LossFunction) -> None:
-        """Resolve sites and, in the factored layout, their layers.
-
-        Raises:
-            SettingError: see :func:`resolve_sites`, :func:`check_pilots` and :func:`site_parts`; or a guided
-                convolution of several groups.
-        """
+        """Resolve sites and, in the factored layout, their layers."""
         super().bind(network, loss)
         self._stages = FunctionalStages(network)
         if self.layout == "factored":
@@ -140,18 +113,12 @@ class ParameterPerturbation(QueryStrategy[ParameterQueryResult]):
         if self._stages is None:
             raise RuntimeError("bind(network, loss) must come first.")
         key = NoiseKey(self.seed, 0, "", self.rank)
-        layout: DirectionLayout
+        shared = (self.network, self._stages, self.loss, key, self.unit, self.chunk_rows, self.response)
         if self.layout == "factored":
-            layout = FactoredDirections(
-                self.network, self._stages, self._parts, self.loss, key, self.unit, self.rank_of_directions,
-                self.activation_guided, self.span, self.chunk_rows, self.response,
-            )  # fmt: skip
-        else:
-            ranks = self.communicator if self.exchange == "losses" else None
-            layout = SharedDirections(
-                self.network, self._stages, self.loss, key, self.unit, self.chunk_rows, self.response, ranks
-            )
-        return ParameterQueries(layout, self.response, self.chunk_rows)
+            factored = (self._parts, self.rank_of_directions, self.activation_guided, self.span)
+            return ParameterQueries(FactoredDirections(*shared, *factored), self.response, self.chunk_rows)
+        ranks = self.communicator if self.exchange == "losses" else None
+        return ParameterQueries(SharedDirections(*shared, ranks), self.response, self.chunk_rows)
 
     def site_scales(self, clean: CleanPass, metric: Mapping[str, Tensor] | None) -> list[float]:
         """Traces are those of the parameters' gradient: 1, or the mean weight, since directions are isotropic."""
@@ -173,14 +140,12 @@ class EvolutionStrategies(ParameterPerturbation):
     (``leave_one_out``).
 
     Example:
-        >>> import torch
         >>> from flops_lightning import EvolutionStrategies, SiteSpec, stage_network
         >>> network = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False))
         >>> site = SiteSpec(stages=["0"], sigma=1e-3, queries_per_sample=20_000)
         >>> strategy = EvolutionStrategies(sites=[site], layout="factored", chunk_rows=20_000, seed=0)
         >>> strategy.bind(stage_network(network), lambda output, target: (output - target)[:, 0])
-        >>> clean = strategy.clean_pass(torch.tensor([[3.0]]), torch.tensor([[0.0]]))
-        >>> strategy.estimate(clean).queries
+        >>> strategy.estimate(strategy.clean_pass(torch.tensor([[3.0]]), torch.tensor([[0.0]]))).queries
         20000
         >>> round(network[0].weight.grad.item())  # the derivative of 3 w
         3
@@ -192,14 +157,10 @@ class EvolutionStrategies(ParameterPerturbation):
         Args:
             variant: The control variate: ``plain`` (none), ``baseline`` (clean loss), ``leave_one_out``.
             **settings: See :class:`ParameterPerturbation`.
-
-        Raises:
-            SettingError: an unknown choice, a number out of range, or a setting without effect.
         """
         if variant == "antithetic":
-            raise SettingError(
-                "model.strategy.variant", variant, "is the estimator SPSA.", "Use strategy SPSA, or variant: baseline."
-            )
+            remedy = "Use strategy SPSA, or variant: baseline."
+            raise SettingError("model.strategy.variant", variant, "is the estimator SPSA.", remedy)
         super().__init__(variant=variant, **settings)
 
 
@@ -214,14 +175,12 @@ class SPSA(ParameterPerturbation):
     The paper's eq. 3, with ``z ~ N(0, sigma^2)``, is off by a factor sigma.
 
     Example:
-        >>> import torch
         >>> from flops_lightning import SPSA, SiteSpec, stage_network
         >>> network = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False))
         >>> site = SiteSpec(stages=["0"], sigma=1e-3, queries_per_sample=20_000)
         >>> strategy = SPSA(sites=[site], layout="factored", chunk_rows=20_000, seed=0)
         >>> strategy.bind(stage_network(network), lambda output, target: (output - target)[:, 0])
-        >>> clean = strategy.clean_pass(torch.tensor([[3.0]]), torch.tensor([[0.0]]))
-        >>> strategy.estimate(clean).queries
+        >>> strategy.estimate(strategy.clean_pass(torch.tensor([[3.0]]), torch.tensor([[0.0]]))).queries
         20000
         >>> round(network[0].weight.grad.item())  # the derivative of 3 w
         3
@@ -230,12 +189,4 @@ class SPSA(ParameterPerturbation):
     fixed = frozenset({"variant"})
 
     def __init__(self, **settings: Any) -> None:
-        """Keep the settings.
-
-        Args:
-            **settings: See :class:`ParameterPerturbation`.
-
-        Raises:
-            SettingError: an unknown choice, a number out of range, or a setting without effect.
-        """
         super().__init__(variant="antithetic", **settings)

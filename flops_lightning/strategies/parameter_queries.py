@@ -1,7 +1,7 @@
 """Queries with noise in the parameters: run all rows, then draw their directions again and sum them with weights.
 
-Only the losses are kept. A direction is a pure function of its key, so the gradient ``sum_r c_r D_r`` is made by a
-second drawing once the coefficients ``c_r`` of all rows are known. A :class:`DirectionLayout` gives rows directions.
+Only the losses are kept: a direction is a pure function of its key, so the gradient ``sum_r c_r D_r`` is made by a
+second drawing once the coefficients ``c_r`` of all rows are known.
 """
 
 from __future__ import annotations
@@ -49,13 +49,9 @@ class Response:
 
 @dataclass(frozen=True, eq=False)
 class RowResponses:
-    """Responses of a plan's rows.
+    """``(R,)`` values of :meth:`Response.values` and squared norms of the directions (or one number for all).
 
-    Attributes:
-        values: ``(R,)`` see :meth:`Response.values`.
-        sq_norms: ``(R,)`` squared norms of the directions, or one number for all (see
-            :attr:`ParameterQueryResult.squares`).
-        kept: What the layout needs to draw the directions again beside their keys.
+    ``kept`` is what the layout needs to draw the directions again beside their keys.
     """
 
     values: Tensor
@@ -67,7 +63,7 @@ class DirectionLayout(Protocol):
     """How directions are laid over rows."""
 
     def run(self, site: Site, clean: CleanPass, plan: RowPlan, *, traces: bool) -> RowResponses:
-        """Run all rows."""
+        """Run all rows; with ``traces`` their squared norms are needed."""
 
     def gradient(
         self, site: Site, clean: CleanPass, plan: RowPlan, coefficients: Tensor, kept: Any
@@ -77,18 +73,18 @@ class DirectionLayout(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class ParameterQueryResult:
-    """Result of the queries at a site.
+    """Result of the queries at a site: ``R`` rows, samples ``b``, units of 1 row or of 2 (antithetic pairs).
 
     Attributes:
-        plan: The rows, ``R`` in all.
+        plan: The rows.
         sample: ``(R,)`` sample of each row.
         weights: ``(R,)`` weights of the directions, zero on rows that do not count.
         alive: ``(R,)`` rows that count.
         survivors: ``(b,)`` rows of each sample that count.
-        squares: ``(b,)`` sum over units (queries, or antithetic pairs) of ``w_u^2 (||D_u||^2 - 1)``. Directions have
-            ``E D D^T = I``, so ``E w^2`` is the squared norm of the mean gradient where the loss is linear in sigma,
-            and the expectation of ``w^2 (||D||^2 - 1)`` is the trace of the covariance of ``w D``. Dense Gaussian
-            directions share one number for ``||D||^2``: ``d + 2``, since ``E w^2 ||D||^2 = (d + 2) E w^2``.
+        squares: ``(b,)`` sum over units of ``w_u^2 (||D_u||^2 - 1)``. Directions have ``E D D^T = I``, so ``E w^2`` is
+            the squared norm of the mean gradient where the loss is linear in sigma, and the expectation of ``w^2
+            (||D||^2 - 1)`` is the trace of the covariance of ``w D``. Dense Gaussian directions share one number for
+            ``||D||^2``: ``d + 2``, since ``E w^2 ||D||^2 = (d + 2) E w^2``.
         unit: Rows in a unit.
         centred: Weights are centred on the mean of the sample's other queries (leave-one-out).
         kept: See :class:`RowResponses`.
@@ -137,13 +133,7 @@ class ParameterQueryResult:
 
 @dataclass(frozen=True, eq=False)
 class ParameterQueries:
-    """Runs the queries of a site whose parameters are perturbed; holds no state.
-
-    Attributes:
-        layout: Lays directions over rows and runs them.
-        response: Turns what the rows showed into weights.
-        chunk_rows: Upper bound of rows in one forward pass.
-    """
+    """Runs the queries of a site whose parameters are perturbed; holds no state."""
 
     layout: DirectionLayout
     response: Response

@@ -53,11 +53,7 @@ class SiteParts:
 
 
 def site_parts(network: StagedNetwork, site: Site) -> SiteParts:
-    """The layers of a site with directions by row, and its other parameters.
-
-    Raises:
-        SettingError: a layer shares a parameter with another module.
-    """
+    """The layers of a site with directions by row, and its other parameters; tied parameters are refused."""
     layers: list[RowLayer] = []
     rest = list(site.parameters)
     holders = Counter(id(p) for module in network.module.modules() for p in module.parameters(recurse=False))
@@ -84,29 +80,21 @@ def site_parts(network: StagedNetwork, site: Site) -> SiteParts:
 
 
 def moved_output(
-    module: nn.Module,
-    x: Tensor,
-    output: Tensor,
-    direction: RowDirection,
-    sigma: float | Tensor,
-    *,
+    module: nn.Module, x: Tensor, output: Tensor, direction: RowDirection, sigma: float | Tensor, *,
     overwrite: bool = False,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """``(r, ...)`` output of a layer with the parameters ``theta + sigma D_r`` in row r.
 
     A linear adds ``sigma ((x b_r) a_r / sqrt(K) + bias_r)`` to its clean output; a convolution the same with a grouped
     convolution, one group a row (and group of the module), for ``x b_r``. Norms standardise their input once more.
 
     Args:
-        module: A module that ``has_row_directions`` knows.
+        module: A module that ``has_row_directions`` knows; others raise a TypeError.
         x: ``(r, ..., i)`` its input, or ``(r, i, h, w)``; ``(r, i, ...)`` for a group norm.
         output: ``module(x)``; returned itself where nothing is trained. Result and product have its dtype.
         direction: Directions of the ``r`` rows.
         sigma: Noise width, or ``(r,)`` one for each row: the sign of an antithetic pair goes here.
         overwrite: ``output`` may be written to, which spares passes over memory; else it is not modified.
-
-    Raises:
-        TypeError: a layer family that is not known here.
     """
     moved, dtype = output, output.dtype
     if direction.a is not None and direction.b is not None:

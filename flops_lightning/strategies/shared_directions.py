@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from flops_lightning.distributed import Communicator, gather_lines
 from flops_lightning.network.functional import FunctionalStages
 from flops_lightning.network.staging import StagedNetwork
-from flops_lightning.noise.keys import NoiseKey, row_seeds, standard_normal
+from flops_lightning.noise.keys import NoiseKey, drawn_at_once, row_seeds, split_like
 from flops_lightning.phases import phase
 from flops_lightning.queries import CleanPass, LossFunction, RowPlan, row_losses
 from flops_lightning.strategies.parameter_queries import Response, RowResponses
@@ -35,13 +35,8 @@ class SharedDirections:
     """Lays shared directions over rows; see :class:`DirectionLayout`.
 
     Attributes:
-        network: The staged network.
-        stages: Its stages as functions of their parameters.
-        loss: One loss a row.
         key: Seed and rank of the noise.
         unit: With 2, rows ``2p`` and ``2p + 1`` of a sample take ``+z_p`` and ``-z_p``.
-        chunk_rows: Upper bound of rows in one forward pass.
-        response: What is read off the rows.
         ranks: Ranks that exchange the scalars of their directions and each draw those of all; None: this one only.
     """
 
@@ -75,7 +70,7 @@ class SharedDirections:
         # A copy for each, since a stage may work in place; nothing else holds them while the stages above run.
         streams = [clean.activations[site.first].index_select(0, index) for _ in sigmas]
         for i, own in self._by_stage(site).items():
-            noise = _split(self._noise(site, clean.draw, i, own, direction, self.key.rank), own) if own else {}
+            noise = split_like(self._noise(site, clean.draw, i, own, direction, self.key.rank), own) if own else {}
             for k, sigma in enumerate(sigmas):
                 values = {name: (p.detach() + sigma * noise[name]).to(p.dtype) for name, p in own.items()}
                 streams[k] = self.stages.run(i, streams[k], values)
@@ -84,20 +79,16 @@ class SharedDirections:
         return torch.stack([row_losses(self.loss, output, targets) for output in outputs])
 
     def _by_stage(self, site: Site) -> dict[int, dict[str, nn.Parameter]]:
-        """Parameters of the site by stage."""
         stages = range(site.first, site.last + 1)
         return {i: {n: p for n, p in site.parameters.items() if self.network.stages[i].owns(n)} for i in stages}
 
     def _noise(
         self, site: Site, draw: int, stage: int, own: Mapping[str, nn.Parameter], direction: int, rank: int
     ) -> Tensor:
-        """``(n,)`` one drawing for all parameters of a stage: seeding a generator costs as much as small tensors do."""
         key = replace(self.key, draw=draw, site=f"{site.name}/{self.network.stages[stage].name}", rank=rank)
-        seeds = row_seeds(key, np.zeros(1, dtype=np.int64), np.array([direction]))
-        first = next(iter(own.values()))
-        size = sum(p.numel() for p in own.values())
+        (seed,) = row_seeds(key, np.zeros(1, dtype=np.int64), np.array([direction]))
         with phase("noise"):
-            return standard_normal(seeds, (size,), device=first.device, dtype=first.dtype)[0]
+            return drawn_at_once(seed, own)
 
     def gradient(
         self, site: Site, clean: CleanPass, plan: RowPlan, coefficients: Tensor, kept: Any
@@ -110,9 +101,8 @@ class SharedDirections:
         del kept
         directions, place = np.unique(plan.queries // self.unit, return_inverse=True)
         signs = torch.from_numpy(1.0 - 2.0 * (plan.queries % self.unit)).to(coefficients)
-        by_direction = coefficients.new_zeros(len(directions)).index_add_(
-            0, torch.from_numpy(place).to(coefficients.device), coefficients * signs
-        )
+        index = torch.from_numpy(place).to(coefficients.device)
+        by_direction = coefficients.new_zeros(len(directions)).index_add_(0, index, coefficients * signs)
         terms = [(self.key.rank, int(p), scalar) for p, scalar in zip(directions, by_direction, strict=True)]
         if self.ranks is not None and self.ranks.size > 1:
             terms = _of_all(self.ranks, directions, by_direction, clean.batch_size)
@@ -124,7 +114,7 @@ class SharedDirections:
                     z = self._noise(site, clean.draw, i, own, p, rank)
                     total = z.mul_(scalar) if total is None else total.addcmul_(z, scalar.to(z.dtype))
                 if total is not None:
-                    gradients |= _split(total, own)
+                    gradients |= split_like(total, own)
         return gradients
 
 
@@ -138,9 +128,3 @@ def _of_all(
     total = sum(float(rank[0, 2]) for rank in lines)
     weighted = [(rank[:, 0].tolist(), (rank[:, 1] * rank[:, 2] / total).to(scalars.dtype)) for rank in lines]
     return [(r, int(p), scalar) for r, (ps, s) in enumerate(weighted) for p, scalar in zip(ps, s, strict=True)]
-
-
-def _split(flat: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Views of ``flat``, shaped like the tensors by name."""
-    parts = flat.split([tensor.numel() for tensor in like.values()])
-    return {name: part.view(tensor.shape) for (name, tensor), part in zip(like.items(), parts, strict=True)}

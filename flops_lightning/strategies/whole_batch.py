@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from flops_lightning.errors import SettingError
 from flops_lightning.network.chunk_rows import ChunkRows, RowsSetting
 from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.protocol import SampleStatistics
-from flops_lightning.queries import CleanPass
+from flops_lightning.queries import CleanPass, LossFunction
 from flops_lightning.strategies.base import (
+    Estimate,
     ForwardGradientStrategy,
     refuse_other_seed,
     refuse_second_network,
@@ -29,18 +32,15 @@ class WholeBatchStrategy(ForwardGradientStrategy):
         instead: What to use with an allocator.
     """
 
-    why: str
-    instead: str = "a strategy whose samples have queries of their own such as LikelihoodRatio"
+    why: ClassVar[str]
+    instead: ClassVar[str] = "a strategy whose samples have queries of their own such as LikelihoodRatio"
 
-    def check_network(self, network: StagedNetwork) -> None:
-        """Check that a network can be bound.
-
-        Raises:
-            SettingError: it has no trainable parameter, or another one is bound.
-        """
+    def bind(self, network: StagedNetwork, loss: LossFunction) -> None:
+        """See :meth:`ForwardGradientStrategy.bind`."""
         if not network.trainable():
             raise SettingError("freeze", list(network.frozen()), "leaves nothing to train.", "Freeze less.")
         refuse_second_network(getattr(self, "network", None), network)
+        self.network, self.loss = network, loss
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -67,25 +67,18 @@ class WholeBatchStrategy(ForwardGradientStrategy):
     def sample_statistics(
         self, clean: CleanPass, names: Collection[str] = (), metric: Mapping[str, Tensor] | None = None
     ) -> SampleStatistics:
-        """Not available: there is nothing to allocate.
-
-        Raises:
-            SettingError: always.
-        """
+        """Refused: there is nothing to allocate."""
         raise SettingError(
             "trainer.callbacks", "QueryAllocatorCallback", f"{type(self).__name__} {self.why} (batch of "
             f"{clean.batch_size}, wanted: {sorted(names)}, metric: {metric is not None}).",
             f"Remove the callback, or use {self.instead}.",
         )  # fmt: skip
 
-    def refuse_allocation(
-        self, counts: Tensor | None, sites: Sequence[str] | None, pilot_weight: Tensor | None, *, traces: bool
-    ) -> None:
-        """Check the arguments of ``estimate``.
-
-        Raises:
-            SettingError: counts, pilot weights or traces are asked for, or sites that do not exist.
-        """
+    def estimate(
+        self, clean: CleanPass, counts: Tensor | None = None, sites: Sequence[str] | None = None, *,
+        pilot_weight: Tensor | None = None, traces: bool = False,
+    ) -> Estimate:  # fmt: skip
+        """Add the gradient to ``.grad``; counts, pilot weights and traces are refused."""
         if counts is not None or pilot_weight is not None or traces:
             given = None if counts is None else tuple(counts.shape)
             raise SettingError("counts", given, f"{type(self).__name__} {self.why}.", "Remove the allocator.")
@@ -93,6 +86,12 @@ class WholeBatchStrategy(ForwardGradientStrategy):
         if sites and list(sites) != names:
             own = f"has the site {names[0]!r} alone" if names else "has no sites"
             raise SettingError("sites", list(sites), f"{type(self).__name__} {own}.", "Leave `sites` out.")
+        with torch.no_grad():
+            return self._estimate(clean)
+
+    @abstractmethod
+    def _estimate(self, clean: CleanPass) -> Estimate:
+        """Add the gradient to ``.grad``."""
 
 
 class WholeBatchQueries(WholeBatchStrategy):
@@ -102,7 +101,7 @@ class WholeBatchQueries(WholeBatchStrategy):
         draws: What the seed decides, in messages.
     """
 
-    draws = "noise"
+    draws: ClassVar[str] = "noise"
 
     def __init__(self, *, chunk_rows: RowsSetting = 256, seed: int | None = None) -> None:
         """Keep the settings.
@@ -111,9 +110,6 @@ class WholeBatchQueries(WholeBatchStrategy):
             chunk_rows: Upper bound of the rows in one forward pass; bounds the memory, never changes the estimate.
                 ``auto``: as many as suit the device, chosen at the first batch.
             seed: Seed of all noise and masks; None: the seed of ``seed_everything``.
-
-        Raises:
-            SettingError: fewer than one row in a chunk.
         """
         super().__init__()
         self._chunks = ChunkRows(chunk_rows, least=1)
@@ -130,11 +126,7 @@ class WholeBatchQueries(WholeBatchStrategy):
         return {**super().state_dict(), "seed": self.seed, **self._chunks.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned.
-
-        Raises:
-            SettingError: another seed was given explicitly.
-        """
+        """Restore what :meth:`state_dict` returned; a seed that was given must be the same."""
         refuse_other_seed(self.seed, state["seed"], given=self._seed_given, draws=self.draws)
         super().load_state_dict(state)
         self._chunks.load_state_dict(state)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrizations
 
+from flops_lightning.noise.activation_guided import input_basis
 from flops_lightning.noise.row_directions import (
     RowDirection,
     accumulate,
@@ -20,7 +21,7 @@ from flops_lightning.noise.row_directions import (
     sq_norm,
 )
 from flops_lightning.strategies.row_layers import moved_output
-from tests.reference.networks import shaken
+from tests.reference.networks import normal, shaken
 
 BOTH = frozenset({"weight", "bias"})
 ROWS = st.integers(1, 3)
@@ -29,25 +30,19 @@ RANK = st.integers(1, 6)
 TRAINED = st.sampled_from([BOTH, frozenset({"weight"}), frozenset({"bias"}), frozenset()])
 
 
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def drawn(module: nn.Module, trained: frozenset[str], rank: int, rows: int) -> RowDirection:
-    flat = normal(rows, direction_size(module, trained, rank), seed=1)
-    return row_direction(module, trained, rank, flat)
+def drawn(
+    module: nn.Module, trained: frozenset[str], rank: int, rows: int, basis: Tensor | None = None
+) -> RowDirection:
+    size = direction_size(module, trained, rank, basis_size=0 if basis is None else basis.shape[1])
+    return row_direction(module, trained, rank, normal(rows, size, seed=1), basis)
 
 
 def built(module: nn.Module, direction: RowDirection) -> dict[str, Tensor]:
-    """``(r, *shape)`` directions by parameter name, one outer product at a time."""
+    """``(r, *shape)`` directions by parameter name."""
     dense = {name: getattr(direction, name) for name in ("weight", "bias") if getattr(direction, name) is not None}
     if direction.a is not None:
-        rows, size, _ = direction.a.shape
-        matrices = [
-            sum(torch.outer(direction.a[r, k], direction.b[r, k]) for k in range(size)) / size**0.5
-            for r in range(rows)
-        ]  # fmt: skip
-        dense["weight"] = torch.stack(matrices).view(rows, *module.weight.shape)
+        matrices = torch.einsum("rko,rki->roi", direction.a, direction.b) / direction.a.shape[1] ** 0.5
+        dense["weight"] = matrices.view(-1, *module.weight.shape)
     return dense
 
 
@@ -75,12 +70,13 @@ def assert_equals_rows_alone(module: nn.Module, x: Tensor, direction: RowDirecti
 
 
 @torch.no_grad()
-def check(module: nn.Module, x: Tensor, trained: frozenset[str] = BOTH, rank: int = 2, sigma: float = 0.3) -> None:
+def check(module: nn.Module, x: Tensor, trained: frozenset[str] = BOTH, rank: int = 2, *, guided: bool = False) -> None:
     trained = trained & {name for name, _ in module.named_parameters()}
     assert has_row_directions(module)
-    direction = drawn(shaken(module), trained, rank, len(x))
+    direction = drawn(shaken(module), trained, rank, len(x), input_basis(module, x) if guided else None)
     assert set(built(module, direction)) == trained
-    assert_equals_rows_alone(module, x, direction, sigma)
+    for sigma in (0.3, torch.linspace(-0.3, 0.5, len(x), dtype=torch.float64)):
+        assert_equals_rows_alone(module, x, direction, sigma)
 
 
 @given(rows=ROWS, tokens=st.lists(SIZE, max_size=3), i=SIZE, o=SIZE, bias=st.booleans(), trained=TRAINED, rank=RANK)
@@ -113,9 +109,25 @@ def test_convolution_with_padding_by_name(padding):
     check(nn.Conv2d(2, 3, (2, 3), padding=padding, dilation=(1, 2)), normal(3, 2, 6, 7))
 
 
-def test_convolution_of_images_with_channels_last():
-    x = normal(2, 3, 5, 5).contiguous(memory_format=torch.channels_last)
-    check(nn.Conv2d(3, 4, 3), x)
+def test_timms_layer_norm_images_with_channels_last_and_norms_without_parameters():
+    check(timm.layers.LayerNorm(4), normal(2, 3, 4))
+    check(nn.Conv2d(3, 4, 3), normal(2, 3, 5, 5).contiguous(memory_format=torch.channels_last))
+    assert has_row_directions(nn.LayerNorm(4, elementwise_affine=False))
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("module", "shape"),
+    [(nn.Linear(6, 5), (3, 3, 6)), (nn.Linear(6, 2), (3, 3, 6)), (nn.Conv2d(2, 5, 3), (3, 2, 3, 4))],
+)
+def test_directions_in_the_span_of_the_inputs(module, shape, rank):
+    check(module, normal(*shape), rank=rank, guided=True)
+
+
+def test_a_basis_leaves_norms_alone():
+    norm, flat = nn.LayerNorm(6), normal(2, 12)
+    found = row_direction(norm, BOTH, 2, flat, normal(2, 3, 6))
+    torch.testing.assert_close((found.weight, found.bias), (flat[:, :6], flat[:, 6:]))
 
 
 @given(
@@ -128,10 +140,6 @@ def test_convolution_of_images_with_channels_last():
 )
 def test_layer_norm(rows, tokens, shape, eps, bias, trained):
     check(nn.LayerNorm(shape, eps=eps, bias=bias), normal(rows, *tokens, *shape), trained)
-
-
-def test_timm_s_layer_norm():
-    check(timm.layers.LayerNorm(4), normal(2, 3, 4))
 
 
 @given(
@@ -159,25 +167,11 @@ def layer_and_input(name: str) -> tuple[nn.Module, Tensor]:
     return shaken(make()), normal(*shape)
 
 
-@pytest.mark.parametrize("name", LAYERS)
-@torch.no_grad()
-def test_every_row_may_have_a_sigma_of_its_own(name):
-    module, x = layer_and_input(name)
-    direction = drawn(module, BOTH, 2, len(x))
-    assert_equals_rows_alone(module, x, direction, torch.tensor([0.3, -0.3, 0.1], dtype=torch.float64))
-
-
-# ---- planted faults
-
-
 @pytest.mark.parametrize("rank", [1, 3])
 @pytest.mark.parametrize("name", ["linear", "conv", "layer norm"])
 def test_the_output_may_be_overwritten(name, rank):
-    if name == "layer norm":
-        module, x = shaken(nn.LayerNorm(4)), normal(3, 2, 4)
-    else:
-        module, x = layer_and_input(name)
-    direction = row_direction(module, BOTH, rank, normal(len(x), direction_size(module, BOTH, rank), seed=1))
+    module, x = layer_and_input(name)
+    direction = drawn(module, BOTH, rank, len(x))
     output = module(x).detach()
     kept = output.clone()
     expected = moved_output(module, x, output, direction, 0.3)
@@ -202,27 +196,23 @@ def test_a_negative_sigma_is_the_antithetic_partner_and_negated_normals_are_not(
 
 
 @pytest.mark.parametrize(
-    ("module", "trained", "rank", "size"),
+    ("module", "trained", "rank", "basis", "size"),
     [
-        (nn.Linear(7, 9), BOTH, 2, 2 * (7 + 9) + 9),
-        (nn.Linear(7, 9), frozenset({"bias"}), 2, 9),
-        (nn.Linear(7, 9), BOTH, 7, 7 * 9 + 9),  # the rank of the inputs: an ordinary dense direction
-        (nn.Linear(7, 3), BOTH, 4, 7 * 3 + 3),  # of the outputs
-        (nn.Conv2d(4, 6, 3, groups=2), BOTH, 2, 2 * (6 + 2 * 3 * 3) + 6),
-        (nn.LayerNorm(5), BOTH, 2, 10),
-        (nn.GroupNorm(2, 6), frozenset({"weight"}), 2, 6),
-        (nn.Linear(7, 9), frozenset(), 2, 0),
+        (nn.Linear(7, 9), BOTH, 2, 0, 2 * (7 + 9) + 9),
+        (nn.Linear(7, 9), BOTH, 2, 4, 2 * (4 + 9) + 9),
+        (nn.Linear(7, 9), BOTH, 2, 1, 9 + 9),
+        (nn.Linear(7, 9), frozenset({"bias"}), 2, 0, 9),
+        (nn.Linear(7, 9), BOTH, 7, 0, 7 * 9 + 9),  # the rank of the inputs: an ordinary dense direction
+        (nn.Linear(7, 3), BOTH, 4, 0, 7 * 3 + 3),  # of the outputs
+        (nn.Conv2d(4, 6, 3, groups=2), BOTH, 2, 0, 2 * (6 + 2 * 3 * 3) + 6),
+        (nn.LayerNorm(5), BOTH, 2, 0, 10),
+        (nn.LayerNorm(5), BOTH, 2, 4, 10),
+        (nn.GroupNorm(2, 6), frozenset({"weight"}), 2, 0, 6),
+        (nn.Linear(7, 9), frozenset(), 2, 0, 0),
     ],
 )
-def test_numbers_that_a_row_takes(module, trained, rank, size):
-    assert direction_size(module, trained, rank) == size
-
-
-def test_numbers_that_a_row_takes_in_a_basis():
-    linear = nn.Linear(7, 9)
-    assert direction_size(linear, BOTH, 2, basis_size=4) == 2 * (4 + 9) + 9
-    assert direction_size(linear, BOTH, 2, basis_size=1) == 9 + 9
-    assert direction_size(nn.LayerNorm(5), BOTH, 2, basis_size=4) == 10
+def test_numbers_that_a_row_takes(module, trained, rank, basis, size):
+    assert direction_size(module, trained, rank, basis_size=basis) == size
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -236,56 +226,55 @@ def test_directions_are_views_of_the_normals(name):
     assert sum(p[0].numel() for p in parts) == flat.shape[1]
 
 
-@pytest.mark.parametrize(("i", "o"), [(2, 5), (5, 2), (3, 3)])
-def test_at_full_rank_the_direction_is_the_normals_themselves(i, o):
-    module = nn.Linear(i, o, bias=False)
-    flat = normal(4, direction_size(module, frozenset({"weight"}), 3))
-    matrix = built(module, row_direction(module, frozenset({"weight"}), 3, flat))["weight"]
-    expected = flat.view(4, i, o).mT if i <= o else flat.view(4, o, i)
-    torch.testing.assert_close(matrix, expected, rtol=1e-12, atol=1e-12)
-
-
 # ---- laws of chance
 
 DRAWS = 100_000
-SQUARE_DRAWS = 40_000
-
-
-def samples(module: nn.Module, rank: int) -> Tensor:
-    """``(draws, n)`` directions on all parameters of a module, flattened."""
-    dense = drawn(module, BOTH, rank, SQUARE_DRAWS)
-    parts = [dense.weight, dense.bias]
-    if dense.a is not None:
-        parts[0] = torch.einsum("rko,rki->roi", dense.a, dense.b) / dense.a.shape[1] ** 0.5
-    return torch.cat([part.flatten(1) for part in parts], 1)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
-@pytest.mark.parametrize("name", ["linear", "conv", "layer norm"])
-def test_directions_are_isotropic(name, rank):
-    module = {"linear": nn.Linear(3, 4), "conv": nn.Conv2d(2, 4, (1, 2), groups=2), "layer norm": nn.LayerNorm(3)}[name]
-    d = samples(module, rank)
+@pytest.mark.parametrize(
+    ("module", "guided"),
+    [
+        (nn.Linear(3, 4), False),
+        (nn.Linear(3, 4), True),
+        (nn.Conv2d(2, 4, (1, 2), groups=2), False),
+        (nn.LayerNorm(3), False),
+    ],
+)
+def test_directions_are_isotropic(module, rank, guided):
+    """In the span, if guided: ``E[vec(D) vec(D)^T]`` is the projection onto it."""
+    draws, basis = 40_000, input_basis(module, normal(1, 2, 3)) if guided else None
+    expected = torch.eye(sum(p.numel() for p in module.parameters()), dtype=torch.float64)
+    if basis is not None:
+        expected[:12, :12] = torch.kron(torch.eye(4, dtype=basis.dtype), basis[0].T @ basis[0])
+        basis = basis.expand(draws, -1, -1)
+    dense = built(module, drawn(module, BOTH, rank, draws, basis))
+    d = torch.cat([dense["weight"].flatten(1), dense["bias"]], 1)
     products = d[:, :, None] * d[:, None, :]
-    error = (products.mean(0) - torch.eye(d.shape[1], dtype=d.dtype)) / (products.std(0) / SQUARE_DRAWS**0.5)
+    error = (products.mean(0) - expected) / (products.std(0) / draws**0.5 + 1e-12)
     assert error.abs().max() < 4.5  # standard errors; at most 256 products
     assert error.square().mean() < 1.5
-    assert (products.std(0) / SQUARE_DRAWS**0.5).max() < 0.02
+    assert (products.std(0) / draws**0.5).max() < 0.03
 
 
+@pytest.mark.parametrize(("guided", "cap", "span"), [(False, 0, 3), (True, 0, 2), (True, 1, 1)])
 @pytest.mark.parametrize("rank", [1, 2, 3])
-def test_a_linear_loss_gives_back_its_gradient_with_the_trace_that_the_docstring_says(rank):
-    i, o = 3, 4
-    module = nn.Linear(i, o, bias=False)
-    gradient = normal(o, i, seed=3)
-    direction = drawn(module, frozenset({"weight"}), rank, DRAWS)
+def test_a_linear_loss_gives_back_its_gradient_with_the_trace_that_the_docstring_says(rank, guided, cap, span):
+    """With a cap the gradient projected onto the leading directions; the variance shrinks with the span."""
+    o, module, x = 4, nn.Linear(3, 4, bias=False), normal(1, 2, 3)
+    gradient = normal(o, 2, seed=3) @ x[0]
+    basis = input_basis(module, x, cap).expand(DRAWS, -1, -1) if guided else None
+    expected = gradient if basis is None else gradient @ basis[0].T @ basis[0]
+    assert ((expected - gradient).norm() > 0.1) == (cap == 1)
+    direction = drawn(module, frozenset({"weight"}), rank, DRAWS, basis)
     slopes = torch.einsum("rko,oi,rki->r", direction.a, gradient, direction.b) / direction.a.shape[1] ** 0.5
     mean = accumulate(module, direction, slopes / DRAWS)["weight"]
 
-    # trace of the covariance of one estimate; at the full rank, 3, the noise is dense
-    size, s = min(rank, i), float(gradient.square().sum())
-    dense = s * (o * i + 1)
-    law = dense if rank == i else s * (((o + 2) * (i + 2) + (size - 1) * (o * i + 2)) / size - 1)
-    assert float((mean - gradient).square().sum()) < 2 * law / DRAWS
+    # trace of the covariance of one estimate; at the full rank the noise is dense
+    size, s = min(rank, span), float(expected.square().sum())
+    dense = o * span + 1
+    law = s * (dense if rank >= span else ((o + 2) * (span + 2) + (size - 1) * (o * span + 2)) / size - 1)
+    assert float((mean - expected).square().sum()) < 2 * law / DRAWS
     assert (law / DRAWS / s) ** 0.5 < 0.02
     squares = slopes.square() * sq_norm(direction)
     assert abs(float(squares.mean()) - s - law) < 4 * float(squares.std()) / DRAWS**0.5
@@ -328,20 +317,6 @@ def test_under_autocast_the_output_keeps_its_dtype(name):
 
 
 # ---- which modules
-
-
-@pytest.mark.parametrize(
-    "layer",
-    [
-        nn.Conv2d(4, 4, 3, stride=2, padding=1, dilation=2, groups=4),
-        nn.LayerNorm(4, elementwise_affine=False),
-        timm.layers.LayerNorm(4),
-        nn.GroupNorm(2, 4),
-    ],
-    ids=["conv", "no parameters", "timm LayerNorm", "GroupNorm"],
-)
-def test_known_layers(layer):
-    assert has_row_directions(layer)
 
 
 class Doubled(nn.Linear):

@@ -14,11 +14,8 @@ from torch.nn.modules import module as torch_module
 def hooks(module: nn.Module) -> dict[str, Any]:
     """Hooks of every submodule, and those of all modules."""
     kinds = [name for name in vars(module) if name.endswith("_hooks")]
-    found = {
-        f"{name}.{kind}": list(getattr(child, kind).values())
-        for name, child in module.named_modules()
-        for kind in kinds
-    }
+    every = [(name, kind, child) for name, child in module.named_modules() for kind in kinds]
+    found = {f"{name}.{kind}": list(getattr(child, kind).values()) for name, kind, child in every}
     found["global"] = [*torch_module._global_forward_hooks, *torch_module._global_forward_pre_hooks]
     return found
 

@@ -58,29 +58,13 @@ def in_parameter_space(site: Site) -> bool:
 
 
 def reference_gradient(
-    module: nn.Module,
-    strategy: LikelihoodRatio,
-    site: Site,
-    x: Tensor,
-    y: Tensor,
-    counts: Sequence[int],
-    *,
-    draw: int = 0,
-    pilots: int = 0,
-    pilot_weight: Sequence[float] | None = None,
-) -> dict[str, Tensor]:
-    """``(1 / B) sum_b J_b^T delta_b`` at one site, by parameter name.
+    module: nn.Module, strategy: LikelihoodRatio, site: Site, x: Tensor, y: Tensor, counts: Sequence[int], *,
+    draw: int = 0, pilots: int = 0, pilot_weight: Sequence[float] | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """``(1 / B) sum_b J_b^T delta_b`` at one site, by parameter name; settings alone are read from the strategy.
 
-    Args:
-        module: The network itself, which is run as a whole.
-        strategy: Settings are read from it (variant, seed, rank, loss), nothing is computed with it.
-        site: The site.
-        x: ``(b, ...)`` inputs.
-        y: ``(b, ...)`` targets.
-        counts: Queries of each sample after the pilots.
-        draw: Draw counter of the batch.
-        pilots: Queries of each sample that came before and share the mean with a fixed weight.
-        pilot_weight: The pilots' weight for each sample; None: their share of the site's budget.
+    ``counts`` are the queries of each sample after the ``pilots``, which share the mean with a fixed weight (None:
+    their share of the site's budget).
     """
     places = places_of(module, strategy, site)
     sigma = strategy.widths[site.name].sigma
@@ -104,33 +88,14 @@ def reference_gradient(
 
 
 def reference_traces(
-    module: nn.Module,
-    strategy: LikelihoodRatio,
-    site: Site,
-    x: Tensor,
-    y: Tensor,
-    counts: Sequence[int],
-    *,
-    in_parameters: bool,
-    draw: int = 0,
-    pilots: int = 0,
-) -> Tensor:
+    module: nn.Module, strategy: LikelihoodRatio, site: Site, x: Tensor, y: Tensor, counts: Sequence[int], *,
+    in_parameters: bool, draw: int = 0, pilots: int = 0,
+) -> Tensor:  # fmt: skip
     """``(b,)`` traces of the covariance of one query's gradient at one site, NaN where there is no variance.
 
     The gradient of every query (under antithetic: of every pair, whose trace counts twice) is built, and the sample
-    variance of each of its entries summed. Leave-one-out queries are centred by the clean loss here: with each other
-    they would not be independent.
-
-    Args:
-        module: The network itself.
-        strategy: Settings are read from it.
-        site: The site.
-        x: ``(b, ...)`` inputs.
-        y: ``(b, ...)`` targets.
-        counts: Queries of each sample after the pilots.
-        in_parameters: The gradient in the site's parameters, else in its activation.
-        draw: Draw counter of the batch.
-        pilots: Queries of each sample that came before and are left out.
+    variance of each of its entries summed (``in_parameters``: of the site, else in its activation). Leave-one-out
+    queries are centred by the clean loss here: with each other they would not be independent.
     """
     (place,) = places_of(module, strategy, site)
     variant = "baseline" if strategy.variant == "leave_one_out" else strategy.variant
@@ -184,15 +149,9 @@ def assert_equals_reference(
 
 
 def assert_gradients(
-    slow: Callable[..., dict[str, Tensor]],
-    module: nn.Module,
-    strategy: Any,
-    x: Tensor,
-    y: Tensor,
-    table: Tensor,
-    found: dict[str, Tensor | None],
-    **reference: Any,
-) -> None:
+    slow: Callable[..., dict[str, Tensor]], module: nn.Module, strategy: Any, x: Tensor, y: Tensor, table: Tensor,
+    found: dict[str, Tensor | None], **reference: Any,
+) -> None:  # fmt: skip
     """Compare gradients with those of a ``slow`` reference, site by site."""
     found = dict(found)
     for site, counts in zip(strategy.sites, table.expand(len(strategy.sites), -1).tolist(), strict=True):
@@ -256,10 +215,7 @@ def _relative_width(strategy: LikelihoodRatio, site: Site, z: Tensor) -> Tensor:
         return torch.ones_like(z)
     spread = torch.empty_like(z)
     for t, width in enumerate(relative.tolist()):
-        if z.dim() == 2:
-            spread[t] = width
-        else:
-            spread[:, t // z.shape[2], t % z.shape[2]] = width
+        spread[t if z.dim() == 2 else (slice(None), t // z.shape[2], t % z.shape[2])] = width
     return spread
 
 

@@ -25,6 +25,10 @@ def squared_error(output: Tensor, target: Tensor) -> Tensor:
     return (output - target).square().flatten(1).sum(1)
 
 
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
 def shaken(module: nn.Module, *, scale: float = 0.1, seed: int = 0) -> nn.Module:
     """The module in float64 with every parameter moved, so that none is at a special value such as 0 or 1."""
     module.double()

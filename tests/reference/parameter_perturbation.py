@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,24 +20,34 @@ from torch.nn import functional as F
 
 from flops_lightning.network.staging import stage_network
 from flops_lightning.noise.keys import NoiseKey, row_seeds, standard_normal
-from flops_lightning.strategies import Site, SiteSpec, WeightForwardMode
+from flops_lightning.strategies import SPSA, EvolutionStrategies, Site, SiteSpec, WeightForwardMode
 from tests.reference import likelihood_ratio
 from tests.reference.likelihood_ratio import mixed
 from tests.reference.networks import Loss, estimated
 from tests.reference.smoothed import flat
 
+STRATEGIES: dict[str, tuple[type[Any], dict[str, Any]]] = {
+    **{variant: (EvolutionStrategies, {"variant": variant}) for variant in ("plain", "baseline", "leave_one_out")},
+    "spsa": (SPSA, {}),
+    "forward": (WeightForwardMode, {}),
+}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "shared": {},
+    "factored": {"layout": "factored"},
+    "guided": {"layout": "factored", "activation_guided": True},
+}
+RANKS: dict[str, dict[str, Any]] = {
+    "factored, rank 2": {**LAYOUTS["factored"], "rank": 2},
+    "guided, rank 2": {**LAYOUTS["guided"], "rank": 2},
+    "guided, a span of 2": {**LAYOUTS["guided"], "span": 2},
+}
+
 Direction = dict[str, Tensor]
 """By parameter name, shaped like the parameter."""
 
 
-@dataclass(frozen=True)
-class Query:
-    """What one pass with moved parameters gave.
-
-    Attributes:
-        loss: In forward mode the derivative of the loss along the direction.
-        direction: All entries in one vector; the minus row of an antithetic pair has ``-D``.
-    """
+class Query(NamedTuple):
+    """A loss (its derivative in forward mode) and the direction in one vector, ``-D`` in the minus row of a pair."""
 
     loss: float
     direction: Tensor
@@ -98,10 +108,8 @@ class Factors:
 class Numbers:
     """How the normal numbers of a row of a site, in one line, make its directions.
 
-    Attributes:
-        shapes: What is drawn, in order: by parameter and part (``b``, ``a``, or nothing for a dense direction).
-        bases: ``(m, i)`` by layer, where input factors are drawn in the span of one sample's inputs.
-        parameters: The site's.
+    ``shapes`` of what is drawn, in order, by parameter and part (``b``, ``a``, or nothing for a dense direction), and
+    ``(m, i)`` ``bases`` by layer, where input factors are drawn in the span of one sample's inputs.
     """
 
     shapes: dict[tuple[str, str], tuple[int, ...]]
@@ -257,17 +265,9 @@ def _derivative(module: nn.Module, loss: Loss, x: Tensor, y: Tensor, d: Directio
 
 
 def reference_gradient(
-    module: nn.Module,
-    strategy: Any,
-    site: Site,
-    x: Tensor,
-    y: Tensor,
-    counts: Sequence[int],
-    *,
-    draw: int = 0,
-    pilots: int = 0,
-    pilot_weight: Sequence[float] | None = None,
-) -> Direction:
+    module: nn.Module, strategy: Any, site: Site, x: Tensor, y: Tensor, counts: Sequence[int], *,
+    draw: int = 0, pilots: int = 0, pilot_weight: Sequence[float] | None = None,
+) -> Direction:  # fmt: skip
     """``(1 / B) sum_b g_b`` at one site, by parameter name; arguments as in ``likelihood_ratio.reference_gradient``."""
     total = torch.zeros_like(flat([*site.parameters.values()]))
     for b, count in enumerate(counts):

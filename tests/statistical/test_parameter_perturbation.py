@@ -1,4 +1,4 @@
-"""Unbiased: noise in the parameters and forward gradients, every layout against autograd; their traces; pilots; faults.
+"""Unbiased: noise in the parameters and forward gradients, every layout against autograd; their traces; pilots.
 
 With dense noise of width sigma an estimate is unbiased for the gradient of the smoothed loss ``E[L(theta + sigma z)]``.
 With factored noise ``D = sum_k a_k b_k^T / sqrt(K)`` Stein's lemma holds in ``a`` for any ``b``, so the expectation is
@@ -11,7 +11,6 @@ heavy one, with 2 % at most, one of 8 %.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -23,19 +22,13 @@ from torch.func import functional_call
 from flops_lightning.network.staging import stage_network
 from flops_lightning.strategies import (
     SPSA,
-    EvolutionStrategies,
     ForwardMode,
     MeZO,
     PilotSpec,
     Site,
-    WeightForwardMode,
-    factored_directions,
-    parameter_queries,
-    query_strategy,
 )
-from flops_lightning.strategies.parameter_queries import ParameterQueryResult
 from tests.reference.networks import autograd_gradient, freeze, gradients, squared_error
-from tests.reference.parameter_perturbation import Factors, Numbers, bound, numbers_of
+from tests.reference.parameter_perturbation import LAYOUTS, RANKS, STRATEGIES, Factors, Numbers, bound, numbers_of
 from tests.reference.smoothed import (
     Sampled,
     assert_unbiased,
@@ -59,20 +52,7 @@ LIGHT = Tier(1, 0.075)
 HEAVY = pytest.param(Tier(16, 0.02), marks=[pytest.mark.statistical_heavy, pytest.mark.timeout(3000)], id="heavy")
 TIERS = [pytest.param(LIGHT, id="light"), HEAVY]
 
-STRATEGIES: dict[str, tuple[type[Any], dict[str, Any]]] = {
-    "plain": (EvolutionStrategies, {"variant": "plain"}),
-    "baseline": (EvolutionStrategies, {"variant": "baseline"}),
-    "leave_one_out": (EvolutionStrategies, {"variant": "leave_one_out"}),
-    "spsa": (SPSA, {}),
-    "forward": (WeightForwardMode, {}),
-}
-LAYOUTS: dict[str, dict[str, Any]] = {
-    "shared": {},
-    "factored": {"layout": "factored"},
-    "guided": {"layout": "factored", "activation_guided": True},
-    "factored, rank 2": {"layout": "factored", "rank": 2},
-    "guided, rank 2": {"layout": "factored", "activation_guided": True, "rank": 2},
-}
+ALL_LAYOUTS = {name: layout for name, layout in (LAYOUTS | RANKS).items() if "span" not in layout}
 THREE = [{"stages": ["0", "1"]}, {"stages": ["2", "3"]}, {"stages": ["4"]}]
 # Uneven, and in step with the samples' shares of the gradient, so that weighting samples by their counts shows.
 COUNTS = torch.tensor([30, 64, 30, 6])
@@ -93,7 +73,8 @@ def perturbing(strategy: str, layout: str, *, sigma: float, **more: Any) -> tupl
     sites = [{"stages": [only]}] if only else THREE
     width = {} if strategy == "forward" else {"sigma": sigma}
     sites = [{**site, **width} for site in sites]
-    return bound(kind, net, shifted_squared_error, sites, chunk_rows=1000, **settings, **LAYOUTS[layout], **more), x, y
+    settings = {**settings, **ALL_LAYOUTS[layout], **more}
+    return bound(kind, net, shifted_squared_error, sites, chunk_rows=1000, **settings), x, y
 
 
 # What estimates should be on average
@@ -161,14 +142,14 @@ def judge(estimate: Sampled, truth: Sampled, tier: Tier) -> None:
 
 
 @pytest.mark.parametrize("tier", TIERS)
-@pytest.mark.parametrize("layout", ["shared", "factored", "guided"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("strategy", ["plain", "baseline", "leave_one_out", "spsa"])
-def test_wide_noise(strategy: str, layout: str, tier: Tier) -> None:
+def test_wide_noise(strategy, layout, tier):
     check(*perturbing(strategy, layout, sigma=WIDE), wide_truth(layout, tier.times), tier)
 
 
-@pytest.mark.parametrize("layout", ["shared", "factored", "guided"])
-def test_wide_noise_smooths(layout: str) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_wide_noise_smooths(layout):
     """Else the tests with wide noise would say no more than those with narrow noise."""
     strategy, x, y = perturbing("baseline", layout, sigma=WIDE)
     differ = []
@@ -181,37 +162,32 @@ def test_wide_noise_smooths(layout: str) -> None:
 
 @pytest.mark.parametrize(
     ("strategy", "layout"),
-    [*(("baseline", layout) for layout in LAYOUTS), *(("spsa", layout) for layout in ("shared", "factored", "guided"))],
+    [*(("baseline", layout) for layout in ALL_LAYOUTS), *(("spsa", layout) for layout in LAYOUTS)],
 )
-def test_narrow_noise(strategy: str, layout: str) -> None:
+def test_narrow_noise(strategy, layout):
     chosen, x, y = perturbing(strategy, layout, sigma=NARROW)
     check(chosen, x, y, exact_gradients(chosen, x, y), LIGHT)
 
 
 @pytest.mark.parametrize("tier", TIERS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_forward_gradients_in_the_weights(layout: str, tier: Tier) -> None:
+@pytest.mark.parametrize("layout", ALL_LAYOUTS)
+def test_forward_gradients_in_the_weights(layout, tier):
     chosen, x, y = perturbing("forward", layout, sigma=0.0)
     check(chosen, x, y, exact_gradients(chosen, x, y), tier)
 
 
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("kind", ["group", "block", "linear", "together"])
-def test_forward_gradients_in_the_activity(kind: str, tier: Tier) -> None:
-    sites = {
-        "group": THREE,
-        "block": [{"stages": ["0", "4"], "kind": "block"}],
-        "linear": [{"stages": ["0", "4"], "kind": "linear"}],
-        "together": [{"stages": ["0", "4"], "kind": "linear", "together": True}],
-    }
+def test_forward_gradients_in_the_activity(kind, tier):
+    site = {"stages": ["0", "4"], "kind": "linear" if kind == "together" else kind, "together": kind == "together"}
     net, x, y = problem()
-    strategy = bound(ForwardMode, net, shifted_squared_error, sites[kind], chunk_rows=1000)
+    strategy = bound(ForwardMode, net, shifted_squared_error, THREE if kind == "group" else [site], chunk_rows=1000)
     check(strategy, x, y, exact_gradients(strategy, x, y), tier, more=10 if kind == "together" else 1)
 
 
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("queries", [2, 10])
-def test_mezo(queries: int, tier: Tier) -> None:
+def test_mezo(queries, tier):
     net, x, y = problem(only="2")
     strategy = MeZO(sigma=WIDE, queries=queries, seed=7)
     strategy.bind(stage_network(net), shifted_squared_error)
@@ -221,7 +197,7 @@ def test_mezo(queries: int, tier: Tier) -> None:
     judge(found, truth, tier)
 
 
-def test_a_capped_span_gives_the_projected_gradient() -> None:
+def test_a_capped_span_gives_the_projected_gradient():
     """Biased, as documented: onto the leading direction of each sample's inputs."""
     net, x, y = problem(only="2")
     freeze(net, "2.bias")
@@ -248,27 +224,24 @@ def queries_of_one(strategy: str, layout: str, **more: Any) -> tuple[Any, Tensor
     net, x, y = problem(only="2")
     kind, settings = STRATEGIES[strategy]
     width = {} if strategy == "forward" else {"sigma": NARROW}
-    site = [{"stages": ["2"], **width}]
-    chosen = bound(kind, net, squared_error, site, chunk_rows=1000, **settings, **LAYOUTS[layout], **more)
+    settings = {**settings, **ALL_LAYOUTS[layout], **more}
+    chosen = bound(kind, net, squared_error, [{"stages": ["2"], **width}], chunk_rows=1000, **settings)
     return chosen, x[:1], y[:1, :2]
 
 
 @pytest.mark.parametrize(
     ("strategy", "layout"),
-    [*(("baseline", layout) for layout in LAYOUTS), ("spsa", "shared"), ("spsa", "guided"), ("forward", "guided")],
+    [*(("baseline", layout) for layout in ALL_LAYOUTS), ("spsa", "shared"), ("spsa", "guided"), ("forward", "guided")],
 )
-def test_traces_are_the_variance_of_single_queries(strategy: str, layout: str) -> None:
+def test_traces_are_the_variance_of_single_queries(strategy, layout):
     """Times the number of queries (pairs count twice), whatever the directions; and both are the closed form."""
     chosen, x, y = queries_of_one(strategy, layout)
     few, many = (each * chosen.unit for each in ((4, 60) if layout == "shared" else (32, 500)))
     (found,) = estimates(chosen, x, y, torch.tensor([few]), draws=200).values()
     variance, error = (few * value for value in total_variance(found.draws))
     clean = chosen.clean_pass(x, y)
-    traces = Sampled(
-        torch.stack(
-            [chosen.observe_traces(clean, torch.tensor([many]), first_query=many * i).trace[0] for i in range(15)]
-        )
-    )
+    seen = [chosen.observe_traces(clean, torch.tensor([many]), first_query=many * i) for i in range(15)]
+    traces = Sampled(torch.stack([each.trace[0] for each in seen]))
     trace, doubt = float(traces.mean), float(traces.error)
     assert max(error, doubt) < 0.12 * variance, "too noisy to tell"
     expected = closed_form_trace(chosen, x, y)
@@ -322,70 +295,6 @@ def with_pilots(layout: str, *, draws: int) -> tuple[Sampled, Sampled]:
 
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("layout", ["factored", "guided"])
-def test_pilots_do_not_bias_though_the_counts_depend_on_them(layout: str, tier: Tier) -> None:
+def test_pilots_do_not_bias_though_the_counts_depend_on_them(layout, tier):
     """Their weight is fixed before they are seen, so they may decide the counts and still be used."""
     judge(*with_pilots(layout, draws=300 * tier.times), tier)
-
-
-def test_pilots_pooled_with_the_rest_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sample whose pilots happen to be small gets few other queries, and its pilots then weigh more."""
-
-    def pooled(early: ParameterQueryResult, rest: ParameterQueryResult, _: Any) -> Tensor:
-        return early.survivors / (early.survivors + rest.survivors)
-
-    monkeypatch.setattr(query_strategy, "pilot_share", pooled)
-    with pytest.raises(AssertionError, match=r"^slope 0\.[5-9]"):
-        judge(*with_pilots("factored", draws=300), LIGHT)
-
-
-# Faults to plant
-
-
-def average_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ParameterQueryResult, "coefficients", lambda self, _: self.weights / self.survivors.sum())
-
-
-def change_weights(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor], Tensor]) -> None:
-    whole = parameter_queries.query_weights
-
-    def changed(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        weights, alive = whole(*args, **kwargs)
-        return change(weights), alive
-
-    monkeypatch.setattr(parameter_queries, "query_weights", changed)
-
-
-def forget_the_half(monkeypatch: pytest.MonkeyPatch) -> None:
-    change_weights(monkeypatch, lambda weights: 2 * weights)
-
-
-def cross_the_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loss of -D comes from another sample of the chunk."""
-
-    def crossed(weights: Tensor) -> Tensor:
-        plus, minus = weights.view(-1, 2).unbind(1)
-        return torch.stack([plus, minus.roll(len(minus) // 2)], dim=1).flatten()
-
-    change_weights(monkeypatch, crossed)
-
-
-def forget_the_root_of_the_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the sum of the directions, though not where they are added."""
-    whole = factored_directions.accumulate
-    monkeypatch.setattr(
-        factored_directions,
-        "accumulate",
-        lambda *args: {leaf: g * (2**0.5 if leaf == "weight" else 1.0) for leaf, g in whole(*args).items()},
-    )
-
-
-@pytest.mark.parametrize("layout", ["factored, rank 2", "guided, rank 2"])
-@pytest.mark.parametrize("fault", [average_rows, forget_the_half, cross_the_pairs, forget_the_root_of_the_rank])
-def test_planted_faults_are_caught(
-    fault: Callable[[pytest.MonkeyPatch], None], layout: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    chosen, x, y = perturbing("spsa", layout, sigma=NARROW)
-    truth = exact_gradients(chosen, x, y)
-    fault(monkeypatch)
-    with pytest.raises(AssertionError, match=r"^slope"):
-        check(chosen, x, y, truth, Tier(2, 1.0))

@@ -34,13 +34,7 @@ from flops_lightning.allocators import (
 )
 from flops_lightning.noise import kinds as noise_kinds
 from flops_lightning.noise.keys import NoiseKey, row_seeds
-from flops_lightning.strategies import (
-    SPSA,
-    EvolutionStrategies,
-    LikelihoodRatio,
-    PilotSpec,
-    query_strategy,
-)
+from flops_lightning.strategies import SPSA, EvolutionStrategies, LikelihoodRatio, PilotSpec, query_strategy
 from flops_lightning.strategies.delta import DeltaSums
 from flops_lightning.strategies.site_queries import OutputQueryResult
 from tests.reference.networks import autograd_gradient, gradients, squared_error, token_network
@@ -124,10 +118,7 @@ def average_expanded_rows(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return {"kind": "linear"}
 
 
-SHARED: dict[str, dict[str, Any]] = {
-    "ES": {"kind": "block", "strategy": EvolutionStrategies},
-    "SPSA": {"kind": "block", "strategy": SPSA},
-}
+SHARED = {"ES": {"kind": "block", "strategy": EvolutionStrategies}, "SPSA": {"kind": "block", "strategy": SPSA}}
 DEPENDENT_SAMPLES: dict[str, Callable[[pytest.MonkeyPatch], dict[str, Any]]] = {
     "one direction for all": share_directions,
     "layout: shared": lambda _: SHARED["ES"],
@@ -149,7 +140,7 @@ INDEPENDENT_SAMPLES: dict[str, dict[str, Any]] = {
     ("draws", "queries", "largest_error"),
     [(1000, 400, 0.06), pytest.param(40000, 20000, 0.01, marks=LONG)],
 )
-def test_theorem_1(draws: int, queries: int, largest_error: float, name: str) -> None:
+def test_theorem_1(draws, queries, largest_error, name):
     """In parameter space, for uneven counts; antithetic queries count as pairs, whose trace doubles.
 
     Leave-one-out queries are centred with each other, so they are not independent and the theorem is not about them.
@@ -160,9 +151,7 @@ def test_theorem_1(draws: int, queries: int, largest_error: float, name: str) ->
 
 
 @pytest.mark.parametrize("breach", [*DEPENDENT_SAMPLES.values(), average_expanded_rows])
-def test_theorem_1_is_broken_by(
-    breach: Callable[[pytest.MonkeyPatch], dict[str, Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_theorem_1_is_broken_by(breach, monkeypatch):
     settings = breach(monkeypatch)
     many = settings["kind"] == "linear"
     counts, draws, queries = (UNEVEN, 400, 400) if many else (FEW, 250, 40)
@@ -172,7 +161,7 @@ def test_theorem_1_is_broken_by(
 
 @pytest.mark.parametrize("name", SHARED)
 @pytest.mark.parametrize(("draws", "largest_error"), [(250, 0.12), pytest.param(10000, 0.02, marks=LONG)])
-def test_shared_directions_add_the_covariances_between_samples(draws: int, largest_error: float, name: str) -> None:
+def test_shared_directions_add_the_covariances_between_samples(draws, largest_error, name):
     """``1 / B^2 sum_bc min(A_b, A_c) / (A_b A_c) Cov_bc``, the terms of theorem 1 being those with b = c.
 
     Where the loss is linear over sigma, ``Cov_bc = E[(g_b . z) (g_c . z) ||z||^2] - g_b . g_c = (d + 1) g_b . g_c``,
@@ -203,12 +192,8 @@ def gain(trace: Tensor, counts: Tensor) -> float:
     """What counts gain over equal ones in the lower bound of eq. 24: only the term with J differs."""
     batch, total = len(trace), float(counts.sum())
     equal = sum(float(tr) / (total / batch) for tr in trace)
-    return (
-        ETA**2
-        * SMOOTHNESS
-        / (2 * batch)
-        * (equal - sum(float(tr) / float(a) for tr, a in zip(trace, counts, strict=True)))
-    )
+    given = sum(float(tr) / float(a) for tr, a in zip(trace, counts, strict=True))
+    return ETA**2 * SMOOTHNESS / (2 * batch) * (equal - given)
 
 
 def right_hand_side(trace: Tensor, total: float) -> float:
@@ -253,19 +238,20 @@ def with_noisy_pilots(statistics: SampleStatistics, seed: int) -> SampleStatisti
 
 
 @pytest.mark.parametrize("noisy", [False, True])
-@pytest.mark.parametrize("spread", [0.3, 1.0, 2.5])
+@pytest.mark.parametrize("spread", [0.0, 0.3, 1.0, 2.5])
 @pytest.mark.parametrize("name", ALLOCATORS)
-def test_no_allocator_exceeds_theorem_2(name: str, spread: float, noisy: bool) -> None:
-    """Not in any step, whatever it knows of the traces, and so not over all of them."""
+def test_no_allocator_exceeds_theorem_2(name, spread, noisy):
+    """Not in any step, whatever it knows of the traces; equal traces leave nothing to gain."""
     allocator, gained, most = ALLOCATORS[name](), 0.0, 0.0
     for step in range(6):
         exact = batch_of(spread, seed=step)
         statistics = with_noisy_pilots(exact, seed=step) if noisy else exact
         counts = allocator.allocate(statistics, QueryBudget((QUERIES,))).counts[0]
         here, limit = gain(exact.trace, counts), right_hand_side(exact.trace, BATCH * QUERIES)
-        assert here <= limit * (1 + 1e-12)
+        assert here <= limit * (1 + 1e-12) + 1e-15
         gained, most = gained + here, most + limit
-    assert gained <= most * (1 + 1e-12)
+        if name == "equal" or (name == "optimal" and not spread and not noisy):
+            assert counts.tolist() == [QUERIES] * BATCH
     if name == "equal":
         assert gained == pytest.approx(0, abs=1e-12 * most)
     if name in ("gaussian, exact", "optimal") and not noisy and spread > 0.3:
@@ -276,7 +262,7 @@ POSITIVE = st.floats(1e-6, 1e6)
 
 
 @given(st.lists(st.tuples(POSITIVE, POSITIVE), min_size=1, max_size=12), st.floats(1.0, 1e4))
-def test_no_allocation_exceeds_theorem_2(pairs: list[tuple[float, float]], total: float) -> None:
+def test_no_allocation_exceeds_theorem_2(pairs, total):
     trace, shares = torch.tensor(pairs, dtype=torch.float64).T
     counts = shares / shares.sum() * total
     slack = 1e-9 * ETA**2 * SMOOTHNESS / (2 * len(trace)) * float((trace / counts).sum())
@@ -284,7 +270,7 @@ def test_no_allocation_exceeds_theorem_2(pairs: list[tuple[float, float]], total
 
 
 @given(st.lists(POSITIVE, min_size=1, max_size=12), st.floats(1.0, 1e4))
-def test_the_continuous_optimum_reaches_theorem_2(traces: list[float], total: float) -> None:
+def test_the_continuous_optimum_reaches_theorem_2(traces, total):
     trace = torch.tensor(traces, dtype=torch.float64)
     limit = right_hand_side(trace, total)
     slack = 1e-9 * ETA**2 * SMOOTHNESS / (2 * total) * float(trace.sum())
@@ -293,7 +279,7 @@ def test_the_continuous_optimum_reaches_theorem_2(traces: list[float], total: fl
 
 
 @pytest.mark.parametrize(("queries", "least"), [(20, 0.97), (200, 0.9997), (2000, 0.999997)])
-def test_rounding_is_all_that_the_optimal_allocator_loses(queries: int, least: float) -> None:
+def test_rounding_is_all_that_the_optimal_allocator_loses(queries, least):
     """A count is off by less than one, which costs in the second order at the optimum."""
     allocator = OptimalAllocator(traces=TraceSettings(source="pilots"))
     for seed in range(5):
@@ -304,21 +290,11 @@ def test_rounding_is_all_that_the_optimal_allocator_loses(queries: int, least: f
         assert least < part <= 1
 
 
-@pytest.mark.parametrize("name", ALLOCATORS)
-def test_equal_traces_leave_nothing_to_gain(name: str) -> None:
-    statistics = batch_of(0.0, seed=1)
-    assert right_hand_side(statistics.trace, BATCH * QUERIES) == 0
-    counts = ALLOCATORS[name]().allocate(statistics, QueryBudget((QUERIES,))).counts[0]
-    assert gain(statistics.trace, counts) <= 1e-15
-    if name in ("equal", "optimal"):
-        assert counts.tolist() == [QUERIES] * BATCH
-
-
 @pytest.mark.parametrize(
     ("draws", "queries", "largest_error"),
     [(800, 400, 0.1), pytest.param(40000, 20000, 0.02, marks=LONG)],
 )
-def test_theorem_2_in_the_gradients_themselves(draws: int, queries: int, largest_error: float) -> None:
+def test_theorem_2_in_the_gradients_themselves(draws, queries, largest_error):
     """What the optimal counts take off the variance of the estimator's gradient, as a part of the right-hand side."""
     strategy, x, y = perturbing("linear")
     trace = traces_of(strategy, x, y, queries=queries).mean
@@ -331,13 +307,8 @@ def test_theorem_2_in_the_gradients_themselves(draws: int, queries: int, largest
         variances.append(Measured(*total_variance(gradient.draws)))
     # The bound's gain is eta^2 L / (2 B) times that of J, and the variance J / B^2.
     limit = right_hand_side(trace, float(best.sum()))
-    part, error = (
-        ETA**2 * SMOOTHNESS / 2 * len(x) * value / limit
-        for value in (
-            variances[0].value - variances[1].value,
-            (variances[0].error ** 2 + variances[1].error ** 2) ** 0.5,
-        )
-    )
+    unit, (equal, optimal) = ETA**2 * SMOOTHNESS / 2 * len(x) / limit, variances
+    part, error = unit * (equal.value - optimal.value), unit * (equal.error**2 + optimal.error**2) ** 0.5
     assert error < largest_error, "too noisy to tell"
     assert abs(part - gain(trace, best) / limit) < 4 * error
     assert gain(trace, best) / limit > 0.9
@@ -380,25 +351,16 @@ def true_gradient(kind: str) -> Sampled:
     return Sampled(flat(list(truth.values())).repeat(2, 1))
 
 
-class Weighing(NamedTuple):
-    """How the pilots enter, and what makes the counts."""
-
-    source: str
-    prior_strength: float
-
-
-FIXED, PER_SAMPLE = Weighing("pilots", 0.0), Weighing("both", 1.0)
+FIXED, PER_SAMPLE = ("pilots", 0.0), ("both", 1.0)  # the source of the traces, and the strength of the prior
 TIERS = [(2, 300), *(pytest.param(pilots, 4000, marks=LONG) for pilots in (2, 4))]
 
 
 @pytest.mark.parametrize("kind", ["linear", "block"])
 @pytest.mark.parametrize("weighing", [FIXED, PER_SAMPLE])
 @pytest.mark.parametrize(("pilots", "draws"), TIERS)
-def test_pilots_used_again_with_a_weight_fixed_before_leave_the_slope_at_one(
-    pilots: int, draws: int, weighing: Weighing, kind: str
-) -> None:
+def test_pilots_used_again_with_a_weight_fixed_before_leave_the_slope_at_one(pilots, draws, weighing, kind):
     """One weight for all samples, their share of the budget; or for each the one that the prediction gives it."""
-    allocator = OptimalAllocator(traces=TraceSettings(source=weighing.source, prior_strength=weighing.prior_strength))
+    allocator = OptimalAllocator(traces=TraceSettings(source=weighing[0], prior_strength=weighing[1]))
     found, traces, counts = slope_draws(allocator, kind, pilots=pilots, draws=draws)
     assert correlation(traces, counts) > 0.1, "the counts saw the pilots"
     assert_unbiased(found, true_gradient(kind))
@@ -406,9 +368,7 @@ def test_pilots_used_again_with_a_weight_fixed_before_leave_the_slope_at_one(
 
 @pytest.mark.parametrize("kind", ["linear", "block"])
 @pytest.mark.parametrize(("pilots", "draws"), TIERS)
-def test_pilots_pooled_with_the_rest_bias_the_slope(
-    pilots: int, draws: int, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pilots_pooled_with_the_rest_bias_the_slope(pilots, draws, kind, monkeypatch):
     """A sample whose pilots happen to be small gets few other queries, and its pilots then weigh more."""
 
     def pooled(early: OutputQueryResult, rest: OutputQueryResult, _: Any) -> Tensor:

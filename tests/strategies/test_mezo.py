@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import warnings
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from flops_lightning.errors import SettingError
 from flops_lightning.network.staging import stage_network
-from flops_lightning.strategies import SPSA, MeZO
+from flops_lightning.strategies import MeZO
 from flops_lightning.strategies.costs import site_costs
 from tests.reference.footprint import everything
 from tests.reference.layouts import convolutional
@@ -27,7 +28,7 @@ from tests.reference.networks import (
     tiny_vit,
     token_network,
 )
-from tests.reference.parameter_perturbation import assert_gradients, bound
+from tests.reference.parameter_perturbation import assert_gradients
 
 SILENT = pytest.mark.filterwarnings("ignore:.*lost every query")
 
@@ -48,9 +49,7 @@ def assert_equals_reference(strategy: MeZO, x: Tensor, y: Tensor) -> None:
 @pytest.mark.parametrize("chunk_rows", [1, 3, 256])
 @pytest.mark.parametrize("queries", [2, 6])
 @pytest.mark.parametrize("batch", [1, 3, 4])
-def test_tokens(
-    batch: int, queries: int, chunk_rows: int, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
-) -> None:
+def test_tokens(batch, queries, chunk_rows, tokens_net, tokens):
     strategy = mezo(tokens_net, squared_error, queries=queries, chunk_rows=chunk_rows)
     x, y = tokens
     for _ in range(2):
@@ -61,17 +60,17 @@ def test_tokens(
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"global_pool": "map", "reg_tokens": 2, "init_values": 0.5}])
-def test_vit(kwargs: dict[str, Any], images: tuple[Tensor, Tensor]) -> None:
+def test_vit(kwargs, images):
     vit = tiny_vit(**kwargs)
     freeze(vit, "blocks.0.attn.qkv.weight", "blocks.1.norm1.bias")
     assert_equals_reference(mezo(vit, cross_entropy, queries=4), *images)
 
 
-def test_convolutions(images: tuple[Tensor, Tensor]) -> None:
+def test_convolutions(images):
     assert_equals_reference(mezo(convolutional(), cross_entropy, queries=4, chunk_rows=3), *images)
 
 
-def test_what_is_frozen_below_runs_once(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+def test_what_is_frozen_below_runs_once(tokens_net, tokens):
     for stage in tokens_net[:2]:
         stage.requires_grad_(False)
     strategy = mezo(tokens_net, squared_error, queries=6, chunk_rows=3)
@@ -88,26 +87,12 @@ def test_what_is_frozen_below_runs_once(tokens_net: nn.Sequential, tokens: tuple
     assert_equals_reference(strategy, *tokens)
 
 
-def test_integer_inputs_and_stages_that_work_in_place(tokens: tuple[Tensor, Tensor]) -> None:
+def test_integer_inputs_and_stages_that_work_in_place(tokens):
     net = shaken(nn.Sequential(nn.Embedding(10, 3), nn.SiLU(inplace=True), TokenMean(), nn.Linear(3, 2)))
     assert_equals_reference(mezo(net, squared_error), torch.tensor([[1, 2], [2, 9], [0, 0], [3, 1]]), tokens[1])
 
 
-@pytest.mark.parametrize("queries", [2, 6])
-def test_it_is_spsa_on_the_whole_network(
-    queries: int, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
-) -> None:
-    site = {"stages": ["0", "4"], "name": "all", "sigma": 0.1, "queries_per_sample": queries}
-    spsa = bound(SPSA, tokens_net, squared_error, [site])
-    spsa.estimate(spsa.clean_pass(*tokens))
-    expected = gradients(tokens_net)
-    strategy = mezo(tokens_net, squared_error, queries=queries)
-    strategy.estimate(strategy.clean_pass(*tokens))
-    for name, gradient in gradients(tokens_net).items():
-        torch.testing.assert_close(gradient, expected[name], rtol=1e-12, atol=1e-12)
-
-
-def test_a_step_is_two_forward_passes_and_one_scalar(tokens: tuple[Tensor, Tensor]) -> None:
+def test_a_step_is_two_forward_passes_and_one_scalar(tokens):
     """Nothing is run unperturbed, and the gradient of all parameters is one number times the direction."""
     net, (x, y) = token_network(), tokens
     rows: dict[int, list[int]] = {i: [] for i in range(len(net))}
@@ -124,15 +109,12 @@ def test_a_step_is_two_forward_passes_and_one_scalar(tokens: tuple[Tensor, Tenso
     once = gradients(net)
     strategy.loss = lambda output, target: 3 * squared_error(output, target)
     strategy.estimate(clean)
-    for name, gradient in gradients(net).items():
-        torch.testing.assert_close(gradient, 3 * once[name], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradients(net), {name: 3 * g for name, g in once.items()}, rtol=1e-12, atol=1e-12)
     assert first.observation is None
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 3, 256])
-def test_the_result_reports_the_first_direction(
-    chunk_rows: int, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
-) -> None:
+def test_the_result_reports_the_first_direction(chunk_rows, tokens_net, tokens):
     """The mean loss of both signs, and the output under the plus sign: near the clean ones for a small sigma."""
     x, y = tokens
     strategy = mezo(tokens_net, squared_error, queries=4, chunk_rows=chunk_rows, sigma=1e-7)
@@ -143,41 +125,15 @@ def test_the_result_reports_the_first_direction(
     found = wide.estimate(wide.clean_pass(x, y))
     alone = mezo(tokens_net, squared_error)
     expected = alone.estimate(alone.clean_pass(x, y))
-    torch.testing.assert_close(found.output, expected.output, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(found.loss, expected.loss, rtol=1e-12, atol=1e-12)
-
-
-def test_every_step_and_rank_has_its_own_direction(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
-    strategy, found = mezo(tokens_net, squared_error), []
-    for rank in (0, 1):
-        strategy.rank = rank
-        for _ in range(2):
-            strategy.estimate(strategy.clean_pass(*tokens))
-            found.append(gradients(tokens_net)["2.weight"].flatten())
-    for one, other in itertools.combinations(found, 2):
-        assert abs(torch.cosine_similarity(one, other, dim=0)) < 0.99
+    torch.testing.assert_close((found.output, found.loss), (expected.output, expected.loss), rtol=1e-12, atol=1e-12)
 
 
 # What a step leaves alone
 
 
-def test_the_network_stays_as_it_was(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
-    """Not `+ sigma z, - 2 sigma z, + sigma z` in place, which drifts: bit by bit, in the same memory."""
-    net = tokens_net.append(nn.Dropout(0.5)).train()
-    net[3].eval()
-    net[2].register_forward_hook(lambda *_: None)
-    strategy = mezo(net, squared_error)
-    before = everything(net)
-    strategy.estimate(strategy.clean_pass(*tokens))
-    assert not any(gradient.requires_grad for gradient in gradients(net).values())
-    assert everything(net) == before
-
-
-@pytest.mark.parametrize("at", [1, 2, 3])
-@pytest.mark.parametrize("where", ["loss", "stage"])
-def test_so_it_does_where_a_step_fails(
-    where: str, at: int, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
-) -> None:
+@pytest.mark.parametrize(("where", "at"), [("loss", 1), ("loss", 3), ("stage", 2), ("stage", 3), ("loss", 99)])
+def test_the_network_stays_as_it_was(where, at, tokens_net, tokens):
+    """Not `+ sigma z, - 2 sigma z, + sigma z` in place, which drifts: bit by bit, also where a step fails."""
     calls = itertools.count(1)
 
     def fails(here: str) -> None:
@@ -188,19 +144,19 @@ def test_so_it_does_where_a_step_fails(
         fails("loss")
         return squared_error(output, target)
 
-    tokens_net[2].register_forward_hook(lambda *_: fails("stage"))
-    strategy = mezo(tokens_net.train(), loss, queries=4)
-    before = everything(tokens_net)
-    with pytest.raises(ArithmeticError):
+    net = tokens_net.append(nn.Dropout(0.5)).train()
+    net[3].eval()
+    net[2].register_forward_hook(lambda *_: fails("stage"))
+    strategy, before = mezo(net, loss, queries=4), everything(net)
+    with pytest.raises(ArithmeticError) if at < 99 else contextlib.nullcontext():
         strategy.estimate(strategy.clean_pass(*tokens))
-    assert everything(tokens_net) == before
-    assert all(p.grad is None for p in tokens_net.parameters())
+    found = gradients(net).values()
+    assert everything(net) == before
+    assert not any(g.requires_grad for g in found) if at == 99 else set(found) == {None}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_losses_are_compared_in_float32_at_least(
-    dtype: torch.dtype, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
-) -> None:
+def test_losses_are_compared_in_float32_at_least(dtype, tokens_net, tokens):
     net = tokens_net.to(dtype)
     strategy = mezo(net, squared_error, sigma=0.5)
     estimate = strategy.estimate(strategy.clean_pass(tokens[0].to(dtype), tokens[1].to(dtype)))
@@ -213,7 +169,7 @@ def test_losses_are_compared_in_float32_at_least(
 
 @SILENT
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_pairs_without_finite_losses(bad: float, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+def test_pairs_without_finite_losses(bad, tokens_net, tokens):
     """Dropped together; the rest of the sample's queries divides by what survived."""
     limit = float(tokens_net(tokens[0])[:, 0].detach().max()) + 0.1
 
@@ -227,9 +183,7 @@ def test_pairs_without_finite_losses(bad: float, tokens_net: nn.Sequential, toke
     assert lost % 2 == 0
 
 
-def test_a_sample_that_loses_every_query_contributes_nothing(
-    tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
-) -> None:
+def test_a_sample_that_loses_every_query_contributes_nothing(tokens_net, tokens):
     x, y = tokens[0].clone(), tokens[1]
     x[2, 1, 0] = math.nan
     strategy = mezo(tokens_net, squared_error, queries=4)
@@ -238,9 +192,6 @@ def test_a_sample_that_loses_every_query_contributes_nothing(
     assert (estimate.lost, estimate.silent_samples, estimate.lost_batch) == (4, 1, False)
     x[2] = 0.0
     assert_gradients(tokens_net, strategy, x, y, torch.tensor([4, 4, 0, 4]), gradients(tokens_net), draw=0)
-
-
-# Faults to plant
 
 
 # Refusals
@@ -255,18 +206,16 @@ def test_a_sample_that_loses_every_query_contributes_nothing(
         ({"sigma": -1e-3}, r"sigma = -0.001: must be a number above 0"),
         ({"sigma": math.nan}, r"sigma = nan: must be a number above 0"),
         ({"sigma": math.inf}, r"sigma = inf: must be a number above 0"),
-        ({"chunk_rows": 0}, r"chunk_rows = 0: must be auto or a number"),
+        ({"chunk_rows": 0}, r"chunk_rows = 0: must be auto or a number, 1 or more"),
     ],
 )
-def test_settings_that_are_refused(settings: dict[str, Any], problem: str) -> None:
+def test_settings_that_are_refused(settings, problem):
     with pytest.raises(SettingError, match=r"^model\.strategy\." + problem):
         MeZO(**settings)
 
 
 @pytest.mark.parametrize(("sigma", "warned"), [(1e-2, False), (1e-7, True)])
-def test_a_sigma_below_the_precision_is_warned_of_once(
-    sigma: float, warned: bool, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
-) -> None:
+def test_a_sigma_below_the_precision_is_warned_of_once(sigma, warned, tokens_net, tokens):
     strategy = mezo(tokens_net.float(), squared_error, sigma=sigma)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
