@@ -62,9 +62,8 @@ class ParameterPerturbation(QueryStrategy[ParameterQueryResult]):
             ("exchange", exchange, "gradients", layout == "shared", "layout: shared"),
         ):
             if value != unused and not used:
-                raise SettingError(
-                    f"model.strategy.{name}", value, "has no effect here.", f"Remove it, or write {needs}."
-                )
+                needed = f"Remove it, or write {needs}."
+                raise SettingError(f"model.strategy.{name}", value, "has no effect here.", needed)
         check_at_least("model.strategy.rank", rank, 1)
         check_at_least("model.strategy.span", span, 0, "Write 0 for the whole span.")
         self.sigma, self.exchange, self.rank_of_directions = sigma, exchange, rank

@@ -39,7 +39,7 @@ def two_steps(strategy: LikelihoodRatio) -> list[Tensor]:
     return [p.grad for p in network.module.parameters() if p.grad is not None]
 
 
-@pytest.mark.filterwarnings("ignore:strategy.sites")
+@pytest.mark.filterwarnings("ignore:model.strategy.sites")
 @pytest.mark.parametrize(("kind", "name"), [*((LikelihoodRatio, name) for name in SETTINGS), (ForwardMode, "baseline")])
 def test_the_estimate_is_the_same_to_the_last_bit(kind, name, monkeypatch):
     settings = {"sites": SITES, "chunk_rows": 5, "seed": 0, **SETTINGS[name]}

@@ -1,6 +1,6 @@
 """Noise in the parameters: ES, SPSA and forward gradients in the weights, in every noise layout.
 
-Whether the estimates are unbiased is in ``statistical/``.
+What they share with the likelihood ratio is tested there; whether the estimates are unbiased is in ``statistical/``.
 """
 
 from __future__ import annotations
@@ -303,30 +303,6 @@ def test_a_width_for_all_sites(tokens_net, tokens):
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("strategy", "layout"), ALL)
-def test_a_resumed_run_goes_on_with_the_same_directions(strategy, layout, tokens_net, tokens):
-    """Pilots and their weights included."""
-    settings = {"pilots": PilotSpec("lowest", 4)}
-    weights, counts = torch.tensor([0.1, 0.5, 0.3, 0.9]), torch.tensor([2, 4, 6, 2])
-
-    def step(chosen: Any) -> dict[str, Tensor | None]:
-        clean = chosen.clean_pass(*tokens)
-        chosen.pilot_traces(clean)
-        chosen.estimate(clean, counts, pilot_weight=weights)
-        return gradients(tokens_net)
-
-    first = perturbing(strategy, layout, tokens_net, TWO, seed=3, **settings)
-    step(first)
-    state = copy.deepcopy(first.state_dict())
-    second = step(first)
-    with pytest.raises(SettingError, match=r"strategy.seed = 99: .* noise from the seed 3"):
-        perturbing(strategy, layout, tokens_net, TWO, seed=99).load_state_dict(state)
-    resumed = perturbing(strategy, layout, tokens_net, TWO, seed=None, **settings)
-    resumed.load_state_dict(state)
-    torch.testing.assert_close(step(resumed), second, rtol=0, atol=0)
-    assert resumed.meter.state_dict() == first.meter.state_dict()
-
-
 # What an estimate leaves alone
 
 
@@ -375,38 +351,7 @@ def test_the_network_stays_as_it_was(strategy, layout, tokens):
     assert not clean.loss.requires_grad
 
 
-def test_estimates_add_up_in_grad(tokens_net, tokens):
-    chosen = perturbing("spsa", "factored", tokens_net, TWO)
-    clean, alone = estimated(chosen, *tokens)
-    for parameter in tokens_net.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    chosen.estimate(clean)
-    chosen.estimate(clean, sites=["0..1"])
-    for name, gradient in gradients(tokens_net).items():
-        times = 2 if name in chosen.sites[0].parameters else 1
-        torch.testing.assert_close(gradient, 1 + times * alone[name])
-
-
-# Site by site, pilots
-
-
-@pytest.mark.parametrize(("strategy", "layout"), SOME)
-def test_site_by_site_each_site_sees_the_updates_above_it(strategy, layout, vit, images):
-    """FLOPS, algorithm 1: after each update the next site's queries start from a clean pass as if made anew."""
-    chosen = perturbing(strategy, layout, vit.eval(), VIT_SITES["group"], cross_entropy, update="site_by_site")
-    counts = uneven(strategy)
-    clean = chosen.clean_pass(*images)
-    assert chosen.update_groups == tuple((site.name,) for site in reversed(chosen.sites))
-    for (name,) in chosen.update_groups:
-        chosen.estimate(clean, counts, sites=[name])
-        found = gradients(vit)
-        (site,) = [site for site in chosen.sites if site.name == name]
-        assert_gradients(vit, only(chosen, site), *images, counts, found, draw=0)
-        with torch.no_grad():
-            for key, parameter in site.parameters.items():
-                parameter.sub_(0.05 * found[key] / found[key].norm())
-        clean = chosen.refresh(clean, [name])
-        torch.testing.assert_close(clean.loss, cross_entropy(vit(images[0]), images[1]).detach())
+# Pilots
 
 
 @pytest.mark.parametrize("weights", [None, [0.1, 0.5, 0.3, 0.9]])
@@ -425,22 +370,6 @@ def test_pilots_that_are_used_again(strategy, layout, weights, tokens_net, token
     for site, early in ((lower, {"pilots": 4, "pilot_weight": weights}), (upper, {})):
         part = {name: found[name] for name in site.parameters}
         assert_gradients(tokens_net, only(chosen, site), *tokens, counts, part, draw=0, **early)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_pilots_that_are_not_used_again_leave_their_noise_alone(layout, tokens_net, tokens):
-    """Of ten queries the last six make the gradient."""
-
-    def found(counts: list[int] | None, **pilots: Any) -> Tensor:
-        chosen = perturbing("spsa", layout, tokens_net, [{**WHOLE[0], "queries_per_sample": 10}], **pilots)
-        clean = chosen.clean_pass(*tokens)
-        chosen.pilot_traces(clean)
-        chosen.estimate(clean, None if counts is None else torch.tensor(counts))
-        return gradients(tokens_net)["2.weight"]
-
-    rest = found(None, pilots=PilotSpec("lowest", 4, reuse=False))
-    expected = (10 * found([10] * 4) - 4 * found([4] * 4)) / 6
-    torch.testing.assert_close(rest, expected, rtol=1e-9, atol=1e-9)
 
 
 # Lost queries
@@ -489,21 +418,6 @@ def test_a_sample_without_a_finite_clean_loss_contributes_nothing(strategy, layo
     assert_gradients(tokens_net, chosen, x, y, torch.tensor([6, 0, 0, 4]), gradients(tokens_net), draw=0)
 
 
-@pytest.mark.parametrize(("strategy", "layout"), ALL)
-def test_a_lost_batch_touches_no_gradient(strategy, layout, tokens_net, tokens):
-    chosen = perturbing(strategy, layout, tokens_net, TWO)
-    before = tokens_net[0].weight.grad = torch.ones_like(tokens_net[0].weight)
-    clean = chosen.clean_pass(*tokens)
-    chosen.loss = lambda output, target: squared_error(output, target) * math.nan
-    with pytest.warns(RuntimeWarning, match=r"^8 \(sample, site\) pairs lost every query.*sigma"):
-        estimate = chosen.estimate(clean)
-    assert estimate.lost_batch
-    assert estimate.lost == 160
-    assert tokens_net[0].weight.grad is before
-    assert (before == 1).all()
-    assert all(p.grad is None for name, p in tokens_net.named_parameters() if name != "0.weight")
-
-
 @SILENT
 @pytest.mark.parametrize(
     ("strategy", "layout"), [("leave_one_out", "shared"), ("spsa", "factored"), ("spsa", "guided")]
@@ -522,20 +436,6 @@ def test_the_weight_of_lost_pilots_goes_to_the_other_queries(strategy, layout, t
         chosen.estimate(clean, counts)
         assert_gradients(tokens_net, chosen, x, y, counts, gradients(tokens_net), draw=draw, pilots=4)
     assert some == {True, False}, "the test needs samples that lose all pilots and samples that do not"
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_pilots_stand_in_for_a_site_that_lost_all_its_other_queries(layout, tokens_net, tokens):
-    chosen = perturbing("spsa", layout, tokens_net, WHOLE, pilots=PilotSpec("lowest", 4))
-    clean = chosen.clean_pass(*tokens)
-    chosen.pilot_traces(clean)
-    chosen.loss = lambda output, target: squared_error(output, target) * math.nan
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        estimate = chosen.estimate(clean)
-    assert (estimate.lost, estimate.silent_samples, estimate.lost_batch) == (64, 0, False)
-    chosen.loss = squared_error
-    assert_gradients(tokens_net, chosen, *tokens, torch.full((4,), 4), gradients(tokens_net), draw=0)
 
 
 # Costs, scales, precision
@@ -663,21 +563,6 @@ def test_sites_that_are_refused(strategy, site, setting, problem, tokens_net):
     with pytest.raises(SettingError, match=problem) as error:
         perturbing(strategy, "shared", tokens_net, [{**WHOLE[0], **site}])
     assert error.value.setting == f"model.strategy.sites[0].{setting}"
-
-
-@pytest.mark.parametrize(
-    ("strategy", "counts", "problem"),
-    [
-        ("spsa", torch.tensor([2, 3, 2, 2]), "multiples of 2"),
-        ("leave_one_out", torch.tensor([2, 1, 2, 2]), "no others to be compared with"),
-        ("baseline", torch.tensor([2.0, 2.0, 2.0, 2.0]), "integer"),
-        ("baseline", torch.full((3, 4), 2), r"\(3, 4\)"),
-    ],
-)
-def test_counts_that_are_refused(strategy, counts, problem, tokens_net, tokens):
-    chosen = perturbing(strategy, "factored", tokens_net, TWO)
-    with pytest.raises(SettingError, match=problem):
-        chosen.estimate(chosen.clean_pass(*tokens), counts)
 
 
 class OddlyCalled(nn.Module):
