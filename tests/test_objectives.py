@@ -129,7 +129,7 @@ def test_the_gradient_is_that_of_the_smoothed_error_rate():
 def test_what_needs_a_derivative_names_the_loss_and_the_remedy():
     strategy, _, points, labels = problem(sigma=1.0)
     clean = strategy.clean_pass(points, labels)
-    with pytest.raises(SettingError, match=r"not differentiable.*Write predictors: \[loss, activation\]"):
+    with pytest.raises(SettingError, match=r"differentiable loss.*Write predictors: \[loss, activation\]"):
         strategy.sample_statistics(clean, OptimalAllocator().requests)
     backprop = Backprop()
     backprop.bind(stage_network(nn.Sequential(nn.Linear(2, 3))), zero_one_error)
