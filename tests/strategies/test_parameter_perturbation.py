@@ -549,7 +549,7 @@ def test_settings_that_are_refused(kind, settings, problem):
 @pytest.mark.parametrize(
     ("site", "setting", "problem"),
     [
-        ({"kind": "linear"}, "kind", r"noise at the output of layers.*block or group.*LikelihoodRatio"),
+        ({"kind": "linear"}, "kind", r"this strategy perturbs parameters.*block or group.*LikelihoodRatio"),
         ({"active_tokens": False}, "active_tokens", r"no effect where parameters are perturbed"),
         ({"modules": ["2"]}, "kind", r"takes neither `modules` nor `together`"),
         ({"sigma": 0.0}, "sigma", r"must be a number above 0"),
