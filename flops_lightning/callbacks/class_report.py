@@ -44,17 +44,12 @@ class ClassReport(Callback):
     """
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check before the test that there will be something to write.
-
-        Raises:
-            SettingError: The module has no such metric, or another number of classes than the data names.
-        """
+        """Check before the test that there will be something to write."""
         metric = class_counts(pl_module)
         if metric is None:
-            raise SettingError(
-                "trainer.callbacks", "ClassReport", f"{type(pl_module).__name__} counts no classes.",
-                "Update a ClassMeanAccuracy in its test_step, or remove the callback.",
-            )  # fmt: skip
+            problem = f"{type(pl_module).__name__} counts no classes."
+            remedy = "Update a ClassMeanAccuracy in its test_step, or remove the callback."
+            raise SettingError("trainer.callbacks", "ClassReport", problem, remedy)
         class_names(trainer, len(metric.images))
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

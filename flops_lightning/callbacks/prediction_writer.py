@@ -47,40 +47,22 @@ class PredictionWriter(BasePredictionWriter):
     """
 
     def __init__(self) -> None:
-        """Start an empty table."""
         super().__init__(write_interval="batch")
         self._rows: list[Row] = []
         self._classes = 0
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start an empty table.
-
-        Raises:
-            SettingError: The data module has several loaders, so an index would not identify an image.
-        """
+        """Start an empty table; refuse several loaders, as an index would not identify an image."""
         loaders = len(trainer.num_predict_batches)
         if loaders > 1:
-            raise SettingError(
-                "predict_dataloader", f"{loaders} loaders", "PredictionWriter numbers the images of one.",
-                f"Return one loader, {OWN_WRITER}.",
-            )  # fmt: skip
+            problem = "PredictionWriter numbers the images of one."
+            raise SettingError("predict_dataloader", f"{loaders} loaders", problem, f"Return one loader, {OWN_WRITER}.")
         self._rows, self._classes = [], 0
 
     def write_on_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        prediction: Any,
-        batch_indices: Sequence[int] | None,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int,
+        self, trainer: Any, pl_module: Any, prediction: Any, batch_indices: Sequence[int] | None, *_: Any, **__: Any
     ) -> None:
-        """Add the batch to the table.
-
-        Raises:
-            SettingError: ``predict_step`` did not return labels and probabilities.
-        """
+        """Add the batch to the table; refuse what is not labels and probabilities."""
         label, probability = _checked(prediction)
         first = len(self._rows)
         indices = batch_indices or range(first, first + len(label))
@@ -89,11 +71,7 @@ class PredictionWriter(BasePredictionWriter):
         self._classes = probability.shape[1]
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the file and say where it is.
-
-        Raises:
-            SettingError: The data module names another number of classes than the model has.
-        """
+        """Write the file and say where it is."""
         names, files = class_names(trainer, self._classes), _files(trainer)
         rows = sorted(_gather(self._rows))
         table = (
@@ -113,10 +91,8 @@ def _checked(prediction: Any) -> tuple[Tensor, Tensor]:
         if integer and label.dim() == 1 and probability.dim() == 2 and len(label) == len(probability):
             return label.long(), probability
     given = {name: _describe(value) for name, value in parts.items()} or _describe(prediction)
-    raise SettingError(
-        "predict_step", given, "PredictionWriter writes labels and probabilities only.",
-        f'Return {{"label": (b,) integers, "probability": (b, c)}}, {OWN_WRITER}.',
-    )  # fmt: skip
+    remedy = f'Return {{"label": (b,) integers, "probability": (b, c)}}, {OWN_WRITER}.'
+    raise SettingError("predict_step", given, "PredictionWriter writes labels and probabilities only.", remedy)
 
 
 def _describe(value: Any) -> str:

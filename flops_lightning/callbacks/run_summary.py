@@ -44,11 +44,7 @@ class RunSummary(pl.Callback):
     """
 
     def __init__(self, *, export_weights: bool = True) -> None:
-        """Choose what is written.
-
-        Args:
-            export_weights: Also write the trained backbone as plain timm weights, ``model.safetensors``.
-        """
+        """``export_weights``: also write the trained backbone as plain timm weights, ``model.safetensors``."""
         self.export_weights = export_weights
         self._start_accuracy: float | None = None
         self._samples_before = 0  # the run was resumed; of all ranks
@@ -70,9 +66,7 @@ class RunSummary(pl.Callback):
         self._start_accuracy, self._seconds = state_dict["start_accuracy"], state_dict["seconds"]
         self._samples_before, self._samples = state_dict["samples"], 0
 
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: Any, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Count the samples of all ranks in the checkpoint, of which one rank's state becomes everybody's."""
         checkpoint["callbacks"][self.state_key]["samples"] = self._all_samples(pl_module.device)
 
@@ -83,9 +77,7 @@ class RunSummary(pl.Callback):
             rank_zero_info(f"test accuracy at the start: {_percent(self._start_accuracy)}")
         self._since = time.monotonic()
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count samples; the meter's clean passes do not, since some strategies make none."""
         if isinstance(pl_module, ForwardImageClassifier):
             self._samples += len(batch[1])

@@ -16,21 +16,15 @@ from flops_lightning.resume.rules import class_names_of
 def class_names(trainer: Trainer, classes: int) -> Sequence[str]:
     """Names of the classes in the order of the labels: the data module's ``class_names``, or else the labels.
 
-    Args:
-        trainer: The Trainer, which knows the data module.
-        classes: Number of classes of the model; 0 if not yet known.
-
-    Raises:
-        SettingError: The data module names another number of classes.
+    ``classes`` is their number in the model, which must be that of the names; 0 where no batch has shown it.
     """
     names = class_names_of(trainer)
     if names is None:
         return [str(label) for label in range(classes)]
     if classes and len(names) != classes:
-        raise SettingError(
-            "data.class_names", f"{len(names)} names", f"the model tells {classes} classes apart.",
-            "Use the data that the model was trained for.",
-        )  # fmt: skip
+        problem = f"the model tells {classes} classes apart."
+        remedy = "Use the data that the model was trained for."
+        raise SettingError("data.class_names", f"{len(names)} names", problem, remedy)
     return names
 
 
@@ -44,14 +38,7 @@ def write_table(
 ) -> None:
     """Write a CSV file into the run's folder and log where it is; a trial run (``fast_dev_run``) writes none.
 
-    Every process must call this; the first one writes.
-
-    Args:
-        trainer: The Trainer, which knows the folder.
-        name: Name of the file.
-        columns: Names of the columns, the first line.
-        rows: The other lines; read by the first process only.
-        content: What the log calls the table.
+    Every process must call this; the first one reads ``rows`` and writes. ``content`` is what the log calls the table.
     """
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return

@@ -54,11 +54,7 @@ class OptimizerSettings:
     accumulate_grad_batches: int = 1
 
     def check(self) -> None:
-        """Refuse settings that cannot work together.
-
-        Raises:
-            SettingError: An unknown name, a number out of range, or momentum for an optimiser that has betas.
-        """
+        """Raise a :class:`SettingError` for an unknown name, a number out of range, or momentum of Adam."""
         check_choice("optimizer.name", self.name, get_args(OptimizerName))
         check_choice("optimizer.schedule", self.schedule, get_args(ScheduleName))
         check_positive("optimizer.lr", self.lr, "Write for example 1.0e-4.")
@@ -66,13 +62,11 @@ class OptimizerSettings:
             check_at_least(f"optimizer.{setting}", getattr(self, setting), 0)
         check_at_least("optimizer.accumulate_grad_batches", self.accumulate_grad_batches, 1)
         if not 0 < self.layer_decay <= 1:
-            raise SettingError(
-                "optimizer.layer_decay", self.layer_decay, "must be in (0, 1].", "Write 0.75, say, or 1."
-            )
+            problem = "must be in (0, 1]."
+            raise SettingError("optimizer.layer_decay", self.layer_decay, problem, "Write 0.75, say, or 1.")
         if self.momentum and self.name != "sgd":
-            raise SettingError(
-                "optimizer.momentum", self.momentum, f"{self.name} has no momentum setting.", "Write 0, or name: sgd."
-            )
+            problem = f"{self.name} has no momentum setting."
+            raise SettingError("optimizer.momentum", self.momentum, problem, "Write 0, or name: sgd.")
 
 
 @dataclass
@@ -100,11 +94,7 @@ class ClipSettings:
     attention_norm: float = 0.0
 
     def check(self) -> None:
-        """Refuse negative norms.
-
-        Raises:
-            SettingError: A norm below zero.
-        """
+        """Raise a :class:`SettingError` for a norm below zero."""
         for setting in ("norm", "attention_norm"):
             check_at_least(f"clip.{setting}", getattr(self, setting), 0, "Write 0 for none.")
 
@@ -140,15 +130,10 @@ def lr_factor(step: int, *, schedule: ScheduleName, warmup_steps: int, total_ste
 
 
 def build_schedule(optimizer: Optimizer, settings: OptimizerSettings, total_steps: float) -> LambdaLR:
-    """The learning-rate schedule, to be stepped after each optimiser step.
-
-    Raises:
-        SettingError: A cosine without a known end.
-    """
+    """The learning-rate schedule, to be stepped after each optimiser step; a cosine needs a known end."""
     if settings.schedule == "cosine" and not math.isfinite(total_steps):
-        raise SettingError(
-            "optimizer.schedule", "cosine", "needs to know the number of steps.", "Set trainer.max_epochs or max_steps."
-        )
+        problem = "needs to know the number of steps."
+        raise SettingError("optimizer.schedule", "cosine", problem, "Set trainer.max_epochs or max_steps.")
     factor = partial(lr_factor, schedule=settings.schedule, warmup_steps=settings.warmup_steps, total_steps=total_steps)
     return LambdaLR(optimizer, factor)
 
@@ -162,24 +147,14 @@ def set_scheduled_rates(schedule: LambdaLR) -> None:
 
 @torch.no_grad()
 def squared_step_sizes(optimizer: Optimizer, named: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Factors of the squared derivatives in Adam's squared step, ``1 / (sqrt(v) + eps)^2``.
+    """Factors of the squared derivatives in the squared step of Adam or AdamW, ``1 / (sqrt(v) + eps)^2``.
 
-    Args:
-        optimizer: Adam or AdamW.
-        named: Parameters by name.
-
-    Returns:
-        Weights in the parameters' shapes, relative to the largest learning rate of a group; none for a parameter before
-        its first step.
-
-    Raises:
-        SettingError: Another optimiser.
+    They have the parameters' shapes and are relative to the largest learning rate of a group; a parameter before its
+    first step has none.
     """
     if not isinstance(optimizer, torch.optim.Adam):  # AdamW is one
-        raise SettingError(
-            "allocator.metric", "preconditioned", f"{type(optimizer).__name__} does not precondition.",
-            "Write metric: parameters, or take adam.",
-        )  # fmt: skip
+        problem = f"{type(optimizer).__name__} does not precondition."
+        raise SettingError("allocator.metric", "preconditioned", problem, "Write metric: parameters, or take adam.")
     weights = {}
     largest = max(group.get("initial_lr", group["lr"]) for group in optimizer.param_groups)
     for name, parameter in named.items():

@@ -36,12 +36,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     _loaded: Path | None = None  # what the run resumed from: the last good one until it saves another
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Write a checkpoint.
-
-        Raises:
-            CheckpointError: it cannot be written; whatever was there before still is.
-            TypeError: storage options are given, which Lightning does not support either.
-        """
+        """Write a checkpoint, or raise a :class:`CheckpointError`: whatever was there before still is."""
         if sys.exc_info()[1] is not None and in_mid_step(checkpoint):
             rank_zero_warn(f"{path} is not written: the exception came in the middle of a step.")
             return

@@ -46,13 +46,9 @@ def started_again() -> bool:
 
 
 def last_checkpoint(runs: Path | None, own: Sequence[Path]) -> Path | None:
-    """The checkpoint written last, under SLURM preferably by this job; None where there is none.
+    """The undamaged checkpoint written last, under SLURM preferably by this job; None where there is none.
 
-    Damaged files are skipped.
-
-    Args:
-        runs: Folder of all runs of a name, one folder for each, if they have one.
-        own: Further folders.
+    ``runs`` holds a folder for each run of a name; ``own`` are further folders.
     """
     name = _job_name()
     for pattern in (f"{name}.*", "*") if name else ("*",):

@@ -12,14 +12,11 @@ from typing import Any
 
 
 def settle_progress(checkpoint: dict[str, Any]) -> None:
-    """Rewrite the progress of training as one of three kinds from which Lightning resumes correctly.
+    """Rewrite, in place, the progress of training as one of three kinds from which Lightning resumes correctly.
 
     These are: within an epoch; after its last batch, where the epoch then ends with its hooks; and before the first
     batch of an epoch. In the first two a validation that was due or under way runs from its beginning. Call this in an
     ``on_load_checkpoint`` while fitting: loops are restored after that hook. Settled progress stays as it is.
-
-    Args:
-        checkpoint: Of Lightning; changed in place.
     """
     loop = checkpoint.get("loops", {}).get("fit_loop")
     if not loop:

@@ -38,41 +38,23 @@ from flops_lightning.strategies.base import ForwardGradientStrategy
 KEY = "forward_gradient"
 
 
-class ForwardTask(Protocol):
-    """What is read of a task.
-
-    Attributes:
-        network: The staged network.
-        strategy: The bound strategy, if there is one.
-        optimizer_settings: Present settings of the optimiser.
-        start_weights: Settings that only chose where the weights started.
-    """
-
+class _Task(Protocol):  # what is read of a ForwardModule
     network: StagedNetwork
     strategy: ForwardGradientStrategy | None
     optimizer_settings: OptimizerSettings
     start_weights: dict[str, Any]
 
     @property
-    def device(self) -> torch.device:
-        """Where the task is."""
-
+    def device(self) -> torch.device: ...
     @property
-    def hparams(self) -> Any:
-        """Settings of the task, by name; those that come in groups as mappings."""
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Its tensors."""
+    def hparams(self) -> Any: ...
+    def state_dict(self) -> dict[str, Tensor]: ...
 
 
-def save_run(checkpoint: dict[str, Any], task: ForwardTask, trainer: pl.Trainer | None, own: Mapping[str, Any]) -> None:
-    """Add the names of the classes, the strategy's state (draw counter, seed, meters) and all settings.
+def save_run(checkpoint: dict[str, Any], task: _Task, trainer: pl.Trainer | None, own: Mapping[str, Any]) -> None:
+    """Add the names of the classes, the strategy's state (draw counter, seed, meters), all settings and the task's own.
 
-    Args:
-        checkpoint: Lightning's checkpoint; changed in place.
-        task: The task.
-        trainer: Its trainer; every process of a run must call this.
-        own: What the task keeps itself.
+    Every process of a run must call this.
     """
     names = class_names_of(trainer)
     if names is not None:
@@ -89,23 +71,15 @@ def save_run(checkpoint: dict[str, Any], task: ForwardTask, trainer: pl.Trainer 
         }
 
 
-def restore_run(checkpoint: dict[str, Any], task: ForwardTask, trainer: pl.Trainer | None) -> dict[str, Any] | None:
+def restore_run(checkpoint: dict[str, Any], task: _Task, trainer: pl.Trainer | None) -> dict[str, Any] | None:
     """Check a checkpoint against the task, and if training is resumed from it, restore what :func:`save_run` added.
 
     Settings that differ from those of the checkpoint are obeyed and named in the log, or refused (see
-    :mod:`flops_lightning.resume.rules`).
-
-    Args:
-        checkpoint: Of Lightning; changed in place, before optimiser, schedule, loops and callbacks are restored.
-        task: The task.
-        trainer: Its trainer, if there is one.
+    :mod:`flops_lightning.resume.rules`). The checkpoint is changed in place, before optimiser, schedule, loops and
+    callbacks are restored.
 
     Returns:
         What the task keeps itself; None where no training is resumed: testing and fine-tuning count from zero.
-
-    Raises:
-        SettingError: The checkpoint is of another network, of other classes, trained other parameters, or was made with
-            settings that cannot change.
     """
     check_weights(task.state_dict(), checkpoint["state_dict"])
     check_classes(checkpoint.get("class_names"), class_names_of(trainer))
@@ -131,7 +105,7 @@ def restore_run(checkpoint: dict[str, Any], task: ForwardTask, trainer: pl.Train
     return state
 
 
-def settings_of(task: ForwardTask, trainer: pl.Trainer, strategy: ForwardGradientStrategy) -> dict[str, Any]:
+def settings_of(task: _Task, trainer: pl.Trainer, strategy: ForwardGradientStrategy) -> dict[str, Any]:
     """All settings of a run with this task, by name."""
     return describe_run(trainer, {**task.hparams, **task.start_weights, "freeze": task.network.frozen()}, strategy)
 
@@ -170,13 +144,7 @@ def _obey_strategy_and_allocator(checkpoint: dict[str, Any], state: dict[str, An
 
 
 def share_meters(meter: QueryMeter, saved: Sequence[dict[str, Any]], communicator: Communicator) -> None:
-    """Restore each rank's own meter; if the number of ranks has changed, the first rank gets the sum.
-
-    Args:
-        meter: This rank's; changed in place.
-        saved: State of every rank's meter, in order.
-        communicator: The ranks at present.
-    """
+    """Restore this rank's meter from those of all ranks; if their number has changed, the first rank gets the sum."""
     meter.sites.clear()
     same = len(saved) == communicator.size
     for state in [saved[communicator.rank]] if same else saved if communicator.rank == 0 else []:

@@ -49,14 +49,11 @@ ALWAYS = (
     "seed_everything", "data", "data.split_seed",
 )  # fmt: skip
 """Settings (patterns) that a resumed run cannot change."""
-
 IF_GIVEN = ("checkpoint", "pretrained")
 """Settings that it can only leave out."""
-
 AT_ANY_STEP = ("data.mixup_alpha", "data.cutmix_alpha", "data.rand_augment", "data.num_workers")
 WITHIN_AN_EPOCH = "data.*"
 """Settings that it cannot change within an epoch, except for those above."""
-
 INTERNAL = "strategy.chunk_rows", "data.num_workers"
 """Settings that change no result and need no line in the log."""
 
@@ -70,20 +67,14 @@ class Change(NamedTuple):
 
 
 def check_weights(present: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
-    """Compare names and shapes.
-
-    Raises:
-        SettingError: The checkpoint is of another network; the first tensor that differs is named.
-    """
+    """Raise a :class:`SettingError` that names the first tensor whose name or shape differs."""
     own = {name: tuple(tensor.shape) for name, tensor in present.items()}
     given = {name: tuple(tensor.shape) for name, tensor in saved.items()}
     for name in dict.fromkeys([*own, *given]):
         there, here = given.get(name, "missing"), own.get(name, "missing")
         if there != here:
-            raise SettingError(
-                "ckpt_path", name, f"is {there} in the checkpoint and {here} in this network.",
-                "Give the checkpoint of this configuration, or the configuration of that run.",
-            )  # fmt: skip
+            remedy = "Give the checkpoint of this configuration, or the configuration of that run."
+            raise SettingError("ckpt_path", name, f"is {there} in the checkpoint and {here} in this network.", remedy)
 
 
 def class_names_of(trainer: pl.Trainer | None) -> list[str] | None:
@@ -93,65 +84,39 @@ def class_names_of(trainer: pl.Trainer | None) -> list[str] | None:
 
 
 def check_classes(saved: Sequence[str] | None, present: Sequence[str] | None) -> None:
-    """Compare names: other data may have the same number of classes.
-
-    Raises:
-        SettingError: The classes differ; the first that does is named.
-    """
+    """Raise a :class:`SettingError` that names the first class that differs: other data may have as many."""
     if saved is None or present is None or list(saved) == list(present):
         return
     differing = [(a, b) for a, b in zip(saved, present, strict=False) if a != b]
     then, now = differing[0] if differing else (f"{len(saved)} classes", f"{len(present)} classes")
-    raise SettingError(
-        "data", now, f"the checkpoint was trained on {then!r} instead, the first difference between the classes.",
-        "Give the data set of that run, or start from its weights with `checkpoint`.",
-    )  # fmt: skip
+    problem = f"the checkpoint was trained on {then!r} instead, the first difference between the classes."
+    remedy = "Give the data set of that run, or start from its weights with `checkpoint`."
+    raise SettingError("data", now, problem, remedy)
 
 
 def check_optimizer(optimizer: Optimizer, checkpoint: Mapping[str, Any]) -> None:
-    """Compare the number of trained parameters.
-
-    Raises:
-        SettingError: The checkpoint trained other parameters than this configuration.
-    """
+    """Raise a :class:`SettingError` if the checkpoint trained another number of parameters."""
     states = checkpoint.get("optimizer_states", [])
     saved = sum(len(group["params"]) for state in states for group in state["param_groups"])
     own = sum(len(group["params"]) for group in optimizer.param_groups)
     if states and saved != own:
-        raise SettingError(
-            "optimizer", f"{own} parameters", f"the checkpoint's optimiser has {saved}.",
-            "Resume with the configuration of that run, or start from its weights with `checkpoint`.",
-        )  # fmt: skip
+        remedy = "Resume with the configuration of that run, or start from its weights with `checkpoint`."
+        raise SettingError("optimizer", f"{own} parameters", f"the checkpoint's optimiser has {saved}.", remedy)
 
 
 def check_averaging(checkpoint: Mapping[str, Any], callbacks: Sequence[object]) -> None:
-    """Require a callback that averages weights where the checkpoint's run had one.
-
-    Raises:
-        SettingError: There is none: the run would take the averages for its weights.
-    """
+    """Require a callback that averages weights where the run had one, or it would take the averages for its weights."""
     averaged = "averaging_state" in checkpoint and "current_model_state" in checkpoint
     if averaged and not any(isinstance(callback, WeightAveraging) for callback in callbacks):
-        raise SettingError(
-            "trainer.callbacks", [type(callback).__name__ for callback in callbacks],
-            "no callback averages weights, but the checkpoint's run does.",
-            "Add its EMAWeightAveraging or WeightAveraging, or start a new run from its weights without ckpt_path.",
-        )  # fmt: skip
+        problem = "no callback averages weights, but the checkpoint's run does."
+        remedy = "Add its EMAWeightAveraging or WeightAveraging, or start a new run from its weights without ckpt_path."
+        raise SettingError("trainer.callbacks", [type(callback).__name__ for callback in callbacks], problem, remedy)
 
 
 def check_settings(saved: Mapping[str, Any], present: Mapping[str, Any], *, within_epoch: bool) -> list[Change]:
-    """Compare the settings saved in a checkpoint with the present ones.
+    """Differences between a checkpoint's settings and the present ones that are obeyed; others are refused.
 
-    Args:
-        saved: Settings in the checkpoint, by name.
-        present: Settings now.
-        within_epoch: The checkpoint was made before the end of an epoch.
-
-    Returns:
-        The differences that are obeyed; settings that only one of the two knows are not compared.
-
-    Raises:
-        SettingError: A difference cannot be obeyed.
+    Settings that only one of the two knows are not compared.
     """
     changes = [Change(name, saved[name], now) for name, now in present.items() if name in saved and saved[name] != now]
     for change in changes:

@@ -21,18 +21,10 @@ OF_TRAINER = (
 """Settings of the trainer that determine the course of a run."""
 
 
-def describe_run(
-    trainer: pl.Trainer, hyper_parameters: Mapping[str, Any], strategy: ForwardGradientStrategy
-) -> dict[str, Any]:
-    """All settings of a run that a resumed run could change, as plain values by dotted name.
-
-    Args:
-        trainer: The trainer of the run, with data module and callbacks.
-        hyper_parameters: Settings of the task, by name; those that come in groups as mappings.
-        strategy: The bound strategy.
-    """
+def describe_run(trainer: pl.Trainer, task: Mapping[str, Any], strategy: ForwardGradientStrategy) -> dict[str, Any]:
+    """All settings of a run that a resumed run could change, as plain values by dotted name."""
     return {
-        **describe_task(hyper_parameters),
+        **describe_task(task),
         **_strategy(strategy),
         **_allocator(trainer),
         **_data(trainer),

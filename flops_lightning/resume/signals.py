@@ -59,7 +59,6 @@ class SaveOnSignal(Checkpoint):
     """
 
     def __init__(self) -> None:
-        """Start without a trainer."""
         self._trainer: Trainer | None = None
         self._received: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
@@ -79,18 +78,10 @@ class SaveOnSignal(Checkpoint):
         """Install the handlers, after Lightning's."""
         self._take(trainer)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Save and exit if a signal has come.
-
-        Raises:
-            LeftOnSignal: A signal arrived.
-            CheckpointError: A signal arrived, and the state could not be saved.
-        """
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
+        """Save and raise :class:`LeftOnSignal` if a signal has come."""
         # A gradient under way is in the checkpoint, but of several processes up to rounding only.
-        between_steps = getattr(pl_module, "between_steps", True)
-        received = self._agreed(trainer) if between_steps else None
+        received = self._agreed(trainer) if getattr(pl_module, "between_steps", True) else None
         if received:
             self._save_and_leave(trainer, received)
 
@@ -102,21 +93,8 @@ class SaveOnSignal(Checkpoint):
             mine = torch.tensor(int(batches), device=trainer.strategy.root_device)
             self._validated_by_all = int(trainer.strategy.reduce(mine, reduce_op="min"))
 
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Save and exit if a signal has come during the validation of a training run.
-
-        Raises:
-            LeftOnSignal: A signal arrived.
-            CheckpointError: A signal arrived, and the state could not be saved.
-        """
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
+        """The same during the validation of a training run."""
         self._validated += 1
         if self._trainer is not trainer or self._validated > self._validated_by_all:
             return

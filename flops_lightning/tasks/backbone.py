@@ -21,48 +21,37 @@ if TYPE_CHECKING:
 _OWN_PREFIX = "backbone."
 
 
-def create_backbone(
-    model_name: str, model_kwargs: Mapping[str, Any], *, num_classes: int, pretrained: bool
-) -> nn.Module:
-    """A timm model.
-
-    Raises:
-        SettingError: An unknown name, arguments that the model does not take, or weights that cannot be fetched.
-    """
+def create_backbone(name: str, model_kwargs: Mapping[str, Any], *, num_classes: int, pretrained: bool) -> nn.Module:
+    """A timm model; raises SettingError for an unknown name, wrong arguments or weights that cannot be fetched."""
     import timm  # slow to import
 
-    if not timm.is_model(model_name):
-        close = difflib.get_close_matches(model_name, timm.list_models(), n=3)
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=3)
         remedy = f"Did you mean {close}? See timm.list_models()."
-        raise SettingError("model_name", model_name, "is not a timm model.", remedy)
-    if pretrained and not timm.is_model_pretrained(model_name):
-        raise SettingError("pretrained", True, f"timm has no weights for {model_name!r}.", "Give a `checkpoint` file.")
+        raise SettingError("model_name", name, "is not a timm model.", remedy)
+    if pretrained and not timm.is_model_pretrained(name):
+        raise SettingError("pretrained", True, f"timm has no weights for {name!r}.", "Give a `checkpoint` file.")
     if "num_classes" in model_kwargs:
         given = model_kwargs["num_classes"]
         raise SettingError("model_kwargs.num_classes", given, "comes from the data.", "Remove it.")
     try:
-        model: nn.Module = timm.create_model(model_name, pretrained=pretrained, num_classes=num_classes, **model_kwargs)
+        model: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **model_kwargs)
     except TypeError as error:
-        problem = f"{model_name} refuses them: {error}."
+        problem = f"{name} refuses them: {error}."
         raise SettingError("model_kwargs", dict(model_kwargs), problem, "Remove what it does not take.") from error
     except Exception as error:
         if not pretrained:
             raise
-        raise SettingError(
-            "pretrained", True, f"the weights of {model_name} could not be fetched ({type(error).__name__}).",
-            "Check the connection, or download the file and give it as `checkpoint`.",
-        ) from error  # fmt: skip
+        problem = f"the weights of {name} could not be fetched ({type(error).__name__})."
+        remedy = "Check the connection, or download the file and give it as `checkpoint`."
+        raise SettingError("pretrained", True, problem, remedy) from error
     return model
 
 
 def load_weights(backbone: nn.Module, path: str) -> None:
-    """Load a local checkpoint: safetensors, or a file that ``torch.load(weights_only=True)`` reads.
+    """Load plain timm weights or a checkpoint of this project: safetensors, or what ``torch.load`` reads.
 
-    It may hold plain timm weights or be a checkpoint of this project. A head with another number of classes stays as
-    initialised, which the log says.
-
-    Raises:
-        SettingError: The file is missing, unreadable or has other tensors than the model.
+    A head with another number of classes stays as initialised, which the log says; other differences are refused.
     """
     state = _read(Path(path))
     own = backbone.state_dict()
@@ -72,17 +61,14 @@ def load_weights(backbone: nn.Module, path: str) -> None:
     other = [n for n in state if n in own and n not in head and state[n].shape != own[n].shape]
     if other:
         first = f"{other[0]} is {tuple(state[other[0]].shape)}, the model has {tuple(own[other[0]].shape)}"
-        raise SettingError(
-            "checkpoint", path, f"has {len(other)} tensors of another shape: {first}.",
-            "Give the `model_name` and `model_kwargs` (img_size, depth, reg_tokens, ...) it was trained with.",
-        )  # fmt: skip
+        remedy = "Give the `model_name` and `model_kwargs` (img_size, depth, reg_tokens, ...) it was trained with."
+        raise SettingError("checkpoint", path, f"has {len(other)} tensors of another shape: {first}.", remedy)
     result = backbone.load_state_dict({k: v for k, v in state.items() if k not in head}, strict=False)
     added = [name for name in result.unexpected_keys if any(part in name for part in ADDED)]
     if added:
-        raise SettingError(
-            "checkpoint", path, f"is of a run with LoRA or prompts and stores them separately: {added[0]}.",
-            "Give that run's model.safetensors (export_weights), which has them merged.",
-        )  # fmt: skip
+        problem = f"is of a run with LoRA or prompts and stores them separately: {added[0]}."
+        remedy = "Give that run's model.safetensors (export_weights), which has them merged."
+        raise SettingError("checkpoint", path, problem, remedy)
     missing = [name for name in result.missing_keys if name not in head]
     if missing or result.unexpected_keys:
         raise SettingError(
@@ -103,18 +89,16 @@ def _read(path: Path) -> dict[str, Tensor]:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise SettingError(
-            "checkpoint", str(path), f"cannot be read ({type(error).__name__}: {str(error).splitlines()[0][:80]}).",
-            "Give an intact safetensors file, or one saved by torch.save that holds tensors only.",
-        ) from error  # fmt: skip
+        problem = f"cannot be read ({type(error).__name__}: {str(error).splitlines()[0][:80]})."
+        remedy = "Give an intact safetensors file, or one saved by torch.save that holds tensors only."
+        raise SettingError("checkpoint", str(path), problem, remedy) from error
     if isinstance(state, dict):
         state = state.get("state_dict", state.get("model", state))
     if isinstance(state, dict) and any(name.startswith(_OWN_PREFIX) for name in state):
         state = {k.removeprefix(_OWN_PREFIX): v for k, v in state.items() if k.startswith(_OWN_PREFIX)}
     if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise SettingError(
-            "checkpoint", str(path), "does not hold a state_dict of tensors.", "Give a file with a model's state_dict."
-        )
+        problem = "does not hold a state_dict of tensors."
+        raise SettingError("checkpoint", str(path), problem, "Give a file with a model's state_dict.")
     return state
 
 
@@ -132,11 +116,7 @@ def save_weights(backbone: nn.Module, path: str | Path) -> None:
 
 
 def freeze(backbone: nn.Module, patterns: Sequence[str]) -> None:
-    """Stop training the parameters whose names match a shell pattern.
-
-    Raises:
-        SettingError: A pattern matches no parameter.
-    """
+    """Stop training the parameters whose names match a shell pattern; each must match one."""
     for pattern in patterns:
         matched = [p for name, p in backbone.named_parameters() if fnmatchcase(name, pattern)]
         if not matched:
@@ -148,11 +128,7 @@ def freeze(backbone: nn.Module, patterns: Sequence[str]) -> None:
 
 
 def check_images(backbone: nn.Module, images: Tensor) -> None:
-    """Compare a batch with the size and channels that a ViT was built for.
-
-    Raises:
-        SettingError: They differ, or the images are integers.
-    """
+    """Raise a :class:`SettingError` unless images are floats of the size and channels that a ViT was built for."""
     if not images.is_floating_point():
         raise SettingError("data", str(images.dtype), "images must be floats.", "Scale and normalise them first.")
     embed = getattr(backbone, "patch_embed", None)
@@ -164,7 +140,6 @@ def check_images(backbone: nn.Module, images: Tensor) -> None:
         problem, remedy = f"the images have {channels} channels.", f"Write in_chans: {channels}."
         raise SettingError("model_kwargs.in_chans", vit.in_chans, problem, remedy)
     if not vit.dynamic_img_size and embed.img_size is not None and size != tuple(embed.img_size):
-        raise SettingError(
-            "model_kwargs.img_size", tuple(embed.img_size), f"the images are {size[0]} x {size[1]}.",
-            f"Write img_size: {size[0] if size[0] == size[1] else list(size)}, or resize the images.",
-        )  # fmt: skip
+        problem = f"the images are {size[0]} x {size[1]}."
+        remedy = f"Write img_size: {size[0] if size[0] == size[1] else list(size)}, or resize the images."
+        raise SettingError("model_kwargs.img_size", tuple(embed.img_size), problem, remedy)

@@ -10,9 +10,6 @@ from torch.utils.data.distributed import DistributedSampler
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
-TOP_K = 5
-BINS = 15
-
 
 def _mean_loss() -> MeanMetric:
     # By default it drops losses that are NaN. "disable" drops weights instead (torchmetrics#3434): update without any.
@@ -26,18 +23,16 @@ def metrics_of_validation(num_classes: int) -> MetricCollection:
 
 
 def metrics_of_test(num_classes: int) -> MetricCollection:
-    """Metrics that are updated with ``preds`` ``(b, c)``, logits; ``target`` ``(b,)``, labels; and ``value`` ``(b,)``.
+    """``test/loss``, ``accuracy``, ``accuracy_top5``, ``accuracy_class_mean`` and ``calibration_error``.
 
-    ``test/loss``: mean of ``value``. ``test/accuracy``: share of images whose largest logit is the label's.
-    ``test/accuracy_top5``: share whose label is among the five largest (of fewer classes: among all).
-    ``test/accuracy_class_mean`` and ``test/calibration_error``: see :class:`ClassMeanAccuracy` and
-    :class:`CalibrationError`.
+    They are updated with logits ``preds`` ``(b, c)``, labels ``target`` ``(b,)`` and losses ``value`` ``(b,)``.
+    ``accuracy_top5``: share whose label is among the five largest logits (of fewer classes: among all).
     """
     return MetricCollection(
         {
             "loss": _mean_loss(),
             "accuracy": MulticlassAccuracy(num_classes, average="micro"),
-            "accuracy_top5": MulticlassAccuracy(num_classes, average="micro", top_k=min(TOP_K, num_classes)),
+            "accuracy_top5": MulticlassAccuracy(num_classes, average="micro", top_k=min(5, num_classes)),
             "accuracy_class_mean": ClassMeanAccuracy(num_classes),
             "calibration_error": CalibrationError(num_classes),
         },
@@ -51,20 +46,16 @@ class ClassMeanAccuracy(Metric):
 
     torchmetrics' ``macro`` counts a class without images as 0 once it is predicted.
 
-    Attributes:
-        right: ``(c,)`` int64, this process's images of each class that are classified right.
-        images: ``(c,)`` int64, this process's images of each class.
+    Of each class, this process counts its ``images`` and those it gets ``right``, ``(c,)`` int64.
     """
 
     is_differentiable = False
     higher_is_better = True
     full_state_update = False
-
     right: Tensor
     images: Tensor
 
     def __init__(self, num_classes: int) -> None:
-        """Count from zero."""
         super().__init__()
         for name in ("right", "images"):
             self.add_state(name, torch.zeros(num_classes, dtype=torch.int64), dist_reduce_fx="sum")
@@ -89,8 +80,7 @@ class CalibrationError(MulticlassCalibrationError):
     """
 
     def __init__(self, num_classes: int) -> None:
-        """Count from zero."""
-        super().__init__(num_classes, n_bins=BINS, norm="l1")
+        super().__init__(num_classes, n_bins=15, norm="l1")
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Add images with logits ``(b, c)`` and labels ``(b,)``."""
@@ -102,13 +92,8 @@ class CalibrationError(MulticlassCalibrationError):
 def first_seen(loaders: Any, batch_idx: int, size: int) -> int:
     """Number of images at the beginning of this process's batch that no process has had before.
 
-    The sampler of several processes gives every process the same number of images: unless that divides the data set, it
-    repeats the first images at the end.
-
-    Args:
-        loaders: The loader that the Trainer reads, or a list with it alone.
-        batch_idx: Number of the batch, from 0.
-        size: Images in the batch.
+    A ``DistributedSampler`` gives every process as many images, and to that end repeats the first ones at the end.
+    ``loaders`` is the loader that the Trainer reads, or a list with it alone.
     """
     loader = loaders[0] if isinstance(loaders, (list, tuple)) else loaders
     sampler = getattr(loader, "sampler", None)

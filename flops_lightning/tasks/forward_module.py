@@ -84,9 +84,6 @@ class ForwardModule(pl.LightningModule, ABC):
             optimizer: Optimiser and learning-rate schedule.
             clip: Gradient clipping.
             max_skipped_steps: Consecutive steps that may lose all their queries before the run stops.
-
-        Raises:
-            SettingError: A setting is invalid.
         """
         super().__init__()
         check_at_least("max_skipped_steps", max_skipped_steps, 0)
@@ -109,11 +106,7 @@ class ForwardModule(pl.LightningModule, ABC):
         """``(r,)`` losses of ``(r, ...)`` outputs, one a row; a derivative is needed by ``Backprop`` only."""
 
     def stage(self, network: nn.Module) -> None:
-        """Cut the network into stages and bind the strategy to them.
-
-        Raises:
-            SettingError: The network cannot be staged, or the strategy does not fit it.
-        """
+        """Cut the network into stages and bind the strategy to them; refuse what does not fit."""
         self.network = stage_network(network)
         if self.strategy is not None:
             self.strategy.bind(self.network, self.loss)
@@ -127,14 +120,8 @@ class ForwardModule(pl.LightningModule, ABC):
         outputs: Tensor = self.network.module(inputs)
         return outputs
 
-    # -- hooks of QueryAllocatorCallback -------------------------------------------------------------------------------
-
     def sample_statistics(self, batch: Batch) -> SampleStatistics:
-        """Run the clean pass and the pilots; ``training_step`` reuses both.
-
-        Raises:
-            SettingError: The strategy has nothing to allocate.
-        """
+        """Run the clean pass and the pilots; ``training_step`` reuses both."""
         strategy, metric = self._training_strategy(), None
         if "preconditioned_scale" in self._requested:
             metric = squared_step_sizes(self._optimizer(), dict(self.network.module.named_parameters())) or None
@@ -149,11 +136,7 @@ class ForwardModule(pl.LightningModule, ABC):
         self._state.pilot_weights = weights
 
     def request_statistics(self, names: frozenset[str]) -> None:
-        """Take the names of the statistics that the allocator reads.
-
-        Raises:
-            SettingError: The strategy spends pilots that the allocator does not read.
-        """
+        """Take the names of the statistics that the allocator reads; refuse pilots that it does not."""
         if "trace" not in names:
             self._refuse_pilots(
                 "spends pilot queries that this allocator does not read.",
@@ -167,10 +150,8 @@ class ForwardModule(pl.LightningModule, ABC):
 
     def _clean_pass(self, batch: Batch) -> CleanPass:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            raise SettingError(
-                "data", type(batch).__name__, "a batch must be a pair (inputs, targets).",
-                "Return one from the dataset or collate_fn.",
-            )  # fmt: skip
+            problem = "a batch must be a pair (inputs, targets)."
+            raise SettingError("data", type(batch).__name__, problem, "Return one from the dataset or collate_fn.")
         if self._state.inputs is not batch[0]:
             self.check_inputs(batch[0])
         with naming_the_loss(self.loss_path):
@@ -185,8 +166,6 @@ class ForwardModule(pl.LightningModule, ABC):
         pilots = getattr(self.strategy, "pilots", None)
         if pilots is not None and pilots.queries:
             raise SettingError("model.strategy.pilots.queries", pilots.queries, problem, remedy)
-
-    # -- training ------------------------------------------------------------------------------------------------------
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """Add no callback: Lightning calls this first, early enough to refuse and adapt the trainer."""
@@ -210,11 +189,9 @@ class ForwardModule(pl.LightningModule, ABC):
         if strategy.sites and owned != {id(p) for p in self.network.trainable().values()}:
             strategy.bind(self.network, self.loss)  # the network has changed since the task was made
         if self._gradient.batches > 1 and len(strategy.update_groups) > 1:
-            raise SettingError(
-                "optimizer.accumulate_grad_batches", self._gradient.batches,
-                "cannot be combined with update: site_by_site, which makes several steps of one batch.",
-                "Write 1, or update: simultaneous.",
-            )  # fmt: skip
+            problem = "cannot be combined with update: site_by_site, which makes several steps of one batch."
+            remedy = "Write 1, or update: simultaneous."
+            raise SettingError("optimizer.accumulate_grad_batches", self._gradient.batches, problem, remedy)
         if self.network.frozen():
             rank_zero_info(f"frozen parameters: {', '.join(self.network.frozen())}")
 
@@ -294,11 +271,7 @@ class ForwardModule(pl.LightningModule, ABC):
         save_run(checkpoint, self, self._trainer, {"skipped": self._skipped, "gathered": waiting})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore it where a run is resumed, see :func:`~flops_lightning.resume.restore.restore_run`.
-
-        Raises:
-            SettingError: The checkpoint does not fit this network or these settings.
-        """
+        """Restore it where a run is resumed, see :func:`~flops_lightning.resume.restore.restore_run`."""
         own = restore_run(checkpoint, self, self._trainer)
         if own is not None:
             self._skipped, self._gradient.saved = own["skipped"], own.get("gathered", {})

@@ -67,17 +67,13 @@ class ForwardImageClassifier(ForwardModule):
                 ``flops_lightning.objectives.zero_one_error``; None: cross-entropy. It needs no derivative.
             label_smoothing: Label smoothing of that cross-entropy, 0 to below 1.
             **settings: Those of :class:`ForwardModule`: ``strategy``, ``optimizer``, ``clip``, ``max_skipped_steps``.
-
-        Raises:
-            SettingError: A setting is invalid or does not fit the network.
         """
         super().__init__(**settings)
         if not 0 <= label_smoothing < 1:
             raise SettingError("label_smoothing", label_smoothing, "must be in [0, 1).", "Write for example 0.1.")
         if label_smoothing and loss is not None:
-            raise SettingError(
-                "label_smoothing", label_smoothing, "has no effect on a `loss` of your own.", "Remove one of the two."
-            )
+            problem = "has no effect on a `loss` of your own."
+            raise SettingError("label_smoothing", label_smoothing, problem, "Remove one of the two.")
         if pretrained and checkpoint:
             raise SettingError("pretrained", True, "`checkpoint` is given as well.", "Choose one of the two.")
         self.target_settings = read_settings(TargetSettings, target, "target")
@@ -121,11 +117,7 @@ class ForwardImageClassifier(ForwardModule):
         return F.cross_entropy(outputs, targets, reduction="none", label_smoothing=self.label_smoothing)
 
     def export_weights(self, path: str) -> None:
-        """Write the backbone's weights under timm's names, for use without this package.
-
-        LoRA is merged into the weights; visual prompts are written as register tokens, so that the file is that of the
-        same timm model with ``reg_tokens`` raised by their number.
-        """
+        """Write the backbone's weights under timm's names, LoRA merged and prompts as register tokens."""
         save_weights(self.backbone, path)
 
     def log_batch(self, estimate: Estimate, targets: Tensor) -> None:

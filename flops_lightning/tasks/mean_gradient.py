@@ -16,17 +16,11 @@ Parameters = Mapping[str, nn.Parameter]
 
 
 class MeanGradient:
-    """Accumulates ``.grad`` over batches, each weighted by its samples, then over ranks.
-
-    Attributes:
-        batches: Batches of a step, 1 or more.
-        saved: A state to be restored once training starts.
-    """
+    """Accumulates ``.grad`` over the ``batches`` of a step, each weighted by its samples, then over ranks."""
 
     def __init__(self, batches: int) -> None:
-        """Start empty."""
         self.batches = batches
-        self.saved: Mapping[str, Any] = {}
+        self.saved: Mapping[str, Any] = {}  # to be restored once training starts
         self._done = 0
         self._samples = 0
 
@@ -59,12 +53,7 @@ class MeanGradient:
         return last or self._done >= self.batches
 
     def reduce(self, strategy: ForwardGradientStrategy, parameters: Parameters, sites: Sequence[str]) -> bool:
-        """Average the parameters' gradients over the ranks, and start anew.
-
-        Args:
-            strategy: Says what the ranks exchange.
-            parameters: All that are trained.
-            sites: Reduce those that these sites own; all of them if empty.
+        """Average the gradients of the sites' parameters (no sites: of all) over the ranks, and start anew.
 
         Returns:
             Whether any rank has a gradient, on which all agree.

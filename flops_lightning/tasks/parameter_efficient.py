@@ -64,11 +64,7 @@ class TargetSettings:
     tokens: int = 8
 
     def check(self) -> None:
-        """Refuse values out of range or without effect.
-
-        Raises:
-            SettingError: One is.
-        """
+        """Raise a :class:`SettingError` for values out of range or without effect."""
         check_choice("target.kind", self.kind, get_args(TargetKind))
         if self.kind == "head" and not self.head:
             raise SettingError("target.head", False, "leaves nothing to train with kind: head.", "Write true.")
@@ -94,15 +90,6 @@ class VisualPrompt(nn.Module):
     """
 
     def __init__(self, norm: nn.Module, *, tokens: int, prefix: int, width: int, std: float) -> None:
-        """Draw the prompts.
-
-        Args:
-            norm: The ``norm_pre`` to run afterwards.
-            tokens: Number of prompts.
-            prefix: Tokens that stay in front of them.
-            width: Features of a token.
-            std: Standard deviation of the prompts' start.
-        """
         super().__init__()
         self.norm = norm
         self.prefix = prefix
@@ -116,11 +103,7 @@ class VisualPrompt(nn.Module):
 
 
 def apply_target(backbone: nn.Module, settings: TargetSettings) -> None:
-    """Add what the target adds and freeze what it does not train.
-
-    Raises:
-        SettingError: The network has nothing that the target trains, or peft is not installed.
-    """
+    """Add what the target adds and freeze what it does not train; refuse a network without any of its parameters."""
     settings.check()
     if settings.kind == "lora":
         _inject_lora(backbone, settings)
@@ -140,9 +123,8 @@ def check_target_learns(backbone: nn.Module, kind: TargetKind, freeze: Sequence[
     """Raise a :class:`SettingError` if ``freeze`` leaves nothing of a target to train."""
     trainable = {name for name, parameter in backbone.named_parameters() if parameter.requires_grad}
     if kind != "all" and trainable.isdisjoint(target_parameters(backbone, kind)):
-        raise SettingError(
-            "freeze", list(freeze), f"leaves nothing of target.kind = {kind!r} to train.", "Write freeze: []."
-        )
+        problem = f"leaves nothing of target.kind = {kind!r} to train."
+        raise SettingError("freeze", list(freeze), problem, "Write freeze: [].")
 
 
 def target_parameters(backbone: nn.Module, kind: TargetKind) -> list[str]:
@@ -174,9 +156,8 @@ def _inject_lora(backbone: nn.Module, settings: TargetSettings) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise SettingError(
-            "target.kind", "lora", f"needs the package peft ({error}).", 'Run pip install "flops-lightning[peft]".'
-        ) from error
+        problem = f"needs the package peft ({error})."
+        raise SettingError("target.kind", "lora", problem, 'Run pip install "flops-lightning[peft]".') from error
     layers = {
         name: module
         for name, module in backbone.named_modules()
@@ -184,17 +165,15 @@ def _inject_lora(backbone: nn.Module, settings: TargetSettings) -> None:
     }
     for pattern in settings.modules:
         if not any(fnmatchcase(name, pattern) for name in layers):
-            raise SettingError(
-                "target.modules", pattern, "matches no linear or convolution module outside the head.",
-                f"Write a pattern for names like {list(layers)[:4]}.",
-            )  # fmt: skip
+            problem = "matches no linear or convolution module outside the head."
+            remedy = f"Write a pattern for names like {list(layers)[:4]}."
+            raise SettingError("target.modules", pattern, problem, remedy)
     chosen = [name for name in layers if any(fnmatchcase(name, pattern) for pattern in settings.modules)]
     for name in chosen:
         full = min(len(layers[name].weight), layers[name].weight[0].numel())
         if settings.rank > full:
-            raise SettingError(
-                "target.rank", settings.rank, f"{name} has no more than rank {full}.", f"Write {full} or less."
-            )
+            problem = f"{name} has no more than rank {full}."
+            raise SettingError("target.rank", settings.rank, problem, f"Write {full} or less.")
     exactly = "|".join(re.escape(name) for name in chosen)  # peft takes names in a list for endings of names
     alpha: Any = settings.alpha  # declared as an integer, and only ever divided by the rank
     inject_adapter_in_model(LoraConfig(r=settings.rank, lora_alpha=alpha, target_modules=exactly), backbone)
@@ -203,9 +182,8 @@ def _inject_lora(backbone: nn.Module, settings: TargetSettings) -> None:
 def _insert_prompts(backbone: nn.Module, tokens: int) -> None:
     vit: VisionTransformer = backbone  # type: ignore[assignment]
     if not hasattr(vit, "norm_pre") or not hasattr(vit, "num_prefix_tokens"):
-        raise SettingError(
-            "target.kind", "visual_prompt", f"{type(vit).__name__} is no ViT.", "Take one, or another kind of target."
-        )
+        problem = f"{type(vit).__name__} is no ViT."
+        raise SettingError("target.kind", "visual_prompt", problem, "Take one, or another kind of target.")
     if vit.dynamic_img_size and vit.pos_embed is not None and not vit.no_embed_class:
         # It would count the prompts among the prefix tokens that have a position embedding.
         raise SettingError(

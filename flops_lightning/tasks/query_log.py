@@ -15,7 +15,6 @@ class QueryLog:
     """Logs ``queries/...`` from the meter of a module's strategy."""
 
     def __init__(self) -> None:
-        """Start without an earlier step to compare with."""
         self._last_step: tuple[float, int] | None = None
 
     def batch(self, module: pl.LightningModule, meter: QueryMeter) -> None:

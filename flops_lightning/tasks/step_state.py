@@ -14,21 +14,13 @@ from flops_lightning.strategies.base import ForwardGradientStrategy
 
 @dataclass
 class StepState:
-    """What is known of the batch at hand; every training step starts a new one.
+    """What is known of the batch at hand; every training step starts a new one."""
 
-    Attributes:
-        inputs: Inputs of ``clean``.
-        clean: The batch's clean pass.
-        counts: ``(s, b)`` queries that an allocator chose.
-        pilot_weights: ``(s, b)`` weights of reused pilots.
-        observation: Traces that the step's queries showed.
-    """
-
-    inputs: Tensor | None = None
+    inputs: Tensor | None = None  # of the clean pass
     clean: CleanPass | None = None
-    counts: Tensor | None = None
-    pilot_weights: Tensor | None = None
-    observation: TraceObservation | None = None
+    counts: Tensor | None = None  # (s, b) queries that an allocator chose
+    pilot_weights: Tensor | None = None  # (s, b), of reused pilots
+    observation: TraceObservation | None = None  # traces that the step's queries showed
 
     def clean_pass_of(self, strategy: ForwardGradientStrategy, inputs: Tensor, targets: Tensor) -> CleanPass:
         """The clean pass of a batch, run once; the log names a number of rows that the strategy chose by itself."""

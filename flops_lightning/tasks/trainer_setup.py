@@ -16,41 +16,27 @@ PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
 
 
 def check_trainer(trainer: pl.Trainer) -> None:
-    """Refuse trainer settings that would be silently wrong or fail late.
-
-    Raises:
-        SettingError: A sharded strategy, several processes without DDP, an untested precision, ``gradient_clip_val`` or
-            ``accumulate_grad_batches``.
-    """
+    """Raise a :class:`SettingError` for settings that would be silently wrong or fail late."""
     strategy = type(trainer.strategy).__name__
     if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
-        raise SettingError(
-            "trainer.strategy", strategy, "shards parameters, but queries and closed-form gradients need them whole.",
-            "Write trainer.strategy: auto.",
-        )  # fmt: skip
+        problem = "shards parameters, but queries and closed-form gradients need them whole."
+        raise SettingError("trainer.strategy", strategy, problem, "Write trainer.strategy: auto.")
     if trainer.state.fn != TrainerFn.FITTING:
         return
     if trainer.world_size > 1 and not isinstance(trainer.strategy, DDPStrategy):
-        raise SettingError(
-            "trainer.strategy", strategy, "does not give every process a replica of the network.",
-            "Write trainer.strategy: auto.",
-        )  # fmt: skip
+        problem = "does not give every process a replica of the network."
+        raise SettingError("trainer.strategy", strategy, problem, "Write trainer.strategy: auto.")
     if trainer.precision not in PRECISIONS:
-        raise SettingError(
-            "trainer.precision", trainer.precision, "is not supported: parameters must be float32 or float64.",
-            f"Choose from {', '.join(PRECISIONS)}.",
-        )  # fmt: skip
+        problem = "is not supported: parameters must be float32 or float64."
+        raise SettingError("trainer.precision", trainer.precision, problem, f"Choose from {', '.join(PRECISIONS)}.")
     if trainer.gradient_clip_val:
-        raise SettingError(
-            "trainer.gradient_clip_val", trainer.gradient_clip_val, "has no effect under manual optimisation.",
-            "Remove it and set model.init_args.clip.norm (and clip.attention_norm) instead.",
-        )  # fmt: skip
+        problem = "has no effect under manual optimisation."
+        remedy = "Remove it and set model.init_args.clip.norm (and clip.attention_norm) instead."
+        raise SettingError("trainer.gradient_clip_val", trainer.gradient_clip_val, problem, remedy)
     if trainer.accumulate_grad_batches != 1:
-        raise SettingError(
-            "trainer.accumulate_grad_batches", trainer.accumulate_grad_batches,
-            "has no effect under manual optimisation.",
-            "Remove it and set model.init_args.optimizer.accumulate_grad_batches instead.",
-        )  # fmt: skip
+        problem = "has no effect under manual optimisation."
+        remedy = "Remove it and set model.init_args.optimizer.accumulate_grad_batches instead."
+        raise SettingError("trainer.accumulate_grad_batches", trainer.accumulate_grad_batches, problem, remedy)
 
 
 class ForwardDDPStrategy(DDPStrategy):
