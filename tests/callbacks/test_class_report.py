@@ -72,11 +72,6 @@ def test_a_line_per_class_by_its_label_and_the_same_when_tested_again(tmp_path):
         assert rows(tmp_path / "class_accuracy.csv") == expected(names)
 
 
-def test_without_names_the_number_stands(tmp_path):
-    make_trainer(tmp_path).test(Oracle(), Data(), verbose=False)
-    assert rows(tmp_path / "class_accuracy.csv") == expected(["0", "1", "2", "3"])
-
-
 def test_the_file_lies_in_the_folder_of_the_run_and_its_path_is_told(tmp_path, caplog):
     with caplog.at_level("INFO"):
         make_trainer(tmp_path, logger=CSVLogger(tmp_path, "name")).test(Oracle(), Data(), verbose=False)

@@ -84,8 +84,18 @@ def test_a_line_per_image_with_the_names_of_the_data(tmp_path):
     assert torch.equal(read_back, PROBABILITY.max(dim=1).values)
 
 
-def test_without_names_the_number_stands(tmp_path):
-    assert predict(tmp_path, Data(loader())) == expected(["0", "1", "2"])
+@pytest.mark.parametrize("data", [loader(), loader(sampler=[4, 0, 6, 2, 1, 5, 3]), DataLoader(Stream(), batch_size=3)])
+def test_without_names_the_number_stands_in_whatever_order_the_images_are_read(tmp_path, data):
+    assert predict(tmp_path, Data(data)) == expected(["0", "1", "2"])
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [(Data([loader(), loader()]), "2 loaders"), (Data(loader(), ("one", "two")), "the model tells 3 classes apart")],
+)
+def test_data_that_does_not_fit_is_refused(tmp_path, data, message):
+    with pytest.raises(SettingError, match=message):
+        predict(tmp_path, data)
 
 
 class Photos(TensorDataset):
@@ -101,15 +111,6 @@ def test_the_path_stands_beside_each_image_in_whatever_order_they_are_read(tmp_p
     rows = predict(tmp_path, Data([photos] if as_list else photos))
     of_set = torch.tensor(order).argsort().tolist()
     assert rows == expected(["0", "1", "2"], of_set, list(Photos.files))
-
-
-def test_the_index_is_that_of_the_data_set_in_whatever_order_it_is_read(tmp_path):
-    order = [4, 0, 6, 2, 1, 5, 3]
-    assert predict(tmp_path, Data(loader(sampler=order))) == expected(["0", "1", "2"])
-
-
-def test_a_stream_is_counted(tmp_path):
-    assert predict(tmp_path, Data(DataLoader(Stream(), batch_size=3))) == expected(["0", "1", "2"])
 
 
 def test_the_file_lies_in_the_folder_of_the_run_and_its_path_is_told(tmp_path, caplog):
@@ -152,13 +153,3 @@ def test_another_kind_of_output_is_refused_at_the_first_batch(tmp_path, answer, 
         predict(tmp_path, Data(loader()), answer)
     assert given in str(refusal.value)
     assert not (tmp_path / "predictions.csv").exists()
-
-
-def test_several_loaders_are_refused(tmp_path):
-    with pytest.raises(SettingError, match="2 loaders"):
-        predict(tmp_path, Data([loader(), loader()]))
-
-
-def test_names_of_another_number_of_classes_are_refused(tmp_path):
-    with pytest.raises(SettingError, match="the model tells 3 classes apart"):
-        predict(tmp_path, Data(loader(), ("one", "two")))

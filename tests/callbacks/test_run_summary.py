@@ -30,21 +30,6 @@ from flops_lightning.strategies import (
 from flops_lightning.tasks import ForwardImageClassifier
 
 KWARGS = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2}
-KEYS = {
-    "start_accuracy",
-    "test_accuracy",
-    "steps",
-    "samples",
-    "queries",
-    "queries_per_sample",
-    "forward_equivalents",
-    "lost_queries",
-    "train_seconds",
-    "peak_memory_mb",
-    "peak_memory_of",
-    "strategy",
-    "allocator",
-}
 
 
 def accuracy(model: torch.nn.Module, data: DigitsDataModule) -> float:
@@ -77,7 +62,7 @@ def run(
 def test_summary_says_what_happened(tmp_path, capsys):
     task, start = run(tmp_path, [RunSummary(), QueryAllocatorCallback(allocator=EqualAllocator())])
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert set(summary) >= KEYS
+    assert {"peak_memory_mb", "peak_memory_of", "seed"} <= set(summary)
     assert summary["start_accuracy"] == pytest.approx(start)
     assert summary["test_accuracy"] == pytest.approx(accuracy(task, DigitsDataModule()))
     assert summary["queries"] == 3 * 32 * 40
@@ -177,11 +162,6 @@ def test_ranks_share_the_test_images_and_each_reads_its_own(streamed):
     assert sorted(place for share in shares for place in share) == list(range(11))
     assert max(map(len, shares)) - min(map(len, shares)) <= 2
     assert sorted(read) == ([] if streamed else list(range(11)))
-
-
-def test_double_precision_runs(tmp_path):
-    run(tmp_path, [RunSummary()], precision="64-true")
-    assert 0 <= json.loads((tmp_path / "summary.json").read_text())["test_accuracy"] <= 1
 
 
 def test_without_a_data_module_accuracies_are_unknown(tmp_path):

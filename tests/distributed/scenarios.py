@@ -57,23 +57,12 @@ def three_sites() -> list[SiteSpec]:
 
 @dataclass(frozen=True)
 class Scenario:
-    """A run.
-
-    Attributes:
-        strategy: Makes the strategy.
-        allocator: Makes the allocator; None for a run without one.
-        steps: Batches.
-        accumulate: Batches of a step.
-        model_kwargs: Changes of the network.
-        spoil: Ranks whose second batch holds NaN.
-    """
-
     strategy: Callable[[], ForwardGradientStrategy]
     allocator: Callable[[], QueryAllocator] | None = None
     steps: int = 6
-    accumulate: int = 1
+    accumulate: int = 1  # batches of a step
     model_kwargs: dict[str, Any] = field(default_factory=dict)
-    spoil: tuple[int, ...] = ()
+    spoil: tuple[int, ...] = ()  # ranks whose second batch holds NaN
 
 
 def _gaussian() -> GaussianAllocator:

@@ -52,13 +52,8 @@ def run(name: str, folder: Path) -> None:
     parameters = {key: p.detach().clone() for key, p in task.backbone.named_parameters()}
     sent = [after - before for before, after in zip([0, *watcher.sent], watcher.sent, strict=False)]
     learned = {k: v for k, v in task.strategy.state_dict().items() if k in ("token_sigma", "learned_sigma", "ratios")}
-    found = {
-        "parameters": parameters,
-        "counts": watcher.counts,
-        "sent": sent,
-        "steps": trainer.global_step,
-        "learned": learned,
-    }
+    found = {"parameters": parameters, "counts": watcher.counts, "sent": sent, "steps": trainer.global_step}
+    found["learned"] = learned
     torch.save(found, folder / f"{name}-{trainer.global_rank}.pt")
 
 

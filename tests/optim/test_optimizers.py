@@ -28,10 +28,15 @@ def test_schedule_rises_linearly_and_falls_as_half_a_cosine():
     assert lr_factor(1000, schedule="constant", warmup_steps=4, total_steps=math.inf) == 1.0
 
 
-def test_cosine_without_an_end_is_refused():
-    settings = OptimizerSettings(schedule="cosine")
+def test_settings_that_cannot_work_are_refused():
+    settings, layer = OptimizerSettings(schedule="cosine"), nn.Linear(2, 2)
     with pytest.raises(SettingError, match=r"Set trainer.max_epochs or max_steps"):
-        build_schedule(build_optimizer(nn.Linear(2, 2), settings), settings, math.inf)
+        build_schedule(build_optimizer(layer, settings), settings, math.inf)
+    with pytest.raises(SettingError, match=r"allocator.metric = 'preconditioned': SGD does not precondition"):
+        squared_step_sizes(build_optimizer(layer, OptimizerSettings(name="sgd")), {})
+    for setting, value in (("layer_decay", 0.0), ("layer_decay", 1.1), ("accumulate_grad_batches", 0)):
+        with pytest.raises(SettingError, match=setting):
+            OptimizerSettings(**{setting: value}).check()
 
 
 @pytest.mark.parametrize(
@@ -75,13 +80,6 @@ def test_squared_step_sizes_are_those_of_the_step():
         torch.testing.assert_close((parameter - before[name]).square(), sizes[name] * parameter.grad.square())
 
 
-def test_only_adam_preconditions():
-    layer = torch.nn.Linear(3, 2)
-    optimizer = build_optimizer(layer, OptimizerSettings(name="sgd"))
-    with pytest.raises(SettingError, match=r"allocator.metric = 'preconditioned': SGD does not precondition"):
-        squared_step_sizes(optimizer, dict(layer.named_parameters()))
-
-
 def test_layers_decay_from_the_head_down():
     vit = tiny_vit()
     settings = OptimizerSettings(lr=0.1, weight_decay=0.2, layer_decay=0.5)
@@ -108,9 +106,3 @@ def test_squared_step_sizes_know_the_rates_of_layers():
     weights = squared_step_sizes(optimizer, dict(vit.named_parameters()))
     head, block = weights["head.weight"], weights["blocks.2.mlp.fc1.weight"]
     assert float(block.mean() / head.mean()) == pytest.approx(0.25)
-
-
-@pytest.mark.parametrize("setting", [{"layer_decay": 0.0}, {"layer_decay": 1.1}, {"accumulate_grad_batches": 0}])
-def test_numbers_that_make_no_sense_are_refused(setting):
-    with pytest.raises(SettingError, match=next(iter(setting))):
-        OptimizerSettings(**setting).check()

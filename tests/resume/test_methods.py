@@ -68,10 +68,7 @@ def trained(
 
 
 # Quick versions of what would take long: ZO-GraSP's directions, and 80 coordinates or queries a step.
-FEWER = {
-    "deepzero_cge": {"coordinates": "6", "grasp_queries": "4"},
-    "mezo_nspsa": {"queries": "4"},
-}
+FEWER = {"deepzero_cge": {"coordinates": "6", "grasp_queries": "4"}, "mezo_nspsa": {"queries": "4"}}
 
 
 @pytest.mark.filterwarnings("ignore:.*sigma = .* has no effect", "ignore:.*is below what the precision resolves")

@@ -147,22 +147,18 @@ def test_moments_belong_to_the_same_parameters_after_the_groups_have_changed(mak
     assert Compare.seen == len(moments)
 
 
-def test_the_schedule_is_the_present_one_at_the_present_step(resume):
-    before, now = (OptimizerSettings(lr=1e-3, schedule=schedule) for schedule in ("constant", "cosine"))
-    _, _, spy = resume({"optimizer": before}, {"optimizer": now}, max_epochs=2)
-    assert spy.groups[0]["lr"] == pytest.approx(1e-3 * 0.5)  # step 3 of 6
-
-
-def test_a_longer_cosine_goes_on_higher_up(resume):
-    cosine = {"optimizer": OptimizerSettings(lr=1e-3, schedule="cosine")}
-    _, _, spy = resume(cosine, cosine, max_epochs=3)
-    assert spy.groups[0]["lr"] == pytest.approx(1e-3 * 0.75)  # a third of the way: (1 + cos 60 degrees) / 2
-
-
-def test_momentum_is_obeyed(resume):
-    before, now = (OptimizerSettings(name="sgd", momentum=momentum) for momentum in (0.0, 0.5))
-    _, _, spy = resume({"optimizer": before}, {"optimizer": now})
-    assert spy.groups[0]["momentum"] == 0.5
+@pytest.mark.parametrize(
+    ("before", "now", "epochs", "expected"),
+    [
+        ({"lr": 1e-3}, {"lr": 1e-3, "schedule": "cosine"}, 2, {"lr": 1e-3 * 0.5}),  # step 3 of 6
+        ({"lr": 1e-3, "schedule": "cosine"}, {"lr": 1e-3, "schedule": "cosine"}, 3, {"lr": 1e-3 * 0.75}),  # of 9
+        ({"name": "sgd"}, {"name": "sgd", "momentum": 0.5}, 2, {"momentum": 0.5}),
+    ],
+)  # fmt: skip
+def test_the_schedule_is_the_present_one_at_the_present_step(resume, before, now, epochs, expected):
+    settings = ({"optimizer": OptimizerSettings(**each)} for each in (before, now))
+    _, _, spy = resume(*settings, max_epochs=epochs)
+    assert {name: spy.groups[0][name] for name in expected} == pytest.approx(expected)
 
 
 def test_what_the_step_reads_is_obeyed_and_named(resume, caplog):

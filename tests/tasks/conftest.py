@@ -40,18 +40,10 @@ def make_task() -> Callable[..., ForwardImageClassifier]:
 def make_trainer(tmp_path: Any) -> Callable[..., pl.Trainer]:
     def make(**settings: Any) -> pl.Trainer:
         quiet = {
-            "accelerator": "cpu",
-            "devices": 1,
-            "logger": False,
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "default_root_dir": tmp_path,
-            "limit_train_batches": 3,
-            "limit_val_batches": 1,
-            "num_sanity_val_steps": 0,
-            "max_epochs": 1,
-        }
+            "accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False,
+            "enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": tmp_path,
+            "limit_train_batches": 3, "limit_val_batches": 1, "num_sanity_val_steps": 0, "max_epochs": 1,
+        }  # fmt: skip
         return pl.Trainer(**{**quiet, **settings})
 
     return make

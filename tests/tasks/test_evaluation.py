@@ -133,11 +133,6 @@ def test_every_image_counts_once_whatever_the_processes(images, processes, batch
     assert sorted(counted) == list(range(images))
 
 
-def test_in_one_process_all_images_count():
-    assert first_seen(DataLoader(TensorDataset(torch.arange(3)), batch_size=2), 1, 1) == 1
-    assert first_seen(None, 0, 7) == 7
-
-
 class TestTask:
     @staticmethod
     def expected(task: Any, digits: DigitsDataModule) -> dict[str, float]:
