@@ -164,6 +164,11 @@ def test_ranks_share_the_test_images_and_each_reads_its_own(streamed):
     assert sorted(read) == ([] if streamed else list(range(11)))
 
 
+def test_double_precision_runs(tmp_path):
+    run(tmp_path, [RunSummary()], precision="64-true")
+    assert 0 <= json.loads((tmp_path / "summary.json").read_text())["test_accuracy"] <= 1
+
+
 def test_without_a_data_module_accuracies_are_unknown(tmp_path):
     data = DigitsDataModule(batch_size=32)
     data.setup("fit")

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from flops_lightning.callbacks import SaveOnSignal
 from flops_lightning.errors import CheckpointError
-from flops_lightning.resume.checkpoint_files import AtomicCheckpointIO
+from flops_lightning.resume.checkpoint_files import AtomicCheckpointIO, newest_checkpoint
 
 SMALL, LARGE = {"a": torch.ones(10)}, {"a": torch.ones(100_000)}
 
@@ -48,6 +48,8 @@ def test_a_full_disk_keeps_the_earlier_file_and_says_how_to_go_on(tmp_path, full
 
 
 def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
+    (tmp_path / "last.ckpt").symlink_to("gone.ckpt")
+    assert newest_checkpoint([tmp_path]) is None
     (tmp_path / "taken").write_text("")
     with pytest.raises(CheckpointError, match=r"x.ckpt could not be written to .*/taken: .*There is no earlier"):
         AtomicCheckpointIO().save_checkpoint(SMALL, tmp_path / "taken" / "x.ckpt")

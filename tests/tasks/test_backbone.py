@@ -32,6 +32,13 @@ def test_export_and_load_give_the_same_network(tmp_path, suffix):
     assert torch.equal(plain.eval()(x), task.eval()(x))
 
 
+def test_a_checkpoint_of_this_project_is_read(tmp_path):
+    task = ForwardImageClassifier(**MODEL)
+    torch.save({"state_dict": task.state_dict(), "epoch": 3}, tmp_path / "run.ckpt")
+    again = ForwardImageClassifier(**MODEL, checkpoint=str(tmp_path / "run.ckpt"))
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), task.parameters(), strict=True))
+
+
 def test_a_head_of_other_classes_starts_fresh(tmp_path):
     source = vit(num_classes=7)
     save_file(source.state_dict(), tmp_path / "seven.safetensors")

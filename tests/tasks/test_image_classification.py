@@ -204,8 +204,9 @@ class StopAfter(pl.Callback):
         trainer.should_stop = trainer.current_epoch + 1 >= self.epochs
 
 
-def test_copies_and_pickles_keep_their_stages(make_task):
-    task = make_task()
+@pytest.mark.parametrize("kind", ["all", "visual_prompt"])
+def test_copies_and_pickles_keep_their_stages(make_task, kind):
+    task = make_task(target={"kind": kind}, strategy=None)
     for twin in (copy.deepcopy(task), pickle.loads(pickle.dumps(task))):
         with torch.no_grad():
             twin.backbone.head.bias.add_(1.0)
