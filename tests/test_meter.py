@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -26,7 +24,7 @@ def batch() -> tuple[Tensor, Tensor]:
     return torch.ones(4, 3, dtype=torch.float64), torch.zeros(4, 2, dtype=torch.float64)
 
 
-def test_totals() -> None:
+def test_totals():
     meter = QueryMeter()
     meter.add("a", queries=5, pilots=2, lost=1, forward_equivalents=0.5)
     meter.add("b", queries=3, clean_passes=4)
@@ -36,7 +34,7 @@ def test_totals() -> None:
     assert QueryMeter().total() == SiteCount()
 
 
-def test_a_restored_meter_goes_on_counting() -> None:
+def test_a_restored_meter_goes_on_counting():
     meter = QueryMeter()
     meter.add("a", queries=5, pilots=2)
     state = meter.state_dict()
@@ -62,12 +60,7 @@ def test_a_restored_meter_goes_on_counting() -> None:
         ([{"stages": ["0", "2"], "kind": "linear", "together": True}], {"0..2": (2.0, 0.0)}),
     ],
 )
-def test_forward_equivalents(
-    sites: list[dict[str, Any]],
-    costs: dict[str, tuple[float, float]],
-    two_layers: nn.Module,
-    batch: tuple[Tensor, Tensor],
-) -> None:
+def test_forward_equivalents(sites, costs, two_layers, batch):
     strategy = bound(two_layers, squared_error, sites, chunk_rows=4)
     counts = torch.tensor([3, 0, 5, 2])
     for _ in range(2):
@@ -81,7 +74,7 @@ def test_forward_equivalents(
         assert count.forward_equivalents == pytest.approx(20 * query + 8 * gradient)
 
 
-def test_pilots(two_layers: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+def test_pilots(two_layers, batch):
     sites = [{"stages": ["0", "1"], "queries_per_sample": 10}, {"stages": ["2"]}]
     strategy = bound(two_layers, squared_error, sites, pilots=PilotSpec("0..1", 4))
     clean = strategy.clean_pass(*batch)
@@ -91,14 +84,14 @@ def test_pilots(two_layers: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
     assert strategy.meter.sites["0..1"] == SiteCount(40, 16, 0, 0, pytest.approx(40 * UPPER + 4 * 3 * LOWER))
 
 
-def test_a_refreshed_pass_costs_its_suffix(two_layers: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+def test_a_refreshed_pass_costs_its_suffix(two_layers, batch):
     strategy = bound(two_layers, squared_error, [{"stages": ["0", "1"]}, {"stages": ["2"]}], update="site_by_site")
     clean = strategy.clean_pass(*batch)
     strategy.refresh(clean, ["2"])
     assert strategy.meter.sites["clean"] == SiteCount(0, 0, 0, 4, pytest.approx(4 + 4 * UPPER))
 
 
-def test_queries_on_the_class_token_alone_are_nearly_free(images: tuple[Tensor, Tensor]) -> None:
+def test_queries_on_the_class_token_alone_are_nearly_free(images):
     """Operations counted by hand: 5 tokens of 16 features, 2 heads, an MLP of 64, 5 classes."""
     vit = tiny_vit()
     embed = 2 * (4 * 16) * 16
@@ -118,7 +111,7 @@ def test_queries_on_the_class_token_alone_are_nearly_free(images: tuple[Tensor, 
         assert found[name] == pytest.approx((operations + 4 * 3 * vjp[name]) / full), name
 
 
-def test_a_network_without_products_counts_its_stages(batch: tuple[Tensor, Tensor]) -> None:
+def test_a_network_without_products_counts_its_stages(batch):
     class Scale(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -24,7 +24,7 @@ def rows_of(counts: list[int], first: int = 0) -> list[tuple[int, int]]:
 
 
 @given(counts=COUNTS, max_rows=st.integers(2, 40), first=st.integers(0, 9), multiple=st.sampled_from([1, 2]))
-def test_every_row_runs_once(counts: list[int], max_rows: int, first: int, multiple: int) -> None:
+def test_every_row_runs_once(counts, max_rows, first, multiple):
     counts = [multiple * count for count in counts]
     first *= multiple
     chunks = list(plan_rows(np.array(counts, dtype=np.int64), max_rows, first_query=first, multiple=multiple))
@@ -53,14 +53,14 @@ def test_every_row_runs_once(counts: list[int], max_rows: int, first: int, multi
 
 
 @given(counts=st.lists(st.integers(0, 30), min_size=2, max_size=8), order=st.randoms(use_true_random=False))
-def test_a_fixed_budget_gives_a_fixed_shape(counts: list[int], order: Any) -> None:
+def test_a_fixed_budget_gives_a_fixed_shape(counts, order):
     plans = [plan_rows(np.array(c, dtype=np.int64), 16) for c in (counts, order.sample(counts, len(counts)))]
     assert plans[0].chunk_rows == plans[1].chunk_rows
     assert len(list(plans[0])) == len(list(plans[1]))
 
 
 @given(counts=COUNTS, data=st.data())
-def test_dropped_rows_are_gone_and_the_others_stay(counts: list[int], data: st.DataObject) -> None:
+def test_dropped_rows_are_gone_and_the_others_stay(counts, data):
     plan = plan_rows(np.array(counts, dtype=np.int64), 7)
     lost = np.array(data.draw(st.lists(st.booleans(), min_size=sum(counts), max_size=sum(counts))), dtype=bool)
     rest = drop_rows(plan, lost)
@@ -73,7 +73,7 @@ def test_dropped_rows_are_gone_and_the_others_stay(counts: list[int], data: st.D
 
 
 @pytest.mark.parametrize("rows", [1, 3, 100])
-def test_the_clean_pass_keeps_what_was_asked_for(rows: int, vit: nn.Module, images: tuple[Tensor, Tensor]) -> None:
+def test_the_clean_pass_keeps_what_was_asked_for(rows, vit, images):
     x, y = images
     network = stage_network(vit)
     clean = clean_pass(network, cross_entropy, x, y, keep={0, 2}, draw=4, rows=rows)
@@ -87,7 +87,7 @@ def test_the_clean_pass_keeps_what_was_asked_for(rows: int, vit: nn.Module, imag
     assert not clean.loss.requires_grad
 
 
-def test_the_clean_pass_survives_stages_that_work_in_place(tokens: tuple[Tensor, Tensor]) -> None:
+def test_the_clean_pass_survives_stages_that_work_in_place(tokens):
     x, y = tokens
     net = shaken(nn.Sequential(nn.Flatten(), nn.Linear(9, 4), nn.SiLU(inplace=True), nn.Linear(4, 2)))
     clean = clean_pass(stage_network(net), squared_error, x, y, keep={1, 2, 3}, draw=0, rows=4)
@@ -95,7 +95,7 @@ def test_the_clean_pass_survives_stages_that_work_in_place(tokens: tuple[Tensor,
     torch.testing.assert_close(clean.activations[3], net[:3](x))
 
 
-def test_a_refreshed_pass_equals_a_fresh_one(vit: nn.Module, images: tuple[Tensor, Tensor]) -> None:
+def test_a_refreshed_pass_equals_a_fresh_one(vit, images):
     x, y = images
     network = stage_network(vit)
     clean = clean_pass(network, cross_entropy, x, y, keep={0, 1, 3}, draw=2, rows=3)
@@ -118,12 +118,12 @@ def test_a_refreshed_pass_equals_a_fresh_one(vit: nn.Module, images: tuple[Tenso
     "loss",
     [lambda o, t: squared_error(o, t).mean(), lambda o, t: (o - t).square(), lambda o, t: squared_error(o, t)[:-1]],
 )
-def test_a_loss_that_is_not_one_per_row_is_refused(loss: Any) -> None:
+def test_a_loss_that_is_not_one_per_row_is_refused(loss):
     with pytest.raises(SettingError, match=r"one loss a row.*reduction='none'"):
         row_losses(loss, torch.zeros(5, 2), torch.zeros(5, 2))
 
 
-def test_losses_are_computed_in_float32_at_least() -> None:
+def test_losses_are_computed_in_float32_at_least():
     output = torch.tensor([[1.0, 2.0], [3.0, 5.0]], dtype=torch.bfloat16)
     losses = row_losses(squared_error, output, torch.zeros(2, 2, dtype=torch.bfloat16))
     assert losses.dtype == torch.float32
@@ -135,11 +135,7 @@ def test_losses_are_computed_in_float32_at_least() -> None:
 
 
 SITES: dict[str, list[dict[str, Any]]] = {
-    "group": [
-        {"stages": ["embed", "blocks.0"]},
-        {"stages": ["blocks.1", "blocks.2"]},
-        {"stages": ["pool", "head"]},
-    ],
+    "group": [{"stages": ["embed", "blocks.0"]}, {"stages": ["blocks.1", "blocks.2"]}, {"stages": ["pool", "head"]}],
     "linear": [{"stages": ["embed", "head"], "kind": "linear"}],
     "together": [{"stages": ["embed", "head"], "kind": "linear", "together": True}],
 }
@@ -158,9 +154,7 @@ def prepared(vit: nn.Module, layout: str) -> nn.Module:
 
 
 @pytest.mark.parametrize(("variant", "layout"), CASES)
-def test_the_chunk_size_does_not_matter(
-    variant: str, layout: str, vit: nn.Module, images: tuple[Tensor, Tensor]
-) -> None:
+def test_the_chunk_size_does_not_matter(variant, layout, vit, images):
     prepared(vit, layout)
     counts = torch.tensor([6, 0, 12, 2])
     found = {
@@ -176,9 +170,7 @@ def test_the_chunk_size_does_not_matter(
 
 
 @pytest.mark.parametrize(("variant", "layout"), CASES)
-def test_a_sample_is_served_the_same_in_any_company(
-    variant: str, layout: str, vit: nn.Module, images: tuple[Tensor, Tensor]
-) -> None:
+def test_a_sample_is_served_the_same_in_any_company(variant, layout, vit, images):
     """The estimate is the sum of what the samples get when all others get no query."""
     prepared(vit, layout)
     strategy = bound(vit, cross_entropy, SITES[layout], variant=variant, chunk_rows=5)
@@ -196,7 +188,7 @@ def test_a_sample_is_served_the_same_in_any_company(
         torch.testing.assert_close(gradient, sum(part[name] for part in parts), rtol=1e-10, atol=1e-10)
 
 
-def test_noise_goes_with_the_place_in_the_batch(vit: nn.Module, images: tuple[Tensor, Tensor]) -> None:
+def test_noise_goes_with_the_place_in_the_batch(vit, images):
     """Two copies of one sample get noise of their own, so a batch of copies is not one sample many times."""
     x, y = images
     sites = SITES["group"]

@@ -49,7 +49,7 @@ def by_hand(values: dict[str, Tensor], x: Tensor) -> Tensor:
     return (x @ weight.T + values["1.up.bias"]).tanh() @ weight.T + values["1.shift"]
 
 
-def test_a_stage_runs_with_what_it_is_given() -> None:
+def test_a_stage_runs_with_what_it_is_given():
     """Under every name of a tied weight, and whatever is not given stays."""
     net = network()
     functional = FunctionalStages(stage_network(net))
@@ -59,14 +59,14 @@ def test_a_stage_runs_with_what_it_is_given() -> None:
     torch.testing.assert_close(functional.run(1, X, shift), by_hand({**dict(net.named_parameters()), **shift}, X))
 
 
-def test_without_values_it_is_the_stage_itself() -> None:
+def test_without_values_it_is_the_stage_itself():
     net = network()
     staged = stage_network(net)
     for i in range(len(staged)):
         assert torch.equal(FunctionalStages(staged).run(i, X, {}), net[i](X))
 
 
-def test_the_network_stays_as_it_was() -> None:
+def test_the_network_stays_as_it_was():
     net = network()
     functional = FunctionalStages(stage_network(net))
     before = everything(net)
@@ -76,7 +76,7 @@ def test_the_network_stays_as_it_was() -> None:
     assert net[1].up.weight is net[1].down.weight
 
 
-def test_so_it_does_where_the_stage_fails() -> None:
+def test_so_it_does_where_the_stage_fails():
     net = network()
 
     def fail(*_: Any) -> None:
@@ -90,7 +90,7 @@ def test_so_it_does_where_the_stage_fails() -> None:
     assert everything(net) == before
 
 
-def test_hooks_of_the_stage_s_modules_run() -> None:
+def test_hooks_of_the_stage_s_modules_run():
     net = network()
     net[1].up.register_forward_hook(lambda _, __, output: 2 * output)
     values = others(net, "1.")
@@ -100,7 +100,7 @@ def test_hooks_of_the_stage_s_modules_run() -> None:
     torch.testing.assert_close(found, expected)
 
 
-def test_values_may_carry_tangents() -> None:
+def test_values_may_carry_tangents():
     net = network()
     functional = FunctionalStages(stage_network(net))
     values, tangents = others(net, "1."), {n: torch.ones_like(v) for n, v in others(net, "1.").items()}
@@ -116,7 +116,7 @@ def test_values_may_carry_tangents() -> None:
     torch.testing.assert_close(found, torch.func.jvp(along_by_hand, (zero,), (one,))[1])
 
 
-def test_values_may_be_batched() -> None:
+def test_values_may_be_batched():
     """One set of parameters a row."""
     net = network()
     functional = FunctionalStages(stage_network(net))
@@ -126,7 +126,7 @@ def test_values_may_be_batched() -> None:
         torch.testing.assert_close(found[b], by_hand({name: value[b] for name, value in values.items()}, X[b]))
 
 
-def test_stages_that_are_not_modules() -> None:
+def test_stages_that_are_not_modules():
     """A function of a network's modules, as the stages of a ViT are."""
     net = network()
     stages = (

@@ -3,7 +3,6 @@ from __future__ import annotations
 import copy
 import pickle
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -63,7 +62,7 @@ def assert_prefixes_fit(module: nn.Module, x: Tensor) -> None:
         torch.testing.assert_close(network.run(network.run(x, 0, i), i), whole, rtol=0, atol=0)
 
 
-def test_of_the_last_block_only_the_tokens_that_are_read_are_computed(any_vit: nn.Module, x: Tensor) -> None:
+def test_of_the_last_block_only_the_tokens_that_are_read_are_computed(any_vit, x):
     network = stage_network(any_vit)
     pool = network.stages[-2]
     h = network.run(x, 0, len(network) - 2)
@@ -78,33 +77,33 @@ def test_of_the_last_block_only_the_tokens_that_are_read_are_computed(any_vit: n
 
 @pytest.mark.parametrize("option", [{"scale_attn_norm": True}, {"qk_norm": True, "init_values": 0.1}])
 @pytest.mark.parametrize("fused", [True, False])
-def test_the_last_block_of_other_kinds_gives_what_timm_gives(option: dict[str, Any], fused: bool, x: Tensor) -> None:
+def test_the_last_block_of_other_kinds_gives_what_timm_gives(option, fused, x):
     vit = shaken(tiny_vit(**option)).eval()
     for block in vit.blocks:
         block.attn.fused_attn = fused
     torch.testing.assert_close(stage_network(vit).run(x), vit(x), rtol=1e-12, atol=1e-14)
 
 
-def test_prefix_and_suffix_of_a_vit(any_vit: nn.Module, x: Tensor) -> None:
+def test_prefix_and_suffix_of_a_vit(any_vit, x):
     assert_prefixes_fit(any_vit, x)
 
 
-def test_prefix_and_suffix_at_another_image_size() -> None:
+def test_prefix_and_suffix_at_another_image_size():
     vit = tiny_vit(dynamic_img_size=True).eval()
     x = torch.randn(2, 1, 12, 16, dtype=torch.float64)
     assert_prefixes_fit(vit, x)
 
 
-def test_prefix_and_suffix_of_a_sequential(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+def test_prefix_and_suffix_of_a_sequential(tokens_net, tokens):
     assert_prefixes_fit(tokens_net, tokens[0])
 
 
-def test_a_module_used_twice_runs_twice(tokens: tuple[Tensor, Tensor]) -> None:
+def test_a_module_used_twice_runs_twice(tokens):
     act = nn.SiLU()
     assert_prefixes_fit(shaken(nn.Sequential(nn.Linear(3, 4), act, nn.Linear(4, 4), act, nn.Linear(4, 2))), tokens[0])
 
 
-def test_a_sequential_with_a_forward_of_its_own_is_refused() -> None:
+def test_a_sequential_with_a_forward_of_its_own_is_refused():
     class Doubled(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:
             return 2 * super().forward(x)
@@ -113,7 +112,7 @@ def test_a_sequential_with_a_forward_of_its_own_is_refused() -> None:
         stage_network(Doubled(nn.Linear(3, 3), nn.Linear(3, 2)))
 
 
-def test_a_stage_depends_on_the_tokens_it_reads_and_on_no_others(any_vit: nn.Module, x: Tensor) -> None:
+def test_a_stage_depends_on_the_tokens_it_reads_and_on_no_others(any_vit, x):
     network = stage_network(any_vit)
     for i, stage in enumerate(network.stages):
         if stage.reads is None:
@@ -129,7 +128,7 @@ def test_a_stage_depends_on_the_tokens_it_reads_and_on_no_others(any_vit: nn.Mod
             assert not torch.equal(stage.run(moved), clean), f"token {t} is said to be read and is not"
 
 
-def test_a_stage_that_narrows_needs_only_the_tokens_it_reads(any_vit: nn.Module, x: Tensor) -> None:
+def test_a_stage_that_narrows_needs_only_the_tokens_it_reads(any_vit, x):
     network = stage_network(any_vit)
     for i, stage in enumerate(network.stages):
         if stage.narrows:
@@ -137,7 +136,7 @@ def test_a_stage_that_narrows_needs_only_the_tokens_it_reads(any_vit: nn.Module,
             torch.testing.assert_close(network.run(h[:, stage.reads], i), network.run(h, i), rtol=1e-13, atol=1e-13)
 
 
-def test_the_class_token_alone_is_read_where_it_is_the_pooled_one() -> None:
+def test_the_class_token_alone_is_read_where_it_is_the_pooled_one():
     reads = {name: stage_network(tiny_vit(**kwargs)).stages[-2].reads for name, kwargs in VITS.items()}
     assert reads["plain"] == reads["registers"] == slice(0, 1)
     assert reads["avg"] == slice(1, None)
@@ -145,7 +144,7 @@ def test_the_class_token_alone_is_read_where_it_is_the_pooled_one() -> None:
     assert reads["avg with prefix"] is reads["map"] is reads["no pooling"] is None
 
 
-def test_tokenwise_modules_reach_their_own_token_only(any_vit: nn.Module, x: Tensor) -> None:
+def test_tokenwise_modules_reach_their_own_token_only(any_vit, x):
     network = stage_network(any_vit)
     for i, stage in enumerate(network.stages):
         h = network.run(x, 0, i)
@@ -195,7 +194,7 @@ WHOLE = ["embed", "head"]
     ],
     ids=["default", "block", "linear", "together", "mixed"],
 )
-def test_every_tensor_of_a_big_vit_has_one_owner(name: str, specs: list[SiteSpec], frozen: Any) -> None:
+def test_every_tensor_of_a_big_vit_has_one_owner(name, specs, frozen):
     vit = meta_vit(name)
     network = stage_network(vit)
     if isinstance(frozen, str):
@@ -210,7 +209,7 @@ def test_every_tensor_of_a_big_vit_has_one_owner(name: str, specs: list[SiteSpec
     assert set(network.frozen()) == set(frozen)
 
 
-def test_the_paper_s_layout_of_vit_base() -> None:
+def test_the_paper_s_layout_of_vit_base():
     """Appendix C.1: three groups of four blocks, and the head."""
     sites = resolve_sites(stage_network(meta_vit("vit_base_patch16_224")), [])
     network = stage_network(meta_vit("vit_base_patch16_224"))
@@ -225,7 +224,7 @@ def test_the_paper_s_layout_of_vit_base() -> None:
 
 
 @pytest.mark.parametrize("depth", range(1, 8))
-def test_the_default_layout_owns_everything_at_any_depth(depth: int) -> None:
+def test_the_default_layout_owns_everything_at_any_depth(depth):
     vit = tiny_vit(depth=depth)
     found = owners(stage_network(vit), [])
     assert found == Counter({name: 1 for name, _ in vit.named_parameters()})
@@ -234,7 +233,7 @@ def test_the_default_layout_owns_everything_at_any_depth(depth: int) -> None:
 # Nothing is copied
 
 
-def test_staging_leaves_the_network_as_it_is(vit: nn.Module) -> None:
+def test_staging_leaves_the_network_as_it_is(vit):
     attributes = {name: set(vars(module)) for name, module in vit.named_modules()}
     before = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in vit.state_dict().items()}
     network = stage_network(vit)
@@ -250,9 +249,7 @@ def test_staging_leaves_the_network_as_it_is(vit: nn.Module) -> None:
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda network: pickle.loads(pickle.dumps(network))])
 @pytest.mark.parametrize("build", [tiny_vit, lambda: shaken(nn.Sequential(nn.Flatten(), nn.Linear(64, 5)))])
-def test_the_stages_of_a_copy_are_those_of_the_copied_network(
-    duplicate: Callable[[StagedNetwork], StagedNetwork], build: Callable[[], nn.Module], x: Tensor
-) -> None:
+def test_the_stages_of_a_copy_are_those_of_the_copied_network(duplicate, build, x):
     network = stage_network(build().eval())
     before = network.run(x)
     twin = duplicate(network)
@@ -265,7 +262,7 @@ def test_the_stages_of_a_copy_are_those_of_the_copied_network(
     assert not torch.allclose(twin.run(x), before)
 
 
-def test_modes_come_back_even_after_an_error(vit: nn.Module) -> None:
+def test_modes_come_back_even_after_an_error(vit):
     vit.train()
     vit.blocks[1].eval()
     vit.head.eval()
@@ -287,19 +284,19 @@ def test_modes_come_back_even_after_an_error(vit: nn.Module) -> None:
 @pytest.mark.parametrize(
     "norm", [nn.BatchNorm1d(3), nn.BatchNorm2d(3), nn.SyncBatchNorm(3), timm.layers.BatchNormAct2d(3)]
 )
-def test_batch_normalisation_is_refused(norm: nn.Module) -> None:
+def test_batch_normalisation_is_refused(norm):
     with pytest.raises(SettingError, match=r"1\.0: .*batch normalisation.*GroupNorm"):
         stage_network(nn.Sequential(nn.Linear(3, 3), nn.Sequential(norm)))
 
 
-def test_weights_tied_across_stages_are_refused() -> None:
+def test_weights_tied_across_stages_are_refused():
     net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     net[1].weight = net[0].weight
     with pytest.raises(SettingError, match=r"tied across \['0', '1'\].*Untie"):
         stage_network(net)
 
 
-def test_weights_tied_within_a_stage_are_not() -> None:
+def test_weights_tied_within_a_stage_are_not():
     net = nn.Sequential(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), TokenMean())
     net[0][1].weight = net[0][0].weight
     assert set(stage_network(net).trainable()) == {"0.0.weight", "0.0.bias", "0.1.bias"}
@@ -308,12 +305,12 @@ def test_weights_tied_within_a_stage_are_not() -> None:
 @pytest.mark.parametrize(
     "name", ["deit_tiny_distilled_patch16_224", "resnet18", "convnext_atto", "swin_tiny_patch4_window7_224"]
 )
-def test_other_networks_are_refused_with_a_remedy(name: str) -> None:
+def test_other_networks_are_refused_with_a_remedy(name):
     with pytest.raises(SettingError, match=r"VisionTransformer.*StagedNetwork"):
         stage_network(meta_vit(name))
 
 
-def test_lazy_parameters_are_refused() -> None:
+def test_lazy_parameters_are_refused():
     with pytest.raises(SettingError, match=r"lazy.*forward pass"):
         stage_network(nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2)))
 
@@ -322,21 +319,21 @@ def test_lazy_parameters_are_refused() -> None:
     ("members", "owned"),
     [([("0",), ("0", "1")], r"\['a', 'b'\]"), ([("0",), ()], r"\[\]"), ([("0",), ("1.w",)], r"\[\]")],
 )
-def test_stages_made_by_hand_must_own_every_parameter_once(members: list[tuple[str, ...]], owned: str) -> None:
+def test_stages_made_by_hand_must_own_every_parameter_once(members, owned):
     net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     stages = tuple(Stage(name, net[i], members[i]) for i, name in enumerate("ab"))
     with pytest.raises(SettingError, match=f"belongs to the stages {owned}"):
         StagedNetwork(net, stages)
 
 
-def test_names_that_only_begin_alike_are_not_owned() -> None:
+def test_names_that_only_begin_alike_are_not_owned():
     stage = Stage("blocks.1", nn.Identity(), ("blocks.1",))
     assert stage.owns("blocks.1")
     assert stage.owns("blocks.1.weight")
     assert not stage.owns("blocks.10.weight")
 
 
-def test_a_layer_used_twice_is_refused_as_tied() -> None:
+def test_a_layer_used_twice_is_refused_as_tied():
     layer = nn.Linear(3, 3)
     with pytest.raises(SettingError, match=r"tied across \['0', '2'\]"):
         stage_network(nn.Sequential(layer, nn.Tanh(), layer))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,16 +9,7 @@ from torch import Tensor, nn
 from flops_lightning.strategies import PilotSpec
 from tests.reference.layouts import COUNTS, SIGMA, VIT_SITES, convolutional, vit_for
 from tests.reference.likelihood_ratio import assert_equals_reference, reference_gradient
-from tests.reference.networks import (
-    TokenMean,
-    bound,
-    cross_entropy,
-    freeze,
-    gradients,
-    shaken,
-    squared_error,
-    tiny_vit,
-)
+from tests.reference.networks import TokenMean, bound, cross_entropy, freeze, gradients, shaken, squared_error, tiny_vit
 
 CASES = [
     (variant, layout)
@@ -31,7 +20,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("variant", "layout"), CASES)
-def test_vit(variant: str, layout: str, images: tuple[Tensor, Tensor]) -> None:
+def test_vit(variant, layout, images):
     vit = vit_for(layout)
     strategy = bound(vit, cross_entropy, VIT_SITES[layout], variant=variant, chunk_rows=4)
     base = torch.tensor(COUNTS[variant])
@@ -42,7 +31,7 @@ def test_vit(variant: str, layout: str, images: tuple[Tensor, Tensor]) -> None:
 
 @pytest.mark.parametrize("layout", ["group", "together"])
 @pytest.mark.parametrize("variant", ["baseline", "antithetic"])
-def test_mean_of_patch_tokens_with_register_tokens(variant: str, layout: str, images: tuple[Tensor, Tensor]) -> None:
+def test_mean_of_patch_tokens_with_register_tokens(variant, layout, images):
     vit = vit_for(layout, global_pool="avg", reg_tokens=2)
     strategy = bound(vit, cross_entropy, VIT_SITES[layout], variant=variant, chunk_rows=6)
     assert strategy.sites[1].tokens == slice(3, None) or strategy.sites[1].layers
@@ -50,7 +39,7 @@ def test_mean_of_patch_tokens_with_register_tokens(variant: str, layout: str, im
 
 
 @pytest.mark.parametrize("layout", ["group", "linear", "together"])
-def test_all_tokens_on_request(layout: str, images: tuple[Tensor, Tensor]) -> None:
+def test_all_tokens_on_request(layout, images):
     vit = vit_for(layout)
     sites = [{**site, "active_tokens": False} for site in VIT_SITES[layout]]
     strategy = bound(vit, cross_entropy, sites, chunk_rows=5)
@@ -61,11 +50,9 @@ def test_all_tokens_on_request(layout: str, images: tuple[Tensor, Tensor]) -> No
 
 @pytest.mark.parametrize("stage", ["blocks.0", "blocks.1", "blocks.2"])
 @pytest.mark.parametrize("variant", ["baseline", "leave_one_out", "antithetic"])
-def test_pilots_that_are_used_again(variant: str, stage: str, images: tuple[Tensor, Tensor]) -> None:
+def test_pilots_that_are_used_again(variant, stage, images):
     vit = tiny_vit()
-    sites = [
-        {"stages": ["embed", "head"], "kind": "block", "queries_per_sample": 10, **SIGMA},
-    ]
+    sites = [{"stages": ["embed", "head"], "kind": "block", "queries_per_sample": 10, **SIGMA}]
     strategy = bound(vit, cross_entropy, sites, variant=variant, chunk_rows=7, pilots=PilotSpec(stage, 4))
     clean = strategy.clean_pass(*images)
     strategy.pilot_traces(clean)
@@ -79,7 +66,7 @@ def test_pilots_that_are_used_again(variant: str, stage: str, images: tuple[Tens
             torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-9)
 
 
-def test_pilots_that_are_not_used_again_leave_their_noise_alone(vit: nn.Module, images: tuple[Tensor, Tensor]) -> None:
+def test_pilots_that_are_not_used_again_leave_their_noise_alone(vit, images):
     sites = [{"stages": ["embed", "head"], "kind": "block", "queries_per_sample": 10, **SIGMA}]
     pilots = PilotSpec("blocks.0", 4, reuse=False)
     strategy = bound(vit, cross_entropy, sites, pilots=pilots)
@@ -94,7 +81,7 @@ def test_pilots_that_are_not_used_again_leave_their_noise_alone(vit: nn.Module, 
         torch.testing.assert_close(found[name], (10 * gradient - 4 * four[name]) / 6, rtol=1e-9, atol=1e-9)
 
 
-def test_pilots_at_a_linear_layer(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+def test_pilots_at_a_linear_layer(tokens_net, tokens):
     sites = [{"stages": ["0", "4"], "kind": "linear", "queries_per_sample": 10, **SIGMA}]
     strategy = bound(tokens_net, squared_error, sites, pilots=PilotSpec("2", 4))
     clean = strategy.clean_pass(*tokens)
@@ -109,7 +96,7 @@ def test_pilots_at_a_linear_layer(tokens_net: nn.Sequential, tokens: tuple[Tenso
             torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-9)
 
 
-def test_every_draw_and_rank_has_its_own_noise(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+def test_every_draw_and_rank_has_its_own_noise(tokens_net, tokens):
     strategy = bound(tokens_net, squared_error, [{"stages": ["0", "1"]}, {"stages": ["2", "4"]}])
     counts = torch.tensor([2, 1, 3, 1])
     for rank in (0, 3):
@@ -119,7 +106,7 @@ def test_every_draw_and_rank_has_its_own_noise(tokens_net: nn.Sequential, tokens
 
 
 @pytest.mark.parametrize("layout", ["block", "linear", "together"])
-def test_convolutions(layout: str, images: tuple[Tensor, Tensor]) -> None:
+def test_convolutions(layout, images):
     net = convolutional()
     kind = {"block": {"kind": "block"}, "linear": {"kind": "linear"}, "together": {"kind": "linear", "together": True}}
     strategy = bound(net, cross_entropy, [{"stages": ["0", "6"], **kind[layout], **SIGMA}], chunk_rows=3)
@@ -128,9 +115,7 @@ def test_convolutions(layout: str, images: tuple[Tensor, Tensor]) -> None:
 
 @pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("leaf", ["weight", "bias"])
-def test_a_layer_of_which_only_one_parameter_is_trained(
-    leaf: str, together: bool, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
-) -> None:
+def test_a_layer_of_which_only_one_parameter_is_trained(leaf, together, tokens_net, tokens):
     """As in BitFit, which trains biases alone."""
     freeze(tokens_net, "0." + leaf, "3.0." + leaf)
     strategy = bound(tokens_net, squared_error, [{"stages": ["0", "4"], "kind": "linear", "together": together}])
@@ -146,7 +131,7 @@ def test_a_layer_of_which_only_one_parameter_is_trained(
         [{"stages": ["0", "2"], "kind": "linear", "together": True}],
     ],
 )
-def test_stages_that_work_in_place(sites: list[dict[str, Any]], tokens: tuple[Tensor, Tensor]) -> None:
+def test_stages_that_work_in_place(sites, tokens):
     """What is kept of the clean pass must not change when the next stage overwrites its input."""
     net = shaken(nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.SiLU(inplace=True), nn.Linear(4, 3)), TokenMean()))
     x, _ = tokens
@@ -172,7 +157,7 @@ class InPlaceResidual(nn.Module):
 
 
 @pytest.mark.parametrize("together", [False, True])
-def test_layers_whose_input_is_overwritten_later(together: bool, tokens: tuple[Tensor, Tensor]) -> None:
+def test_layers_whose_input_is_overwritten_later(together, tokens):
     net = shaken(nn.Sequential(InPlaceResidual(), TokenMean(), nn.Linear(3, 2)))
     strategy = bound(net, squared_error, [{"stages": ["0", "2"], "kind": "linear", "together": together, **SIGMA}])
     assert_equals_reference(net, strategy, *tokens, torch.tensor([2, 1, 0, 3]))

@@ -89,7 +89,7 @@ def strategies(draw: st.DrawFn) -> LikelihoodRatio:
 @pytest.mark.filterwarnings("ignore:.*contribute nothing")
 @settings(max_examples=150)
 @given(strategy=strategies(), data=st.data())
-def test_equals_the_reference(strategy: LikelihoodRatio, data: st.DataObject) -> None:
+def test_equals_the_reference(strategy, data):
     batch = data.draw(st.integers(1, 3))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     x = torch.randn(batch, 2, 3, generator=generator, dtype=torch.float64)

@@ -35,7 +35,7 @@ def assert_equals_autograd(module: nn.Module, x: Tensor) -> None:
 
 
 @given(rows=ROWS, tokens=st.lists(SIZE, max_size=2), i=SIZE, o=SIZE, bias=st.booleans())
-def test_linear(rows: int, tokens: list[int], i: int, o: int, bias: bool) -> None:
+def test_linear(rows, tokens, i, o, bias):
     assert_equals_autograd(nn.Linear(i, o, bias=bias), normal(rows, *tokens, i))
 
 
@@ -51,18 +51,7 @@ def test_linear(rows: int, tokens: list[int], i: int, o: int, bias: bool) -> Non
     size=st.tuples(st.integers(5, 7), st.integers(5, 7)),
     bias=st.booleans(),
 )
-def test_conv2d(
-    rows: int,
-    groups: int,
-    i: int,
-    o: int,
-    kernel: tuple[int, int],
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: int,
-    size: tuple[int, int],
-    bias: bool,
-) -> None:
+def test_conv2d(rows, groups, i, o, kernel, stride, padding, dilation, size, bias):
     conv = nn.Conv2d(groups * i, groups * o, kernel, stride, padding, dilation, groups, bias)
     assert_equals_autograd(conv, normal(rows, groups * i, *size))
 
@@ -74,28 +63,28 @@ def test_conv2d(
     eps=st.sampled_from([1e-5, 0.1]),
     bias=st.booleans(),
 )
-def test_layer_norm(rows: int, tokens: list[int], shape: list[int], eps: float, bias: bool) -> None:
+def test_layer_norm(rows, tokens, shape, eps, bias):
     assert_equals_autograd(nn.LayerNorm(shape, eps=eps, bias=bias), normal(rows, *tokens, *shape))
 
 
-def test_timm_s_layer_norm() -> None:
+def test_timm_s_layer_norm():
     assert_equals_autograd(timm.layers.LayerNorm(4), normal(2, 3, 4))
 
 
-def test_inputs_in_half_precision_are_taken_up_to_the_noise_s() -> None:
+def test_inputs_in_half_precision_are_taken_up_to_the_noise_s():
     x, delta = normal(3, 2, 4).bfloat16(), normal(3, 2, 5).float()
     weight = layer_gradient(nn.Linear(4, 5), x, delta)["weight"]
     torch.testing.assert_close(weight, torch.einsum("rto,rti->oi", delta, x.float()))
     assert weight.dtype == torch.float32
 
 
-def test_a_layer_without_a_closed_form() -> None:
+def test_a_layer_without_a_closed_form():
     with pytest.raises(TypeError, match="Embedding has no closed form"):
         layer_gradient(nn.Embedding(3, 4), normal(2, 4), normal(2, 4))
 
 
 @given(rows=ROWS, tokens=st.lists(SIZE, max_size=2), i=SIZE, o=SIZE, bias=st.booleans())
-def test_squared_norm_of_a_linear_gradient(rows: int, tokens: list[int], i: int, o: int, bias: bool) -> None:
+def test_squared_norm_of_a_linear_gradient(rows, tokens, i, o, bias):
     x, delta = normal(rows, *tokens, i), normal(rows, *tokens, o)
     explicit = [layer_gradient(nn.Linear(i, o, bias=bias), x[r : r + 1], delta[r : r + 1]) for r in range(rows)]
     expected = torch.tensor(
@@ -122,7 +111,7 @@ class Doubled(nn.Linear):
     ],
     ids=["padding same", "padding reflect", "Conv2dSame", "StdConv2d", "LayerNorm2d", "Doubled", "weight_norm"],
 )
-def test_layers_that_compute_something_else_are_refused(layer: nn.Module) -> None:
+def test_layers_that_compute_something_else_are_refused(layer):
     """A subclass may pad, standardise or permute in its own forward: its closed form would be silently wrong."""
     net = nn.Sequential(layer, nn.Flatten(), nn.Linear(16, 2))
     assert net(torch.zeros(2, 1, 4, 4)).shape == (2, 2)

@@ -22,7 +22,7 @@ def bound(network: nn.Module, **settings: object) -> LikelihoodRatio:
     return strategy
 
 
-def test_attention_pooling_is_counted_and_leaves_parameters_trainable() -> None:
+def test_attention_pooling_is_counted_and_leaves_parameters_trainable():
     vit = timm.create_model(
         "vit_tiny_patch16_224", img_size=8, patch_size=4, in_chans=1, embed_dim=16, depth=3, num_heads=2,
         num_classes=3, global_pool="map", class_token=False,
@@ -32,7 +32,7 @@ def test_attention_pooling_is_counted_and_leaves_parameters_trainable() -> None:
     assert all(p.requires_grad and p.grad is not None for p in vit.parameters())
 
 
-def test_forward_equivalents_of_layers_of_equal_cost() -> None:
+def test_forward_equivalents_of_layers_of_equal_cost():
     network = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(4)))
     sites = [SiteSpec(stages=[str(i)], kind="block", queries_per_sample=10) for i in range(4)]
     strategy = bound(network, sites=sites)
@@ -44,14 +44,14 @@ def test_forward_equivalents_of_layers_of_equal_cost() -> None:
         assert cost[str(i)] == pytest.approx(queries + vjp)
 
 
-def test_a_large_embedding_is_averaged_down() -> None:
+def test_a_large_embedding_is_averaged_down():
     network = nn.Sequential(nn.Linear(4, 4), nn.Flatten(), nn.Linear(4 * 2500, 3))
     strategy = bound(network)
     clean = strategy.clean_pass(torch.randn(2, 2500, 4), torch.randint(3, (2,)))
     assert clean.embedding.shape == (2, EMBEDDING_FEATURES)
 
 
-def test_autocast_does_not_reuse_weights_from_before_an_update() -> None:
+def test_autocast_does_not_reuse_weights_from_before_an_update():
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
     strategy = bound(network, sites=[SiteSpec(stages=["0"]), SiteSpec(stages=["2"])], update="site_by_site")
@@ -66,7 +66,7 @@ def test_autocast_does_not_reuse_weights_from_before_an_update() -> None:
     assert not torch.allclose(refreshed.loss, clean.loss, rtol=1e-2)
 
 
-def test_mappings_are_taken_for_sites_and_pilots() -> None:
+def test_mappings_are_taken_for_sites_and_pilots():
     network = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
     strategy = bound(
         network, sites=[{"stages": ["0"]}, {"stages": ["2"], "name": "top"}], pilots={"sites": "top", "queries": 4}
@@ -75,7 +75,7 @@ def test_mappings_are_taken_for_sites_and_pilots() -> None:
     assert strategy.budget.queries_per_sample == (20, 16)
 
 
-def test_default_sites_skip_what_is_frozen_and_stages_without_parameters() -> None:
+def test_default_sites_skip_what_is_frozen_and_stages_without_parameters():
     network = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Linear(4, 3), nn.LogSoftmax(1))
     assert bound(network).sites[-1].parameters.keys() == {"3.weight", "3.bias"}
     vit = timm.create_model("vit_tiny_patch16_224", img_size=8, patch_size=4, embed_dim=16, depth=3, num_heads=2)

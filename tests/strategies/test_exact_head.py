@@ -48,7 +48,7 @@ def head_of(strategy: LikelihoodRatio) -> Any:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("variant", ["plain", "baseline", "leave_one_out", "antithetic"])
-def test_the_heads_gradient_is_autograds(variant: str, layout: str, images: tuple[Tensor, Tensor]) -> None:
+def test_the_heads_gradient_is_autograds(variant, layout, images):
     vit = vit_for(layout)
     strategy = bound(vit, cross_entropy, LAYOUTS[layout], variant=variant, exact_head=True)
     _, found = estimated(strategy, *images)
@@ -62,7 +62,7 @@ def test_the_heads_gradient_is_autograds(variant: str, layout: str, images: tupl
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_all_other_sites_are_estimated_as_without_it(layout: str, images: tuple[Tensor, Tensor]) -> None:
+def test_all_other_sites_are_estimated_as_without_it(layout, images):
     vit = vit_for(layout)
     _, expected = estimated(bound(vit, cross_entropy, LAYOUTS[layout]), *images)
     strategy = bound(vit, cross_entropy, LAYOUTS[layout], exact_head=True)
@@ -75,7 +75,7 @@ def test_all_other_sites_are_estimated_as_without_it(layout: str, images: tuple[
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_it_spends_no_queries(layout: str, images: tuple[Tensor, Tensor]) -> None:
+def test_it_spends_no_queries(layout, images):
     strategy = bound(vit_for(layout), cross_entropy, LAYOUTS[layout], exact_head=True)
     clean, _ = estimated(strategy, *images)
     head, meter = head_of(strategy), strategy.meter
@@ -90,9 +90,7 @@ def test_it_spends_no_queries(layout: str, images: tuple[Tensor, Tensor]) -> Non
     assert observed.trace.shape == (len(strategy.sites), 4)
 
 
-def test_nothing_of_the_network_is_differentiated_at_a_linear_head(
-    tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
-) -> None:
+def test_nothing_of_the_network_is_differentiated_at_a_linear_head(tokens_net, tokens):
     """Only the loss sees a tensor that requires a gradient."""
     seen: list[bool] = []
     for stage in tokens_net:
@@ -115,7 +113,7 @@ def test_nothing_of_the_network_is_differentiated_at_a_linear_head(
     assert after == before
 
 
-def test_site_by_site_the_head_goes_first(images: tuple[Tensor, Tensor]) -> None:
+def test_site_by_site_the_head_goes_first(images):
     vit = tiny_vit().eval()
     sites = [{"stages": ["embed", "blocks.0"]}, {"stages": ["blocks.1", "blocks.2"]}, LAYOUTS["group"][1]]
     strategy = bound(vit, cross_entropy, sites, update="site_by_site", exact_head=True)
@@ -138,7 +136,7 @@ def test_site_by_site_the_head_goes_first(images: tuple[Tensor, Tensor]) -> None
     assert gradients(vit)["head.weight"] is None
 
 
-def test_a_sample_without_a_loss_contributes_nothing(images: tuple[Tensor, Tensor]) -> None:
+def test_a_sample_without_a_loss_contributes_nothing(images):
     x, y = images
     vit = tiny_vit()
     strategy = bound(vit, cross_entropy, LAYOUTS["group"], exact_head=True)
@@ -156,7 +154,7 @@ def test_a_sample_without_a_loss_contributes_nothing(images: tuple[Tensor, Tenso
     assert set(gradients(vit).values()) == {None}
 
 
-def test_only_the_trained_parameters_of_the_head_get_a_gradient(images: tuple[Tensor, Tensor]) -> None:
+def test_only_the_trained_parameters_of_the_head_get_a_gradient(images):
     vit = tiny_vit()
     vit.norm.weight.requires_grad_(False)
     vit.head.bias.requires_grad_(False)
@@ -206,9 +204,7 @@ def fitted(tmp_path: Any, allocator: QueryAllocator, **settings: Any) -> Forward
         (CostAwareAllocator, {}),
     ],
 )
-def test_a_task_trains_with_every_allocator(
-    tmp_path: Any, allocator: Any, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_task_trains_with_every_allocator(tmp_path, allocator, settings, monkeypatch):
     binds: list[Any] = []
     bind = LikelihoodRatio.bind
     monkeypatch.setattr(LikelihoodRatio, "bind", lambda *args: (binds.append(args), bind(*args)))
@@ -222,7 +218,7 @@ def test_a_task_trains_with_every_allocator(
     assert task.strategy.widths["body"].relative.shape == (5,)
 
 
-def test_pilots_of_the_deepest_site_are_those_below_the_head(tmp_path: Any) -> None:
+def test_pilots_of_the_deepest_site_are_those_below_the_head(tmp_path):
     pilots = PilotSpec("deepest", 2)
     from flops_lightning.allocators import GaussianAllocator
 
@@ -247,34 +243,32 @@ def test_pilots_of_the_deepest_site_are_those_below_the_head(tmp_path: Any) -> N
         ),
     ],
 )  # fmt: skip
-def test_settings_that_are_refused(
-    sites: list[dict[str, Any]], settings: dict[str, Any], message: str, tokens_net: nn.Sequential
-) -> None:
+def test_settings_that_are_refused(sites, settings, message, tokens_net):
     with pytest.raises(SettingError, match=message):
         bound(tokens_net, squared_error, sites, exact_head=True, **settings)
 
 
-def test_a_network_whose_end_is_not_taught_is_refused(tokens_net: nn.Sequential) -> None:
+def test_a_network_whose_end_is_not_taught_is_refused(tokens_net):
     tokens_net[4].requires_grad_(False)
     with pytest.raises(SettingError, match=r"exact_head = True: no site has its noise at the network's output.*'4'"):
         bound(tokens_net, squared_error, [{"stages": ["0", "3"]}], exact_head=True)
 
 
-def test_a_head_alone_is_refused(tokens_net: nn.Sequential) -> None:
+def test_a_head_alone_is_refused(tokens_net):
     for layer in tokens_net[:4]:
         layer.requires_grad_(False)
     with pytest.raises(SettingError, match=r"exact_head = True: leaves no site for queries.*Backprop"):
         bound(tokens_net, squared_error, [{"stages": ["4"]}], exact_head=True)
 
 
-def test_a_layer_below_the_output_is_no_head() -> None:
+def test_a_layer_below_the_output_is_no_head():
     last = nn.Sequential(nn.Linear(3, 3), nn.GELU(), nn.Linear(3, 2))
     net = shaken(nn.Sequential(nn.Linear(3, 3), TokenMean(), last))
     with pytest.raises(SettingError, match=r"no site has its noise at the network's output"):
         bound(net, squared_error, [{"stages": ["0", "2"], "kind": "linear"}], exact_head=True)
 
 
-def test_a_layer_whose_output_is_changed_afterwards_is_no_head(tokens: tuple[Tensor, Tensor]) -> None:
+def test_a_layer_whose_output_is_changed_afterwards_is_no_head(tokens):
     """A stage written by hand may do more than its one member does."""
     net = shaken(nn.ModuleDict({"body": nn.Linear(3, 3), "head": nn.Linear(3, 2)}))
     stages = (
@@ -292,13 +286,13 @@ def through_numpy(output: Tensor, target: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("loss", [zero_one_error, through_numpy])
-def test_a_loss_without_a_derivative_is_refused(loss: Any, images: tuple[Tensor, Tensor]) -> None:
+def test_a_loss_without_a_derivative_is_refused(loss, images):
     strategy = bound(tiny_vit(), loss, LAYOUTS["group"], exact_head=True)
     with pytest.raises(SettingError, match=rf"loss = '{loss.__name__}': has no derivative.*Write exact_head: false"):
         strategy.clean_pass(*images)
 
 
-def test_a_task_names_the_loss_that_has_no_derivative(tmp_path: Any) -> None:
+def test_a_task_names_the_loss_that_has_no_derivative(tmp_path):
     sites = [SiteSpec(name="body", stages=["embed", "blocks.2"]), SiteSpec(name="head", stages=["pool", "head"])]
     task = ForwardImageClassifier(
         **MODEL, strategy=LikelihoodRatio(sites=sites, exact_head=True, seed=0),

@@ -75,18 +75,18 @@ def check_quadratic(variant: str, **settings: Any) -> None:
 
 
 @every_variant
-def test_of_a_quadratic(variant: str) -> None:
+def test_of_a_quadratic(variant):
     check_quadratic(variant)
 
 
 @every_variant
-def test_with_tokens_of_different_widths(variant: str) -> None:
+def test_with_tokens_of_different_widths(variant):
     """Their mean square is 1, so the smoothed quadratic is the same."""
     check_quadratic(variant, token_sigma=True)
 
 
 @every_variant
-def test_of_a_loss_that_takes_steps(variant: str) -> None:
+def test_of_a_loss_that_takes_steps(variant):
     """``d/dlog(sigma) Phi(u) = -u phi(u)`` at ``u = (y - h) / sigma``, mean over the batch."""
     x = torch.tensor([[0.3], [0.4], [0.5], [0.6]], dtype=torch.float64).expand(4, 3).contiguous()
     u = [(0.0 - float(h)) / 0.5 for h in x[:, 0]]
@@ -98,7 +98,7 @@ def test_of_a_loss_that_takes_steps(variant: str) -> None:
 # Steps
 
 
-def test_the_steps_are_those_of_adam(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_steps_are_those_of_adam(monkeypatch):
     x = torch.randn(4, 3, dtype=torch.float64)
     strategy = strategy_on(half_square, 3, learn_sigma=0.03)
     seen: list[Tensor] = []
@@ -117,7 +117,7 @@ def test_the_steps_are_those_of_adam(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len({*used}) == 6
 
 
-def test_sigma_never_sees_the_queries_that_it_is_for() -> None:
+def test_sigma_never_sees_the_queries_that_it_is_for():
     """It changes with a batch's clean pass and stays for all that is estimated from it."""
     x = torch.randn(4, 3, dtype=torch.float64)
     strategy = strategy_on(half_square, 3)
@@ -132,7 +132,7 @@ def test_sigma_never_sees_the_queries_that_it_is_for() -> None:
 
 
 @pytest.mark.parametrize(("loss", "expected"), [(half_square, 0.5 / RANGE), (below, 0.5 * RANGE)])
-def test_sigma_goes_where_the_smoothed_loss_is_low_and_stops_at_its_bounds(loss: Loss, expected: float) -> None:
+def test_sigma_goes_where_the_smoothed_loss_is_low_and_stops_at_its_bounds(loss, expected):
     """A quadratic likes none; samples on the wrong side of a step like as much as they can get."""
     x = torch.full((4, 2), -1.0, dtype=torch.float64)
     y = torch.zeros(4, dtype=torch.float64) if loss is below else x.clone()
@@ -144,9 +144,7 @@ def test_sigma_goes_where_the_smoothed_loss_is_low_and_stops_at_its_bounds(loss:
 
 @pytest.mark.parametrize("layout", ["group", "block", "linear"])
 @every_variant
-def test_the_estimate_is_that_of_the_present_sigma(
-    variant: str, layout: str, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
-) -> None:
+def test_the_estimate_is_that_of_the_present_sigma(variant, layout, tokens_net, tokens):
     strategy = bound(tokens_net, squared_error, TOKEN_SITES[layout], variant=variant, learn_sigma=0.2, chunk_rows=6)
     for _ in range(2):
         estimated(strategy, *tokens)
@@ -154,7 +152,7 @@ def test_the_estimate_is_that_of_the_present_sigma(
     assert all(abs(width.sigma / 0.5 - 1) > 0.05 for width in strategy.widths.values())
 
 
-def test_the_size_of_a_chunk_changes_nothing(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+def test_the_size_of_a_chunk_changes_nothing(tokens_net, tokens):
     found = []
     for rows in (256, 5):
         strategy = bound(tokens_net, squared_error, TOKEN_SITES["block"], learn_sigma=0.1, chunk_rows=rows)
@@ -164,7 +162,7 @@ def test_the_size_of_a_chunk_changes_nothing(tokens_net: nn.Sequential, tokens: 
     assert found[0] == pytest.approx(found[1], rel=1e-12)
 
 
-def test_lost_queries_do_not_move_sigma() -> None:
+def test_lost_queries_do_not_move_sigma():
     def loss(output: Tensor, target: Tensor) -> Tensor:
         value = half_square(output, target)
         return torch.where(target[:, 0] > 0, math.nan, value)
@@ -188,7 +186,7 @@ def test_lost_queries_do_not_move_sigma() -> None:
 
 
 @pytest.mark.parametrize("rate", [-0.1, math.inf, math.nan])
-def test_rates_that_are_refused(rate: float) -> None:
+def test_rates_that_are_refused(rate):
     with pytest.raises(SettingError, match=r"strategy.learn_sigma = .*must be a number above 0\. Write 0"):
         LikelihoodRatio(learn_sigma=rate)
 
@@ -196,11 +194,11 @@ def test_rates_that_are_refused(rate: float) -> None:
 @pytest.mark.parametrize(
     "noise", [NoiseSpec(distribution="rademacher"), NoiseSpec(layout="factored"), NoiseSpec(orthogonal=True)]
 )
-def test_other_noise_is_refused(noise: NoiseSpec) -> None:
+def test_other_noise_is_refused(noise):
     with pytest.raises(SettingError, match=r"strategy.learn_sigma = 0.1: needs dense Gaussian noise"):
         LikelihoodRatio(learn_sigma=0.1, noise=noise)
 
 
-def test_layers_perturbed_together_are_refused(tokens_net: nn.Sequential) -> None:
+def test_layers_perturbed_together_are_refused(tokens_net):
     with pytest.raises(SettingError, match=r"strategy.learn_sigma = 0.1: cannot be learned at '0..4'.*together: false"):
         bound(tokens_net, squared_error, TOKEN_SITES["together"], learn_sigma=0.1)

@@ -37,9 +37,7 @@ TWO = [{"stages": ["0", "1"]}, {"stages": ["2", "4"]}]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_an_estimate_leaves_the_network_as_it_was(
-    layout: str, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
-) -> None:
+def test_an_estimate_leaves_the_network_as_it_was(layout, tokens_net, tokens):
     tokens_net.append(nn.Dropout(0.5))
     tokens_net.train()
     tokens_net[3].eval()
@@ -56,7 +54,7 @@ def test_an_estimate_leaves_the_network_as_it_was(
 
 @pytest.mark.parametrize("at", range(1, 4))
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_so_does_one_that_fails(layout: str, at: int, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+def test_so_does_one_that_fails(layout, at, tokens_net, tokens):
     calls = itertools.count(1)
 
     def loss(output: Tensor, target: Tensor) -> Tensor:
@@ -73,7 +71,7 @@ def test_so_does_one_that_fails(layout: str, at: int, tokens_net: nn.Sequential,
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_dropout_is_off_in_queries(layout: str, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+def test_dropout_is_off_in_queries(layout, tokens_net, tokens):
     dropped = copy.deepcopy(tokens_net)
     dropped[1] = nn.Sequential(nn.Tanh(), nn.Dropout(0.5))
     found = [estimated(bound(net.train(), squared_error, LAYOUTS[layout]), *tokens)[1] for net in (tokens_net, dropped)]
@@ -81,7 +79,7 @@ def test_dropout_is_off_in_queries(layout: str, tokens_net: nn.Sequential, token
         torch.testing.assert_close(found[1][name], gradient, rtol=0, atol=0)
 
 
-def test_estimates_add_up_in_grad(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+def test_estimates_add_up_in_grad(tokens_net, tokens):
     strategy = bound(tokens_net, squared_error, TWO)
     clean, alone = estimated(strategy, *tokens)
     for parameter in tokens_net.parameters():
@@ -92,7 +90,7 @@ def test_estimates_add_up_in_grad(tokens_net: nn.Sequential, tokens: tuple[Tenso
         torch.testing.assert_close(gradient, 1 + 2 * alone[name])
 
 
-def test_sites_may_be_estimated_one_by_one(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+def test_sites_may_be_estimated_one_by_one(tokens_net, tokens):
     strategy = bound(tokens_net, squared_error, TWO)
     clean, whole = estimated(strategy, *tokens)
     strategy.estimate(clean, sites=["2..4"])
@@ -103,7 +101,7 @@ def test_sites_may_be_estimated_one_by_one(tokens_net: nn.Sequential, tokens: tu
         torch.testing.assert_close(upper[name] if gradient is None else gradient, whole[name], rtol=0, atol=0)
 
 
-def test_without_counts_every_sample_gets_the_budget(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+def test_without_counts_every_sample_gets_the_budget(tokens_net, tokens):
     sites = [{**TWO[0], "queries_per_sample": 4}, {**TWO[1], "queries_per_sample": 6}]
     _, silent = estimated(bound(tokens_net, squared_error, sites), *tokens)
     strategy = bound(tokens_net, squared_error, sites)
@@ -113,9 +111,7 @@ def test_without_counts_every_sample_gets_the_budget(tokens_net: nn.Sequential, 
         torch.testing.assert_close(told[name], gradient, rtol=0, atol=0)
 
 
-def test_the_result_reports_the_clean_pass_and_the_queries(
-    tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
-) -> None:
+def test_the_result_reports_the_clean_pass_and_the_queries(tokens_net, tokens):
     x, y = tokens
     strategy = bound(tokens_net, squared_error, TWO)
     estimate = strategy.estimate(strategy.clean_pass(x, y), torch.tensor([[1, 0, 2, 3], [1, 1, 1, 1]]))
@@ -125,7 +121,7 @@ def test_the_result_reports_the_clean_pass_and_the_queries(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_site_may_get_no_query(layout: str, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+def test_a_site_may_get_no_query(layout, tokens_net, tokens):
     """An allocator over samples and sites may starve a site; its gradient is then left alone."""
     strategy = bound(tokens_net, squared_error, LAYOUTS[layout])
     counts = torch.full((len(strategy.sites), 4), 2)
@@ -142,23 +138,21 @@ def test_a_site_may_get_no_query(layout: str, tokens_net: nn.Sequential, tokens:
 
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_last_batch_may_be_smaller(
-    layout: str, batch: int, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
-) -> None:
+def test_the_last_batch_may_be_smaller(layout, batch, tokens_net, tokens):
     x, y = tokens
     strategy = bound(tokens_net, squared_error, LAYOUTS[layout], chunk_rows=6)
     estimated(strategy, x, y)
     assert_equals_reference(tokens_net, strategy, x[:batch], y[:batch], torch.tensor([3, 1][:batch]))
 
 
-def test_integer_inputs(tokens: tuple[Tensor, Tensor]) -> None:
+def test_integer_inputs(tokens):
     net = shaken(nn.Sequential(nn.Embedding(10, 3), nn.Linear(3, 3), TokenMean(), nn.Linear(3, 2)))
     strategy = bound(net, squared_error, [{"stages": ["0", "1"]}, {"stages": ["3"], "kind": "linear"}])
     x = torch.tensor([[1, 2], [2, 9], [0, 0], [3, 1]])
     assert_equals_reference(net, strategy, x, tokens[1], torch.tensor([3, 0, 2, 1]))
 
 
-def test_the_batch_is_left_alone_even_if_the_first_stage_works_in_place(tokens: tuple[Tensor, Tensor]) -> None:
+def test_the_batch_is_left_alone_even_if_the_first_stage_works_in_place(tokens):
     x, y = tokens
     net = shaken(nn.Sequential(nn.SiLU(inplace=True), nn.Linear(3, 3), TokenMean(), nn.Linear(3, 2)))
     strategy = bound(net, squared_error, [{"stages": ["0", "1"]}, {"stages": ["3"], "kind": "linear"}])
@@ -167,7 +161,7 @@ def test_the_batch_is_left_alone_even_if_the_first_stage_works_in_place(tokens: 
     torch.testing.assert_close(x, before, rtol=0, atol=0)
 
 
-def test_memory_does_not_grow(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+def test_memory_does_not_grow(tokens_net, tokens):
     sites = [
         {"stages": ["0", "1"], "queries_per_sample": 6},
         {"stages": ["2", "3"], "kind": "linear", "together": True, "queries_per_sample": 4},
@@ -192,7 +186,7 @@ def test_memory_does_not_grow(tokens_net: nn.Sequential, tokens: tuple[Tensor, T
     assert more_objects - objects < 100, "less than one object in two steps"
 
 
-def test_a_resumed_run_draws_the_same_noise(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+def test_a_resumed_run_draws_the_same_noise(tokens_net, tokens):
     strategy = bound(tokens_net, squared_error, TWO, seed=3)
     estimated(strategy, *tokens)
     state = copy.deepcopy(strategy.state_dict())
@@ -207,7 +201,7 @@ def test_a_resumed_run_draws_the_same_noise(tokens_net: nn.Sequential, tokens: t
     assert resumed.meter.state_dict() == strategy.meter.state_dict()
 
 
-def test_stale_pilots_are_not_used_after_a_restart(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+def test_stale_pilots_are_not_used_after_a_restart(tokens_net, tokens):
     """The draw counter may come back to where pilots of another batch were drawn."""
     settings = {"pilots": PilotSpec("2..4", 2), "seed": 3}
     fresh = bound(tokens_net, squared_error, TWO, **settings)
@@ -221,7 +215,7 @@ def test_stale_pilots_are_not_used_after_a_restart(tokens_net: nn.Sequential, to
         torch.testing.assert_close(found[name], gradient, rtol=0, atol=0)
 
 
-def test_the_seed_is_that_of_seed_everything() -> None:
+def test_the_seed_is_that_of_seed_everything():
     torch.manual_seed(1234)
     assert LikelihoodRatio().seed == 1234
     assert LikelihoodRatio(seed=5).seed == 5
@@ -247,7 +241,7 @@ SITE_BY_SITE: dict[str, list[dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("layout", SITE_BY_SITE)
-def test_site_by_site_each_site_sees_the_updates_above_it(layout: str, images: tuple[Tensor, Tensor]) -> None:
+def test_site_by_site_each_site_sees_the_updates_above_it(layout, images):
     """FLOPS, algorithm 1: after each update the next site's queries start from a clean pass as if made anew."""
     vit = tiny_vit().eval()
     x, y = images
@@ -272,7 +266,7 @@ def test_site_by_site_each_site_sees_the_updates_above_it(layout: str, images: t
         torch.testing.assert_close(clean.output, vit(x).detach())
 
 
-def test_simultaneous_is_one_update_of_all_sites(tokens_net: nn.Sequential) -> None:
+def test_simultaneous_is_one_update_of_all_sites(tokens_net):
     assert bound(tokens_net, squared_error, TWO).update_groups == (("0..1", "2..4"),)
 
 
@@ -280,9 +274,7 @@ def test_simultaneous_is_one_update_of_all_sites(tokens_net: nn.Sequential) -> N
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_bfloat16_rounds_the_activations_and_nothing_else(
-    layout: str, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
-) -> None:
+def test_bfloat16_rounds_the_activations_and_nothing_else(layout, tokens_net, tokens):
     """Noise, losses and their differences stay in float32: the estimate is that of float32 but for a few per cent."""
     net = tokens_net.float()
     x, y = (tensor.float() for tensor in tokens)
@@ -298,9 +290,7 @@ def test_bfloat16_rounds_the_activations_and_nothing_else(
 
 
 @pytest.mark.parametrize(("sigma", "warned"), [(1e-2, False), (1e-7, True)])
-def test_a_sigma_below_the_precision_is_warned_of(
-    sigma: float, warned: bool, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
-) -> None:
+def test_a_sigma_below_the_precision_is_warned_of(sigma, warned, tokens_net, tokens):
     strategy = bound(tokens_net.float(), squared_error, [{**TWO[0], "sigma": sigma}, TWO[1]])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -323,19 +313,19 @@ def test_a_sigma_below_the_precision_is_warned_of(
         ({"chunk_rows": 0}, "strategy.chunk_rows = 0"),
     ],
 )
-def test_settings_that_are_refused(settings: dict[str, Any], named: str) -> None:
+def test_settings_that_are_refused(settings, named):
     with pytest.raises(SettingError) as error:
         LikelihoodRatio(**settings)
     assert str(error.value).startswith(named)
 
 
-def test_an_odd_budget_in_antithetic_pairs_is_refused(tokens_net: nn.Sequential) -> None:
+def test_an_odd_budget_in_antithetic_pairs_is_refused(tokens_net):
     sites = [TWO[0], {**TWO[1], "queries_per_sample": 5}]
     with pytest.raises(SettingError, match=r"queries_per_sample = 5: is odd at site '2\.\.4'.*even"):
         bound(tokens_net, squared_error, sites, variant="antithetic")
 
 
-def test_leave_one_out_of_jointly_perturbed_layers_is_refused(tokens_net: nn.Sequential) -> None:
+def test_leave_one_out_of_jointly_perturbed_layers_is_refused(tokens_net):
     with pytest.raises(SettingError, match=r"strategy\.variant = 'leave_one_out': .*'0\.\.4'.*together: false"):
         bound(tokens_net, squared_error, LAYOUTS["together"], variant="leave_one_out")
 
@@ -354,9 +344,7 @@ def test_leave_one_out_of_jointly_perturbed_layers_is_refused(tokens_net: nn.Seq
         (torch.tensor([2, 1, 2, 2]), "leave_one_out", "2"),
     ],
 )
-def test_counts_that_are_refused(
-    counts: Tensor, variant: str, problem: str, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
-) -> None:
+def test_counts_that_are_refused(counts, variant, problem, tokens_net, tokens):
     strategy = bound(tokens_net, squared_error, TWO, variant=variant)
     clean = strategy.clean_pass(*tokens)
     with pytest.raises(SettingError, match=problem) as error:
@@ -366,7 +354,7 @@ def test_counts_that_are_refused(
 
 
 @pytest.mark.parametrize("names", [["typo"], ["0..1", "typo"], []])
-def test_unknown_sites_are_refused(names: list[str], tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+def test_unknown_sites_are_refused(names, tokens_net, tokens):
     strategy = bound(tokens_net, squared_error, TWO)
     clean = strategy.clean_pass(*tokens)
     for method in (lambda: strategy.estimate(clean, sites=names), lambda: strategy.refresh(clean, names)):
@@ -375,7 +363,7 @@ def test_unknown_sites_are_refused(names: list[str], tokens_net: nn.Sequential, 
         assert error.value.setting == "sites"
 
 
-def test_a_layer_that_does_not_run_as_a_module_is_refused(tokens: tuple[Tensor, Tensor]) -> None:
+def test_a_layer_that_does_not_run_as_a_module_is_refused(tokens):
     class Wrapper(nn.Module):
         """Its layer is there for its weights alone, as in nn.MultiheadAttention."""
 

@@ -61,9 +61,7 @@ def lost_by_reference(module: nn.Module, strategy: LikelihoodRatio, x: Tensor, y
 @SILENT
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize(("variant", "layout"), CASES)
-def test_rows_lost_in_the_loss(
-    variant: str, layout: str, bad: float, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
-) -> None:
+def test_rows_lost_in_the_loss(variant, layout, bad, tokens_net, tokens):
     limit = float(tokens_net(tokens[0])[:, 0].detach().max()) + 0.1
     strategy = bound(tokens_net, brittle_loss(bad, limit), wide(layout), variant=variant, chunk_rows=7)
     lost = lost_by_reference(tokens_net, strategy, *tokens)
@@ -76,7 +74,7 @@ def test_rows_lost_in_the_loss(
 
 @SILENT
 @pytest.mark.parametrize(("variant", "layout"), CASES)
-def test_rows_lost_inside_the_network(variant: str, layout: str, tokens: tuple[Tensor, Tensor]) -> None:
+def test_rows_lost_inside_the_network(variant, layout, tokens):
     """The inputs of later layers are NaN there, and zero times NaN is not zero."""
     net = token_network()
     x, y = tokens
@@ -89,7 +87,7 @@ def test_rows_lost_inside_the_network(variant: str, layout: str, tokens: tuple[T
     assert [strategy.meter.sites[site.name].lost for site in strategy.sites] == lost
 
 
-def test_a_lost_query_takes_its_partner_along(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+def test_a_lost_query_takes_its_partner_along(tokens_net, tokens):
     strategy = bound(tokens_net, squared_error, wide("group"), variant="antithetic")
     x, y = tokens
     clean = strategy.clean_pass(x, y)
@@ -109,9 +107,7 @@ def test_a_lost_query_takes_its_partner_along(tokens_net: nn.Sequential, tokens:
 
 
 @SILENT
-def test_jointly_perturbed_layers_pay_for_running_again(
-    tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
-) -> None:
+def test_jointly_perturbed_layers_pay_for_running_again(tokens_net, tokens):
     limit = float(tokens_net(tokens[0])[:, 0].detach().max()) + 0.1
     strategy = bound(tokens_net, brittle_loss(math.nan, limit), wide("together"))
     (lost,) = lost_by_reference(tokens_net, strategy, *tokens)
@@ -132,9 +128,7 @@ def doomed(net: nn.Module, x: Tensor, y: Tensor, marks: list[float]) -> Tensor:
 
 
 @pytest.mark.parametrize(("variant", "layout"), CASES)
-def test_a_sample_that_loses_every_query_contributes_nothing(
-    variant: str, layout: str, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
-) -> None:
+def test_a_sample_that_loses_every_query_contributes_nothing(variant, layout, tokens_net, tokens):
     x, y = tokens
     y = doomed(tokens_net, x, y, [0, 1, 1, 0])
     strategy = bound(tokens_net, doomed_loss, wide(layout), variant=variant, chunk_rows=7)
@@ -151,9 +145,7 @@ def test_a_sample_that_loses_every_query_contributes_nothing(
 
 @SILENT
 @pytest.mark.parametrize(("variant", "layout"), CASES)
-def test_a_sample_without_a_finite_clean_loss_contributes_nothing(
-    variant: str, layout: str, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
-) -> None:
+def test_a_sample_without_a_finite_clean_loss_contributes_nothing(variant, layout, tokens_net, tokens):
     """Its activations are not finite either, and must not reach the others through the Jacobian."""
     x, y = tokens
     x = x.clone()
@@ -175,7 +167,7 @@ def test_a_sample_without_a_finite_clean_loss_contributes_nothing(
     assert estimate.loss[rest].isfinite().all()
 
 
-def test_a_site_that_loses_everything_leaves_its_gradient_alone(tokens: tuple[Tensor, Tensor]) -> None:
+def test_a_site_that_loses_everything_leaves_its_gradient_alone(tokens):
     net = shaken(nn.Sequential(nn.Linear(3, 4), Fuse(1e3), nn.Linear(4, 3), TokenMean(), nn.Linear(3, 2)))
     sites = [{"stages": ["0"], "sigma": 1e9}, {"stages": ["2"], "sigma": 1e-3}, {"stages": ["4"], "sigma": 1e-3}]
     strategy = bound(net, squared_error, sites)
@@ -190,9 +182,7 @@ def test_a_site_that_loses_everything_leaves_its_gradient_alone(tokens: tuple[Te
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_lost_batch_touches_no_gradient(
-    layout: str, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
-) -> None:
+def test_a_lost_batch_touches_no_gradient(layout, tokens_net, tokens):
     x, y = tokens
     strategy = bound(tokens_net, doomed_loss, wide(layout), chunk_rows=7)
     before = tokens_net[0].weight.grad = torch.ones_like(tokens_net[0].weight)
@@ -207,9 +197,7 @@ def test_a_lost_batch_touches_no_gradient(
     assert strategy.draw == 1, "the next batch must draw other noise"
 
 
-def test_leave_one_out_warns_of_a_sample_with_a_single_survivor(
-    tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
-) -> None:
+def test_leave_one_out_warns_of_a_sample_with_a_single_survivor(tokens_net, tokens):
     """There is nothing to centre the one survivor with, so that sample is silent too."""
     strategy = bound(tokens_net, squared_error, [{"stages": ["0", "4"], "kind": "block"}], variant="leave_one_out")
     clean = strategy.clean_pass(*tokens)
@@ -226,7 +214,7 @@ def test_leave_one_out_warns_of_a_sample_with_a_single_survivor(
 
 
 @SILENT
-def test_a_difference_too_large_for_float32_is_lost(tokens: tuple[Tensor, Tensor]) -> None:
+def test_a_difference_too_large_for_float32_is_lost(tokens):
     """The loss is still finite, divided by sigma it is not."""
     net = token_network().float()
     x, y = tokens[0].float(), tokens[1].float()
@@ -252,9 +240,7 @@ def test_a_difference_too_large_for_float32_is_lost(tokens: tuple[Tensor, Tensor
     ("variant", "pilots", "counts"),
     [("baseline", 2, [1, 1, 2, 3]), ("leave_one_out", 2, [2, 2, 2, 3]), ("antithetic", 4, [2, 2, 4, 6])],
 )
-def test_the_weight_of_lost_pilots_goes_to_the_other_queries(
-    variant: str, pilots: int, counts: list[int], tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
-) -> None:
+def test_the_weight_of_lost_pilots_goes_to_the_other_queries(variant, pilots, counts, tokens_net, tokens):
     """And that of the others to the pilots; a lone leave-one-out query counts as lost."""
     x, y = tokens
     limit = float(tokens_net(x)[:, 0].detach().max()) + 0.1
@@ -275,9 +261,7 @@ def test_the_weight_of_lost_pilots_goes_to_the_other_queries(
     assert some == {"trace": True, "no trace": True}, "the test needs samples that lose pilots and samples that do not"
 
 
-def test_pilots_stand_in_for_a_site_that_lost_all_its_other_queries(
-    tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
-) -> None:
+def test_pilots_stand_in_for_a_site_that_lost_all_its_other_queries(tokens_net, tokens):
     """What the pilots found is used, so no sample is silent and the step counts."""
     site = {"stages": ["0", "4"], "kind": "block", "queries_per_sample": 6}
     strategy = bound(tokens_net, squared_error, [site], pilots=PilotSpec("2", 4))
@@ -304,7 +288,7 @@ class Direction(nn.Module):
 
 @SILENT
 @pytest.mark.parametrize("kind", ["block", "linear"])
-def test_whatever_stands_in_for_a_lost_sample_is_harmless(kind: str, tokens: tuple[Tensor, Tensor]) -> None:
+def test_whatever_stands_in_for_a_lost_sample_is_harmless(kind, tokens):
     """A sample of zeros would not be: this network has no gradient there."""
     net = shaken(nn.Sequential(nn.Sequential(Direction(), nn.Linear(3, 3)), TokenMean(), nn.Linear(3, 2)))
     x, y = tokens[0].clone(), tokens[1]

@@ -21,9 +21,7 @@ def measured_and_counted(strategy: LikelihoodRatio, x: Tensor, y: Tensor) -> tup
     ("layout", "variant"),
     [*((layout, "baseline") for layout in TOKEN_SITES), ("block", "leave_one_out"), ("together", "antithetic")],
 )
-def test_the_most_expensive_site_costs_as_counted(
-    layout: str, variant: str, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
-) -> None:
+def test_the_most_expensive_site_costs_as_counted(layout, variant, tokens_net, tokens):
     """Measured costs are in the unit of the counted ones, forward-equivalents; and no query is free."""
     strategy = bound(tokens_net, squared_error, TOKEN_SITES[layout], variant=variant)
     measured, counted = measured_and_counted(strategy, *tokens)
@@ -35,7 +33,7 @@ def test_the_most_expensive_site_costs_as_counted(
     )
 
 
-def test_the_order_is_that_of_the_suffixes() -> None:
+def test_the_order_is_that_of_the_suffixes():
     """Above the lowest site lie eight wide layers, above the middle one half of them, above the top one nothing."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -56,7 +54,7 @@ def test_the_order_is_that_of_the_suffixes() -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 4, 2 * TIMED_ROWS])
-def test_any_batch(batch: int, tokens: tuple[Tensor, Tensor]) -> None:
+def test_any_batch(batch, tokens):
     """About the same number of queries is timed whatever the batch, one of each sample at least."""
     calls: list[int] = []
 
@@ -72,9 +70,7 @@ def test_any_batch(batch: int, tokens: tuple[Tensor, Tensor]) -> None:
     assert sum(calls) == 2 * 4 * max(TIMED_ROWS, 2 * batch)
 
 
-def test_it_is_measured_once_and_changes_no_estimate(
-    tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_is_measured_once_and_changes_no_estimate(tokens_net, tokens, monkeypatch):
     found: list[dict[str, Any]] = []
     for names in ({"measured_costs"}, set()):
         strategy = bound(tokens_net, squared_error, TOKEN_SITES["block"])

@@ -40,7 +40,7 @@ def row_loss(outputs: Tensor, targets: Tensor) -> Tensor:
     return cross_entropy(outputs, targets, reduction="none")
 
 
-def test_the_guard_refuses_what_waits() -> None:
+def test_the_guard_refuses_what_waits():
     x = torch.arange(3.0)
     for wait in (lambda: x.sum().item(), lambda: x[x > 1], x.nonzero, lambda: bool(x.any())):
         with pytest.raises(AssertionError, match="waits for the device"), NoWaiting():
@@ -61,7 +61,7 @@ STRATEGIES = {
 @pytest.mark.filterwarnings("ignore:.*derivatives are exact:UserWarning")
 @pytest.mark.parametrize("name", STRATEGIES)
 @pytest.mark.parametrize("traces", [False, True])
-def test_no_number_is_waited_for_while_queries_run(name: str, traces: bool) -> None:
+def test_no_number_is_waited_for_while_queries_run(name, traces):
     strategy: Any = STRATEGIES[name](seed=0)
     torch.manual_seed(0)
     network = stage_network(tiny_vit())

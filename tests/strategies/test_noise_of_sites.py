@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -46,7 +44,7 @@ SIGMA = 1e-3
         *((v, "block") for v in ("plain", "leave_one_out", "antithetic")),
     ],
 )
-def test_equals_the_reference(kind: str, variant: str, layout: str, images: tuple[Tensor, Tensor]) -> None:
+def test_equals_the_reference(kind, variant, layout, images):
     vit = vit_for(layout)
     strategy = bound(vit, cross_entropy, VIT_SITES[layout], variant=variant, chunk_rows=6, noise=KINDS[kind])
     base = torch.tensor(COUNTS[variant])
@@ -56,7 +54,7 @@ def test_equals_the_reference(kind: str, variant: str, layout: str, images: tupl
 
 @every_kind
 @pytest.mark.parametrize("variant", ["baseline", "antithetic"])
-def test_feature_maps(kind: str, variant: str, images: tuple[Tensor, Tensor]) -> None:
+def test_feature_maps(kind, variant, images):
     net = convolutional()
     strategy = bound(net, cross_entropy, CONVOLUTIONS, variant=variant, chunk_rows=6, noise=KINDS[kind])
     assert_equals_reference(net, strategy, *images, torch.tensor(COUNTS[variant]))
@@ -64,9 +62,7 @@ def test_feature_maps(kind: str, variant: str, images: tuple[Tensor, Tensor]) ->
 
 @every_kind
 @pytest.mark.parametrize("layout", TOKEN_SITES)
-def test_the_size_of_a_chunk_changes_nothing(
-    kind: str, layout: str, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
-) -> None:
+def test_the_size_of_a_chunk_changes_nothing(kind, layout, tokens_net, tokens):
     counts = torch.tensor([3, 0, 41, 7])
     whole, cut = (
         estimated(
@@ -78,7 +74,7 @@ def test_the_size_of_a_chunk_changes_nothing(
         torch.testing.assert_close(cut[1][name], gradient)
 
 
-def test_gaussian_noise_is_what_it_was(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+def test_gaussian_noise_is_what_it_was(tokens_net, tokens):
     """Drawn from the keys by ``standard_normal``, to the last bit."""
     strategy = bound(tokens_net, squared_error, [{"stages": ["0", "4"], "kind": "block"}], seed=3)
     seen: dict[str, Tensor] = {}
@@ -121,7 +117,7 @@ CASES = [
 
 @every_kind
 @pytest.mark.parametrize(("variant", "layout"), CASES)
-def test_unbiased(kind: str, variant: str, layout: str) -> None:
+def test_unbiased(kind, variant, layout):
     net, x, y = problem()
     sites = [{**site, "sigma": SIGMA} for site in TOKEN_SITES[layout]]
     strategy = bound(net, shifted, sites, variant=variant, chunk_rows=1000, noise=KINDS[kind])
@@ -132,7 +128,7 @@ def test_unbiased(kind: str, variant: str, layout: str) -> None:
 
 
 @every_kind
-def test_traces(kind: str, images: tuple[Tensor, Tensor]) -> None:
+def test_traces(kind, images):
     """Summed from each query's gradient, whatever the noise."""
     vit = vit_for("block")
     strategy = bound(vit, cross_entropy, VIT_SITES["block"], noise=KINDS[kind], chunk_rows=7)
@@ -149,7 +145,7 @@ def test_traces(kind: str, images: tuple[Tensor, Tensor]) -> None:
 
 
 @every_kind
-def test_forward_mode_is_unbiased(kind: str) -> None:
+def test_forward_mode_is_unbiased(kind):
     net, x, y = problem()
     sites = [SiteSpec(**{k: v for k, v in site.items() if k != "sigma"}) for site in TOKEN_SITES["group"]]
     strategy = ForwardMode(sites=sites, noise=KINDS[kind], seed=7, chunk_rows=1000)
@@ -161,9 +157,7 @@ def test_forward_mode_is_unbiased(kind: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["group", "block", "linear"])
-def test_forward_mode_with_a_basis_of_directions_is_exact(
-    layout: str, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
-) -> None:
+def test_forward_mode_with_a_basis_of_directions_is_exact(layout, tokens_net, tokens):
     """12 features at 3 tokens of the first layer, 9 of the third, 3 and 2 above: 36 queries are whole bases of each."""
     sites = [SiteSpec(**{k: v for k, v in site.items() if k != "sigma"}) for site in TOKEN_SITES[layout]]
     strategy = ForwardMode(sites=sites, noise=NoiseSpec(orthogonal=True), seed=7)
@@ -177,7 +171,7 @@ def test_forward_mode_with_a_basis_of_directions_is_exact(
 
 
 @pytest.mark.parametrize("strategy", [LikelihoodRatio, ForwardMode])
-def test_a_plain_mapping_is_accepted(strategy: type[LikelihoodRatio]) -> None:
+def test_a_plain_mapping_is_accepted(strategy):
     assert strategy(noise={"distribution": "rademacher"}).noise == NoiseSpec(distribution="rademacher")
     assert strategy().noise == NoiseSpec()
 
@@ -194,14 +188,14 @@ def test_a_plain_mapping_is_accepted(strategy: type[LikelihoodRatio]) -> None:
         ),
     ],
 )
-def test_settings_that_are_refused(settings: dict[str, Any], message: str) -> None:
+def test_settings_that_are_refused(settings, message):
     for strategy in (LikelihoodRatio, ForwardMode):
         with pytest.raises(SettingError, match=message):
             strategy(**settings)
 
 
 @pytest.mark.parametrize("kind", ["factored", "factored_rademacher"])
-def test_factored_noise_wants_tokens_somewhere(kind: str, tokens: tuple[Tensor, Tensor]) -> None:
+def test_factored_noise_wants_tokens_somewhere(kind, tokens):
     flat_net = nn.Sequential(nn.Flatten(), nn.Linear(9, 4), nn.Tanh(), nn.Linear(4, 2)).double()
     sites = [{"stages": ["1"]}, {"stages": ["3"], "kind": "linear"}]
     strategy = bound(flat_net, squared_error, sites, noise=KINDS[kind])

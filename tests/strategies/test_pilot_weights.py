@@ -35,9 +35,7 @@ def assert_gradients(
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("layout", ["block", "linear"])
 @pytest.mark.parametrize("variant", COUNTS)
-def test_pilots_at_two_sites(
-    variant: str, layout: str, weighted: bool, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
-) -> None:
+def test_pilots_at_two_sites(variant, layout, weighted, tokens_net, tokens):
     """``w mean(pilots) + (1 - w) mean(rest)``, ``w`` by sample; without a rest the pilots alone."""
     site = BLOCKS if layout == "block" else LINEAR
     strategy = bound(tokens_net, squared_error, [site], variant=variant, pilots=PilotSpec(["4", "0"], 4), chunk_rows=6)
@@ -57,7 +55,7 @@ def test_pilots_at_two_sites(
     assert_gradients(tokens_net, strategy, *tokens, COUNTS[variant], weights)
 
 
-def test_weights_where_noise_is_on_the_class_token_alone(images: tuple[Tensor, Tensor]) -> None:
+def test_weights_where_noise_is_on_the_class_token_alone(images):
     vit = tiny_vit()
     sites = [{"stages": ["embed", "blocks.1"], "sigma": 0.1}, {"stages": ["blocks.2", "head"], "kind": "block"}]
     strategy = bound(vit, cross_entropy, sites, pilots=PilotSpec(["embed..blocks.1", "blocks.2"], 4), chunk_rows=7)
@@ -68,7 +66,7 @@ def test_weights_where_noise_is_on_the_class_token_alone(images: tuple[Tensor, T
     assert_gradients(vit, strategy, *images, [3, 0, 5, 2], weights)
 
 
-def test_one_line_of_weights_is_for_all_sites(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+def test_one_line_of_weights_is_for_all_sites(tokens_net, tokens):
     strategy = bound(tokens_net, squared_error, [BLOCKS], pilots=PilotSpec(["0", "2"], 4))
     weight = torch.tensor([0.9, 0.2, 0.0, 1.0])
     clean = strategy.clean_pass(*tokens)
@@ -78,9 +76,7 @@ def test_one_line_of_weights_is_for_all_sites(tokens_net: nn.Sequential, tokens:
 
 
 @pytest.mark.parametrize("reuse", [True, False])
-def test_weights_without_pilots_change_nothing(
-    reuse: bool, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
-) -> None:
+def test_weights_without_pilots_change_nothing(reuse, tokens_net, tokens):
     """None were drawn, or they are not to enter the gradient."""
     strategy = bound(tokens_net, squared_error, [BLOCKS], pilots=PilotSpec("2", 4, reuse=reuse))
     clean = strategy.clean_pass(*tokens)
@@ -94,7 +90,7 @@ def test_weights_without_pilots_change_nothing(
         torch.testing.assert_close(gradient, without[name], rtol=0, atol=0)
 
 
-def test_pilots_at_two_sites_are_paid_at_each(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+def test_pilots_at_two_sites_are_paid_at_each(tokens_net, tokens):
     strategy = bound(tokens_net, squared_error, [BLOCKS], pilots=PilotSpec(["lowest", "deepest"], 4))
     clean = strategy.clean_pass(*tokens)
     strategy.pilot_traces(clean)
@@ -104,9 +100,7 @@ def test_pilots_at_two_sites_are_paid_at_each(tokens_net: nn.Sequential, tokens:
     assert spent == {"clean": (0, 0), "0": (40, 16), "2": (40, 0), "3": (40, 0), "4": (40, 16)}
 
 
-def test_site_by_site_pilots_at_the_top_enter_and_those_below_do_not(
-    tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
-) -> None:
+def test_site_by_site_pilots_at_the_top_enter_and_those_below_do_not(tokens_net, tokens):
     """Without reuse pilots of every site are taken from the network before its updates; only counts see them."""
     strategy = bound(tokens_net, squared_error, [BLOCKS], update="site_by_site", pilots=PilotSpec("deepest", 4))
     weights = torch.full((4, 4), 0.3, dtype=torch.float64)

@@ -50,9 +50,7 @@ def trace_of(rows: Tensor, strategy: LikelihoodRatio) -> Tensor:
 
 @pytest.mark.parametrize("site", KINDS)
 @pytest.mark.parametrize("variant", ["plain", "baseline", "leave_one_out", "antithetic"])
-def test_the_trace_is_the_sample_variance_of_the_pilots(
-    variant: str, site: str, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
-) -> None:
+def test_the_trace_is_the_sample_variance_of_the_pilots(variant, site, tokens_net, tokens):
     strategy = piloted(tokens_net, site, pilots=6, variant=variant, chunk_rows=8)
     clean = strategy.clean_pass(*tokens)
     seen = strategy.pilot_traces(clean)
@@ -98,7 +96,7 @@ def true_trace(strategy: LikelihoodRatio, loss: Loss, x: Tensor, y: Tensor, b: i
 
 @pytest.mark.parametrize("site", KINDS)
 @pytest.mark.parametrize("variant", ["baseline", "antithetic"])
-def test_traces_are_unbiased(variant: str, site: str, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+def test_traces_are_unbiased(variant, site, tokens_net, tokens):
     strategy = piloted(tokens_net, site, variant=variant, chunk_rows=1000)
     place = place_of(strategy)
     found = torch.stack([strategy.pilot_traces(strategy.clean_pass(*tokens)).trace[place] for _ in range(800)])
@@ -109,9 +107,7 @@ def test_traces_are_unbiased(variant: str, site: str, tokens_net: nn.Sequential,
         assert abs(float(found[:, b].mean()) - truth) < 4 * error
 
 
-def test_pilots_are_paid_from_the_budget_of_their_site(
-    tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
-) -> None:
+def test_pilots_are_paid_from_the_budget_of_their_site(tokens_net, tokens):
     strategy = piloted(tokens_net, "3", pilots=6)
     assert strategy.budget.queries_per_sample == (20, 20, 14, 20)
     clean = strategy.clean_pass(*tokens)
@@ -122,9 +118,7 @@ def test_pilots_are_paid_from_the_budget_of_their_site(
     assert spent == {"clean": (0, 0), "0": (80, 0), "2": (80, 0), "3": (80, 24), "4": (80, 0)}
 
 
-def test_pilots_without_reuse_share_no_noise_with_the_rest(
-    tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
-) -> None:
+def test_pilots_without_reuse_share_no_noise_with_the_rest(tokens_net, tokens):
     """Else the counts would depend on the noise of the queries they count."""
     strategy = piloted(tokens_net, "3")
     strategy.pilots.reuse = False
@@ -138,14 +132,12 @@ def test_pilots_without_reuse_share_no_noise_with_the_rest(
     assert not torch.allclose(first["3.0.weight"], second["3.0.weight"], rtol=0.01)
 
 
-def test_without_pilots_there_is_no_trace(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+def test_without_pilots_there_is_no_trace(tokens_net, tokens):
     strategy = bound(tokens_net, squared_error, [{"stages": ["0", "1"]}, {"stages": ["2", "4"]}])
     assert strategy.pilot_traces(strategy.clean_pass(*tokens)) is None
 
 
-def test_a_batch_whose_pilots_were_not_drawn_gets_the_whole_budget(
-    tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
-) -> None:
+def test_a_batch_whose_pilots_were_not_drawn_gets_the_whole_budget(tokens_net, tokens):
     """As in a step without an allocator: nobody asked for the pilots, so nothing is taken off."""
     sites = [{"stages": ["0", "4"], "sigma": 0.5, "queries_per_sample": 20, "kind": "block"}]
     plain = bound(tokens_net, squared_error, sites)
@@ -182,14 +174,7 @@ JOINT = [{"stages": ["0", "4"], "kind": "linear", "together": True, "name": "all
         (BLOCKS, PilotSpec(["4", "2"], 4), {"update": "site_by_site"}, "reuse", r"stale.*reuse: false.*'4' alone"),
     ],
 )
-def test_settings_that_are_refused(
-    sites: list[dict[str, Any]],
-    pilots: PilotSpec,
-    settings: dict[str, Any],
-    setting: str,
-    problem: str,
-    tokens_net: nn.Sequential,
-) -> None:
+def test_settings_that_are_refused(sites, pilots, settings, setting, problem, tokens_net):
     with pytest.raises(SettingError, match=problem) as error:
         bound(tokens_net, squared_error, sites, pilots=pilots, **settings)
     assert error.value.setting == f"model.strategy.pilots.{setting}"
@@ -209,15 +194,13 @@ def test_settings_that_are_refused(
         (PilotSpec("2", 0), "simultaneous", (10, 10, 10, 10)),
     ],
 )
-def test_settings_that_are_not(
-    pilots: PilotSpec, update: str, budget: tuple[int, ...], tokens_net: nn.Sequential
-) -> None:
+def test_settings_that_are_not(pilots, update, budget, tokens_net):
     """``lowest`` is the site next to the input, ``deepest`` the one next to the loss; naming one twice is once."""
     strategy = bound(tokens_net, squared_error, BLOCKS, pilots=pilots, update=update)
     assert strategy.budget.queries_per_sample == budget
 
 
 @pytest.mark.parametrize("pilots", [{"qeries": 4}, 4])
-def test_what_is_no_pilot_spec_is_refused(pilots: Any) -> None:
+def test_what_is_no_pilot_spec_is_refused(pilots):
     with pytest.raises(SettingError, match=r"strategy.pilots = .*PilotSpec"):
         LikelihoodRatio(pilots=pilots)

@@ -94,9 +94,7 @@ def estimate(strategy: ForwardGradientStrategy, net: nn.Module, batch: tuple[Ten
 
 @pytest.mark.parametrize("half", HALVES)
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_an_estimate_in_half_precision_is_that_of_float32_but_for_the_rounding_of_its_passes(
-    name: str, half: torch.dtype, net: nn.Module, batch: tuple[Tensor, Tensor]
-) -> None:
+def test_an_estimate_in_half_precision_is_that_of_float32_but_for_the_rounding_of_its_passes(name, half, net, batch):
     """With the same noise, at a sigma that is wide beside the rounding: off by a few machine epsilons, in float32."""
     full = estimate(STRATEGIES[name](), net, batch)
     with torch.autocast("cpu", dtype=half), warnings.catch_warnings():
@@ -117,9 +115,7 @@ def test_an_estimate_in_half_precision_is_that_of_float32_but_for_the_rounding_o
         (nn.LayerNorm(6), (64, 7, 6), (64, 7, 6)),
     ],
 )
-def test_closed_forms_are_not_rounded(
-    layer: nn.Module, x: tuple[int, ...], delta: tuple[int, ...], half: torch.dtype
-) -> None:
+def test_closed_forms_are_not_rounded(layer, x, delta, half):
     """Against float64, of the same half-precision inputs; sums beyond float16's range do not overflow."""
     inputs, deltas = torch.randn(x).to(half), 1e4 * torch.randn(delta)
     exact = layer_gradient(layer.double(), inputs.double(), deltas.double())
@@ -131,7 +127,7 @@ def test_closed_forms_are_not_rounded(
 
 
 @pytest.mark.parametrize("half", HALVES)
-def test_norms_of_gradients_are_not_rounded(half: torch.dtype) -> None:
+def test_norms_of_gradients_are_not_rounded(half):
     x, delta = torch.randn(8, 5, 6), 1e4 * torch.randn(8, 5, 4)
     exact = linear_gradient_sq_norm(x.double(), delta.double(), bias=True)
     with torch.autocast("cpu", dtype=half):
@@ -142,9 +138,7 @@ def test_norms_of_gradients_are_not_rounded(half: torch.dtype) -> None:
 
 @pytest.mark.parametrize("scale", [1.0, 1e-8, 1e8])
 @pytest.mark.parametrize(("half", "bound"), [(torch.bfloat16, 2.0**-7), (torch.float16, 1e-6)])
-def test_a_local_vjp_keeps_its_accuracy_at_any_scale(
-    half: torch.dtype, bound: float, scale: float, net: nn.Module, batch: tuple[Tensor, Tensor]
-) -> None:
+def test_a_local_vjp_keeps_its_accuracy_at_any_scale(half, bound, scale, net, batch):
     """Under bfloat16 as accurate as mixed precision is; under float16, which has no range for it, float32."""
     strategy = LikelihoodRatio(sites=blocks(), seed=0)
     strategy.bind(stage_network(net), cross_entropy)
@@ -161,7 +155,7 @@ def test_a_local_vjp_keeps_its_accuracy_at_any_scale(
 
 
 @pytest.mark.parametrize("half", HALVES)
-def test_losses_are_taken_in_float32(half: torch.dtype) -> None:
+def test_losses_are_taken_in_float32(half):
     """Products inside of a loss function too, such as those of an embedding loss."""
     output, target = torch.randn(6, 5).to(half), torch.randn(6, 5)
 
@@ -175,7 +169,7 @@ def test_losses_are_taken_in_float32(half: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("half", HALVES)
-def test_noise_enters_before_the_rounding(half: torch.dtype) -> None:
+def test_noise_enters_before_the_rounding(half):
     """A half-precision activation is rounded once, after float32 noise was added."""
     h, z = torch.randn(1000).to(half)[None], torch.randn(1, 1000)
     expected = (h.double() + 0.01 * z.double()).to(half)
@@ -187,9 +181,7 @@ def test_noise_enters_before_the_rounding(half: torch.dtype) -> None:
 
 @pytest.mark.parametrize("half", HALVES)
 @pytest.mark.parametrize("layout", ["shared", "factored"])
-def test_directions_drawn_again_are_summed_in_float32(
-    layout: Any, half: torch.dtype, vit: nn.Module, batch: tuple[Tensor, Tensor]
-) -> None:
+def test_directions_drawn_again_are_summed_in_float32(layout, half, vit, batch):
     """Those of layers and of parameters without one (class token, position embedding) alike."""
     strategy = SPSA(sites=halves(sigma=0.1), layout=layout, seed=0)
     strategy.bind(stage_network(vit.float()), cross_entropy)
@@ -204,7 +196,7 @@ def test_directions_drawn_again_are_summed_in_float32(
         torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-5 * float(gradient.abs().max()))
 
 
-def test_backprop_under_float16_is_refused(net: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+def test_backprop_under_float16_is_refused(net, batch):
     with torch.autocast("cpu", dtype=torch.float16), pytest.raises(SettingError) as error:
         estimate(Backprop(), net, batch)
     assert str(error.value).startswith("trainer.precision = '16-mixed'")
@@ -214,7 +206,7 @@ def test_backprop_under_float16_is_refused(net: nn.Module, batch: tuple[Tensor, 
 # What a precision resolves
 
 
-def test_autocast_decides_before_the_dtype() -> None:
+def test_autocast_decides_before_the_dtype():
     x = torch.randn(3)
     assert resolution(x) == Resolution("torch.float32", 2.0**-23, 16.0)
     assert resolution(x.double()) == Resolution("torch.float64", 2.0**-52, 16.0)
@@ -235,9 +227,7 @@ def test_autocast_decides_before_the_dtype() -> None:
     ],
 )
 @pytest.mark.usefixtures("highest")
-def test_tf32_counts_on_a_gpu(
-    precision: str, convolution: str, convolutions: bool, eps: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tf32_counts_on_a_gpu(precision, convolution, convolutions, eps, monkeypatch):
     torch.set_float32_matmul_precision(precision)
     monkeypatch.setattr(
         torch.backends.cudnn, "conv", SimpleNamespace(fp32_precision=convolution, allow_tf32=None), raising=False
@@ -247,16 +237,14 @@ def test_tf32_counts_on_a_gpu(
     assert resolution(torch.ones(1), convolutions=convolutions).eps == 2.0**-23  # not on a CPU
 
 
-def test_the_least_width_is_so_many_rounding_steps() -> None:
+def test_the_least_width_is_so_many_rounding_steps():
     values = torch.tensor([3.0, -4.0, 0.0, 5.0])
     assert Resolution("", 2.0**-7, 2.0).least_width(values) == pytest.approx(2 * 2**-7 * 12.5**0.5)
     assert [rounded_up(v) for v in (0.0131, 0.013, 2.2e-7)] == pytest.approx([0.014, 0.013, 2.2e-7])
 
 
 @pytest.mark.parametrize("half", [*HALVES, None])
-def test_the_sigma_that_is_named_is_workable(
-    half: torch.dtype | None, net: nn.Module, batch: tuple[Tensor, Tensor]
-) -> None:
+def test_the_sigma_that_is_named_is_workable(half, net, batch):
     """Warned of once a site; at the sigmas named, the estimate agrees to 90 % with exact derivatives, silently."""
     with torch.autocast("cpu", dtype=half or torch.bfloat16, enabled=half is not None):
         with pytest.warns(RuntimeWarning, match="sigma = 1e-09 at site") as caught:
@@ -279,14 +267,14 @@ def test_the_sigma_that_is_named_is_workable(
 # Simulated TF32
 
 
-def test_tf32_keeps_ten_bits_of_the_mantissa() -> None:
+def test_tf32_keeps_ten_bits_of_the_mantissa():
     x = torch.randn(10_000) * torch.logspace(-20, 20, 10_000)
     steps = torch.frexp(tf32_rounded(x))[0].double() * 2**11
     assert torch.equal(steps, steps.round())
     assert ((tf32_rounded(x) - x).abs() <= 2.0**-11 * x.abs()).all()
 
 
-def test_simulated_tf32_rounds_operands_and_nothing_else(net: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+def test_simulated_tf32_rounds_operands_and_nothing_else(net, batch):
     x, layer = torch.randn(4, 6), nn.Linear(6, 5)
     with torch.no_grad(), SimulatedTF32():
         found = layer(x)

@@ -54,9 +54,7 @@ def calls_counted(net: nn.Sequential) -> Iterator[list[str]]:
         ({"predictors.unheard_of"}, set(), []),
     ],
 )
-def test_what_was_not_asked_for_is_not_computed(
-    names: set[str], fields: set[str], ran: list[str], tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
-) -> None:
+def test_what_was_not_asked_for_is_not_computed(names, fields, ran, tokens_net, tokens):
     """Once the requests are known, that is from the second batch on: only the head runs, once for each gradient."""
     strategy = bound(tokens_net, squared_error, SITES_AND_HEAD)
     strategy.sample_statistics(strategy.clean_pass(*tokens), names)
@@ -84,9 +82,7 @@ def test_what_was_not_asked_for_is_not_computed(
         ({"predictors"}, {0, 2, 4, 5}),
     ],
 )
-def test_what_was_not_asked_for_is_not_kept(
-    names: set[str], kept: set[int], tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
-) -> None:
+def test_what_was_not_asked_for_is_not_kept(names, kept, tokens_net, tokens):
     """Of the clean pass: what sites start from, the output, and what the requested predictors start from."""
     sites = [SITES[0], {"stages": ["2", "4"], "queries_per_sample": 8}]
     strategy = bound(tokens_net, squared_error, sites)
@@ -98,7 +94,7 @@ def test_what_was_not_asked_for_is_not_kept(
     assert set(strategy.clean_pass(*tokens).activations) == {0, 2, 5}, "no longer asked for, no longer kept"
 
 
-def test_the_input_is_kept_by_reference(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+def test_the_input_is_kept_by_reference(tokens_net, tokens):
     """What the first batch did not keep can be run again from it, and it takes no memory of its own."""
     strategy = bound(tokens_net, squared_error, [SITES[0], {"stages": ["2", "4"]}])
     assert strategy.clean_pass(*tokens).activations[0] is tokens[0], "a site that starts there runs on copies"
@@ -109,7 +105,7 @@ def test_the_input_is_kept_by_reference(tokens_net: nn.Sequential, tokens: tuple
     assert set(top.refresh(clean, ["4"]).activations) == {0, 4, 5}
 
 
-def test_what_has_to_run_again_is_paid(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+def test_what_has_to_run_again_is_paid(tokens_net, tokens):
     """On the first batch, whose clean pass came before the request, from the highest activation that was kept."""
     strategy = bound(tokens_net, squared_error, [SITES[0], {"stages": ["2", "4"]}], chunk_rows=3)
     clean = strategy.clean_pass(*tokens)
@@ -123,7 +119,7 @@ def test_what_has_to_run_again_is_paid(tokens_net: nn.Sequential, tokens: tuple[
 
 
 @pytest.mark.parametrize("reuse", [True, False])
-def test_pilots(reuse: bool, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+def test_pilots(reuse, tokens_net, tokens):
     pilots = PilotSpec(["deepest", "0..1"], 4, reuse=reuse)
     strategy, other = (bound(tokens_net, squared_error, SITES_AND_HEAD, pilots=pilots) for _ in range(2))
     statistics = strategy.sample_statistics(strategy.clean_pass(*tokens))
@@ -137,9 +133,7 @@ def test_pilots(reuse: bool, tokens_net: nn.Sequential, tokens: tuple[Tensor, Te
 
 
 @pytest.mark.parametrize("names", [ALL, frozenset()])
-def test_the_network_is_left_as_it_was(
-    names: frozenset[str], tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
-) -> None:
+def test_the_network_is_left_as_it_was(names, tokens_net, tokens):
     tokens_net.append(nn.Dropout(0.5))
     tokens_net.train()
     tokens_net[3].eval()

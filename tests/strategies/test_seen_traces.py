@@ -49,7 +49,7 @@ def assert_seen(module: nn.Module, strategy: LikelihoodRatio, x: Tensor, y: Tens
 
 @pytest.mark.parametrize("layout", ["group", "block", "linear"])
 @pytest.mark.parametrize("variant", COUNTS)
-def test_vit(variant: str, layout: str, images: tuple[Tensor, Tensor]) -> None:
+def test_vit(variant, layout, images):
     """Blocks with attention, linears in parameter space, and sites where the class token alone gets noise."""
     vit = vit_for(layout)
     strategy = bound(vit, cross_entropy, VIT_SITES[layout], variant=variant, chunk_rows=4)
@@ -62,7 +62,7 @@ def test_vit(variant: str, layout: str, images: tuple[Tensor, Tensor]) -> None:
 
 @pytest.mark.parametrize("variant", ["baseline", "antithetic"])
 @pytest.mark.parametrize("layout", ["block", "linear"])
-def test_patch_tokens_and_all_tokens(variant: str, layout: str, images: tuple[Tensor, Tensor]) -> None:
+def test_patch_tokens_and_all_tokens(variant, layout, images):
     for kwargs, active in (({"global_pool": "avg", "reg_tokens": 2}, True), ({}, False)):
         vit = vit_for(layout, **kwargs)
         sites = [{**site, "active_tokens": active} for site in VIT_SITES[layout]]
@@ -71,7 +71,7 @@ def test_patch_tokens_and_all_tokens(variant: str, layout: str, images: tuple[Te
 
 
 @pytest.mark.parametrize("layout", ["block", "linear"])
-def test_convolutions_and_norms(layout: str, images: tuple[Tensor, Tensor]) -> None:
+def test_convolutions_and_norms(layout, images):
     """Their traces are those of the activation: there is no closed form for the parameters' gradient's norm."""
     net = convolutional()
     strategy = bound(net, cross_entropy, [{"stages": ["0", "6"], "kind": layout, "sigma": 0.1}], chunk_rows=3)
@@ -80,9 +80,7 @@ def test_convolutions_and_norms(layout: str, images: tuple[Tensor, Tensor]) -> N
 
 
 @pytest.mark.parametrize("leaf", ["weight", "bias"])
-def test_a_linear_layer_of_which_one_parameter_is_taught(
-    leaf: str, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
-) -> None:
+def test_a_linear_layer_of_which_one_parameter_is_taught(leaf, tokens_net, tokens):
     """Without its weight the trace is the activation's."""
     freeze(tokens_net, "2." + leaf, "4." + leaf)
     strategy = bound(tokens_net, squared_error, TOKEN_SITES["linear"])
@@ -91,9 +89,7 @@ def test_a_linear_layer_of_which_one_parameter_is_taught(
 
 @pytest.mark.parametrize("layout", ["group", "block", "linear"])
 @pytest.mark.parametrize("variant", COUNTS)
-def test_pilots_are_left_out(
-    variant: str, layout: str, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
-) -> None:
+def test_pilots_are_left_out(variant, layout, tokens_net, tokens):
     """Counts were chosen after a look at the pilots; what follows is independent of that look."""
     pilots = PilotSpec(["lowest", "deepest"], 4)
     strategy = bound(tokens_net, squared_error, TOKEN_SITES[layout], variant=variant, pilots=pilots)
@@ -101,7 +97,7 @@ def test_pilots_are_left_out(
 
 
 @pytest.mark.parametrize("rank", [0, 3])
-def test_every_draw_and_rank_shows_its_own(rank: int, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+def test_every_draw_and_rank_shows_its_own(rank, tokens_net, tokens):
     strategy = bound(tokens_net, squared_error, TOKEN_SITES["block"])
     strategy.rank = rank
     first, second = (assert_seen(tokens_net, strategy, *tokens, torch.tensor([3, 1, 2, 4])) for _ in range(2))
@@ -110,7 +106,7 @@ def test_every_draw_and_rank_shows_its_own(rank: int, tokens_net: nn.Sequential,
 
 
 @pytest.mark.parametrize("variant", ["baseline", "antithetic"])
-def test_lost_queries_show_nothing(variant: str, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+def test_lost_queries_show_nothing(variant, tokens_net, tokens):
     limit = float(tokens_net(tokens[0])[:, 0].detach().max()) + 0.1
 
     def brittle(output: Tensor, target: Tensor) -> Tensor:
@@ -132,9 +128,7 @@ def test_lost_queries_show_nothing(variant: str, tokens_net: nn.Sequential, toke
     assert 0 < seen.queries.sum() < 4 * counts.sum()
 
 
-def test_layers_that_are_perturbed_together_show_nothing(
-    tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
-) -> None:
+def test_layers_that_are_perturbed_together_show_nothing(tokens_net, tokens):
     sites = [{**TOKEN_SITES["together"][0], "stages": ["0", "3"], "name": "joint"}, {"stages": ["4"], "sigma": 0.5}]
     strategy = bound(tokens_net, squared_error, sites)
     clean = strategy.clean_pass(*tokens)
@@ -147,7 +141,7 @@ def test_layers_that_are_perturbed_together_show_nothing(
     assert all(torch.equal(gradient, watched[name]) for name, gradient in gradients(tokens_net).items())
 
 
-def test_a_site_without_queries_shows_nothing(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+def test_a_site_without_queries_shows_nothing(tokens_net, tokens):
     strategy = bound(tokens_net, squared_error, TOKEN_SITES["block"])
     counts = torch.full((4, 4), 3)
     counts[1] = 0
@@ -156,7 +150,7 @@ def test_a_site_without_queries_shows_nothing(tokens_net: nn.Sequential, tokens:
     assert seen.queries.sum(dim=1).tolist() == [12.0, 0.0, 12.0, 12.0]
 
 
-def test_site_by_site_fills_the_lines_one_group_at_a_time(images: tuple[Tensor, Tensor]) -> None:
+def test_site_by_site_fills_the_lines_one_group_at_a_time(images):
     """Each line is of the network as it was when that site was estimated."""
     vit, (x, y) = tiny_vit().eval(), images
     strategy = bound(vit, cross_entropy, VIT_SITES["group"], update="site_by_site")

@@ -116,7 +116,7 @@ def check(
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("layout", ["group", "block", "linear"])
-def test_scales(layout: str, weighted: bool, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+def test_scales(layout, weighted, tokens_net, tokens):
     """Groups, blocks and layers on several tokens; the layer norm's traces are the activation's."""
     strategy = bound(tokens_net, squared_error, TOKEN_SITES[layout])
     kinds = [in_parameter_space(site) for site in strategy.sites]
@@ -126,7 +126,7 @@ def test_scales(layout: str, weighted: bool, tokens_net: nn.Sequential, tokens: 
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_scales_where_noise_is_on_the_class_token_alone(weighted: bool, images: tuple[Tensor, Tensor]) -> None:
+def test_scales_where_noise_is_on_the_class_token_alone(weighted, images):
     vit = tiny_vit(embed_dim=8, mlp_ratio=1)
     sites = [{"stages": ["embed", "blocks.1"], "kind": "group"}, {"stages": ["blocks.2", "head"], "kind": "block"}]
     strategy = bound(vit, cross_entropy, sites, chunk_rows=3)
@@ -135,7 +135,7 @@ def test_scales_where_noise_is_on_the_class_token_alone(weighted: bool, images: 
     check(strategy, images[0], strategy.clean_pass(*images), metric, draws=250)
 
 
-def test_a_layer_of_which_the_bias_alone_is_taught(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+def test_a_layer_of_which_the_bias_alone_is_taught(tokens_net, tokens):
     """Its traces are the activation's: every feature of every token moves one derivative by as much as itself."""
     freeze(tokens_net, "2.weight")
     strategy = bound(tokens_net, squared_error, TOKEN_SITES["linear"])
@@ -144,9 +144,7 @@ def test_a_layer_of_which_the_bias_alone_is_taught(tokens_net: nn.Sequential, to
     check(strategy, tokens[0], strategy.clean_pass(*tokens), None)
 
 
-def test_layers_that_are_perturbed_together_have_no_scale(
-    tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
-) -> None:
+def test_layers_that_are_perturbed_together_have_no_scale(tokens_net, tokens):
     strategy = bound(tokens_net, squared_error, TOKEN_SITES["together"])
     with pytest.raises(SettingError, match=r"strategy\.sites = '0\.\.4': perturbs several layers.*together: false"):
         strategy.sample_statistics(strategy.clean_pass(*tokens), {"scale"})
@@ -155,7 +153,7 @@ def test_layers_that_are_perturbed_together_have_no_scale(
 NAMES = ("scale", "preconditioned_scale")
 
 
-def test_scales_are_estimated_anew_every_so_often(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+def test_scales_are_estimated_anew_every_so_often(tokens_net, tokens):
     """A local VJP of every sample at every site is paid for it; the two kinds of scale keep their own time."""
     strategy, metric = bound(tokens_net, squared_error, TOKEN_SITES["block"]), random_metric(tokens_net)
     found: dict[str, list[Tensor]] = {name: [] for name in NAMES}
@@ -181,9 +179,7 @@ def test_scales_are_estimated_anew_every_so_often(tokens_net: nn.Sequential, tok
     assert paid == pytest.approx([vjp * (i % SCALE_EVERY in (0, 5)) for i in range(len(paid))])
 
 
-def test_what_was_measured_survives_a_checkpoint(
-    tokens: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_was_measured_survives_a_checkpoint(tokens, monkeypatch):
     names = {*NAMES, "measured_costs"}
 
     def fresh() -> LikelihoodRatio:
@@ -216,7 +212,7 @@ def test_what_was_measured_survives_a_checkpoint(
         assert torch.equal(scales[0], before.scale) == (draw < 3 + SCALE_EVERY), "as old as it was"
 
 
-def test_a_checkpoint_from_before_there_were_scales(tokens: tuple[Tensor, Tensor]) -> None:
+def test_a_checkpoint_from_before_there_were_scales(tokens):
     strategy = bound(token_network(), squared_error, TOKEN_SITES["block"])
     strategy.sample_statistics(strategy.clean_pass(*tokens), {"scale", "measured_costs", "predictors"})
     state: dict[str, Any] = {
@@ -226,7 +222,7 @@ def test_a_checkpoint_from_before_there_were_scales(tokens: tuple[Tensor, Tensor
     assert strategy.state_dict() == {**state, "scales": {}, "seconds": [], "predictors": []}
 
 
-def test_a_scale_leaves_no_gradient(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+def test_a_scale_leaves_no_gradient(tokens_net, tokens):
     strategy = bound(tokens_net, squared_error, TOKEN_SITES["block"])
     strategy.sample_statistics(strategy.clean_pass(*tokens), set(NAMES), random_metric(tokens_net))
     assert set(gradients(tokens_net).values()) == {None}

@@ -36,24 +36,24 @@ def resolved(module: nn.Module, *specs: dict[str, Any]) -> list[Any]:
         ([{"stages": ["0", "4"], "kind": "linear", "together": True, "name": "all"}], ["all"]),
     ],
 )
-def test_names_from_bottom_to_top(specs: list[dict[str, Any]], names: list[str], tokens_net: nn.Sequential) -> None:
+def test_names_from_bottom_to_top(specs, names, tokens_net):
     assert [site.name for site in resolved(tokens_net, *specs)] == names
 
 
-def test_settings_reach_every_site_of_a_range(tokens_net: nn.Sequential) -> None:
+def test_settings_reach_every_site_of_a_range(tokens_net):
     sites = resolved(tokens_net, {"stages": ["0", "4"], "kind": "block", "sigma": 0.3, "queries_per_sample": 6})
     assert {(site.sigma, site.queries_per_sample) for site in sites} == {(0.3, 6)}
     assert [(site.first, site.last, site.start) for site in sites] == [(0, 0, 1), (2, 2, 3), (3, 3, 4), (4, 4, 5)]
 
 
-def test_linear_sites_start_where_their_stage_does(tokens_net: nn.Sequential) -> None:
+def test_linear_sites_start_where_their_stage_does(tokens_net):
     single = resolved(tokens_net, {"stages": ["0", "4"], "kind": "linear"})
     assert [(site.first, site.start) for site in single] == [(0, 0), (2, 2), (3, 3), (4, 4)]
     (joint,) = resolved(tokens_net, {"stages": ["0", "4"], "kind": "linear", "together": True})
     assert (joint.first, joint.start, len(joint.layers)) == (0, 0, 4)
 
 
-def test_patterns_choose_modules() -> None:
+def test_patterns_choose_modules():
     vit = tiny_vit()
     freeze(vit, *(name for name, _ in vit.named_parameters() if ".attn." not in name and not name.startswith("head")))
     sites = resolved(
@@ -66,7 +66,7 @@ def test_patterns_choose_modules() -> None:
     ]  # fmt: skip
 
 
-def test_noise_is_put_where_it_is_read() -> None:
+def test_noise_is_put_where_it_is_read():
     """Only the class token of the last block is read; what follows that block's attention is token by token."""
     vit = tiny_vit()
     freeze(vit, "cls_token", "pos_embed")
@@ -135,16 +135,14 @@ def test_noise_is_put_where_it_is_read() -> None:
         ([{"stages": ["0", "2"]}], "model.strategy.sites", r"leave 4 .*\['3', '4'\].*freeze"),
     ],
 )
-def test_settings_that_are_refused(
-    specs: list[dict[str, Any]], setting: str, problem: str, tokens_net: nn.Sequential
-) -> None:
+def test_settings_that_are_refused(specs, setting, problem, tokens_net):
     with pytest.raises(SettingError) as error:
         resolved(tokens_net, *specs)
     assert error.value.setting == setting
     assert re.search(problem, str(error.value)), str(error.value)
 
 
-def test_two_sets_of_layers_of_the_same_stages_need_names(tokens_net: nn.Sequential) -> None:
+def test_two_sets_of_layers_of_the_same_stages_need_names(tokens_net):
     specs = [
         {"stages": ["0", "4"], "kind": "linear", "together": True, "modules": modules}
         for modules in (["0", "2"], ["3*", "4"])
@@ -155,30 +153,30 @@ def test_two_sets_of_layers_of_the_same_stages_need_names(tokens_net: nn.Sequent
     assert [site.name for site in resolved(tokens_net, *specs)] == ["0..4", "upper"]
 
 
-def test_linear_sites_alone_do_not_teach_the_position_embedding() -> None:
+def test_linear_sites_alone_do_not_teach_the_position_embedding():
     with pytest.raises(SettingError, match=r"leave 2 .*cls_token, pos_embed.*freeze"):
         resolved(tiny_vit(), {"stages": ["embed", "head"], "kind": "linear"})
 
 
 @pytest.mark.parametrize("kind", ["group", "block", "linear"])
-def test_frozen_parameters_belong_to_no_site(kind: str, tokens_net: nn.Sequential) -> None:
+def test_frozen_parameters_belong_to_no_site(kind, tokens_net):
     freeze(tokens_net, "2.weight", "2.bias", "3.0.weight")
     specs = [{"stages": ["0", "3"], "kind": kind}, {"stages": ["4"], "kind": kind}]
     owned = {name for site in resolved(tokens_net, *specs) for name in site.parameters}
     assert owned == {"0.weight", "0.bias", "3.0.bias", "4.weight", "4.bias"}
 
 
-def test_a_network_of_one_stage_has_no_default() -> None:
+def test_a_network_of_one_stage_has_no_default():
     with pytest.raises(SettingError, match=r"one stage.*Sequential of several"):
         resolved(nn.Sequential(nn.Linear(3, 2)))
 
 
-def test_a_network_of_one_stage_has_a_group() -> None:
+def test_a_network_of_one_stage_has_a_group():
     (site,) = resolved(nn.Sequential(nn.Linear(3, 2)), {"stages": ["0"]})
     assert (site.first, site.last, site.start) == (0, 0, 1)
 
 
-def test_weights_tied_within_a_stage_cannot_be_taught_layer_by_layer() -> None:
+def test_weights_tied_within_a_stage_cannot_be_taught_layer_by_layer():
     """The closed form at one of the layers would miss what the other contributes."""
     net = nn.Sequential(nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)), nn.Linear(3, 2))
     net[0][2].weight = net[0][0].weight
@@ -189,7 +187,7 @@ def test_weights_tied_within_a_stage_cannot_be_taught_layer_by_layer() -> None:
             resolved(net, {"stages": ["0", "1"], "kind": "linear", "together": together})
 
 
-def test_the_default_of_a_sequential_is_three_groups_and_a_head() -> None:
+def test_the_default_of_a_sequential_is_three_groups_and_a_head():
     net = nn.Sequential(*(nn.Linear(2, 2) for _ in range(7)))
     sites = resolved(net)
     assert [(site.name, site.first, site.last) for site in sites] == [
@@ -199,12 +197,12 @@ def test_the_default_of_a_sequential_is_three_groups_and_a_head() -> None:
 
 
 @pytest.mark.parametrize("name", ["clean", "total", "forward_equivalents", "lowest", "deepest"])
-def test_names_with_a_meaning_of_their_own_are_refused(tokens_net: nn.Sequential, name: str) -> None:
+def test_names_with_a_meaning_of_their_own_are_refused(tokens_net, name):
     with pytest.raises(SettingError, match=f"'{name}': is a reserved name.*another `name`"):
         resolved(tokens_net, {"stages": ["0"], "name": name}, {"stages": ["1", "4"]})
 
 
-def test_the_remedy_for_a_layer_without_closed_form_works() -> None:
+def test_the_remedy_for_a_layer_without_closed_form_works():
     net = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.GroupNorm(2, 4)), nn.Linear(4, 2))
     with pytest.raises(SettingError, match=r"take the stages \['1'\] out of it and train them with kind: block"):
         resolved(net, {"stages": ["0", "2"], "kind": "linear"})
@@ -216,6 +214,6 @@ def test_the_remedy_for_a_layer_without_closed_form_works() -> None:
 
 
 @pytest.mark.parametrize("site", [{"stages": ["0"], "sigmoid": 1.0}, "blocks.0", 3])
-def test_what_is_no_site_is_refused(site: Any) -> None:
+def test_what_is_no_site_is_refused(site):
     with pytest.raises(SettingError, match=r"model.strategy.sites\[0\]"):
         LikelihoodRatio(sites=[site])

@@ -68,7 +68,7 @@ def trained(strategy: LikelihoodRatio, x: Tensor, y: Tensor, *, steps: int, coun
 # The running average
 
 
-def test_the_average_is_exponential_and_corrected_for_its_start() -> None:
+def test_the_average_is_exponential_and_corrected_for_its_start():
     generator = torch.Generator().manual_seed(0)
     steps = torch.rand(5, 6, 3, generator=generator, dtype=torch.float64)
     running = RunningMean.empty(steps[0, 0])
@@ -81,7 +81,7 @@ def test_the_average_is_exponential_and_corrected_for_its_start() -> None:
     torch.testing.assert_close(running.error / running.mass**2, expected)
 
 
-def test_what_is_seen_counts_half_after_a_half_life() -> None:
+def test_what_is_seen_counts_half_after_a_half_life():
     one, other = torch.ones(2, 3, dtype=torch.float64), torch.zeros(2, 3, dtype=torch.float64)
     running = RunningMean.empty(one[0])
     for _ in range(1000):
@@ -91,7 +91,7 @@ def test_what_is_seen_counts_half_after_a_half_life() -> None:
     torch.testing.assert_close(running.mean, torch.full((3,), 0.5, dtype=torch.float64))
 
 
-def test_samples_without_two_queries_are_left_out() -> None:
+def test_samples_without_two_queries_are_left_out():
     squares = torch.tensor([[1.0, 2.0], [torch.nan, torch.nan], [3.0, 6.0]])
     running = RunningMean.empty(squares[0]).updated(squares)
     torch.testing.assert_close(running.mean / running.mass, torch.tensor([2.0, 4.0]))
@@ -112,18 +112,18 @@ def settled(rho: Tensor, error: Tensor) -> RunningMean:
         ([-0.3, 0.1, 1.0], 0.2, [0.2**-0.25, 0.2**-0.25, 1.0]),  # at least the standard error
     ],
 )
-def test_widths_are_the_fourth_root_of_the_inverse(rho: list[float], error: float, expected: list[float]) -> None:
+def test_widths_are_the_fourth_root_of_the_inverse(rho, error, expected):
     r = settled(torch.tensor(rho), torch.full((3,), error)).widths()
     torch.testing.assert_close(r / r[2], torch.tensor(expected) / expected[2])
     torch.testing.assert_close(r.square().mean(), torch.tensor(1.0))
 
 
 @pytest.mark.parametrize("squares", [torch.zeros(4, 3), torch.full((4, 3), torch.nan), torch.ones(1, 3)])
-def test_without_knowledge_all_tokens_are_alike(squares: Tensor) -> None:
+def test_without_knowledge_all_tokens_are_alike(squares):
     torch.testing.assert_close(RunningMean.empty(squares[0]).updated(squares).widths(), torch.ones(3))
 
 
-def test_what_counts_was_chosen_for_noise_alone() -> None:
+def test_what_counts_was_chosen_for_noise_alone():
     """Estimates that are nothing but noise, many tokens: the widths they give cost next to nothing."""
     generator = torch.Generator().manual_seed(0)
     running = RunningMean.empty(torch.zeros(200))
@@ -140,7 +140,7 @@ def test_what_counts_was_chosen_for_noise_alone() -> None:
     ("variant", "layout"),
     [*(("baseline", layout) for layout in SITES), *((v, "group") for v in ("plain", "leave_one_out", "antithetic"))],
 )
-def test_equals_the_reference(variant: str, layout: str, images: tuple[Tensor, Tensor]) -> None:
+def test_equals_the_reference(variant, layout, images):
     vit = vit_for(layout)
     sites = [{**site, "sigma": 0.1} for site in SITES[layout]]
     strategy = bound(vit, cross_entropy, sites, variant=variant, chunk_rows=6, token_sigma=True)
@@ -154,7 +154,7 @@ def test_equals_the_reference(variant: str, layout: str, images: tuple[Tensor, T
 
 
 @pytest.mark.parametrize("variant", ["baseline", "antithetic"])
-def test_positions_of_feature_maps(variant: str, images: tuple[Tensor, Tensor]) -> None:
+def test_positions_of_feature_maps(variant, images):
     net = convolutional()
     strategy = bound(net, cross_entropy, CONVOLUTIONS, variant=variant, chunk_rows=6, token_sigma=True)
     trained(strategy, *images, steps=3)
@@ -166,7 +166,7 @@ def test_positions_of_feature_maps(variant: str, images: tuple[Tensor, Tensor]) 
 
 @pytest.mark.parametrize(("layout", "in_parameters"), [("block", False), ("linear", True)])
 @pytest.mark.parametrize("variant", ["baseline", "antithetic"])
-def test_traces(variant: str, layout: str, in_parameters: bool, images: tuple[Tensor, Tensor]) -> None:
+def test_traces(variant, layout, in_parameters, images):
     vit = vit_for(layout)
     sites = [{**site, "sigma": 0.1} for site in SITES[layout]]
     strategy = bound(vit, cross_entropy, sites, variant=variant, chunk_rows=6, token_sigma=True)
@@ -180,7 +180,7 @@ def test_traces(variant: str, layout: str, in_parameters: bool, images: tuple[Te
         torch.testing.assert_close(seen.trace[i], expected, rtol=1e-7, atol=1e-12)
 
 
-def test_pilots_have_the_widths_of_their_step(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+def test_pilots_have_the_widths_of_their_step(tokens_net, tokens):
     sites = [{"stages": ["0", "1"]}, {"stages": ["2", "4"]}]
     strategy = bound(tokens_net, squared_error, sites, pilots=PilotSpec("0..1", 4), token_sigma=True)
     trained(strategy, *tokens, steps=3)
@@ -196,7 +196,7 @@ def test_pilots_have_the_widths_of_their_step(tokens_net: nn.Sequential, tokens:
         torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-9)
 
 
-def test_the_size_of_a_chunk_changes_neither_estimate_nor_widths(images: tuple[Tensor, Tensor]) -> None:
+def test_the_size_of_a_chunk_changes_neither_estimate_nor_widths(images):
     found = []
     for rows in (256, 5):
         strategy = bound(vit_for("block"), cross_entropy, SITES["block"], chunk_rows=rows, token_sigma=True)
@@ -209,9 +209,7 @@ def test_the_size_of_a_chunk_changes_neither_estimate_nor_widths(images: tuple[T
         torch.testing.assert_close(found[1][1][name], relative)
 
 
-def test_widths_never_see_the_queries_that_they_are_for(
-    tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
-) -> None:
+def test_widths_never_see_the_queries_that_they_are_for(tokens_net, tokens):
     """They change with a batch's clean pass and stay for all that is estimated from it."""
     strategy = bound(tokens_net, squared_error, [{"stages": ["0", "4"], "kind": "block"}], token_sigma=True)
     clean = strategy.clean_pass(*tokens)
@@ -226,7 +224,7 @@ def test_widths_never_see_the_queries_that_they_are_for(
     assert {name for name, width in strategy.widths.items() if width.relative is not None} == {"0", "2"}
 
 
-def test_scales_weigh_tokens_as_queries_do() -> None:
+def test_scales_weigh_tokens_as_queries_do():
     """One token trains a bias, the other nothing; of a query's squared ``delta`` the first has ``1 / r^2``."""
 
     class First(nn.Module):
@@ -252,7 +250,7 @@ def test_scales_weigh_tokens_as_queries_do() -> None:
 
 
 @pytest.mark.parametrize("variant", ["plain", "baseline", "leave_one_out", "antithetic"])
-def test_mean_squares_are_unbiased(variant: str) -> None:
+def test_mean_squares_are_unbiased(variant):
     net, _, g, _ = uneven_problem(tokens=4, batch=3)
     strategy = bound(net, linear_loss, [{"stages": ["0"]}], token_sigma=True, variant=variant)
     found, counts = [], torch.tensor([40, 90, 60]).numpy()
@@ -266,7 +264,7 @@ def test_mean_squares_are_unbiased(variant: str) -> None:
 
 @pytest.mark.parametrize("layout", ["block", "linear"])
 @pytest.mark.parametrize("variant", ["plain", "baseline", "leave_one_out", "antithetic"])
-def test_unbiased(variant: str, layout: str) -> None:
+def test_unbiased(variant, layout):
     """Estimates, while widths go on being learned, against autograd."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -303,7 +301,7 @@ def variance(strategy: LikelihoodRatio, x: Tensor, y: Tensor, *, draws: int) -> 
     return float(torch.stack(found).var(0).sum())
 
 
-def test_the_variance_falls_as_theory_says() -> None:
+def test_the_variance_falls_as_theory_says():
     """``T sum rho / (sum sqrt(rho))^2``, but for the share 1 / d that does not depend on the widths."""
     net, x, g, rho = uneven_problem()
     features = g.shape[2]
@@ -327,9 +325,7 @@ def test_the_variance_falls_as_theory_says() -> None:
 
 
 @pytest.mark.parametrize("settings", [{"token_sigma": True}, {"learn_sigma": 0.1}], ids=["tokens", "sigma"])
-def test_a_resumed_run_goes_on_alike(
-    settings: dict[str, Any], tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor], tmp_path: Any
-) -> None:
+def test_a_resumed_run_goes_on_alike(settings, tokens_net, tokens, tmp_path):
     sites = [{"stages": ["0", "4"], "kind": "block"}]
     strategy, resumed = (bound(tokens_net, squared_error, sites, seed=3, **settings) for _ in range(2))
     trained(strategy, *tokens, steps=4)
@@ -345,9 +341,7 @@ def test_a_resumed_run_goes_on_alike(
         assert strategy.state_dict()["token_sigma"].keys() == {"0", "2"}
 
 
-def test_a_state_without_widths_starts_with_equal_ones(
-    tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
-) -> None:
+def test_a_state_without_widths_starts_with_equal_ones(tokens_net, tokens):
     sites = [{"stages": ["0", "4"], "kind": "block"}]
     before = bound(tokens_net, squared_error, sites)
     estimated(before, *tokens)
@@ -357,7 +351,7 @@ def test_a_state_without_widths_starts_with_equal_ones(
     assert all(width.relative is None for width in strategy.widths.values())
 
 
-def test_another_number_of_tokens_is_refused() -> None:
+def test_another_number_of_tokens_is_refused():
     tokens = TokenSigma()
     tokens.observe("body", torch.ones(2, 5))
     with pytest.raises(SettingError, match=r"token_sigma = True: site 'body' has 7 tokens, and had 5"):
@@ -383,23 +377,19 @@ def test_another_number_of_tokens_is_refused() -> None:
         ),
     ],
 )
-def test_settings_that_are_refused(
-    settings: dict[str, Any], sites: list[dict[str, Any]], message: str, tokens_net: nn.Sequential
-) -> None:
+def test_settings_that_are_refused(settings, sites, message, tokens_net):
     with pytest.raises(SettingError, match=message):
         bound(tokens_net, squared_error, sites, token_sigma=True, **settings)
 
 
-def test_sites_without_tokens_are_refused(tokens: tuple[Tensor, Tensor]) -> None:
+def test_sites_without_tokens_are_refused(tokens):
     net = nn.Sequential(nn.Flatten(), nn.Linear(9, 4), nn.Tanh(), nn.Linear(4, 2)).double()
     strategy = bound(net, squared_error, [{"stages": ["1"]}, {"stages": ["3"]}], token_sigma=True)
     with pytest.raises(SettingError, match=r"token_sigma = True: no site has more than one token. Write false"):
         strategy.clean_pass(*tokens)
 
 
-def test_without_the_setting_no_square_of_a_token_is_summed(
-    tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_the_setting_no_square_of_a_token_is_summed(tokens_net, tokens, monkeypatch):
     made: list[DeltaSums] = []
     empty = DeltaSums.empty
     monkeypatch.setattr(site_queries.DeltaSums, "empty", lambda *a, **k: made.append(empty(*a, **k)) or made[-1])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections import OrderedDict
-from typing import Any
 
 import pytest
 import torch
@@ -109,9 +108,7 @@ def assert_predictors(
         ("block", {"global_pool": "map"}, None),
     ],
 )
-def test_vit(
-    layout: str, kwargs: dict[str, Any], read: slice | None, loss: Loss, images: tuple[Tensor, Tensor]
-) -> None:
+def test_vit(layout, kwargs, read, loss, images):
     """``top``: what enters the final norm and the pooling; ``head``: what enters the last linear layer."""
     vit = vit_for(layout, **kwargs)
     strategy = bound(vit, loss, VIT_SITES[layout], chunk_rows=3)
@@ -119,7 +116,7 @@ def test_vit(
 
 
 @pytest.mark.parametrize("layout", TOKEN_SITES)
-def test_sequential(layout: str, tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:
+def test_sequential(layout, tokens_net, tokens):
     """The head is the last stage, unless the last two are called pool and head."""
     strategy = bound(tokens_net, squared_error, TOKEN_SITES[layout])
     assert_predictors(tokens_net, strategy, *tokens, head=tokens_net[4], top=tokens_net[4])
@@ -131,7 +128,7 @@ def test_sequential(layout: str, tokens_net: nn.Sequential, tokens: tuple[Tensor
 
 
 @pytest.mark.parametrize("last", [0, 1])
-def test_a_head_alone_is_taught(last: int, images: tuple[Tensor, Tensor]) -> None:
+def test_a_head_alone_is_taught(last, images):
     """Then no site starts below the final norm, and what enters it has to be run again the first time."""
     vit = vit_for("group")
     for name, parameter in vit.named_parameters():
@@ -141,7 +138,7 @@ def test_a_head_alone_is_taught(last: int, images: tuple[Tensor, Tensor]) -> Non
 
 
 @pytest.mark.parametrize("kind", ["block", "linear"])
-def test_stages_that_work_in_place(kind: str, tokens: tuple[Tensor, Tensor]) -> None:
+def test_stages_that_work_in_place(kind, tokens):
     net = shaken(
         nn.Sequential(
             nn.SiLU(inplace=True), nn.Linear(3, 4), nn.Sequential(nn.SiLU(inplace=True), nn.Linear(4, 3)), TokenMean(),
@@ -156,7 +153,7 @@ def test_stages_that_work_in_place(kind: str, tokens: tuple[Tensor, Tensor]) -> 
 
 
 @pytest.mark.parametrize("where", ["input", "loss"])
-def test_a_sample_with_a_nan_loss_does_not_touch_the_others(where: str, images: tuple[Tensor, Tensor]) -> None:
+def test_a_sample_with_a_nan_loss_does_not_touch_the_others(where, images):
     vit, (x, y) = vit_for("group"), images
     clean = bound(vit, cross_entropy, VIT_SITES["group"])
     expected = clean.sample_statistics(clean.clean_pass(x, y), {"predictors"}).predictors
@@ -176,7 +173,7 @@ def test_a_sample_with_a_nan_loss_does_not_touch_the_others(where: str, images: 
         torch.testing.assert_close(statistics.predictors[name][..., rest], value[..., rest], rtol=1e-12, atol=0)
 
 
-def test_dropout_is_off_and_the_network_s_gradients_are_left_alone(tokens: tuple[Tensor, Tensor]) -> None:
+def test_dropout_is_off_and_the_network_s_gradients_are_left_alone(tokens):
     net = token_network()
     dropped = copy.deepcopy(net)
     dropped[4] = nn.Sequential(nn.Dropout(0.5), net[4])
@@ -190,7 +187,7 @@ def test_dropout_is_off_and_the_network_s_gradients_are_left_alone(tokens: tuple
         torch.testing.assert_close(found[1][name], value, rtol=0, atol=0)
 
 
-def test_under_autocast_weights_keep_their_graph(images: tuple[Tensor, Tensor]) -> None:
+def test_under_autocast_weights_keep_their_graph(images):
     """Copies of the weights in half precision, made without a graph, would cut the gradient off."""
     vit, x = vit_for("group").float(), images[0].float()
     strategy = bound(vit, cross_entropy, [{**site, "sigma": 1.0} for site in VIT_SITES["group"]])
@@ -202,7 +199,7 @@ def test_under_autocast_weights_keep_their_graph(images: tuple[Tensor, Tensor]) 
         torch.testing.assert_close(found[name], value, rtol=0.1, atol=0)
 
 
-def test_a_loss_without_derivative_is_refused_with_the_remedy(tokens_net: nn.Sequential, tokens: Any) -> None:
+def test_a_loss_without_derivative_is_refused_with_the_remedy(tokens_net, tokens):
     sites = [SiteSpec(stages=["0", "3"], name="body"), SiteSpec(stages=["4"], name="last")]
     strategy = LikelihoodRatio(sites=sites, seed=0)
     strategy.bind(stage_network(tokens_net), lambda output, target: (output > target).double().flatten(1).mean(1))
