@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -14,7 +12,8 @@ from torch import Tensor, nn
 from flops_lightning.errors import SettingError
 from flops_lightning.network.staging import stage_network
 from flops_lightning.queries import clean_pass, drop_rows, plan_rows, refresh, row_losses
-from tests.reference.networks import bound, cross_entropy, estimated, freeze, shaken, squared_error
+from tests.reference.layouts import VIT_SITES, vit_for
+from tests.reference.networks import bound, cross_entropy, estimated, shaken, squared_error
 
 COUNTS = st.lists(st.integers(0, 30), min_size=0, max_size=12)
 
@@ -134,31 +133,22 @@ def test_losses_are_computed_in_float32_at_least():
 # Estimates
 
 
-SITES: dict[str, list[dict[str, Any]]] = {
-    "group": [{"stages": ["embed", "blocks.0"]}, {"stages": ["blocks.1", "blocks.2"]}, {"stages": ["pool", "head"]}],
-    "linear": [{"stages": ["embed", "head"], "kind": "linear"}],
-    "together": [{"stages": ["embed", "head"], "kind": "linear", "together": True}],
-}
 CASES = [
     (variant, layout)
     for variant in ("plain", "baseline", "leave_one_out", "antithetic")
-    for layout in SITES
+    for layout in ("group", "linear", "together")
     if (variant, layout) != ("leave_one_out", "together")
 ]
 
 
-def prepared(vit: nn.Module, layout: str) -> nn.Module:
-    if layout != "group":
-        freeze(vit, "cls_token", "pos_embed")
-    return vit
-
-
 @pytest.mark.parametrize(("variant", "layout"), CASES)
-def test_the_chunk_size_does_not_matter(variant, layout, vit, images):
-    prepared(vit, layout)
+def test_the_chunk_size_does_not_matter(variant, layout, images):
+    vit = vit_for(layout)
     counts = torch.tensor([6, 0, 12, 2])
     found = {
-        rows: estimated(bound(vit, cross_entropy, SITES[layout], variant=variant, chunk_rows=rows), *images, counts)[1]
+        rows: estimated(
+            bound(vit, cross_entropy, VIT_SITES[layout], variant=variant, chunk_rows=rows), *images, counts
+        )[1]
         for rows in (2, 3, 7, 256)
     }
     for rows, grads in found.items():
@@ -170,10 +160,10 @@ def test_the_chunk_size_does_not_matter(variant, layout, vit, images):
 
 
 @pytest.mark.parametrize(("variant", "layout"), CASES)
-def test_a_sample_is_served_the_same_in_any_company(variant, layout, vit, images):
+def test_a_sample_is_served_the_same_in_any_company(variant, layout, images):
     """The estimate is the sum of what the samples get when all others get no query."""
-    prepared(vit, layout)
-    strategy = bound(vit, cross_entropy, SITES[layout], variant=variant, chunk_rows=5)
+    vit = vit_for(layout)
+    strategy = bound(vit, cross_entropy, VIT_SITES[layout], variant=variant, chunk_rows=5)
     clean = strategy.clean_pass(*images)
 
     def estimate(counts: Tensor) -> dict[str, Tensor]:
@@ -191,7 +181,7 @@ def test_a_sample_is_served_the_same_in_any_company(variant, layout, vit, images
 def test_noise_goes_with_the_place_in_the_batch(vit, images):
     """Two copies of one sample get noise of their own, so a batch of copies is not one sample many times."""
     x, y = images
-    sites = SITES["group"]
+    sites = VIT_SITES["group"]
     twice = bound(vit, cross_entropy, sites)
     _, both = estimated(twice, x[:1].repeat(2, 1, 1, 1), y[:1].repeat(2), torch.tensor([4, 4]))
     _, first = estimated(bound(vit, cross_entropy, sites), x[:1], y[:1], torch.tensor([4]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import timm
@@ -108,3 +108,8 @@ def stage_output(module: nn.Module, stage: str) -> nn.Module:
     if isinstance(module, nn.Sequential):
         return module.get_submodule(stage)
     return module.get_submodule({"embed": "norm_pre", "pool": "head_drop"}.get(stage, stage))
+
+
+def assert_entries(found: Mapping[str, Any], expected: Mapping[str, Any], *, rtol: float = 0, atol: float = 0) -> None:
+    """Compare the tensors that are expected by name; without tolerances to the last bit."""
+    torch.testing.assert_close({name: found[name] for name in expected}, dict(expected), rtol=rtol, atol=atol)

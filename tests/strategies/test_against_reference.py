@@ -9,7 +9,17 @@ from torch import Tensor, nn
 from flops_lightning.strategies import PilotSpec
 from tests.reference.layouts import COUNTS, SIGMA, VIT_SITES, convolutional, vit_for
 from tests.reference.likelihood_ratio import assert_equals_reference, reference_gradient
-from tests.reference.networks import TokenMean, bound, cross_entropy, freeze, gradients, shaken, squared_error, tiny_vit
+from tests.reference.networks import (
+    TokenMean,
+    assert_entries,
+    bound,
+    cross_entropy,
+    freeze,
+    gradients,
+    shaken,
+    squared_error,
+    tiny_vit,
+)
 
 CASES = [
     (variant, layout)
@@ -62,8 +72,7 @@ def test_pilots_that_are_used_again(variant, stage, images):
     for site in strategy.sites:
         pilots = 4 if site.name == stage else 0
         expected = reference_gradient(vit, strategy, site, *images, counts, pilots=pilots)
-        for name, gradient in expected.items():
-            torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-9)
+        assert_entries(found, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_pilots_that_are_not_used_again_leave_their_noise_alone(vit, images):
@@ -79,21 +88,6 @@ def test_pilots_that_are_not_used_again_leave_their_noise_alone(vit, images):
     four = reference_gradient(vit, strategy, site, *images, [4] * 4)
     for name, gradient in ten.items():
         torch.testing.assert_close(found[name], (10 * gradient - 4 * four[name]) / 6, rtol=1e-9, atol=1e-9)
-
-
-def test_pilots_at_a_linear_layer(tokens_net, tokens):
-    sites = [{"stages": ["0", "4"], "kind": "linear", "queries_per_sample": 10, **SIGMA}]
-    strategy = bound(tokens_net, squared_error, sites, pilots=PilotSpec("2", 4))
-    clean = strategy.clean_pass(*tokens)
-    strategy.pilot_traces(clean)
-    counts = [2, 6, 1, 0]
-    strategy.estimate(clean, torch.tensor(counts))
-    found = gradients(tokens_net)
-    for site in strategy.sites:
-        pilots = 4 if site.name == "2" else 0
-        expected = reference_gradient(tokens_net, strategy, site, *tokens, counts, pilots=pilots)
-        for name, gradient in expected.items():
-            torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-9)
 
 
 def test_every_draw_and_rank_has_its_own_noise(tokens_net, tokens):

@@ -65,24 +65,16 @@ def assert_slope(found: Tensor, expected: float) -> None:
     assert abs(mean - expected) < 4 * error, f"slope {mean:.4f}, expected {expected:.4f}, error {error:.4f}"
 
 
-def check_quadratic(variant: str, **settings: Any) -> None:
+@every_variant
+@pytest.mark.parametrize("token_sigma", [False, True])
+def test_of_a_quadratic(token_sigma, variant):
+    """The mean square of tokens of different widths is 1, so the smoothed quadratic is the same."""
     x = 0.2 * torch.randn(4, 3, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    strategy = strategy_on(half_square, 3, 2, variant=variant, chunk_rows=1000, **settings)
-    if strategy.token_sigma:
+    strategy = strategy_on(half_square, 3, 2, variant=variant, chunk_rows=1000, token_sigma=token_sigma)
+    if token_sigma:
         tokens = {"mean": torch.tensor([1.0, 16.0, 81.0]), "error": torch.zeros(3), "mass": torch.ones(())}
         strategy._tokens.load_state_dict({"0": tokens})
     assert_slope(slopes(strategy, x, torch.zeros_like(x), draws=60), 6 * 0.5**2)
-
-
-@every_variant
-def test_of_a_quadratic(variant):
-    check_quadratic(variant)
-
-
-@every_variant
-def test_with_tokens_of_different_widths(variant):
-    """Their mean square is 1, so the smoothed quadratic is the same."""
-    check_quadratic(variant, token_sigma=True)
 
 
 @every_variant
@@ -185,20 +177,20 @@ def test_lost_queries_do_not_move_sigma():
 # Settings
 
 
-@pytest.mark.parametrize("rate", [-0.1, math.inf, math.nan])
-def test_rates_that_are_refused(rate):
-    with pytest.raises(SettingError, match=r"strategy.learn_sigma = .*must be a number above 0\. Write 0"):
-        LikelihoodRatio(learn_sigma=rate)
-
-
 @pytest.mark.parametrize(
-    "noise", [NoiseSpec(distribution="rademacher"), NoiseSpec(layout="factored"), NoiseSpec(orthogonal=True)]
+    ("settings", "layout", "message"),
+    [
+        *(
+            ({"learn_sigma": rate}, "block", r".*must be a number above 0\. Write 0")
+            for rate in (-0.1, math.inf, math.nan)
+        ),
+        *(
+            ({"noise": NoiseSpec(**noise)}, "block", "0.1: needs dense Gaussian noise")
+            for noise in ({"distribution": "rademacher"}, {"layout": "factored"}, {"orthogonal": True})
+        ),
+        ({}, "together", r"0.1: cannot be learned at '0..4'.*together: false"),
+    ],
 )
-def test_other_noise_is_refused(noise):
-    with pytest.raises(SettingError, match=r"strategy.learn_sigma = 0.1: needs dense Gaussian noise"):
-        LikelihoodRatio(learn_sigma=0.1, noise=noise)
-
-
-def test_layers_perturbed_together_are_refused(tokens_net):
-    with pytest.raises(SettingError, match=r"strategy.learn_sigma = 0.1: cannot be learned at '0..4'.*together: false"):
-        bound(tokens_net, squared_error, TOKEN_SITES["together"], learn_sigma=0.1)
+def test_settings_that_are_refused(settings, layout, message, tokens_net):
+    with pytest.raises(SettingError, match=r"strategy\.learn_sigma = " + message):
+        bound(tokens_net, squared_error, TOKEN_SITES[layout], **{"learn_sigma": 0.1, **settings})

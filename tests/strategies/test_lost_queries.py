@@ -11,14 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from flops_lightning.strategies import LikelihoodRatio, PilotSpec
+from tests.reference.layouts import TOKEN_SITES
 from tests.reference.likelihood_ratio import assert_equals_reference, reference_gradient, surviving_queries
-from tests.reference.networks import TokenMean, bound, gradients, shaken, squared_error, token_network
+from tests.reference.networks import TokenMean, assert_entries, bound, gradients, shaken, squared_error, token_network
 
-LAYOUTS: dict[str, list[dict[str, Any]]] = {
-    "group": [{"stages": ["0", "1"]}, {"stages": ["2", "4"]}],
-    "linear": [{"stages": ["0", "4"], "kind": "linear"}],
-    "together": [{"stages": ["0", "4"], "kind": "linear", "together": True}],
-}
+LAYOUTS = ("group", "linear", "together")
 CASES = [
     (variant, layout)
     for variant in ("plain", "baseline", "leave_one_out", "antithetic")
@@ -49,46 +46,33 @@ def brittle_loss(bad: float, limit: float) -> Any:
     return loss
 
 
-def wide(layout: str) -> list[dict[str, Any]]:
-    return [{**site, "sigma": 0.5} for site in LAYOUTS[layout]]
-
-
 def lost_by_reference(module: nn.Module, strategy: LikelihoodRatio, x: Tensor, y: Tensor) -> list[int]:
     """Lost queries of each site."""
     return [sum(COUNTS) - sum(surviving_queries(module, strategy, site, x, y, COUNTS)) for site in strategy.sites]
 
 
 @SILENT
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, "inside the network"])
 @pytest.mark.parametrize(("variant", "layout"), CASES)
-def test_rows_lost_in_the_loss(variant, layout, bad, tokens_net, tokens):
-    limit = float(tokens_net(tokens[0])[:, 0].detach().max()) + 0.1
-    strategy = bound(tokens_net, brittle_loss(bad, limit), wide(layout), variant=variant, chunk_rows=7)
-    lost = lost_by_reference(tokens_net, strategy, *tokens)
-    assert 0 < sum(lost) < sum(COUNTS) * len(lost), "the test needs lost rows and survivors"
-    assert_equals_reference(tokens_net, strategy, *tokens, torch.tensor(COUNTS))
-    assert [strategy.meter.sites[site.name].lost for site in strategy.sites] == lost
-    estimate = strategy.estimate(strategy.clean_pass(*tokens), torch.tensor(COUNTS))
-    assert strategy.meter.total().lost == sum(lost) + estimate.lost
-
-
-@SILENT
-@pytest.mark.parametrize(("variant", "layout"), CASES)
-def test_rows_lost_inside_the_network(variant, layout, tokens):
-    """The inputs of later layers are NaN there, and zero times NaN is not zero."""
-    net = token_network()
-    x, y = tokens
-    limit = float(net[:3](x).detach().max()) + 0.4
-    net = shaken(nn.Sequential(*net[:3], nn.Sequential(Fuse(limit), net[3]), net[4]), scale=0)
-    strategy = bound(net, squared_error, wide(layout), variant=variant, chunk_rows=7)
+def test_lost_rows(variant, layout, bad, tokens_net, tokens):
+    """In the loss, or below it: the inputs of later layers are NaN there, and zero times NaN is not zero."""
+    net, (x, y) = tokens_net, tokens
+    if bad == "inside the network":
+        loss, fuse = squared_error, Fuse(float(net[:3](x).detach().max()) + 0.4)
+        net = nn.Sequential(*net[:3], nn.Sequential(fuse, net[3]), net[4])
+    else:
+        loss = brittle_loss(bad, float(net(x)[:, 0].detach().max()) + 0.1)
+    strategy = bound(net, loss, TOKEN_SITES[layout], variant=variant, chunk_rows=7)
     lost = lost_by_reference(net, strategy, x, y)
     assert 0 < sum(lost) < sum(COUNTS) * len(lost), "the test needs lost rows and survivors"
     assert_equals_reference(net, strategy, x, y, torch.tensor(COUNTS))
     assert [strategy.meter.sites[site.name].lost for site in strategy.sites] == lost
+    estimate = strategy.estimate(strategy.clean_pass(x, y), torch.tensor(COUNTS))
+    assert strategy.meter.total().lost == sum(lost) + estimate.lost
 
 
 def test_a_lost_query_takes_its_partner_along(tokens_net, tokens):
-    strategy = bound(tokens_net, squared_error, wide("group"), variant="antithetic")
+    strategy = bound(tokens_net, squared_error, TOKEN_SITES["group"], variant="antithetic")
     x, y = tokens
     clean = strategy.clean_pass(x, y)
     calls: list[int] = []
@@ -109,7 +93,7 @@ def test_a_lost_query_takes_its_partner_along(tokens_net, tokens):
 @SILENT
 def test_jointly_perturbed_layers_pay_for_running_again(tokens_net, tokens):
     limit = float(tokens_net(tokens[0])[:, 0].detach().max()) + 0.1
-    strategy = bound(tokens_net, brittle_loss(math.nan, limit), wide("together"))
+    strategy = bound(tokens_net, brittle_loss(math.nan, limit), TOKEN_SITES["together"])
     (lost,) = lost_by_reference(tokens_net, strategy, *tokens)
     estimate = strategy.estimate(strategy.clean_pass(*tokens), torch.tensor(COUNTS))
     assert estimate.lost == lost
@@ -131,7 +115,7 @@ def doomed(net: nn.Module, x: Tensor, y: Tensor, marks: list[float]) -> Tensor:
 def test_a_sample_that_loses_every_query_contributes_nothing(variant, layout, tokens_net, tokens):
     x, y = tokens
     y = doomed(tokens_net, x, y, [0, 1, 1, 0])
-    strategy = bound(tokens_net, doomed_loss, wide(layout), variant=variant, chunk_rows=7)
+    strategy = bound(tokens_net, doomed_loss, TOKEN_SITES[layout], variant=variant, chunk_rows=7)
     with pytest.warns(RuntimeWarning, match=rf"^{len(strategy.sites)} \(sample, site\) pairs lost every query"):
         assert_equals_reference(tokens_net, strategy, x, y, torch.tensor(COUNTS))
     clean = strategy.clean_pass(x, y)
@@ -150,7 +134,7 @@ def test_a_sample_without_a_finite_clean_loss_contributes_nothing(variant, layou
     x, y = tokens
     x = x.clone()
     x[2, 1, 0] = math.nan
-    strategy = bound(tokens_net, squared_error, wide(layout), variant=variant, chunk_rows=7)
+    strategy = bound(tokens_net, squared_error, TOKEN_SITES[layout], variant=variant, chunk_rows=7)
     clean = strategy.clean_pass(x, y)
     estimate = strategy.estimate(clean, torch.tensor(COUNTS))
     assert estimate.lost == 10 * len(strategy.sites)
@@ -162,8 +146,7 @@ def test_a_sample_without_a_finite_clean_loss_contributes_nothing(variant, layou
         finite = x.clone()
         finite[2] = 0.0
         counts = [0 if b == 2 else count for b, count in enumerate(COUNTS)]
-        for name, gradient in reference_gradient(tokens_net, strategy, site, finite, y, counts).items():
-            torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-9)
+        assert_entries(found, reference_gradient(tokens_net, strategy, site, finite, y, counts), rtol=1e-9, atol=1e-9)
     assert estimate.loss[rest].isfinite().all()
 
 
@@ -184,7 +167,7 @@ def test_a_site_that_loses_everything_leaves_its_gradient_alone(tokens):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_lost_batch_touches_no_gradient(layout, tokens_net, tokens):
     x, y = tokens
-    strategy = bound(tokens_net, doomed_loss, wide(layout), chunk_rows=7)
+    strategy = bound(tokens_net, doomed_loss, TOKEN_SITES[layout], chunk_rows=7)
     before = tokens_net[0].weight.grad = torch.ones_like(tokens_net[0].weight)
     clean = strategy.clean_pass(x, doomed(tokens_net, x, y, [1, 1, 1, 1]))
     with pytest.warns(RuntimeWarning, match="lost every query"):
@@ -254,8 +237,7 @@ def test_the_weight_of_lost_pilots_goes_to_the_other_queries(variant, pilots, co
         found = gradients(tokens_net)
         (place,) = [site for site in strategy.sites if site.name == "2"]
         expected = reference_gradient(tokens_net, strategy, place, x, y, counts, draw=draw, pilots=pilots)
-        for name, gradient in expected.items():
-            torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-9)
+        assert_entries(found, expected, rtol=1e-9, atol=1e-9)
         some["trace"] |= bool(trace.isfinite().any())
         some["no trace"] |= bool(trace.isnan().any())
     assert some == {"trace": True, "no trace": True}, "the test needs samples that lose pilots and samples that do not"
@@ -275,8 +257,7 @@ def test_pilots_stand_in_for_a_site_that_lost_all_its_other_queries(tokens_net, 
     found = gradients(tokens_net)
     strategy.loss = squared_error
     (place,) = [site for site in strategy.sites if site.name == "2"]
-    for name, gradient in reference_gradient(tokens_net, strategy, place, *tokens, [4] * 4).items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-9)
+    assert_entries(found, reference_gradient(tokens_net, strategy, place, *tokens, [4] * 4), rtol=1e-9, atol=1e-9)
 
 
 class Direction(nn.Module):

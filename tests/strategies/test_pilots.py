@@ -1,4 +1,4 @@
-"""Pilots: their traces against explicit covariances, and what is refused."""
+"""Pilots: their traces, the weights with which they enter each sample's gradient, and what is refused."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from flops_lightning.errors import SettingError
 from flops_lightning.strategies import LikelihoodRatio, PilotSpec
-from tests.reference.likelihood_ratio import places_of, queries_of_sample
-from tests.reference.networks import Loss, bound, estimated, gradients, squared_error
+from tests.reference.layouts import COUNTS
+from tests.reference.likelihood_ratio import places_of, reference_gradient, reference_traces
+from tests.reference.networks import Loss, assert_entries, bound, estimated, gradients, squared_error
 
 KINDS = {"2": {"kind": "linear"}, "3": {"kind": "block"}}
 """By pilot site: traces of a linear layer are in parameter space, those of a block in activation space."""
@@ -46,26 +47,6 @@ def gradients_of_queries(
 def trace_of(rows: Tensor, strategy: LikelihoodRatio) -> Tensor:
     """Trace of the covariance of a single query's gradient; for a pair twice that of the pair."""
     return rows.var(0).sum() * (2 if strategy.variant == "antithetic" else 1)
-
-
-@pytest.mark.parametrize("site", KINDS)
-@pytest.mark.parametrize("variant", ["plain", "baseline", "leave_one_out", "antithetic"])
-def test_the_trace_is_the_sample_variance_of_the_pilots(variant, site, tokens_net, tokens):
-    strategy = piloted(tokens_net, site, pilots=6, variant=variant, chunk_rows=8)
-    clean = strategy.clean_pass(*tokens)
-    seen = strategy.pilot_traces(clean)
-    assert seen.unit == (2 if variant == "antithetic" else 1)
-    places = torch.arange(len(strategy.sites)) == place_of(strategy)
-    assert seen.trace[~places].isnan().all(), "nothing was seen elsewhere"
-    assert torch.equal(seen.queries, 6.0 * places[:, None].expand(-1, 4))
-    (found,) = seen.trace[places]
-    for b in range(4):
-        rows = queries_of_sample(tokens_net, strategy, site_of(strategy), *tokens, b, 6)
-        z = torch.stack([row.noise[site] for row in rows])
-        losses = torch.tensor([row.loss for row in rows], dtype=z.dtype)
-        x = tokens_net[:2](tokens[0])[b].detach() if site == "2" else None
-        explicit = gradients_of_queries(losses, z, x, float(clean.loss[b]), strategy)
-        torch.testing.assert_close(found[b], trace_of(explicit, strategy), rtol=1e-9, atol=1e-9)
 
 
 def true_trace(strategy: LikelihoodRatio, loss: Loss, x: Tensor, y: Tensor, b: int) -> tuple[float, float]:
@@ -107,31 +88,6 @@ def test_traces_are_unbiased(variant, site, tokens_net, tokens):
         assert abs(float(found[:, b].mean()) - truth) < 4 * error
 
 
-def test_pilots_are_paid_from_the_budget_of_their_site(tokens_net, tokens):
-    strategy = piloted(tokens_net, "3", pilots=6)
-    assert strategy.budget.queries_per_sample == (20, 20, 14, 20)
-    clean = strategy.clean_pass(*tokens)
-    strategy.pilot_traces(clean)
-    estimate = strategy.estimate(clean)
-    assert estimate.queries == 4 * (20 + 20 + 14 + 20)
-    spent = {name: (count.queries, count.pilots) for name, count in strategy.meter.sites.items()}
-    assert spent == {"clean": (0, 0), "0": (80, 0), "2": (80, 0), "3": (80, 24), "4": (80, 0)}
-
-
-def test_pilots_without_reuse_share_no_noise_with_the_rest(tokens_net, tokens):
-    """Else the counts would depend on the noise of the queries they count."""
-    strategy = piloted(tokens_net, "3")
-    strategy.pilots.reuse = False
-    clean = strategy.clean_pass(*tokens)
-    strategy.estimate(clean, torch.full((4,), 4))
-    first = gradients(tokens_net)
-    strategy.pilot_traces(clean)
-    strategy.estimate(clean, torch.full((4,), 4))
-    second = gradients(tokens_net)
-    torch.testing.assert_close(first["4.weight"], second["4.weight"], rtol=0, atol=0)
-    assert not torch.allclose(first["3.0.weight"], second["3.0.weight"], rtol=0.01)
-
-
 def test_without_pilots_there_is_no_trace(tokens_net, tokens):
     strategy = bound(tokens_net, squared_error, [{"stages": ["0", "1"]}, {"stages": ["2", "4"]}])
     assert strategy.pilot_traces(strategy.clean_pass(*tokens)) is None
@@ -146,11 +102,11 @@ def test_a_batch_whose_pilots_were_not_drawn_gets_the_whole_budget(tokens_net, t
     strategy = piloted(tokens_net, "3")
     strategy.pilot_traces(strategy.clean_pass(*tokens))
     _, found = estimated(strategy, *tokens)
-    for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=0, atol=0)
+    assert_entries(found, expected)
 
 
-BLOCKS = [{"stages": ["0", "4"], "kind": "block", "queries_per_sample": 10}]
+BLOCKS = [{"stages": ["0", "4"], "kind": "block", "queries_per_sample": 10, "sigma": 0.3}]
+LINEAR = [{**BLOCKS[0], "kind": "linear"}]
 UNEVEN = [{**BLOCKS[0], "stages": ["0", "3"]}, {**BLOCKS[0], "stages": ["4"], "queries_per_sample": 6}]
 JOINT = [{"stages": ["0", "4"], "kind": "linear", "together": True, "name": "all"}]
 
@@ -200,7 +156,92 @@ def test_settings_that_are_not(pilots, update, budget, tokens_net):
     assert strategy.budget.queries_per_sample == budget
 
 
-@pytest.mark.parametrize("pilots", [{"qeries": 4}, 4])
-def test_what_is_no_pilot_spec_is_refused(pilots):
-    with pytest.raises(SettingError, match=r"strategy.pilots = .*PilotSpec"):
+@pytest.mark.parametrize(("pilots", "problem"), [({"qeries": 4}, "has no setting 'qeries'"), (4, "PilotSpec")])
+def test_what_is_no_pilot_spec_is_refused(pilots, problem):
+    with pytest.raises(SettingError, match=rf"model\.strategy\.pilots = .*{problem}"):
         LikelihoodRatio(pilots=pilots)
+
+
+# Weights of pilots in each sample's gradient
+
+
+def assert_estimate(
+    module: nn.Module, strategy: LikelihoodRatio, x: Tensor, y: Tensor, counts: list[int], weights: Any
+) -> None:
+    """Compare what is in ``.grad`` with the slow reference, pilots of 4 queries a sample."""
+    found = gradients(module)
+    piloted = strategy.pilots.names(strategy.sites)
+    for s, site in enumerate(strategy.sites):
+        pilots = 4 if site.name in piloted else 0
+        own = None if weights is None else weights[s].tolist()
+        expected = reference_gradient(module, strategy, site, x, y, counts, pilots=pilots, pilot_weight=own)
+        assert_entries(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("layout", ["block", "linear"])
+@pytest.mark.parametrize("variant", COUNTS)
+def test_pilots_at_two_sites(variant, layout, weighted, tokens_net, tokens):
+    """``w mean(pilots) + (1 - w) mean(rest)``, ``w`` by sample; without a rest the pilots alone."""
+    site = BLOCKS if layout == "block" else LINEAR
+    strategy = bound(tokens_net, squared_error, site, variant=variant, pilots=PilotSpec(["4", "0"], 4), chunk_rows=6)
+    assert strategy.budget.queries_per_sample == (6, 10, 10, 6)
+    clean = strategy.clean_pass(*tokens)
+    seen = strategy.pilot_traces(clean)
+    assert seen.queries.tolist() == [[4.0] * 4, [0.0] * 4, [0.0] * 4, [4.0] * 4]
+    assert seen.trace[1:3].isnan().all()
+    for s in (0, 3):
+        expected = reference_traces(
+            tokens_net, strategy, strategy.sites[s], *tokens, [4] * 4, in_parameters=layout == "linear"
+        )
+        torch.testing.assert_close(seen.trace[s], expected, rtol=1e-9, atol=1e-9)
+    table = [[0.9, 0.2, 0.0, 1.0], [0.7] * 4, [0.1] * 4, [0.0, 0.6, 0.3, 0.5]]
+    weights = torch.tensor(table, dtype=torch.float64) if weighted else None
+    strategy.estimate(clean, torch.tensor(COUNTS[variant]), pilot_weight=weights)
+    assert_estimate(tokens_net, strategy, *tokens, COUNTS[variant], weights)
+
+
+def test_one_line_of_weights_is_for_all_sites(tokens_net, tokens):
+    strategy = bound(tokens_net, squared_error, BLOCKS, pilots=PilotSpec(["0", "2"], 4))
+    weight = torch.tensor([0.9, 0.2, 0.0, 1.0])
+    clean = strategy.clean_pass(*tokens)
+    strategy.pilot_traces(clean)
+    strategy.estimate(clean, torch.tensor([1, 2, 3, 4]), pilot_weight=weight)
+    assert_estimate(tokens_net, strategy, *tokens, [1, 2, 3, 4], weight.double().expand(4, 4))
+
+
+@pytest.mark.parametrize("reuse", [True, False])
+def test_weights_without_pilots_change_nothing(reuse, tokens_net, tokens):
+    """None were drawn, or they are not to enter the gradient."""
+    strategy = bound(tokens_net, squared_error, BLOCKS, pilots=PilotSpec("2", 4, reuse=reuse))
+    clean = strategy.clean_pass(*tokens)
+    if not reuse:
+        strategy.pilot_traces(clean)
+    counts = torch.tensor([1, 2, 3, 4])
+    strategy.estimate(clean, counts)
+    without = gradients(tokens_net)
+    strategy.estimate(clean, counts, pilot_weight=torch.full((4, 4), 0.7))
+    for name, gradient in gradients(tokens_net).items():
+        torch.testing.assert_close(gradient, without[name], rtol=0, atol=0)
+
+
+def test_pilots_at_two_sites_are_paid_at_each(tokens_net, tokens):
+    strategy = bound(tokens_net, squared_error, BLOCKS, pilots=PilotSpec(["lowest", "deepest"], 4))
+    clean = strategy.clean_pass(*tokens)
+    strategy.pilot_traces(clean)
+    estimate = strategy.estimate(clean)
+    assert estimate.queries == 4 * (6 + 10 + 10 + 6)
+    spent: dict[str, Any] = {name: (count.queries, count.pilots) for name, count in strategy.meter.sites.items()}
+    assert spent == {"clean": (0, 0), "0": (40, 16), "2": (40, 0), "3": (40, 0), "4": (40, 16)}
+
+
+def test_site_by_site_pilots_at_the_top_enter_and_those_below_do_not(tokens_net, tokens):
+    """Without reuse pilots of every site are taken from the network before its updates; only counts see them."""
+    strategy = bound(tokens_net, squared_error, BLOCKS, update="site_by_site", pilots=PilotSpec("deepest", 4))
+    weights = torch.full((4, 4), 0.3, dtype=torch.float64)
+    clean = strategy.clean_pass(*tokens)
+    strategy.pilot_traces(clean)
+    for (name,) in strategy.update_groups:
+        strategy.estimate(clean, torch.tensor([1, 2, 3, 4]), sites=[name], pilot_weight=weights)
+        clean = strategy.refresh(clean, [name])
+    assert_estimate(tokens_net, strategy, *tokens, [1, 2, 3, 4], weights)

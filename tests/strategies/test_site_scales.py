@@ -20,7 +20,16 @@ from flops_lightning.strategies import LikelihoodRatio, Site
 from flops_lightning.strategies.statistics import SCALE_EVERY, site_scales
 from tests.reference.layouts import TOKEN_SITES
 from tests.reference.likelihood_ratio import in_parameter_space
-from tests.reference.networks import bound, cross_entropy, freeze, gradients, squared_error, tiny_vit, token_network
+from tests.reference.networks import (
+    assert_entries,
+    bound,
+    cross_entropy,
+    freeze,
+    gradients,
+    squared_error,
+    tiny_vit,
+    token_network,
+)
 
 
 class Span(nn.Module):
@@ -204,8 +213,7 @@ def test_what_was_measured_survives_a_checkpoint(tokens, monkeypatch):
     assert resumed.meter.state_dict() == first.meter.state_dict(), "nothing had to run again"
     for name in names:
         torch.testing.assert_close(getattr(after, name), getattr(before, name), rtol=0, atol=0)
-    for name, value in before.predictors.items():
-        torch.testing.assert_close(after.predictors[name], value, rtol=0, atol=0)
+    assert_entries(after.predictors, before.predictors)
     for draw in range(5, 3 + SCALE_EVERY + 1):
         scales = [each.sample_statistics(each.clean_pass(*tokens), {"scale"}).scale for each in (first, resumed)]
         assert torch.equal(*scales)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import pytest
 import torch
@@ -13,10 +12,11 @@ from flops_lightning.errors import SettingError
 from flops_lightning.strategies import LikelihoodRatio, PilotSpec, site_queries
 from flops_lightning.strategies.delta import DeltaSums
 from flops_lightning.strategies.widths import HALF_LIFE, LIMIT, RunningMean, TokenSigma
-from tests.reference.layouts import COUNTS, convolutional, vit_for
+from tests.reference.layouts import COUNTS, VIT_SITES, convolutional, vit_for
 from tests.reference.likelihood_ratio import assert_equals_reference, reference_gradient, reference_traces
 from tests.reference.networks import (
     TokenMean,
+    assert_entries,
     autograd_gradient,
     bound,
     cross_entropy,
@@ -27,12 +27,7 @@ from tests.reference.networks import (
 )
 from tests.reference.smoothed import Sampled, assert_unbiased, flat
 
-SITES: dict[str, list[dict[str, Any]]] = {
-    "group": [{"stages": ["embed", "blocks.0"]}, {"stages": ["blocks.1", "blocks.2"]}, {"stages": ["pool", "head"]}],
-    "block": [{"stages": ["embed", "head"], "kind": "block"}],
-    "linear": [{"stages": ["embed", "head"], "kind": "linear", "modules": ["*.fc1", "*.proj", "head", "norm", "*.norm?",
-                "*.qkv", "*.fc2"]}],
-}  # fmt: skip
+LAYOUTS = ("group", "block", "linear")
 CONVOLUTIONS = [{"stages": ["0", "6"], "kind": "linear", "sigma": 0.1}]
 
 
@@ -79,16 +74,6 @@ def test_the_average_is_exponential_and_corrected_for_its_start():
     torch.testing.assert_close(running.mean / running.mass, (weights[:, None] * steps.mean(1)).sum(0))
     expected = (weights.square()[:, None] * steps.var(1) / 6).sum(0)
     torch.testing.assert_close(running.error / running.mass**2, expected)
-
-
-def test_what_is_seen_counts_half_after_a_half_life():
-    one, other = torch.ones(2, 3, dtype=torch.float64), torch.zeros(2, 3, dtype=torch.float64)
-    running = RunningMean.empty(one[0])
-    for _ in range(1000):
-        running = running.updated(one)
-    for _ in range(HALF_LIFE):
-        running = running.updated(other)
-    torch.testing.assert_close(running.mean, torch.full((3,), 0.5, dtype=torch.float64))
 
 
 def test_samples_without_two_queries_are_left_out():
@@ -138,12 +123,11 @@ def test_what_counts_was_chosen_for_noise_alone():
 
 @pytest.mark.parametrize(
     ("variant", "layout"),
-    [*(("baseline", layout) for layout in SITES), *((v, "group") for v in ("plain", "leave_one_out", "antithetic"))],
+    [*(("baseline", layout) for layout in LAYOUTS), *((v, "group") for v in ("plain", "leave_one_out", "antithetic"))],
 )
 def test_equals_the_reference(variant, layout, images):
     vit = vit_for(layout)
-    sites = [{**site, "sigma": 0.1} for site in SITES[layout]]
-    strategy = bound(vit, cross_entropy, sites, variant=variant, chunk_rows=6, token_sigma=True)
+    strategy = bound(vit, cross_entropy, VIT_SITES[layout], variant=variant, chunk_rows=6, token_sigma=True)
     trained(strategy, *images, steps=3)
     base = torch.tensor(COUNTS[variant])
     table = torch.stack([base.roll(s) for s in range(len(strategy.sites))])
@@ -168,8 +152,7 @@ def test_positions_of_feature_maps(variant, images):
 @pytest.mark.parametrize("variant", ["baseline", "antithetic"])
 def test_traces(variant, layout, in_parameters, images):
     vit = vit_for(layout)
-    sites = [{**site, "sigma": 0.1} for site in SITES[layout]]
-    strategy = bound(vit, cross_entropy, sites, variant=variant, chunk_rows=6, token_sigma=True)
+    strategy = bound(vit, cross_entropy, VIT_SITES[layout], variant=variant, chunk_rows=6, token_sigma=True)
     trained(strategy, *images, steps=2)
     counts, draw = torch.tensor([4, 8, 6, 4]), strategy.draw
     seen = strategy.estimate(strategy.clean_pass(*images), counts, traces=True).observation
@@ -192,21 +175,18 @@ def test_pilots_have_the_widths_of_their_step(tokens_net, tokens):
     expected = reference_gradient(
         tokens_net, strategy, strategy.sites[0], *tokens, counts.tolist(), draw=draw, pilots=4
     )  # fmt: skip
-    for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-9)
+    assert_entries(found, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_the_size_of_a_chunk_changes_neither_estimate_nor_widths(images):
     found = []
     for rows in (256, 5):
-        strategy = bound(vit_for("block"), cross_entropy, SITES["block"], chunk_rows=rows, token_sigma=True)
+        strategy = bound(vit_for("block"), cross_entropy, VIT_SITES["block"], chunk_rows=rows, token_sigma=True)
         trained(strategy, *images, steps=3, counts=torch.tensor([3, 0, 41, 7]))
         grads = estimated(strategy, *images, torch.tensor([7, 2, 3, 0]))[1]
         found.append((grads, {name: width.relative for name, width in strategy.widths.items()}))
-    for name, gradient in found[0][0].items():
-        torch.testing.assert_close(found[1][0][name], gradient)
-    for name, relative in found[0][1].items():
-        torch.testing.assert_close(found[1][1][name], relative)
+    assert_entries(found[1][0], found[0][0], rtol=1e-7, atol=1e-7)
+    assert_entries(found[1][1], found[0][1], rtol=1e-7, atol=1e-7)
 
 
 def test_widths_never_see_the_queries_that_they_are_for(tokens_net, tokens):
@@ -334,8 +314,7 @@ def test_a_resumed_run_goes_on_alike(settings, tokens_net, tokens, tmp_path):
     for _ in range(3):
         _, expected = estimated(strategy, *tokens)
         _, found = estimated(resumed, *tokens)
-        for name, gradient in expected.items():
-            torch.testing.assert_close(found[name], gradient, rtol=0, atol=0)
+        assert_entries(found, expected)
     assert [width.sigma for width in resumed.widths.values()] == [width.sigma for width in strategy.widths.values()]
     if "token_sigma" in settings:
         assert strategy.state_dict()["token_sigma"].keys() == {"0", "2"}
