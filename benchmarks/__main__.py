@@ -42,12 +42,7 @@ MEMORY = tuple(name for name in LEGEND if name.startswith("memory_"))
 
 
 def main(argv: Sequence[str] | None = None, *, cases: Sequence[Case] | None = None) -> None:
-    """Measure, print the table, write the records.
-
-    Args:
-        argv: Arguments; None: those of the process.
-        cases: What to measure instead of the built-in cases, without peaks of memory.
-    """
+    """Measure, print the table, write the records; given ``cases`` instead of the built-in ones have no memory."""
     options = _parser().parse_args(argv)
     known = cases or (quick_cases() if options.quick else full_cases())
     chosen = [case for case in known if not options.models or any(part in case.model for part in options.models)]
@@ -76,8 +71,9 @@ def memory_ratios(options: argparse.Namespace, place: int) -> dict[str, float]:
 
 def report(records: Sequence[Record]) -> str:
     """The table of medians with quartiles, shares of the phases, and what each column counts."""
-    columns = {name: f"{{{name}}}" for name in CASE}
-    columns |= {column: f"{{{name}:.2f}}" for name, (column, _) in LEGEND.items()}
+    columns = {name: f"{{{name}}}" for name in CASE} | {
+        column: f"{{{name}:.2f}}" for name, (column, _) in LEGEND.items()
+    }
     shares = []
     for record in records:
         seconds = record.get("seconds_by_phase", {})
@@ -85,11 +81,9 @@ def report(records: Sequence[Record]) -> str:
         shares.append("  {model}, {strategy}, {sites}, {allocation}: ".format(**record) + ", ".join(parts))
     return "\n".join([
         table(columns, records),
-        "",
-        "Shares of a step's time, its optimiser (AdamW) included:",
+        "\nShares of a step's time, its optimiser (AdamW) included:",
         *shares,
-        "",
-        "Our step: clean pass, all queries, local VJP, .grad; where an allocator chooses the counts, also its pilots",
+        "\nOur step: clean pass, all queries, local VJP, .grad; where an allocator chooses the counts, also its pilots",
         "and the allocation. The optimiser is only in the shares by phase.",
         "Ratios of speed: above 1, this project is faster. Median over the rounds (quartiles).",
         *(f"  {column:<{max(len(c) for c, _ in LEGEND.values())}}  {meaning}" for column, meaning in LEGEND.values()),

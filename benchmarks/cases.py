@@ -20,43 +20,26 @@ PILOTS = 4
 
 @dataclass(frozen=True)
 class Case:
-    """A network, a batch, and a strategy.
-
-    Attributes:
-        model: Name in tables and records.
-        build: Makes the network; weights are random, speed does not depend on them.
-        image: ``(channels, height, width)`` of an input.
-        classes: Number of classes.
-        batch: Samples in a batch.
-        queries: Queries of each sample at each site.
-        chunk_rows: Upper bound of rows in one forward pass, the same for every contender; near the fastest for plain
-            inference on a CPU, where activations that leave the cache cost more than small products.
-        rounds: Timed rounds.
-        strategy: ``LikelihoodRatio``, or ``SPSA`` with factored directions.
-        kind: Kind of the sites: ``group`` (the paper's groups and the head) or ``block``.
-        groups: Number of groups.
-        references: Also time the plain reference steps, by far the slowest.
-        allocation: ``equal`` counts, or those that a ``GaussianAllocator`` chooses anew at every step from pilots (4 of
-            the queries, at the highest group) and predictions, all of it part of the step.
-        suffixes_only: Time only the queries, and inference of the same suffixes.
-        compiled: Compile the suffixes, and all that inference runs but the embedding.
-    """
+    """A network, a batch, and a strategy."""
 
     model: str
-    build: Callable[[], nn.Module]
-    image: tuple[int, int, int]
+    build: Callable[[], nn.Module]  # weights are random, speed does not depend on them
+    image: tuple[int, int, int]  # channels, height, width
     classes: int
     batch: int
-    queries: int
+    queries: int  # of each sample at each site
+    # Rows of a forward pass at most, for every contender; near the fastest for plain inference on a CPU, where
+    # activations that leave the cache cost more than small products.
     chunk_rows: int
     rounds: int
-    strategy: Literal["LikelihoodRatio", "SPSA"] = "LikelihoodRatio"
-    kind: Literal["group", "block"] = "group"
+    strategy: Literal["LikelihoodRatio", "SPSA"] = "LikelihoodRatio"  # SPSA: with factored directions
+    kind: Literal["group", "block"] = "group"  # of the sites: the paper's groups and the head, or blocks
     groups: int = 3
-    references: bool = True
+    references: bool = True  # also time the plain reference steps, by far the slowest
+    # Gaussian: counts from pilots (at the highest group) and predictions anew at every step, all of it in the step.
     allocation: Literal["equal", "gaussian"] = "equal"
-    suffixes_only: bool = False
-    compiled: bool = False
+    suffixes_only: bool = False  # time only the queries, and inference of the same suffixes
+    compiled: bool = False  # compile the suffixes, and all that inference runs but the embedding
 
     def load(self, device: torch.device, rows: int = 0) -> tuple[StagedNetwork, Tensor, Tensor]:
         """Network, inputs and targets from a fixed seed; ``rows`` samples instead of a batch."""

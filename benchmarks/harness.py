@@ -53,10 +53,7 @@ class Timings:
     seconds: Mapping[str, Sequence[float]]
 
     def ratio(self, other: str, ours: str) -> Spread:
-        """Time of ``other`` over time of ``ours``: above 1, ours is faster.
-
-        The ratio is taken within each round, where both met the same state of the machine, and only then the median.
-        """
+        """Time of ``other`` over time of ``ours``, taken within each round, where both met the same machine."""
         return Spread.of(a / b for a, b in zip(self.seconds[other], self.seconds[ours], strict=True))
 
     def excess(self, whole: str, part: str) -> Spread:
@@ -74,15 +71,7 @@ def alternate(
     """Run all contenders once in each round and time each run, after a round that is not timed.
 
     The first to run moves on by one from round to round, so that none always follows the same neighbour.
-
-    Args:
-        contenders: What to time, by name.
-        rounds: Timed rounds.
-        synchronize: Waits for the device; called before every look at the clock.
-        clock: Seconds.
-
-    Raises:
-        SettingError: ``rounds`` is below 1.
+    ``synchronize`` waits for the device before every look at the clock.
     """
     check_at_least("rounds", rounds, 1)
     for run in contenders.values():
@@ -143,13 +132,9 @@ NUMBERS = {
 
 
 def command(module: str, doc: str | None, *, device: bool = False, **numbers: int) -> argparse.ArgumentParser:
-    """The parser of ``python -m module``, with ``--json``.
+    """The parser of ``python -m module``, with ``--json``; the first line of ``doc`` is "``command``: summary".
 
-    Args:
-        module: Name of the module.
-        doc: Its docstring, whose first line is "``command``: summary".
-        device: Whether there is ``--device``.
-        numbers: Defaults of further options, of :data:`NUMBERS`.
+    ``numbers`` are the defaults of further options, of :data:`NUMBERS`.
     """
     summary = (doc or "").partition("\n")[0].partition(": ")[2]
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=summary)
@@ -164,7 +149,7 @@ def command(module: str, doc: str | None, *, device: bool = False, **numbers: in
 
 def finish(options: argparse.Namespace, records: Sequence[Record]) -> None:
     """Say where it was measured, and write the records to the file of ``--json``, if there is one."""
-    place = environment(getattr(options, "device", CPU))
+    place = _environment(getattr(options, "device", CPU))
     ran = f"{place['device']}, {place['threads']} thread(s), {place['dtype']}, torch {place['versions']['torch']}"
     print(f"\nMeasured on {ran}.")
     if options.json:
@@ -178,8 +163,7 @@ def plain(record: Record) -> Record:
     return record | {name: each.median for name, each in spreads.items()} | quartiles
 
 
-def environment(device: torch.device) -> Record:
-    """Where a record was measured."""
+def _environment(device: torch.device) -> Record:
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "dtype": str(torch.get_default_dtype()).removeprefix("torch."),

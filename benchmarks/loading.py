@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ FADING = 0.2  # by which fine noise is weaker than coarse: a file has 110 kB, as
 LOADED_AT_ONCE = 32  # small enough for several batches a worker; the time an image takes does not depend on it
 CLASSES, FOLDERS = 8, 1000  # of the photos written, and of the files that are only looked at
 
+Clock = Callable[[], float]
 read = partial(deque[object], maxlen=0)
 """Goes through a loader and keeps nothing."""
 
@@ -69,32 +71,22 @@ def link_files(root: Path, files: int) -> None:
             os.link(folder / "000000.JPEG", folder / f"{j:06}.JPEG")
 
 
-def photos(root: Path, *, num_workers: int = 0, image_size: int = 224, augment: bool = False) -> fl.ImageNetDataModule:
+def photos(root: Path, **settings: Any) -> fl.ImageNetDataModule:
     """The photos under ``root/train``, all for training."""
-    return fl.ImageNetDataModule(
-        root=str(root), batch_size=LOADED_AT_ONCE, num_workers=num_workers, image_size=image_size, val_images=0,
-        augment=augment, normalization="imagenet",
-    )  # fmt: skip
+    known: dict[str, Any] = {"batch_size": LOADED_AT_ONCE, "val_images": 0, "normalization": "imagenet"}
+    return fl.ImageNetDataModule(root=str(root), **known, **settings)
 
 
 def rates(
-    root: Path,
-    workers: Sequence[int],
-    *,
-    images: int,
-    image_size: int,
-    augment: bool,
-    rounds: int,
-    clock: Callable[[], float] = time.perf_counter,
+    root: Path, workers: Sequence[int], *, images: int, rounds: int, clock: Clock = time.perf_counter, **settings: Any
 ) -> dict[int, list[float]]:
     """Images per second in each round, by number of workers (0 loads in this process); the numbers take turns.
 
-    The ``images`` of a round are spread over ``root/train/<class>/*``; where there are fewer, all are loaded. The clock
-    ``time.process_time``, which other jobs hardly change, is of this process alone, so for 0 workers.
+    The ``images`` of a round are spread over ``root/train/<class>/*``; where there are fewer, all are loaded.
     """
     loaders = {}
     for number in workers:
-        data = photos(root, num_workers=number, image_size=image_size, augment=augment)
+        data = photos(root, num_workers=number, **settings)
         data.setup("fit")
         whole = len(data.train_set)  # type: ignore[arg-type]
         count = min(images, whole)
@@ -108,7 +100,7 @@ def check_seconds(files: int, rounds: int) -> float:
     """Median seconds of the check before training on so many files."""
     with TemporaryDirectory(prefix="files_") as folder:
         link_files(Path(folder), files)
-        times = alternate({"check": lambda: photos(Path(folder)).check()}, rounds=rounds)
+        times = alternate({"check": lambda: photos(Path(folder), num_workers=0).check()}, rounds=rounds)
     return statistics.median(times.seconds["check"])
 
 
@@ -137,9 +129,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", type=count, default=256, help="images of a round (default 256)")
     parser.add_argument("--image_size", type=count, default=224, help="pixels (default 224)")
     parser.add_argument("--augment", action="store_true", help="crop at random and mirror, instead of resizing")
-    parser.add_argument(
-        "--workers", type=at_least(0), nargs="+", default=[0, 1, 2], help="default 0 1 2; 1 is always in"
-    )
+    workers: dict[str, Any] = {"type": at_least(0), "nargs": "+", "default": [0, 1, 2]}
+    parser.add_argument("--workers", **workers, help="default 0 1 2; 1 is always in")
     parser.add_argument("--batch", type=count, default=128, help="images of a step on one GPU (default 128)")
     parser.add_argument("--step_seconds", type=positive, nargs="+", default=[0.5, 1, 2, 5], help="of a step on a GPU")
     parser.add_argument("--check_files", type=count, metavar="N", help="time the check before training on N files")

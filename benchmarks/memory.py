@@ -30,12 +30,9 @@ from flops_lightning.strategies.query_strategy import QueryStrategy
 from flops_lightning.strategies.site_specs import default_specs
 
 INFERENCE = "inference"
-OURS = "LikelihoodRatio, groups"
-"""The strategy of the case, which is this one in the command of this module."""
+OURS = "LikelihoodRatio, groups"  # the strategy of the case, which is this one in the command of this module
 OURS_WITHOUT_VJP = f"{OURS}, without local VJP"
-STEPS = 2
-QUERIES = 2
-"""Of a sample at each site: more take longer and no more memory."""
+STEPS, QUERIES = 2, 2  # queries of a sample at each site: more take longer and no more memory
 
 
 def contenders(case: Case, network: StagedNetwork) -> Mapping[str, Callable[[], ForwardGradientStrategy]]:
@@ -63,10 +60,7 @@ NAMES = (
 
 
 def peak(name: str, case: Case, device: torch.device) -> float:
-    """Peak memory of steps of one contender, in MiB beyond what this process held before.
-
-    Inference runs ``case.chunk_rows`` rows, all others ``case.batch`` samples.
-    """
+    """MiB at the peak of steps of a contender: inference of ``chunk_rows`` rows, or a step of ``batch`` samples."""
     torch.set_num_threads(1)
     case.build()  # libraries are no part of a step
     gc.collect()

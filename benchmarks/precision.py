@@ -1,4 +1,4 @@
-"""``python -m benchmarks.precision``: what a sigma is worth in each precision.
+"""``python -m benchmarks.precision``: what a sigma is worth in each precision, and, with ``rule``, how wide it must be.
 
 Every estimate is made in every precision with the same noise. Two cosines over all parameters are reported, the
 mean and the standard error over the seeds (each a batch and noise of its own):
@@ -11,11 +11,13 @@ mean and the standard error over the seeds (each a batch and noise of its own):
 from __future__ import annotations
 
 import statistics
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ from benchmarks.cases import tiny_digits_vit, vit
 from benchmarks.harness import Record, command, finish, mean_and_error, say, table
 from flops_lightning.network.staging import StagedNetwork, stage_network
 from flops_lightning.objectives import cross_entropy
+from flops_lightning.strategies.precision import TF32_EPS, Resolution, perturbed_values
 from flops_lightning.strategies.site_specs import default_specs
 
 DIGITS_WEIGHTS = "data/assets/vit_tiny_digits_upright.safetensors"
@@ -55,14 +58,7 @@ class SimulatedTF32(TorchFunctionMode):
     Products inside a backward pass are not seen: the local VJP keeps its float32.
     """
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Run ``func`` on rounded operands if it is a product of float32 tensors."""
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
             return _attention(*args, **(kwargs or {}))
         operands = _OPERANDS.get(func, ())
@@ -180,16 +176,86 @@ def cosines(
     return found
 
 
+RULE = """Print how wide noise must be, in rounding steps.
+
+A rounding step is the precision's machine epsilon times the root mean square of what is perturbed, at each site its own
+(:class:`~flops_lightning.strategies.precision.Resolution`). Reported is the second cosine, lowest and highest of the
+sites of the default layout: 1 but for rounding and curvature, however few the directions are.
+"""
+EPS = {
+    "float32": torch.finfo(torch.float32).eps, "TF32 (simulated)": TF32_EPS,
+    "float16": torch.finfo(torch.float16).eps, "bfloat16": torch.finfo(torch.bfloat16).eps,
+}  # fmt: skip
+STEPS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+SIZES = {"digits": (16, 10), "vit_tiny": (2, 8), "mlp20": (16, 10)}
+"""By network: samples in the batch, and queries of each at each site."""
+NOISE: Mapping[str, tuple[Any, Any, dict[str, Any]]] = {
+    "activations": (fl.LikelihoodRatio, fl.ForwardMode, {}),
+    "parameters, shared": (fl.EvolutionStrategies, fl.WeightForwardMode, {}),
+    "parameters, factored": (fl.EvolutionStrategies, fl.WeightForwardMode, {"layout": "factored"}),
+}
+"""By name: a method, exact derivatives along the same directions, and settings of both."""
+
+
+def cosine_ranges(
+    network_name: str, noise: str, precision: str, *, steps: Sequence[float] = STEPS
+) -> list[tuple[float, float]]:
+    """Lowest and highest cosine of the sites at each number of rounding steps."""
+    samples, queries = SIZES[network_name]
+    network, batch = NETWORKS[network_name](samples, 0)
+    method, exact_method, settings = NOISE[noise]
+    specs = [replace(spec, queries_per_sample=queries) for spec in default_specs(network)]
+
+    def estimate(cls: Any, sites: list[fl.SiteSpec]) -> dict[str, Tensor]:
+        strategy = cls(sites=sites, seed=0, chunk_rows=16, **settings)
+        found = gradients(strategy, network, batch)
+        return {site.name: torch.cat([found[name] for name in site.parameters]) for site in strategy.sites}
+
+    exact, plain = estimate(exact_method, specs), method(sites=specs, seed=0, chunk_rows=16, **settings)
+    plain.bind(network, cross_entropy)
+    clean, one = plain.clean_pass(*batch), Resolution("", EPS[precision], 1.0)
+    width = {site.name: one.least_width(*perturbed_values(site, clean)) for site in plain.sites}
+    ranges = []
+    for step in steps:
+        with PRECISIONS[precision]():
+            found = estimate(method, [replace(spec, sigma=step * width[str(spec.name)]) for spec in specs])
+        near = [cosine(found[name], exact[name]) for name in exact]
+        ranges.append((min(near), max(near)))
+    return ranges
+
+
+def rule(argv: Sequence[str]) -> None:
+    """Measure and print the table of :data:`RULE`."""
+    parser = command("benchmarks.precision rule", f": {RULE}")
+    for name, known in {"networks": SIZES, "methods": NOISE, "precisions": PRECISIONS}.items():
+        parser.add_argument(f"--{name}", nargs="+", choices=known, default=list(known), help="default all")
+    options = parser.parse_args(argv)
+    records: list[Record] = []
+    for network, method in product(options.networks, options.methods):
+        say(f"estimating {network}, {method} ...")
+        for precision in options.precisions:
+            ranges = dict(zip(map(str, STEPS), cosine_ranges(network, method, precision), strict=True))
+            records.append({"network": network, "method": method, "precision": precision, "cosines": ranges})
+    columns = {"network, noise": "{network}, {method}", "precision": "{precision}"}
+    columns |= {f"{step:g}": f"{{cosines[{step}][0]:.2f}} - {{cosines[{step}][1]:.2f}}" for step in STEPS}
+    print(table(columns, records))
+    finish(options, records)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure and print a table for each method."""
+    """Measure and print a table for each method; after ``rule`` that of the rule."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore", RuntimeWarning)  # of the sigmas that are too small: that is what is measured
+    if argv[:1] == ["rule"]:
+        rule(argv[1:])
+        return
     parser = command("benchmarks.precision", __doc__, seeds=4, batch=16, queries=20, rows=128)
     parser.add_argument("--network", choices=NETWORKS, default="digits", help="default digits")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="default all")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS), help="default all")
     parser.add_argument("--sigmas", nargs="+", type=float, default=SIGMAS, help=f"default {SIGMAS}")
     options = parser.parse_args(argv)
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore", RuntimeWarning)  # of the sigmas that are too small: that is what is measured
     records: list[Record] = []
     for method in options.methods:
         say(f"estimating with {method} ...")

@@ -12,12 +12,11 @@ import tempfile
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -35,9 +34,6 @@ from flops_lightning.noise.keys import standard_normal
 from flops_lightning.objectives import cross_entropy
 from flops_lightning.strategies import SPSA, LikelihoodRatio
 
-PATIENCE = timedelta(minutes=10)
-"""How long a rank waits for another."""
-
 
 def perceptron() -> nn.Module:
     """Four layers on images of 8x8 pixels; small enough for a test of bytes."""
@@ -46,10 +42,10 @@ def perceptron() -> nn.Module:
 
 
 PERCEPTRON = Case("perceptron", perceptron, (1, 8, 8), 10, batch=64, queries=20, chunk_rows=128, rounds=5)
-MODELS: Mapping[str, Case] = {
-    "perceptron": PERCEPTRON, "digits": DIGITS, "vit-micro": VIT_MICRO, "vit-tiny": VIT_TINY,
-}  # fmt: skip
-"""What is measured, by the word of the command line."""
+MODELS = {"perceptron": PERCEPTRON, "digits": DIGITS, "vit-micro": VIT_MICRO, "vit-tiny": VIT_TINY}
+
+
+T = TypeVar("T")
 
 
 class TimedGroup(ProcessGroup):
@@ -57,21 +53,17 @@ class TimedGroup(ProcessGroup):
 
     seconds = 0.0
 
-    def sum(self, tensor: Tensor) -> Tensor:
-        """See :class:`ProcessGroup`."""
-        with self._timed():
-            return super().sum(tensor)
+    def sum(self, tensor: Tensor) -> Tensor:  # noqa: D102
+        return self._timed(super().sum, tensor)
 
-    def gather(self, tensor: Tensor) -> list[Tensor]:
-        """See :class:`ProcessGroup`."""
-        with self._timed():
-            return super().gather(tensor)
+    def gather(self, tensor: Tensor) -> list[Tensor]:  # noqa: D102
+        return self._timed(super().gather, tensor)
 
-    @contextmanager
-    def _timed(self) -> Iterator[None]:
+    def _timed(self, collective: Callable[[Tensor], T], tensor: Tensor) -> T:
         start = time.perf_counter()
-        yield
+        result = collective(tensor)
         self.seconds += time.perf_counter() - start
+        return result
 
 
 def batch_of(case: Case, samples: int, ranks: int, rank: int) -> tuple[Tensor, Tensor]:
@@ -144,7 +136,7 @@ def _rank(rank: int, case: Case, sizes: Sequence[int], ranks: int, folder: str) 
     torch.set_num_threads(1)
     if ranks > 1:
         place = f"file://{folder}/meeting"
-        dist.init_process_group("gloo", init_method=place, rank=rank, world_size=ranks, timeout=PATIENCE)
+        dist.init_process_group("gloo", init_method=place, rank=rank, world_size=ranks, timeout=timedelta(minutes=10))
     group: Callable[[], TimedGroup | SingleProcess] = TimedGroup if ranks > 1 else SingleProcess
     found = [measure_rank(case, method, samples, group()) for method in METHODS for samples in sizes]
     Path(folder, f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
@@ -153,11 +145,7 @@ def _rank(rank: int, case: Case, sizes: Sequence[int], ranks: int, folder: str) 
 
 
 def launch(case: Case, sizes: Sequence[int], ranks: int) -> list[tuple[Record, ...]]:
-    """For every method and number of samples what :func:`measure_rank` returned in each process.
-
-    Raises:
-        ProcessRaisedException: A process failed; the others are ended.
-    """
+    """For every method and number of samples what :func:`measure_rank` returned in each process."""
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.spawn(_rank, (case, sizes, ranks, folder), ranks, daemon=True)
         found = [json.loads(Path(folder, f"{rank}.json").read_text(encoding="utf-8")) for rank in range(ranks)]
@@ -189,17 +177,12 @@ def summary(per_rank: Sequence[Record], load: StepLoad) -> Record:
 
 
 def measure(case: Case, ranks: Sequence[int]) -> list[Record]:
-    """Records of every method, scaling and number of ranks.
-
-    The batch is that of all ranks together under strong scaling, of each rank under weak.
-    """
+    """Records of every method, scaling and number of ranks; the batch is of all ranks (strong) or of each (weak)."""
     batch, cores = case.batch, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     known = {"model": case.model, "queries": case.queries, "rounds": case.rounds, "cores": cores, "backend": "gloo"}
     network, image, _ = case.load(CPU, 1)
-    strategies = {
-        method: method.strategy(network, queries=case.queries, chunk_rows=case.chunk_rows) for method in METHODS
-    }
-    loads = {method.name: method.load(strategy, image) for method, strategy in strategies.items()}
+    made = {m: m.strategy(network, queries=case.queries, chunk_rows=case.chunk_rows) for m in METHODS}
+    loads = {method.name: method.load(strategy, image) for method, strategy in made.items()}
     records: list[Record] = []
     for n in ranks:
         say(f"measuring {n} rank(s) ...")
@@ -234,8 +217,7 @@ def report(records: Sequence[Record]) -> str:
         "MEASURED: {model}, {queries} queries of a sample at each of {sites} sites, {rounds} rounds, gloo on this "
         "machine, one thread a rank, {cores} cores.".format(**records[0]),
         *tables,
-        "",
-        "step: median over the rounds (quartiles) of the slowest rank, up to the gradients of all; no optimiser.",
+        "\nstep: median over the rounds (quartiles) of the slowest rank, up to the gradients of all; no optimiser.",
         "exchange: within collectives, of the rank that waited least. passes + draws: forward-equivalents and drawn",
         "numbers of a rank times the seconds of one pass and one number, taken in the same processes.",
         "bytes: handed to collectives by a rank in a step. alike: the same gradients on all ranks, bit for bit.",

@@ -30,9 +30,6 @@ from flops_lightning.strategies.base import Exchange
 from flops_lightning.strategies.site_specs import default_specs
 
 VITS = {"ViT-Base/16": "vit_base_patch16_224", "ViT-Large/16": "vit_large_patch16_224"}
-"""What is modelled."""
-
-
 SCALINGS = {
     "strong": "strong scaling: one batch split over the ranks; efficiency T(1) / (n T(n))",
     "weak": "weak scaling: a batch of one size on every rank; efficiency T(1) / T(n)",
@@ -41,39 +38,25 @@ SCALINGS = {
 
 @dataclass(frozen=True)
 class StepLoad:
-    """What a step of a strategy on a network consists of, whatever the ranks.
+    """What a step of a strategy on a network consists of, whatever the ranks."""
 
-    Attributes:
-        numbers: ``d``, numbers in all parameters.
-        tensors: Number of parameters.
-        sites: Number of sites.
-        queries: ``A``, queries of a sample at each site.
-        sample: Forward-equivalents of a sample.
-        drawn: Directions are dense in the parameters and in antithetic pairs, shared by the samples of a rank, drawn
-            for the queries and once more for the gradient. False: noise in activations, part of a pass.
-        exchange: What ranks tell each other.
-        gathered: Numbers of a sample that an allocator gathers from all ranks, in each of its gathers.
-        chunk_rows: Samples of a forward pass at most.
-        itemsize: Bytes of a number in the parameters and activations.
-    """
-
-    numbers: int
-    tensors: int
+    numbers: int  # d, in all parameters
+    tensors: int  # parameters
     sites: int
-    queries: int
-    sample: float
+    queries: int  # A, of a sample at each site
+    sample: float  # forward-equivalents of a sample
+    # Directions dense in the parameters, in antithetic pairs, shared by the samples of a rank; or noise in activations.
     drawn: bool
     exchange: Exchange = "gradients"
-    gathered: tuple[int, ...] = ()
-    chunk_rows: int = 256
-    itemsize: int = 4
+    gathered: tuple[int, ...] = ()  # numbers of a sample that an allocator gathers, in each of its gathers
+    chunk_rows: int = 256  # samples of a forward pass at most
+    itemsize: int = 4  # bytes of a number in the parameters and activations
 
     def drawn_numbers(self, samples: int, ranks: int) -> int:
         """Random numbers that a rank draws: ``A / 2 * d * (ceil(b / chunk_rows) + k)``.
 
         Each of the ``A / 2`` directions of a site is drawn for every chunk of samples, both signs at once, and ``k``
-        times for the gradient: once where gradients are exchanged, ``n`` times where losses are, since a rank draws the
-        directions of all ranks. Splitting a batch over more ranks does not make that less.
+        times for the gradient: once where gradients are exchanged, ``n`` times (those of all ranks) where losses are.
         """
         chunks, again = -(-samples // self.chunk_rows), ranks if self.exchange == "losses" else 1
         return self.drawn * (self.queries // 2) * self.numbers * (chunks + again)
@@ -106,19 +89,12 @@ class StepLoad:
 
 @dataclass(frozen=True)
 class Method:
-    """A strategy at the paper's sites (three groups and the head) and what its ranks tell each other.
-
-    Attributes:
-        name: In tables and records.
-        drawn: ``SPSA`` with shared directions instead of ``LikelihoodRatio``.
-        exchange: Gradients, or losses (``SPSA`` only).
-        allocated: Ranks also gather what an allocator needs: losses and embeddings before the queries, traces after.
-    """
+    """A strategy at the paper's sites (three groups and the head) and what its ranks tell each other."""
 
     name: str
-    drawn: bool = False
+    drawn: bool = False  # SPSA with shared directions instead of LikelihoodRatio
     exchange: Exchange = "gradients"
-    allocated: bool = False
+    allocated: bool = False  # also what an allocator needs: losses and embeddings before the queries, traces after
 
     def strategy(self, network: StagedNetwork, *, queries: int, chunk_rows: int) -> LikelihoodRatio | SPSA:
         """Bound to the network, with so many queries of a sample at each site."""
@@ -158,15 +134,12 @@ def parameters_of(strategy: LikelihoodRatio | SPSA) -> list[nn.Parameter]:
 
 
 class Machine(NamedTuple):
-    """Forward passes and random numbers (drawn and added) a second of a rank; bytes and seconds a message of links.
-
-    ``bandwidth`` (in one direction) and ``latency`` are those of links within a node, then between nodes.
-    """
+    """What a rank does in a second, and links within a node, then between nodes."""
 
     passes: float
-    draws: float
-    bandwidth: Sequence[float]
-    latency: Sequence[float]
+    draws: float  # random numbers, drawn and added
+    bandwidth: Sequence[float]  # bytes a second in one direction
+    latency: Sequence[float]  # seconds a message
     ranks_per_node: int = 8
 
 
@@ -203,8 +176,8 @@ def efficiency(alone: float, together: float, ranks: int, scaling: str) -> float
 def even_bandwidth(directions: int, ranks: int, draws: float, *, itemsize: int = 4) -> float:
     """Bytes a second below which exchanging losses is faster than exchanging gradients, up to latencies and headers.
 
-    Gradients take ``2 (n - 1) / n * itemsize * d / bandwidth`` seconds, drawing the ``P`` directions a site of the
-    ``n - 1`` other ranks ``(n - 1) P d / draws``; they are equal at ``2 * itemsize * draws / (n P)``, whatever ``d``.
+    ``2 (n - 1) / n * itemsize * d / bandwidth`` seconds of gradients equal ``(n - 1) P d / draws`` of drawing the ``P``
+    directions a site of the other ranks at ``2 * itemsize * draws / (n P)``, whatever ``d``.
     """
     return 2 * itemsize * draws / (ranks * directions)
 
@@ -267,8 +240,6 @@ def report(records: Sequence[Record], options: argparse.Namespace) -> str:
         f"Assumed of links: {node:g} GB/s and {node_latency:g} us a message within a node of "
         f"{options.ranks_per_node} ranks, {network:g} GB/s and {network_latency:g} us between nodes.",
         *tables,
-        "",
-        "queries: of a sample at all sites together. With SPSA every rank has directions of its own: splitting a batch",
-        "makes none of them cheaper to draw. Left out: noise of LikelihoodRatio, optimiser, data.",
+        "\nqueries: at all sites together. Left out: noise of LikelihoodRatio, optimiser, data.",
         f"Exchanging losses is faster than exchanging gradients below {', '.join(limits)}, whatever the model.",
     ])  # fmt: skip

@@ -1,13 +1,10 @@
 """Plain reference steps: what one writes first, without any of this package's savings.
 
-:meth:`Reference.literal` is equation 1 as it reads: one query after the other, each through the whole network, the
-gradient of each taken on its own. :meth:`Reference.batched` does the same in batches: the batch is repeated once for
-each of its queries, every repeated row runs through the whole network with noise added at the site, all noise is kept
-until the losses are known, and one site follows the other. Both give the estimate of
-:class:`~flops_lightning.strategies.LikelihoodRatio` with ``variant="baseline"`` from the same noise.
-
-The latter is spared two costs that plain code may well have: the clean losses are computed once for all sites, and the
-vector-Jacobian product is taken once for each sample (of the weighted mean of its noise) instead of once for each row.
+Both give the estimate of ``LikelihoodRatio`` with ``variant="baseline"`` from the same noise. :meth:`Reference.literal`
+is equation 1 as it reads: one query after the other, each through the whole network, the gradient of each taken on its
+own. :meth:`Reference.batched` repeats the batch once for each of its queries and keeps all noise until the losses are
+known; it is spared two costs that plain code may well have, clean losses for each site, and a vector-Jacobian product
+for each row instead of each sample.
 """
 
 from __future__ import annotations
@@ -40,27 +37,14 @@ def keyed_noise(seed: int, *, draw: int) -> RowNoise:
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """Likelihood-ratio estimates of the gradient of ``(1/b) sum_b L_b``, FLOPS (Ren et al., ICLR 2025), eq. 1.
-
-    Attributes:
-        network: The staged network; stages are only used to find the site.
-        loss: One loss a row.
-        sites: ``block`` or ``group`` sites.
-        inputs: ``(b, ...)`` inputs.
-        targets: ``(b, ...)`` targets.
-        counts: ``(s, b)`` queries of each sample at each site, on the CPU, at least 1.
-        noise: Where the noise comes from.
-
-    Raises:
-        SettingError: a ``linear`` site.
-    """
+    """Likelihood-ratio estimates of the gradient of ``(1/b) sum_b L_b``, FLOPS (Ren et al., ICLR 2025), eq. 1."""
 
     network: StagedNetwork
     loss: LossFunction
-    sites: Sequence[Site]
-    inputs: Tensor
+    sites: Sequence[Site]  # blocks or groups
+    inputs: Tensor  # (b, ...)
     targets: Tensor
-    counts: Tensor
+    counts: Tensor  # (s, b), queries of each sample at each site, on the CPU, at least 1
     noise: RowNoise
 
     def __post_init__(self) -> None:
@@ -123,7 +107,6 @@ class Reference:
 
 
 def _active(site: Site, h: Tensor) -> Tensor:
-    """The tokens that noise enters at, a view."""
     return h if site.tokens is None else h[:, site.tokens]
 
 

@@ -96,10 +96,7 @@ def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
 def measure(
     sweep: str, values: Sequence[int], *, base: Point = BASE, rounds: int, device: torch.device
 ) -> list[Record]:
-    """Time a sweep, all its points in every round, and return one record a point.
-
-    ``sweep`` is the field of :class:`Point` that takes the ``values``, in ascending order, that of ``base`` among them.
-    """
+    """Time a field of :class:`Point` at ascending values, that of ``base`` among them, and return a record of each."""
     setups = {value: set_up(replace(base, **{sweep: value}).case(), device) for value in values}
     contenders: dict[str, Callable[[], object]] = {}
     for value, setup in setups.items():
@@ -118,20 +115,14 @@ def records(sweep: str, setups: Mapping[int, Setup], timings: Timings, *, base: 
     for value, setup in setups.items():
         over_base = timings.ratio(f"{STEP} {value}", f"{STEP} {start}")
         over_inference = timings.ratio(f"{STEP} {value}", f"{INFERENCE} {value}")
+        predicted = work[value] / work[start]
         found.append({
-            "sweep": sweep,
-            **asdict(replace(base, **{sweep: value})),
-            "step_over_base": over_base,
-            "predicted_over_base": work[value] / work[start],
-            "measured_over_predicted": over_base.median / (work[value] / work[start]),
-            "step_over_inference": over_inference,
-            "forward_equivalents": counted[value],
-            "measured_over_counted": over_inference.median / counted[value],
-            "exponent": slope,
-            "predicted_exponent": exponent(list(setups), list(work.values())),
-            "strategy": f"{type(setup.strategy).__name__} ({setup.strategy.variant})",
-            "rounds": len(rounds),
-            "chunk_rows": setup.strategy.chunk_rows,
+            "sweep": sweep, **asdict(replace(base, **{sweep: value})), "step_over_base": over_base,
+            "predicted_over_base": predicted, "measured_over_predicted": over_base.median / predicted,
+            "step_over_inference": over_inference, "forward_equivalents": counted[value],
+            "measured_over_counted": over_inference.median / counted[value], "exponent": slope,
+            "predicted_exponent": exponent(list(setups), list(work.values())), "rounds": len(rounds),
+            "strategy": f"{type(setup.strategy).__name__} ({setup.strategy.variant})", "chunk_rows": CHUNK_ROWS,
         })  # fmt: skip
     return found
 
@@ -142,13 +133,10 @@ def report(found: Sequence[Record], base: Point) -> str:
     slopes = {"sweep": "{sweep}", "exponent": columns.pop("exponent"), "predicted": "{predicted_exponent:.2f}"}
     return "\n".join([
         table(columns, [record | {"value": record[record["sweep"]]} for record in found]),
-        "",
-        table(slopes, {record["sweep"]: record for record in found}.values()),
-        "",
-        f"Base point: {', '.join(f'{name} {value}' for name, value in asdict(base).items())}; patches of 8x8 pixels.",
+        "\n" + table(slopes, {record["sweep"]: record for record in found}.values()),
+        f"\nBase point: {', '.join(f'{name} {value}' for name, value in asdict(base).items())}; patches of 8x8 pixels.",
         "A step: clean pass, all queries with equal counts, local VJPs, .grad; no optimiser.",
-        "Measured: median (quartiles) over the rounds.",
-        "",
+        "Measured: median (quartiles) over the rounds.\n",
         *(f"- {column}: {meaning}" for column, (_, meaning) in LEGEND.items()),
     ])  # fmt: skip
 

@@ -27,7 +27,6 @@ from flops_lightning.strategies.perturbation import boundary_activation
 from flops_lightning.strategies.query_strategy import QueryStrategy
 from flops_lightning.strategies.sites import Site
 
-# Names of what is timed.
 STEP, QUERIES = "step", "queries of the step"
 FULL, SUFFIX, BACKPROP, CHECKPOINTED = "full inference", "suffix inference", "backprop", "checkpointed backprop"
 REFERENCE, BATCHED = "reference", "batched reference"
@@ -116,11 +115,9 @@ def seconds_by_phase(setup: Setup, synchronize: Callable[[], object]) -> dict[st
     return {name: seconds.get(name, 0.0) for name in PHASES} | {"rest": whole - sum(seconds.values())}
 
 
-# Yardsticks: plain inference of as many rows as the step has queries. Rows are repeated beforehand, nothing is
-# perturbed, no loss is computed, and chunks are as large as the step's own.
-
+# Yardsticks: plain inference of as many rows as the step has queries, repeated beforehand, in chunks as large as the
+# step's own: for each site a stage, and chunks of rows that go through the network from there on.
 Rows = Sequence[tuple[int, Sequence[Tensor]]]
-"""For each site a stage, and chunks of rows that go through the network from there on."""
 
 
 @torch.inference_mode()
@@ -195,11 +192,7 @@ def record(setup: Setup, timings: Timings) -> Record:
     """What was measured, and the ratios; None where a contender was not timed."""
     case, strategy, timed = setup.case, setup.strategy, timings.seconds
     return {
-        "model": case.model,
-        "batch": case.batch,
-        "queries": case.queries,
-        "allocation": case.allocation,
-        "compiled": case.compiled,
+        **{name: getattr(case, name) for name in ("model", "batch", "queries", "allocation", "compiled")},
         "strategy": f"{type(strategy).__name__} ({strategy.variant})",
         "layout": "factored" if isinstance(strategy, SPSA) else "activations",
         "sites": case.kind if case.kind == "block" else " ".join(site.name for site in strategy.sites),

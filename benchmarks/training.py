@@ -1,4 +1,4 @@
-"""``python -m benchmarks.training``: where the time of real training steps goes, callback included.
+"""``python -m benchmarks.training``: where the time of real training steps goes; ``allocation``: of allocators alone.
 
 A Lightning trainer runs ``ForwardImageClassifier`` with :class:`QueryAllocatorCallback` and TensorBoard, which is what
 users run, and every step's time is split by phase. ``allocation`` is what happens in the callback: what it asks of the
@@ -8,11 +8,14 @@ with the queries (``accumulation``). ``rest`` is data, logging, the trainer, and
 
 from __future__ import annotations
 
+import argparse
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -21,10 +24,10 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.allocation import ALLOCATORS
-from benchmarks.cases import PILOTS
-from benchmarks.harness import Record, at_least, command, finish, say, synchronizer, table
-from flops_lightning.allocators import GaussianAllocator, QueryAllocator
+import flops_lightning as fl
+from benchmarks.cases import PILOTS, VIT_BASE
+from benchmarks.harness import Record, Spread, alternate, at_least, command, finish, say, synchronizer, table
+from flops_lightning.allocators import GaussianAllocator, QueryAllocator, QueryBudget, TraceSettings
 from flops_lightning.callbacks import QueryAllocatorCallback
 from flops_lightning.errors import SettingError
 from flops_lightning.phases import PHASES, timed_phases
@@ -32,8 +35,28 @@ from flops_lightning.strategies import LikelihoodRatio, PilotSpec
 from flops_lightning.strategies.site_specs import default_specs
 from flops_lightning.tasks import ForwardImageClassifier
 
-WARM_UP = 2
+ALLOCATION = """Time of an allocation beside a clean pass through ViT-Base/16 at 224 pixels.
 
+The clean pass of a batch is the least that any step at that size pays (with 20 queries at each of three groups and the
+head a step takes more than 20 times that), so each share of it is an upper bound of the share of the step. Statistics
+are random with the shapes of that batch; the time of the searches hardly depends on their values.
+"""
+SITES, QUERIES, FEATURES = 4, 20, 768
+PREDICTORS = ("activation.1", "activation.2", "activation.3", "head_gradient", "output_gradient", "top_gradient")
+WINDOW, ROUNDS = 9, 30
+"""Rounds until the allocators' windows of batches are full, and timed rounds after them."""
+PREDICTED = TraceSettings(source="prediction")
+ALLOCATORS: Mapping[str, Callable[[], fl.QueryAllocator]] = {
+    "equal": fl.EqualAllocator,
+    "bernoulli": partial(fl.BernoulliAllocator, traces=PREDICTED),
+    "gaussian, pathwise": partial(fl.GaussianAllocator, traces=PREDICTED),
+    "gaussian, score": partial(fl.GaussianAllocator, traces=PREDICTED, gradient="score"),
+    "gaussian, exact": partial(fl.GaussianAllocator, traces=PREDICTED, gradient="exact"),
+    "optimal": partial(fl.OptimalAllocator, traces=PREDICTED),
+    "cost-aware": partial(fl.CostAwareAllocator, traces=PREDICTED),
+}
+
+WARM_UP = 2
 CONTENDERS: Mapping[str, tuple[Callable[[], QueryAllocator], int]] = {
     "equal": (ALLOCATORS["equal"], 0),
     "bernoulli": (ALLOCATORS["bernoulli"], 0),
@@ -43,6 +66,60 @@ CONTENDERS: Mapping[str, tuple[Callable[[], QueryAllocator], int]] = {
     "cost-aware": (ALLOCATORS["cost-aware"], 0),
 }
 """By name: the allocator, and pilots of each sample at the highest group."""
+
+
+def batch_statistics(batch: int, seed: int, device: torch.device) -> tuple[fl.SampleStatistics, fl.TraceObservation]:
+    """Statistics of a batch, and what its queries might have shown."""
+    generator = torch.Generator().manual_seed(seed)
+    loss = torch.rand(batch, generator=generator) * 3
+    log_trace = 2 * loss + torch.randn(batch, generator=generator)
+    scatter = torch.rand(SITES, batch, generator=generator) + 0.5
+    predictors = {name: (log_trace + torch.randn(batch, generator=generator)).exp() for name in PREDICTORS}
+    known = fl.SampleStatistics(
+        loss=loss.to(device),
+        embedding=torch.randn(batch, FEATURES, generator=generator).to(device),
+        predictors={name: value.to(device) for name, value in predictors.items()},
+        counted_costs=torch.tensor([0.67, 0.33, 0.001, 0.0], device=device),
+        scale=torch.ones(SITES, device=device),
+    )
+    traces = (log_trace.exp() * scatter).to(device)
+    return known, fl.TraceObservation(traces, torch.full_like(traces, QUERIES))
+
+
+def allocations(allocator: fl.QueryAllocator, batch: int, device: torch.device) -> Callable[[], object]:
+    """One allocation after the other, learning included, each for a batch of its own."""
+    batches = iter([batch_statistics(batch, seed, device) for seed in range(1 + WINDOW + ROUNDS)])
+
+    def run() -> None:
+        known, seen = next(batches)
+        allocator.allocate(known, QueryBudget((QUERIES,) * SITES))
+        if allocator.learns:
+            allocator.observe(seen)
+
+    return run
+
+
+@torch.no_grad()
+def clean_pass_seconds(batch: int, device: torch.device) -> float:
+    """Seconds of a ViT-Base/16 forward pass of the batch at 224 pixels."""
+    network, images, _ = VIT_BASE.load(device, batch)
+    contenders = {"clean": lambda: [network.module(part) for part in images.split(16)]}
+    return alternate(contenders, rounds=1, synchronize=synchronizer(device)).seconds["clean"][0]
+
+
+def allocation(argv: Sequence[str]) -> None:
+    """Measure and print the table of :data:`ALLOCATION`."""
+    options = command("benchmarks.training allocation", f": {ALLOCATION}", device=True, batch=128).parse_args(argv)
+    batch, device = options.batch, options.device
+    whole = clean_pass_seconds(batch, device)
+    contenders = {name: allocations(make(), batch, device) for name, make in ALLOCATORS.items()}
+    seconds = alternate(contenders, rounds=WINDOW + ROUNDS, synchronize=synchronizer(device)).seconds
+    times = {name: Spread.of(1e3 * each for each in seconds[name][WINDOW:]) for name in contenders}
+    records = [{"allocator": name, "ms": ms, "share": ms.median / 1e3 / whole} for name, ms in times.items()]
+    print(f"clean pass of {batch} images through ViT-Base/16 at 224 pixels: {whole:.2f} s\n")
+    columns = {"allocator": "{allocator}", "ms a batch, median (quartiles)": "{ms:.1f}"}
+    print(table(columns | {"share of the clean pass": "{share:.3%}"}, records))
+    finish(options, [record | {"batch": batch, "clean_pass_seconds": whole} for record in records])
 
 
 class StepClock(Callback):
@@ -65,38 +142,29 @@ class StepClock(Callback):
         return [{n: after.get(n, 0.0) - before.get(n, 0.0) for n in names} for before, after in pairwise(self._looks)]
 
 
-def train(
-    name: str,
-    *,
-    model: str,
-    batch: int,
-    queries: int,
-    chunk_rows: int,
-    steps: int,
-    device: torch.device,
-    model_kwargs: dict[str, Any] | None = None,
-) -> list[dict[str, float]]:
+def train(name: str, options: argparse.Namespace, **model_kwargs: Any) -> list[dict[str, float]]:
     """Seconds by phase of the steps of a training run on random images, its first ones left out.
 
-    ``name`` is of :data:`CONTENDERS`, ``model`` a ViT of timm with ``model_kwargs``; there are ``queries`` of each
-    sample at each of the paper's three groups and the head.
+    ``name`` is of :data:`CONTENDERS`; ``options`` are those of the command, ``model_kwargs`` of its ViT. There are
+    ``queries`` of each sample at each of the paper's three groups and the head.
     """
     torch.manual_seed(0)
-    make, pilots = CONTENDERS[name]
-    task = ForwardImageClassifier(model_name=model, num_classes=10, model_kwargs=model_kwargs)
-    sites = [replace(spec, queries_per_sample=queries) for spec in default_specs(task.network)]
+    (make, pilots), batch, device = CONTENDERS[name], options.batch, options.device
+    task = ForwardImageClassifier(model_name=options.model, num_classes=10, model_kwargs=model_kwargs)
+    sites = [replace(spec, queries_per_sample=options.queries) for spec in default_specs(task.network)]
     spec = PilotSpec(sites[-2].name, queries=pilots) if pilots else None
-    task.strategy = LikelihoodRatio(sites=sites, pilots=spec, chunk_rows=chunk_rows, seed=0)
+    task.strategy = LikelihoodRatio(sites=sites, pilots=spec, chunk_rows=options.chunk_rows, seed=0)
     task.strategy.bind(task.network, task.loss)
     embedding: Any = task.backbone.patch_embed
-    number = batch * (WARM_UP + steps + 1)
+    steps = WARM_UP + options.steps + 1
+    number = batch * steps
     images = torch.randn(number, embedding.proj.in_channels, *embedding.img_size)
     loader = DataLoader(TensorDataset(images, torch.arange(number) % 10), batch_size=batch)
     synchronize = synchronizer(device)
     with tempfile.TemporaryDirectory() as folder, timed_phases(synchronize) as seconds:
         clock = StepClock(seconds, synchronize)
         trainer = Trainer(
-            max_steps=WARM_UP + steps + 1, accelerator=device.type, devices=1, logger=TensorBoardLogger(folder),
+            max_steps=steps, accelerator=device.type, devices=1, logger=TensorBoardLogger(folder),
             log_every_n_steps=1, callbacks=[clock, QueryAllocatorCallback(allocator=make())],
             enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         )  # fmt: skip
@@ -127,7 +195,11 @@ def report(records: Sequence[Record]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure and print the table."""
+    """Measure and print the table; after ``allocation`` that of the allocators alone."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["allocation"]:
+        allocation(argv[1:])
+        return
     parser = command("benchmarks.training", __doc__, device=True, batch=8, steps=5)
     parser.add_argument("--model", default="vit_tiny_patch16_224", help="a timm ViT (default vit_tiny_patch16_224)")
     parser.add_argument(
@@ -140,13 +212,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in options.names:
         say(f"training with {name} ...")
         try:
-            steps = train(
-                name, model=options.model, batch=options.batch, queries=options.queries,
-                chunk_rows=options.chunk_rows, steps=options.steps, device=options.device,
-            )  # fmt: skip
+            records.append(record(name, train(name, options)))
         except SettingError as error:
             parser.error(str(error))
-        records.append(record(name, steps))
     print(report(records))
     finish(options, records)
 

@@ -18,14 +18,7 @@ from flops_lightning.cli.command import build, main
 from flops_lightning.datamodules import Caltech101DataModule, CIFAR10DataModule, CIFAR100DataModule
 from flops_lightning.strategies import LikelihoodRatio
 from flops_lightning.strategies.costs import site_costs
-from tests.datamodules.photo_folders import (
-    DISHES,
-    WNIDS,
-    photo,
-    write,
-    write_eurosat,
-    write_flowers102,
-)
+from tests.datamodules.photo_folders import DISHES, WNIDS, photo, write, write_eurosat, write_flowers102
 
 ROOT = Path(__file__).parent.parent
 CELLS = {
@@ -35,9 +28,8 @@ WIDTHS = {"vit_base": [1e-5, 1e-4, 1e-3], "vit_large": [5e-6, 1e-5, 1e-4, 1e-3]}
 """Appendix C.1 of the paper, group by group from the bottom."""
 SIZES = {"vit_base": (12, 768, 12, 3072), "vit_large": (24, 1024, 16, 4096)}
 """Blocks, width, heads, inner width of the MLP."""
-CLASSES = {"imagenet": len(WNIDS), "caltech101": 101, "food101": len(DISHES), "flowers102": 102, "cifar10": 10,
-           "cifar100": 100, "eurosat": 10}  # fmt: skip
-"""Of the fixtures."""
+CLASSES = {"imagenet": len(WNIDS), "food101": len(DISHES), "flowers102": 102, "cifar10": 10, "eurosat": 10}
+CLASSES |= {"caltech101": 101, "cifar100": 100}
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +38,6 @@ def from_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def repeat(folder: Path, label: int, number: int) -> None:
-    """Many images of one class, each the same file."""
     write(folder / "0.jpg", photo(label, 0))
     for i in range(1, number):
         os.link(folder / "0.jpg", folder / f"{i}.jpg")
@@ -54,7 +45,6 @@ def repeat(folder: Path, label: int, number: int) -> None:
 
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Data sets with enough images for the settings of the files, validation images above all."""
     root = tmp_path_factory.mktemp("data")
     for label, name in enumerate(WNIDS):
         repeat(root / "imagenet" / "train" / name, label, 2501)

@@ -17,29 +17,29 @@ _SHARDED = ("meta.pt", "checkpoint")  # what marks a folder as a checkpoint, of 
 
 
 def check_checkpoint(file: Path, *, resume: bool, trusted: bool) -> None:
-    """Refuse a file that is not a checkpoint of Lightning, or one without an optimiser to resume training from.
+    """Refuse a file that is not a checkpoint of Lightning, or has no optimiser to ``resume`` training from.
 
     ``trusted``: the user allows code inside the file to run, with ``weights_only: false``.
     """
+
+    def refusal(problem: str, remedy: str = _PLAIN) -> SettingError:
+        return SettingError("ckpt_path", str(file), problem, remedy)
+
     if any((file / name).exists() for name in _SHARDED):
         return  # a folder written by several processes, which Lightning checks itself
     if not file.is_file():
-        raise SettingError("ckpt_path", str(file), "is not a file.", WHERE)
+        raise refusal("is not a file.", WHERE)
     if file.suffix == ".safetensors":
-        raise SettingError("ckpt_path", str(file), "holds weights and no state of a run.", _PLAIN)
+        raise refusal("holds weights and no state of a run.")
     try:
         # Mapped and not read: the tensors, read later by Lightning, are skipped. Only the zip format can be mapped.
         with warnings.catch_warnings():  # about odd formats; what is refused is said below
             warnings.simplefilter("ignore")
             content = torch.load(file, map_location="cpu", weights_only=not trusted, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # the file may hold anything
-        raise SettingError(
-            "ckpt_path",
-            str(file),
-            f"cannot be read ({type(error).__name__}).",
-            "Give an undamaged checkpoint; one with pickled objects needs --weights_only false, if you trust its code.",
-        ) from error
+        remedy = "one with pickled objects needs --weights_only false, if you trust its code."
+        raise refusal(f"cannot be read ({type(error).__name__}).", f"Give an undamaged checkpoint; {remedy}") from error
     if not isinstance(content, dict) or not content.keys() >= {"state_dict", "pytorch-lightning_version"}:
-        raise SettingError("ckpt_path", str(file), "holds no state of a run.", _PLAIN)
+        raise refusal("holds no state of a run.")
     if resume and "optimizer_states" not in content:
-        raise SettingError("ckpt_path", str(file), "holds weights and no state of the optimiser.", _PLAIN)
+        raise refusal("holds weights and no state of the optimiser.")

@@ -33,17 +33,9 @@ from flops_lightning.cli.given import Given
 from flops_lightning.cli.messages import explain
 from flops_lightning.errors import CheckpointError, DamagedImageError, LostQueriesError, SettingError
 from flops_lightning.plan.trainer import PlanningTrainer, callbacks_of, refuse_checkpoint
-from flops_lightning.resume.last import (
-    job_version,
-    last_checkpoint,
-    started_again,
-    with_checkpoint_io,
-    with_savers,
-    written_to,
-)
+from flops_lightning.resume import last
 
 USAGE_ERROR = 2
-INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 class UsageError(Exception):
@@ -55,10 +47,6 @@ _MISTAKES = (*_SAME_ON_ALL_RANKS, CheckpointError, DamagedImageError, LostQuerie
 _PARSER = {"exit_on_error": False, "allow_abbrev": False}  # an abbreviation would hide a misspelt setting
 
 
-def _is_no_advertisement(record: logging.LogRecord) -> bool:
-    return "Tip: For seamless cloud" not in record.getMessage()
-
-
 def _cause(error: BaseException) -> BaseException:
     """What was raised first: while it builds objects, the parser wraps an error once per level."""
     while error.__cause__ is not None and not isinstance(error, _MISTAKES):
@@ -67,7 +55,6 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def _with(own: Callback, kind: type[Callback], given: list[Callback]) -> list[Callback]:
-    """The callbacks given, and ``own`` where none of them is of its kind."""
     return given if any(isinstance(callback, kind) for callback in given) else [*given, own]
 
 
@@ -75,52 +62,41 @@ class FlopsCLI(LightningCLI):
     """Lightning's CLI with any LightningModule and any data module, TensorBoard under ``runs/``, and short errors."""
 
     def __init__(self, **settings: Any) -> None:
-        """Parse, build and run; errors call a setting of the model ``model.NAME``, as users write it."""
         try:
             super().__init__(
-                LightningModule,
-                LightningDataModule,
-                trainer_class=PlanningTrainer,
-                subclass_mode_model=True,
-                subclass_mode_data=True,
-                seed_everything_default=0,
-                trainer_defaults={"default_root_dir": RUNS},
+                LightningModule, LightningDataModule, trainer_class=PlanningTrainer, seed_everything_default=0,
+                subclass_mode_model=True, subclass_mode_data=True, trainer_defaults={"default_root_dir": RUNS},
                 auto_configure_optimizers=False,  # the task configures its optimiser; a second way would override it
                 **settings,
-            )
+            )  # fmt: skip
         except Exception as error:
             cause = _cause(error)
-            if isinstance(cause, SettingError):
-                model = self._settings["model"].get("init_args") or {}
-                if re.split(r"\W", cause.setting)[0] in model:
-                    raise SettingError(f"model.{cause.setting}", cause.value, cause.problem, cause.remedy) from error
+            own = isinstance(cause, SettingError) and self._settings["model"].get("init_args")
+            if isinstance(cause, SettingError) and own and re.split(r"\W", cause.setting)[0] in own:
+                # As users write it.
+                raise SettingError(f"model.{cause.setting}", cause.value, cause.problem, cause.remedy) from error
             raise
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's commands, and ``plan`` after ``fit``; with each the arguments that no user gives."""
+        """Lightning's commands with the arguments that no user gives, and ``plan`` after ``fit``."""
         fit, *others = LightningCLI.subcommands().items()
         return dict([fit, ("plan", {"model", "datamodule"}), *others])
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Let the data decide how many classes the model tells apart, and check them before the model is built."""
-        parser.link_arguments(
-            "data", "model.init_args.num_classes", compute_fn=self._checked_classes, apply_on="instantiate"
-        )
+        classes = "model.init_args.num_classes"
+        parser.link_arguments("data", classes, compute_fn=self._checked_classes, apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, and explain what was refused."""
-        given = cast("list[str]", args)  # main gives nothing else
+        given = cast("list[str]", args)
         try:
             self.config = parser.parse_args(given)
         except argparse.ArgumentError as error:
             command = next((arg for arg in given if arg in self.subcommands()), "")
-            hidden = {"self", *self.subcommands().get(command, ())}
-            own = (
-                [name for name in inspect.signature(getattr(PlanningTrainer, command)).parameters if name not in hidden]
-                if command
-                else []
-            )
+            own = inspect.signature(getattr(PlanningTrainer, command)).parameters.keys() if command else set()
+            own = own - {"self", *self.subcommands().get(command, ())}
             top = {**dict.fromkeys(["config", "seed_everything", "model", "data", *own]), "trainer": Trainer}
             raise UsageError(explain(str(error), Given(given, command, top))) from error
 
@@ -128,24 +104,24 @@ class FlopsCLI(LightningCLI):
         """Refuse files and checkpoints that cannot be used, before minutes are spent."""
         methods = [str(file) for file in self._settings.get("config") or () if Path(str(file)).parent.name == "method"]
         if len(methods) > 1:
-            problem = "are two methods: settings of the first would stay in the second."
-            raise SettingError("config", methods, problem, "Give one of them.")
+            why = "are two methods: settings of the first would stay in the second."
+            raise SettingError("config", methods, why, "Give one of them.")
         path = self._settings.get("ckpt_path")
         if self.subcommand == "plan":
             refuse_checkpoint(path)
-        starts_fresh = path is None and not self._settings["model"].get("init_args.checkpoint")
-        if starts_fresh and self.subcommand in ("validate", "test", "predict"):
+        untrained = path is None and not self._settings["model"].get("init_args.checkpoint")
+        if untrained and self.subcommand in ("validate", "test", "predict"):
             rank_zero_warn(
                 f"{self.subcommand} without --ckpt_path: the head is as it was initialised. --ckpt_path last takes the "
                 "newest checkpoint of this configuration's runs."
             )
         if path == "best":
             raise SettingError("ckpt_path", path, "this process has trained nothing to take the best of.", WHERE)
-        if path == "last" or (path is None and self.subcommand == "fit" and started_again()):
+        if path == "last" or (path is None and self.subcommand == "fit" and last.started_again()):
             path = self._settings["ckpt_path"] = self._last(path)
         if path and path not in ("last", "hpc") and "://" not in path:
-            trusted = self._settings.get("weights_only") is False
-            check_checkpoint(Path(path), resume=self.subcommand == "fit", trusted=trusted)
+            trusts = self._settings.get("weights_only") is False
+            check_checkpoint(Path(path), resume=self.subcommand == "fit", trusted=trusts)
 
     def instantiate_classes(self) -> None:
         """Build data, model and trainer; refuse another number of classes than the data has."""
@@ -159,25 +135,21 @@ class FlopsCLI(LightningCLI):
         given = self._settings["model"].get("init_args.num_classes")
         has = getattr(self.datamodule, "num_classes", given)
         if given is not None and given != has:
-            problem, remedy = f"but the data has {has} classes.", "Leave it out: the data decides."
-            raise SettingError("model.init_args.num_classes", given, problem, remedy)
+            problem = f"but the data has {has} classes."
+            raise SettingError("model.init_args.num_classes", given, problem, "Leave it out: the data decides.")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Build the trainer; add what the configuration has none of.
-
-        That is TensorBoard in a folder of its own for every run; for ``fit`` what writes checkpoints; for ``predict`` a
-        ``PredictionWriter``; for ``test`` a ``ClassReport``, where the model counts classes.
-        """
+        """Build the trainer, with a logger, checkpoints, predictions and a class report where none are given."""
         settings = self._settings["trainer"]
         given = dict((self.config_init[self.subcommand] if self.subcommand else self.config_init)["trainer"])
         given["callbacks"] = callbacks_of(given)  # a copy: Lightning adds callbacks of its own to the list it is given
         if settings["logger"] in (None, True) and not settings["barebones"]:
-            folder = settings["default_root_dir"]
-            version = job_version(Path(folder) / self._run_name())
-            kwargs["logger"] = TensorBoardLogger(folder, self._run_name(), version, default_hp_metric=False)
+            folder, name = settings["default_root_dir"], self._run_name()
+            version = last.job_version(Path(folder) / name)
+            kwargs["logger"] = TensorBoardLogger(folder, name, version, default_hp_metric=False)
         if self.subcommand == "fit" and settings["enable_checkpointing"] is not False and not settings["barebones"]:
-            kwargs["plugins"] = with_checkpoint_io(given["plugins"])
-            kwargs["callbacks"] = with_savers(given["callbacks"])
+            kwargs["plugins"] = last.with_checkpoint_io(given["plugins"])
+            kwargs["callbacks"] = last.with_savers(given["callbacks"])
         if self.subcommand == "predict":
             kwargs["callbacks"] = _with(PredictionWriter(), BasePredictionWriter, given["callbacks"])
         if self.subcommand == "test" and class_counts(self.model) is not None:
@@ -192,32 +164,24 @@ class FlopsCLI(LightningCLI):
         return trainer
 
     def _parse_ckpt_path(self) -> None:
-        """Take settings from the command line and the files only, and from a checkpoint its state.
-
-        Lightning's method of this name lets the settings saved in a checkpoint override those just given, in silence;
-        nothing but overriding it turns that off.
-        """
+        """Do nothing: Lightning's lets the settings saved in a checkpoint override, in silence, those just given."""
 
     def _checked_classes(self, data: LightningDataModule) -> Any:
-        """Number of classes of a data module that has looked for missing and damaged files, where it can.
-
-        That comes before pretrained weights are fetched and a device is touched; not where the data is still to be
-        fetched, or nothing is to be run.
-        """
+        """Number of classes, after a look for missing and damaged files where the data is there and is to be used."""
         check = getattr(data, "check", None)
         if self.subcommand and callable(check) and not getattr(data, "download", False):
             check()
         return cast("Any", data).num_classes
 
     def _last(self, word: str | None) -> str | None:
-        """The newest checkpoint of the runs of this name; None where there is none to begin with."""
+        """The newest checkpoint of the runs of this name; None where there is none yet."""
         settings = self._settings["trainer"]
-        own = written_to(settings["callbacks"])
+        own = last.written_to(settings["callbacks"])
         if settings["logger"] not in (None, True, False) and not own:
             return word  # it alone knows its folder: Lightning looks there
         folder = Path(settings["default_root_dir"])
         runs = None if settings["logger"] is False else folder / self._run_name()
-        found = last_checkpoint(runs, own or [folder / "checkpoints"])
+        found = last.last_checkpoint(runs, own or [folder / "checkpoints"])
         if found is None and self.subcommand != "fit":
             raise SettingError("ckpt_path", word, f"there is no checkpoint under {runs or folder}.", WHERE)
         if found is None:
@@ -226,7 +190,6 @@ class FlopsCLI(LightningCLI):
 
     @property
     def _settings(self) -> Namespace:
-        """What was parsed for the command at hand."""
         return self.config[str(self.subcommand)] if self.subcommand else self.config
 
     def _run_name(self) -> str:
@@ -238,45 +201,32 @@ class FlopsCLI(LightningCLI):
 
 
 def build(args: Sequence[str]) -> FlopsCLI:
-    """Seed everything and build model, data and trainer of a configuration without running it.
+    """Seed everything and build a configuration without running it: attributes ``model``, ``datamodule``, ``trainer``.
 
-    Args:
-        args: As after ``fit``: ``["--config", "configs/vit_tiny_digits.yaml", ...]``.
-
-    Returns:
-        The command line; its attributes ``model``, ``datamodule`` and ``trainer`` are what was built.
-
-    Raises:
-        UsageError: The parser or a class refused the arguments.
-        SettingError: A setting cannot work.
+    ``args`` are as after ``fit``. Raises :class:`UsageError` or :class:`SettingError` where they are refused.
     """
     return FlopsCLI(run=False, parser_kwargs=_PARSER, args=list(args))
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command line.
+    """Run the command line with ``args``, or else with those of the process.
 
-    Args:
-        args: Arguments after the program's name; those of the process if None.
-
-    Raises:
-        SystemExit: With code 0 after ``--help``, 2 after a mistake in the settings, a damaged image or a checkpoint
-            that could not be written, 130 after Ctrl-C, 143 and 138 after SIGTERM and SIGUSR1 (:class:`SaveOnSignal`).
+    Exits with code 0 after ``--help``, 2 after a mistake in the settings, a damaged image or a checkpoint that could
+    not be written, 130 after Ctrl-C, 143 and 138 after SIGTERM and SIGUSR1 (:class:`SaveOnSignal`).
     """
     # Advice for tasks that want the parameters from before their step; here a checkpoint is of the step's end.
     warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+    told = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    told.addFilter(lambda record: "Tip: For seamless cloud" not in record.getMessage())
     about = "Train networks with forward passes only. Start: python main.py fit --config configs/vit_tiny_digits.yaml"
     parsers = {"description": about, **_PARSER, **{command: dict(_PARSER) for command in FlopsCLI.subcommands()}}
     given = list(sys.argv[1:] if args is None else args)
     try:
         FlopsCLI(args=given, parser_kwargs=parsers, save_config_kwargs={"overwrite": True})
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
-    except SystemExit as leaving:
+    except (KeyboardInterrupt, SystemExit) as leaving:
         # Lightning shuts a run down on Ctrl-C and then leaves with code 1.
-        if isinstance(leaving.__context__, KeyboardInterrupt):
-            sys.exit(INTERRUPTED)
+        if isinstance(leaving, KeyboardInterrupt) or isinstance(leaving.__context__, KeyboardInterrupt):
+            sys.exit(130)  # 128 + SIGINT, as shells report it
         raise
     except Exception as error:
         cause = _cause(error)
@@ -288,10 +238,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _first_rank_has_ended(patience: float = 60.0) -> bool:
-    """Whether the process that launched this one as a further rank ends soon, which is because of the same mistake.
-
-    It is waited for: Lightning ends the first rank as soon as it finds another one gone, before it has said why.
-    """
+    """Whether the process that launched this rank ends soon, of the same mistake; ending first would silence it."""
     parent, deadline = os.getppid(), time.monotonic() + patience
     while int(os.environ.get("LOCAL_RANK", "0")) > 0 and time.monotonic() < deadline:
         if os.getppid() != parent:

@@ -22,17 +22,12 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Given:
-    """What the user gave.
-
-    Attributes:
-        arguments: The command line.
-        command: ``fit`` or another; empty if none was given.
-        top: The settings at the top of a file, each with the class that takes those below it, or None.
-    """
+    """What the user gave."""
 
     arguments: Sequence[str]
-    command: str
+    command: str  # ``fit`` or another; empty if none was given
     top: Mapping[str, type | None]
+    """The settings at the top of a file, each with the class that takes those below it, or None."""
 
     @property
     def files(self) -> list[str]:
@@ -47,7 +42,7 @@ class Given:
                 root = yaml.compose(Path(file).read_text(encoding="utf-8"))
             except (OSError, UnicodeDecodeError, yaml.YAMLError):
                 continue
-            for key, line, node in _entries(root, tuple(keys), "", 1):
+            for key, line, node in _entries(root, keys, "", 1):
                 if fits(node):
                     return Entry(key, f"{file}, line {line}", node)
         return None
@@ -67,9 +62,7 @@ class Given:
         return f"See: python main.py {self.command} --{f'{top}.help CLASS' if top in ('model', 'data') else 'help'}"
 
 
-def _entries(
-    node: yaml.Node | None, keys: tuple[str, ...], path: str, line: int
-) -> Iterator[tuple[str, int, yaml.Node]]:
+def _entries(node: yaml.Node | None, keys: Sequence[str], path: str, line: int) -> Iterator[tuple[str, int, yaml.Node]]:
     """Full key, line and node of everything that ``keys`` lead to, through lists and ``init_args``."""
     if node is not None and not keys:
         yield path, line, node

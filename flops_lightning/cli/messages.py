@@ -17,7 +17,6 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from flops_lightning.cli.given import Given, names_in
-from flops_lightning.cli.moved import new_name
 
 CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")  # what a mapping that stands for an object consists of
 _NOISE = (
@@ -31,6 +30,16 @@ _KINDS = {
     **dict.fromkeys(("Mapping", "dict"), "a mapping"),
     **{"NoneType": "null", "bool": "true or false", "float": "a number", "int": "a whole number", "str": "a text"},
 }
+PUBLIC = ("strategies", "allocators", "callbacks", "datamodules", "tasks", "network")
+"""Subpackages whose classes are named without the module that defines them, so that they are found wherever it is."""
+MOVED = {
+    "benchmarks": "benchmarks",
+    "checkpoint_io": "flops_lightning.resume.checkpoint_files",
+    "planning": "flops_lightning.plan",
+    "studies": "experiments",
+    "tasks.optimisation": "flops_lightning.optim.optimizers",
+}
+"""New modules of the other names, by the old ones without ``flops_lightning.``"""
 
 
 class Leaf(NamedTuple):
@@ -53,7 +62,6 @@ def explain(report: str, given: Given) -> str:
 
 
 def _about_command(report: str, given: Given) -> str:
-    """The message for a fault around the command; empty if the fault lies elsewhere."""
     if 'expected "subcommand"' in report:
         example = "fit --config configs/vit_tiny_digits.yaml"
         return f"no command was given. Write one of fit, plan, validate, test, predict first, for example: {example}"
@@ -67,7 +75,6 @@ def _about_command(report: str, given: Given) -> str:
 
 
 def _about_flags(report: str, given: Given) -> str:
-    """The message for a flag that sets an entry of a list, or nothing that is known; empty if there is none."""
     # The parser drops the names before one that it does not know, and takes the number of an entry for a name.
     unknown = re.findall(r"unrecognized arguments: (\S+)", report)
     refused = [name.lstrip("-").partition("=")[0] for name in unknown + re.findall(r"NestedArg\(key='([^']+)", report)]
@@ -91,7 +98,6 @@ def _about_flags(report: str, given: Given) -> str:
 
 
 def _about_files(report: str, given: Given) -> str:
-    """The message for a file that no settings can be read from; empty if there is none."""
     unreadable = re.search("File does not exist|Problems parsing config|Unexpected config", report)
     problems = ((file, _problem_of(Path(file))) for file in given.files) if unreadable else ()
     return next((f"--config {file}: {problem}" for file, problem in problems if problem), "")
@@ -115,7 +121,6 @@ def _problem_of(file: Path) -> str:
 
 
 def _leaves(report: str, command: str) -> list[Leaf]:
-    """The lines of the report that say something."""
     leaves: list[Leaf] = []
     above: list[tuple[int, str, str]] = []  # indentation, key, class
     for line in report.splitlines():
@@ -133,7 +138,6 @@ def _leaves(report: str, command: str) -> list[Leaf]:
 
 
 def _wrong_class(leaf: Leaf, given: Given) -> str:
-    """The message for a class that is not named, cannot be found, or does not fit."""
     not_a_subclass = leaf.text.startswith("Not a valid subclass")
     if not_a_subclass and (mixed := given.find(leaf.keys, lambda node: 0 < len(_stray(node)) < len(names_in(node)))):
         stray = _stray(mixed.node)[0]
@@ -169,7 +173,6 @@ def _why_no_class(path: str) -> str:
 
 
 def _unknown(leaf: Leaf, given: Given) -> str:
-    """The message for a setting that does not exist."""
     match = _UNKNOWN.search(leaf.text)
     if not match:
         return ""
@@ -181,7 +184,6 @@ def _unknown(leaf: Leaf, given: Given) -> str:
 
 
 def _missing(leaf: Leaf, given: Given) -> str:
-    """The message for a setting without which nothing can be built."""
     match = re.search("the following arguments are required: (.+)", leaf.text)
     if not match:
         return ""
@@ -196,7 +198,6 @@ def _missing(leaf: Leaf, given: Given) -> str:
 
 
 def _wrong_value(leaves: Sequence[Leaf], report: str, given: Given) -> str:
-    """The message for a value of the wrong type, or the report if its words are not known here."""
     keys = leaves[0].keys if leaves else ()
     matches = [match for leaf in leaves if (match := _EXPECTED.match(leaf.text))]
     others = [leaf.text for leaf in leaves if not leaf.text.startswith(("Expected", "Not a valid subclass"))]
@@ -232,9 +233,21 @@ def _settings_of(owner: Any) -> list[str]:
 
 
 def _import(path: str) -> Any:
-    """The class; None if there is none."""
     module, _, name = path.rpartition(".")
     try:
         return getattr(import_module(module), name)
     except Exception:  # a module may fail in any way while it is imported
         return None
+
+
+def new_name(path: str) -> str:
+    """The dotted name that a class of this package now has; empty if it has not moved or was never there."""
+    package, _, inner = path.partition(".")
+    module, _, name = inner.rpartition(".")
+    if package != "flops_lightning" or module in PUBLIC:
+        return ""
+    for public in PUBLIC:
+        if name in import_module(f"flops_lightning.{public}").__all__:
+            return f"flops_lightning.{public}.{name}"
+    old = next((old for old in MOVED if f"{module}.".startswith(f"{old}.")), "")
+    return f"{MOVED[old]}{module.removeprefix(old)}.{name}" if old else ""

@@ -1,8 +1,4 @@
-"""How long a run is and what a step of it costs; pure functions.
-
-A step is the training step of one batch. Where gradients are accumulated, several of them make one step of the
-optimiser.
-"""
+"""How long a run is and what a step (the training step of one batch) of it costs; pure functions."""
 
 from __future__ import annotations
 
@@ -11,42 +7,26 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-BLOCKS = 8
+BLOCKS, FEWEST_BLOCKS = 8, 3
 """Blocks of steps over whose means the median is taken."""
-FEWEST_BLOCKS = 3
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a method spends on every sample and once at the start, and the time of a step.
-
-    Attributes:
-        queries: Queries per sample and step.
-        forward_equivalents: Compute per sample and step.
-        queries_once: Queries of the first step beyond those of any other.
-        forward_equivalents_once: Compute of the first step beyond that of any other.
-        seconds: Time of a step.
-        seconds_once: Time of the first step.
-    """
+    """What a method spends per sample and step and, ``_once``, in the first step beyond any other; times of steps."""
 
     queries: float
     forward_equivalents: float
     queries_once: float
     forward_equivalents_once: float
     seconds: float
-    seconds_once: float
+    seconds_once: float  # time of the first step
 
     @classmethod
-    def of(
-        cls, curves: Mapping[str, Sequence[float]], samples: Sequence[float], *, seconds: float, seconds_once: float
-    ) -> Cost:
-        """The cost behind running totals, read at several moments; the first is the end of the first step.
+    def of(cls, curves: Mapping[str, Sequence[float]], samples: Sequence[float], **seconds: float) -> Cost:
+        """The cost behind ``curves`` of ``queries`` and ``forward_equivalents`` spent until the ends of some steps.
 
-        Args:
-            curves: ``queries`` and ``forward_equivalents`` spent so far, at each moment.
-            samples: Samples trained on since the moment before.
-            seconds: Time of a step.
-            seconds_once: Time of the first step.
+        The first of those is the end of the first step; ``samples`` were trained on since the moment before.
         """
         later = sum(samples[1:])
         if later:
@@ -54,16 +34,13 @@ class Cost:
         else:  # a run of a single step
             each = {name: curve[0] / samples[0] for name, curve in curves.items()}
         once = {f"{name}_once": max(0.0, curves[name][0] - value * samples[0]) for name, value in each.items()}
-        return cls(**each, **once, seconds=seconds, seconds_once=seconds_once)
+        return cls(**each, **once, **seconds)
 
 
 def typical_seconds(durations: Sequence[float], *, period: int = 1) -> float:
     """Mean time of a step, robust against bursts of other processes: the median of the means of blocks of steps.
 
-    Args:
-        durations: Times of consecutive steps.
-        period: Steps after which one does more, such as logging. Blocks are multiples of it where there are enough
-            steps, so that each block has its share of the slower ones.
+    Every ``period`` steps one does more, such as logging; blocks are multiples of it where there are enough steps.
     """
     size = max(1, len(durations) // BLOCKS)
     whole = -(-size // period) * period
@@ -74,38 +51,21 @@ def typical_seconds(durations: Sequence[float], *, period: int = 1) -> float:
 
 @dataclass(frozen=True)
 class Epoch:
-    """An epoch of one process; None where only the run itself tells.
-
-    Attributes:
-        samples: Samples trained on.
-        batch_size: Samples in a batch; the last of an epoch may be smaller.
-        steps: Batches.
-    """
+    """Samples and steps in an epoch of one process; None where only the run itself tells."""
 
     samples: int | None
-    batch_size: int
+    batch_size: int  # the last batch of an epoch may be smaller
     steps: int | None
 
     @classmethod
     def of(
-        cls,
-        samples: int | None,
-        batch_size: int,
-        batches: float,
-        *,
-        processes: int = 1,
-        drop_last: bool = False,
-        limit: float = 1.0,
-    ) -> Epoch:
+        cls, samples: int | None, batch_size: int, batches: float, *,
+        processes: int = 1, drop_last: bool = False, limit: float = 1.0,
+    ) -> Epoch:  # fmt: skip
         """The epoch of one of several processes.
 
-        Args:
-            samples: Size of the training set; None where it has no length.
-            batch_size: Samples in a batch of one process.
-            batches: Batches of one process that has the whole training set, limited; infinite if unknown.
-            processes: Processes that share the samples.
-            drop_last: Whether a last, smaller batch is left out.
-            limit: ``limit_train_batches``: a number of batches, or a share of them.
+        ``samples`` is the size of the training set, None where it has no length; ``batches`` are those of one process
+        that has all of it, within ``limit`` (``limit_train_batches``), infinite if unknown.
         """
         if processes > 1 and samples is not None:
             whole, rest = divmod(samples, batch_size * processes)
@@ -119,13 +79,7 @@ class Epoch:
         return cls(samples, batch_size, steps)
 
     def steps_until(self, *, max_epochs: int, max_steps: int, accumulate: int = 1) -> int | None:
-        """Steps of a run; None if no limit ends it.
-
-        Args:
-            max_epochs: Epochs; -1 for no limit.
-            max_steps: Steps of the optimiser; -1 for no limit.
-            accumulate: Batches in one of those; the last of an epoch may have fewer.
-        """
+        """Steps of a run; None if no limit ends it (-1). ``accumulate`` of them make one of the ``max_steps``."""
         limits = []
         if self.steps is not None and max_epochs != -1:
             limits.append(self.steps * max_epochs)
@@ -146,10 +100,8 @@ class Epoch:
     def validations(self, steps: int, *, every_epochs: int | None, interval: float | None) -> int | None:
         """Number of validations in a run of that many steps; None if unknown.
 
-        Args:
-            steps: Steps of the whole run.
-            every_epochs: ``check_val_every_n_epoch``; None counts batches across epochs.
-            interval: ``val_check_interval``: a number of batches, or a share of an epoch; None for one by the clock.
+        ``every_epochs`` is Lightning's ``check_val_every_n_epoch``, ``interval`` its ``val_check_interval`` or, for one
+        by the clock, None.
         """
         if interval is None or (self.steps is None and every_epochs not in (None, 1)):
             return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,9 +22,6 @@ from flops_lightning.plan.stopwatch import Clock, Measured, Stopwatch
 from flops_lightning.plan.trainer import callbacks_of
 from flops_lightning.strategies import ForwardGradientStrategy
 
-VALIDATION_BATCHES = 5
-"""The first of them is not timed."""
-NEVER = 10**9
 LIMITS = ("max_epochs", "max_steps", "limit_train_batches", "limit_val_batches")
 
 Settings = Mapping[str, Any]
@@ -39,21 +35,12 @@ def measure(
     settings: Settings,
     *,
     seconds: float,
-    clock: Clock = time.perf_counter,
+    clock: Clock,
 ) -> Measured:
-    """Train for a few seconds and return what the steps showed.
+    """Train the task for a few seconds, one step at least, and return what the steps showed.
 
-    Args:
-        task: The task, whose weights change.
-        strategy: Its strategy, whose meter is read.
-        datamodule: Its data.
-        run: Trainer of the planned run; it is asked for its limits and runs nothing.
-        settings: Arguments of that trainer.
-        seconds: How long steps are timed, at least one.
-        clock: Tells the time in seconds.
-
-    Raises:
-        SettingError: The limits leave no step to run, or a fit would refuse the settings.
+    ``run`` is the trainer of the planned run, made of ``settings``; it is asked for its limits and runs nothing. Raises
+    :class:`SettingError` if these leave no step to run, or a fit would refuse the settings.
     """
     with TemporaryDirectory(prefix="plan_") as folder, share_of_batch(datamodule, run.world_size):
         watch = Stopwatch(strategy, run, Path(folder), seconds=seconds, clock=clock)
@@ -72,14 +59,11 @@ def measuring_settings(run: Trainer, settings: Settings, watch: Callback, folder
         "default_root_dir": folder,
         "logger": TensorBoardLogger(folder) if logs else False,
         "callbacks": [*allocators_of(settings), watch],
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "barebones": False,
-        "fast_dev_run": False,
+        **dict.fromkeys(("enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False),
+        **dict.fromkeys(("barebones", "fast_dev_run"), False),
         # Validation is timed beforehand, batch by batch: a whole one could take longer than all that is measured.
-        "num_sanity_val_steps": VALIDATION_BATCHES,
-        "check_val_every_n_epoch": NEVER,
+        "num_sanity_val_steps": 5,
+        "check_val_every_n_epoch": 10**9,
         # As the run has them: a schedule looks at its end.
         **{name: getattr(run, name) for name in LIMITS},
         **dict.fromkeys(("max_time", "min_epochs", "min_steps", "profiler")),
@@ -118,14 +102,11 @@ def share_of_batch(datamodule: LightningDataModule | None, processes: int) -> It
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence what Lightning says about every fit: the user has not asked for this one."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
+    before = logging.root.manager.disable
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PossibleUserWarning)
+        logging.disable(logging.WARNING)
         try:
-            for logger in loggers:
-                logger.setLevel(logging.ERROR)
             yield
         finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+            logging.disable(before)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -12,13 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from flops_lightning.errors import SettingError, check_positive
 from flops_lightning.network.memory import give_back_freed
-from flops_lightning.plan.measurement import (
-    Settings,
-    allocators_of,
-    measure,
-    quiet,
-    validates_by_the_clock,
-)
+from flops_lightning.plan.measurement import Settings, allocators_of, measure, quiet, validates_by_the_clock
 from flops_lightning.plan.stopwatch import Clock, Measured
 from flops_lightning.plan.trainer import callbacks_of
 from flops_lightning.protocol import SupportsStatisticsRequests
@@ -30,30 +25,17 @@ WIDTH = 22
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run would cost; None where only the run itself tells.
-
-    Attributes:
-        strategy: Name of its strategy.
-        allocator: Name of its allocator; empty without one.
-        own: What was measured with them.
-        backprop: What was measured with backprop on the same task; None if it was not measured.
-        no_backprop: Why backprop cannot be measured; empty if it was, or was not asked for.
-        steps: Batches trained on.
-        validations: Number of validations.
-        processes: Processes that share the samples; all figures are those of one.
-        left_out: Names of callbacks whose time is not included.
-        max_time: Time after which the run stops at the latest.
-    """
+    """What a run would cost; None where only the run itself tells."""
 
     strategy: str
-    allocator: str
+    allocator: str  # its name; empty without one
     own: Measured
-    backprop: Measured | None
-    no_backprop: str
+    backprop: Measured | None  # with backprop on the same task; None if it was not measured
+    no_backprop: str  # why backprop cannot be measured; empty if it was, or was not asked for
     steps: int | None
     validations: int | None
-    processes: int
-    left_out: tuple[str, ...]
+    processes: int  # processes that share the samples; all figures are those of one
+    left_out: tuple[str, ...]  # names of callbacks whose time is not included
     max_time: str
 
     @property
@@ -98,18 +80,9 @@ def make_plan(
 ) -> Plan:
     """Measure a few steps of a run and return what all of it would cost.
 
-    Nothing that it writes stays, and no process is launched. The task is trained meanwhile: build another for the run.
-
-    Args:
-        task: A module with ``strategy``, ``network`` and ``loss``, as :class:`ForwardImageClassifier` has them.
-        datamodule: Its data.
-        settings: Arguments of the run's ``Trainer``.
-        seconds: How long steps are timed.
-        backprop: Whether to measure the same with backprop.
-        clock: Tells the time in seconds.
-
-    Raises:
-        SettingError: ``seconds`` is not above 0, the module has no strategy, or a fit would refuse the settings.
+    Nothing that it writes stays, and no process is launched. The task, a module with ``strategy``, ``network`` and
+    ``loss``, is trained meanwhile: build another for the run. ``settings`` are the arguments of the run's ``Trainer``;
+    what a fit would refuse raises a :class:`SettingError`. See :meth:`PlanningTrainer.plan`.
     """
     check_positive("seconds", seconds, "Write for example 10.")
     strategy = getattr(task, "strategy", None)
@@ -122,47 +95,31 @@ def make_plan(
     if strategy is None and hasattr(task, "strategy"):
         raise SettingError("strategy", None, "training needs one.", "Give for example LikelihoodRatio().")
     if not isinstance(strategy, ForwardGradientStrategy):
-        raise SettingError(
-            "model", type(task).__name__, "has no `strategy` that counts what its steps spend.",
-            "Plan a task of this package.",
-        )  # fmt: skip
+        problem = "has no `strategy` that counts what its steps spend."
+        raise SettingError("model", type(task).__name__, problem, "Plan a task of this package.")
+    given: dict[str, Any] = {"seconds": seconds, "clock": clock}
     other, why = None, ""
     with quiet():
-        own = measure(task, strategy, datamodule, run, settings, seconds=seconds, clock=clock)
+        own = measure(task, strategy, datamodule, run, settings, **given)
         if backprop and not isinstance(strategy, Backprop):
-            other, why = _with_backprop(task, datamodule, run, settings, seconds=seconds, clock=clock)
-    steps = own.epoch.steps_until(
-        max_epochs=run.max_epochs if run.max_epochs is not None else -1,
-        max_steps=run.max_steps,
-        accumulate=getattr(getattr(task, "optimizer_settings", None), "accumulate_grad_batches", 1),
-    )
-    interval = None if validates_by_the_clock(settings) else run.val_check_interval
-    every = run.check_val_every_n_epoch
+            other, why = _with_backprop(task, datamodule, run, settings, **given)
+    accumulate = getattr(getattr(task, "optimizer_settings", None), "accumulate_grad_batches", 1)
+    epochs = run.max_epochs if run.max_epochs is not None else -1
+    steps = own.epoch.steps_until(max_epochs=epochs, max_steps=run.max_steps, accumulate=accumulate)
+    interval, every = None if validates_by_the_clock(settings) else run.val_check_interval, run.check_val_every_n_epoch
     known = steps is not None and own.validation_batches != 0
     validations = own.epoch.validations(steps or 0, every_epochs=every, interval=interval) if known else steps and 0
     allocators, others = allocators_of(settings), callbacks_of(settings)
+    names = ", ".join(type(each.allocator).__name__ for each in allocators)
+    left_out = tuple(type(each).__name__ for each in others if each not in allocators)
     return Plan(
-        strategy=type(strategy).__name__,
-        allocator=", ".join(type(each.allocator).__name__ for each in allocators),
-        own=own,
-        backprop=other,
-        no_backprop=why,
-        steps=steps,
-        validations=validations,
-        processes=run.world_size,
-        left_out=tuple(type(each).__name__ for each in others if each not in allocators),
-        max_time=str(settings.get("max_time") or ""),
-    )
+        type(strategy).__name__, names, own, other, why, steps, validations, processes=run.world_size,
+        left_out=left_out, max_time=str(settings.get("max_time") or ""),
+    )  # fmt: skip
 
 
 def _with_backprop(
-    task: LightningModule,
-    datamodule: LightningDataModule | None,
-    run: Trainer,
-    settings: Settings,
-    *,
-    seconds: float,
-    clock: Clock,
+    task: LightningModule, datamodule: LightningDataModule | None, run: Trainer, settings: Settings, **given: Any
 ) -> tuple[Measured | None, str]:
     """What the same task costs with backprop, or why that cannot be."""
     for parameter in task.parameters():
@@ -175,8 +132,7 @@ def _with_backprop(
         task.strategy = strategy  # type: ignore[assignment]
         if isinstance(task, SupportsStatisticsRequests):
             task.request_statistics(frozenset())  # no longer what the allocator asked for
-        told = {**settings, "callbacks": alone}
-        return measure(task, strategy, datamodule, run, told, seconds=seconds, clock=clock), ""
+        return measure(task, strategy, datamodule, run, {**settings, "callbacks": alone}, **given), ""
     except SettingError as error:  # all other settings have just served
         return None, str(error)
     except torch.OutOfMemoryError:
@@ -190,9 +146,8 @@ def text(plan: Plan) -> str:
 
 def _length(plan: Plan) -> list[str]:
     epoch, own = plan.own.epoch, plan.own
-    device = own.device
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    where = torch.cuda.get_device_name(own.device) if own.device.type == "cuda" else own.device.type
+    threads = f", {torch.get_num_threads()} threads" if own.device.type == "cpu" else ""
     with_allocator = f" with {plan.allocator}" if plan.allocator else ""
     batches = UNKNOWN if own.validation_batches is None else f"{own.validation_batches:,}"
     times = UNKNOWN if plan.validations is None else f"{plan.validations:,}"
@@ -218,13 +173,10 @@ def _step(plan: Plan) -> list[str]:
 
 
 def _whole(plan: Plan) -> list[str]:
-    columns = [(plan.strategy, plan.own)]
-    if plan.backprop:
-        columns.append(("Backprop", plan.backprop))
-    measured = [each for _, each in columns]
+    measured = [plan.own, *([plan.backprop] if plan.backprop else [])]
     batch = plan.own.epoch.batch_size
     rows = [
-        ("", *(name for name, _ in columns)),
+        ("", plan.strategy, "Backprop")[: 1 + len(measured)],
         ("seconds a step", *(f"{each.cost.seconds:.3g}" for each in measured)),
         ("the whole fit", *(_duration(plan.seconds(each)) for each in measured)),
         ("peak memory of a step", *(_memory(each) for each in measured)),
@@ -239,9 +191,8 @@ def _remarks(plan: Plan) -> list[str]:
     if plan.no_backprop:
         said.append(f"Backprop: {plan.no_backprop}")
     if plan.processes > 1:
-        said.append(
-            f"All figures are those of one of {plan.processes} processes, measured without the exchange between them."
-        )
+        alone = "measured without the exchange between them."
+        said.append(f"All figures are those of one of {plan.processes} processes, {alone}")
     if plan.validations is None and own.validation_batches != 0:
         said.append("Validation is not in the time: how often it comes is unknown.")
     if plan.max_time:
@@ -258,13 +209,8 @@ def _line(name: str, value: str) -> str:
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Names to the left, numbers to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        (
-            f"{row[0]:<{max(WIDTH, widths[0] + 2)}}"
-            + "  ".join(f"{v:>{w}}" for v, w in zip(row[1:], widths[1:], strict=True))
-        )
-        for row in rows
-    ]
+    numbers = ("  ".join(f"{v:>{w}}" for v, w in zip(row[1:], widths[1:], strict=True)) for row in rows)
+    return [f"{row[0]:<{max(WIDTH, widths[0] + 2)}}{right}" for row, right in zip(rows, numbers, strict=True)]
 
 
 def _count(value: int | None) -> str:

@@ -32,50 +32,29 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True)
 class SiteShare:
-    """What one site costs.
-
-    Attributes:
-        name: Name of the site, or of something else that the meter counts, such as ``clean``.
-        queries: Queries per sample and step.
-        query_cost: Forward-equivalents per query; None without queries.
-        forward_equivalents: Forward-equivalents per sample and step, of the queries and of the gradient after them.
-    """
+    """What one site, or something else that the meter counts, such as ``clean``, costs per sample and step."""
 
     name: str
     queries: float
-    query_cost: float | None
-    forward_equivalents: float
+    query_cost: float | None  # forward-equivalents per query; None without queries
+    forward_equivalents: float  # of the queries and of the gradient after them
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a few steps showed.
-
-    Attributes:
-        cost: Cost of a step.
-        sites: The same by site.
-        epoch: One epoch of one process.
-        start_seconds: Time before the first step.
-        epoch_seconds: Time between two epochs; 0 if only one was measured.
-        validation_batches: Batches of a validation; None if unknown.
-        validation_seconds: Time of one of them.
-        peak_memory: Peak memory of a step in MiB; None where the system does not tell.
-        device: The device that was measured.
-        steps: Number of timed steps.
-        seconds: Time of all of them.
-    """
+    """What a few steps showed."""
 
     cost: Cost
     sites: tuple[SiteShare, ...]
     epoch: Epoch
-    start_seconds: float
-    epoch_seconds: float
-    validation_batches: int | None
-    validation_seconds: float
-    peak_memory: float | None
+    start_seconds: float  # time before the first step
+    epoch_seconds: float  # time between two epochs; 0 if only one was measured
+    validation_batches: int | None  # batches of a validation; None if unknown
+    validation_seconds: float  # time of one of them
+    peak_memory: float | None  # of a step, in MiB; None where the system does not tell
     device: torch.device
-    steps: int
-    seconds: float
+    steps: int  # number of timed steps
+    seconds: float  # time of all of them
 
 
 class Stopwatch(Callback):
@@ -84,15 +63,7 @@ class Stopwatch(Callback):
     def __init__(
         self, strategy: ForwardGradientStrategy, run: Trainer, folder: Path, *, seconds: float, clock: Clock
     ) -> None:
-        """Start now.
-
-        Args:
-            strategy: The strategy whose meter is read.
-            run: Trainer of the planned run.
-            folder: Where a checkpoint goes after each epoch, if the run writes any.
-            seconds: How long steps are timed, at least one.
-            clock: Tells the time in seconds.
-        """
+        """Start now. If ``run`` writes checkpoints, one goes to ``folder`` after each epoch."""
         self.strategy, self.run, self.folder, self.seconds, self.clock = strategy, run, folder, seconds, clock
         self.ends: list[float] = []
         self._opens_epoch: list[bool] = []
@@ -137,7 +108,7 @@ class Stopwatch(Callback):
             trainer.save_checkpoint(self.folder / "epoch.ckpt")
 
     def measured(self) -> Measured:
-        """What the steps showed; there must have been one."""
+        """What the steps, one at least, showed."""
         first = self.ends[0] - self._started
         steps = [(b - a, opens) for (a, b), opens in zip(pairwise(self.ends), self._opens_epoch[1:], strict=True)]
         within = [time for time, opens in steps if not opens]
@@ -148,29 +119,20 @@ class Stopwatch(Callback):
         validated = [b - a for a, b in pairwise(self._validated)]
         cost, sites = self._spent(typical, first)
         return Measured(
-            cost=cost,
-            sites=sites,
-            epoch=self._epoch(),
-            start_seconds=self._started - self._begun,
+            cost, sites, self._epoch(), start_seconds=self._started - self._begun,
             epoch_seconds=statistics.median(between) if between else 0.0,
             validation_batches=self._validation_batches(),
             validation_seconds=statistics.median(validated[1:] or validated) if validated else 0.0,
-            peak_memory=self._memory.peak(),
-            device=self._device,
-            steps=len(timed),
-            seconds=sum(timed),
-        )
+            peak_memory=self._memory.peak(), device=self._device, steps=len(timed), seconds=sum(timed),
+        )  # fmt: skip
 
     def _epoch(self) -> Epoch:
         sampler = self._loader.sampler if isinstance(self._loader, DataLoader) else None
+        samples, drops = len(sampler) if isinstance(sampler, Sized) else None, getattr(self._loader, "drop_last", False)
         return Epoch.of(
-            len(sampler) if isinstance(sampler, Sized) else None,
-            self._samples[0],
-            self._batches,
-            processes=self.run.world_size,
-            drop_last=bool(getattr(self._loader, "drop_last", False)),
+            samples, self._samples[0], self._batches, processes=self.run.world_size, drop_last=bool(drops),
             limit=self.run.limit_train_batches,
-        )
+        )  # fmt: skip
 
     def _validation_batches(self) -> int | None:
         if math.isinf(self._val_batches):
@@ -187,9 +149,8 @@ class Stopwatch(Callback):
             for name in ("queries", "forward_equivalents")
         }
         before, later = (self._first, samples[1]) if samples[1] else (self._unspent, samples[0])
-        names = dict.fromkeys(
-            [CLEAN, *(s.name for s in (*self.strategy.sites, *self.strategy.exact_sites)), *meter.sites]
-        )
+        sites = [site.name for site in (*self.strategy.sites, *self.strategy.exact_sites)]
+        names = dict.fromkeys([CLEAN, *sites, *meter.sites])
         shares = tuple(self._share(name, before, meter, later) for name in names)
         cost = Cost.of(curves, samples, seconds=seconds, seconds_once=seconds_once)
         return cost, tuple(each for each in shares if each.queries or each.forward_equivalents)
@@ -219,31 +180,26 @@ class StepMemory:
     """Peak memory of steps: weights, gradients, the optimiser's state, and what comes and goes within a step.
 
     On a GPU it is torch's peak allocation. Elsewhere the kernel counts what comes and goes, as the growth of the
-    process over what it holds between two steps; libraries and data do not count.
+    process over what it holds between two steps; libraries and data do not count. It is measured from the making of
+    this object, which comes between two steps, after the optimiser's state was made.
     """
 
     def __init__(self, module: nn.Module, optimizers: Iterable[Optimizer], device: torch.device) -> None:
-        """Measure from now on: between two steps, after one that has made the optimiser's state."""
-        self._device = device
-        self._lasting: float | None = None
-        self._between: float | None = None
+        self._device, self._lasting, self._between = device, 0.0, None
         if device.type == "cuda":
             torch.cuda.synchronize(device)
             torch.cuda.reset_peak_memory_stats(device)
             return
         give_back_freed()
         if device.type == "cpu" and restart_peak():
-            self._lasting = lasting_bytes(module, optimizers) / 2**20
-            self._between = held("VmRSS")
+            self._lasting, self._between = lasting_bytes(module, optimizers) / 2**20, held("VmRSS")
 
     def peak(self) -> float | None:
         """MiB; None where the system does not tell."""
         if self._device.type == "cuda":
             return float(torch.cuda.max_memory_allocated(self._device)) / 2**20
         high = held("VmHWM")
-        if high is None or self._between is None or self._lasting is None:
-            return None
-        return self._lasting + max(0.0, high - self._between)
+        return None if high is None or self._between is None else self._lasting + max(0.0, high - self._between)
 
 
 def lasting_bytes(module: nn.Module, optimizers: Iterable[Optimizer]) -> int:

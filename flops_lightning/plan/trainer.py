@@ -17,19 +17,15 @@ def callbacks_of(settings: Mapping[str, Any]) -> list[Callback]:
 
 
 def refuse_checkpoint(path: str | None) -> None:
-    """Raise a :class:`SettingError` if a checkpoint is given: a plan is of a whole run."""
+    """Raise a :class:`SettingError` if a checkpoint is given."""
     if path:
         raise SettingError("ckpt_path", path, "a plan is of a whole run.", "Leave it out: steps cost the same.")
 
 
 class PlanningTrainer(Trainer):
-    """A Trainer that can also tell beforehand what a fit would cost.
+    """A Trainer that can also tell beforehand what a fit would cost."""
 
-    Attributes:
-        settings: The arguments it was made with.
-    """
-
-    settings: Mapping[str, Any]
+    settings: Mapping[str, Any]  # the arguments it was made with
 
     def plan(
         self,
@@ -49,9 +45,6 @@ class PlanningTrainer(Trainer):
             weights_only: Has no effect; accepted so that the settings of a fit can be given.
             seconds: How long steps are timed, with the run's own strategy and again with backprop.
             backprop: Whether to measure the same with backprop.
-
-        Raises:
-            SettingError: A checkpoint is given; or see :func:`make_plan`.
         """
         refuse_checkpoint(ckpt_path)
         from flops_lightning.plan.plan import make_plan, text

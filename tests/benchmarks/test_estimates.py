@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import fidelity, precision, precision_rule
+from benchmarks import fidelity, precision
 from benchmarks.precision import gradient, random_vit_tiny
 from flops_lightning.network.staging import stage_network
 from flops_lightning.strategies import Backprop, LikelihoodRatio, SiteSpec
@@ -67,30 +66,24 @@ def test_float32_resolves_what_bfloat16_does_not(method, capsys):
     assert rounded < 0.9
 
 
-@pytest.mark.parametrize(
-    ("dtype", "resolution"),
-    [
-        ("float32", Resolution.everything(torch.float32)),
-        ("bfloat16", Resolution.products("bfloat16", torch.finfo(torch.bfloat16).eps)),
-    ],
-)
-def test_the_width_that_the_warning_names_follows_the_exact_derivatives_and_a_fraction_of_it_does_not(
-    dtype, resolution
-):
+RESOLUTIONS = [Resolution.everything(torch.float32), Resolution.products("bfloat16", torch.finfo(torch.bfloat16).eps)]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize(("dtype", "resolution"), [*zip(["float32", "bfloat16"], RESOLUTIONS, strict=True)])
+def test_the_exact_derivatives_are_followed_at_the_width_that_the_warning_names_but_not_below(dtype, resolution):
     steps = [resolution.steps / 32, resolution.steps]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        (low, _), (named, _) = precision_rule.cosine_ranges("digits", "activations", dtype, steps=steps)
+    (low, _), (named, _) = precision.cosine_ranges("digits", "activations", dtype, steps=steps)
     assert low < 0.7
     assert named > 0.9
 
 
 def test_the_table_of_the_rule_has_a_line_for_each_precision(capsys):
-    precision_rule.main(["--networks", "mlp20", "--methods", "parameters, factored", "--precisions", "float16"])
+    precision.main(["rule", "--networks", "mlp20", "--methods", "parameters, factored", "--precisions", "float16"])
     _, _, line = (line for line in capsys.readouterr().out.splitlines() if line.startswith("|"))
     name, dtype, *cells = (cell.strip() for cell in line.split("|")[1:-1])
     assert (name, dtype) == ("mlp20, parameters, factored", "float16")
     ranges = [tuple(map(float, cell.split(" - "))) for cell in cells]
-    assert len(ranges) == len(precision_rule.STEPS)
+    assert len(ranges) == len(precision.STEPS)
     assert all(-1 <= low <= high <= 1 for low, high in ranges)
     assert ranges[2][0] > 0.9  # two steps

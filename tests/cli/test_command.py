@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors.torch import save_file
 
 from flops_lightning.callbacks import ClassReport
-from flops_lightning.cli.command import main
+from flops_lightning.cli.command import FlopsCLI, main
 from flops_lightning.cli.messages import Given, explain
 from flops_lightning.datamodules import DigitsDataModule
 from flops_lightning.errors import SettingError
@@ -44,6 +44,13 @@ SETTINGS = {
 }
 
 
+FAULTS = {
+    "interrupt": KeyboardInterrupt(),
+    "misconfigured": MisconfigurationException("this does not go with that. Leave this out."),
+    "bug": RuntimeError("a bug"),
+}
+
+
 class Toy(LightningModule):
     """A linear classifier of digits that can be told to fail."""
 
@@ -58,13 +65,8 @@ class Toy(LightningModule):
 
     def training_step(self, batch):
         Toy.seen = {"num_classes": self.layer.out_features, "lr": self.hparams["lr"]}
-        faults = {
-            "interrupt": KeyboardInterrupt(),
-            "misconfigured": MisconfigurationException("this does not go with that. Leave this out."),
-            "bug": RuntimeError("a bug"),
-        }
         if self.hparams["fault"]:
-            raise faults[self.hparams["fault"]]
+            raise FAULTS[self.hparams["fault"]]
         return torch.nn.functional.cross_entropy(self.layer(batch[0].flatten(1)), batch[1])
 
     def test_step(self, batch):
@@ -83,8 +85,6 @@ class Toy(LightningModule):
 
 
 class Silent(BasePredictionWriter):
-    """A prediction writer of the user's own."""
-
     def write_on_batch_end(self, *_):
         pass
 
@@ -101,8 +101,8 @@ TOY = {
         "max_steps": 2, "accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False,
         "limit_val_batches": 0, "limit_test_batches": 1,
     },
-    "model": {"class_path": f"{__name__}.Toy"},
-    "data": {"class_path": "flops_lightning.datamodules.DigitsDataModule"},
+    "model": {"class_path": f"{__name__}.Toy", "init_args": {}},
+    "data": {"class_path": "flops_lightning.datamodules.DigitsDataModule", "init_args": {}},
 }  # fmt: skip
 
 
@@ -147,10 +147,7 @@ def changed(key: str, value: object, settings: dict = SETTINGS) -> str:
         (["fit", "--trainer.max_epochs", "x"], "trainer.max_epochs = x: write a whole number or null."),
         (["fit", "-c", "given.yaml", "--data.rotatio", "3"], "data.rotatio is not a setting. Did you mean `rotation`?"),
         (["fit", "-c", "given.yaml", "--data.rotation", "x"], "data.rotation = x: write a number."),
-        (
-            ["fit", "-c", "given.yaml", "--data", "nowhere.Data"],
-            "data = nowhere.Data: No module named 'nowhere'. Correct",
-        ),
+        (["fit", "-c", "given.yaml", "--data", "nowhere.Data"], "data = nowhere.Data: No module named 'nowhere'. Corr"),
         (["fit", "-c", "given.yaml", "--model.optimizer.lrr", "1"], "model.optimizer.lrr is not a setting. Did you"),
         (["fit", "-c", "given.yaml", "--model.strategy.tempo", "1"], "model.strategy.tempo is not a setting. Choose"),
         (["fit", "-c", "given.yaml", "--ckpt_path", "gone.ckpt"], "ckpt_path = 'gone.ckpt': is not a file."),
@@ -175,10 +172,8 @@ def test_a_mistake_on_the_command_line_is_named_with_its_remedy(args, message, r
 )
 def test_an_entry_of_a_list_is_named_in_full_with_the_way_to_change_it(flag, value, list_name, refused):
     message = refused("fit", "-c", written(SETTINGS), *f"{flag}{value}".split())
-    assert message == (
-        f"{flag} is an entry of a list, and lists are replaced whole. Copy the list `{list_name}`, with the keys above "
-        "it, into a file overlay.yaml, change it there, and add --config overlay.yaml."
-    )
+    assert message.startswith(f"{flag} is an entry of a list, and lists are replaced whole. Copy the list `{list_name}")
+    assert message.endswith("into a file overlay.yaml, change it there, and add --config overlay.yaml.")
 
 
 def test_an_overlay_replaces_a_list_whole(monkeypatch):
@@ -219,11 +214,7 @@ def test_a_file_that_is_not_settings_is_named_with_the_place(content, message, r
         ("trainr", {"max_epochs": 1}, " is not a setting. Did you mean `trainer`?"),
         ("model.init_arg", {}, " is not a setting. Did you mean `init_args`?"),
         ("model.class_path", "flops_lightning.tasks.ImageClassifier", "tasks.ForwardImageClassifier`?"),
-        (
-            "model.class_path",
-            "flops_lightning.old.ForwardImageClassifier",
-            ": it has moved. Write flops_lightning.tasks.F",
-        ),
+        ("model.class_path", "flops_lightning.old.SPSA", ": it has moved. Write flops_lightning.strategies.SPSA."),
         ("model.class_path", "flop.tasks.Classifier", "No module named 'flop'. Correct the module or its name"),
         ("model.class_path", "flops_lightning.errors.SettingError", " is not a LightningModule."),
         ("model.init_args.model_nam", "x", " is not a setting. Did you mean `model_name`?"),
@@ -264,8 +255,7 @@ def place(key: str) -> int:
 def test_a_module_that_cannot_be_imported_is_reported_with_its_own_words(refused, monkeypatch):
     monkeypatch.syspath_prepend(Path.cwd())
     Path("broken_module.py").write_text("def f(:\n")
-    message = refused("fit", "-c", changed("model.class_path", "broken_module.Task"))
-    assert "invalid syntax (broken_module.py, line 1)" in message
+    assert "(broken_module.py, line 1)" in refused("fit", "-c", changed("model.class_path", "broken_module.Task"))
 
 
 def test_a_callback_that_does_not_exist_is_named_with_its_place_in_the_list(refused):
@@ -310,13 +300,9 @@ def test_a_report_in_unknown_words_is_passed_on():
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("data.init_args", {"batch_size": 0}, "data.batch_size = 0: "),
-        (
-            "model.init_args",
-            {"num_classes": 7},
-            "model.init_args.num_classes = 7: but the data has 10 classes. Leave it",
-        ),
-        ("model.init_args", {"fault": "setting"}, "model.fault[0].name = 'setting': does not exist. Leave it out."),
+        ("data.init_args.batch_size", 0, "data.batch_size = 0: "),
+        ("model.init_args.num_classes", 7, "model.init_args.num_classes = 7: but the data has 10 classes. Leave it"),
+        ("model.init_args.fault", "setting", "model.fault[0].name = 'setting': does not exist. Leave it out."),
         ("trainer.strategy", "x", "trainer: You selected an invalid strategy name: `strategy='x'`"),
     ],
 )
@@ -324,17 +310,16 @@ def test_a_refusal_while_building_is_printed_alone_with_the_setting_as_users_wri
     assert refused("fit", "-c", changed(key, value, TOY)).startswith(message)
 
 
-def test_a_refusal_while_running_is_printed_alone_and_its_traceback_can_be_asked_for(refused, monkeypatch):
-    arguments = ["fit", "-c", written(TOY), "--model.fault", "misconfigured"]
-    assert refused(*arguments) == "this does not go with that. Leave this out."
-    monkeypatch.setenv("FLOPS_TRACEBACK", "1")
-    with pytest.raises(MisconfigurationException):
-        main(arguments)
+def test_a_refusal_while_running_is_printed_alone(refused):
+    answer = refused("fit", "-c", written(TOY), "--model.fault", "misconfigured")
+    assert answer == "this does not go with that. Leave this out."
 
 
-def test_a_bug_is_not_dressed_up_as_a_mistake_of_the_user():
-    with pytest.raises(RuntimeError, match="a bug"):
-        main(["fit", "-c", written(TOY), "--model.fault", "bug"])
+@pytest.mark.parametrize("fault", ["misconfigured", "bug"])
+def test_a_traceback_is_shown_where_it_is_asked_for_and_of_a_bug(fault, monkeypatch):
+    monkeypatch.setenv("FLOPS_TRACEBACK", "1" if fault == "misconfigured" else "0")
+    with pytest.raises(type(FAULTS[fault])):
+        main(["fit", "-c", written(TOY), "--model.fault", fault])
 
 
 @pytest.mark.parametrize("parents", [[7, 7, 1], [7] * 100])
@@ -351,14 +336,8 @@ def test_a_further_rank_repeats_a_message_only_if_the_first_rank_stays(parents, 
 
 @pytest.mark.slow
 def test_a_batch_that_two_processes_cannot_share_is_told_once():
-    command = [
-        sys.executable,
-        str(REPOSITORY / "main.py"),
-        "fit",
-        "-c",
-        str(REPOSITORY / "configs/vit_tiny_digits.yaml"),
-    ]
-    given = ["--model.checkpoint=", "--data.batch_size=63", "--trainer.devices=2", "--trainer.strategy=ddp"]
+    command = [sys.executable, "main.py", "fit", "-c", "configs/vit_tiny_digits.yaml", "--model.checkpoint="]
+    given = ["--data.batch_size=63", "--trainer.devices=2", "--trainer.strategy=ddp"]
     answer = subprocess.run([*command, *given], capture_output=True, text=True, check=False, cwd=REPOSITORY)
     assert answer.returncode == 2
     assert re.findall("error: .*", answer.stderr) == [
@@ -388,9 +367,8 @@ def test_a_run_has_a_folder_of_its_own_from_which_it_can_be_repeated():
     main(["fit", "-c", str(first / "config.yaml")])
     assert Toy.seen["lr"] == 0.25
     main(["fit", "-c", "toy.yaml", "-c", written({"seed_everything": 1}, "seed1.yaml"), "--trainer.logger", "true"])
-    assert sorted(str(path) for path in Path("runs").glob("*/*")) == [
-        "runs/toy+seed1/version_0", "runs/toy/version_0", "runs/toy/version_1",
-    ]  # fmt: skip
+    names = [str(path.relative_to("runs")) for path in sorted(Path("runs").glob("*/*"))]
+    assert names == ["toy+seed1/version_0", "toy/version_0", "toy/version_1"]
 
 
 def test_the_folder_and_the_logger_can_be_chosen():
@@ -413,19 +391,24 @@ def trained(tmp_path_factory) -> Path:
 
 
 def test_settings_given_beside_a_checkpoint_win_over_those_saved_in_it(trained):
+    assert Toy.load_from_checkpoint(trained, weights_only=True).hparams["lr"] == 0.25
     weight = torch.load(trained, weights_only=True)["state_dict"]["layer.weight"]
     main(["test", "-c", written(TOY), "--ckpt_path", str(trained), "--model.lr", "0.5"])
     assert torch.equal(Toy.seen["weight"], weight)
     assert Toy.seen["lr"] == 0.5
 
 
-def test_a_checkpoint_of_the_command_line_loads_without_it(trained):
-    assert Toy.load_from_checkpoint(trained, weights_only=True).hparams["lr"] == 0.25
+def write_bytes(file: str, content: bytes) -> None:
+    Path(file).write_bytes(content)
 
 
-def write_damaged(file: str, content: object) -> None:
+def save(file: str, content: object) -> None:
     torch.save(content, file)
-    Path(file).write_bytes(Path(file).read_bytes()[:-400])
+
+
+def save_damaged(file: str, content: object) -> None:
+    save(file, content)
+    write_bytes(file, Path(file).read_bytes()[:-400])
 
 
 RUN_STATE = {"state_dict": {}, "pytorch-lightning_version": "2.5.0", "optimizer_states": []}
@@ -436,14 +419,14 @@ PLAIN = "give plain weights as model.init_args.checkpoint."
 @pytest.mark.parametrize(
     ("name", "write", "content", "message"),
     [
-        ("x.ckpt", lambda file, content: Path(file).write_bytes(content), b"", UNREADABLE),
-        ("x.ckpt", lambda file, content: Path(file).write_bytes(content), b"no checkpoint", UNREADABLE),
-        ("x.ckpt", lambda file, content: Path(file).write_bytes(pickle.dumps(content)), Code(), UNREADABLE),
-        ("x.ckpt", lambda file, content: torch.save(content, file), RUN_STATE | {"more": Code()}, UNREADABLE),
-        ("x.ckpt", write_damaged, RUN_STATE | {"more": torch.ones(500)}, UNREADABLE),
-        ("x.ckpt", lambda file, content: torch.save(content, file), {"weight": torch.ones(3)}, PLAIN),
-        ("x.ckpt", lambda file, content: torch.save(content, file), {"state_dict": {"weight": torch.ones(3)}}, PLAIN),
-        ("x.ckpt", lambda file, content: torch.save(content, file), torch.ones(3), PLAIN),
+        ("x.ckpt", write_bytes, b"", UNREADABLE),
+        ("x.ckpt", write_bytes, b"no checkpoint", UNREADABLE),
+        ("x.ckpt", write_bytes, pickle.dumps(Code()), UNREADABLE),
+        ("x.ckpt", save, RUN_STATE | {"more": Code()}, UNREADABLE),
+        ("x.ckpt", save_damaged, RUN_STATE | {"more": torch.ones(500)}, UNREADABLE),
+        ("x.ckpt", save, {"weight": torch.ones(3)}, PLAIN),
+        ("x.ckpt", save, {"state_dict": {"weight": torch.ones(3)}}, PLAIN),
+        ("x.ckpt", save, torch.ones(3), PLAIN),
         ("x.safetensors", lambda file, content: save_file(content, file), {"weight": torch.ones(3)}, PLAIN),
         ("x.ckpt", lambda file, _: Path(file).mkdir(), None, "is not a file."),
     ],
@@ -501,15 +484,15 @@ def test_predict_writes_a_table(trained):
 
 @pytest.fixture
 def callbacks(monkeypatch):
-    """The callbacks of the trainer that the command line makes, noted when it starts."""
-    noted = []
-    for name in ("predict", "test"):
-        run = getattr(Trainer, name)
-        monkeypatch.setattr(
-            Trainer,
-            name,
-            lambda self, *args, run=run, **given: (noted.extend(self.callbacks), run(self, *args, **given)),
-        )
+    """Those of the trainer that the command line makes."""
+    noted, make = [], FlopsCLI.instantiate_trainer
+
+    def noting(self, **settings):
+        trainer = make(self, **settings)
+        noted.extend(trainer.callbacks)
+        return trainer
+
+    monkeypatch.setattr(FlopsCLI, "instantiate_trainer", noting)
     return noted
 
 
@@ -559,13 +542,8 @@ def test_the_seed_is_0_unless_given(monkeypatch):
 
 def test_help_appears_fast():
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    answer = subprocess.run(
-        [sys.executable, str(REPOSITORY / "main.py"), "--help"],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=REPOSITORY,
-    )
+    command = [sys.executable, "main.py", "--help"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     # Time of the processor, 4 s: time on the wall would tell how busy the machine is.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 15

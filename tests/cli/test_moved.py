@@ -5,7 +5,7 @@ from importlib.util import find_spec
 
 import pytest
 
-from flops_lightning.cli.moved import MOVED, new_name
+from flops_lightning.cli.messages import MOVED, new_name
 
 IN_CONFIGURATIONS = """
 allocators: BernoulliAllocator CostAwareAllocator EqualAllocator GaussianAllocator OptimalAllocator
