@@ -62,22 +62,15 @@ class StepLoad:
         return self.drawn * (self.queries // 2) * self.numbers * (chunks + again)
 
     def collectives(self, samples: int, ranks: int) -> Iterator[tuple[Literal["sum", "gather"], int]]:
-        """All-reduces (``sum``) and all-gathers of a step with the bytes that a rank hands to each; none on one rank.
-
-        An allocator: 8 bytes (how many samples) and ``itemsize * b`` for each number of a sample, in each gather.
-        Gradients: a header of ``8 (1 + tensors)`` bytes (weight of the rank, which parameters have a gradient), then
-        ``itemsize * d`` bytes in buckets, counted as if all but the last were full. Losses: at each site 8 bytes (how
-        many directions) and ``24 A / 2`` (index, scalar and samples of each direction, in float64), then 4 bytes a
-        site (whether any rank has queries).
-        """
+        """All-reduces (``sum``) and all-gathers of a step with the bytes that a rank hands to each, if not alone."""
         if ranks == 1:
             return
-        for numbers in self.gathered:
+        for numbers in self.gathered:  # of an allocator, after how many samples there are
             yield from (("gather", 8), ("gather", self.itemsize * samples * numbers))
-        if self.exchange == "losses":
+        if self.exchange == "losses":  # how many directions; of each its index, scalar and samples; is there any query?
             yield from (("gather", 8), ("gather", 24 * (self.queries // 2))) * self.sites
             yield "sum", 4 * self.sites
-        else:
+        else:  # a header (weight of the rank, which parameters have a gradient), then buckets as if all were full
             yield "sum", 8 * (1 + self.tensors)
             for start in range(0, self.numbers, BUCKET):
                 yield "sum", self.itemsize * min(BUCKET, self.numbers - start)
