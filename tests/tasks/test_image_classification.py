@@ -389,7 +389,7 @@ def test_a_checkpoint_serves_its_own_network_and_settings_and_only_a_resumed_run
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
-        ({"image": torch.zeros(2, 1, 8, 8)}, r"data = 'dict': a batch must be \(inputs, targets\)"),
+        ({"image": torch.zeros(2, 1, 8, 8)}, r"data = 'dict': a batch must be a pair \(inputs, targets\)"),
         ((torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.zeros(2, dtype=torch.long)), "images must be floats"),
     ],
 )
