@@ -35,23 +35,11 @@ class QueryMeter:
 
     sites: dict[str, SiteCount] = field(default_factory=dict)
 
-    def add(
-        self,
-        site: str,
-        *,
-        queries: int = 0,
-        pilots: int = 0,
-        lost: int = 0,
-        clean_passes: int = 0,
-        forward_equivalents: float = 0.0,
-    ) -> None:
-        """Add to the totals of one site."""
+    def add(self, site: str, **amounts: float) -> None:
+        """Add to the totals of one site, by the names of :class:`SiteCount`."""
         count = self.sites.setdefault(site, SiteCount())
-        count.queries += queries
-        count.pilots += pilots
-        count.lost += lost
-        count.clean_passes += clean_passes
-        count.forward_equivalents += forward_equivalents
+        for name, amount in amounts.items():
+            setattr(count, name, getattr(count, name) + amount)
 
     def add_state(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         """Add the totals of another meter, as its :meth:`state_dict` returned them, site by site."""

@@ -80,9 +80,8 @@ def phase(name: Phase) -> Iterator[None]:
 def timed_phases(synchronize: Callable[[], object] = lambda: None) -> Iterator[dict[str, float]]:
     """Seconds of each phase while the context lasts, by its name; those of a phase that did not occur are missing.
 
-    Args:
-        synchronize: Waits for the device, as ``torch.cuda.synchronize``: without it a device's work is charged to
-            whoever waits for it.
+    ``synchronize`` waits for the device, as ``torch.cuda.synchronize``; without it a device's work is charged to
+    whoever waits for it.
     """
     clock = PhaseClock(synchronize=synchronize)
     _clocks.append(clock)

@@ -70,10 +70,17 @@ def clean_pass(
     keep: Collection[int],
     draw: int,
     rows: int,
+    start: int = 0,
 ) -> CleanPass:
-    """Run the network unperturbed, ``rows`` samples at a time, and keep the activations in ``keep``."""
+    """Run the stages from ``start`` on, unperturbed, ``rows`` samples at a time, and keep activations in ``keep``."""
+    last = len(network) - 1
     with phase("clean pass"):
-        return _pass_from(network, loss, inputs, targets, start=0, keep=keep, draw=draw, rows=rows)
+        activations = _run_and_keep(network, inputs, start, {*keep, last}, rows)
+        embedding = _embedding(activations.get(last, activations[len(network)]))
+        if last not in keep:
+            activations.pop(last, None)
+        output = at_least_float32(activations[len(network)])
+        return CleanPass(targets, activations, output, row_losses(loss, output, targets), embedding, draw)
 
 
 @torch.no_grad()
@@ -81,33 +88,11 @@ def refresh(
     network: StagedNetwork, loss: LossFunction, clean: CleanPass, start: int, *, rows: int, keep: Collection[int] = ()
 ) -> CleanPass:
     """The clean pass after the parameters of stages ``>= start`` changed: the prefix is kept, the rest runs again."""
-    with phase("clean pass"):
-        again = _pass_from(
-            network, loss, clean.activations[start], clean.targets, start=start, keep=keep, draw=clean.draw, rows=rows
-        )
+    h, targets, draw = clean.activations[start], clean.targets, clean.draw
+    again = clean_pass(network, loss, h, targets, keep=keep, draw=draw, rows=rows, start=start)
     embedding = clean.embedding if start == len(network) else again.embedding
     below = {i: h for i, h in clean.activations.items() if i <= start}
     return replace(again, activations=again.activations | below, embedding=embedding)
-
-
-def _pass_from(
-    network: StagedNetwork,
-    loss: LossFunction,
-    inputs: Tensor,
-    targets: Tensor,
-    *,
-    start: int,
-    keep: Collection[int],
-    draw: int,
-    rows: int,
-) -> CleanPass:
-    last = len(network) - 1
-    activations = _run_and_keep(network, inputs, start, {*keep, last}, rows)
-    embedding = _embedding(activations.get(last, activations[len(network)]))
-    if last not in keep:
-        activations.pop(last, None)
-    output = at_least_float32(activations[len(network)])
-    return CleanPass(targets, activations, output, row_losses(loss, output, targets), embedding, draw)
 
 
 def _embedding(h: Tensor) -> Tensor:
@@ -154,11 +139,7 @@ def full_precision(tensor: Tensor) -> torch.autocast:
 
 
 def row_losses(loss: LossFunction, output: Tensor, targets: Tensor) -> Tensor:
-    """``(r,)`` losses in float32 at least, under autocast too, checked for their shape.
-
-    Raises:
-        SettingError: the loss function reduced over the rows.
-    """
+    """``(r,)`` losses in float32 at least, under autocast too, checked for their shape."""
     with full_precision(output):
         losses = loss(at_least_float32(output), targets)
     if losses.shape != output.shape[:1]:
@@ -199,12 +180,8 @@ class RowPlan:
     chunk_rows: int
 
     def __iter__(self) -> Iterator[Chunk]:
-        """Chunks of ``chunk_rows`` rows each, the last one padded."""
         for start in range(0, len(self.samples), self.chunk_rows):
-            samples, queries = (
-                self.samples[start : start + self.chunk_rows],
-                self.queries[start : start + self.chunk_rows],
-            )
+            samples, queries = (part[start : start + self.chunk_rows] for part in (self.samples, self.queries))
             pad = self.chunk_rows - len(samples)
             yield Chunk(np.pad(samples, (0, pad), "edge"), np.pad(queries, (0, pad), "edge"), len(samples))
 
@@ -215,11 +192,8 @@ def plan_rows(counts: NDArray[np.int64], max_rows: int, *, first_query: int = 0,
     The chunk size is the largest multiple of ``multiple`` up to ``max_rows`` that leaves the least padding for this
     number of chunks; it depends on the sum of the counts alone, so a fixed budget gives a fixed shape.
 
-    Args:
-        counts: ``(b,)`` queries of each sample.
-        max_rows: Upper bound of rows in a chunk.
-        first_query: Index of each sample's first query (queries before it were spent as pilots).
-        multiple: Rows that must stay in one chunk (2 for antithetic pairs).
+    A sample's queries begin at ``first_query`` (those before it were pilots), and ``multiple`` rows stay in one
+    chunk.
     """
     total = int(counts.sum())
     samples = np.repeat(np.arange(len(counts)), counts)
@@ -233,15 +207,7 @@ def plan_rows(counts: NDArray[np.int64], max_rows: int, *, first_query: int = 0,
 def check_counts(counts: Tensor, sites: int, samples: int, *, multiple: int, least: int) -> NDArray[np.int64]:
     """``(s, b)`` counts on the host.
 
-    Args:
-        counts: ``(s, b)``, or ``(b,)`` for the same at every site.
-        sites: Number of sites ``s``.
-        samples: Number of samples ``b``.
-        multiple: 2 for antithetic pairs.
-        least: Fewest queries of a sample that has any.
-
-    Raises:
-        SettingError: another shape or dtype, negative counts, or counts that the estimator cannot use.
+    Counts may be ``(b,)``, the same at every site. Each is a ``multiple``, and 0 or at least ``least``.
     """
     shape, remedy = (sites, samples), "Round with allocators.rounding.largest_remainder."
     if counts.is_floating_point() or counts.is_complex():

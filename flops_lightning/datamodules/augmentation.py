@@ -26,14 +26,7 @@ MAGNITUDES = 31  # bins of torchvision's RandAugment
 
 
 def backbone_statistics(module: object) -> Statistics:
-    """Mean and standard deviation that a task's timm backbone was trained with.
-
-    Args:
-        module: A LightningModule with the attribute ``backbone``; None where there is none yet.
-
-    Raises:
-        SettingError: It has no timm backbone.
-    """
+    """Mean and standard deviation that a task's timm backbone was trained with."""
     config = getattr(getattr(module, "backbone", None), "pretrained_cfg", None) or {}
     if "mean" not in config or "std" not in config:
         raise SettingError(
@@ -81,11 +74,6 @@ def mixing(mixup_alpha: float, cutmix_alpha: float, num_classes: int) -> Any:
 
     Sources: H. Zhang et al., mixup: Beyond Empirical Risk Minimization, 2018; S. Yun et al., CutMix, 2019.
 
-    Args:
-        mixup_alpha: Parameter of MixUp's distribution; 0 for no MixUp.
-        cutmix_alpha: Parameter of CutMix's distribution; 0 for no CutMix.
-        num_classes: Number of classes.
-
     Returns:
         ``(images (b, ...), labels (b,)) -> (images, targets (b, num_classes))``, or None if both are off.
     """
@@ -110,10 +98,7 @@ def image_transform(
 ) -> Callable[[Any], Tensor]:
     """A function from an RGB image to a float32 tensor ``(3, h, w)``: ``transforms``, scaling to 0..1, normalization.
 
-    Args:
-        transforms: torchvision's transforms of an 8-bit image.
-        mean: Subtracted from values between 0 and 1, one number a channel.
-        std: The divisor after that, one number a channel.
+    ``transforms`` are torchvision's, of an 8-bit image; ``mean`` and ``std`` have one number a channel.
     """
     from torchvision.transforms import v2
 

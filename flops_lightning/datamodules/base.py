@@ -86,9 +86,6 @@ class ImageDataModule(LightningDataModule):
             mixup_alpha: MixUp of training batches, with shares from ``Beta(alpha, alpha)``, for example 0.2; 0 for
                 none. Labels become probabilities.
             cutmix_alpha: The same for CutMix, for example 1.0. Where both are on, each batch draws one of the two.
-
-        Raises:
-            SettingError: A number is outside its range.
         """
         super().__init__()
         check_at_least("data.batch_size", batch_size, 1, "Give the number of images per batch.")
@@ -109,11 +106,7 @@ class ImageDataModule(LightningDataModule):
         return len(self.class_names)
 
     def train_dataloader(self) -> TrainingLoader:
-        """Training batches, in a new order each epoch.
-
-        Raises:
-            SettingError: ``batch_size`` is not a multiple of the number of processes.
-        """
+        """Training batches, in a new order each epoch."""
         world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
         batches = KeyedBatches(

@@ -9,6 +9,7 @@ from typing import Any
 
 from flops_lightning.datamodules.augmentation import resize
 from flops_lightning.datamodules.files import Listing, Part, list_class_folders
+from flops_lightning.datamodules.photos import PhotoDataModule
 from flops_lightning.datamodules.sources import ImageSource
 from flops_lightning.errors import SettingError
 
@@ -84,3 +85,25 @@ class CIFARSource(ImageSource):
     @staticmethod
     def _has(root: str, name: str) -> bool:
         return (Path(root).expanduser() / name).is_dir()
+
+
+class CIFARDataModule(PhotoDataModule):
+    """Small images that are split by numbers; a subclass names its source, normalizations, root and classes."""
+
+    fixed = frozenset({"allow_missing", "split_file", "val_share", "test_share"})
+
+    def __init__(
+        self, *, batch_size: int = 64, image_size: int = ORIGINAL_SIZE, val_images: int = 5000, **settings: Any
+    ) -> None:
+        """Fix the settings that do not apply.
+
+        Args:
+            batch_size: Images per batch, all processes together, at least 1.
+            image_size: Height and width of the images, in pixels; where it is not 32 they are resized bicubically.
+            val_images: Images split off the training part for validation, each class keeping its share; 0 for none.
+            **settings: Those of :class:`PhotoDataModule`.
+        """
+        super().__init__(
+            batch_size=batch_size, image_size=image_size, val_images=val_images, val_share=0.0, test_share=0.0,
+            split_file=None, allow_missing=False, **settings,
+        )  # fmt: skip

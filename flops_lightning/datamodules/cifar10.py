@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from flops_lightning.datamodules.augmentation import NORMALIZATIONS, Statistics
-from flops_lightning.datamodules.cifar import ORIGINAL_SIZE, CIFARSource
-from flops_lightning.datamodules.photos import PhotoDataModule
+from flops_lightning.datamodules.cifar import CIFARDataModule, CIFARSource
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 # Over all pixels of the 50,000 original training images, scaled to 0..1. The standard deviations 0.2023, 0.1994, 0.2010
@@ -15,7 +14,7 @@ CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 STATISTICS: Statistics = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 
 
-class CIFAR10DataModule(PhotoDataModule):
+class CIFAR10DataModule(CIFARDataModule):
     """CIFAR-10: colour images of 32 x 32 pixels in ten classes, 50,000 to train and 10,000 to test.
 
     Read from ``root/cifar-10-batches-py/``, torchvision's archive, or from class folders (:class:`CIFARSource`).
@@ -31,7 +30,6 @@ class CIFAR10DataModule(PhotoDataModule):
     """
 
     class_names = CLASSES
-    fixed = frozenset({"allow_missing", "split_file", "val_share", "test_share"})
     source = CIFARSource("CIFAR-10", class_names=CLASSES, archive="cifar-10-batches-py")
     normalizations: ClassVar[Mapping[str, Statistics]] = {"cifar10": STATISTICS, **NORMALIZATIONS}
 
@@ -40,9 +38,6 @@ class CIFAR10DataModule(PhotoDataModule):
         *,
         root: str = "data/downloads/cifar10",
         normalization: Literal["cifar10", "imagenet", "inception", "backbone"] = "cifar10",
-        batch_size: int = 64,
-        image_size: int = ORIGINAL_SIZE,
-        val_images: int = 5000,
         **settings: Any,
     ) -> None:
         """Check the settings and that ``root`` is there; images are read when they are asked for.
@@ -51,12 +46,6 @@ class CIFAR10DataModule(PhotoDataModule):
             root: Folder of the data set, in one of the two layouts.
             normalization: Mean and standard deviation of the pixels: ``cifar10`` to train from scratch; for pretrained
                 weights those they were trained with, ``imagenet``, ``inception`` or ``backbone``.
-            batch_size: Images per batch, all processes together, at least 1.
-            image_size: Height and width of the images, in pixels; where it is not 32 they are resized bicubically.
-            val_images: Images split off the training part for validation, each class keeping its share; 0 for none.
-            **settings: Those of :class:`PhotoDataModule`.
+            **settings: Those of :class:`CIFARDataModule` and :class:`PhotoDataModule`.
         """
-        super().__init__(
-            root=root, normalization=normalization, batch_size=batch_size, image_size=image_size,  # type: ignore[arg-type]
-            val_images=val_images, val_share=0.0, test_share=0.0, split_file=None, allow_missing=False, **settings,
-        )  # fmt: skip
+        super().__init__(root=root, normalization=normalization, **settings)

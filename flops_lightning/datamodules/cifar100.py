@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from flops_lightning.datamodules.augmentation import NORMALIZATIONS, Statistics
-from flops_lightning.datamodules.cifar import ORIGINAL_SIZE, CIFARSource
-from flops_lightning.datamodules.photos import PhotoDataModule
+from flops_lightning.datamodules.cifar import CIFARDataModule, CIFARSource
 
 CLASSES = (
     "apple", "aquarium_fish", "baby", "bear", "beaver", "bed", "bee", "beetle", "bicycle", "bottle", "bowl", "boy",
@@ -25,7 +24,7 @@ CLASSES = (
 STATISTICS: Statistics = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
 
 
-class CIFAR100DataModule(PhotoDataModule):
+class CIFAR100DataModule(CIFARDataModule):
     """CIFAR-100: colour images of 32 x 32 pixels in 100 classes, 500 of each to train and 100 to test.
 
     Labels are the fine ones, not the 20 superclasses. Read from ``root/cifar-100-python/``, torchvision's archive, or
@@ -40,7 +39,6 @@ class CIFAR100DataModule(PhotoDataModule):
     """
 
     class_names = CLASSES
-    fixed = frozenset({"allow_missing", "split_file", "val_share", "test_share"})
     source = CIFARSource("CIFAR-100", class_names=CLASSES, archive="cifar-100-python")
     normalizations: ClassVar[Mapping[str, Statistics]] = {"cifar100": STATISTICS, **NORMALIZATIONS}
 
@@ -49,9 +47,6 @@ class CIFAR100DataModule(PhotoDataModule):
         *,
         root: str = "data/downloads/cifar100",
         normalization: Literal["cifar100", "imagenet", "inception", "backbone"] = "cifar100",
-        batch_size: int = 64,
-        image_size: int = ORIGINAL_SIZE,
-        val_images: int = 5000,
         **settings: Any,
     ) -> None:
         """Check the settings and that ``root`` is there; images are read when they are asked for.
@@ -60,12 +55,6 @@ class CIFAR100DataModule(PhotoDataModule):
             root: Folder of the data set, in one of the two layouts.
             normalization: Mean and standard deviation of the pixels: ``cifar100`` to train from scratch; for pretrained
                 weights those they were trained with, ``imagenet``, ``inception`` or ``backbone``.
-            batch_size: Images per batch, all processes together, at least 1.
-            image_size: Height and width of the images, in pixels; where it is not 32 they are resized bicubically.
-            val_images: Images split off the training part for validation, each class keeping its share; 0 for none.
-            **settings: Those of :class:`PhotoDataModule`.
+            **settings: Those of :class:`CIFARDataModule` and :class:`PhotoDataModule`.
         """
-        super().__init__(
-            root=root, normalization=normalization, batch_size=batch_size, image_size=image_size,  # type: ignore[arg-type]
-            val_images=val_images, val_share=0.0, test_share=0.0, split_file=None, allow_missing=False, **settings,
-        )  # fmt: skip
+        super().__init__(root=root, normalization=normalization, **settings)

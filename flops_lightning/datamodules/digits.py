@@ -57,9 +57,6 @@ class DigitsDataModule(ImageDataModule):
             split_seed: Chooses which images train, validate and test; independent of the seed of the run, so that runs
                 with different seeds are measured on the same images. Not negative.
             **loading: Settings of :class:`ImageDataModule`, without ``rand_augment``, which is for 8-bit images.
-
-        Raises:
-            SettingError: A number is outside its range, or ``rotation`` is not finite.
         """
         super().__init__(batch_size=batch_size, rand_augment=None, **loading)
         if not math.isfinite(rotation):

@@ -63,7 +63,6 @@ class ImageSubset(Dataset[tuple[Tensor, ...]]):
     """
 
     def __init__(self, listing: Listing, transform: Callable[[Any], Tensor]) -> None:
-        """Keep the listing and the transform, from an RGB image to the tensor of an item; nothing is read."""
         self._images = listing.files
         self._transform = transform
         self.labels = torch.tensor(listing.labels, dtype=torch.long)
@@ -122,11 +121,7 @@ def _rgb(image: Image) -> Image:
 
 
 def class_folders(folder: Path, *, root: str, remedy: str) -> tuple[str, ...]:
-    """Names of the class folders in ``folder``, in alphabetical order, without hidden ones.
-
-    Raises:
-        SettingError: There are none; ``root`` and ``remedy`` are for its message.
-    """
+    """Names of the class folders in ``folder``, in alphabetical order, without hidden ones."""
     names = sorted(entry.name for entry in folder.glob("*/") if entry.is_dir() and not entry.name.startswith("."))
     if not names:
         raise SettingError("data.root", root, f"has no class folders in {folder.name}/.", remedy)
@@ -144,16 +139,7 @@ def list_class_folders(
 ) -> Listing:
     """List the images ``root/part/<class>/*``, class by class, without hidden files; labels follow ``class_names``.
 
-    Args:
-        root: The folder that ``data.root`` names.
-        part: Path below it of the folder that holds the class folders.
-        class_names: Names that the class folders may have, and no other.
-        remedy: How to lay out the data set, for the error.
-        all_classes: Whether every class must have a folder with images.
-        left_out: Folders that may be there and are not classes.
-
-    Raises:
-        SettingError: The folder is missing, a class folder is missing or has no images, or there is an unknown folder.
+    ``left_out`` are folders that may be there and are not classes; without ``all_classes`` some may lack images.
     """
     from torchvision.datasets import ImageFolder
 
@@ -198,17 +184,8 @@ def present(
 ) -> dict[Part, Listing]:
     """Keep the listed files that are there.
 
-    Args:
-        parts: What should be there.
-        class_names: Names of the classes, in the order of the labels.
-        root: The value of ``data.root``, for the errors.
-        remedy: How to lay out the data set, for the errors.
-        allow_missing: Warn of missing files and of classes without training images, instead of refusing them. None
-            refuses them, for a data set that has no such setting.
-
-    Raises:
-        SettingError: A file is missing or listed twice, or a class has no training image; the first is named.
-        DamagedImageError: A file is empty; the first is named.
+    Missing files and classes without training images are refused, or with ``allow_missing`` named in a warning; None
+    is for a data set that has no such setting. Files that are empty or listed twice are always refused.
     """
     listed = Counter(file for listing in parts.values() if listing.on_disk for file in listing.files)
     if twice := [file for file, times in listed.items() if times > 1]:
@@ -259,11 +236,7 @@ def _size(file: str) -> int | None:
 
 
 def read_some(parts: Mapping[Part, Listing]) -> None:
-    """Decode a few files, spread over all parts.
-
-    Raises:
-        DamagedImageError: One of the few cannot be read.
-    """
+    """Decode a few files, spread over all parts."""
     files = [file for part in PARTS if parts[part].on_disk for file in parts[part].files]
     for file in files[:: max(1, len(files) // READ_AT_START)]:
         read_photo(file)

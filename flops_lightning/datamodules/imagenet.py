@@ -28,11 +28,7 @@ class ImageNetSource(ImageSource):
         return "Put the images there as train/WNID/*.JPEG and val/WNID/*.JPEG (data/README.md says how)."
 
     def find_class_names(self, root: str) -> tuple[str, ...]:
-        """The folders' names.
-
-        Raises:
-            SettingError: One is not a WordNet id: these are images of something else.
-        """
+        """The folders' names."""
         folder, remedy = self.folder(root), self.remedy(root)
         names = class_folders(folder, root=root, remedy=remedy)
         strange = [name for name in names if not WNID.fullmatch(name)]

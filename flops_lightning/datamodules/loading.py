@@ -26,11 +26,7 @@ class ImageKey(NamedTuple):
 
 
 def local_batch_size(batch_size: int, world_size: int) -> int:
-    """Images of a global batch for each process.
-
-    Raises:
-        SettingError: ``batch_size`` is not a multiple of ``world_size``.
-    """
+    """Images of a global batch for each process."""
     if batch_size % world_size:
         below = batch_size // world_size * world_size
         sizes = f"{below} or {below + world_size}" if below else str(world_size)
@@ -54,24 +50,17 @@ class GlobalBatches(DistributedSampler[ImageKey]):
     """
 
     def __init__(self, dataset: Dataset[Any], *, batch_size: int, world_size: int, rank: int, seed: int) -> None:
-        """Divide the images of ``dataset``, of which only the length is read.
-
-        Raises:
-            SettingError: ``batch_size`` is not a multiple of ``world_size``.
-        """
         local_batch_size(batch_size, world_size)
         super().__init__(dataset, num_replicas=world_size, rank=rank, seed=seed)
         self.batch_size = batch_size
         self.first_batch = 0
 
     def __len__(self) -> int:
-        """Images of this process in a whole epoch."""
         whole, rest = divmod(len(cast("Sized", self.dataset)), self.batch_size)
         more, uneven = divmod(rest, self.num_replicas)
         return whole * self.batch_size // self.num_replicas + (more + (self.rank < uneven) if more else 0)
 
     def __iter__(self) -> Iterator[ImageKey]:
-        """Yield the keys of this process's images, in the order of the batches."""
         first, self.first_batch = self.first_batch, 0
         epoch = self.epoch
         generator = torch.Generator().manual_seed(self.seed + epoch)
@@ -91,10 +80,7 @@ class KeyedBatches(Dataset[Any]):
     def __init__(self, images: Dataset[Any], *, seed: int, mixing: Mixing | None = None) -> None:
         """Wrap ``images``.
 
-        Args:
-            images: Items are ``(image, label)``; they may draw from torch's generator.
-            seed: Shared part of all keys.
-            mixing: Mixes the images of a batch, seeded by the seed, the epoch and the batch's first image.
+        Items of ``images`` are ``(image, label)``; ``mixing`` mixes those of a batch, seeded by its first image.
         """
         self._images = images
         self._seed = seed
@@ -104,12 +90,10 @@ class KeyedBatches(Dataset[Any]):
         return len(self._images)  # type: ignore[arg-type]
 
     def __getitem__(self, key: ImageKey | int) -> Any:
-        """One image and its label, not mixed."""
         with torch.random.fork_rng(devices=[]):
             return self._drawn([key])[0]
 
     def __getitems__(self, keys: Sequence[ImageKey | int]) -> Any:
-        """The batch ``(images (b, ...), labels (b,))``, or targets ``(b, c)`` where images are mixed."""
         with torch.random.fork_rng(devices=[]):
             batch = default_collate(self._drawn(keys))
             if self._mixing is None:
@@ -159,7 +143,6 @@ class TrainingLoader(StatefulDataLoader[tuple[Tensor, ...]]):  # type: ignore[mi
     batches_done: Callable[[], int] | None = None
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        """Iterate over an epoch; nothing is loaded before the first batch is requested."""
         if self.batches_done is not None and isinstance(self.sampler, GlobalBatches):
             if self.next_iter_state is not None:  # type: ignore[has-type]
                 self.load_state_dict({})  # what a Trainer restored, and what had begun before

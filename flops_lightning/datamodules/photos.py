@@ -99,10 +99,6 @@ class PhotoDataModule(ImageDataModule):
                 them.
             download: Fetch the data set into ``root`` unless it is there and whole, where torchvision can.
             **loading: Settings of :class:`ImageDataModule`.
-
-        Raises:
-            SettingError: A setting is outside its range, or ``root`` does not hold the data set and ``download`` is
-                off.
         """
         super().__init__(batch_size=batch_size, **loading)
         check_at_least("data.image_size", image_size, 1, "Give pixels, for example 32 or 224.")
@@ -134,22 +130,12 @@ class PhotoDataModule(ImageDataModule):
                 raise  # what the root lacks is fetched later
 
     def prepare_data(self) -> None:
-        """Fetch the data set if asked to; in one process only.
-
-        Raises:
-            SettingError: It could not be fetched.
-        """
+        """Fetch the data set if asked to; in one process only."""
         if self.download:
             self.source.fetch(self.root)
 
     def setup(self, stage: str) -> None:
-        """Check and split the images; the same for every stage.
-
-        Raises:
-            SettingError: The data set is not whole or has no images for the stage, or ``normalization`` is ``backbone``
-                and the task has no timm model.
-            DamagedImageError: An image is empty or cannot be read.
-        """
+        """Check and split the images; the same for every stage."""
         parts = self.check()
         part, verb = NEEDED.get(stage, (None, ""))
         if part is not None and not len(parts[part].files):  # the Trainer would run over no image without a word
@@ -169,9 +155,6 @@ class PhotoDataModule(ImageDataModule):
 
     def check(self) -> Mapping[Part, Listing]:
         """Check every file's name and size and decode a few, in seconds; the second call returns the same answer.
-
-        Returns:
-            The images of each part.
 
         Raises:
             SettingError: A file or a class is missing (the first is named), or there are too few images for a setting.

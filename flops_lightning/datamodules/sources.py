@@ -61,16 +61,8 @@ class ImageSource:
     def listings(self, root: str, class_names: tuple[str, ...], *, all_classes: bool) -> Mapping[Part, Listing]:
         """The images of the parts that the data set comes in; whether all are there is checked afterwards.
 
-        Args:
-            root: The value of ``data.root``.
-            class_names: Names of the classes, in the order of the labels.
-            all_classes: Whether every class must have images.
-
         Returns:
             By part: ``train`` alone where there is no split, ``train`` and ``test``, or all three.
-
-        Raises:
-            SettingError: The data set is not whole.
         """
         images = list_class_folders(
             root, self.below, class_names, remedy=self.remedy(root), all_classes=all_classes, left_out=self.left_out
@@ -84,11 +76,7 @@ class ImageSource:
         return getattr(torchvision.datasets, self.name.replace("-", ""))
 
     def fetch(self, root: str) -> None:
-        """Download through torchvision unless the data set is there and whole.
-
-        Raises:
-            SettingError: It could not be fetched.
-        """
+        """Download through torchvision unless the data set is there and whole."""
         try:
             self.torchvision()(root, download=True)
         except FETCHING_FAILS as error:

@@ -42,18 +42,10 @@ def hold_out(
 ) -> tuple[Tensor, Tensor]:
     """Split the places ``0..n-1`` of images in two, each part with the share of every class that the whole has.
 
-    Args:
-        labels: The images' labels ``(n,)``.
-        size: Images to hold out; 0 holds out none.
-        seed: Chooses which; the split is a function of ``labels``, ``size`` and ``seed`` alone.
-        setting: Name of the setting that ``size`` comes from.
-        class_names: Names of the classes, in the order of the labels, for the error.
+    The split is a function of ``labels (n,)``, ``size`` (0 holds out none) and ``seed`` alone.
 
     Returns:
         The places of the images that stay and of those held out, each in ascending order.
-
-    Raises:
-        SettingError: A part would have fewer images than there are classes, or a class has one image only.
     """
     from sklearn.model_selection import train_test_split
 
@@ -114,9 +106,6 @@ def read_split_file(file: str) -> tuple[tuple[str, ...], Mapping[Part, Listing]]
 
     Returns:
         Names of the classes in the order of the labels, and the images of each part, with paths as in the file.
-
-    Raises:
-        SettingError: The file is missing or has another form.
     """
     path, remedy = Path(file).expanduser(), "Give a JSON file of CoOp's form, or leave split_file out."
     if not path.is_file():
@@ -137,14 +126,7 @@ def read_split_file(file: str) -> tuple[tuple[str, ...], Mapping[Part, Listing]]
 def choose_per_class(listing: Listing, per_class: int, *, seed: int, class_names: Sequence[str]) -> Listing:
     """Choose the same number of images of every class, in their order; a smaller choice is part of every larger one.
 
-    Args:
-        listing: The images to choose from.
-        per_class: Images to choose of each class; 0 chooses all.
-        seed: Chooses which.
-        class_names: Names of the classes, in the order of the labels.
-
-    Raises:
-        SettingError: A class has fewer images.
+    0 chooses all.
     """
     if per_class == 0 or not len(listing.files):
         return listing

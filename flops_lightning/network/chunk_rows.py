@@ -30,12 +30,7 @@ class ChunkRows:
     def __init__(self, setting: RowsSetting, *, least: int) -> None:
         """Check the setting.
 
-        Args:
-            setting: A number of rows, or ``auto``.
-            least: The smallest valid number.
-
-        Raises:
-            SettingError: It is neither, or too small.
+        It is ``auto``, or a number of ``least`` or more.
         """
         if setting != AUTO and (not isinstance(setting, Integral) or setting < least):
             raise SettingError(
@@ -52,10 +47,6 @@ class ChunkRows:
 
         A resumed run keeps the rows of the run that it continues, as long as they fit: other rows would round its sums
         in another order.
-
-        Args:
-            network: The network, on its device.
-            inputs: ``(b, ...)`` inputs.
         """
         if not self._open or not len(inputs):
             return

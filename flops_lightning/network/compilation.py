@@ -30,11 +30,6 @@ class CompiledNetwork(StagedNetwork):
     """
 
     def __init__(self, network: StagedNetwork) -> None:
-        """Compile nothing yet: torch does so when it sees the first chunk, and again for another shape.
-
-        Args:
-            network: The network; its module and stages are shared.
-        """
         super().__init__(network.module, network.stages)
         self._suffixes: dict[int, list[Run]] = {}
         self._blocks = {
@@ -95,15 +90,7 @@ def _compiled(module: nn.Module) -> Run:
 
 
 def check_compiler(device: torch.device, setting: str = "model.strategy.compile_suffixes") -> None:
-    """Find out that nothing can be compiled before the first batch does.
-
-    Args:
-        device: Where the network is.
-        setting: Name of the setting as the user writes it.
-
-    Raises:
-        SettingError: torch's compiler lacks what it needs.
-    """
+    """Find out that nothing can be compiled before the first batch does."""
     if device.type == "cuda":
         missing = "" if importlib.util.find_spec("triton") else "the package triton"
     else:

@@ -35,14 +35,12 @@ class LivePeak(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        """Start at zero."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.peak = 0
         self._live = 0
         self._known: dict[int, Any] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Count the storages of what an operation returns."""
         del types
         result = func(*args, **(kwargs or {}))
         given = {each.untyped_storage().data_ptr() for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)}
@@ -109,13 +107,8 @@ def rows_in(free: int, row_bytes: int) -> int:
 def fitting_rows(row_bytes: int, device: torch.device, *, free: int | None) -> int:
     """Rows of one forward pass: as many as fit in half of the free memory and, on a CPU, in its cache.
 
-    Args:
-        row_bytes: Peak memory of inference of one row, at least 1.
-        device: Where the network runs.
-        free: Free bytes; None: unknown.
-
-    Returns:
-        A power of two from 2 to ``MOST_ROWS``, so that runs with about as much free memory pack their rows alike.
+    A power of two from 2 to ``MOST_ROWS``, so that runs with about as much free memory pack their rows alike.
+    ``row_bytes``: peak memory of inference of one row, at least 1; ``free``: bytes, None if unknown.
     """
     rows = MOST_ROWS
     if free is not None:

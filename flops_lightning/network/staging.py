@@ -66,12 +66,6 @@ class StagedNetwork:
     """
 
     def __init__(self, module: nn.Module, stages: tuple[Stage, ...]) -> None:
-        """Check that the stages own every parameter of ``module`` exactly once.
-
-        Raises:
-            SettingError: the network has batch normalisation, a parameter without a stage, or weights tied across
-                stages.
-        """
         self.module = module
         self.stages = stages
         self.index = {stage.name: i for i, stage in enumerate(stages)}
@@ -93,7 +87,6 @@ class StagedNetwork:
                 )  # fmt: skip
 
     def __len__(self) -> int:
-        """Number of stages."""
         return len(self.stages)
 
     def with_all_tokens(self) -> StagedNetwork:

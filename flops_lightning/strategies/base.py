@@ -87,7 +87,6 @@ class ForwardGradientStrategy(KeepsSettings, ABC):
     draw: int = 0
 
     def __init__(self) -> None:
-        """Start the meter at zero."""
         self.meter = QueryMeter()
 
     @abstractmethod
@@ -208,12 +207,8 @@ class ForwardGradientStrategy(KeepsSettings, ABC):
 def refuse_second_network(bound: StagedNetwork | None, network: StagedNetwork) -> None:
     """Raise a :class:`SettingError` if the strategy is bound to another network: its sites hold those parameters."""
     if bound is not None and bound.module is not network.module:
-        raise SettingError(
-            "model.strategy",
-            type(bound.module).__name__,
-            "already serves another network.",
-            "Make one for each network.",
-        )
+        name = type(bound.module).__name__
+        raise SettingError("model.strategy", name, "already serves another network.", "Make one for each network.")
 
 
 def add_gradients(parameters: Mapping[str, nn.Parameter], gradients: Mapping[str, Tensor]) -> None:

@@ -32,12 +32,8 @@ def query_weights(
 ) -> tuple[Tensor, Tensor]:
     """Weights of the rows' noise, and which rows count.
 
-    Args:
-        losses: ``(r,)`` losses of the queries.
-        clean: ``(r,)`` clean loss of each row's sample.
-        real: ``(r,)`` False on padding.
-        sigma: Noise width.
-        variant: ``leave_one_out`` gets the weights of ``baseline`` here; :meth:`DeltaSums.delta` centres them.
+    ``losses``, ``clean`` (the clean loss of each row's sample) and ``real`` (False on padding) are ``(r,)``.
+    ``leave_one_out`` gets the weights of ``baseline`` here; :meth:`DeltaSums.delta` centres them.
 
     Returns:
         ``(r,)`` weights ``(L - c) / sigma``, zero on rows that do not count, and the ``(r,)`` mask of rows that do:
@@ -89,15 +85,7 @@ class DeltaSums:
     def empty(
         cls, batch_size: int, like: Tensor, *, variant: Variant, tokens: bool = False, slopes: bool = False
     ) -> DeltaSums:
-        """Zeros for rows of noise shaped like those of ``like`` ``(r, ...)``.
-
-        Args:
-            batch_size: Number of samples ``b``.
-            like: Noise of some rows.
-            variant: The control variate.
-            tokens: Sum the squares of each token as well, where there is more than one.
-            slopes: Sum the derivatives in log sigma as well.
-        """
+        """Zeros for rows of noise shaped like those of ``like`` ``(r, ...)``."""
         sums = cls(like.new_zeros(batch_size, *like.shape[1:]), like.new_zeros(batch_size), like.new_zeros(batch_size))
         if variant == "leave_one_out":
             sums.noise, sums.weights = torch.zeros_like(sums.weighted), torch.zeros_like(sums.survivors)
@@ -120,14 +108,9 @@ class DeltaSums:
     ) -> None:
         """Add one chunk.
 
-        Args:
-            chunk: The rows' places.
-            z: ``(r, ...)`` noise.
-            weights: ``(r,)`` weights, zero on rows that do not count.
-            alive: ``(r,)`` rows that count.
-            sq_norms: ``(r,)`` squared norm of the gradient that each row's ``z`` stands for; None: no traces wanted.
-            unit: Rows in an independent unit: 2 for antithetic pairs, else 1.
-            slopes: ``(r,)`` terms of :attr:`slopes`, zero on rows that do not count; None: not wanted.
+        ``z`` is ``(r, ...)``, all else ``(r,)``: ``weights`` and ``slopes`` zero on rows that do not count, and
+        ``sq_norms`` of the gradient that each row's ``z`` stands for, if traces are wanted. ``unit`` rows are
+        independent only together.
         """
         weights, alive = weights.to(z.dtype), alive.to(z.dtype)
         by_sample = spread(chunk, weights)
@@ -168,12 +151,8 @@ class DeltaSums:
         ``unit * (sum_u ||g_u||^2 - ||sum_u g_u||^2 / n) / (n - 1)`` over ``n`` independent units with mean gradient
         ``g_u``.
 
-        Args:
-            sum_sq_norm: ``(b,)`` squared norm of the gradient that ``weighted`` stands for.
-            unit: Rows in a unit.
-
-        Returns:
-            NaN for samples with fewer than two units.
+        NaN for samples with fewer than two units. ``sum_sq_norm`` ``(b,)`` is that of the gradient that ``weighted``
+        stands for.
         """
         n = self.survivors / unit
         scatter = self.squares - sum_sq_norm / unit**2 / n.clamp(min=1)
@@ -184,11 +163,7 @@ class DeltaSums:
 
         ``(||sum_u g_ut||^2 - sum_u ||g_ut||^2) / (n (n - 1))`` over ``n`` independent units; it may be negative.
 
-        Args:
-            unit: Rows in a unit.
-
-        Returns:
-            NaN for samples with fewer than two units.
+        NaN for samples with fewer than two units.
         """
         if self.token_squares is None:
             raise TypeError("the squares of each token were not asked for.")

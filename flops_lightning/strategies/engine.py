@@ -64,22 +64,12 @@ class QueryEngine(Protocol[Q]):
     ) -> Q | None:
         """Run queries.
 
-        Args:
-            site: The site.
-            clean: The batch's clean pass.
-            counts: ``(b,)`` queries of each sample.
-            first_query: Index of the first of them (earlier ones were pilots).
-            traces: Also compute what :meth:`QueryResult.trace` needs.
-
-        Returns:
-            The result; None if no sample has a query.
+        ``counts`` is ``(b,)``, and ``first_query`` the index of the first query (earlier ones were pilots).
+        ``traces``: also compute what :meth:`QueryResult.trace` needs. None if no sample has a query.
         """
 
     def mixed_gradient(self, site: Site, clean: CleanPass, parts: Sequence[tuple[Q, Tensor]]) -> dict[str, Tensor]:
         """``1/B sum_b sum_parts share_b g_b`` by parameter name, ``g_b`` the mean gradient of a part's queries.
 
-        Args:
-            site: The site.
-            clean: The batch's clean pass.
-            parts: Results of queries, each with its ``(b,)`` shares of the samples' estimates.
+        ``parts`` are results of queries, each with its ``(b,)`` shares of the samples' estimates.
         """

@@ -20,18 +20,7 @@ from flops_lightning.strategies.sites import Site
 
 
 def find_exact_head(network: StagedNetwork, sites: Sequence[Site], pilots: PilotSpec, *, one_update: bool) -> Site:
-    """The site at the network's output.
-
-    Args:
-        network: The staged network.
-        sites: All sites from bottom to top.
-        pilots: The setting.
-        one_update: All sites are updated from the same losses.
-
-    Raises:
-        SettingError: no site ends the network, or one that perturbs several layers together; there is no other site; or
-            pilots at that site, or below it where it is updated before them.
-    """
+    """The site at the network's output."""
     last = len(network) - 1
     for site in sites:
         if site.together and site.last == last:
@@ -72,11 +61,7 @@ def _ends(network: StagedNetwork, site: Site) -> bool:
 
 @torch.no_grad()
 def check_exact_head(network: StagedNetwork, loss: LossFunction, head: Site, clean: CleanPass) -> None:
-    """Check on the first batch that the head's gradient is that of the output.
-
-    Raises:
-        SettingError: the loss has no derivative, or the head's last layer does not give the network's output.
-    """
+    """Check on the first batch that the head's gradient is that of the output."""
     output_gradient(loss, clean)
     if not head.layers:
         return
@@ -96,11 +81,7 @@ def check_exact_head(network: StagedNetwork, loss: LossFunction, head: Site, cle
 
 
 def output_gradient(loss: LossFunction, clean: CleanPass) -> Tensor:
-    """``(b, ...)`` derivative of each sample's loss in the network's output; zero where the loss is not finite.
-
-    Raises:
-        SettingError: the loss has no derivative.
-    """
+    """``(b, ...)`` derivative of each sample's loss in the network's output; zero where the loss is not finite."""
     output = clean.output.detach().requires_grad_(True)
     try:
         with torch.enable_grad():

@@ -88,9 +88,6 @@ class LikelihoodRatio(QueryStrategy[OutputQueryResult]):
                 follows as from an estimate. Needs a differentiable loss. The site's ``sigma`` and
                 ``queries_per_sample`` are not used, and allocators do not see it.
             **settings: See :class:`QueryStrategy`.
-
-        Raises:
-            SettingError: an unknown choice, a value out of range, or settings that exclude each other.
         """
         super().__init__(**settings)
         self.noise = read_noise(noise)
@@ -105,8 +102,8 @@ class LikelihoodRatio(QueryStrategy[OutputQueryResult]):
         if self.noise.orthogonal and self.token_sigma:
             raise SettingError(
                 "model.strategy.token_sigma", True,
-                "learns from products of independent queries, and orthogonal ones are "
-                "dependent.", "Write noise: {orthogonal: false}, or token_sigma: false.",
+                "learns from products of independent queries, and orthogonal ones are dependent.",
+                "Write noise: {orthogonal: false}, or token_sigma: false.",
             )  # fmt: skip
         if self.noise.orthogonal and self.pilots.queries:
             raise SettingError(
@@ -122,12 +119,7 @@ class LikelihoodRatio(QueryStrategy[OutputQueryResult]):
             )  # fmt: skip
 
     def bind(self, network: StagedNetwork, loss: LossFunction) -> None:
-        """Resolve sites, pilots and the exact head.
-
-        Raises:
-            SettingError: see :meth:`SiteStrategy.bind` and :func:`find_exact_head`; or widths to be learned where
-                layers are perturbed together, or from single queries.
-        """
+        """Resolve sites, pilots and the exact head."""
         one_update = self.update == "simultaneous"
         self._head = None
         if self.exact_head:
@@ -174,12 +166,7 @@ class LikelihoodRatio(QueryStrategy[OutputQueryResult]):
         )  # fmt: skip
 
     def clean_pass(self, inputs: Tensor, targets: Tensor) -> CleanPass:
-        """Run the batch unperturbed, and from now on use the widths that earlier batches learned.
-
-        Raises:
-            SettingError: at the first batch: no site has the tokens that a setting needs, or the exact head's layer
-                does not give the network's output.
-        """
+        """Run the batch unperturbed, and from now on use the widths that earlier batches learned."""
         first = self._costs is None
         self._update_widths()
         clean = super().clean_pass(inputs, targets)
@@ -196,12 +183,8 @@ class LikelihoodRatio(QueryStrategy[OutputQueryResult]):
         if self.token_sigma and all(tokens == 1 for tokens, _ in sizes):
             raise SettingError("model.strategy.token_sigma", True, "no site has more than one token.", "Write false.")
         if self.noise.layout == "factored" and all(min(size) == 1 for size in sizes):
-            raise SettingError(
-                "model.strategy.noise.layout",
-                "factored",
-                "no site has more than one token and one feature.",
-                "Write dense.",
-            )
+            problem = "no site has more than one token and one feature."
+            raise SettingError("model.strategy.noise.layout", "factored", problem, "Write dense.")
 
     def _update_widths(self) -> None:
         # Fixed while a batch's queries run: noise whose width depended on its own queries would bias them.

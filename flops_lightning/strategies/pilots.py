@@ -50,18 +50,7 @@ class PilotSpec:
 
 
 def check_pilots(pilots: PilotSpec, sites: Sequence[Site], *, unit: int, one_update: bool) -> None:
-    """Check pilots against the sites.
-
-    Args:
-        pilots: The setting.
-        sites: Sites from bottom to top.
-        unit: Rows in an independent unit (2 for antithetic pairs).
-        one_update: All sites are updated from the same losses.
-
-    Raises:
-        SettingError: no site, an unknown one, one that perturbs several layers together, a number of pilots that gives
-            no variance or leaves too little, or pilots that would be stale when reused.
-    """
+    """Check pilots against the sites."""
     by_name = {site.name: site for site in sites}
     chosen = pilots.names(sites)
     for name in chosen or [""]:
@@ -95,11 +84,8 @@ def pilot_share(pilots: QueryResult, rest: QueryResult, weight: Tensor | float) 
 
     The sum is unbiased although the counts of the rest saw the pilots.
 
-    Args:
-        pilots: Result of the pilots.
-        rest: Result of the other queries.
-        weight: ``w``, one for all samples or ``(b,)``, chosen independently of the pilots' losses. Where one of the two
-            gives a sample no estimate (no query survived; leave-one-out: fewer than two), the other has all the weight.
+    ``weight`` is ``w``, one for all samples or ``(b,)``, chosen independently of the pilots' losses. Where one of the
+    two gives a sample no estimate (no query survived; leave-one-out: fewer than two), the other has all the weight.
     """
     w = torch.as_tensor(weight, dtype=rest.survivors.dtype, device=rest.survivors.device).expand_as(rest.survivors)
     w = torch.where(pilots.found, w, 0.0)

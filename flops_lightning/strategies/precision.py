@@ -26,10 +26,7 @@ TF32_EPS = 2.0**-10
 class Resolution:
     """How finely a network computes.
 
-    Attributes:
-        name: Of the precision.
-        eps: Its machine epsilon.
-        steps: Rounding steps that the noise must be wide.
+    The noise must be ``steps`` rounding steps wide; ``eps`` is the precision's machine epsilon.
     """
 
     name: str
@@ -62,9 +59,7 @@ class Resolution:
 def resolution(values: Tensor, *, convolutions: bool = False) -> Resolution | None:
     """How finely a network computes that runs at present and on these floating-point values; None: they are integers.
 
-    Args:
-        values: An activation that enters it, or its parameters.
-        convolutions: There are some, which on a GPU have a setting of their own (and TF32 by default).
+    On a GPU ``convolutions`` have a setting of their own (and TF32 by default).
     """
     kind = values.device.type
     if not values.dtype.is_floating_point:

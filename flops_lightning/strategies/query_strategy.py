@@ -82,9 +82,6 @@ class QueryStrategy(SiteStrategy, Generic[Q]):
             counts: ``(s, b)`` or ``(b,)`` integer queries of each sample (at each site).
             first_query: Index of their first query. Above the indices of the queries that made the counts and the
                 gradient, the traces are independent of both.
-
-        Raises:
-            SettingError: see :meth:`estimate`, about the counts.
         """
         table = check_counts(counts, len(self._sites), clean.batch_size, multiple=self.unit, least=1)
         return self._observe(clean, table, first_query=first_query)

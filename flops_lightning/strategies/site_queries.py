@@ -35,11 +35,7 @@ from flops_lightning.strategies.widths import SiteWidth
 class OutputQueryResult:
     """Result of queries with noise at a site's output.
 
-    Attributes:
-        site: The site.
-        sums: Sums over the queries of each sample.
-        unit: Rows in an independent unit.
-        layer_input: ``(b, ..., i)`` clean input of the layer, where traces are taken in parameter space.
+    ``layer_input`` ``(b, ..., i)`` is the layer's clean input where traces are taken in parameter space, else None.
     """
 
     site: Site
@@ -69,20 +65,7 @@ class OutputQueryResult:
 
 @dataclass(frozen=True, eq=False)
 class SiteQueries:
-    """Runs the likelihood-ratio queries of a site; holds no state.
-
-    Attributes:
-        network: The staged network, in eval mode while queries run.
-        loss: One loss a row.
-        variant: The control variate.
-        chunk_rows: Upper bound of rows in one forward pass.
-        seed: Seed of all noise.
-        rank: Rank of the process.
-        noise: Kind of noise.
-        widths: Widths of the noise by name of the site; missing: the site's own sigma at all tokens.
-        token_squares: Also sum the squares from which widths by token are learned.
-        slopes: Also sum the derivatives of the smoothed loss in log sigma.
-    """
+    """Runs the likelihood-ratio queries of a site; holds no state."""
 
     network: StagedNetwork
     loss: LossFunction
@@ -116,16 +99,8 @@ class SiteQueries:
     ) -> DeltaSums | None:
         """Sums over the queries of each sample at the output of a block, a group or a single layer.
 
-        Args:
-            site: The site.
-            clean: The batch's clean pass.
-            counts: ``(b,)`` queries of each sample.
-            first_query: Index of the first of them (earlier ones were pilots).
-            traces: Also sum the squared norms that :meth:`DeltaSums.trace` needs.
-            layer_input: ``(b, ..., i)`` clean input of the layer, to take the norms in parameter space.
-
-        Returns:
-            The sums; None where no sample has a query.
+        None where no sample has a query. With ``layer_input`` ``(b, ..., i)`` norms for traces are taken in parameter
+        space.
         """
         sums: DeltaSums | None = None
         for chunk in plan_rows(counts, self.chunk_rows, first_query=first_query, multiple=self.unit):
@@ -179,11 +154,8 @@ class SiteQueries:
     ) -> dict[str, Tensor]:
         """``sum_b J_b^T delta_b`` by parameter name: closed form at a single layer, local VJP at a block or group.
 
-        Args:
-            site: The site.
-            clean: The batch's clean pass.
-            delta: ``(b, ...)`` gradient with respect to the site's active output.
-            layer_input: ``(b, ..., i)`` clean input of the layer; None: it is computed.
+        ``delta`` ``(b, ...)`` is at the site's active output; ``layer_input`` ``(b, ..., i)`` is computed unless it
+        is given.
         """
         with phase("local VJP"):
             if not site.layers:
@@ -238,12 +210,7 @@ class SiteQueries:
     ) -> tuple[Tensor, Tensor, list[Perturbation]]:
         """Weights of the noise that ``draw`` makes, and which rows count.
 
-        Args:
-            site: The site.
-            clean: The batch's clean pass.
-            index: ``(r,)`` place of each row's sample.
-            draw: Draws the rows' noise.
-            real: ``(r,)`` False on padding.
+        ``index`` ``(r,)`` are the places of the rows' samples; ``real`` ``(r,)`` is False on padding.
 
         Returns:
             ``(r,)`` weights, zero on rows that do not count; the ``(r,)`` mask of rows that do; and the noise.

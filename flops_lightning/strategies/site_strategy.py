@@ -68,9 +68,6 @@ class SiteStrategy(ForwardGradientStrategy):
                 at the first step and again for each other number of rows. Hooks added to the network later are ignored
                 there.
             seed: Seed of all noise; None: the seed of ``seed_everything``.
-
-        Raises:
-            SettingError: an unknown variant or update, or fewer than two rows in a chunk.
         """
         super().__init__()
         check_choice("model.strategy.variant", variant, get_args(Variant))
@@ -92,11 +89,7 @@ class SiteStrategy(ForwardGradientStrategy):
         return resolve_sites(network, self.specs)
 
     def bind(self, network: StagedNetwork, loss: LossFunction) -> None:
-        """Resolve sites and pilots.
-
-        Raises:
-            SettingError: see :func:`resolve_sites` and :func:`check_pilots`; or a budget that the variant cannot use.
-        """
+        """Resolve sites and pilots."""
         refuse_second_network(getattr(self, "network", None), network)
         if not all(spec.active_tokens for spec in self.specs):
             network = network.with_all_tokens()
@@ -220,11 +213,7 @@ class SiteStrategy(ForwardGradientStrategy):
         return {**super().state_dict(), "seed": self.seed, **self._statistics.state_dict(), **self._chunks.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned.
-
-        Raises:
-            SettingError: another seed was given explicitly.
-        """
+        """Restore what :meth:`state_dict` returned."""
         refuse_other_seed(self.seed, state["seed"], given=self._seed_given)
         super().load_state_dict(state)
         self._statistics.load_state_dict(state)

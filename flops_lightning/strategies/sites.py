@@ -83,15 +83,7 @@ def resolve_sites(
 ) -> tuple[Site, ...]:
     """Resolve settings (none: the paper's layout) against a network, bottom to top.
 
-    Args:
-        network: The network.
-        specs: The settings.
-        in_parameters: Noise enters the parameters of a site instead of its output.
-
-    Raises:
-        SettingError: an unknown stage or an empty range, a sigma that is not positive, fewer than two queries, a group
-            that spans the whole network, a pattern that matches nothing, two sites of one name, a parameter without a
-            site or with two.
+    ``in_parameters``: noise enters the parameters of a site instead of its output.
     """
     sites: list[Site] = []
     for i, spec in enumerate(specs or default_specs(network)):

@@ -47,7 +47,6 @@ class OptionalStatistics:
     """
 
     def __init__(self) -> None:
-        """Start empty."""
         self.predictors: frozenset[str] = frozenset()
         # By name of the statistic: the draw at which the scales were estimated, and the scales.
         self._scales: dict[str, tuple[int, list[float]]] = {}
@@ -80,18 +79,8 @@ class OptionalStatistics:
     ) -> dict[str, Any]:
         """Compute the requested optional fields, by name.
 
-        Args:
-            names: Fields of :class:`SampleStatistics` that are read.
-            clean: The batch's clean pass.
-            sites: The sites.
-            network: The network.
-            loss: One loss a row.
-            rows: Upper bound of the rows in one forward pass.
-            costs: Counted costs of queries.
-            meter: Where the cost of activations and scales is noted.
-            metric: Weights for ``preconditioned_scale``; None while the optimiser has none, where it is ``scale``.
-            scales: Estimates the factors from traces to squared units of the parameters; costs a gradient of each site.
-            measure: Measures the costs of queries.
+        ``rows`` bounds a forward pass, ``meter`` notes its cost. ``metric`` weighs ``preconditioned_scale``; None: it
+        is ``scale``. ``scales`` estimates the factors (a gradient of each site), ``measure`` the costs of queries.
         """
         missing = (self.kept(network) - {0}) - clean.activations.keys()
         if missing:  # the clean pass came before the first request
@@ -141,13 +130,6 @@ def trace_predictors(
 ) -> dict[str, Tensor]:
     """Those of :data:`PREDICTORS` that are in ``names``.
 
-    Args:
-        network: The staged network.
-        loss: One loss a row.
-        sites: The sites, from bottom to top.
-        clean: The batch's clean pass, with the activations that enter the head.
-        names: Which to compute.
-
     Returns:
         ``output_gradient`` ``(b,)``: squared norm of the loss's derivative in the network's output (``p - y`` under
         cross-entropy). ``head_gradient`` ``(b,)``: the same in the input of the last stage. ``top_gradient`` ``(b,)``:
@@ -155,9 +137,6 @@ def trace_predictors(
         activation that enters a stage at which a site begins or ends, at the tokens that the head reads; and
         ``activation.<stage>.all`` ``(b,)`` over all tokens, where these are not all. With normalisation layers the
         derivative falls as the activation grows.
-
-    Raises:
-        SettingError: a gradient is wanted, and loss or head are not differentiable.
     """
     last, found = len(network) - 1, dict[str, Tensor]()
     starts = {"output_gradient": last + 1, "head_gradient": last, "top_gradient": head_start(network)}
@@ -202,14 +181,7 @@ def _mean_square(h: Tensor, tokens: slice | None) -> Tensor:
 def site_scales(queries: SiteQueries, sites: Sequence[Site], clean: CleanPass, metric: Metric | None = None) -> Tensor:
     """``(s,)`` factors that convert each site's traces to squared units of its parameters.
 
-    Args:
-        queries: Takes gradients at the sites.
-        sites: From bottom to top.
-        clean: A batch's clean pass.
-        metric: Weights of the squared derivatives (1 / v under Adam); None: 1.
-
-    Raises:
-        SettingError: a site perturbs several layers together, so it has no traces to scale.
+    ``metric`` are weights of the squared derivatives (1 / v under Adam); None: 1.
     """
     scales = []
     for site in sites:

@@ -24,16 +24,8 @@ from flops_lightning.strategies.sites import Site
 def layer_gradient(module: nn.Module, x: Tensor, delta: Tensor) -> dict[str, Tensor]:
     """``J^T delta`` of one layer, summed over rows.
 
-    Args:
-        module: An ``nn.Linear``, ``nn.Conv2d`` or ``nn.LayerNorm``; see :func:`has_closed_form`.
-        x: Its input: ``(r, ..., i)`` or, for a convolution, ``(r, i, h, w)``.
-        delta: Gradient with respect to its output, ``(r, ..., o)`` or ``(r, o, h, w)``.
-
-    Returns:
-        Gradients by the layer's own parameter names (``weight``, ``bias``), those that it has.
-
-    Raises:
-        TypeError: a layer family without a closed form here.
+    By the layer's own parameter names. ``x`` is its input ``(r, ..., i)`` or ``(r, i, h, w)``, ``delta`` the gradient
+    in its output ``(r, ..., o)`` or ``(r, o, h, w)``; see :func:`has_closed_form`.
     """
     x = x.to(delta.dtype)
     with full_precision(delta):
@@ -85,12 +77,7 @@ def local_vjp(network: StagedNetwork, site: Site, clean: CleanPass, delta: Tenso
     Under bfloat16 autocast the site runs in bfloat16, as in all mixed-precision training, and sums are in float32.
     Under float16 autocast it runs in float32: see :func:`differentiable`.
 
-    Args:
-        network: The staged network.
-        site: A ``block`` or ``group`` site.
-        clean: The batch's clean pass, with the activation that enters the site.
-        delta: ``(b, ...)`` gradient with respect to the site's active output.
-        rows: Samples whose graph is kept at a time (bounds the memory).
+    ``delta`` ``(b, ...)`` is at the site's active output; ``rows`` bounds the samples whose graph is kept at a time.
 
     Returns:
         Gradients by parameter name, in float32 at least; zeros for a parameter that the output does not depend on.

@@ -135,15 +135,10 @@ class TokenSigma:
     """Relative widths of the tokens of all sites."""
 
     def __init__(self) -> None:
-        """Start without observations."""
         self._sites: dict[str, RunningMean] = {}
 
     def observe(self, site: str, squares: Tensor) -> None:
-        """Take ``(b, t)`` estimates of ``rho`` at a site (:meth:`DeltaSums.token_mean_squares`).
-
-        Raises:
-            SettingError: the site had another number of tokens before.
-        """
+        """Take ``(b, t)`` estimates of ``rho`` at a site (:meth:`DeltaSums.token_mean_squares`)."""
         running = self._sites.get(site) or RunningMean.empty(squares[0])
         if running.mean.shape != squares[0].shape:
             raise SettingError(
@@ -171,11 +166,6 @@ class LearnedSigma:
     """One log sigma for each site, stepped by Adam."""
 
     def __init__(self, rate: float) -> None:
-        """Choose the learning rate of log sigma.
-
-        Raises:
-            SettingError: It is not positive.
-        """
         check_positive("model.strategy.learn_sigma", rate, "Write 0 for a fixed sigma, or for example 0.02.")
         self.rate = rate
         self._sites: dict[str, tuple[nn.Parameter, torch.optim.Adam]] = {}
