@@ -88,28 +88,12 @@ def test_prefix_and_suffix_of_a_vit(any_vit, x):
     assert_prefixes_fit(any_vit, x)
 
 
-def test_prefix_and_suffix_at_another_image_size():
-    vit = tiny_vit(dynamic_img_size=True).eval()
-    x = torch.randn(2, 1, 12, 16, dtype=torch.float64)
-    assert_prefixes_fit(vit, x)
-
-
-def test_prefix_and_suffix_of_a_sequential(tokens_net, tokens):
+def test_prefix_and_suffix_of_other_networks(tokens_net, tokens):
+    """Another image size, a sequential, and a module that is used twice."""
+    assert_prefixes_fit(tiny_vit(dynamic_img_size=True).eval(), torch.randn(2, 1, 12, 16, dtype=torch.float64))
     assert_prefixes_fit(tokens_net, tokens[0])
-
-
-def test_a_module_used_twice_runs_twice(tokens):
     act = nn.SiLU()
     assert_prefixes_fit(shaken(nn.Sequential(nn.Linear(3, 4), act, nn.Linear(4, 4), act, nn.Linear(4, 2))), tokens[0])
-
-
-def test_a_sequential_with_a_forward_of_its_own_is_refused():
-    class Doubled(nn.Sequential):
-        def forward(self, x: Tensor) -> Tensor:
-            return 2 * super().forward(x)
-
-    with pytest.raises(SettingError, match="network = 'Doubled'"):
-        stage_network(Doubled(nn.Linear(3, 3), nn.Linear(3, 2)))
 
 
 def test_a_stage_depends_on_the_tokens_it_reads_and_on_no_others(any_vit, x):
@@ -281,38 +265,46 @@ def test_modes_come_back_even_after_an_error(vit):
 # Refusals
 
 
-@pytest.mark.parametrize(
-    "norm", [nn.BatchNorm1d(3), nn.BatchNorm2d(3), nn.SyncBatchNorm(3), timm.layers.BatchNormAct2d(3)]
-)
-def test_batch_normalisation_is_refused(norm):
-    with pytest.raises(SettingError, match=r"1\.0: .*batch normalisation.*GroupNorm"):
-        stage_network(nn.Sequential(nn.Linear(3, 3), nn.Sequential(norm)))
-
-
-def test_weights_tied_across_stages_are_refused():
-    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
-    net[1].weight = net[0].weight
-    with pytest.raises(SettingError, match=r"tied across \['0', '1'\].*Untie"):
-        stage_network(net)
-
-
 def test_weights_tied_within_a_stage_are_not():
     net = nn.Sequential(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), TokenMean())
     net[0][1].weight = net[0][0].weight
     assert set(stage_network(net).trainable()) == {"0.0.weight", "0.0.bias", "0.1.bias"}
 
 
+class Doubled(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def tied(*, twice: bool) -> nn.Sequential:
+    """Two layers that share their weight, or one that is used twice."""
+    first, last = nn.Linear(3, 3), nn.Linear(3, 3)
+    last.weight = first.weight
+    return nn.Sequential(first, nn.Tanh(), first if twice else last)
+
+
 @pytest.mark.parametrize(
-    "name", ["deit_tiny_distilled_patch16_224", "resnet18", "convnext_atto", "swin_tiny_patch4_window7_224"]
+    ("build", "message"),
+    [
+        *(
+            (
+                lambda norm=norm: nn.Sequential(nn.Linear(3, 3), nn.Sequential(norm(3))),
+                r"1\.0: .*batch normalisation.*GroupNorm",
+            )
+            for norm in (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm, timm.layers.BatchNormAct2d)
+        ),
+        *(
+            (lambda name=name: meta_vit(name), r"VisionTransformer.*StagedNetwork")
+            for name in ("deit_tiny_distilled_patch16_224", "resnet18", "convnext_atto", "swin_tiny_patch4_window7_224")
+        ),
+        *((lambda twice=twice: tied(twice=twice), r"tied across \['0', '2'\].*Untie") for twice in (False, True)),
+        (lambda: Doubled(nn.Linear(3, 3), nn.Linear(3, 2)), "network = 'Doubled'"),
+        (lambda: nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2)), r"lazy.*forward pass"),
+    ],
 )
-def test_other_networks_are_refused_with_a_remedy(name):
-    with pytest.raises(SettingError, match=r"VisionTransformer.*StagedNetwork"):
-        stage_network(meta_vit(name))
-
-
-def test_lazy_parameters_are_refused():
-    with pytest.raises(SettingError, match=r"lazy.*forward pass"):
-        stage_network(nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2)))
+def test_networks_that_are_refused(build, message):
+    with pytest.raises(SettingError, match=message):
+        stage_network(build())
 
 
 @pytest.mark.parametrize(
@@ -331,9 +323,3 @@ def test_names_that_only_begin_alike_are_not_owned():
     assert stage.owns("blocks.1")
     assert stage.owns("blocks.1.weight")
     assert not stage.owns("blocks.10.weight")
-
-
-def test_a_layer_used_twice_is_refused_as_tied():
-    layer = nn.Linear(3, 3)
-    with pytest.raises(SettingError, match=r"tied across \['0', '2'\]"):
-        stage_network(nn.Sequential(layer, nn.Tanh(), layer))

@@ -18,7 +18,7 @@ from flops_lightning.objectives import zero_one_error
 from flops_lightning.strategies import LikelihoodRatio, PilotSpec, SiteSpec
 from flops_lightning.tasks import ForwardImageClassifier
 from tests.reference.footprint import everything
-from tests.reference.layouts import vit_for
+from tests.reference.layouts import TOKEN_SITES, vit_for
 from tests.reference.networks import (
     TokenMean,
     autograd_gradient,
@@ -230,35 +230,35 @@ def test_pilots_of_the_deepest_site_are_those_below_the_head(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("sites", "settings", "message"),
+    ("sites", "frozen", "settings", "message"),
     [
         (
-            [{"stages": ["0", "4"], "kind": "linear", "together": True}], {},
+            TOKEN_SITES["together"],
+            (),
+            {},
             r"exact_head = True: site '0..4' perturbs the last layer together with others",
         ),
-        (TOKENS, {"pilots": PilotSpec("2..4", 4)}, r"pilots.sites = '2..4': spends no queries, its gradient is exact"),
         (
-            TOKENS, {"pilots": PilotSpec("deepest", 4), "update": "site_by_site"},
+            TOKENS,
+            (),
+            {"pilots": PilotSpec("2..4", 4)},
+            r"pilots.sites = '2..4': spends no queries, its gradient is exact",
+        ),
+        (
+            TOKENS,
+            (),
+            {"pilots": PilotSpec("deepest", 4), "update": "site_by_site"},
             r"pilots.reuse = True: pilots are stale once the exact head above them was updated",
         ),
+        ([{"stages": ["0", "3"]}], (4,), {}, r"exact_head = True: no site has its noise at the network's output.*'4'"),
+        ([{"stages": ["4"]}], range(4), {}, r"exact_head = True: leaves no site for queries.*Backprop"),
     ],
-)  # fmt: skip
-def test_settings_that_are_refused(sites, settings, message, tokens_net):
+)
+def test_settings_that_are_refused(sites, frozen, settings, message, tokens_net):
+    for i in frozen:
+        tokens_net[i].requires_grad_(False)
     with pytest.raises(SettingError, match=message):
         bound(tokens_net, squared_error, sites, exact_head=True, **settings)
-
-
-def test_a_network_whose_end_is_not_taught_is_refused(tokens_net):
-    tokens_net[4].requires_grad_(False)
-    with pytest.raises(SettingError, match=r"exact_head = True: no site has its noise at the network's output.*'4'"):
-        bound(tokens_net, squared_error, [{"stages": ["0", "3"]}], exact_head=True)
-
-
-def test_a_head_alone_is_refused(tokens_net):
-    for layer in tokens_net[:4]:
-        layer.requires_grad_(False)
-    with pytest.raises(SettingError, match=r"exact_head = True: leaves no site for queries.*Backprop"):
-        bound(tokens_net, squared_error, [{"stages": ["4"]}], exact_head=True)
 
 
 def test_a_layer_below_the_output_is_no_head():
