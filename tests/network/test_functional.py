@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -66,18 +67,31 @@ def test_without_values_it_is_the_stage_itself():
         assert torch.equal(FunctionalStages(staged).run(i, X, {}), net[i](X))
 
 
-def test_so_it_does_where_the_stage_fails():
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_network_stays_as_it_was(fails):
     net = network()
 
-    def fail(*_: Any) -> None:
-        raise ArithmeticError
+    def hook(*_: Any) -> None:
+        if fails:
+            raise ArithmeticError
 
-    net[1].down.register_forward_hook(fail)
+    net[1].down.register_forward_hook(hook)
     functional = FunctionalStages(stage_network(net))
     before = everything(net)
-    with pytest.raises(ArithmeticError):
+    with torch.no_grad(), pytest.raises(ArithmeticError) if fails else nullcontext():
         functional.run(1, X, others(net, "1."))
     assert everything(net) == before
+    assert net[1].up.weight is net[1].down.weight
+
+
+def test_hooks_of_the_stage_s_modules_run():
+    net = network()
+    net[1].up.register_forward_hook(lambda _, __, output: 2 * output)
+    values = others(net, "1.")
+    found = FunctionalStages(stage_network(net)).run(1, X, values)
+    weight = values["1.up.weight"]
+    expected = (2 * (X @ weight.T + values["1.up.bias"])).tanh() @ weight.T + values["1.shift"]
+    torch.testing.assert_close(found, expected)
 
 
 def test_values_may_carry_tangents():

@@ -169,7 +169,7 @@ def test_a_plain_mapping_is_accepted(strategy):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"noise": {"distribution": "cauchy"}}, r"strategy.noise.distribution = 'cauchy': is unknown"),
+        ({"noise": {"distribution": "cauchy"}}, r"strategy.noise.distribution = 'cauchy': is not one of the choices"),
         ({"noise": {"shape": "dense"}}, r"strategy.noise = {'shape': 'dense'}: .*'shape'.*See NoiseSpec"),
         ({"noise": "rademacher"}, r"strategy.noise = 'rademacher': is not a NoiseSpec"),
         (

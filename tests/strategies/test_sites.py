@@ -118,7 +118,7 @@ def test_noise_is_put_where_it_is_read():
 def test_settings_that_are_refused(specs, setting, problem, tokens_net):
     with pytest.raises(SettingError, match=problem) as error:
         resolved(tokens_net, *specs)
-    assert not setting or error.value.setting == f"model.strategy.sites{setting}"
+    assert error.value.setting == f"model.strategy.sites{setting}"
 
 
 def test_two_sets_of_layers_of_the_same_stages_need_names(tokens_net):
