@@ -44,7 +44,7 @@ def run_pytest(root: Path, *arguments: str) -> int:
         sys.dont_write_bytecode = True
         sys.path[:] = [str(root), *(path for path in sys.path if path not in ("", str(ROOT)))]
         sys.modules.pop("tests", None)
-        os._exit(int(pytest.main(["-q", "-p", "no:cacheprovider", "-m", "", *arguments])))
+        os._exit(int(pytest.main(["-q", "-n", "0", "-p", "no:cacheprovider", "-m", "", *arguments])))
 
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
