@@ -118,7 +118,7 @@ SMALL = ("--data.init_args.batch_size=4", "--trainer.limit_train_batches=2", "--
 
 
 @pytest.mark.filterwarnings("ignore:.*has no effect. derivatives are exact:UserWarning")
-@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("base", [QUICKSTART, pytest.param(CIFAR10, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", STRATEGIES)
 def test_every_method_runs_on_every_configuration(method: str, base: str, tmp_path: Path, cifar10: list[str]) -> None:
     grasp = ("--model.init_args.strategy.init_args.grasp_queries=3",) if method == "deepzero_cge" else ()

@@ -167,6 +167,7 @@ def build_wheel(work: Path) -> Path:
     return wheel
 
 
+@pytest.mark.slow
 def test_the_spsa_example_learns_with_an_installed_wheel(tmp_path: Path) -> None:
     site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
     install = ["install", "--quiet", "--no-deps", "--no-index", "--target", str(site), str(build_wheel(tmp_path))]

@@ -21,6 +21,8 @@ from flops_lightning.strategies.costs import site_costs
 from tests.datamodules.photo_folders import DISHES, WNIDS, photo, write, write_eurosat, write_flowers102
 
 ROOT = Path(__file__).parent.parent
+QUICK_CELLS = ("vit_base_cifar10", "vit_large_eurosat")
+"""Cells that the normal run trains; the others are slow."""
 CELLS = {
     path.stem: path for path in sorted((ROOT / "configs").glob("vit_*_*.yaml")) if path.stem.rpartition("_")[0] in PAPER
 }
@@ -119,7 +121,9 @@ def test_a_cell_has_the_papers_settings_on_the_real_network(cell: str, roots: di
 
 
 @pytest.mark.filterwarnings("ignore:.*is below what torch.float32 resolves:RuntimeWarning")
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize(
+    "cell", [cell if cell in QUICK_CELLS else pytest.param(cell, marks=pytest.mark.slow) for cell in CELLS]
+)
 def test_a_cell_runs_with_a_small_backbone(cell: str, roots: dict[str, Path], tmp_path: Path) -> None:
     size = {"pretrained": "false", "model_kwargs": "{patch_size: 56, embed_dim: 16, num_heads: 2}"}
     given = [f"--model.init_args.{name}={value}" for name, value in size.items()]

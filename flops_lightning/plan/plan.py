@@ -93,7 +93,7 @@ def make_plan(
     task.trainer = run
     task.configure_callbacks()
     if strategy is None and hasattr(task, "strategy"):
-        raise SettingError("strategy", None, "training needs one.", "Give for example LikelihoodRatio().")
+        raise SettingError("strategy", None, "training needs a strategy.", "Write, for example, LikelihoodRatio().")
     if not isinstance(strategy, ForwardGradientStrategy):
         problem = "has no `strategy` that counts what its steps spend."
         raise SettingError("model", type(task).__name__, problem, "Plan a task of this package.")

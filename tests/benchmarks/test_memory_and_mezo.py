@@ -35,6 +35,7 @@ def test_shared_directions_stay_near_the_memory_of_inference(capsys: pytest.Capt
     assert max(found[name] for name in names) < 1.2
 
 
+@pytest.mark.slow
 def test_the_overhead_of_a_step_is_a_ratio_of_times() -> None:
     ratio = mezo.overhead(replace(DIGITS, batch=4), rounds=1, device=CPU)
     assert math.isfinite(ratio.median)

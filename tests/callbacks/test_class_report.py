@@ -73,7 +73,7 @@ def test_a_line_per_class_by_its_label_and_the_same_when_tested_again(tmp_path):
 
 
 def test_the_file_lies_in_the_folder_of_the_run_and_its_path_is_told(tmp_path, caplog):
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
         make_trainer(tmp_path, logger=CSVLogger(tmp_path, "name")).test(Oracle(), Data(), verbose=False)
     file = tmp_path / "name" / "version_0" / "class_accuracy.csv"
     assert rows(file) == expected(["0", "1", "2", "3"])

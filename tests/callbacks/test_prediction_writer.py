@@ -114,7 +114,7 @@ def test_the_path_stands_beside_each_image_in_whatever_order_they_are_read(tmp_p
 
 
 def test_the_file_lies_in_the_folder_of_the_run_and_its_path_is_told(tmp_path, caplog):
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
         predict(tmp_path, Data(loader()), logger=CSVLogger(tmp_path, "name"))
     file = tmp_path / "name" / "version_0" / "predictions.csv"
     assert file.is_file()

@@ -215,6 +215,7 @@ def test_augmented_images_are_shifted_and_mirrored_uniformly_and_only_in_trainin
         assert all(abs(count / draws - share) < 4.5 * standard_error for count in counts.values())
 
 
+@pytest.mark.slow
 def test_augmentation_is_repeated_by_the_seed_whatever_the_workers_and_new_in_every_epoch(folders):
     settings = {"augment": True, "rand_augment": RandAugmentSettings(), "batch_size": 16}
     assert_repeated_by_the_seed(lambda workers: prepared(folders, num_workers=workers, **settings), num_workers=2)

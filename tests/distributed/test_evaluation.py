@@ -23,6 +23,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("images", IMAGES)
 def test_two_processes_report_what_one_does(together, tmp_path, images):
     run(tmp_path, images)

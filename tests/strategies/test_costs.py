@@ -7,6 +7,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from flops_lightning.network import stage_network
 from flops_lightning.queries import EMBEDDING_FEATURES
 from flops_lightning.strategies import LikelihoodRatio
 from flops_lightning.strategies.costs import TIMED_ROWS
@@ -60,9 +61,9 @@ def test_autocast_does_not_reuse_weights_from_before_an_update():
 
 def test_mappings_are_taken_for_sites_and_pilots():
     network = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
-    strategy = bound(
-        network, sites=[{"stages": ["0"]}, {"stages": ["2"], "name": "top"}], pilots={"sites": "top", "queries": 4}
-    )
+    sites = [{"stages": ["0"]}, {"stages": ["2"], "name": "top"}]
+    strategy = LikelihoodRatio(sites=sites, pilots={"sites": "top", "queries": 4})
+    strategy.bind(stage_network(network), cross_entropy)
     assert [site.name for site in strategy.sites] == ["0", "top"]
     assert strategy.budget.queries_per_sample == (20, 16)
 

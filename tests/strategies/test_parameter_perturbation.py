@@ -484,7 +484,7 @@ def test_bfloat16_rounds_the_layers_and_nothing_else(strategy, layout, tokens_ne
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("strategy", ["baseline", "spsa", "forward"])
+@pytest.mark.parametrize("strategy", ["baseline", "spsa", pytest.param("forward", marks=pytest.mark.slow)])
 def test_weights_of_bfloat16(strategy, layout, tokens):
     """Parameters that belong to no layer stay in their own precision when they are moved."""
     net = shaken(nn.Sequential(nn.Linear(3, 3), Prompted(), TokenMean(), nn.Linear(3, 2))).float()
