@@ -16,6 +16,13 @@ settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Slow tests train for minutes on a busy machine; the limit in pyproject.toml is for those that hang.
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.timeout(1200))
+
+
 @pytest.fixture(autouse=True)
 def _seeded_on_one_thread() -> Iterator[None]:
     # One thread: sums in one order, and no threads fighting over the cores of small machines.
