@@ -70,6 +70,7 @@ def test_the_linked_files_are_as_many_as_asked_for_in_up_to_a_thousand_classes(t
     assert Counter(per_class.values()) == {2: 999, 3: 1}
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_need_for_the_step_given_and_the_rate_of_the_check(capsys):
     loading.main(
         ["--images", "4", "--image_size", "16", "--workers", "1", "--rounds", "1", "--step_seconds", "0.1",

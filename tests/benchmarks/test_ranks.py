@@ -50,6 +50,7 @@ def two_processes():
     return {per_rank[0]["method"]: per_rank for per_rank in launch(CASE, [SAMPLES], 2)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(BY_NAME))
 def test_the_model_counts_the_bytes_and_passes_of_real_processes(two_processes, name):
     load = made(name)[1]

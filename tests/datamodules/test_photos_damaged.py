@@ -79,6 +79,7 @@ def test_a_file_damaged_later_stops_the_run_with_one_line_that_names_it(part, nu
     assert "\n" not in message
 
 
+@pytest.mark.slow
 def test_an_image_that_would_fill_the_memory_is_named(imagenet, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)  # more than twice as many are an error of PIL
     with pytest.raises(DamagedImageError, match=r"image_000.\.jpg is too large to be decoded \(Image size"):

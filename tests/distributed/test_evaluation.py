@@ -10,7 +10,7 @@ import pytest
 from tests.distributed.evaluation_worker import run
 from tests.processes import run_module
 
-pytestmark = pytest.mark.timeout(300)  # the first test waits for all processes
+pytestmark = pytest.mark.slow
 IMAGES = [13, 12, 1]  # uneven shares, whose sampler repeats an image; even ones; a process without an image of its own
 
 
@@ -23,7 +23,6 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("images", IMAGES)
 def test_two_processes_report_what_one_does(together, tmp_path, images):
     run(tmp_path, images)

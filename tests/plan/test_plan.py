@@ -269,6 +269,7 @@ def test_nothing_is_left_behind(tmp_path):
 QUICKSTART = ["plan", "--config", str(REPOSITORY / "configs/vit_tiny_digits.yaml"), "--model.checkpoint", ""]
 
 
+@pytest.mark.slow
 def test_the_command_says_what_the_quickstart_costs(capsys, tmp_path):
     main([*QUICKSTART, "--seconds", "1"])
     lines = {line[:22].strip(): line[22:].split() for line in capsys.readouterr().out.splitlines() if line}

@@ -41,6 +41,8 @@ from tests.reference.networks import autograd_gradient, gradients, squared_error
 from tests.reference.parameter_perturbation import bound
 from tests.reference.smoothed import Sampled, assert_unbiased, estimates, flat, total_variance
 
+pytestmark = pytest.mark.slow
+
 LONG = [pytest.mark.statistical_heavy, pytest.mark.timeout(1500)]
 SITE = "2"
 """A linear layer on 3 tokens, 4 -> 3 features, with a norm, an activation, pooling and a head above it."""

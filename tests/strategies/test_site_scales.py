@@ -134,6 +134,7 @@ def test_scales(layout, weighted, tokens_net, tokens):
     check(strategy, tokens[0], strategy.clean_pass(*tokens), metric)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weighted", [False, True])
 def test_scales_where_noise_is_on_the_class_token_alone(weighted, images):
     vit = tiny_vit(embed_dim=8, mlp_ratio=1)
