@@ -15,6 +15,9 @@ from tests.reference.networks import tiny_vit, token_network
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 
+# One thread, for fixtures of modules too: sums in one order, and no threads fighting over the cores of small machines.
+torch.set_num_threads(1)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # Slow tests train for minutes on a busy machine; the limit in pyproject.toml is for those that hang.
@@ -25,12 +28,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _seeded_on_one_thread() -> Iterator[None]:
-    # One thread: sums in one order, and no threads fighting over the cores of small machines.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     yield
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture
