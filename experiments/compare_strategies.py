@@ -50,7 +50,7 @@ class Study:
                 )
         part = options.tuning_fraction
         if not 0 < part <= 1:
-            raise SettingError("--tuning-fraction", part, "must be above 0 and at most 1.", "Write for example 0.25.")
+            raise SettingError("--tuning-fraction", part, "must be above 0 and at most 1.", "Write, for example, 0.25.")
         self.options = options
         self.output: Path = options.output
         self.methods: list[str] = list(dict.fromkeys(options.methods))

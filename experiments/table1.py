@@ -65,7 +65,7 @@ def cells(options: argparse.Namespace) -> dict[Key, Cell]:
 def _only(given: str) -> tuple[str, str]:
     data_set, _, setting = given.partition(":")
     if data_set not in DATA_SETS or setting.find("=") < 1:
-        remedy = "Write for example cifar10:data.init_args.download=true."
+        remedy = "Write, for example, cifar10:data.init_args.download=true."
         raise SettingError("--only", given, "is not DATA_SET:NAME=VALUE.", remedy)
     return data_set, setting
 

@@ -11,8 +11,11 @@
 ``trace_observation()``             Optional (:class:`SupportsTraceFeedback`). What the queries showed.
 ==================================  ====================================================================================
 
-and once, before training, optionally ``request_statistics(names)`` (:class:`SupportsStatisticsRequests`). There are
-``s`` sites (where a method perturbs; 1 if that is the parameters), ``b`` samples of the batch and ``d`` features.
+and once, before training, optionally ``request_statistics(names)`` (:class:`SupportsStatisticsRequests`).
+
+Shapes: ``b`` samples in the batch; ``s`` sites, the places where a method adds noise (1 for a module without such
+places); ``d`` features. A tensor ``(b,)`` has one entry per sample; ``(s, b)`` has one row per site, from bottom to
+top, with one entry per sample. Where both are allowed, ``(b,)`` holds at every site.
 """
 
 from __future__ import annotations
@@ -54,7 +57,7 @@ class QueryBudget:
         for queries in self.queries_per_sample:
             if queries < self.multiple or queries % self.multiple:
                 problem = f"must be a positive multiple of {self.multiple}."
-                remedy = "With antithetic pairs write an even number, for example 20."
+                remedy = f"Write, for example, {self.multiple * max(1, round(20 / self.multiple))}."
                 raise SettingError("queries_per_sample", queries, problem, remedy)
         if self.sites and len(self.sites) != len(self.queries_per_sample):
             problem = f"must name each of {len(self.queries_per_sample)} sites."

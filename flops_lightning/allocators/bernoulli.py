@@ -64,7 +64,7 @@ class BernoulliAllocator(SearchAllocator):
         if not least_p <= p <= most_p:
             raise SettingError(
                 "p", p, f"must lie between {least_p:g} and {most_p:g}" + (" to be optimised." if optimise else "."),
-                "Write for example 0.5" + (", or optimise: false." if optimise and 0 <= p <= 1 else "."),
+                "Write, for example, 0.5" + (", or optimise: false." if optimise and 0 <= p <= 1 else "."),
             )  # fmt: skip
         if not optimise:
             check_unused("traces", self.traces, None, "optimise = False")

@@ -79,7 +79,7 @@ class CostAwareAllocator(TraceAllocator):
             remedy = "Write one cost for each site together with costs: given."
             raise SettingError("given_costs", given_costs, f"does not go with costs: {costs}.", remedy)
         for cost in given_costs:
-            check_positive("given_costs", cost, "Write for example 1 for each site.")
+            check_positive("given_costs", cost, "Write, for example, 1 for each site.")
         check_at_least("compute", compute, 0, "Write 0 for what the sites' own budgets cost.")
         if max_queries and max_queries < self.min_queries:
             problem = f"is below min_queries = {self.min_queries}."

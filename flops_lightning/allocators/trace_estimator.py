@@ -61,8 +61,8 @@ class TraceSettings:
     def check(self) -> None:
         """Raise a :class:`SettingError` if a value is out of range or has no effect."""
         check_choice("traces.source", self.source, get_args(Source))
-        check_at_least("traces.window", self.window, 0, "Write for example 10, or 0 for none.")
-        check_positive("traces.ridge", self.ridge, "Write for example 0.001.")
+        check_at_least("traces.window", self.window, 0, "Write, for example, 10, or 0 for none.")
+        check_positive("traces.ridge", self.ridge, "Write, for example, 0.001.")
         check_at_least("traces.prior_strength", self.prior_strength, 0)
         if isinstance(self.predictors, str):
             raise SettingError("traces.predictors", self.predictors, "must be a list.", f"Write [{self.predictors}].")

@@ -94,7 +94,7 @@ class QueryAllocatorCallback(Callback):
         self, *, allocator: QueryAllocator, queries_per_sample: int = 0, multiple: int = 1, log: bool = True
     ) -> None:
         if not isinstance(allocator, QueryAllocator):
-            remedy = "Write for example EqualAllocator()."
+            remedy = "Write, for example, EqualAllocator()."
             raise SettingError("allocator", allocator, "is not a QueryAllocator.", remedy)
         if queries_per_sample or multiple != 1:
             QueryBudget((queries_per_sample or multiple,), multiple)

@@ -7,9 +7,8 @@ them, and every row is a function of its key alone (:mod:`flops_lightning.noise.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -31,19 +30,19 @@ class NoiseSpec:
     """Setting: what noise queries perturb activations with.
 
     Attributes:
-        distribution: ``gaussian``: the estimate is the gradient of the loss smoothed by ``N(0, sigma^2 I)``, at any
-            sigma. ``rademacher``: entries +1 and -1, cheaper to draw and of constant length; the gradient of no
-            smoothed loss, unbiased as sigma -> 0 only.
-        layout: ``dense``: independent entries. ``factored``: ``z = u v^T`` over (token, feature) with +1 and -1 in
-            ``u`` and ``distribution`` in ``v``, several times cheaper to draw, unbiased as sigma -> 0 only. The trace
-            is that of dense noise where tokens have little in common, and up to 3 times as large where they are
-            aligned, in their inputs and in their gradients. Dense for single tokens and single features.
-        orthogonal: Dense Gaussian directions of a sample are made orthogonal and of length ``sqrt(dim)``, in blocks of
-            ``min(dim, 32)`` queries: the estimate is the gradient of the loss smoothed over the ball of radius ``sigma
-            sqrt(dim)``. With ``A`` queries in a block a linear loss has the variance ``(dim - A) / (dim + 1)`` times
-            that of Gaussian noise: none at all with as many queries as dimensions, and no gain worth its price where
-            dimensions are many. Queries of a block are not independent, as rules of the form ``trace / queries``, and
-            products of the estimates of two halves of the queries, assume them to be.
+        distribution: ``gaussian``: for every sigma, an unbiased estimate of the gradient of the loss smoothed by
+            ``N(0, sigma^2 I)``. ``rademacher``: entries +1 and -1, cheaper to draw and all of the same length; unbiased
+            only as sigma -> 0.
+        layout: ``dense``: independent entries. ``factored``: ``z = u v^T`` over (token, feature), with signs +1 and -1
+            in ``u`` and ``distribution`` in ``v``; several times cheaper to draw, unbiased only as sigma -> 0. Its
+            trace equals that of dense noise where tokens are unrelated, and is up to 3 times as large where both their
+            inputs and their gradients are aligned. Single tokens and single features always get dense noise.
+        orthogonal: Makes the dense Gaussian directions of a sample orthogonal, with length ``sqrt(dim)``, in blocks of
+            ``min(dim, 32)`` queries. This estimates the gradient of the loss smoothed over the ball of radius ``sigma
+            sqrt(dim)``. For a linear loss, ``A`` queries of one block have ``(dim - A) / (dim + 1)`` times the variance
+            of Gaussian ones: zero if there are as many queries as dimensions, hardly less if there are many more
+            dimensions. Queries of a block are dependent, so quantities that assume independent queries, such as
+            ``trace / queries``, do not hold.
 
     Example:
         >>> key, rows = NoiseKey(seed=0, draw=0, site="head"), (np.array([0, 0]), np.array([0, 1]))
@@ -58,8 +57,9 @@ class NoiseSpec:
     layout: Layout = "dense"
     orthogonal: bool = False
 
-    def check(self, setting: str = "model.strategy.noise") -> None:
-        """Check the settings; ``setting`` is their name as the user writes it."""
+    def check(self) -> None:
+        """Check the settings."""
+        setting = "model.strategy.noise"
         check_choice(f"{setting}.distribution", self.distribution, get_args(Distribution))
         check_choice(f"{setting}.layout", self.layout, get_args(Layout))
         for name, needed in (("distribution", "gaussian"), ("layout", "dense")):
@@ -69,18 +69,6 @@ class NoiseSpec:
                     f"{setting}.orthogonal", True, f"needs {name}: {needed}, not {value}.",
                     f"Write {name}: {needed}, or orthogonal: false.",
                 )  # fmt: skip
-
-
-def read_noise(noise: NoiseSpec | Mapping[str, Any] | None, setting: str = "model.strategy.noise") -> NoiseSpec:
-    """The setting from Python, checked; it may be a mapping. None: dense Gaussian noise."""
-    try:
-        spec = NoiseSpec(**noise) if isinstance(noise, Mapping) else noise or NoiseSpec()
-    except TypeError as error:
-        raise SettingError(setting, noise, f"{error}.", "See NoiseSpec.") from error
-    if not isinstance(spec, NoiseSpec):
-        raise SettingError(setting, noise, "is not a NoiseSpec.", "Write for example NoiseSpec(layout='factored').")
-    spec.check(setting)
-    return spec
 
 
 def tokens_and_features(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -41,7 +41,7 @@ class OptimizerSettings:
         >>> OptimizerSettings(lr=-1.0).check()
         Traceback (most recent call last):
         ...
-        flops_lightning.errors.SettingError: optimizer.lr = -1.0: must be a number above 0. Write for example 1.0e-4.
+        flops_lightning.errors.SettingError: optimizer.lr = -1.0: must be a number above 0. Write, for example, 1.0e-4.
     """
 
     name: OptimizerName = "adam"
@@ -57,7 +57,7 @@ class OptimizerSettings:
         """Raise a :class:`SettingError` for an unknown name, a number out of range, or momentum of Adam."""
         check_choice("optimizer.name", self.name, get_args(OptimizerName))
         check_choice("optimizer.schedule", self.schedule, get_args(ScheduleName))
-        check_positive("optimizer.lr", self.lr, "Write for example 1.0e-4.")
+        check_positive("optimizer.lr", self.lr, "Write, for example, 1.0e-4.")
         for setting in ("weight_decay", "momentum", "warmup_steps"):
             check_at_least(f"optimizer.{setting}", getattr(self, setting), 0)
         check_at_least("optimizer.accumulate_grad_batches", self.accumulate_grad_batches, 1)

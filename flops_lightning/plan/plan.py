@@ -84,7 +84,7 @@ def make_plan(
     ``loss``, is trained meanwhile: build another for the run. ``settings`` are the arguments of the run's ``Trainer``;
     what a fit would refuse raises a :class:`SettingError`. See :meth:`PlanningTrainer.plan`.
     """
-    check_positive("seconds", seconds, "Write for example 10.")
+    check_positive("seconds", seconds, "Write, for example, 10.")
     strategy = getattr(task, "strategy", None)
     # Lightning adds callbacks of its own to the list that it is given.
     run = Trainer(**{**settings, "callbacks": callbacks_of(settings)})

@@ -97,9 +97,9 @@ class CoordinateFiniteDifferences(WholeBatchQueries):
         counts = {"coordinates": coordinates, "grasp_queries": grasp_queries, "resample_every": resample_every}
         for name, value in counts.items():
             check_at_least(f"model.strategy.{name}", value, 1)
-        check_positive("model.strategy.step", step, "Write for example 0.001.")
+        check_positive("model.strategy.step", step, "Write, for example, 0.001.")
         if not 0 < keep <= 1:
-            raise SettingError("model.strategy.keep", keep, "must be above 0 and at most 1.", "Write for example 0.1.")
+            raise SettingError("model.strategy.keep", keep, "must be in (0, 1].", "Write, for example, 0.1.")
         self.coordinates, self.step, self.keep, self.grasp_queries = coordinates, step, keep, grasp_queries
         self.scheme, self.ratios, self.resample_every, self.rescale = scheme, ratios, resample_every, rescale
         self._stage_of: dict[str, int] = {}

@@ -8,7 +8,8 @@ queries::
 where ``c_bq`` is 0 (``plain``), the clean loss (``baseline``), or the mean of the sample's other queries
 (``leave_one_out``). ``antithetic`` takes ``z_{2p+1} = -z_{2p}``, which turns the sum into
 ``1 / n_b  sum_p [L_b(h_b + sigma z_p) - L_b(h_b - sigma z_p)] z_p / (2 sigma)`` with ``n_b = A_b / 2``.
-The paper's eq. 3, with ``z ~ N(0, sigma^2)``, is off by a factor sigma.
+The weights, loss minus baseline over sigma, realise the paper's likelihood-ratio estimator (eq. 1) for ``z ~ N(0, I)``,
+and in pairs its two-sided form (eq. 3, printed for ``z ~ N(0, sigma^2)``, where its factor is off by sigma).
 
 Every sample enters the batch's gradient with ``1 / (B A_b)``: neither the expanded rows nor the tokens are averaged.
 """

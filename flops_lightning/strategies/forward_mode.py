@@ -132,7 +132,7 @@ class WeightForwardMode(_ExactDerivatives[ParameterQueryResult], ParameterPertur
 
 
 class _Derivative(Response):
-    """A row tells the exact derivative of the loss along its direction, at ``theta``."""
+    """Weight of a row's direction: the derivative of the loss along it at ``theta``, exact."""
 
     in_place: ClassVar[bool] = False
 
@@ -147,7 +147,7 @@ class _Derivative(Response):
 
 
 def _check_derivative(loss: LossFunction, clean: CleanPass) -> None:
-    # Forward mode would find slopes of zero, and the run would silently learn nothing.
+    # Forward mode would return zero derivatives, and the run would learn nothing, silently.
     problem = ""
     with torch.enable_grad():
         try:

@@ -27,9 +27,10 @@ from torch import Tensor
 from flops_lightning.distributed import gather_lines, mean_over_ranks
 from flops_lightning.errors import SettingError
 from flops_lightning.network.staging import StagedNetwork
-from flops_lightning.noise.kinds import NoiseSpec, read_noise, tokens_and_features
+from flops_lightning.noise.kinds import NoiseSpec, tokens_and_features
 from flops_lightning.protocol import TraceObservation
 from flops_lightning.queries import CleanPass, LossFunction
+from flops_lightning.settings import read_settings
 from flops_lightning.strategies.engine import SiteGradient
 from flops_lightning.strategies.exact_head import check_exact_head, find_exact_head, output_gradient
 from flops_lightning.strategies.perturbation import noise_shapes
@@ -90,7 +91,7 @@ class LikelihoodRatio(QueryStrategy[OutputQueryResult]):
             **settings: See :class:`QueryStrategy`.
         """
         super().__init__(**settings)
-        self.noise = read_noise(noise)
+        self.noise = read_settings(NoiseSpec, noise, "model.strategy.noise")
         self.token_sigma, self.learn_sigma, self.exact_head = token_sigma, learn_sigma, exact_head
         self._check_settings()
         self._tokens = TokenSigma() if token_sigma else None

@@ -38,9 +38,9 @@ SITE = "all"
 class MeZO(WholeBatchQueries):
     """Memory-efficient zeroth-order estimates; no autograd anywhere.
 
-    Memory stays at that of inference: directions are drawn stage by stage and drawn again for the gradient. There is no
-    unperturbed pass either: the loss and output it reports are those under the first direction (the mean of both signs,
-    and the output under ``+z``).
+    Needs only the memory of inference: directions are drawn stage by stage, and again for the gradient. There is no
+    unperturbed pass; the reported loss is the mean of the two losses of the first direction, the reported output that
+    of its ``+z`` pass.
 
     Example:
         >>> from flops_lightning import MeZO, stage_network
@@ -64,20 +64,20 @@ class MeZO(WholeBatchQueries):
         Args:
             sigma: Standard deviation of the noise on every parameter.
             queries: Queries of every sample and step, in antithetic pairs; 2 in the original.
-            exchange: What processes tell each other: ``gradients``, or ``losses``, one scalar a direction, whose bytes
-                do not depend on the parameters; every process then draws the directions of all.
+            exchange: What processes send each other: ``gradients``, or ``losses``: one scalar per direction, whatever
+                the number of parameters, from which every process draws the directions of all others.
             **settings: See :class:`WholeBatchQueries`.
         """
         super().__init__(**settings)
-        check_positive("model.strategy.sigma", sigma, "Write for example 1.0e-3.")
+        check_positive("model.strategy.sigma", sigma, "Write, for example, 1.0e-3.")
         if queries < 2 or queries % 2:
-            raise SettingError("model.strategy.queries", queries, "must be even and 2 or more.", "Write for example 2.")
+            raise SettingError("model.strategy.queries", queries, "must be even and 2 or more.", "Write 2, 4, ...")
         check_choice("model.strategy.exchange", exchange, get_args(Exchange))
         self.sigma, self.queries, self.exchange = sigma, queries, exchange
         self._sites: tuple[Site, ...] = ()
 
     def bind(self, network: StagedNetwork, loss: LossFunction) -> None:
-        """Take all trainable parameters; what is frozen below them is run once a batch."""
+        """Perturb all trainable parameters; the frozen stages below them run once per batch."""
         super().bind(network, loss)
         trained = (i for i, stage in enumerate(network.stages) if any(stage.owns(n) for n in network.trainable()))
         first = next(trained, 0)
@@ -93,7 +93,7 @@ class MeZO(WholeBatchQueries):
         return self._sites
 
     def clean_pass(self, inputs: Tensor, targets: Tensor) -> CleanPass:
-        """Take the batch and run what is frozen below the parameters; losses are not known."""
+        """Run the frozen stages below the lowest trainable one; the clean losses stay unknown (NaN)."""
         self._chunks.settle(self.network, inputs)
         dtype = torch.promote_types(next(iter(self._sites[0].parameters.values())).dtype, torch.float32)
         unknown = torch.full((len(inputs),), torch.nan, dtype=dtype, device=inputs.device)

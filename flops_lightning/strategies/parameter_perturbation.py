@@ -47,12 +47,12 @@ class ParameterPerturbation(QueryStrategy[ParameterQueryResult]):
             rank: Rank of the factored directions.
             activation_guided: Draw the input factors in the span of the layer's own inputs (``factored`` only).
             span: Number of leading directions of that span to keep (biased); 0: all.
-            exchange: What processes tell each other: ``gradients``, or ``losses`` (``shared`` only), one scalar a
-                direction, whose bytes do not depend on the parameters; every process then draws the directions of all.
+            exchange: What processes send each other: ``gradients``, or ``losses`` (``shared`` only): one scalar per
+                direction, whatever the number of parameters, from which every process draws the directions of all.
             **settings: See :class:`QueryStrategy`; the parameters of a site, a block or a group, move together.
         """
         super().__init__(**settings)
-        check_at_least("model.strategy.sigma", sigma, 0, "Write for example 1.0e-3, or 0 for the sites' own.")
+        check_at_least("model.strategy.sigma", sigma, 0, "Write, for example, 1.0e-3, or 0 for the sites' own.")
         check_choice("model.strategy.layout", layout, get_args(Layout))
         check_choice("model.strategy.exchange", exchange, get_args(Exchange))
         for name, value, unused, used, needs in (
@@ -103,7 +103,7 @@ class ParameterPerturbation(QueryStrategy[ParameterQueryResult]):
 
     @property
     def response(self) -> Response:
-        """What a query tells of its direction."""
+        """How a query's loss becomes the weight of its direction."""
         return Response(self.variant)
 
     @property
@@ -171,7 +171,9 @@ class SPSA(ParameterPerturbation):
         g_b = 1 / n_b  sum_p [L_b(theta + sigma z_p) - L_b(theta - sigma z_p)] z_p / (2 sigma)
         grad = 1 / B  sum_b g_b
 
-    The paper's eq. 3, with ``z ~ N(0, sigma^2)``, is off by a factor sigma.
+    This is eq. 3 for ``z ~ N(0, I)``; the paper prints it for ``N(0, sigma^2)``, where its factor is off by sigma. As
+    ``z`` and ``-z`` are equally likely, ``E L(theta - sigma z) z = -E L(theta + sigma z) z``, so the expectation is
+    that of the one-sided estimate (eq. 2), ``E L(theta + sigma z) z / sigma``.
 
     Example:
         >>> from flops_lightning import SPSA, SiteSpec, stage_network

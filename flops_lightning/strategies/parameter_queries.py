@@ -1,7 +1,7 @@
-"""Queries with noise in the parameters: run all rows, then draw their directions again and sum them with weights.
+"""Queries with noise in the parameters: run all rows, then regenerate their directions and sum them with weights.
 
-Only the losses are kept: a direction is a pure function of its key, so the gradient ``sum_r c_r D_r`` is made by a
-second drawing once the coefficients ``c_r`` of all rows are known.
+Only the losses are kept. A direction is a pure function of its key, so it is generated a second time for the gradient
+``sum_r c_r D_r``, once the coefficients ``c_r`` of all rows are known.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from flops_lightning.strategies.delta import Variant, query_weights
 from flops_lightning.strategies.sites import Site
 
 Losses = Callable[[Tensor], Tensor]
-"""Losses of rows as a function of how far their parameters move along their directions."""
+"""``(r,)`` signed step of each row along its direction -> ``(r,)`` losses."""
 
 
 @dataclass(frozen=True)
 class Response:
-    """What a row tells of its direction: the change of the loss from ``theta`` to ``theta + sigma D``, over sigma.
+    """Weight of a row's direction ``D``: the finite difference ``(L(theta + sigma D) - c) / sigma``.
 
     Attributes:
-        variant: The control variate.
-        in_place: Layers may overwrite their outputs, since nothing is differentiated.
+        variant: The control variate ``c``.
+        in_place: Whether layers may overwrite their outputs; not where the pass is differentiated.
     """
 
     variant: Variant
     in_place: ClassVar[bool] = True
 
     def values(self, losses: Losses, sigma: float, signs: Tensor) -> Tensor:
-        """What is read off the rows: their losses. ``signs`` is -1 on the minus rows of antithetic pairs, else 1."""
+        """``(r,)`` losses of the rows. ``signs``: -1 for the minus rows of antithetic pairs, else 1."""
         return losses(sigma * signs)
 
     def weights(self, values: Tensor, clean: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
-        """``(R,)`` weights of the directions and the mask of rows that count; ``clean``: the rows' clean losses."""
+        """``(R,)`` weights of the directions, and the mask of finite rows; ``clean`` ``(R,)``: their clean losses."""
         real = torch.ones_like(values, dtype=torch.bool)
         return query_weights(values, clean, real, sigma=sigma, variant=self.variant)
 
@@ -113,9 +113,9 @@ class ParameterQueryResult:
     def trace(self) -> Tensor:
         """``(b,)`` trace of the covariance of one query's gradient (of a pair's, times 2); NaN without a query.
 
-        Exact on average where the loss is linear over sigma; curvature and, without a control variate, the loss itself
-        make it wrong by a share of the order of one over the number of parameters. A negative sum, possible with few
-        factored directions shorter than 1, counts as 0.
+        Unbiased if the loss is linear within sigma. Curvature and, without a control variate, the loss itself add a
+        relative bias of the order of 1 / (number of parameters). A negative sum, which happens with a few factored
+        directions shorter than 1, is clamped to 0.
         """
         n = self.survivors / self.unit
         return torch.where(n > 0, self.unit * self.squares.clamp(min=0) / n.clamp(min=1), torch.nan)

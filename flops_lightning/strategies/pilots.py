@@ -69,7 +69,7 @@ def check_pilots(pilots: PilotSpec, sites: Sequence[Site], *, unit: int, one_upd
             raise SettingError(
                 "model.strategy.pilots.queries", pilots.queries,
                 f"must be a multiple of {unit} from {least} to {most} (the budget of {name!r} is "
-                f"{site.queries_per_sample}).", f"Write for example {least}, or 0 for none.",
+                f"{site.queries_per_sample}).", f"Write, for example, {least}, or 0 for none.",
             )  # fmt: skip
         if not one_update and pilots.reuse and site is not sites[-1]:
             raise SettingError(

@@ -117,7 +117,7 @@ def _check_parameter_spec(spec: SiteSpec, setting: str) -> None:
 
 
 def _resolve(network: StagedNetwork, spec: SiteSpec, setting: str, *, in_parameters: bool) -> list[Site]:
-    check_positive(f"{setting}.sigma", spec.sigma, "Write for example 0.01.")
+    check_positive(f"{setting}.sigma", spec.sigma, "Write, for example, 0.01.")
     if not isinstance(spec.queries_per_sample, int) or spec.queries_per_sample < 2:
         raise SettingError(
             f"{setting}.queries_per_sample", spec.queries_per_sample, "must be 2 or more for an estimate.",

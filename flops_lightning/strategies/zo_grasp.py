@@ -1,10 +1,10 @@
-"""ZO-GraSP: which layers deserve how many coordinates, found from forward passes (DeepZero, ICLR 2024, section 4).
+"""ZO-GraSP: estimates from forward passes how densely to sample each layer (DeepZero, ICLR 2024, section 4).
 
 GraSP (Wang et al., ICLR 2020) scores every weight by ``S = -theta * (H g)``, half the first-order change of the squared
-gradient norm when the weight is removed. Removing a weight with a negative score reduces the gradient flow, one with a
-positive score increases it, so the weights with the **largest** scores are pruned (GraSP, section 4; the public code of
-DeepZero keeps the largest magnitudes ``|S|`` instead). DeepZero uses the density of each layer alone: which of a
-layer's weights are measured is drawn at random.
+gradient norm when the weight is set to zero. Removing a weight with a negative score weakens the gradient, removing one
+with a positive score strengthens it, so GraSP prunes the weights with the **largest** scores (its section 4; DeepZero's
+public code keeps the largest magnitudes ``|S|`` instead). DeepZero takes from GraSP only the fraction of weights that
+remains in each layer, and measures that fraction of the layer's weights, drawn at random.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ def zo_grasp_scores(
         ghat(theta) = 1/Q  sum_q [L(theta + step u_q) - L(theta)] / step  u_q
         Hg          = [ghat(theta + c ghat(theta)) - ghat(theta)] / c
 
-    Both gradients have the same directions: otherwise their noise, divided by ``c``, would be all there is. For small
-    steps the expectation is then ``(1 + 1/Q) H g + tr(H)/Q g``. With far fewer directions than parameters a single
-    score is mostly noise, and a tensor's ratio says most of all how large its weights are.
+    Both gradients use the same directions; with different ones, the difference of their noise over ``c`` would drown
+    ``Hg``. For small steps the expectation is ``(1 + 1/Q) H g + tr(H)/Q g``. With far fewer directions than parameters
+    single scores are mostly noise, and a tensor's ratio reflects mainly the size of its weights.
 
-    Directions are drawn again from their seeds: beside what ``losses_at`` holds, memory is that of three copies of the
-    parameters. Losses of the batch are ``(b,)``, ``clean_loss`` those at ``parameters``; ``step`` is in units of a
+    Directions are drawn again from their seeds, so apart from what ``losses_at`` holds, three copies of the parameters
+    are in memory. Losses of the batch are ``(b,)``, ``clean_loss`` those at ``parameters``; ``step`` is in units of a
     standard normal direction.
     """
     seeds = row_seeds(NoiseKey(seed, 0, "zo_grasp"), np.zeros(queries, dtype=np.int64), np.arange(queries))
@@ -88,11 +88,10 @@ def _direction(seed: int, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]
 
 
 def kept_ratios(scores: Mapping[str, Tensor], keep: int) -> dict[str, float]:
-    """Part of each tensor that stays when the largest scores of all tensors together are pruned.
+    """Fraction of each tensor that remains when all but the ``keep`` smallest scores of all tensors are pruned.
 
-    Entries that tie at the threshold are kept in equal parts, so that scores that are all zero (a flat loss) give all
-    tensors the same ratio. A tensor keeps one entry at least: without it, a bias that starts at zero, whose scores are
-    zero, would never be trained.
+    Ties at the threshold are split evenly, so that a flat loss (all scores zero) gives all tensors the same ratio. Each
+    tensor keeps one entry at least; a bias that starts at zero (so do its scores) would otherwise never be trained.
     """
     everything = torch.cat([score.flatten() for score in scores.values()])
     threshold = everything.kthvalue(keep).values

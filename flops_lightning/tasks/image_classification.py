@@ -70,7 +70,7 @@ class ForwardImageClassifier(ForwardModule):
         """
         super().__init__(**settings)
         if not 0 <= label_smoothing < 1:
-            raise SettingError("label_smoothing", label_smoothing, "must be in [0, 1).", "Write for example 0.1.")
+            raise SettingError("label_smoothing", label_smoothing, "must be in [0, 1).", "Write, for example, 0.1.")
         if label_smoothing and loss is not None:
             problem = "has no effect on a `loss` of your own."
             raise SettingError("label_smoothing", label_smoothing, problem, "Remove one of the two.")

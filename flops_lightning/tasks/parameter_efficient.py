@@ -74,12 +74,12 @@ class TargetSettings:
                 raise SettingError(f"target.{name}", value, f"has no effect with kind: {self.kind}.", "Remove it.")
         if isinstance(self.modules, str) or not self.modules:
             problem = "must be a list of patterns."
-            raise SettingError("target.modules", self.modules, problem, 'Write for example ["blocks.*.attn.*"].')
+            raise SettingError("target.modules", self.modules, problem, 'Write, for example, ["blocks.*.attn.*"].')
         for name in ("rank", "tokens"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
-                raise SettingError(f"target.{name}", value, "must be a positive integer.", "Write for example 4.")
-        check_positive("target.alpha", self.alpha, "Write for example 8.0.")
+                raise SettingError(f"target.{name}", value, "must be a positive integer.", "Write, for example, 4.")
+        check_positive("target.alpha", self.alpha, "Write, for example, 8.0.")
 
 
 class VisualPrompt(nn.Module):
@@ -157,7 +157,7 @@ def _inject_lora(backbone: nn.Module, settings: TargetSettings) -> None:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         problem = f"needs the package peft ({error})."
-        raise SettingError("target.kind", "lora", problem, 'Run pip install "flops-lightning[peft]".') from error
+        raise SettingError("target.kind", "lora", problem, 'Run pip install -e ".[peft]" in the checkout.') from error
     layers = {
         name: module
         for name, module in backbone.named_modules()

@@ -289,10 +289,10 @@ def test_traces_are_learned_from_what_the_queries_showed() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"p": -0.1, "optimise": False}, r"p = -0.1: must lie between 0 and 1\. Write for example 0.5\.$"),
-        ({"p": 1.5}, r"p = 1.5: must lie between 0.01 and 0.99 to be optimised\. Write for example 0.5\.$"),
-        ({"p": math.nan}, r"p = nan: must lie between .* Write for example 0.5\.$"),
-        ({"p": 1.0}, r"p = 1.0: must lie between 0.01 and 0.99 .* Write for example 0.5, or optimise: false\.$"),
+        ({"p": -0.1, "optimise": False}, r"p = -0.1: must lie between 0 and 1\. Write, for example, 0.5\.$"),
+        ({"p": 1.5}, r"p = 1.5: must lie between 0.01 and 0.99 to be optimised\. Write, for example, 0.5\.$"),
+        ({"p": math.nan}, r"p = nan: must lie between .* Write, for example, 0.5\.$"),
+        ({"p": 1.0}, r"p = 1.0: must lie between 0.01 and 0.99 .* Write, for example, 0.5, or optimise: false\.$"),
         ({"optimise": False, "traces": TraceSettings()}, r"traces = TraceSettings\(.*no effect .* Remove `traces`."),
         ({"traces": TraceSettings(source="pilots", window=3)}, r"traces.window = 3: has no effect .* Remove `window`."),
     ],

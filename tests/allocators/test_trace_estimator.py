@@ -354,8 +354,8 @@ ONES, ROWS = torch.ones(3, 16, dtype=D), r"\(3, 16\): must have one row for each
     ("settings", "setting", "message"),
     [
         ({"source": "oracle"}, "traces.source", "'oracle': is not one of .* Choose from prediction, pilots, both"),
-        ({"window": -1}, "traces.window", "-1: must be 0 or more. Write for example 10"),
-        ({"ridge": 0.0}, "traces.ridge", "0.0: must be a number above 0. Write for example 0.0"),
+        ({"window": -1}, "traces.window", "-1: must be 0 or more. Write, for example, 10"),
+        ({"ridge": 0.0}, "traces.ridge", "0.0: must be a number above 0. Write, for example, 0.0"),
         ({"prior_strength": -1.0}, "traces.prior_strength", "-1.0: must be 0 or more. Write 0"),
         ({"prior_strength": 2.0}, "traces.prior_strength", "2.0: has no effect with source: prediction. Remove"),
         ({"source": "pilots", "window": 5}, "traces.window", "5: has no effect with source: pilots. Remove `window`"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 
 import numpy as np
 import pytest
@@ -260,6 +259,5 @@ def test_no_rows_and_no_tokens(kind, shape):
     ],
 )
 def test_bad_settings(settings, message):
-    for name in ("strategy.noise", "sites[0].noise"):
-        with pytest.raises(SettingError, match=re.escape(name) + "." + message):
-            NoiseSpec(**settings).check(name)
+    with pytest.raises(SettingError, match=r"model\.strategy\.noise\." + message):
+        NoiseSpec(**settings).check()

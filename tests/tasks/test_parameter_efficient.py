@@ -266,7 +266,7 @@ def test_the_overlay_trains_as_many_parameters_as_it_says(kind, monkeypatch):
         ({"kind": "visual_prompt", "alpha": 2.0}, "target.alpha = 2.0: has no effect with kind: visual_prompt"),
         ({"kind": "norm", "modules": ["*"]}, r"target.modules = \['\*'\]: has no effect with kind: norm"),
         ({"kind": "lora", "tokens": 3}, "target.tokens = 3: has no effect with kind: lora"),
-        ({"kind": "lora", "rank": 0}, "target.rank = 0: must be a positive integer. Write for example 4"),
+        ({"kind": "lora", "rank": 0}, "target.rank = 0: must be a positive integer. Write, for example, 4"),
         ({"kind": "lora", "alpha": 0.0}, "target.alpha = 0.0: must be a number above 0"),
         ({"kind": "lora", "modules": []}, "target.modules = .*: must be a list of patterns"),
         ({"kind": "lora", "modules": "blocks.*"}, "target.modules = .*: must be a list of patterns"),
@@ -297,7 +297,7 @@ def test_what_leaves_nothing_to_train_or_cannot_be_added_is_refused(make_task, m
     with pytest.raises(SettingError, match=r"freeze = .*leaves nothing of target.kind = 'visual_prompt'.*freeze: \[\]"):
         make_task(target=TargetSettings(kind="visual_prompt"), freeze=["norm_pre.*"], strategy=None)
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(SettingError, match=r'target.kind = .lora.: needs the package peft .*"flops-lightning\[peft\]"'):
+    with pytest.raises(SettingError, match=r'target.kind = .lora.: needs the package peft .* -e "\.\[peft\]"'):
         ForwardImageClassifier(**MODEL, target=TargetSettings(kind="lora"))
     with pytest.raises(SettingError, match=r"target.kind = 'visual_prompt': .*dynamic_img_size out"):
         apply_target(tiny_vit(dynamic_img_size=True), TargetSettings(kind="visual_prompt"))
