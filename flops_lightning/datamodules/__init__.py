@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from flops_lightning.datamodules.base import ImageDataModule
 from flops_lightning.datamodules.caltech101 import Caltech101DataModule
-from flops_lightning.datamodules.cifar10 import CIFAR10DataModule
-from flops_lightning.datamodules.cifar100 import CIFAR100DataModule
+from flops_lightning.datamodules.cifar import CIFAR10DataModule, CIFAR100DataModule
 from flops_lightning.datamodules.digits import DigitsDataModule
 from flops_lightning.datamodules.eurosat import EuroSATDataModule
 from flops_lightning.datamodules.flowers102 import Flowers102DataModule
@@ -13,13 +12,6 @@ from flops_lightning.datamodules.food101 import Food101DataModule
 from flops_lightning.datamodules.imagenet import ImageNetDataModule
 
 __all__ = [
-    "CIFAR10DataModule",
-    "CIFAR100DataModule",
-    "Caltech101DataModule",
-    "DigitsDataModule",
-    "EuroSATDataModule",
-    "Flowers102DataModule",
-    "Food101DataModule",
-    "ImageDataModule",
-    "ImageNetDataModule",
-]
+    "CIFAR10DataModule", "CIFAR100DataModule", "Caltech101DataModule", "DigitsDataModule", "EuroSATDataModule",
+    "Flowers102DataModule", "Food101DataModule", "ImageDataModule", "ImageNetDataModule",
+]  # fmt: skip

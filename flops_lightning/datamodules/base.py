@@ -33,13 +33,20 @@ class ImageDataModule(LightningDataModule):
     Attributes:
         class_names: One name per class, in the order of the labels.
         in_chans: Channels of an image.
-        fixed: Settings of a base class whose values the class chooses itself: they cannot be given.
         image_size: Height and width of an image, in pixels.
         mean: Mean per channel, subtracted from values between 0 and 1.
         std: Standard deviation per channel, by which they are divided.
         train_set: Labelled images to train on.
         val_set: Labelled images to validate with.
         test_set: Labelled images to test with; ``predict`` reads them too.
+
+    Args:
+        batch_size: Images per batch, all processes together.
+        num_workers: Processes that load beside each training process; 0 loads inside it.
+        rand_augment: RandAugment of 8-bit training images, after the other augmentation; None for none.
+        mixup_alpha: MixUp of training batches, with shares from ``Beta(alpha, alpha)``, for example 0.2; 0 for none.
+            Labels become probabilities.
+        cutmix_alpha: The same for CutMix, for example 1.0. Where both are on, each batch draws one of the two.
 
     Example:
         >>> import torch
@@ -57,7 +64,6 @@ class ImageDataModule(LightningDataModule):
     """
 
     in_chans: ClassVar[int]
-    fixed: ClassVar[frozenset[str]] = frozenset()
 
     class_names: tuple[str, ...]
     image_size: int
@@ -69,24 +75,10 @@ class ImageDataModule(LightningDataModule):
     test_set: ImageDataset
 
     def __init__(
-        self,
-        *,
-        batch_size: int = 64,
-        num_workers: int = 0,
-        rand_augment: RandAugmentSettings | None = None,
-        mixup_alpha: float = 0.0,
-        cutmix_alpha: float = 0.0,
-    ) -> None:
-        """Check the settings that all data modules share.
-
-        Args:
-            batch_size: Images per batch, all processes together, at least 1.
-            num_workers: Processes that load beside each training process; 0 loads inside it.
-            rand_augment: RandAugment of 8-bit training images, after the other augmentation; None for none.
-            mixup_alpha: MixUp of training batches, with shares from ``Beta(alpha, alpha)``, for example 0.2; 0 for
-                none. Labels become probabilities.
-            cutmix_alpha: The same for CutMix, for example 1.0. Where both are on, each batch draws one of the two.
-        """
+        self, *, batch_size: int = 64, num_workers: int = 0, rand_augment: RandAugmentSettings | None = None,
+        mixup_alpha: float = 0.0, cutmix_alpha: float = 0.0,
+    ) -> None:  # fmt: skip
+        """Check the settings that all data modules share."""
         super().__init__()
         check_at_least("data.batch_size", batch_size, 1, "Give the number of images per batch.")
         check_at_least("data.num_workers", num_workers, 0, "Use 0 to load in the main process.")
@@ -94,11 +86,8 @@ class ImageDataModule(LightningDataModule):
             rand_augment.check()
         for name, alpha in (("mixup_alpha", mixup_alpha), ("cutmix_alpha", cutmix_alpha)):
             check_at_least(f"data.{name}", alpha, 0, "Use for example 0.2 or 1.0, or 0 for none.")
-        self.batch_size = batch_size
-        self.num_workers = num_workers
-        self.rand_augment = rand_augment
-        self.mixup_alpha = mixup_alpha
-        self.cutmix_alpha = cutmix_alpha
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.rand_augment, self.mixup_alpha, self.cutmix_alpha = rand_augment, mixup_alpha, cutmix_alpha
 
     @property
     def num_classes(self) -> int:

@@ -44,7 +44,6 @@ class Caltech101DataModule(PhotoDataModule):
     """
 
     class_names = CLASSES
-    fixed = frozenset({"val_images", "test_images"})
     source = ImageSource("Caltech101", "caltech101/101_ObjectCategories", CLASSES, left_out=("BACKGROUND_Google",))
 
     def __init__(self, **settings: Any) -> None:

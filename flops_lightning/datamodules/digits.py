@@ -28,6 +28,13 @@ class DigitsDataModule(ImageDataModule):
     Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998
     (its test part, which is what scikit-learn ships).
 
+    Args:
+        rotation: Degrees by which every image is turned, counter-clockwise, on background. A classifier trained on
+            digits turned by 40 degrees reads them as well as one trained on upright digits reads those (99.2 % each for
+            a support vector machine).
+        split_seed: Chooses which images train, validate and test; independent of the seed of the run, so that runs with
+            different seeds are measured on the same images. Not negative.
+
     Example:
         >>> data = DigitsDataModule(batch_size=100, rotation=40)
         >>> data.setup("fit")
@@ -40,24 +47,13 @@ class DigitsDataModule(ImageDataModule):
 
     class_names = ("0", "1", "2", "3", "4", "5", "6", "7", "8", "9")
     in_chans = 1
-    fixed = frozenset({"rand_augment"})
     image_size = 8
     # Over the pixels of all 1797 upright images, scaled to 0..1.
     mean = (0.3053,)
     std = (0.3760,)
 
     def __init__(self, *, batch_size: int = 64, rotation: float = 0.0, split_seed: int = 0, **loading: Any) -> None:
-        """Check the settings; images are read in ``setup``.
-
-        Args:
-            batch_size: Images per batch, all processes together, at least 1.
-            rotation: Degrees by which every image is turned, counter-clockwise; what leaves the frame is lost and what
-                enters it is background. A classifier trained on digits turned by 40 degrees reads them as well as
-                one trained on upright digits reads those (99.2 % each for a support vector machine).
-            split_seed: Chooses which images train, validate and test; independent of the seed of the run, so that runs
-                with different seeds are measured on the same images. Not negative.
-            **loading: Settings of :class:`ImageDataModule`, without ``rand_augment``, which is for 8-bit images.
-        """
+        """Check the settings; images are read in ``setup``."""
         super().__init__(batch_size=batch_size, rand_augment=None, **loading)
         if not math.isfinite(rotation):
             raise SettingError("data.rotation", rotation, "is not an angle.", "Give degrees, for example 40.")

@@ -33,7 +33,6 @@ class EuroSATDataModule(PhotoDataModule):
     """
 
     class_names = CLASSES
-    fixed = frozenset({"val_images", "test_images"})
     source = ImageSource("EuroSAT", "eurosat/2750", CLASSES)
 
     def __init__(self, **settings: Any) -> None:

@@ -117,9 +117,6 @@ def _rgb(image: Image) -> Image:
     return image.convert("RGB")
 
 
-# -- what there is -----------------------------------------------------------------------------------------------------
-
-
 def class_folders(folder: Path, *, root: str, remedy: str) -> tuple[str, ...]:
     """Names of the class folders in ``folder``, in alphabetical order, without hidden ones."""
     names = sorted(entry.name for entry in folder.glob("*/") if entry.is_dir() and not entry.name.startswith("."))
@@ -129,14 +126,9 @@ def class_folders(folder: Path, *, root: str, remedy: str) -> tuple[str, ...]:
 
 
 def list_class_folders(
-    root: str,
-    part: str,
-    class_names: Sequence[str],
-    *,
-    remedy: str,
-    all_classes: bool = True,
+    root: str, part: str, class_names: Sequence[str], *, remedy: str, all_classes: bool = True,
     left_out: Sequence[str] = (),
-) -> Listing:
+) -> Listing:  # fmt: skip
     """List the images ``root/part/<class>/*``, class by class, without hidden files; labels follow ``class_names``.
 
     ``left_out`` are folders that may be there and are not classes; without ``all_classes`` some may lack images.
@@ -174,9 +166,6 @@ def _some(names: Sequence[str], shown: int = 5) -> str:
     """The first names, and how many more there are."""
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + more
-
-
-# -- whether it is there -----------------------------------------------------------------------------------------------
 
 
 def present(
@@ -222,7 +211,7 @@ def present(
 
 
 def _sizes(files: Sequence[str]) -> list[int | None]:
-    """Size of each file in bytes; None if there is none."""
+    """Size of each file in bytes; None for a file that is missing."""
     return [_size(file) for file in files]
 
 
@@ -231,7 +220,7 @@ def _size(file: str) -> int | None:
         return os.stat(file).st_size  # noqa: PTH116 - a Path for each of a million files takes ten seconds
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except OSError as error:  # it is there, and closed to us
+    except OSError as error:
         raise DamagedImageError(f"{file} cannot be read ({error.strerror}). Check its permissions.") from error
 
 

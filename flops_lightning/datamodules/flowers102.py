@@ -63,7 +63,6 @@ class Flowers102DataModule(PhotoDataModule):
         102
     """
 
-    fixed = frozenset({"val_images", "test_images", "split_file", "val_share", "test_share"})
     source = Flowers102Source("Flowers102", "flowers-102", contents="jpg/, imagelabels.mat and setid.mat")
 
     def __init__(self, **settings: Any) -> None:

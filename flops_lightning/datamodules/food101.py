@@ -59,16 +59,10 @@ class Food101DataModule(PhotoDataModule):
         101
     """
 
-    fixed = frozenset({"test_images", "split_file", "val_share", "test_share"})
     source = Food101Source("Food101", "food-101", contents="images/ and meta/ of the data set")
 
     def __init__(self, *, val_images: int = 5050, **settings: Any) -> None:
-        """Check the settings and that the folder is there.
-
-        Args:
-            val_images: Images split off the training part for validation, each class keeping its share; 0 for none.
-            **settings: Those of :class:`PhotoDataModule`.
-        """
+        """Check the settings (:class:`PhotoDataModule`) and that the folder is there."""
         super().__init__(
             val_images=val_images, test_images=0, val_share=0.0, test_share=0.0, split_file=None, **settings
         )

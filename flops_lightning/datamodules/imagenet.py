@@ -70,17 +70,10 @@ class ImageNetDataModule(PhotoDataModule):
         ('n01440764', 'n01443537')
     """
 
-    fixed = frozenset({"test_images", "split_file", "val_share", "test_share"})
     source = ImageNetSource("ImageNet")
 
     def __init__(self, *, root: str = "data/downloads/imagenet", val_images: int = 10000, **settings: Any) -> None:
-        """Check the settings and that the folders are there.
-
-        Args:
-            root: Folder with ``train/`` and ``val/``.
-            val_images: Images split off the training part for validation, each class keeping its share; 0 for none.
-            **settings: Those of :class:`PhotoDataModule`; ``download`` is refused.
-        """
+        """Check the settings (:class:`PhotoDataModule`; ``download`` is refused) and that the folders are there."""
         if settings.get("download"):
             problem = "ImageNet takes an account to fetch."
             raise SettingError("data.download", True, problem, self.source.remedy(root))

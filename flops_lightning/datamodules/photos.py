@@ -50,6 +50,26 @@ class PhotoDataModule(ImageDataModule):
     Attributes:
         source: Where the images lie, which there are, and how to get them.
         normalizations: Mean and standard deviation by the names that ``normalization`` may have.
+
+    Args:
+        root: Folder that holds the data set.
+        image_size: Height and width of the images, in pixels; all are resized to this square, bicubically.
+        images_per_class: Training images of each class; 0 uses all.
+        val_images: Images split off the training part for validation, each class keeping its share; 0 for none.
+        test_images: Images of the test part to test with, each class keeping its share; 0 uses all, which is what
+            published accuracies are measured on.
+        val_share: Share of each class's images to validate with.
+        test_share: Share of each class's images to test with.
+        split_file: A split to use instead of the shares, JSON in the form of CoOp's ``split_zhou_*.json``.
+        split_seed: Chooses the images of the settings above; independent of the seed of the run, so that runs with
+            different seeds are measured on the same images. From 0 to 2**32 - 1.
+        allow_missing: Leave out listed images that are not there, and classes without any, and say how many; otherwise
+            the first one is an error.
+        augment: Augment training images: photos are cropped at random (8 % to 100 % of the area, 3:4 to 4:3), the
+            images of CIFAR shifted by up to an eighth of their size, on black; half of them are mirrored.
+        normalization: Mean and standard deviation of the pixels: ``backbone`` asks the task's timm model for those that
+            its weights were trained with; ``imagenet`` and ``inception`` (0.5 each, most of timm's ViTs) set them.
+        download: Fetch the data set into ``root`` unless it is there and whole, where torchvision can.
     """
 
     in_chans = 3
@@ -57,49 +77,13 @@ class PhotoDataModule(ImageDataModule):
     normalizations: ClassVar[Mapping[str, Statistics]] = NORMALIZATIONS
 
     def __init__(
-        self,
-        *,
-        root: str = "data/downloads",
-        batch_size: int = 128,
-        image_size: int = 224,
-        images_per_class: int = 0,
-        val_images: int = 0,
-        test_images: int = 0,
-        val_share: float = VAL_SHARE,
-        test_share: float = TEST_SHARE,
-        split_file: str | None = None,
-        split_seed: int = 0,
-        allow_missing: bool = False,
-        augment: bool = False,
-        normalization: Literal["backbone", "imagenet", "inception"] = "backbone",
-        download: bool = False,
+        self, *, root: str = "data/downloads", batch_size: int = 128, image_size: int = 224, images_per_class: int = 0,
+        val_images: int = 0, test_images: int = 0, val_share: float = VAL_SHARE, test_share: float = TEST_SHARE,
+        split_file: str | None = None, split_seed: int = 0, allow_missing: bool = False, augment: bool = False,
+        normalization: Literal["backbone", "imagenet", "inception"] = "backbone", download: bool = False,
         **loading: Any,
-    ) -> None:
-        """Check the settings and that the data set is there; images are read when they are asked for.
-
-        Args:
-            root: Folder that holds the data set.
-            batch_size: Images per batch, all processes together, at least 1.
-            image_size: Height and width of the images, in pixels; all are resized to this square, bicubically.
-            images_per_class: Training images of each class; 0 uses all.
-            val_images: Images split off the training part for validation, each class keeping its share; 0 for none.
-            test_images: Images of the test part to test with, each class keeping its share; 0 uses all, which is what
-                published accuracies are measured on.
-            val_share: Share of each class's images to validate with.
-            test_share: Share of each class's images to test with.
-            split_file: A split to use instead of the shares, JSON in the form of CoOp's ``split_zhou_*.json``.
-            split_seed: Chooses the images of the settings above; independent of the seed of the run, so that runs with
-                different seeds are measured on the same images. From 0 to 2**32 - 1.
-            allow_missing: Leave out listed images that are not there, and classes without any, and say how many;
-                otherwise the first one is an error.
-            augment: Augment training images: photos are cropped at random (8 % to 100 % of the area, 3:4 to 4:3), the
-                images of CIFAR shifted by up to an eighth of their size, on black; half of them are mirrored.
-            normalization: Mean and standard deviation of the pixels: ``backbone`` asks the task's timm model for those
-                that its weights were trained with; ``imagenet`` and ``inception`` (0.5 each, most of timm's ViTs) set
-                them.
-            download: Fetch the data set into ``root`` unless it is there and whole, where torchvision can.
-            **loading: Settings of :class:`ImageDataModule`.
-        """
+    ) -> None:  # fmt: skip
+        """Check the settings and that the data set is there; images are read when they are asked for."""
         super().__init__(batch_size=batch_size, **loading)
         check_at_least("data.image_size", image_size, 1, "Give pixels, for example 32 or 224.")
         numbers = {"images_per_class": images_per_class, "val_images": val_images, "test_images": test_images}
@@ -108,18 +92,13 @@ class PhotoDataModule(ImageDataModule):
         check_shares(val_share, test_share)
         check_split_seed(split_seed)
         check_choice("data.normalization", normalization, [*self.normalizations, BACKBONE])
-        self.root = root
-        self.image_size = image_size
-        self.images_per_class = images_per_class
-        self.val_images, self.test_images = val_images, test_images
+        self.root, self.download, self.allow_missing = root, download, allow_missing
+        self.image_size, self.augment, self.normalization = image_size, augment, normalization
+        self.images_per_class, self.val_images, self.test_images = images_per_class, val_images, test_images
         self.split_file, self.val_share, self.test_share = split_file, val_share, test_share
         self.split_seed = split_seed
-        self.allow_missing = allow_missing
-        self.augment = augment
-        self.normalization = normalization
         if normalization != BACKBONE:
             self.mean, self.std = self.normalizations[normalization]
-        self.download = download
         self._parts: Mapping[Part, Listing] | None = None
         try:
             if not download:

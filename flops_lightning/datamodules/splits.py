@@ -91,10 +91,8 @@ def split_by_shares(
         try:
             return hold_out(left, size, seed=seed, setting=setting, class_names=class_names)
         except SettingError as error:
-            raise SettingError(
-                setting, share, f"{size} images {error.problem}",
-                "Use another share, or 0, or a split_file; every class needs an image for each of its parts.",
-            ) from error  # fmt: skip
+            remedy = "Use another share, or 0, or a split_file; every class needs an image for each of its parts."
+            raise SettingError(setting, share, f"{size} images {error.problem}", remedy) from error
 
     rest, test = hold_out_share(labels, test_share, "data.test_share")
     stay, val = hold_out_share(labels[rest], val_share, "data.val_share")

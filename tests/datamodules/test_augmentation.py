@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 
 from flops_lightning.datamodules import CIFAR10DataModule, DigitsDataModule
 from flops_lightning.datamodules.augmentation import RandAugmentSettings, image_transform, mixing
-from flops_lightning.datamodules.cifar10 import STATISTICS
+from flops_lightning.datamodules.cifar import CIFAR10_STATISTICS
 from flops_lightning.datamodules.files import ImageSubset, Listing
 from flops_lightning.datamodules.loading import ImageKey, KeyedBatches
 from flops_lightning.errors import SettingError
@@ -125,7 +125,7 @@ def test_with_both_each_is_drawn_half_the_time():
 
 def test_rand_augment_is_torchvisions_by_the_key_of_the_image():
     pixels = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), dtype=np.uint8)
-    settings, (mean, std) = RandAugmentSettings(num_ops=2, magnitude=12), STATISTICS
+    settings, (mean, std) = RandAugmentSettings(num_ops=2, magnitude=12), CIFAR10_STATISTICS
     subset = ImageSubset(Listing(pixels, [0] * 6), image_transform([settings.transform()], mean, std))
     found = KeyedBatches(subset, seed=4).__getitems__([ImageKey(5, place) for place in range(6)])[0]
 
