@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flops_lightning.allocators.base import check_unused, one_thread
-from flops_lightning.allocators.gaussian_search import PATIENCE, TOLERANCE, Optimum
+from flops_lightning.allocators.gaussian_search import Optimum, minimise
 from flops_lightning.allocators.objective import objective
 from flops_lightning.allocators.rounding import next_multiple, round_at_sites
 from flops_lightning.allocators.trace_allocator import SearchAllocator, count_diagnostics
@@ -32,10 +31,9 @@ class BernoulliAllocator(SearchAllocator):
     samples: the ratio stays at 2 where it is ``2 + m / (B - m)`` here.
 
     With ``optimise``, p minimises ``J = E sum_b Tr_b / A_b`` (eq. 9) on every batch before it is used, starting from
-    the last batch's p or the given one, whichever is better. J is monotone in p: ``E[J | m]`` falls with ``m`` if the
-    mean trace of the samples of below-mean loss is less than half the mean trace of the batch (less than
-    ``min_queries / Abar`` of it, if that exceeds a half), and rises if it is more. So p runs towards 0.99 or 0.01; what
-    is learned is the side of that threshold. With several sites the first decides; all prune the same samples.
+    the last batch's p or the given one, whichever is better. J is monotone in p, so p runs towards 0.99 if the mean
+    trace of the samples of below-mean loss is less than half that of the batch (or ``min_queries / Abar`` of it, if
+    that is more), else towards 0.01. With several sites the first decides; all prune the same samples.
 
     Samples whose loss (with ``optimise``: or trace) is not finite get the minimum; the others are allocated as a batch
     of their own. If no loss is below the mean or, with ``optimise``, no trace is positive, the allocation is equal and
@@ -115,8 +113,8 @@ class BernoulliAllocator(SearchAllocator):
             values |= self._search_diagnostics(trace, counts[0], optimum)
         return Allocation(counts, values)
 
-    def _draw(self, loss: Tensor, trace: Tensor | None, total: float, least: int) -> tuple[Tensor, Any]:
-        """Which of the usable samples are pruned, and the optimum of p for the first site's total, if there is one."""
+    def _draw(self, loss: Tensor, trace: Tensor | None, total: float, least: int) -> tuple[Tensor, Optimum | None]:
+        """Which usable samples are pruned, and the optimum of p for the first site's total, if it is optimised."""
         generator = self._generator()
         below, optimum = below_mean(loss), None
         uniform = torch.rand(len(loss), dtype=torch.float64, generator=generator)
@@ -124,12 +122,12 @@ class BernoulliAllocator(SearchAllocator):
             if not bool(below.any()) or not bool((trace > 0).any()):
                 return torch.zeros_like(below), None
             starts = list(dict.fromkeys((self._last_p, self.p)))
-            problem = PruningProblem(below, trace, total, least)
             optimum = optimise_p(
-                problem, starts, draws=self.draws, max_iterations=self.max_iterations, generator=generator
-            )
+                PruningProblem(below, trace, total, least), starts, draws=self.draws,
+                max_iterations=self.max_iterations, generator=generator,
+            )  # fmt: skip
             self._not_converged += not optimum.converged
-            self._last_p = optimum.place
+            self._last_p = float(optimum.place)
         return below & (uniform < self._last_p), optimum
 
 
@@ -183,31 +181,25 @@ def score_gradient(problem: PruningProblem, p: float, uniform: Tensor) -> float:
 
 def optimise_p(
     problem: PruningProblem, starts: Sequence[float], *, draws: int, max_iterations: int, generator: torch.Generator
-) -> Optimum[float]:
-    """Adam on ``logit(p)`` from the best of ``starts``, as :func:`~flops_lightning.allocators.gaussian_search.descend`.
+) -> Optimum:
+    """Minimise J over ``logit(p)`` from the best of ``starts``; the optimum's place is p.
 
     J is monitored with common random numbers; the gradient needs new draws at every iteration.
     """
     shape = (draws, len(problem.below))
     common = torch.rand(shape, dtype=torch.float64, generator=generator)
 
-    def average(p: float) -> float:
-        return float(draw_objective(problem, p, common)[0].mean())
+    def average(p: float) -> Tensor:
+        return draw_objective(problem, p, common)[0].mean()
 
-    best = min(starts, key=average)
-    bound = math.log(1.0 / LEAST_P - 1.0)
-    coordinate = torch.tensor(best, dtype=torch.float64).logit()
-    optimizer = torch.optim.Adam([coordinate], lr=LEARNING_RATE)
-    p, best_value, values = best, math.inf, list[float]()
-    for iteration in range(max_iterations + 1):
-        values.append(average(p))
-        if values[-1] < best_value:
-            best, best_value = p, values[-1]
-        if iteration >= PATIENCE and abs(values[-1] - values[-1 - PATIENCE]) < TOLERANCE * values[-1 - PATIENCE]:
-            return Optimum(best, iteration, converged=True)
+    def evaluate(logit: Tensor) -> tuple[Tensor, Tensor]:
+        p = float(logit.sigmoid())
         fresh = torch.rand(shape, dtype=torch.float64, generator=generator)
-        coordinate.grad = torch.tensor(score_gradient(problem, p, fresh), dtype=torch.float64)
-        optimizer.step()
-        coordinate.clamp_(-bound, bound)
-        p = float(coordinate.sigmoid())
-    return Optimum(best, max_iterations, converged=False)
+        return average(p), torch.tensor(score_gradient(problem, p, fresh), dtype=torch.float64)
+
+    start = torch.tensor(min(starts, key=average), dtype=torch.float64).logit()
+    bound = torch.tensor(1.0 - LEAST_P, dtype=torch.float64).logit()
+    optimum = minimise(
+        evaluate, start, learning_rate=LEARNING_RATE, low=-bound, high=bound, max_iterations=max_iterations
+    )
+    return replace(optimum, place=optimum.place.sigmoid())

@@ -35,9 +35,8 @@ class CostAwareAllocator(TraceAllocator):
     own budgets would cost, so the compute of a step stays what it was and the number of queries changes.
 
     Traces of block and group sites are converted to squared units of the parameters by the module's estimate of the
-    squared norm of their Jacobian (``SampleStatistics.scale``). Counts lie between ``min_queries`` and ``max_queries``;
-    what rounding leaves of the compute is spent where it lowers J most for its cost. Every site needs traces: a
-    prediction, or pilots everywhere. Unlike with other allocators, the sum of a site's counts is not fixed.
+    squared norm of their Jacobian (``SampleStatistics.scale``). Every site needs traces: a prediction, or pilots
+    everywhere. Unlike with other allocators, the sum of a site's counts is not fixed.
 
     Diagnostics: ``J_over_J_own`` (against equal counts of the module's own budget, with the estimated traces),
     ``compute_used`` (share of C), ``queries/<site>`` (average of a sample at each site), ``count_min``, ``count_max``.
@@ -151,10 +150,8 @@ class CostAwareAllocator(TraceAllocator):
 
     def _site_costs(self, statistics: SampleStatistics, sites: int) -> Tensor:
         remedy = "Write costs: given and one number for each site in given_costs."
-        if self.costs == "given":
-            costs: Tensor | None = torch.tensor(self.given_costs, dtype=torch.float64)
-        else:
-            costs = statistics.counted_costs if self.costs == "flops" else statistics.measured_costs
+        counted = statistics.counted_costs if self.costs == "flops" else statistics.measured_costs
+        costs = torch.tensor(self.given_costs, dtype=torch.float64) if self.costs == "given" else counted
         if costs is None or len(costs) != sites:
             number = "and `sample_statistics` returned none." if costs is None else f"and there are {len(costs)}."
             raise SettingError("costs", self.costs, f"needs one cost for each of {sites} sites, {number}", remedy)
@@ -169,11 +166,11 @@ class CostAwareAllocator(TraceAllocator):
             problem = f"needs the statistic `{self._scale_name}` to compare {sites} sites."
             remedy = "Return it from `sample_statistics` (ones, if the traces are in squared units of the parameters)."
             raise SettingError("metric", self.metric, problem, remedy)
-        if scale is not None and len(scale) != sites:
-            problem = f"must have one factor for each of {sites} sites."
-            remedy = "Return one number for each site."
-            raise SettingError(f"sample_statistics.{self._scale_name}", tuple(scale.shape), problem, remedy)
-        return torch.ones(sites, dtype=torch.float64) if scale is None else scale
+        scale = torch.ones(sites, dtype=torch.float64) if scale is None else scale
+        if len(scale) != sites:
+            name, problem = f"sample_statistics.{self._scale_name}", f"must have one factor for each of {sites} sites."
+            raise SettingError(name, tuple(scale.shape), problem, "Return one number for each site.")
+        return scale
 
     def _check_pilots(self, pilots: Tensor) -> None:
         """Traces that follow those of other sites are relative: they cannot be compared with traces that were seen."""

@@ -1,7 +1,7 @@
-"""Gamma regression with logarithmic link: how noisy a sample's gradient is, told from numbers of its clean pass.
+"""Gamma regression with a log link: predicts the trace of each sample's gradient from features of the clean pass.
 
-A variance estimated from ``n`` queries scatters as a gamma variable. Least squares on its logarithm is biased low for
-few queries and would starve such samples further; the gamma likelihood is unbiased in the mean whatever ``n``.
+A variance estimated from ``n`` queries is gamma distributed. Least squares on its logarithm is biased low for small
+``n``; the gamma likelihood estimates the mean without bias for any ``n``.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def fit_gamma(features: Tensor, observed: Tensor, weights: Tensor, *, prior: Ten
 
     Minimises ``sum_n w_n (y_n / m_n + log m_n) + ridge W / 2 |slope - prior|^2`` with ``W = sum_n w_n`` and the slopes
     in standardised features. ``features`` are ``(s, n, f)``, ``observed`` ``(s, n)`` nonnegative and ``weights``
-    ``(s, n)`` the degrees of freedom behind each, 0 where nothing was observed and the others may be anything.
-    ``prior`` is ``(f,)`` in the features' own units. A site without a positive observation predicts by it alone.
+    ``(s, n)`` their degrees of freedom, 0 for missing observations, whose features and values are ignored. ``prior`` is
+    ``(f,)`` in the features' own units. A site without a positive observation keeps the prior slopes.
     """
     seen = weights > 0
     features = torch.where(seen[..., None], features, 0.0)
@@ -60,10 +60,9 @@ def fit_gamma(features: Tensor, observed: Tensor, weights: Tensor, *, prior: Ten
 def prior_strength(
     fit: GammaRegression, features: Tensor, observed: Tensor, freedom: Tensor, *, unseen: float
 ) -> Tensor:
-    """``(s,)`` worth of a prediction beside an estimate, in degrees of freedom; ``unseen`` without observations."""
-    # A query's squared derivative along its noise is chi^2 with one degree of freedom times the trace, so an estimate
-    # with n of them scatters by 2 / n relative to the truth; what the residuals scatter beyond that is the
-    # prediction's own error tau^2, and the two weigh as 2 / tau^2 queries to n.
+    """``(s,)`` weight nu of a prediction beside an estimate, in degrees of freedom; ``unseen`` without observations."""
+    # An estimate with n degrees of freedom, Tr chi^2_n / n, has the relative variance 2 / n. The residuals' variance
+    # beyond that is the prediction's own error tau^2, worth nu = 2 / tau^2 degrees of freedom.
     ratio = (observed / fit.predict(features)).clamp(max=10.0)
     total = freedom.sum(dim=1).clamp_min(1e-300)
     scatter = (freedom * (ratio - 1.0).square()).sum(dim=1) / total
@@ -73,7 +72,7 @@ def prior_strength(
 
 
 def _newton(design: Tensor, portion: Tensor, observed: Tensor, start: Tensor, penalty: Tensor) -> Tensor:
-    """``(s, 1 + f)`` minimisers of the penalised objective over W; without meaning at a site that observed nothing."""
+    """``(s, 1 + f)`` minimisers of the penalised objective over W; meaningless at a site without observations."""
     mass = portion * observed
     positive = mass.sum(dim=1) > 0
     lengths = torch.tensor(LENGTHS, dtype=start.dtype)[:, None, None]

@@ -127,7 +127,7 @@ class GaussianAllocator(SearchAllocator):
     def _draw(
         self, statistics: SampleStatistics, usable: Tensor, trace: Tensor, budget: QueryBudget,
         generator: torch.Generator,
-    ) -> tuple[Tensor, Optimum[Tensor] | None]:  # fmt: skip
+    ) -> tuple[Tensor, Optimum | None]:  # fmt: skip
         queries = budget.queries_per_sample[0]
         least = next_multiple(max(self.min_queries, budget.minimum), budget.multiple)
         feature = statistics.loss[usable].tanh()

@@ -1,20 +1,21 @@
-"""The Gaussian allocator's J as a function of its parameters, its gradients (eq. 11), and their search for one batch.
+"""Objective and gradients of the Gaussian allocator, and the search for its parameters on one batch.
 
-The allocation is a draw ``D ~ N(mu, Sigma)`` turned into queries by water-filling (a common factor of the draw changes
-nothing), so one of the four parameters is redundant. The scale is fixed by the root mean square of ``mu`` over the
-batch: with ``z`` the feature ``tanh(loss)`` standardised over the batch,
+The default gradient is :func:`pathwise_gradient`; :func:`score_gradient` is the likelihood-ratio gradient of eq. 11
+(Ren et al., ICLR 2025). Both are in closed form.
 
-    ``mu = Abar (cos(angle) + sin(angle) z)``,    ``Sigma = (Abar sigma)^2 C(gamma)``,
+An allocation is a draw ``D ~ N(mu, Sigma)``, normalised to the budget by water-filling. The normalisation makes the
+scale of the draw irrelevant, so three coordinates, ``angle, ln(sigma), ln(gamma)``, describe the four parameters. With
+``z`` the feature ``tanh(loss)``, standardised over the batch,
 
-and the three coordinates are ``angle, ln(sigma), ln(gamma)``. All gradients are in closed form.
+    ``mu = Abar (cos(angle) + sin(angle) z)``,    ``Sigma = (Abar sigma)^2 C(gamma)``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,8 +32,6 @@ GAMMA_LIMIT = 10.0  # gamma stays between 1 / GAMMA_LIMIT and GAMMA_LIMIT
 LEARNING_RATE = 0.1  # step of Adam in the coordinates: radians, and e-foldings of sigma and gamma
 PATIENCE = 5  # iterations over which J is compared
 TOLERANCE = 0.01  # relative change of J over PATIENCE iterations below which it has converged
-
-T = TypeVar("T")
 
 
 class CorrelationRoot(NamedTuple):
@@ -146,9 +145,8 @@ def score_gradient(
 ) -> tuple[Tensor, Tensor]:
     """J averaged over draws and its likelihood-ratio derivative (FLOPS, Ren et al., ICLR 2025, eq. 11).
 
-    Each draw's J is compared with the mean J of the others (leave-one-out baseline), which does not change the
-    expectation and keeps the variance from growing like ``1 / sigma^2``. It still grows with the condition number of
-    the correlation. Arguments and results are those of :func:`pathwise_gradient`; ``k >= 2``.
+    The mean J of the other draws is subtracted (leave-one-out baseline), which keeps the variance from growing like
+    ``1 / sigma^2``. Arguments and results are those of :func:`pathwise_gradient`; ``k >= 2``.
     """
     value = draw_objective(problem, make_draws(problem, coordinates, correlation, normal))
     advantage = (value - value.mean()) * len(value) / (len(value) - 1)
@@ -178,24 +176,44 @@ def _objective_slope(problem: AllocationProblem, draws: Tensor) -> tuple[Tensor,
 
 
 @dataclass(frozen=True)
-class Optimum(Generic[T]):
+class Optimum:
     """Where an optimisation ended, after how many steps, and whether J had stopped changing."""
 
-    place: T
+    place: Tensor
     iterations: int
     converged: bool
+
+
+def minimise(
+    evaluate: Callable[[Tensor], tuple[Tensor, Tensor]], start: Tensor, *, learning_rate: float, low: Tensor,
+    high: Tensor, max_iterations: int,
+) -> Optimum:  # fmt: skip
+    """Run Adam until J changes by less than 1 % over 5 iterations, and return the best coordinates it met.
+
+    ``evaluate`` returns J and its gradient at the coordinates, which stay between ``low`` and ``high``.
+    """
+    coordinates, best, best_value, values = start.clone(), start, math.inf, list[float]()
+    optimizer = torch.optim.Adam([coordinates], lr=learning_rate)
+    for iteration in range(max_iterations + 1):
+        value, coordinates.grad = evaluate(coordinates)
+        values.append(float(value))
+        if values[-1] < best_value:
+            best, best_value = coordinates.clone(), values[-1]
+        if iteration >= PATIENCE and abs(values[-1] - values[-1 - PATIENCE]) < TOLERANCE * values[-1 - PATIENCE]:
+            return Optimum(best, iteration, converged=True)
+        optimizer.step()
+        coordinates.clamp_(low, high)
+    return Optimum(best, max_iterations, converged=False)
 
 
 def descend(
     problem: AllocationProblem, starts: Sequence[Tensor], *, gradient: Literal["pathwise", "score"], draws: int,
     max_iterations: int, generator: torch.Generator,
-) -> Optimum[Tensor]:  # fmt: skip
-    """Adam on the coordinates until J changes by less than 1 % over 5 iterations.
+) -> Optimum:  # fmt: skip
+    """Minimise J from the best of ``starts``; one whose mean is nowhere positive, a plateau without gradient, is last.
 
-    J is averaged over ``draws`` draws, the same throughout (common random numbers), so that a change of J is a change
-    of the coordinates, and the best met is returned. The score gradient needs new draws at every iteration: with fixed
-    ones its error would never average out. Of the starts, the one with the least J is used; one whose mean is nowhere
-    positive comes last: its allocation is the equal one, on a plateau without gradient.
+    J is averaged over ``draws`` draws, the same at every iteration (common random numbers). The score gradient needs
+    new draws at every iteration: with the same ones its error would never average out.
     """
     shape = (draws, len(problem.feature))
     common = torch.randn(shape, dtype=torch.float64, generator=generator)
@@ -203,26 +221,18 @@ def descend(
     def rank(start: Tensor) -> tuple[bool, float]:
         return float(mean_draw(problem, start[0]).max()) <= 0.0, average_objective(problem, start, common)
 
-    best = min(starts, key=rank)
-    coordinates, best_value, values = best.clone(), math.inf, list[float]()
-    optimizer = torch.optim.Adam([coordinates], lr=LEARNING_RATE)
-    for iteration in range(max_iterations + 1):
+    def evaluate(coordinates: Tensor) -> tuple[Tensor, Tensor]:
         correlation = problem.correlation(coordinates)
         if gradient == "pathwise":
-            value, coordinates.grad = pathwise_gradient(problem, coordinates, correlation, common)
-        else:
-            fresh = torch.randn(shape, dtype=torch.float64, generator=generator)
-            value = draw_objective(problem, make_draws(problem, coordinates, correlation, common)).mean()
-            coordinates.grad = score_gradient(problem, coordinates, correlation, fresh)[1]
-        values.append(float(value))
-        if values[-1] < best_value:
-            best, best_value = coordinates.clone(), values[-1]
-        if iteration >= PATIENCE and abs(values[-1] - values[-1 - PATIENCE]) < TOLERANCE * values[-1 - PATIENCE]:
-            return Optimum(best, iteration, converged=True)
-        optimizer.step()
-        coordinates[1].clamp_(min=math.log(SIGMA_FLOOR))
-        coordinates[2].clamp_(-math.log(GAMMA_LIMIT), math.log(GAMMA_LIMIT))
-    return Optimum(best, max_iterations, converged=False)
+            return pathwise_gradient(problem, coordinates, correlation, common)
+        fresh = torch.randn(shape, dtype=torch.float64, generator=generator)
+        value = draw_objective(problem, make_draws(problem, coordinates, correlation, common)).mean()
+        return value, score_gradient(problem, coordinates, correlation, fresh)[1]
+
+    low = torch.tensor([-math.inf, math.log(SIGMA_FLOOR), -math.log(GAMMA_LIMIT)], dtype=torch.float64)
+    high = torch.tensor([math.inf, math.inf, math.log(GAMMA_LIMIT)], dtype=torch.float64)
+    start = min(starts, key=rank)
+    return minimise(evaluate, start, learning_rate=LEARNING_RATE, low=low, high=high, max_iterations=max_iterations)
 
 
 def average_objective(problem: AllocationProblem, coordinates: Tensor, normal: Tensor) -> float:
@@ -231,11 +241,10 @@ def average_objective(problem: AllocationProblem, coordinates: Tensor, normal: T
     return float(draw_objective(problem, draws).mean())
 
 
-def search(problem: AllocationProblem, log_gamma: float) -> Optimum[Tensor]:
-    """Best angle of the deterministic allocation, by nested grids, with sigma at its floor.
+def search(problem: AllocationProblem, log_gamma: float) -> Optimum:
+    """Best angle of the deterministic allocation with sigma at its floor, to which J falls (Jensen), by nested grids.
 
-    The gradients run to it, J being least without randomness (Jensen). The grids resolve the angle to ``pi / 16384``;
-    the first covers the circle, on which J may have several minima. ``log_gamma`` stays.
+    The grids resolve the angle to ``pi / 16384``; the first covers the circle, on which J may have several minima.
     """
     centre, width = 0.0, math.pi
     for points in (129, 33, 33):

@@ -1,8 +1,8 @@
-"""What counts were worth, told from traces that they were not made from.
+"""Evaluation of an allocation on traces that are independent of it.
 
-The queries of a step are spent after its counts were chosen, so the traces that they show are independent of the
-counts: they estimate ``J = sum_b Tr_b / A_b`` (FLOPS, Ren et al., ICLR 2025, eq. 9) of the counts used and of equal
-counts without bias. The traces that the counts were chosen from read too low a J, the more so the noisier they were.
+The queries of a step are spent after its counts are chosen, so the traces they show give unbiased estimates of
+``J = sum_b Tr_b / A_b`` (FLOPS, Ren et al., ICLR 2025, eq. 9). Evaluating J on the traces that the counts were chosen
+from underestimates it, more so the noisier they are.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LEAST = 3  # pairs for a rank correlation: two are always in the same or in oppo
 
 
 class HeldBackRatios(NamedTuple):
-    """``(s,)`` J of counts over J of equal counts and over the least J; NaN where no positive trace is seen."""
+    """``(s,)`` J of the counts divided by J of equal counts, and by the least J; NaN without a positive trace."""
 
     over_equal: Tensor
     over_optimal: Tensor
@@ -29,21 +29,20 @@ def held_back_ratios(
     observation: TraceObservation, counts: Tensor, *, pilots: Tensor | None = None, pilot_weight: Tensor | None = None,
     pilots_reused: bool = True,
 ) -> HeldBackRatios:  # fmt: skip
-    """J of counts over J of equal counts and over the least J, at each site, all with the same queries.
+    """J of the counts relative to equal counts and to the optimum, at each site, for the same number of queries.
 
-    A sample with fewer than two independent queries shows no trace and is left out of the sums; equal counts stay those
-    of the whole batch. Missing is its own share in J: with counts ``~ sqrt(Tr)`` no more than its share of the
-    queries, but much where a noisy sample was given one query. The least J is that of the samples seen with the queries
-    that they had, corrected for the noise in the traces (:func:`estimated_gain_optimal`).
+    Samples with fewer than two independent queries show no trace and are excluded from the sums; equal counts are those
+    of the whole batch. The optimum is that of the remaining samples with the queries they had, corrected for the noise
+    in the traces (:func:`estimated_gain_optimal`).
 
-    ``counts`` are ``(s, b)`` or ``(1, b)`` without the ``(s, b)`` pilots, which are paid from the budget whether or not
-    they enter the gradient. Their ``(s, b)`` weight in it by default is their share of the site's queries.
+    ``counts`` are ``(s, b)`` or ``(1, b)`` and exclude the ``(s, b)`` pilots, which count towards the budget whether or
+    not they enter the gradient. Their ``(s, b)`` weight in it defaults to their share of the site's queries.
     """
     seen = observation.trace.isfinite()
     trace = torch.where(seen, observation.trace, 0.0).double().clamp_min(0.0)
     counts = counts.double().expand_as(trace)
     pilots = torch.zeros_like(trace) if pilots is None else pilots.double().expand_as(trace)
-    # Every sample was to have the same number of pilots; those that were lost were paid all the same.
+    # Every sample was given the same number of pilots; lost ones count towards the budget.
     paid = pilots.amax(dim=1, keepdim=True)
     mean = counts.mean(dim=1, keepdim=True) + paid
     used = counts
@@ -69,13 +68,13 @@ def average_ranks(values: Tensor) -> Tensor:
 def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
     """Spearman's rank correlation along the last dimension: Pearson's of the ranks, ties averaged.
 
-    ``a`` and ``b`` are ``(..., n)`` and broadcastable; pairs in which one is not finite are left out. Returns ``(...)``
-    float64 in [-1, 1]; NaN where fewer than three pairs are left, or one side of them is constant.
+    ``a`` and ``b`` are ``(..., n)`` and broadcastable; pairs with a non-finite entry are excluded. Returns ``(...)``
+    float64 in [-1, 1]; NaN for fewer than three pairs, or if ``a`` or ``b`` is constant.
     """
     a, b = torch.broadcast_tensors(a.double(), b.double())
     known = a.isfinite() & b.isfinite()
     number = known.sum(dim=-1, keepdim=True)
-    # What is left out ranks above all else, and so moves no other rank.
+    # Excluded entries rank last, so the other ranks are unaffected.
     ranks = [torch.where(known, average_ranks(torch.where(known, x, torch.inf)), 0.0) for x in (a, b)]
     # The mean of ranks from 1 to n is the same with ties and without.
     x, y = (torch.where(known, rank - (number + 1) / 2.0, 0.0) for rank in ranks)

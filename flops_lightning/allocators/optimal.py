@@ -1,4 +1,4 @@
-"""Neyman allocation with traces as well as they can be known (FLOPS, Ren et al., ICLR 2025, appendix A.3)."""
+"""Neyman allocation with estimated traces (FLOPS, Ren et al., ICLR 2025, appendix A.3)."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from flops_lightning.protocol import Allocation, QueryBudget, SampleStatistics
 
 
 class OptimalAllocator(TraceAllocator):
-    """Gives each sample queries in proportion to the root of its trace at each site: ``A_b ~ sqrt(Tr_b)``.
+    """Gives each sample queries in proportion to the square root of its trace at each site: ``A_b ~ sqrt(Tr_b)``.
 
-    With exact traces this minimises ``J = sum_b Tr_b / A_b`` (eq. 9) and reaches the right-hand side of Theorem 2. By
-    default the traces are predicted from the clean pass by a regression that learns from every step's own queries
-    (:class:`TraceSettings`). If no trace is positive, the allocation is equal. ``min_queries: 0`` lets samples go
-    without queries, which biases the batch gradient towards zero if their trace is rounded away.
+    With exact traces this minimises ``J = sum_b Tr_b / A_b`` (eq. 9) and attains the bound of Theorem 2. By default a
+    regression on the clean pass predicts the traces (:class:`TraceSettings`). If no trace is positive, the allocation
+    is equal. ``min_queries: 0`` allows samples without queries, which biases the batch gradient towards zero.
 
-    With reused pilots and a prediction, a sample's pilots enter its gradient with the weight ``n / (n + A)``, ``A``
-    being the queries that the prediction alone would give. This is fixed before the pilots are seen, which keeps the
-    estimate unbiased, and wastes less than one weight for all samples.
+    With reused pilots and a prediction, a sample's pilots enter its gradient with the weight ``n / (n + A)``, where
+    ``A`` is the number of queries for the prediction alone. The weight does not depend on the pilots' losses, so the
+    estimate stays unbiased.
 
     Diagnostics: ``J_over_J_equal`` (with the estimated traces, mean over the sites), ``prior_strength`` (mean over the
     sites, with a prediction), ``count_min``, ``count_max``.

@@ -1,7 +1,7 @@
-"""One allocation for the samples of all ranks: what they know is gathered, what each may spend is fixed.
+"""Allocation across ranks: all ranks gather the same statistics and observations, and make the same allocation.
 
-Every rank gathers the same statistics and observations, so allocators stay alike without exchanging their state. What a
-rank spends is its samples' share of the budget: ranks wait for each other at every step, and the slowest sets the pace.
+Allocators therefore need not exchange their state. Each rank's total is fixed to its samples' share of the budget:
+ranks wait for each other at every step, so the one with the most queries sets the pace.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from flops_lightning.protocol import PER_SITE, Allocation, SampleStatistics, Tra
 
 @dataclass(frozen=True)
 class GatheredStatistics:
-    """``(B)`` samples of all ranks, rank by rank: their statistics, the number of each rank, and the own rank."""
+    """Statistics of the ``B`` samples of all ranks, in the order of the ranks, and each rank's number of samples."""
 
     statistics: SampleStatistics
     sizes: tuple[int, ...]
@@ -52,7 +52,7 @@ def gather_statistics(communicator: Communicator, statistics: SampleStatistics) 
 
 
 def gather_observation(communicator: Communicator, observation: TraceObservation) -> TraceObservation:
-    """``(s, B)`` of what the queries of all ranks showed."""
+    """The ``(s, B)`` observation of all ranks."""
     if communicator.size == 1:
         return observation
     lines = torch.cat([observation.trace.detach(), observation.queries.to(observation.trace)]).T
@@ -62,10 +62,10 @@ def gather_observation(communicator: Communicator, observation: TraceObservation
 
 
 def with_fixed_totals(allocation: Allocation, sizes: Sequence[int], *, multiple: int) -> Allocation:
-    """The same allocation with each rank's queries at each site in proportion to its number of samples.
+    """Rescale the counts so that each rank's total at each site is in proportion to its number of samples, ``sizes``.
 
-    Within a rank the shares stay what they were, and no sample falls below the least count of the site or rises above
-    the most that the allocator grants; a rank whose samples all have that spends less. Ranks have ``sizes`` samples.
+    Within a rank the relative counts are preserved, between the site's least count and ``allocation.most``; a rank
+    whose samples all reach the latter spends less.
     """
     if len(sizes) == 1:
         return allocation

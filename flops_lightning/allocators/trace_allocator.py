@@ -128,7 +128,7 @@ class SearchAllocator(TraceAllocator):
         trace = torch.where(usable, trace, 0.0)
         return usable, trace / trace.max().clamp_min(torch.finfo(torch.float64).tiny)
 
-    def _search_diagnostics(self, trace: Tensor, counts: Tensor, optimum: Optimum[Any] | None) -> dict[str, float]:
+    def _search_diagnostics(self, trace: Tensor, counts: Tensor, optimum: Optimum | None) -> dict[str, float]:
         return {
             "iterations": float(optimum.iterations if optimum else 0),
             "converged": float(optimum is None or optimum.converged),

@@ -1,9 +1,9 @@
-"""Estimates the traces of a batch: from pilots, from a prediction that costs no query, or from both.
+"""Estimates of the traces of a batch, from pilot queries, from a prediction that needs no query, or from both.
 
-A trace estimated from a few pilots is noisy; a prediction from the clean pass is not, but misses what that does not
-show. With both, each pilot estimate is shrunk towards the prediction, ``(nu pred + n Tr) / (nu + n)``: the posterior
-mean of a variance, ``n`` the degrees of freedom of the estimate (pilots, or pairs of them, less one) and ``nu`` what
-the prediction is worth in the same unit.
+A trace estimated from a few pilots is noisy, a prediction from the clean pass less so, but biased. ``both`` shrinks
+each pilot estimate towards the prediction, ``(nu pred + n Tr) / (nu + n)``: the posterior mean of a variance, with
+``n`` the degrees of freedom of the pilot estimate (pilots, or antithetic pairs, less one) and ``nu`` the worth of the
+prediction in the same unit.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Source = Literal["prediction", "pilots", "both"]
 
 # Before anything is learned, traces are proportional to the first of these predictors that there is.
 STEEP = ("top_gradient", "head_gradient", "output_gradient")
-START_PRIOR = 4.0  # nu before the residuals of the prediction were seen
+START_PRIOR = 4.0  # nu until there are residuals of the prediction to learn it from
 
 
 @dataclass
@@ -34,18 +34,16 @@ class TraceSettings:
     """Where an allocator takes the traces from.
 
     Attributes:
-        source: ``prediction``: a regression on numbers of the clean pass, learned from every step's own queries; no
-            pilots needed. ``pilots``: their estimates as they are; sites without pilots follow those with. ``both``:
-            pilots shrunk towards the prediction.
-        predictors: Which numbers of the clean pass enter the regression beside ``tanh(loss)``; ``activation`` stands
-            for all whose names begin with ``activation.``. Empty: all that the module returns. ``["loss"]``: only
-            ``tanh(loss)``.
-        window: Number of batches whose queries the regression uses: enough to fit it, and few enough to follow the
-            network as it learns. 0: nothing is learned, and traces are proportional to the first of ``top_gradient``,
-            ``head_gradient`` and ``output_gradient`` that the module returns.
+        source: ``prediction``: a regression on quantities of the clean pass, fitted to the queries of earlier steps;
+            needs no pilots. ``pilots``: the pilot estimates; sites without pilots use those of the other sites.
+            ``both``: pilot estimates shrunk towards the prediction.
+        predictors: Features of the regression beside ``tanh(loss)``; ``activation`` selects all names that begin with
+            ``activation.``. Empty: all that the module returns. ``["loss"]``: only ``tanh(loss)``.
+        window: Number of past batches that the regression is fitted to. 0: no regression; traces are proportional to
+            the first of ``top_gradient``, ``head_gradient`` and ``output_gradient`` that the module returns.
         ridge: Strength of the regression's prior, relative to its observations.
-        prior_strength: ``nu``, what the prediction is worth beside pilots, in degrees of freedom; 0: learned from how
-            well it predicted.
+        prior_strength: ``nu``, the weight of the prediction beside pilots, in degrees of freedom; 0: estimated from the
+            residuals of the regression.
 
     Example:
         >>> TraceSettings(source="both", predictors=["output_gradient", "loss"]).window
@@ -102,14 +100,14 @@ class TraceEstimate:
 
 
 class TraceEstimator:
-    """Estimates the traces of each batch, and learns from what its queries showed."""
+    """Estimates the traces of each batch before its queries are spent, and fits the regression to their results."""
 
     def __init__(self, settings: TraceSettings | Mapping[str, Any] | None = None) -> None:
         self.settings = read_settings(TraceSettings, TraceSettings() if settings is None else settings, "traces")
         self.settings.check()
-        # Of each batch: features (s, n, f), traces (s, n), degrees of freedom (s, n).
-        self._seen: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=self.settings.window)
-        self._features: Tensor | None = None  # of the batch last estimated; NaN where the clean pass is not finite
+        # Of each of the last batches: features (s, n, f), traces (s, n), degrees of freedom (s, n).
+        self._history: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=self.settings.window)
+        self._features: Tensor | None = None  # of the last batch; NaN where the clean pass is not finite
         self._names: tuple[str, ...] = ()
         self._predicts = self.settings.source != "pilots"
 
@@ -133,26 +131,26 @@ class TraceEstimator:
         pilot, queries = self._pilots(statistics, sites)
         prediction, strength = None, torch.full((sites,), self.settings.prior_strength or START_PRIOR).double()
         if self._predicts:
-            features = self._standing(statistics, sites)
+            features = self._read_features(statistics, sites)
             usable &= features.isfinite().all(dim=2).all(dim=0)
             self._features = torch.where(usable[:, None], features, torch.nan)
             prediction, learned = self._predict(torch.where(usable[:, None], features, 0.0))
             strength = strength if self.settings.prior_strength or learned is None else learned
-        if prediction is None:  # sites without pilots follow those with
+        if prediction is None:
             trace = torch.where(pilot.isfinite(), pilot, mean_over_sites(pilot) * _level(pilot))
             usable &= trace.isfinite().all(dim=0)
         else:
             nu, n = strength[:, None], torch.where(pilot.isfinite(), queries / unit - 1.0, 0.0).clamp_min(0.0)
-            # Untrained, the prediction compares the samples of a site, but does not know how large its traces are.
-            level = prediction if self._seen else _levelled(prediction, pilot)
-            trace = (nu * level + n * torch.where(n > 0, pilot, 0.0)) / (nu + n)
+            # Before the first fit the prediction is known only up to a factor for each site.
+            scaled = prediction if self._history else _match_mean(prediction, pilot)
+            trace = (nu * scaled + n * torch.where(n > 0, pilot, 0.0)) / (nu + n)
         trace = torch.where(usable, trace.nan_to_num(0.0).clamp_min(0.0), 0.0)
         prediction = None if prediction is None else torch.where(usable, prediction, 0.0)
-        calibrated = prediction is None or bool(self._seen)
+        calibrated = prediction is None or bool(self._history)
         return TraceEstimate(trace, prediction, usable, queries, strength, statistics.pilots_reused, calibrated)
 
     def observe(self, observation: TraceObservation) -> None:
-        """Remember what the queries of the batch last estimated showed."""
+        """Add the traces that the queries of the last batch showed to the regression's data."""
         if not self.learns or self._features is None:
             return
         observation = observation.on_cpu()
@@ -162,20 +160,21 @@ class TraceEstimator:
         known = trace.isfinite() & features.isfinite().all(dim=2)
         freedom = torch.where(known, observation.queries / observation.unit - 1.0, 0.0).clamp_min(0.0).float()
         if bool((freedom > 0).any()):
-            self._seen.append((torch.where(known[..., None], features, 0.0), torch.where(known, trace, 0.0), freedom))
+            features, trace = torch.where(known[..., None], features, 0.0), torch.where(known, trace, 0.0)
+            self._history.append((features, trace, freedom))
 
     def _predict(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
         prior = torch.zeros(features.shape[2], dtype=torch.float64)
         prior[[self._names.index(name) for name in STEEP if name in self._names][:1]] = 1.0
         seen = features
         traces, freedom = torch.zeros(features.shape[:2]).double(), torch.ones(features.shape[:2]).double()
-        if self._seen:
-            seen, traces, freedom = (torch.cat(parts, dim=1).double() for parts in zip(*self._seen, strict=True))
+        if self._history:
+            seen, traces, freedom = (torch.cat(parts, dim=1).double() for parts in zip(*self._history, strict=True))
         fit = fit_gamma(seen, traces, freedom, prior=prior, ridge=self.settings.ridge)
-        strength = prior_strength(fit, seen, traces, freedom, unseen=START_PRIOR) if self._seen else None
+        strength = prior_strength(fit, seen, traces, freedom, unseen=START_PRIOR) if self._history else None
         return fit.predict(features), strength
 
-    def _standing(self, statistics: SampleStatistics, sites: int) -> Tensor:
+    def _read_features(self, statistics: SampleStatistics, sites: int) -> Tensor:
         """``(s, b, f)`` features: tanh(loss) and the logarithms of the predictors."""
         offered = dict(statistics.predictors or {})
         wanted = [name for name in self.settings.predictors if name != "loss"]
@@ -185,17 +184,16 @@ class TraceEstimator:
             raise SettingError("traces.predictors", name, problem, f"Choose from {[*STEEP, 'activation', 'loss']}.")
         chosen = dict.fromkeys(each for name in wanted for each in meant[name])
         names = ("tanh(loss)", *(chosen if self.settings.predictors else sorted(offered)))
-        if names != self._names or any(len(features) != sites for features, _, _ in self._seen):
-            self._seen.clear()
+        if names != self._names or any(len(features) != sites for features, _, _ in self._history):
+            self._history.clear()
         self._names = names
         for name in names[1:]:
-            _check_lines(f"predictors.{name}", offered[name], sites)
+            _check_rows(f"predictors.{name}", offered[name], sites)
         columns = [statistics.loss.tanh(), *(_log(offered[name]) for name in names[1:])]
         return torch.stack([column.expand(sites, len(statistics.loss)) for column in columns], dim=2)
 
     def _pilots(self, statistics: SampleStatistics, sites: int) -> tuple[Tensor, Tensor]:
-        """``(s, b)`` pilot traces (NaN where there are none) and the pilots behind each."""
-        """``(s, b)`` pilot traces (NaN where there are none) and the pilots behind each."""
+        """``(s, b)`` pilot traces (NaN where there are none) and the number of pilots behind each."""
         if self.settings.source == "prediction":
             unknown = torch.full((sites, len(statistics.loss)), torch.nan, dtype=torch.float64)
             return unknown, torch.zeros_like(unknown)
@@ -203,7 +201,7 @@ class TraceEstimator:
             problem = "needs the statistic `trace`, and `sample_statistics` returned none."
             remedy = "Set `strategy.pilots`, or source: prediction."
             raise SettingError("traces.source", self.settings.source, problem, remedy)
-        _check_lines("trace", statistics.trace, sites)
+        _check_rows("trace", statistics.trace, sites)
         trace, queries = statistics.trace.expand(sites, -1), statistics.trace_queries
         if queries is None and self.settings.source == "both":
             problem = "is needed to weigh pilots against the prediction."
@@ -211,50 +209,43 @@ class TraceEstimator:
             raise SettingError("sample_statistics.trace_queries", None, problem, remedy)
         if queries is None:
             return trace, torch.where(trace.isfinite(), 1.0, 0.0)
-        _check_lines("trace_queries", queries, sites)
+        _check_rows("trace_queries", queries, sites)
         return trace, queries.expand(sites, -1)
 
     def state_dict(self) -> dict[str, Any]:
-        """The remembered batches and the names of their predictors."""
-        return {"seen": [list(batch) for batch in self._seen], "names": list(self._names)}
+        """The batches in the window and the names of their features."""
+        return {"seen": [list(batch) for batch in self._history], "names": list(self._names)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
-        self._seen.clear()
-        self._seen.extend((features, traces, freedom) for features, traces, freedom in state["seen"])
+        self._history.clear()
+        self._history.extend((features, traces, freedom) for features, traces, freedom in state["seen"])
         self._names, self._features = tuple(state["names"]), None
 
 
 def mean_over_sites(trace: Tensor) -> Tensor:
-    """``(b,)`` mean over the sites of ``(s, b)`` traces, each in units of its own mean; NaN where none is known."""
-    known = trace.isfinite()
-    values = torch.where(known, trace, 0.0).clamp_min(0.0)
-    level = _level(trace)
-    relative = torch.where(level > 0, values / level, 0.0)
-    number = (known & (level > 0)).sum(dim=0)
-    flat = torch.where(known.any(dim=0), 0.0, torch.nan)  # all traces zero is known, and nil
-    return torch.where(number > 0, relative.sum(dim=0) / number.clamp_min(1), flat)
+    """``(b,)`` mean over the sites of ``(s, b)`` traces, each in units of its site's mean; NaN where none is known."""
+    known, level = trace.isfinite(), _level(trace)
+    mean = torch.where(known & (level > 0), trace.clamp_min(0.0) / level, torch.nan).nanmean(dim=0)
+    return torch.where(mean.isnan() & known.any(dim=0), 0.0, mean)  # all known traces are zero
 
 
 def _level(trace: Tensor) -> Tensor:
-    """``(s, 1)`` mean over those of a site's traces that are known; 1 for a site without any."""
-    known = trace.isfinite()
-    number = known.sum(dim=1, keepdim=True)
-    mean = torch.where(known, trace, 0.0).clamp_min(0.0).sum(dim=1, keepdim=True) / number.clamp_min(1)
-    return torch.where(number > 0, mean, 1.0)
+    """``(s, 1)`` mean of a site's known traces; 1 for a site without any."""
+    mean = torch.where(trace.isfinite(), trace.clamp_min(0.0), torch.nan).nanmean(dim=1, keepdim=True)
+    return torch.where(mean.isnan(), 1.0, mean)
 
 
-def _check_lines(name: str, value: Tensor, sites: int) -> None:
+def _match_mean(prediction: Tensor, pilot: Tensor) -> Tensor:
+    """Rescale the prediction to the pilots' mean at each site that has any."""
+    of_pilots, own = _level(pilot), _level(torch.where(pilot.isfinite(), prediction, torch.nan))
+    return torch.where((of_pilots > 0) & (own > 0), prediction * of_pilots / own, prediction)
+
+
+def _check_rows(name: str, value: Tensor, sites: int) -> None:
     if value.ndim == 2 and len(value) != sites:
         problem, remedy = f"must have one row for each of {sites} sites.", "Return (s, b), or (b,) for all sites alike."
         raise SettingError(f"sample_statistics.{name}", tuple(value.shape), problem, remedy)
-
-
-def _levelled(prediction: Tensor, pilot: Tensor) -> Tensor:
-    """Scale to the pilots' mean at each site that has any."""
-    known = pilot.isfinite()
-    means = [torch.where(known, x, 0.0).clamp_min(0.0).sum(dim=1, keepdim=True) for x in (pilot, prediction)]
-    return torch.where((means[0] > 0) & (means[1] > 0), prediction * means[0] / means[1], prediction)
 
 
 def _log(value: Tensor) -> Tensor:

@@ -29,10 +29,8 @@ def backbone_statistics(module: object) -> Statistics:
     """Mean and standard deviation that a task's timm backbone was trained with."""
     config = getattr(getattr(module, "backbone", None), "pretrained_cfg", None) or {}
     if "mean" not in config or "std" not in config:
-        raise SettingError(
-            "data.normalization", BACKBONE, "there is no timm model to ask for its own.",
-            "Write imagenet, or inception (0.5 each, most of timm's ViTs), as the weights were trained.",
-        )  # fmt: skip
+        remedy = "Write imagenet, or inception (0.5 each, most of timm's ViTs), as the weights were trained."
+        raise SettingError("data.normalization", BACKBONE, "there is no timm model to ask for its own.", remedy)
     return tuple(config["mean"]), tuple(config["std"])
 
 
@@ -54,10 +52,8 @@ class RandAugmentSettings:
         """Raise a :class:`SettingError` for a number outside its range."""
         check_at_least("data.rand_augment.num_ops", self.num_ops, 1, "Use for example 2.")
         if not 0 <= self.magnitude < MAGNITUDES:
-            raise SettingError(
-                "data.rand_augment.magnitude", self.magnitude, f"is not in 0 to {MAGNITUDES - 1}.",
-                "Use for example 9.",
-            )  # fmt: skip
+            problem = f"is not in 0 to {MAGNITUDES - 1}."
+            raise SettingError("data.rand_augment.magnitude", self.magnitude, problem, "Use for example 9.")
 
     def transform(self) -> Any:
         """The transform, of torchvision, of an 8-bit image."""

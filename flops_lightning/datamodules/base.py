@@ -9,10 +9,10 @@ from typing import ClassVar
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_convert
 
 from flops_lightning.datamodules.augmentation import RandAugmentSettings, mixing
-from flops_lightning.datamodules.loading import GlobalBatches, KeyedBatches, TrainingLoader, batched, local_batch_size
+from flops_lightning.datamodules.loading import GlobalBatches, KeyedBatches, TrainingLoader, local_batch_size
 from flops_lightning.errors import check_at_least
 
 ImageDataset = Dataset[tuple[Tensor, ...]]  # an item is (image, label); the type is that of torch's TensorDataset
@@ -109,7 +109,7 @@ class ImageDataModule(LightningDataModule):
                 sampler=GlobalBatches(batches, batch_size=self.batch_size, world_size=world_size, rank=rank, seed=seed),
                 num_workers=self.num_workers,
                 persistent_workers=self.num_workers > 0,
-                collate_fn=batched,
+                collate_fn=default_convert,  # the data set collates
                 pin_memory=torch.cuda.is_available(),
             )
         loader.batches_done = lambda: self._batches_done(loader)

@@ -30,9 +30,8 @@ def local_batch_size(batch_size: int, world_size: int) -> int:
     if batch_size % world_size:
         below = batch_size // world_size * world_size
         sizes = f"{below} or {below + world_size}" if below else str(world_size)
-        raise SettingError(
-            "data.batch_size", batch_size, f"cannot be divided evenly between {world_size} processes.", f"Use {sizes}."
-        )
+        problem = f"cannot be divided evenly between {world_size} processes."
+        raise SettingError("data.batch_size", batch_size, problem, f"Use {sizes}.")
     return batch_size // world_size
 
 
@@ -119,11 +118,6 @@ class KeyedBatches(Dataset[Any]):
 def _key(key: ImageKey | int) -> ImageKey:
     # Samplers other than ours, for example the Trainer's for overfit_batches, yield plain places.
     return key if isinstance(key, ImageKey) else ImageKey(0, key)
-
-
-def batched(batch: Any) -> Any:
-    """Collate function of a loader over :class:`KeyedBatches`, which has put the batch together already."""
-    return batch
 
 
 class TrainingLoader(StatefulDataLoader[tuple[Tensor, ...]]):  # type: ignore[misc]  # torchdata has no types

@@ -154,9 +154,8 @@ class PhotoDataModule(ImageDataModule):
             self._parts = parts
             counts = ", ".join(f"{len(parts[part].files):,} {part}" for part in PARTS)
             seconds = time.monotonic() - start
-            rank_zero_info(
-                f"{self.source.name}: {counts} images, {self.num_classes} classes (checked in {seconds:.1f} s)"
-            )
+            line = f"{self.source.name}: {counts} images, {self.num_classes} classes (checked in {seconds:.1f} s)"
+            rank_zero_info(line)
         return self._parts
 
     def _find_class_names(self) -> tuple[str, ...]:
@@ -174,7 +173,6 @@ class PhotoDataModule(ImageDataModule):
         if "val" in found:
             return found
         if "test" in found:
-            return split_by_numbers(
-                found["train"], found["test"], val_images=self.val_images, test_images=self.test_images, **by
-            )
+            by |= {"val_images": self.val_images, "test_images": self.test_images}
+            return split_by_numbers(found["train"], found["test"], **by)
         return split_by_shares(found["train"], val_share=self.val_share, test_share=self.test_share, **by)

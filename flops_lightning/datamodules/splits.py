@@ -31,10 +31,8 @@ def check_shares(val_share: float, test_share: float) -> None:
         if not 0 <= share < 1:
             raise SettingError(f"data.{name}", share, "is not in 0 to 1.", "Give a share of the images, as 0.2.")
     if val_share + test_share >= 1:
-        raise SettingError(
-            "data.test_share", test_share, f"leaves no images to train on beside val_share = {val_share}.",
-            "Give shares that sum to less than 1.",
-        )  # fmt: skip
+        problem = f"leaves no images to train on beside val_share = {val_share}."
+        raise SettingError("data.test_share", test_share, problem, "Give shares that sum to less than 1.")
 
 
 def hold_out(
@@ -113,9 +111,8 @@ def read_split_file(file: str) -> tuple[tuple[str, ...], Mapping[Part, Listing]]
         parts = {part: Listing.of([(str(image), int(label)) for image, label, _ in content[part]]) for part in PARTS}
         names = {int(label): str(name) for part in PARTS for _, label, name in content[part]}
     except (ValueError, KeyError, TypeError) as error:
-        raise SettingError(
-            "data.split_file", file, f"is not a split ({type(error).__name__}: {error}).", remedy
-        ) from error
+        problem = f"is not a split ({type(error).__name__}: {error})."
+        raise SettingError("data.split_file", file, problem, remedy) from error
     if sorted(names) != list(range(len(names))) or not names:
         raise SettingError("data.split_file", file, "has labels that do not run from 0 on.", remedy)
     return tuple(names[label] for label in range(len(names))), parts
@@ -132,11 +129,9 @@ def choose_per_class(listing: Listing, per_class: int, *, seed: int, class_names
     counts = labels.bincount(minlength=len(class_names))
     fewest = int(counts.min())
     if per_class > fewest:
-        raise SettingError(
-            "data.images_per_class", per_class,
-            f"{class_names[int(counts.argmin())]} has {fewest} training images, not counting those for validation.",
-            f"Use at most {fewest}, or 0 for all.",
-        )  # fmt: skip
+        lacking = class_names[int(counts.argmin())]
+        problem = f"{lacking} has {fewest} training images, not counting those for validation."
+        raise SettingError("data.images_per_class", per_class, problem, f"Use at most {fewest}, or 0 for all.")
     shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     of_class = [shuffled[labels[shuffled] == label][:per_class] for label in range(len(class_names))]
     return listing.at(torch.cat(of_class).sort().values)
