@@ -43,7 +43,12 @@ MEMORY = tuple(name for name in LEGEND if name.startswith("memory_"))
 
 def main(argv: Sequence[str] | None = None, *, cases: Sequence[Case] | None = None) -> None:
     """Measure, print the table, write the records; given ``cases`` instead of the built-in ones have no memory."""
-    options = _parser().parse_args(argv)
+    parser = command("benchmarks", __doc__, device=True)
+    parser.add_argument("--quick", action="store_true", help="fewer rows and rounds: below a minute on two cores")
+    parser.add_argument("--models", nargs="+", help="only models whose names contain one of these, as ViT-Tiny")
+    parser.add_argument("--rounds", type=at_least(1), help="timed rounds (default: each case's own)")
+    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)  # a child process: case and contender
+    options = parser.parse_args(argv)
     known = cases or (quick_cases() if options.quick else full_cases())
     chosen = [case for case in known if not options.models or any(part in case.model for part in options.models)]
     if options.peak:
@@ -70,7 +75,6 @@ def memory_ratios(options: argparse.Namespace, place: int) -> dict[str, float]:
 
 
 def report(records: Sequence[Record]) -> str:
-    """The table of medians with quartiles, shares of the phases, and what each column counts."""
     columns = {name: f"{{{name}}}" for name in CASE} | {
         column: f"{{{name}:.2f}}" for name, (column, _) in LEGEND.items()
     }
@@ -79,6 +83,7 @@ def report(records: Sequence[Record]) -> str:
         seconds = record.get("seconds_by_phase", {})
         parts = (f"{name} {taken / sum(seconds.values()):.1%}" for name, taken in seconds.items())
         shares.append("  {model}, {strategy}, {sites}, {allocation}: ".format(**record) + ", ".join(parts))
+    width = max(len(column) for column, _ in LEGEND.values())
     return "\n".join([
         table(columns, records),
         "\nShares of a step's time, its optimiser (AdamW) included:",
@@ -86,17 +91,8 @@ def report(records: Sequence[Record]) -> str:
         "\nOur step: clean pass, all queries, local VJP, .grad; where an allocator chooses the counts, also its pilots",
         "and the allocation. The optimiser is only in the shares by phase.",
         "Ratios of speed: above 1, this project is faster. Median over the rounds (quartiles).",
-        *(f"  {column:<{max(len(c) for c, _ in LEGEND.values())}}  {meaning}" for column, meaning in LEGEND.values()),
+        *(f"  {column:<{width}}  {meaning}" for column, meaning in LEGEND.values()),
     ])  # fmt: skip
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = command("benchmarks", __doc__, device=True)
-    parser.add_argument("--quick", action="store_true", help="fewer rows and rounds: below a minute on two cores")
-    parser.add_argument("--models", nargs="+", help="only models whose names contain one of these, as ViT-Tiny")
-    parser.add_argument("--rounds", type=at_least(1), help="timed rounds (default: each case's own)")
-    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)  # a child process: case and contender
-    return parser
 
 
 if __name__ == "__main__":

@@ -20,8 +20,6 @@ PILOTS = 4
 
 @dataclass(frozen=True)
 class Case:
-    """A network, a batch, and a strategy."""
-
     model: str
     build: Callable[[], nn.Module]  # weights are random, speed does not depend on them
     image: tuple[int, int, int]  # channels, height, width
@@ -48,7 +46,6 @@ class Case:
         return network, torch.randn(rows, *self.image).to(device), torch.randint(self.classes, (rows,)).to(device)
 
     def make_strategy(self, network: StagedNetwork) -> LikelihoodRatio | SPSA:
-        """The strategy, unbound."""
         sites = [replace(spec, queries_per_sample=self.queries) for spec in default_specs(network, self.groups)]
         if self.kind == "block":
             ends = [network.stages[0].name, network.stages[-1].name]
@@ -62,7 +59,6 @@ class Case:
 
 
 def vit(name: str = "vit_tiny_patch16_224", **settings: Any) -> nn.Module:
-    """A ViT of timm with random weights."""
     import timm
 
     return timm.create_model(name, **settings)
@@ -86,7 +82,6 @@ VIT_BASE = Case(
 
 
 def full_cases() -> tuple[Case, ...]:
-    """All cases at their full size; an hour on two cores."""
     ways: tuple[dict[str, Any], ...] = (
         {"allocation": "gaussian"},
         {"kind": "block", "suffixes_only": True, "rounds": 3},

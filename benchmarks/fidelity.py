@@ -1,8 +1,8 @@
 """``python -m benchmarks.fidelity``: how good an estimate is, and what it costs.
 
-Every strategy and kind of site estimates the gradient of one batch several times, with 20 queries a sample at each site
-(whole-batch methods: their own numbers). Reported are the mean cosine with backprop's gradient over all parameters with
-its standard error over the draws, the forward-equivalents of a sample, and ``cos^2 / (1 - cos^2)`` per
+Every strategy and kind of site estimates the gradient of one batch several times, with 20 queries per sample and site
+(whole-batch methods: their own numbers). Reported are the mean cosine with backprop's gradient over all parameters and
+its standard error over the draws, the forward-equivalents per sample, and ``cos^2 / (1 - cos^2)`` per
 forward-equivalent: for an unbiased estimate the squared norm of the gradient over the variance, which grows in
 proportion to the queries, so that estimates of different cost compare.
 """
@@ -81,7 +81,6 @@ def per_cost(cosines: Sequence[float], forward_equivalents: float) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure and print the table."""
     parser = command("benchmarks.fidelity", __doc__, draws=8, batch=32, queries=20, rows=128)
     parser.add_argument("--network", choices=NETWORKS, default="digits", help="default digits")
     parser.add_argument("--names", nargs="+", help="default all")

@@ -48,8 +48,6 @@ class Spread:
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds of each round, by contender."""
-
     seconds: Mapping[str, Sequence[float]]
 
     def ratio(self, other: str, ours: str) -> Spread:
@@ -90,7 +88,6 @@ def alternate(
 
 
 def synchronizer(device: torch.device) -> Callable[[], object]:
-    """Waits until a device has done its work; a CPU has when a call returns."""
     return torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
 
@@ -102,32 +99,26 @@ def mean_and_error(values: Sequence[float]) -> str:
 
 def table(columns: Mapping[str, str], records: Iterable[Record]) -> str:
     """A Markdown table of records, by header the format of a cell: ``{"speed": "{ratio:.2f}"}``; None is ``-``."""
-    rows = [[_cell(form, record) for form in columns.values()] for record in records]
+
+    def cell(form: str, record: Record) -> str:
+        try:
+            return form.format(**record)
+        except TypeError:  # None has no decimals
+            return "-"
+
+    rows = [[cell(form, record) for form in columns.values()] for record in records]
     return tabulate(rows, list(columns), tablefmt="github", disable_numparse=True)
 
 
-def _cell(form: str, record: Record) -> str:
-    try:
-        return form.format(**record)
-    except TypeError:  # None has no decimals
-        return "-"
-
-
 def say(text: str) -> None:
-    """Tell the progress, apart from the results."""
     print(text, file=sys.stderr, flush=True)
 
 
 NUMBERS = {
-    "rounds": "timed rounds",
-    "batch": "samples in a batch",
-    "queries": "queries of a sample at each site",
-    "rows": "rows of a forward pass",
-    "chunk_rows": "rows of a forward pass",
-    "draws": "estimates of each kind",
-    "seeds": "number of seeds",
-    "steps": "steps that count",
-}
+    "rounds": "timed rounds", "batch": "samples in a batch", "queries": "queries per sample at each site",
+    "rows": "rows of a forward pass", "chunk_rows": "rows of a forward pass", "draws": "estimates of each kind",
+    "seeds": "number of seeds", "steps": "steps that count",
+}  # fmt: skip
 """Options that are whole numbers of 1 or more."""
 
 
@@ -149,32 +140,25 @@ def command(module: str, doc: str | None, *, device: bool = False, **numbers: in
 
 def finish(options: argparse.Namespace, records: Sequence[Record]) -> None:
     """Say where it was measured, and write the records to the file of ``--json``, if there is one."""
-    place = _environment(getattr(options, "device", CPU))
-    ran = f"{place['device']}, {place['threads']} thread(s), {place['dtype']}, torch {place['versions']['torch']}"
-    print(f"\nMeasured on {ran}.")
-    if options.json:
-        options.json.write_text(json.dumps([plain(each) | place for each in records], indent=1) + "\n")
-
-
-def plain(record: Record) -> Record:
-    """The record as JSON has it."""
-    spreads = {name: value for name, value in record.items() if isinstance(value, Spread)}
-    quartiles = {"quartiles": {name: [each.low, each.high] for name, each in spreads.items()}} if spreads else {}
-    return record | {name: each.median for name, each in spreads.items()} | quartiles
-
-
-def _environment(device: torch.device) -> Record:
-    return {
+    device = getattr(options, "device", CPU)
+    place = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "dtype": str(torch.get_default_dtype()).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "processor": platform.processor() or platform.machine(),
-        "versions": {
-            "flops_lightning": flops_lightning.__version__,
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "timm")},
-        },
     }
+    versions = {name: version(name) for name in ("torch", "timm")}
+    versions |= {"flops_lightning": flops_lightning.__version__, "python": platform.python_version()}
+    print("\nMeasured on {device}, {threads} thread(s), {dtype}, torch {torch}.".format(**place, **versions))
+    if options.json:
+        found = [plain(each) | place | {"versions": versions} for each in records]
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def plain(record: Record) -> Record:
+    spreads = {name: value for name, value in record.items() if isinstance(value, Spread)}
+    quartiles = {"quartiles": {name: [each.low, each.high] for name, each in spreads.items()}} if spreads else {}
+    return record | {name: each.median for name, each in spreads.items()} | quartiles
 
 
 def at_least(least: int) -> Callable[[str], int]:

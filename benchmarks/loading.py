@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import Subset
 
 import flops_lightning as fl
-from benchmarks.harness import Record, Spread, alternate, at_least, command, finish, positive, table
+from benchmarks.harness import Spread, alternate, at_least, command, finish, positive, table
 
 WIDTH, HEIGHT, QUALITY = 500, 375, 90  # of photos as ImageNet has them, most of them 500 x 375
 FADING = 0.2  # by which fine noise is weaker than coarse: a file has 110 kB, as those of ImageNet have on average
@@ -31,7 +31,6 @@ CLASSES, FOLDERS = 8, 1000  # of the photos written, and of the files that are o
 
 Clock = Callable[[], float]
 read = partial(deque[object], maxlen=0)
-"""Goes through a loader and keeps nothing."""
 
 
 def photo(seed: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
@@ -73,8 +72,8 @@ def link_files(root: Path, files: int) -> None:
 
 def photos(root: Path, **settings: Any) -> fl.ImageNetDataModule:
     """The photos under ``root/train``, all for training."""
-    known: dict[str, Any] = {"batch_size": LOADED_AT_ONCE, "val_images": 0, "normalization": "imagenet"}
-    return fl.ImageNetDataModule(root=str(root), **known, **settings)
+    settings |= {"batch_size": LOADED_AT_ONCE, "val_images": 0, "normalization": "imagenet"}
+    return fl.ImageNetDataModule(root=str(root), **settings)
 
 
 def rates(
@@ -96,21 +95,11 @@ def rates(
     return {number: [count / seconds for seconds in times.seconds[str(number)]] for number in loaders}
 
 
-def check_seconds(files: int, rounds: int) -> float:
-    """Median seconds of the check before training on so many files."""
-    with TemporaryDirectory(prefix="files_") as folder:
-        link_files(Path(folder), files)
-        times = alternate({"check": lambda: photos(Path(folder), num_workers=0).check()}, rounds=rounds)
-    return statistics.median(times.seconds["check"])
-
-
 def rate_table(found: Mapping[int, Sequence[float]]) -> str:
     """Images per second, median and range, by number of workers."""
-    one = statistics.median(found[1])
-    records: list[Record] = []
-    for number in sorted(found):
-        rate = Spread.of(found[number], tails=0)
-        records.append({"n": number or "0 (in the training process)", "rate": rate, "gain": rate.median / one})
+    rates, one = {n: Spread.of(found[n], tails=0) for n in sorted(found)}, statistics.median(found[1])
+    own = "0 (in the training process)"
+    records = [{"n": n or own, "rate": rate, "gain": rate.median / one} for n, rate in rates.items()]
     columns = {"workers": "{n}", "images/s, median (min - max)": "{rate:.0f}", "over one worker": "{gain:.2f}"}
     return table(columns, records) + "\n"
 
@@ -118,12 +107,11 @@ def rate_table(found: Mapping[int, Sequence[float]]) -> str:
 def need_table(one_worker: float, batch: int, step_seconds: Sequence[float]) -> str:
     """Images per second that a GPU takes, and how many workers that is, by seconds of its step of a batch."""
     records = [{"step": s, "need": batch / s, "workers": batch / s / one_worker} for s in step_seconds]
-    columns = {f"seconds a step, batch {batch}": "{step:g}", "images/s needed": "{need:.0f}"}
+    columns = {f"seconds per step, batch {batch}": "{step:g}", "images/s needed": "{need:.0f}"}
     return table(columns | {"workers needed per GPU": "{workers:.1f}"}, records) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure and print the tables."""
     parser, count = command("benchmarks.loading", __doc__, rounds=5), at_least(1)
     parser.add_argument("--root", type=Path, help="folder with train/CLASS/*, instead of photos made up for it")
     parser.add_argument("--images", type=count, default=256, help="images of a round (default 256)")
@@ -147,7 +135,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"In a CPU second: {statistics.median(of_a_core):.0f} images.\n")
     print(need_table(statistics.median(found[1]), options.batch, options.step_seconds))
     if options.check_files:
-        seconds = check_seconds(options.check_files, options.rounds)
+        with TemporaryDirectory(prefix="files_") as folder:
+            link_files(Path(folder), options.check_files)
+            check = photos(Path(folder), num_workers=0).check
+            seconds = statistics.median(alternate({"check": check}, rounds=options.rounds).seconds["check"])
         rate = options.check_files / seconds
         print(f"Check of {options.check_files:,} files: {seconds:.1f} s, {rate:,.0f} files/s.")
     finish(options, [{"workers": n, "images_per_second": values, **settings} for n, values in found.items()])

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import gc
 import os
-import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -32,31 +31,31 @@ from flops_lightning.strategies.site_specs import default_specs
 INFERENCE = "inference"
 OURS = "LikelihoodRatio, groups"  # the strategy of the case, which is this one in the command of this module
 OURS_WITHOUT_VJP = f"{OURS}, without local VJP"
-STEPS, QUERIES = 2, 2  # queries of a sample at each site: more take longer and no more memory
+STEPS, QUERIES = 2, 2  # queries per sample at each site: more take longer and no more memory
 
 
-def contenders(case: Case, network: StagedNetwork) -> Mapping[str, Callable[[], ForwardGradientStrategy]]:
-    """Strategies by name; the chunks of all have ``case.chunk_rows`` rows."""
-    ends = [network.stages[0].name, network.stages[-1].name]
-    whole = [SiteSpec(ends, queries_per_sample=case.queries, name="network")]
-    groups = [replace(spec, queries_per_sample=case.queries) for spec in default_specs(network)]
-    shared: dict[str, Any] = {"chunk_rows": case.chunk_rows, "seed": 0, "sigma": 1e-3}
-    return {
-        "MeZO": lambda: MeZO(chunk_rows=case.chunk_rows, seed=0),
-        "SPSA shared, whole network": lambda: SPSA(sites=whole, **shared),
-        "ES shared, whole network": lambda: EvolutionStrategies(sites=whole, **shared),
-        "SPSA shared, groups": lambda: SPSA(sites=groups, **shared),
-        "SPSA factored, groups": lambda: SPSA(sites=groups, layout="factored", **shared),
-        OURS: lambda: case.make_strategy(network),
-        OURS_WITHOUT_VJP: lambda: case.make_strategy(network),
-        "backprop": Backprop,
-    }
+def _perturbed(cls: Any, *, whole: bool = False, **settings: Any) -> Callable[[Case, StagedNetwork], Any]:
+    def make(case: Case, network: StagedNetwork) -> Any:
+        sites = [replace(spec, queries_per_sample=case.queries) for spec in default_specs(network)]
+        if whole:
+            ends = [network.stages[0].name, network.stages[-1].name]
+            sites = [SiteSpec(ends, queries_per_sample=case.queries, name="network")]
+        return cls(sites=sites, chunk_rows=case.chunk_rows, seed=0, sigma=1e-3, **settings)
+
+    return make
 
 
-NAMES = (
-    INFERENCE, "MeZO", "SPSA shared, whole network", "ES shared, whole network", "SPSA shared, groups",
-    "SPSA factored, groups", OURS, OURS_WITHOUT_VJP, "backprop",
-)  # fmt: skip
+CONTENDERS: Mapping[str, Callable[[Case, StagedNetwork], ForwardGradientStrategy]] = {
+    INFERENCE: lambda *_: Backprop(),  # bound, and not asked for a step
+    "MeZO": lambda case, _: MeZO(chunk_rows=case.chunk_rows, seed=0),
+    "SPSA shared, whole network": _perturbed(SPSA, whole=True),
+    "ES shared, whole network": _perturbed(EvolutionStrategies, whole=True),
+    "SPSA shared, groups": _perturbed(SPSA),
+    "SPSA factored, groups": _perturbed(SPSA, layout="factored"),
+    OURS: Case.make_strategy,
+    OURS_WITHOUT_VJP: Case.make_strategy,
+    "backprop": lambda *_: Backprop(),
+}
 
 
 def peak(name: str, case: Case, device: torch.device) -> float:
@@ -66,14 +65,14 @@ def peak(name: str, case: Case, device: torch.device) -> float:
     gc.collect()
     before = held("VmRSS") or 0.0
     network, inputs, targets = case.load(device, case.chunk_rows if name == INFERENCE else case.batch)
-    strategy = Backprop() if name == INFERENCE else contenders(case, network)[name]()
+    strategy = CONTENDERS[name](case, network)
     strategy.bind(network, cross_entropy)
 
-    @torch.no_grad()
-    def inference() -> None:
-        network.module(inputs)
-
     def step() -> None:
+        if name == INFERENCE:
+            with torch.no_grad():
+                network.module(inputs)
+            return
         network.module.zero_grad()
         clean = strategy.clean_pass(inputs, targets)
         if name != OURS_WITHOUT_VJP or not isinstance(strategy, QueryStrategy):
@@ -85,7 +84,7 @@ def peak(name: str, case: Case, device: torch.device) -> float:
             del sums
 
     for _ in range(STEPS):
-        inference() if name == INFERENCE else step()
+        step()
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return (held("VmHWM") or 0.0) - before
@@ -102,18 +101,19 @@ def peak_in_a_process(module: str, *arguments: str) -> float:
 
 def report(records: Sequence[Record]) -> str:
     """Peak memory of each contender, median (minimum - maximum), and its ratio to inference."""
-    inference = statistics.median(records[0]["mebibytes"])
-    shown = [r | {"peak": Spread.of(r["mebibytes"], tails=0)} for r in records]
-    shown = [r | {"ratio": r["peak"].median / inference} for r in shown]
+    peaks = [Spread.of(record["mebibytes"], tails=0) for record in records]
+    shown = [
+        record | {"peak": each, "ratio": each.median / peaks[0].median}
+        for record, each in zip(records, peaks, strict=True)
+    ]
     columns = {f"step, batch {records[0]['batch']}": "{step}", "peak memory, MiB": "{peak:.0f}"}
     return table(columns | {"over inference": "{ratio:.2f}"}, shown)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure and print the table."""
     parser = command("benchmarks.memory", __doc__, device=True, rounds=3, batch=64)
-    parser.add_argument("--names", nargs="+", choices=NAMES, default=list(NAMES), help="contenders")
-    parser.add_argument("--one", choices=NAMES, help=argparse.SUPPRESS)  # a child process
+    parser.add_argument("--names", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="contenders")
+    parser.add_argument("--one", choices=CONTENDERS, help=argparse.SUPPRESS)  # a child process
     options = parser.parse_args(argv)
     case = replace(VIT_TINY, batch=options.batch, chunk_rows=options.batch, queries=QUERIES)
     if options.one:

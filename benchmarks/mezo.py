@@ -37,15 +37,14 @@ def overhead(case: Case, *, rounds: int, device: torch.device) -> Spread:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure and print the table."""
     options = command("benchmarks.mezo", __doc__, device=True, rounds=5, batch=64, chunk_rows=64).parse_args(argv)
     size = {"batch": options.batch, "chunk_rows": options.chunk_rows}
     records = []
     for case in (DIGITS, VIT_MICRO, VIT_TINY):
         ratio = overhead(replace(case, **size), rounds=options.rounds, device=options.device)
         records.append({"model": case.model, **size, "step_over_passes": ratio})
-    ratio_column = {"step over two forward passes, median (quartiles)": "{step_over_passes:.3f}"}
-    print(table({"network": "{model}", **ratio_column}, records))
+    column = "step over two forward passes, median (quartiles)"
+    print(table({"network": "{model}", column: "{step_over_passes:.3f}"}, records))
     finish(options, records)
 
 

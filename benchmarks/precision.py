@@ -70,9 +70,8 @@ def _attention(
 ) -> Tensor:
     if dropout_p or is_causal or attn_mask is not None:
         raise ValueError("attention with a mask or dropout is not simulated.")
-    q, k, v = (_rounded(part) for part in (q, k, v))
-    attention = ((q @ k.mT) * q.shape[-1] ** -0.5).softmax(-1)
-    return _rounded(attention) @ v
+    q, k, v = map(_rounded, (q, k, v))
+    return _rounded(((q @ k.mT) * q.shape[-1] ** -0.5).softmax(-1)) @ v
 
 
 def _rounded(x: Any) -> Any:
@@ -85,7 +84,6 @@ PRECISIONS: Mapping[str, Callable[[], AbstractContextManager[object]]] = {
     "float16": partial(torch.autocast, "cpu", dtype=torch.float16),
     "bfloat16": partial(torch.autocast, "cpu", dtype=torch.bfloat16),
 }
-"""By name: what an estimate runs in."""
 
 
 def digits(batch: int, seed: int) -> tuple[StagedNetwork, Batch]:
@@ -123,7 +121,7 @@ NETWORKS = {"digits": digits, "vit_tiny": random_vit_tiny, "mlp20": deep_mlp}
 
 
 def gradients(strategy: fl.ForwardGradientStrategy, network: StagedNetwork, batch: Batch) -> dict[str, Tensor]:
-    """The estimate, one float64 vector a trainable parameter; zeros where all queries were lost."""
+    """The estimate, one float64 vector per trainable parameter; zeros where all queries were lost."""
     strategy.bind(network, cross_entropy)
     network.module.zero_grad()
     strategy.estimate(strategy.clean_pass(*batch))
@@ -137,7 +135,6 @@ def gradient(strategy: fl.ForwardGradientStrategy, network: StagedNetwork, batch
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
-    """Of the angle between two vectors."""
     return float(F.cosine_similarity(a, b, dim=0))
 
 
@@ -167,12 +164,10 @@ def cosines(
     truth = gradient(fl.Backprop(), network, batch)
     along = gradient(pair(method, network, sigmas[0], **size)[1], network, batch)
     found = {}
-    for sigma in sigmas:
-        for precision in precisions:
-            strategy = pair(method, network, sigma, **size)[0]
-            with PRECISIONS[precision]():
-                estimate = gradient(strategy, network, batch)
-            found[sigma, precision] = (cosine(estimate, truth), cosine(estimate, along))
+    for sigma, precision in product(sigmas, precisions):
+        with PRECISIONS[precision]():
+            estimate = gradient(pair(method, network, sigma, **size)[0], network, batch)
+        found[sigma, precision] = (cosine(estimate, truth), cosine(estimate, along))
     return found
 
 
@@ -219,13 +214,12 @@ def cosine_ranges(
     for step in steps:
         with PRECISIONS[precision]():
             found = estimate(method, [replace(spec, sigma=step * width[str(spec.name)]) for spec in specs])
-        near = [cosine(found[name], exact[name]) for name in exact]
-        ranges.append((min(near), max(near)))
+        near = sorted(cosine(found[name], exact[name]) for name in exact)
+        ranges.append((near[0], near[-1]))
     return ranges
 
 
 def rule(argv: Sequence[str]) -> None:
-    """Measure and print the table of :data:`RULE`."""
     parser = command("benchmarks.precision rule", f": {RULE}")
     for name, known in {"networks": SIZES, "methods": NOISE, "precisions": PRECISIONS}.items():
         parser.add_argument(f"--{name}", nargs="+", choices=known, default=list(known), help="default all")

@@ -25,8 +25,8 @@ from torch import Tensor, multiprocessing, nn
 
 from benchmarks import ranks_model
 from benchmarks.cases import DIGITS, VIT_MICRO, VIT_TINY, Case
-from benchmarks.harness import CPU, Record, Spread, alternate, at_least, command, finish, positive, say, table
-from benchmarks.ranks_model import METHODS, SCALINGS, Method, StepLoad, efficiency, parameters_of
+from benchmarks.harness import CPU, Record, Spread, alternate, at_least, command, finish, positive, say
+from benchmarks.ranks_model import METHODS, Method, StepLoad, by_scaling, efficiency, parameters_of
 from flops_lightning.allocators.ranks import gather_observation, gather_statistics
 from flops_lightning.distributed import ProcessGroup, SingleProcess, reduce_gradients
 from flops_lightning.network.staging import stage_network
@@ -53,10 +53,10 @@ class TimedGroup(ProcessGroup):
 
     seconds = 0.0
 
-    def sum(self, tensor: Tensor) -> Tensor:  # noqa: D102
+    def sum(self, tensor: Tensor) -> Tensor:
         return self._timed(super().sum, tensor)
 
-    def gather(self, tensor: Tensor) -> list[Tensor]:  # noqa: D102
+    def gather(self, tensor: Tensor) -> list[Tensor]:
         return self._timed(super().gather, tensor)
 
     def _timed(self, collective: Callable[[Tensor], T], tensor: Tensor) -> T:
@@ -198,35 +198,33 @@ def measure(case: Case, ranks: Sequence[int]) -> list[Record]:
 
 
 COLUMNS = {
-    "method": "{method}", "ranks": "{ranks}{crowded}", "samples a rank": "{samples}", "step s": "{seconds:.4f}",
+    "method": "{method}", "ranks": "{ranks}{crowded}", "samples per rank": "{samples}", "step s": "{seconds:.4f}",
     "exchange s": "{exchange_seconds:.4f}", "passes + draws s": "{predicted_seconds:.4f}",
-    "forward-equivalents a rank": "{forward_equivalents:.1f}", "bytes": "{bytes:.0f}", "bytes, model": "{model_bytes}",
-    "alike": "{alike}", "efficiency": "{efficiency:.2f}{crowded}",
+    "forward-equivalents per rank": "{forward_equivalents:.1f}", "bytes": "{bytes:.0f}",
+    "bytes, model": "{model_bytes}", "alike": "{alike}", "efficiency": "{efficiency:.2f}{crowded}",
 }  # fmt: skip
 
 
 def report(records: Sequence[Record]) -> str:
     """Measured steps by scaling, and what may be read from them."""
     shown = [record | {"crowded": "*" * (record["ranks"] > record["cores"])} for record in records]
-    tables = [
-        f"\n{title}\n\n{table(COLUMNS, [record for record in shown if record['scaling'] == scaling])}"
-        for scaling, title in SCALINGS.items()
-    ]
-    crowded = "*: more ranks than cores, which take turns: a test of bytes and gradients, not of seconds."
-    return "\n".join([
-        "MEASURED: {model}, {queries} queries of a sample at each of {sites} sites, {rounds} rounds, gloo on this "
-        "machine, one thread a rank, {cores} cores.".format(**records[0]),
-        *tables,
-        "\nstep: median over the rounds (quartiles) of the slowest rank, up to the gradients of all; no optimiser.",
-        "exchange: within collectives, of the rank that waited least. passes + draws: forward-equivalents and drawn",
-        "numbers of a rank times the seconds of one pass and one number, taken in the same processes.",
-        "bytes: handed to collectives by a rank in a step. alike: the same gradients on all ranks, bit for bit.",
-        *[crowded] * any(record["crowded"] for record in shown),
-    ])  # fmt: skip
+    crowded = "\n*: more ranks than cores, which take turns: a test of bytes and gradients, not of seconds."
+    return (
+        """MEASURED: {model}, {queries} queries per sample at each of {sites} sites, {rounds} rounds, gloo on this \
+machine, one thread per rank, {cores} cores.
+{tables}
+
+step: median over the rounds (quartiles) of the slowest rank, up to the gradients of all; no optimiser.
+exchange: within collectives, of the rank that waited least. passes + draws: forward-equivalents and drawn
+numbers of a rank times the seconds of one pass and one number, taken in the same processes.
+bytes: handed to collectives by a rank in a step. alike: the same gradients on all ranks, bit for bit.""".format(
+            **records[0], tables=by_scaling(COLUMNS, shown)
+        )
+        + crowded * any(record["crowded"] for record in shown)
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, model, print both apart, write the records."""
     parser, count = command("benchmarks.ranks", __doc__, rounds=5), at_least(1)
     add = parser.add_argument
     add("--ranks", type=count, nargs="*", default=[1, 2, 4], help="processes to measure (default 1 2 4); none: no run")

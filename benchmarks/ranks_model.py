@@ -10,10 +10,10 @@ that are put in.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ SCALINGS = {
 
 @dataclass(frozen=True)
 class StepLoad:
-    """What a step of a strategy on a network consists of, whatever the ranks."""
+    """What a step of a strategy on a network consists of, whatever the ranks; numbers are float32."""
 
     numbers: int  # d, in all parameters
     tensors: int  # parameters
@@ -50,7 +50,6 @@ class StepLoad:
     exchange: Exchange = "gradients"
     gathered: tuple[int, ...] = ()  # numbers of a sample that an allocator gathers, in each of its gathers
     chunk_rows: int = 256  # samples of a forward pass at most
-    itemsize: int = 4  # bytes of a number in the parameters and activations
 
     def drawn_numbers(self, samples: int, ranks: int) -> int:
         """Random numbers that a rank draws: ``A / 2 * d * (ceil(b / chunk_rows) + k)``.
@@ -66,14 +65,13 @@ class StepLoad:
         if ranks == 1:
             return
         for numbers in self.gathered:  # of an allocator, after how many samples there are
-            yield from (("gather", 8), ("gather", self.itemsize * samples * numbers))
+            yield from (("gather", 8), ("gather", 4 * samples * numbers))
         if self.exchange == "losses":  # how many directions; of each its index, scalar and samples; is there any query?
             yield from (("gather", 8), ("gather", 24 * (self.queries // 2))) * self.sites
             yield "sum", 4 * self.sites
         else:  # a header (weight of the rank, which parameters have a gradient), then buckets as if all were full
             yield "sum", 8 * (1 + self.tensors)
-            for start in range(0, self.numbers, BUCKET):
-                yield "sum", self.itemsize * min(BUCKET, self.numbers - start)
+            yield from (("sum", 4 * min(BUCKET, self.numbers - start)) for start in range(0, self.numbers, BUCKET))
 
     def bytes_sent(self, samples: int, ranks: int) -> int:
         """Bytes that a rank hands to collectives in a step (:attr:`Communicator.sent`)."""
@@ -92,24 +90,22 @@ class Method:
     def strategy(self, network: StagedNetwork, *, queries: int, chunk_rows: int) -> LikelihoodRatio | SPSA:
         """Bound to the network, with so many queries of a sample at each site."""
         sites = [replace(spec, queries_per_sample=queries) for spec in default_specs(network)]
-        made: LikelihoodRatio | SPSA = LikelihoodRatio(sites=sites, chunk_rows=chunk_rows, seed=0)
-        if self.drawn:
-            made = SPSA(sites=sites, sigma=1e-3, exchange=self.exchange, chunk_rows=chunk_rows, seed=0)
+        common: dict[str, Any] = {"sites": sites, "chunk_rows": chunk_rows, "seed": 0}
+        made = SPSA(sigma=1e-3, exchange=self.exchange, **common) if self.drawn else LikelihoodRatio(**common)
         made.bind(network, cross_entropy)
         return made
 
     def load(self, strategy: LikelihoodRatio | SPSA, inputs: Tensor) -> StepLoad:
         """What the model counts, on the first sample of ``inputs``."""
-        parameters = parameters_of(strategy)
+        parameters, sites = parameters_of(strategy), strategy.sites
         gathered: tuple[int, ...] = ()
         if self.allocated:
             with torch.no_grad():
                 embedding = strategy.network.run(inputs[:1], 0, len(strategy.network) - 1)
-            gathered = (1 + min(embedding.numel(), EMBEDDING_FEATURES), 2 * len(strategy.sites))
+            gathered = (1 + min(embedding.numel(), EMBEDDING_FEATURES), 2 * len(sites))
         return StepLoad(
-            sum(p.numel() for p in parameters), len(parameters), len(strategy.sites),
-            strategy.sites[0].queries_per_sample, forward_equivalents(strategy, inputs), self.drawn, self.exchange,
-            gathered, strategy.chunk_rows, parameters[0].element_size(),
+            sum(p.numel() for p in parameters), len(parameters), len(sites), sites[0].queries_per_sample,
+            forward_equivalents(strategy, inputs), self.drawn, self.exchange, gathered, strategy.chunk_rows,
         )  # fmt: skip
 
 
@@ -137,8 +133,6 @@ class Machine(NamedTuple):
 
 
 class StepSeconds(NamedTuple):
-    """Seconds of a step by what they are spent on."""
-
     passes: float
     draws: float
     exchange: float
@@ -166,13 +160,21 @@ def efficiency(alone: float, together: float, ranks: int, scaling: str) -> float
     return alone / (together * (ranks if scaling == "strong" else 1))
 
 
-def even_bandwidth(directions: int, ranks: int, draws: float, *, itemsize: int = 4) -> float:
+def even_bandwidth(directions: int, ranks: int, draws: float) -> float:
     """Bytes a second below which exchanging losses is faster than exchanging gradients, up to latencies and headers.
 
-    ``2 (n - 1) / n * itemsize * d / bandwidth`` seconds of gradients equal ``(n - 1) P d / draws`` of drawing the ``P``
-    directions a site of the other ranks at ``2 * itemsize * draws / (n P)``, whatever ``d``.
+    ``2 (n - 1) / n * 4 d / bandwidth`` seconds of gradients equal ``(n - 1) P d / draws`` of drawing the ``P``
+    directions per site of the other ranks at ``8 * draws / (n P)``, whatever ``d``.
     """
-    return 2 * itemsize * draws / (ranks * directions)
+    return 8 * draws / (ranks * directions)
+
+
+def vit_loads(name: str, *, queries: int) -> tuple[dict[str, StepLoad], float]:
+    """Steps of methods on a ViT of timm, and FLOPs of its forward pass of a sample."""
+    with torch.device("meta"), torch.no_grad():
+        network, image = stage_network(vit(name)), torch.empty(1, 3, 224, 224)
+        methods = {m: m.strategy(network, queries=queries, chunk_rows=256) for m in METHODS if not m.allocated}
+        return {m.name: m.load(made, image) for m, made in methods.items()}, flops(network.run, image)[0]
 
 
 def modelled(options: argparse.Namespace) -> list[Record]:
@@ -202,19 +204,17 @@ def modelled(options: argparse.Namespace) -> list[Record]:
     return records
 
 
-def vit_loads(name: str, *, queries: int) -> tuple[dict[str, StepLoad], float]:
-    """Steps of methods on a ViT of timm, and FLOPs of its forward pass of a sample."""
-    with torch.device("meta"), torch.no_grad():
-        network, image = stage_network(vit(name)), torch.empty(1, 3, 224, 224)
-        methods = {m: m.strategy(network, queries=queries, chunk_rows=256) for m in METHODS if not m.allocated}
-        return {m.name: m.load(made, image) for m, made in methods.items()}, flops(network.run, image)[0]
-
-
 COLUMNS = {
-    "model": "{model}", "method": "{method}", "ranks": "{ranks}", "samples a rank": "{samples}", "queries": "{queries}",
-    "compute s": "{compute_seconds:.4g}", "of it draws s": "{draws_seconds:.3g}",
+    "model": "{model}", "method": "{method}", "ranks": "{ranks}", "samples per rank": "{samples}",
+    "queries": "{queries}", "compute s": "{compute_seconds:.4g}", "of it draws s": "{draws_seconds:.3g}",
     "exchange s": "{exchange_seconds:.3g}", "exchange share": "{exchange_share:.2%}", "efficiency": "{efficiency:.3f}",
 }  # fmt: skip
+
+
+def by_scaling(columns: Mapping[str, str], records: Sequence[Record]) -> str:
+    """A table for each scaling."""
+    kept = {scaling: [record for record in records if record["scaling"] == scaling] for scaling in SCALINGS}
+    return "\n".join(f"\n{title}\n\n{table(columns, kept[scaling])}" for scaling, title in SCALINGS.items())
 
 
 def report(records: Sequence[Record], options: argparse.Namespace) -> str:
@@ -222,17 +222,12 @@ def report(records: Sequence[Record], options: argparse.Namespace) -> str:
     (node, network), (node_latency, network_latency) = options.bandwidth, options.latency
     pairs, several = options.queries // 2, sorted({record["ranks"] for record in records} - {1})
     limits = (f"{even_bandwidth(pairs, n, options.draws_per_second) / 1e9:.3g} GB/s on {n} ranks" for n in several)
-    tables = [
-        f"\n{title}\n\n{table(COLUMNS, [record for record in records if record['scaling'] == scaling])}"
-        for scaling, title in SCALINGS.items()
-    ]
-    return "\n".join([
-        "MODEL, not measured: T(n) = passes + draws + exchange, ring collectives, nothing overlaps, no rank waits.",
-        f"Assumed of a rank: {options.flops_per_second:.3g} FLOPs/s of forward passes, "
-        f"{options.draws_per_second:.3g} random numbers/s drawn and added; 4 bytes a number.",
-        f"Assumed of links: {node:g} GB/s and {node_latency:g} us a message within a node of "
-        f"{options.ranks_per_node} ranks, {network:g} GB/s and {network_latency:g} us between nodes.",
-        *tables,
-        "\nqueries: at all sites together. Left out: noise of LikelihoodRatio, optimiser, data.",
-        f"Exchanging losses is faster than exchanging gradients below {', '.join(limits)}, whatever the model.",
-    ])  # fmt: skip
+    return f"""MODEL, not measured: T(n) = passes + draws + exchange, ring collectives, nothing overlaps, no rank waits.
+Assumed of a rank: {options.flops_per_second:.3g} FLOPs/s of forward passes, {options.draws_per_second:.3g} random \
+numbers/s drawn and added; 4 bytes per number.
+Assumed of links: {node:g} GB/s and {node_latency:g} us per message within a node of {options.ranks_per_node} ranks, \
+{network:g} GB/s and {network_latency:g} us between nodes.
+{by_scaling(COLUMNS, records)}
+
+queries: at all sites together. Left out: noise of LikelihoodRatio, optimiser, data.
+Exchanging losses is faster than exchanging gradients below {", ".join(limits)}, whatever the model."""

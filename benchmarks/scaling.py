@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,23 +40,17 @@ class Point:
     image: int = 64
 
     def case(self) -> Case:
-        """What is measured at this point."""
-        build = partial(
-            vit, num_classes=10, img_size=self.image, patch_size=8, depth=self.depth, embed_dim=self.width,
-            num_heads=max(1, self.width // 64),
-        )  # fmt: skip
+        size: dict[str, Any] = {"img_size": self.image, "patch_size": 8, "depth": self.depth, "embed_dim": self.width}
+        build = partial(vit, num_classes=10, num_heads=max(1, self.width // 64), **size)
         image = (3, self.image, self.image)
         return Case("ViT", build, image, 10, self.batch, self.queries, CHUNK_ROWS, rounds=5, groups=self.groups)
 
 
 BASE = Point()
 SWEEPS: Mapping[str, Sequence[int]] = {
-    "batch": (2, 4, 8, 16, 32),
-    "queries": (4, 8, 16, 32, 64),
-    "depth": (3, 6, 12, 24),
-    "width": (96, 192, 384, 768),
+    "batch": (2, 4, 8, 16, 32), "queries": (4, 8, 16, 32, 64), "depth": (3, 6, 12, 24), "width": (96, 192, 384, 768),
     "groups": (2, 3, 6),
-}
+}  # fmt: skip
 """By the quantity that is changed: its values, the base point's among them."""
 
 LEGEND = {
@@ -74,7 +69,6 @@ LEGEND = {
 
 @torch.inference_mode()
 def inference(setup: Setup) -> None:
-    """A plain forward pass of the batch."""
     with setup.network.evaluating():
         for x in setup.inputs.split(CHUNK_ROWS):
             setup.network.run(x)
@@ -82,7 +76,6 @@ def inference(setup: Setup) -> None:
 
 @torch.inference_mode()
 def forward_flops(setup: Setup) -> float:
-    """FLOPs of a forward pass of one sample."""
     with setup.network.evaluating():
         return flops(setup.network.run, setup.inputs[:1])[0]
 
@@ -105,46 +98,46 @@ def measure(
 
 
 def records(sweep: str, setups: Mapping[int, Setup], timings: Timings, *, base: Point) -> list[Record]:
-    """What was measured and what was counted at each point."""
+    start, sizes = getattr(base, sweep), list(setups)
     counted = {value: forward_equivalents(setup.strategy, setup.inputs) for value, setup in setups.items()}
     work = {value: counted[value] * len(setup.inputs) * forward_flops(setup) for value, setup in setups.items()}
     rounds = list(zip(*(timings.seconds[f"{STEP} {value}"] for value in setups), strict=True))
-    slope = Spread.of(exponent(list(setups), seconds) for seconds in rounds)
-    start = getattr(base, sweep)
+    slope = Spread.of(exponent(sizes, seconds) for seconds in rounds)
     found = []
     for value, setup in setups.items():
-        over_base = timings.ratio(f"{STEP} {value}", f"{STEP} {start}")
-        over_inference = timings.ratio(f"{STEP} {value}", f"{INFERENCE} {value}")
+        over_base, over_inference = (
+            timings.ratio(f"{STEP} {value}", other) for other in (f"{STEP} {start}", f"{INFERENCE} {value}")
+        )
         predicted = work[value] / work[start]
         found.append({
             "sweep": sweep, **asdict(replace(base, **{sweep: value})), "step_over_base": over_base,
             "predicted_over_base": predicted, "measured_over_predicted": over_base.median / predicted,
             "step_over_inference": over_inference, "forward_equivalents": counted[value],
             "measured_over_counted": over_inference.median / counted[value], "exponent": slope,
-            "predicted_exponent": exponent(list(setups), list(work.values())), "rounds": len(rounds),
+            "predicted_exponent": exponent(sizes, list(work.values())), "rounds": len(rounds),
             "strategy": f"{type(setup.strategy).__name__} ({setup.strategy.variant})", "chunk_rows": CHUNK_ROWS,
         })  # fmt: skip
     return found
 
 
 def report(found: Sequence[Record], base: Point) -> str:
-    """The points, the exponents, and what the columns count."""
     columns = {"sweep": "{sweep}", "value": "{value}"} | {name: cell for name, (cell, _) in LEGEND.items()}
     slopes = {"sweep": "{sweep}", "exponent": columns.pop("exponent"), "predicted": "{predicted_exponent:.2f}"}
-    return "\n".join([
-        table(columns, [record | {"value": record[record["sweep"]]} for record in found]),
-        "\n" + table(slopes, {record["sweep"]: record for record in found}.values()),
-        f"\nBase point: {', '.join(f'{name} {value}' for name, value in asdict(base).items())}; patches of 8x8 pixels.",
-        "A step: clean pass, all queries with equal counts, local VJPs, .grad; no optimiser.",
-        "Measured: median (quartiles) over the rounds.\n",
-        *(f"- {column}: {meaning}" for column, (_, meaning) in LEGEND.items()),
-    ])  # fmt: skip
+    legend = "\n".join(f"- {column}: {meaning}" for column, (_, meaning) in LEGEND.items())
+    return f"""{table(columns, [record | {"value": record[record["sweep"]]} for record in found])}
+
+{table(slopes, {record["sweep"]: record for record in found}.values())}
+
+Base point: {", ".join(f"{name} {value}" for name, value in asdict(base).items())}; patches of 8x8 pixels.
+A step: clean pass, all queries with equal counts, local VJPs, .grad; no optimiser.
+Measured: median (quartiles) over the rounds.
+
+{legend}"""
 
 
 def main(
     argv: Sequence[str] | None = None, *, base: Point = BASE, sweeps: Mapping[str, Sequence[int]] = SWEEPS
 ) -> None:
-    """Measure, print the tables, write the records."""
     parser = command("benchmarks.scaling", __doc__, device=True, rounds=5)
     parser.add_argument("--only", choices=list(sweeps), help="a single sweep (default all)")
     options = parser.parse_args(argv)

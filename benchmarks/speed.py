@@ -31,12 +31,8 @@ STEP, QUERIES = "step", "queries of the step"
 FULL, SUFFIX, BACKPROP, CHECKPOINTED = "full inference", "suffix inference", "backprop", "checkpointed backprop"
 REFERENCE, BATCHED = "reference", "batched reference"
 RATIOS = {
-    "ratio_full_inference": (FULL, STEP),
-    "ratio_suffix_inference": (SUFFIX, QUERIES),
-    "ratio_backprop": (BACKPROP, STEP),
-    "ratio_checkpointed_backprop": (CHECKPOINTED, STEP),
-    "ratio_reference": (REFERENCE, STEP),
-    "ratio_batched_reference": (BATCHED, STEP),
+    f"ratio_{theirs.replace(' ', '_')}": (theirs, QUERIES if theirs == SUFFIX else STEP)
+    for theirs in (FULL, SUFFIX, BACKPROP, CHECKPOINTED, REFERENCE, BATCHED)
 }
 """Key in the record -> (theirs, ours): time of the first over that of the second."""
 
@@ -54,7 +50,6 @@ class Setup:
 
 
 def set_up(case: Case, device: torch.device) -> Setup:
-    """Random weights and data from a fixed seed."""
     network, inputs, targets = case.load(device)
     strategy = case.make_strategy(network)
     strategy.bind(network, cross_entropy)
@@ -64,21 +59,19 @@ def set_up(case: Case, device: torch.device) -> Setup:
 
 def step(setup: Setup, strategy: ForwardGradientStrategy | None = None) -> None:
     """``.grad`` of a batch: clean pass, pilots and allocation if there are any, queries, local VJP; no optimiser."""
-    strategy = strategy or setup.strategy
+    strategy, allocator = strategy or setup.strategy, setup.allocator
     setup.network.module.zero_grad()
     clean = strategy.clean_pass(setup.inputs, setup.targets)
-    if setup.allocator is None or not isinstance(strategy, QueryStrategy):
+    if allocator is None or not isinstance(strategy, QueryStrategy):
         strategy.estimate(clean)
         return
     with phase("allocation"):
-        known = strategy.sample_statistics(clean, setup.allocator.requests)
-        allocation = setup.allocator.allocate(known, strategy.budget)
-    estimate = strategy.estimate(
-        clean, allocation.counts, pilot_weight=allocation.pilot_weight, traces=setup.allocator.learns
-    )
+        allocation = allocator.allocate(strategy.sample_statistics(clean, allocator.requests), strategy.budget)
+    counts, weight = allocation.counts, allocation.pilot_weight
+    estimate = strategy.estimate(clean, counts, pilot_weight=weight, traces=allocator.learns)
     if estimate.observation is not None:
         with phase("allocation"):
-            setup.allocator.observe(estimate.observation)
+            allocator.observe(estimate.observation)
 
 
 @torch.no_grad()
@@ -122,7 +115,6 @@ Rows = Sequence[tuple[int, Sequence[Tensor]]]
 
 @torch.inference_mode()
 def infer(network: StagedNetwork, rows: Rows) -> None:
-    """Run them."""
     with network.evaluating():
         for start, chunks in rows:
             for h in chunks:
@@ -168,21 +160,16 @@ def contenders(setup: Setup) -> dict[str, Callable[[], object]]:
         QUERIES: lambda: [None for _ in run_queries(ours, clean)],
         SUFFIX: partial(infer, network, suffix_rows(sites, clean, rows)),
     }
-    if setup.case.suffixes_only:
-        return found
-    found |= {
-        STEP: partial(step, setup),
-        FULL: partial(infer, network, full_rows(sites, inputs, rows)),
-        BACKPROP: partial(step, setup, backprop),
-        CHECKPOINTED: checkpointed,
-    }
-    if setup.case.references and isinstance(ours, LikelihoodRatio):
-        found |= {REFERENCE: reference.literal, BATCHED: partial(reference.batched, rows)}
+    if not setup.case.suffixes_only:
+        full = partial(infer, network, full_rows(sites, inputs, rows))
+        found |= {STEP: partial(step, setup), FULL: full}
+        found |= {BACKPROP: partial(step, setup, backprop), CHECKPOINTED: checkpointed}
+        if setup.case.references and isinstance(ours, LikelihoodRatio):
+            found |= {REFERENCE: reference.literal, BATCHED: partial(reference.batched, rows)}
     return found
 
 
 def measure(case: Case, device: torch.device) -> Record:
-    """Time a case and return its record."""
     setup, wait = set_up(case, device), synchronizer(device)
     timings = alternate(contenders(setup), rounds=case.rounds, synchronize=wait)
     return record(setup, timings) | {"seconds_by_phase": seconds_by_phase(setup, wait)}
@@ -191,13 +178,12 @@ def measure(case: Case, device: torch.device) -> Record:
 def record(setup: Setup, timings: Timings) -> Record:
     """What was measured, and the ratios; None where a contender was not timed."""
     case, strategy, timed = setup.case, setup.strategy, timings.seconds
+    names = ("model", "batch", "queries", "allocation", "compiled", "rounds", "chunk_rows")
     return {
-        **{name: getattr(case, name) for name in ("model", "batch", "queries", "allocation", "compiled")},
+        **{name: getattr(case, name) for name in names},
         "strategy": f"{type(strategy).__name__} ({strategy.variant})",
         "layout": "factored" if isinstance(strategy, SPSA) else "activations",
         "sites": case.kind if case.kind == "block" else " ".join(site.name for site in strategy.sites),
         **{key: timings.ratio(*pair) if timed.keys() >= set(pair) else None for key, pair in RATIOS.items()},
         "overhead_fraction": timings.excess(STEP, SUFFIX) if STEP in timed else None,
-        "rounds": case.rounds,
-        "chunk_rows": case.chunk_rows,
     }

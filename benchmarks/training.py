@@ -58,30 +58,25 @@ ALLOCATORS: Mapping[str, Callable[[], fl.QueryAllocator]] = {
 
 WARM_UP = 2
 CONTENDERS: Mapping[str, tuple[Callable[[], QueryAllocator], int]] = {
-    "equal": (ALLOCATORS["equal"], 0),
-    "bernoulli": (ALLOCATORS["bernoulli"], 0),
-    "gaussian": (ALLOCATORS["gaussian, pathwise"], 0),
-    "gaussian, pilots": (GaussianAllocator, PILOTS),
-    "optimal": (ALLOCATORS["optimal"], 0),
-    "cost-aware": (ALLOCATORS["cost-aware"], 0),
-}
+    "equal": (ALLOCATORS["equal"], 0), "bernoulli": (ALLOCATORS["bernoulli"], 0),
+    "gaussian": (ALLOCATORS["gaussian, pathwise"], 0), "gaussian, pilots": (GaussianAllocator, PILOTS),
+    "optimal": (ALLOCATORS["optimal"], 0), "cost-aware": (ALLOCATORS["cost-aware"], 0),
+}  # fmt: skip
 """By name: the allocator, and pilots of each sample at the highest group."""
 
 
 def batch_statistics(batch: int, seed: int, device: torch.device) -> tuple[fl.SampleStatistics, fl.TraceObservation]:
     """Statistics of a batch, and what its queries might have shown."""
     generator = torch.Generator().manual_seed(seed)
-    loss = torch.rand(batch, generator=generator) * 3
-    log_trace = 2 * loss + torch.randn(batch, generator=generator)
-    scatter = torch.rand(SITES, batch, generator=generator) + 0.5
-    predictors = {name: (log_trace + torch.randn(batch, generator=generator)).exp() for name in PREDICTORS}
+    rand, randn = (partial(draw, generator=generator) for draw in (torch.rand, torch.randn))
+    loss = rand(batch) * 3
+    log_trace = 2 * loss + randn(batch)
+    scatter = rand(SITES, batch) + 0.5
+    predictors = {name: (log_trace + randn(batch)).exp().to(device) for name in PREDICTORS}
     known = fl.SampleStatistics(
-        loss=loss.to(device),
-        embedding=torch.randn(batch, FEATURES, generator=generator).to(device),
-        predictors={name: value.to(device) for name, value in predictors.items()},
-        counted_costs=torch.tensor([0.67, 0.33, 0.001, 0.0], device=device),
-        scale=torch.ones(SITES, device=device),
-    )
+        loss=loss.to(device), embedding=randn(batch, FEATURES).to(device), predictors=predictors,
+        counted_costs=torch.tensor([0.67, 0.33, 0.001, 0.0], device=device), scale=torch.ones(SITES, device=device),
+    )  # fmt: skip
     traces = (log_trace.exp() * scatter).to(device)
     return known, fl.TraceObservation(traces, torch.full_like(traces, QUERIES))
 
@@ -100,24 +95,18 @@ def allocations(allocator: fl.QueryAllocator, batch: int, device: torch.device) 
 
 
 @torch.no_grad()
-def clean_pass_seconds(batch: int, device: torch.device) -> float:
-    """Seconds of a ViT-Base/16 forward pass of the batch at 224 pixels."""
-    network, images, _ = VIT_BASE.load(device, batch)
-    contenders = {"clean": lambda: [network.module(part) for part in images.split(16)]}
-    return alternate(contenders, rounds=1, synchronize=synchronizer(device)).seconds["clean"][0]
-
-
 def allocation(argv: Sequence[str]) -> None:
-    """Measure and print the table of :data:`ALLOCATION`."""
     options = command("benchmarks.training allocation", f": {ALLOCATION}", device=True, batch=128).parse_args(argv)
     batch, device = options.batch, options.device
-    whole = clean_pass_seconds(batch, device)
+    network, images, _ = VIT_BASE.load(device, batch)
+    passes = {"clean": lambda: [network.module(part) for part in images.split(16)]}
+    whole = alternate(passes, rounds=1, synchronize=synchronizer(device)).seconds["clean"][0]
     contenders = {name: allocations(make(), batch, device) for name, make in ALLOCATORS.items()}
     seconds = alternate(contenders, rounds=WINDOW + ROUNDS, synchronize=synchronizer(device)).seconds
     times = {name: Spread.of(1e3 * each for each in seconds[name][WINDOW:]) for name in contenders}
     records = [{"allocator": name, "ms": ms, "share": ms.median / 1e3 / whole} for name, ms in times.items()]
     print(f"clean pass of {batch} images through ViT-Base/16 at 224 pixels: {whole:.2f} s\n")
-    columns = {"allocator": "{allocator}", "ms a batch, median (quartiles)": "{ms:.1f}"}
+    columns = {"allocator": "{allocator}", "ms per batch, median (quartiles)": "{ms:.1f}"}
     print(table(columns | {"share of the clean pass": "{share:.3%}"}, records))
     finish(options, [record | {"batch": batch, "clean_pass_seconds": whole} for record in records])
 
@@ -131,7 +120,6 @@ class StepClock(Callback):
         self._looks: list[dict[str, float]] = []
 
     def on_train_batch_start(self, *_: Any) -> None:
-        """Look at the clock."""
         self.synchronize()
         self._looks.append({**self.seconds, "step": time.perf_counter()})
 
@@ -157,9 +145,8 @@ def train(name: str, options: argparse.Namespace, **model_kwargs: Any) -> list[d
     task.strategy.bind(task.network, task.loss)
     embedding: Any = task.backbone.patch_embed
     steps = WARM_UP + options.steps + 1
-    number = batch * steps
-    images = torch.randn(number, embedding.proj.in_channels, *embedding.img_size)
-    loader = DataLoader(TensorDataset(images, torch.arange(number) % 10), batch_size=batch)
+    images = torch.randn(batch * steps, embedding.proj.in_channels, *embedding.img_size)
+    loader = DataLoader(TensorDataset(images, torch.arange(len(images)) % 10), batch_size=batch)
     synchronize = synchronizer(device)
     with tempfile.TemporaryDirectory() as folder, timed_phases(synchronize) as seconds:
         clock = StepClock(seconds, synchronize)
@@ -174,20 +161,17 @@ def train(name: str, options: argparse.Namespace, **model_kwargs: Any) -> list[d
 
 def record(name: str, steps: Sequence[Mapping[str, float]]) -> Record:
     """Medians over the steps: seconds of a step, and shares of it by phase (``rest``: data, logging, the trainer)."""
-    shares = {phase: statistics.median(step[phase] / step["step"] for step in steps) for phase in PHASES}
-    rest = statistics.median(1 - sum(step[phase] for phase in PHASES) / step["step"] for step in steps)
+    by_phase = [{str(phase): step[phase] / step["step"] for phase in PHASES} for step in steps]
+    shares = [share | {"rest": 1 - sum(share.values())} for share in by_phase]
     beyond = [step["allocation"] / (step["step"] - step["pilots"]) for step in steps]
     return {
-        "allocator": name,
-        "seconds": statistics.median(step["step"] for step in steps),
-        "shares": {**shares, "rest": rest},
-        "allocation_share": statistics.median(beyond),
-        "allocation_share_worst": max(beyond),
-    }
+        "allocator": name, "seconds": statistics.median(step["step"] for step in steps),
+        "shares": {part: statistics.median(share[part] for share in shares) for part in shares[0]},
+        "allocation_share": statistics.median(beyond), "allocation_share_worst": max(beyond),
+    }  # fmt: skip
 
 
 def report(records: Sequence[Record]) -> str:
-    """Shares of a step by phase."""
     columns = {"allocator": "{allocator}", "step, s": "{seconds:.2f}"}
     columns |= {name: f"{{shares[{name}]:.2%}}" for name in (*PHASES, "rest")}
     last = "allocation / step without pilots (worst)"

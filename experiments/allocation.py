@@ -18,8 +18,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -29,8 +28,7 @@ from experiments.allocation_scores import HeldOut, proxy_rows
 from experiments.command_line import StudyParser, configs
 from experiments.harness import claim
 from experiments.pictures import draw_allocation, draw_if_possible
-from experiments.stats import geometric_interval
-from experiments.tables import write_csv
+from experiments.tables import geometric_interval, write_csv
 from experiments.training import EqualCountsRun
 from flops_lightning.allocators import Allocation, QueryAllocator, QueryBudget, SampleStatistics, TraceObservation
 from flops_lightning.allocators.held_back import rank_correlation
@@ -48,17 +46,8 @@ TABLES = {
 # First query of each kind: apart from each other and from the queries that train.
 PILOTS, OWN, HELD_OUT = 10_000, 100_000, 1_000_000
 Key = tuple[int, str]  # budget and name of the case
-
-
-class Plan(NamedTuple):
-    """What is measured."""
-
-    checkpoints: tuple[int, ...]  # optimiser steps before which it is
-    budgets: tuple[int, ...]  # queries of a sample at each site
-    batches: int  # that are allocated and scored at each checkpoint
-    directions: int  # held out, of each sample at each site
-    window: int  # batches before a checkpoint from which allocators learn
-    arguments: tuple[str, ...]  # the configuration, as after ``main.py fit``
+PLAN = ("checkpoints", "budgets", "batches", "directions", "window", "arguments")
+"""Options that say what is measured, and the run's arguments."""
 
 
 class Spectators:
@@ -66,7 +55,7 @@ class Spectators:
 
     def __init__(self, run: EqualCountsRun, budgets: Sequence[int]) -> None:
         self.strategy, self.budgets = run.strategy, budgets
-        self.limits = {"multiple": run.strategy.budget.multiple, "minimum": run.strategy.budget.minimum}
+        self.limits: dict[str, Any] = {"multiple": run.strategy.budget.multiple, "minimum": run.strategy.budget.minimum}
         self.cases = {(budget, case.name): case for budget in budgets for case in CASES}
         self.allocators: dict[Key, QueryAllocator] = {key: case.make() for key, case in self.cases.items()}
         self.names = frozenset(name for allocator in self.allocators.values() for name in allocator.requests)
@@ -90,8 +79,7 @@ class Spectators:
             traces = self._traces(clean, self.cases[key].pilots, number)
             pilots[traces.trace.isfinite().any(dim=1).cpu()] = number
             statistics = replace(statistics, trace=traces.trace, trace_queries=traces.queries)
-        left = tuple(key[0] - int(line.max()) for line in pilots)
-        budget = QueryBudget(left, multiple=self.limits["multiple"], minimum=self.limits["minimum"])
+        budget = QueryBudget(tuple(key[0] - int(line.max()) for line in pilots), **self.limits)
         return self.allocators[key].allocate(statistics, budget), pilots
 
     def affordable(self) -> list[Key]:
@@ -111,8 +99,7 @@ class Spectators:
         return self._pilots[key]
 
 
-def measure(run: EqualCountsRun, plan: Plan, step: int, spectators: Spectators, bar: Any) -> dict[str, list[Any]]:
-    """Rows of the three tables at one checkpoint."""
+def measure(run: EqualCountsRun, plan: Any, step: int, spectators: Spectators, bar: Any) -> dict[str, list[Any]]:
     accuracy, order, size = run.train_accuracy(), run.shuffled(step), run.data.batch_size
     held: list[HeldOut] = []
     scores: dict[Key, list[Tensor]] = {}
@@ -136,12 +123,10 @@ def measure(run: EqualCountsRun, plan: Plan, step: int, spectators: Spectators, 
     best_linear = {case.name: case.best_linear for case in CASES}
     for (budget, name), js in scores.items():
         equal, optimal = [h.equal(budget) for h in held], [h.optimal(budget) for h in held]
-        found = (step, accuracy, budget, name)
-        linear = scores[budget, best_linear[name]]
+        found, linear = (step, accuracy, budget, name), scores[budget, best_linear[name]]
         rows["allocation"].append((*found, *gains(equal, js), gains(equal, optimal)[0], gains(equal, linear)[0]))
         for k, site in enumerate(sites):
-            kept = [i for i, e in enumerate(equal) if e[k] > 0]
-            if kept:
+            if kept := [i for i, e in enumerate(equal) if e[k] > 0]:
                 base, own, best = ([tensors[i][k] for i in kept] for tensors in (equal, js, optimal))
                 rows["allocation_sites"].append((*found, site, *gains(base, own), gains(base, best)[0]))
     return rows
@@ -149,11 +134,10 @@ def measure(run: EqualCountsRun, plan: Plan, step: int, spectators: Spectators, 
 
 def gains(equal: Sequence[Tensor], own: Sequence[Tensor]) -> tuple[float, float, float]:
     """Gain over equal counts with its interval, from the J of each batch."""
-    return geometric_interval([float(e.sum() / j.sum()) for e, j in zip(equal, own, strict=True)])
+    return geometric_interval(float(e.sum() / j.sum()) for e, j in zip(equal, own, strict=True))
 
 
 def trace_rows(run: EqualCountsRun, clean: CleanPass, held: HeldOut, step: int) -> list[tuple[Any, ...]]:
-    """Rank correlations of the traces of one batch."""
     sites = [site.name for site in run.strategy.sites]
     pilots = run.strategy.observe_traces(clean, torch.full((len(sites), clean.batch_size), 4), first_query=PILOTS)
     compared = {}
@@ -168,52 +152,37 @@ def trace_rows(run: EqualCountsRun, clean: CleanPass, held: HeldOut, step: int) 
 
 
 def study(options: argparse.Namespace) -> None:
-    """Train, measure at the checkpoints, and write the tables and the picture."""
-    arguments = (*configs(options.config), *options.extra)
-    run = EqualCountsRun(arguments)
-    halves = [run.steps // 2**k for k in range(5)]  # learning is fastest early
-    checkpoints = tuple(sorted(options.checkpoints or {0, *(step for step in halves if step > 5)}))
-    plan = Plan(
-        checkpoints,
-        tuple(dict.fromkeys(options.budgets)),
-        options.batches,
-        options.directions,
-        options.window,
-        arguments,
-    )
-    measure_all(run, plan, options.output)
-    draw_if_possible(draw_allocation, options.output)
-    print(f"written to {options.output}")
-
-
-def measure_all(run: EqualCountsRun, plan: Plan, output: Path) -> None:
-    """Train and keep what is measured at the checkpoints as it comes."""
+    """Train, keep what is measured at the checkpoints as it comes, and draw the picture."""
     from tqdm import tqdm
 
-    claim(output, plan._asdict())
+    options.arguments = (*configs(options.config), *options.extra)
+    run, output, window = EqualCountsRun(options.arguments), options.output, options.window
+    halves = [run.steps // 2**k for k in range(5)]  # learning is fastest early
+    options.checkpoints = sorted(options.checkpoints or {0, *(step for step in halves if step > 5)})
+    options.budgets = list(dict.fromkeys(options.budgets))
+    claim(output, {name: getattr(options, name) for name in PLAN})
     state, done = output / "run.pt", -1
     if state.exists():
         kept = torch.load(state, weights_only=True)
         run.load_state_dict(kept["run"])
         done = kept["step"]
-    left = [step for step in plan.checkpoints if step > done]
+    left = [step for step in options.checkpoints if step > done]
     spectators: Spectators | None = None
-    total = sum(plan.batches + min(plan.window, step) for step in left)
+    total = sum(options.batches + min(window, step) for step in left)
     bar = tqdm(total=total, unit="batch", desc="allocation", mininterval=5.0)
     for step, (images, labels) in run.batches(max(done, 0)):
         if not left:
             break
         clean = run.strategy.clean_pass(images, labels)
-        if left[0] - plan.window <= step < left[0]:
-            spectators = spectators or Spectators(run, plan.budgets)
+        if left[0] - window <= step <= left[0]:
+            spectators = spectators or Spectators(run, options.budgets)
+        if spectators and step < left[0]:
             spectators.learn(clean, run.strategy.sample_statistics(clean, spectators.names))
             bar.update()
-        elif step == left[0]:
-            spectators = spectators or Spectators(run, plan.budgets)
-            for name, rows in measure(run, plan, step, spectators, bar).items():
+        elif spectators:
+            for name, rows in measure(run, options, left.pop(0), spectators, bar).items():
                 texts = [[f"{value:.6g}" if isinstance(value, float) else value for value in row] for row in rows]
                 write_csv(output / f"{name}.csv", TABLES[name], texts, append=True)
-            left.pop(0)
             spectators = None
             run.strategy.draw -= 1  # the batch's clean pass is made again when a run is resumed here
             torch.save({"step": step, "run": run.state_dict()}, state.with_suffix(".part"))
@@ -221,19 +190,18 @@ def measure_all(run: EqualCountsRun, plan: Plan, output: Path) -> None:
             run.strategy.draw += 1
         run.step(clean)
     bar.close()
+    draw_if_possible(draw_allocation, output)
+    print(f"written to {output}")
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the study."""
-    parser = StudyParser(__doc__, runs=False)
+    batches, directions = (6, "batches scored at each checkpoint"), (128, "held-out directions per sample")
+    parser = StudyParser(__doc__, runs=False, batches=batches, directions=directions)
     add = parser.add_argument
     add("--config", action="append", required=True, help="configuration file; may be repeated")
     add("--checkpoints", type=int, nargs="+", help="optimiser steps (default: 0 and halves of the run)")
-    add("--budgets", type=int, nargs="+", default=[4, 10, 20, 60, 200], help="queries of a sample")
+    add("--budgets", type=int, nargs="+", default=[4, 10, 20, 60, 200], help="queries per sample at each site")
     add("--window", type=int, default=10, help="batches that allocators learn from (default 10)")
-    parser.numbers(
-        batches=(6, "batches scored at each checkpoint"), directions=(128, "held-out directions of a sample")
-    )
     parser.run(study, args)
 
 

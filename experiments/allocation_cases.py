@@ -14,8 +14,6 @@ MOST_PILOTS = 4
 
 @dataclass(frozen=True)
 class Case:
-    """An allocator as it is compared."""
-
     name: str
     make: Callable[[], QueryAllocator]
     pilots: str = ""  # at the lowest, the deepest or all sites; paid from the same budget and reused

@@ -13,6 +13,8 @@ from typing import Any
 from experiments.harness import Cell, RunFailedError
 from flops_lightning.errors import SettingError, check_at_least
 
+LAUNCH = ("jobs", "threads", "dry_run")
+
 
 def arguments(settings: Mapping[str, Any]) -> list[str]:
     """Settings as on the command line; lists and mappings as JSON."""
@@ -39,31 +41,29 @@ class StudyParser(argparse.ArgumentParser):
     Args:
         doc: Docstring of the study's module; its first line begins with the command in backticks.
         runs: Whether the study starts runs; then it has the options of ``run_all``.
+        numbers: Options that are 1 or more, by name: their default and what they say.
     """
 
-    def __init__(self, doc: str | None, *, runs: bool = True) -> None:
+    def __init__(self, doc: str | None, *, runs: bool = True, **numbers: tuple[int, str]) -> None:
         summary = (doc or "").partition("\n")[0]
         command = re.search(r"python -m [\w.]+", summary)
         epilog = "Arguments after -- go to every run of main.py fit."
         super().__init__(prog=command[0] if command else None, description=summary, epilog=epilog)
         self.add_argument("--output", type=Path, required=True, help="folder of the study's files")
-        self._numbers: list[str] = []
         if runs:
-            self.numbers(jobs=(1, "runs at a time; they share the cores"))
+            numbers = {"jobs": (1, "runs at a time; they share the cores"), **numbers}
             self.add_argument("--dry_run", action="store_true", help="print the commands and run nothing")
-
-    def numbers(self, **options: tuple[int, str]) -> None:
-        """Add options that are 1 or more, by name: their default and what they say."""
-        for name, (default, text) in options.items():
+        for name, (default, text) in numbers.items():
             self.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default {default})")
-            self._numbers.append(name)
+        self._numbers = list(numbers)
 
     def parse(self, args: Sequence[str] | None) -> argparse.Namespace:
-        """Options, and as ``extra`` what stands after ``--``; None: of the command line of this process."""
+        """Options of the study; ``extra``: what stands after ``--``; ``launch``: settings of ``run_all``."""
         given = list(sys.argv[1:] if args is None else args)
         end = given.index("--") if "--" in given else len(given)
         options = self.parse_args(given[:end])
         options.extra = tuple(given[end + 1 :])
+        options.launch = {name: getattr(options, name) for name in LAUNCH if hasattr(options, name)}
         return options
 
     def run(self, study: Callable[[argparse.Namespace], None], args: Sequence[str] | None) -> None:

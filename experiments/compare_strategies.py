@@ -16,7 +16,7 @@ import argparse
 import math
 import os
 from collections.abc import Mapping, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from experiments.command_line import StudyParser, arguments, configs, fit
 from experiments.harness import Cell, run_all
 from experiments.pictures import draw_if_possible, draw_strategies
 from experiments.strategies_table import AT_END, AT_START, BUDGETS, BudgetKind, Cosines, Length, Reference, Row
+from experiments.tables import write_report
 from flops_lightning.errors import SettingError
 from flops_lightning.plan.cost import Cost, typical_seconds
 
@@ -45,9 +46,8 @@ class Study:
     def __init__(self, options: argparse.Namespace) -> None:
         for name in options.methods:
             if not Path(f"configs/method/{name}.yaml").is_file():
-                raise SettingError(
-                    "--methods", name, f"has no configs/method/{name}.yaml.", "Name files that are there."
-                )
+                problem = f"has no configs/method/{name}.yaml."
+                raise SettingError("--methods", name, problem, "Name files that are there.")
         part = options.tuning_fraction
         if not 0 < part <= 1:
             raise SettingError("--tuning-fraction", part, "must be above 0 and at most 1.", "Write, for example, 0.25.")
@@ -55,10 +55,6 @@ class Study:
         self.output: Path = options.output
         self.methods: list[str] = list(dict.fromkeys(options.methods))
         self.tried: list[float] = sorted(set(options.rates))
-
-    def files(self, method: str) -> tuple[str, ...]:
-        """Configuration files of a method."""
-        return (*self.options.config, f"configs/method/{method}.yaml")
 
     def fit(self, name: str, method: str, seed: int, *, steps: int = 0, settings: Any = (), **cell: Any) -> Cell:
         """A run of so many optimiser steps (0: as configured), without validation and checkpoints."""
@@ -68,18 +64,18 @@ class Study:
             own |= {"trainer.max_epochs": -1, "trainer.max_steps": steps, "trainer.log_every_n_steps": logged}
         return fit(self.output, name, self.files(method), self.options.extra, {**own, **dict(settings)}, **cell)
 
+    def files(self, method: str) -> tuple[str, ...]:
+        return (*self.options.config, f"configs/method/{method}.yaml")
+
     @cached_property
     def reference_run(self) -> Cell:
-        """The run that fixes the budgets."""
         return self.fit("reference", REFERENCE, 0, keeps_weights=True)
 
     @cached_property
     def reference(self) -> Reference:
-        """What the budgets are."""
         return Reference(*map(self.reference_run.summary.__getitem__, Reference._fields))
 
     def probe(self, method: str) -> Cell:
-        """A run of a few steps."""
         return self.fit(f"probes/{method}", method, 0, steps=PROBE_STEPS)
 
     def training(self, method: str, rate: float, steps: int, seed: int) -> Cell:
@@ -92,11 +88,11 @@ class Study:
         """Estimates of a method beside the gradient."""
         own = {"batches": self.options.batches, "draws": self.options.draws}
         name = f"cosines/{method}/{where}/{own['batches']}_batches_{own['draws']}_draws"
-        folder = self.output / name
-        settings: dict[str, Any] = {"seed_everything": TUNING_SEED, "trainer.default_root_dir": folder}
+        settings: dict[str, Any] = {"seed_everything": TUNING_SEED, "trainer.default_root_dir": self.output / name}
         if where == AT_END:
             (settings["model.init_args.checkpoint"],) = self.reference_run.folder.rglob("model.safetensors")
-        command = ("-m", "experiments.strategies_cosine", *arguments({"output": folder / "cosines.json", **own}), "--",
+        own_arguments = arguments({"output": self.output / name / "cosines.json", **own})
+        command = ("-m", "experiments.strategies_cosine", *own_arguments, "--",
                    *configs(self.files(method)), *self.options.extra, *arguments(settings))  # fmt: skip
         return Cell(self.output, name, command, result="cosines.json")
 
@@ -117,7 +113,6 @@ class Study:
         return costs
 
     def length(self, budget: BudgetKind, method: str) -> Length:
-        """Steps of a method under a budget, or why it is not run."""
         limits = {"max_steps_factor": self.options.max_steps_factor, "max_minutes": self.options.max_minutes}
         return strategies_table.length(budget, self.costs[method], self.reference, **limits)
 
@@ -139,9 +134,9 @@ class Study:
             return dict.fromkeys(self.methods, self.tried[0])
         best = {}
         for method in self.methods:
-            tried = self.tuning(method).items()
-            losses = {rate: loss for rate, cell in tried if math.isfinite(loss := cell.late_loss)}
-            best[method] = min(losses, key=losses.__getitem__, default=math.nan)
+            losses = {rate: cell.late_loss for rate, cell in self.tuning(method).items()}
+            finite = [rate for rate, loss in losses.items() if math.isfinite(loss)]
+            best[method] = min(finite, key=losses.__getitem__, default=math.nan)
         return best
 
     def runs(self, budget: BudgetKind, method: str) -> dict[int, Cell]:
@@ -151,7 +146,6 @@ class Study:
         return {seed: self.training(method, rate, found.steps, seed) for seed in seeds}
 
     def row(self, budget: BudgetKind, method: str, cosines: Cosines) -> Row:
-        """A method's line under a budget."""
         found, rate, runs = self.length(budget, method), self.rates[method], self.runs(budget, method)
         if not runs:
             reason = found.reason or "it diverged at every learning rate"
@@ -177,16 +171,18 @@ class Study:
             total += seconds
             text = "; ".join(f"{BUDGETS[b]}: {each.reason or f'{each.steps:,} steps'}" for b, each in found.items())
             lines.append(
-                f"{method}: {cost.queries:g} queries and {cost.forward_equivalents:.3g} forward-equivalents a sample, "
-                f"{cost.seconds:.3g} s a step; {text}; {seconds / 60:.0f} min"
+                f"{method}: {cost.queries:g} queries and {cost.forward_equivalents:.3g} forward-equivalents per "
+                f"sample, {cost.seconds:.3g} s per step; {text}; {seconds / 60:.0f} min"
             )
         hours = total / 3600 / self.options.jobs
         lines.append(f"training: about {hours:.1f} hours with {self.options.jobs} at a time, processes' start apart")
         return "\n".join(lines)
 
     def run(self) -> None:
-        """Run what is not finished and write the tables."""
-        run = partial(run_all, jobs=self.options.jobs, dry_run=self.options.dry_run)
+
+        def run(cells: Sequence[Cell]) -> bool:
+            return run_all(cells, **self.options.launch)
+
         if not run([self.reference_run, *map(self.probe, self.methods)]):
             return
         print(self.plan(), flush=True)
@@ -198,7 +194,6 @@ class Study:
                 self.write({m: {w: c.summary["cosines"] for w, c in cells.items()} for m, cells in by_method.items()})
 
     def write(self, cosines: Mapping[str, Cosines]) -> None:
-        """Write tables and picture."""
         options = self.options
         about = {
             "configs": " ".join((" + ".join(options.config), *options.extra)),
@@ -211,18 +206,14 @@ class Study:
             "processes": f"{options.jobs} at a time on {os.cpu_count()} cores",
         }
         tables = {budget: [self.row(budget, method, cosines[method]) for method in self.methods] for budget in BUDGETS}
-        text = strategies_table.report(tables, self.reference, about)
-        (self.output / "strategies.md").write_text(text)
         strategies_table.write_tables(self.output, tables, cosines)
         draw_if_possible(draw_strategies, self.output)
-        print(f"\n{text}\nwritten to {self.output}")
+        write_report(self.output / "strategies.md", strategies_table.report(tables, self.reference, about))
 
 
 def command_line() -> StudyParser:
-    """The options."""
-    parser = StudyParser(__doc__)
-    parser.numbers(seeds=(5, "seeds 0 to N-1"), batches=(4, "batches on which cosines are measured"))
-    parser.numbers(draws=(8, "estimates of each"))
+    batches = (4, "batches on which cosines are measured")
+    parser = StudyParser(__doc__, seeds=(5, "seeds 0 to N-1"), batches=batches, draws=(8, "estimates of each"))
     add = parser.add_argument
     add("--config", action="append", required=True, help="configuration file; may be repeated")
     add("--methods", nargs="+", default=list(METHODS), help="names of configs/method/*.yaml (default: all)")
@@ -235,7 +226,6 @@ def command_line() -> StudyParser:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the study."""
     command_line().run(lambda options: Study(options).run(), args)
 
 

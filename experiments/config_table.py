@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.table1_paper import DATA_SETS, PAPER
+from experiments.table1 import DATA_SETS, PAPER
 from experiments.tables import markdown
 from flops_lightning.errors import SettingError
 

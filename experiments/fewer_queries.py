@@ -14,14 +14,13 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from experiments.command_line import StudyParser, arguments, fit
 from experiments.harness import Cell, late_mean, run_all
-from experiments.stats import paired_ratio
-from experiments.tables import markdown, spread, write_csv
+from experiments.tables import markdown, paired_ratio, spread, write_csv, write_report
 
 ALLOCATORS = ("equal", "bernoulli", "gaussian", "optimal", "cost_aware")
 TUNING_SEED = 1000
@@ -30,8 +29,6 @@ SMOOTHED = 10  # steps over which the training loss is averaged
 
 @dataclass(frozen=True)
 class Problem:
-    """What is trained."""
-
     config: str
     rates: tuple[float, ...]  # to choose from
     losses: tuple[float, ...]  # training losses whose cost is reported, from early to late
@@ -53,8 +50,6 @@ PROBLEMS = {"digits": DIGITS, "cifar10": CIFAR10}
 
 @dataclass(frozen=True)
 class Curve:
-    """One run."""
-
     steps: list[int]  # at which the training loss was logged
     loss: list[float]  # of the batches of these steps, before the step
     queries: list[float]  # so far
@@ -73,10 +68,9 @@ class Curve:
 
     def to_loss(self, target: float, spent: Sequence[float] | None = None) -> float:
         """What was spent (None: queries) until the mean loss of some steps fell to ``target``; NaN if it never did."""
-        for i in range(SMOOTHED, len(self.loss) + 1):
-            if statistics.fmean(self.loss[i - SMOOTHED : i]) <= target:
-                return (spent or self.queries)[i - 1]
-        return math.nan
+        ends = range(SMOOTHED, len(self.loss) + 1)
+        reached = (i for i in ends if statistics.fmean(self.loss[i - SMOOTHED : i]) <= target)
+        return next(((spent or self.queries)[i - 1] for i in reached), math.nan)
 
     def to_accuracy(self, target: float) -> float:
         """Queries until the validation accuracy reached ``target``; NaN if it never did."""
@@ -88,20 +82,20 @@ def compare(own: Sequence[float], equal: Sequence[float]) -> str:
     """Ratio to equal counts with its interval, over the seeds that both reached; how many never did."""
     reached = [i for i, (a, b) in enumerate(zip(own, equal, strict=True)) if math.isfinite(a) and math.isfinite(b)]
     missed = sum(not math.isfinite(a) for a in own)
-    if not reached:
-        return f"not reached ({missed} of {len(own)})"
     note = f", {missed} of {len(own)} never" if missed else ""
-    return paired_ratio([own[i] for i in reached], [equal[i] for i in reached], note)
+    ratio = paired_ratio([own[i] for i in reached], [equal[i] for i in reached], note) if reached else ""
+    return ratio or f"not reached ({missed} of {len(own)})"
 
 
 def report(problem: Problem, curves: Mapping[str, Sequence[Curve]], rates: Mapping[str, float]) -> str:
     """Markdown: every allocator against equal counts."""
-    measures: dict[str, Callable[[Curve], float]] = {"training loss at the end": lambda c: late_mean(c.loss)}
-    for target in problem.losses:
-        measures[f"queries to training loss {target:g}"] = partial(Curve.to_loss, target=target)
-    late = problem.losses[-1]
-    measures[f"forward-equivalents to {late:g}"] = lambda c: c.to_loss(late, c.forward_equivalents)
-    measures[f"queries to accuracy {problem.accuracy:.0%}"] = lambda c: c.to_accuracy(problem.accuracy)
+    late, accuracy = problem.losses[-1], problem.accuracy
+    measures: dict[str, Callable[[Curve], float]] = {
+        "training loss at the end": lambda c: late_mean(c.loss),
+        **{f"queries to training loss {loss:g}": partial(Curve.to_loss, target=loss) for loss in problem.losses},
+        f"forward-equivalents to {late:g}": lambda c: c.to_loss(late, c.forward_equivalents),
+        f"queries to accuracy {accuracy:.0%}": lambda c: c.to_accuracy(accuracy),
+    }
     rows = []
     for allocator, runs in curves.items():
         row = [allocator, f"{rates[allocator]:g}"]
@@ -115,10 +109,11 @@ def report(problem: Problem, curves: Mapping[str, Sequence[Curve]], rates: Mappi
 
 
 def study(options: argparse.Namespace) -> None:
-    """Choose learning rates, run what is missing, and write the tables."""
     problem = PROBLEMS[options.problem]
     allocators = list(dict.fromkeys(("equal", *options.allocators)))
-    run = partial(run_all, jobs=options.jobs, dry_run=options.dry_run, outcome=lambda c: f"loss {c.late_loss:.4f}")
+
+    def run(runs: Iterable[Cell]) -> bool:
+        return run_all([*runs], **options.launch, outcome=lambda cell: f"loss {cell.late_loss:.4f}")
 
     def cell(allocator: str, rate: float, seed: int) -> Cell:
         files = (problem.config, f"configs/allocators/{allocator}.yaml")
@@ -127,15 +122,13 @@ def study(options: argparse.Namespace) -> None:
         return fit(options.output, name, files, (*arguments(problem.settings), *options.extra), own)
 
     tuning = {name: {rate: cell(name, rate, TUNING_SEED) for rate in problem.rates} for name in allocators}
-    if not run([each for by_rate in tuning.values() for each in by_rate.values()]):
+    if not run(each for by_rate in tuning.values() for each in by_rate.values()):
         return
     rates = {name: min(by_rate, key=lambda rate: by_rate[rate].late_loss) for name, by_rate in tuning.items()}
     runs = {(name, seed): cell(name, rates[name], seed) for seed in range(options.seeds) for name in allocators}
-    if not run([*runs.values()]):
+    if not run(runs.values()):
         return
     curves = {key: Curve.of(each) for key, each in runs.items()}
-    text = report(problem, {name: [c for (own, _), c in curves.items() if own == name] for name in allocators}, rates)
-    (options.output / "fewer_queries.md").write_text(text)
     columns = ["allocator", "lr", "seed", "late_loss", *(f"queries_to_{target:g}" for target in problem.losses),
                "queries_to_accuracy", "queries", "test_accuracy"]  # fmt: skip
     rows = [
@@ -144,14 +137,13 @@ def study(options: argparse.Namespace) -> None:
         for (name, seed), c in curves.items()
     ]  # fmt: skip
     write_csv(options.output / "fewer_queries.csv", columns, rows)
-    print(f"\n{text}\nwritten to {options.output}")
+    text = report(problem, {name: [c for (own, _), c in curves.items() if own == name] for name in allocators}, rates)
+    write_report(options.output / "fewer_queries.md", text)
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the study."""
-    parser = StudyParser(__doc__)
+    parser = StudyParser(__doc__, seeds=(5, "seeds 0 to N-1"))
     parser.add_argument("--problem", choices=list(PROBLEMS), required=True)
-    parser.numbers(seeds=(5, "seeds 0 to N-1"))
     parser.add_argument("--allocators", nargs="+", default=list(ALLOCATORS), choices=ALLOCATORS)
     parser.run(study, args)
 

@@ -49,12 +49,10 @@ class Cell:
 
     @property
     def folder(self) -> Path:
-        """Where its files go."""
         return self.study / self.name
 
     @property
     def command(self) -> list[str]:
-        """The process that makes it."""
         return [sys.executable, *self.arguments]
 
     @property
@@ -64,12 +62,10 @@ class Cell:
 
     @property
     def finished(self) -> bool:
-        """Whether there is nothing left to run."""
         return self.diverged or bool(self._results())
 
     @property
     def summary(self) -> dict[str, Any]:
-        """Content of the result of a finished run."""
         return self._results()[-1][1]
 
     def curve(self, tag: str) -> list[Any]:
@@ -82,15 +78,21 @@ class Cell:
         return list(reader.Scalars(tag))
 
     @property
+    def outcome(self) -> str:
+        if self.diverged:
+            return "diverged"
+        return f"test accuracy {self.summary['test_accuracy']:.1%}" if "test_accuracy" in self.summary else "done"
+
+    @property
     def late_loss(self) -> float:
         """Mean training loss over the last quarter of the run; infinite where it is not finite."""
         return math.inf if self.diverged else late_mean([event.value for event in self.curve("train/loss")])
 
-    def check(self) -> None:
-        """Raise a :class:`SettingError` if the folder holds a run with other settings."""
-        note = self.folder / COMMAND
-        if note.is_file() and self._settings(json.loads(note.read_text())) != self._settings(self.arguments):
-            raise _other_settings(self.study, self.name, COMMAND)
+    def claim(self) -> str:
+        """Its settings as they are noted in its folder; raises a :class:`SettingError` if that holds other ones."""
+        # Without the path of the study, which may be moved.
+        settings = [re.sub(rf"^{re.escape(str(self.study))}(?=/|$)", "STUDY", part) for part in self.arguments]
+        return _note(self.study, self.folder / COMMAND, settings, self.name)
 
     def run(self, children: Children, threads: int) -> None:
         """Run it; raises :class:`RunFailedError` if it failed, :class:`StudyStopped` if a signal ended it."""
@@ -98,7 +100,7 @@ class Cell:
         if not self.resumes:
             shutil.rmtree(self.folder, ignore_errors=True)  # what an interrupted run left
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / COMMAND).write_text(json.dumps(self._settings(self.arguments)))
+        (self.folder / COMMAND).write_text(self.claim())
         log = self.folder / "log.txt"
         with log.open("a") as output:
             code = children.run(self.command, output, threads)
@@ -110,10 +112,6 @@ class Cell:
             for file in (*self.folder.rglob("*.ckpt"), *self.folder.rglob("model.safetensors")):
                 file.unlink()
 
-    def _settings(self, arguments: Sequence[str]) -> list[str]:
-        # Without the path of the study, which may be moved.
-        return [re.sub(rf"^{re.escape(str(self.study))}(?=/|$)", "STUDY", part) for part in arguments]
-
     def _results(self) -> list[tuple[Path, dict[str, Any]]]:
         found = []
         for file in sorted(self.folder.rglob(self.result), key=lambda path: path.stat().st_mtime):
@@ -123,8 +121,6 @@ class Cell:
 
 
 class Children:
-    """The child processes of a study."""
-
     def __init__(self) -> None:
         self.stopped = False
         self._running: set[subprocess.Popen[bytes]] = set()
@@ -186,25 +182,25 @@ def run_all(
     threads: int = 0,
     keep_going: bool = False,
     dry_run: bool = False,
-    outcome: Callable[[Cell], str] = lambda cell: "diverged" if cell.diverged else "done",
+    outcome: Callable[[Cell], str] = lambda cell: cell.outcome,
 ) -> bool:
-    """Run the cells that are not finished; whether all are finished afterwards.
+    """Run the cells that are not finished, each once; whether all are finished afterwards.
 
     On a signal or an exception, the runs under way are ended and waited for, and no other is begun.
 
     Args:
-        cells: Runs, in order. The same run may be given twice.
+        cells: Runs, in order.
         jobs: Runs at a time.
         threads: Threads of a run; 0 shares the cores.
         keep_going: Whether the others run when one has failed; otherwise that is a :class:`RunFailedError`.
-        dry_run: Print the commands of these cells instead.
+        dry_run: Print the commands instead.
         outcome: What to print about a finished run; called after each.
     """
     from tqdm import tqdm
 
     unique = list({cell.folder: cell for cell in cells}.values())
     for cell in unique:
-        cell.check()
+        cell.claim()
     left = [cell for cell in unique if not cell.finished]
     if dry_run:
         print(*(shlex.join(cell.command) for cell in left), sep="\n")
@@ -242,13 +238,14 @@ def late_mean(values: Sequence[float]) -> float:
 
 def claim(output: Path, settings: Mapping[str, Any]) -> None:
     """Take a folder for a study with these settings; raises a :class:`SettingError` if it holds one with others."""
-    note, text = output / "study.json", json.dumps(settings, indent=2, default=str) + "\n"
-    if note.exists() and note.read_text() != text:
-        raise _other_settings(output, "a study", note.name)
+    text = _note(output, output / "study.json", settings, "a study")
     output.mkdir(parents=True, exist_ok=True)
-    note.write_text(text)
+    (output / "study.json").write_text(text)
 
 
-def _other_settings(output: Path, what: str, note: str) -> SettingError:
-    problem = f"holds {what} with other settings (see {note} in it)."
-    return SettingError("--output", str(output), problem, "Use those settings, or choose another folder.")
+def _note(study: Path, note: Path, settings: Any, what: str) -> str:
+    text = json.dumps(settings, indent=2, default=str) + "\n"
+    if note.exists() and json.loads(note.read_text()) != json.loads(text):
+        problem = f"holds {what} with other settings (see {note.name} in it)."
+        raise SettingError("--output", str(study), problem, "Use those settings, or choose another folder.")
+    return text

@@ -14,7 +14,7 @@ from typing import Any
 
 from experiments.command_line import StudyParser, fit
 from experiments.harness import Cell, run_all
-from experiments.tables import markdown, spread, write_csv
+from experiments.tables import markdown, spread, write_csv, write_report
 
 BASE = "configs/vit_tiny_digits.yaml"
 VARIANTS: Mapping[str, tuple[str, ...]] = {
@@ -31,16 +31,18 @@ COLUMNS = (
 
 
 def cells(output: Path, seeds: int, extra: Sequence[str] = ()) -> dict[tuple[str, int], Cell]:
-    """The runs by variant and seed."""
-    found = {}
-    for seed, (variant, files) in product(range(seeds), VARIANTS.items()):
-        name = f"{Path(files[-1]).stem if files else 'ops_lr'}/seed_{seed}"
-        found[variant, seed] = fit(output, name, (BASE, *files), extra, {"seed_everything": seed}, keeps_weights=True)
-    return found
+    folders = {variant: Path(files[-1]).stem if files else "ops_lr" for variant, files in VARIANTS.items()}
+    return {
+        (variant, seed): fit(
+            output, f"{folders[variant]}/seed_{seed}", (BASE, *files), extra, {"seed_everything": seed},
+            keeps_weights=True,
+        )
+        for seed, (variant, files) in product(range(seeds), VARIANTS.items())
+    }  # fmt: skip
 
 
 def by_site(summary: Mapping[str, Any]) -> str:
-    """Queries of a sample at each site."""
+    """Queries per sample and step at each site."""
     share = summary["queries_per_sample"] / (summary["queries"] or 1)
     sites = {site: share * queries for site, queries in summary["queries_by_site"].items()}
     if len(sites) > 6 and len(set(sites.values())) == 1:
@@ -58,30 +60,21 @@ def report(runs: Mapping[tuple[str, int], Cell]) -> str:
             f"{own[0]['start_accuracy']:.1%}", by_site(own[0]), f"{own[0]['queries']:,}",
             f"{own[0]['forward_equivalents']:,.0f}", f"{statistics.median(each['train_seconds'] for each in own):.0f}",
         ])  # fmt: skip
-    columns = ["run", "test accuracy, median (min - max)", "at the start", "queries a sample and step, by site",
+    columns = ["run", "test accuracy, median (min - max)", "at the start", "queries per sample and step, by site",
                "queries", "forward-equivalents", "training time, s (median)"]  # fmt: skip
     return markdown(columns, rows)
 
 
 def study(options: argparse.Namespace) -> None:
-    """Run what is missing, and write the tables."""
     runs = cells(options.output, options.seeds, options.extra)
-    said = "{test_accuracy:.1%} in {train_seconds:.0f} s".format_map
-    how = {"jobs": options.jobs, "dry_run": options.dry_run}
-    if not run_all([*runs.values()], outcome=lambda cell: said(cell.summary), **how):
-        return
-    text = report(runs)
-    (options.output / "quickstart.md").write_text(text)
-    rows = [(*key, *(cell.summary[column] for column in COLUMNS)) for key, cell in runs.items()]
-    write_csv(options.output / "quickstart.csv", ("run", "seed", *COLUMNS), rows)
-    print(f"\n{text}\nwritten to {options.output}")
+    if run_all([*runs.values()], **options.launch):
+        rows = [(*key, *(cell.summary[column] for column in COLUMNS)) for key, cell in runs.items()]
+        write_csv(options.output / "quickstart.csv", ("run", "seed", *COLUMNS), rows)
+        write_report(options.output / "quickstart.md", report(runs))
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the study."""
-    parser = StudyParser(__doc__)
-    parser.numbers(seeds=(5, "seeds 0 to N-1"))
-    parser.run(study, args)
+    StudyParser(__doc__, seeds=(5, "seeds 0 to N-1")).run(study, args)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,6 @@ def extreme_digits(checkpoint: Path, shown: int) -> tuple[Tensor, Tensor, Tensor
 
 
 def draw(runs: Path, seeds: int, output: Path) -> None:
-    """Draw the picture from finished runs."""
     figure = pyplot().figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=[1.25, 1])
     _draw_curves(left.subplots(), runs, seeds)
@@ -77,7 +76,6 @@ def _draw_digits(figure: Any, images: Tensor, labels: Tensor, counts: Tensor) ->
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Draw the picture."""
     parser = argparse.ArgumentParser(prog="python -m experiments.quickstart_picture", description=__doc__)
     parser.add_argument("--runs", type=Path, required=True, help="--output of experiments.quickstart")
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to N-1 (default 5)")

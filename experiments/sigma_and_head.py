@@ -27,8 +27,7 @@ from torch import Tensor
 
 from experiments.command_line import StudyParser, configs, fit
 from experiments.harness import Cell, claim, run_all
-from experiments.stats import paired_difference, paired_ratio
-from experiments.tables import markdown, read_csv, spread, write_csv
+from experiments.tables import markdown, paired_difference, paired_ratio, read_csv, spread, write_csv, write_report
 from experiments.training import Batch, EqualCountsRun
 from flops_lightning.errors import SettingError
 from flops_lightning.strategies import LikelihoodRatio
@@ -84,7 +83,6 @@ def _random_batches(run: EqualCountsRun, number: int, seed: int) -> list[Batch]:
 
 
 def measure(run: EqualCountsRun, step: int, *, batches: int, draws: int) -> list[tuple[Any, ...]]:
-    """Rows of ``variance.csv`` at one checkpoint."""
     rows: list[tuple[Any, ...]] = []
     measured = _random_batches(run, batches, seed=2 * step)
     own = {name: getattr(run.strategy, name) for name in ("variant", "chunk_rows", "seed")}
@@ -147,13 +145,12 @@ def accuracy_table(rows: Sequence[Mapping[str, Any]]) -> str:
             setting, f"{queries[0]:g}", spread(accuracy), "" if itself else paired_difference(accuracy, base_accuracy),
             f"{statistics.fmean(loss):.3f}", "" if itself else paired_ratio(loss, base_loss),
         ])  # fmt: skip
-    columns = ["setting", "queries a sample", "test accuracy, mean (min - max)", "difference, points",
+    columns = ["setting", "queries per sample", "test accuracy, mean (min - max)", "difference, points",
                "training loss, last quarter", "ratio"]  # fmt: skip
     return markdown(columns, lines)
 
 
 def cells(settings: Mapping[str, Settings], options: argparse.Namespace) -> dict[tuple[str, int], Cell]:
-    """The runs by setting and seed."""
     found = {}
     for seed, (name, changed) in product(range(options.seeds), settings.items()):
         own = {"seed_everything": seed, "trainer.log_every_n_steps": 1}
@@ -164,7 +161,6 @@ def cells(settings: Mapping[str, Settings], options: argparse.Namespace) -> dict
 
 
 def study(options: argparse.Namespace) -> None:
-    """Measure and run what is missing, and write the tables."""
     options.config = options.config or list(CONFIGS)
     arguments = [*configs(options.config), *options.extra]
     torch.set_num_threads(options.threads)
@@ -174,8 +170,7 @@ def study(options: argparse.Namespace) -> None:
         measured = {name: getattr(options, name) for name in ("checkpoints", "batches", "draws")}
         claim(options.output, {"arguments": arguments, **measured})
         measure_variances(run, variance, **measured)
-    how = {"jobs": options.jobs, "threads": options.threads, "dry_run": options.dry_run}
-    if not run_all([*runs.values()], outcome=lambda c: f"test accuracy {c.summary['test_accuracy']:.1%}", **how):
+    if not run_all([*runs.values()], **options.launch):
         return
     rows = [
         {**cell.summary, "setting": name, "seed": seed, "late_loss": cell.late_loss}
@@ -183,18 +178,16 @@ def study(options: argparse.Namespace) -> None:
     ]
     write_csv(options.output / "accuracy.csv", ACCURACY_COLUMNS, [[row[c] for c in ACCURACY_COLUMNS] for row in rows])
     text = f"{variance_table(read_csv(variance))}\n{accuracy_table(rows)}"
-    (options.output / "sigma_and_head.md").write_text(text)
-    print(f"\n{text}\nwritten to {options.output}")
+    write_report(options.output / "sigma_and_head.md", text)
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the study."""
-    parser = StudyParser(__doc__)
-    files = f"configuration file; may be repeated (default {CONFIGS})"
-    parser.add_argument("--config", action="append", help=files)
-    parser.numbers(seeds=(5, "seeds 0 to N-1"), checkpoints=(3, "checkpoints of the variance"))
-    parser.numbers(batches=(5, "batches measured at each"), draws=(20, "estimates of each batch"))
-    parser.numbers(threads=(os.cpu_count() or 1, "threads of a run"))
+    parser = StudyParser(
+        __doc__, seeds=(5, "seeds 0 to N-1"), checkpoints=(3, "checkpoints of the variance"),
+        batches=(5, "batches measured at each"), draws=(20, "estimates of each batch"),
+        threads=(os.cpu_count() or 1, "threads of a run"),
+    )  # fmt: skip
+    parser.add_argument("--config", action="append", help=f"configuration file; may be repeated (default {CONFIGS})")
     parser.run(study, args)
 
 

@@ -4,7 +4,7 @@ The configuration's method estimates the gradient of fixed batches again and aga
 whose learning rate is too small to move a weight; allocators learn from some batches before. The cosine is taken over
 all trained parameters, with the gradient by ``Backprop`` on the same batch and weights.
 
-Writes JSON: ``cosines``, one list a batch, one number a draw.
+Writes JSON: ``cosines``, one list per batch, one number per draw.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from experiments.command_line import StudyParser, arguments
@@ -36,7 +35,6 @@ class Recorder(Callback):
 
     def __init__(self, task: ForwardImageClassifier, *, window: int, batches: int) -> None:
         self.task, self.window = task, window
-        self.parameters = task.network.trainable()
         self.exact = Backprop()
         self.exact.bind(task.network, task.loss)
         self.cosines: list[list[float]] = [[] for _ in range(batches)]
@@ -45,38 +43,31 @@ class Recorder(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at what every step of the optimiser is given; methods may make several, each for some parameters."""
-        trainer.optimizers[0].register_step_pre_hook(self._keep)
+        trainer.optimizers[0].register_step_pre_hook(lambda *_: self._parts.append(self._flat()))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Compare."""
         parts, self._parts = self._parts, []
         if batch_idx < self.window:
             return
         turn = (batch_idx - self.window) % len(self.cosines)
         if turn not in self._known:
-            self._known[turn] = self._gradient(batch)
+            self.task.zero_grad()
+            with torch.enable_grad():
+                self.exact.estimate(self.exact.clean_pass(*batch))
+            self._known[turn] = self._flat()
+            self.task.zero_grad()
         exact = self._known[turn]
         estimate = torch.stack(parts or [torch.zeros_like(exact)]).sum(0)  # none: all queries of the step were lost
         self.cosines[turn].append(float(torch.nn.functional.cosine_similarity(estimate, exact, dim=0)))
 
-    def _keep(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._parts.append(self._flat())
-
-    def _gradient(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        self.task.zero_grad()
-        with torch.enable_grad():
-            self.exact.estimate(self.exact.clean_pass(*batch))
-        gradient = self._flat()
-        self.task.zero_grad()
-        return gradient
-
     def _flat(self) -> Tensor:
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters.values()]
+        parameters = self.task.network.trainable().values()
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         return torch.cat([grad.detach().double().flatten() for grad in grads])
 
 
 def measure(given: Sequence[str], *, batches: int, draws: int) -> list[list[float]]:
-    """Cosines of a method's estimates with the gradient: one list a batch of the training set, one number a draw."""
+    """Cosines of a method's estimates with the gradient: a list per batch of the training set, a number per draw."""
     from flops_lightning.cli.command import build
 
     own = {
@@ -103,16 +94,12 @@ def measure(given: Sequence[str], *, batches: int, draws: int) -> list[list[floa
 
 
 def study(options: argparse.Namespace) -> None:
-    """Measure and write."""
     cosines = measure(options.extra, batches=options.batches, draws=options.draws)
     options.output.write_text(json.dumps({"cosines": cosines}) + "\n")
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Measure and write."""
-    parser = StudyParser(__doc__, runs=False)
-    parser.numbers(batches=(4, "batches"), draws=(8, "estimates of each"))
-    parser.run(study, args)
+    StudyParser(__doc__, runs=False, batches=(4, "batches"), draws=(8, "estimates of each")).run(study, args)
 
 
 if __name__ == "__main__":

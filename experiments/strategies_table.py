@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -14,14 +15,17 @@ from flops_lightning.plan.cost import Cost
 
 BudgetKind = Literal["queries", "forward_equivalents"]
 BUDGETS: Mapping[BudgetKind, str] = {
-    "queries": "equal total queries",
-    "forward_equivalents": "equal forward-equivalents",
-}
+    "queries": "equal total queries", "forward_equivalents": "equal forward-equivalents",
+}  # fmt: skip
 COLUMNS = (
     "method", "budget", "lr", "seed", "steps", "accuracy", "queries", "forward_equivalents", "seconds",
     "peak_memory_mb", "cosine",
 )  # fmt: skip
 SUMMARY_KEYS = ("test_accuracy", "queries", "forward_equivalents", "train_seconds", "peak_memory_mb")
+HEADERS = (
+    "method", "learning rate", "steps", "test accuracy, mean (min - max)", "queries", "forward-equivalents",
+    "wall time, s", "peak memory, MB", "cosine at the start", "cosine at the end",
+)  # fmt: skip
 AT_START, AT_END = "start", "end"  # weights at which cosines are measured: of all runs' start, of the reference's end
 EDGE = "\\*"
 ROUNDING = 1e-9  # spread below which estimates are the same
@@ -30,7 +34,7 @@ MEMORY = {
     "process": "of the whole process, libraries and data included (its high-water mark)",
 }
 
-Cosines = Mapping[str, Sequence[Sequence[float]]]  # by weights: one list a batch, one number a draw
+Cosines = Mapping[str, Sequence[Sequence[float]]]  # by weights: one list per batch, one number per draw
 
 
 class Reference(NamedTuple):
@@ -50,23 +54,17 @@ class Length(NamedTuple):
     note: str = ""
 
 
-def steps_for(budget: BudgetKind, cost: Cost, reference: Reference) -> int:
-    """Optimiser steps after which the method has spent what the reference spent, rounded; 0: it costs too much at once.
+def length(
+    budget: BudgetKind, cost: Cost, reference: Reference, *, max_steps_factor: float, max_minutes: float
+) -> Length:
+    """Steps after which a method has spent what the reference spent, rounded, or why it is not run.
 
     A method that pays nothing of the kind (backprop has no queries) gets the steps of the reference.
     """
     each, once = (getattr(cost, name) for name in (budget, f"{budget}_once"))
-    if each == 0:
-        return reference.steps
     samples_per_step = reference.samples / reference.steps  # on average: the last batch of an epoch may be smaller
-    return max(0, round((getattr(reference, budget) - once) / (each * samples_per_step)))
-
-
-def length(
-    budget: BudgetKind, cost: Cost, reference: Reference, *, max_steps_factor: float, max_minutes: float
-) -> Length:
-    """Steps of a method under a budget, or why it is not run."""
-    steps = steps_for(budget, cost, reference)
+    bought = (getattr(reference, budget) - once) / (each * samples_per_step) if each else reference.steps
+    steps = max(0, round(bought))
     minutes = (cost.seconds_once + steps * cost.seconds) / 60
     if not steps:
         return Length(0, "the first step alone costs more than the budget")
@@ -75,13 +73,11 @@ def length(
         return Length(steps, f"{steps:,} steps, {times:.0f} times those of the reference (limit {max_steps_factor:g})")
     if minutes > max_minutes:
         return Length(steps, f"{steps:,} steps would take {minutes:.0f} minutes (limit {max_minutes:g})")
-    return Length(steps, note="no queries: as many steps as the reference" if getattr(cost, budget) == 0 else "")
+    return Length(steps, note="" if each else "no queries: as many steps as the reference")
 
 
 @dataclass(frozen=True)
 class Row:
-    """A method under a budget."""
-
     method: str
     length: Length
     rate: float = math.nan  # NaN if it was not tuned
@@ -94,47 +90,41 @@ class Row:
         """Summaries of the runs that did not diverge."""
         return [summary for summary in self.summaries.values() if summary is not None]
 
+    @property
+    def mean_cosine(self) -> float:
+        """Over all weights, batches and draws; NaN without any."""
+        means = [statistics.fmean(chain(*batches)) for batches in self.cosines.values()]
+        return statistics.fmean(means) if means else math.nan
 
-def mean_cosine(cosines: Cosines) -> float:
-    """Over all weights, batches and draws; NaN without any."""
-    means = [statistics.fmean(value for batch in batches for value in batch) for batches in cosines.values()]
-    return statistics.fmean(means) if means else math.nan
 
-
-def _cosine(batches: Sequence[Sequence[float]] | None) -> str:
-    if not batches:
+def _cosine(batches: Sequence[Sequence[float]]) -> str:
+    values = list(chain(*batches))
+    if not values:
         return "-"
-    values = [value for batch in batches for value in batch]
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
     return f"{statistics.fmean(values):.2g} ± {deviation if deviation > ROUNDING else 0:.1g}"
 
 
 def _line(row: Row) -> list[str]:
-    cosines = [_cosine(row.cosines.get(where)) for where in (AT_START, AT_END)]
+    rate, steps, note = f"{row.rate:g}{' ' + EDGE if row.edge else ''}", f"{row.length.steps:,}", row.length.note
+    runs, lost = len(row.summaries), len(row.summaries) - len(row.finished)
     if row.length.reason:
-        return [row.method, "-", "-", f"infeasible: {row.length.reason}", *"----", *cosines]
-    rate, steps = f"{row.rate:g}{' ' + EDGE if row.edge else ''}", f"{row.length.steps:,}"
-    lost = len(row.summaries) - len(row.finished)
-    if not row.finished:
-        return [row.method, rate, steps, f"diverged ({lost} of {lost})", *"----", *cosines]
-    accuracy, queries, equivalents, seconds, peaks = (
-        [value for each in row.finished if (value := each[key]) is not None] for key in SUMMARY_KEYS
-    )
-    return [
-        row.method + (f" ({row.length.note})" if row.length.note else ""), rate, steps,
-        spread(accuracy) + (f", {lost} of {len(row.summaries)} diverged" if lost else ""),
-        *(f"{statistics.fmean(values):,.0f}" for values in (queries, equivalents, seconds)),
-        f"{max(peaks):,.0f}" if peaks else "-", *cosines,
-    ]  # fmt: skip
+        line = [row.method, "-", "-", f"infeasible: {row.length.reason}", *"----"]
+    elif not row.finished:
+        line = [row.method, rate, steps, f"diverged ({lost} of {lost})", *"----"]
+    else:
+        known = ([each[key] for each in row.finished if each[key] is not None] for key in SUMMARY_KEYS)
+        accuracy, *spent, peaks = known
+        line = [
+            row.method + (f" ({note})" if note else ""), rate, steps,
+            spread(accuracy) + (f", {lost} of {runs} diverged" if lost else ""),
+            *(f"{statistics.fmean(values):,.0f}" for values in spent), f"{max(peaks):,.0f}" if peaks else "-",
+        ]  # fmt: skip
+    return [*line, *(_cosine(row.cosines.get(where, ())) for where in (AT_START, AT_END))]
 
 
 def strategies_table(rows: Iterable[Row]) -> str:
-    """Markdown: one line a method."""
-    columns = [
-        "method", "learning rate", "steps", "test accuracy, mean (min - max)", "queries", "forward-equivalents",
-        "wall time, s", "peak memory, MB", "cosine at the start", "cosine at the end",
-    ]  # fmt: skip
-    return markdown(columns, map(_line, rows))
+    return markdown(HEADERS, map(_line, rows))
 
 
 def report(tables: Mapping[BudgetKind, Sequence[Row]], reference: Reference, about: Mapping[str, str]) -> str:
@@ -160,11 +150,10 @@ def report(tables: Mapping[BudgetKind, Sequence[Row]], reference: Reference, abo
 
 
 def write_tables(output: Path, tables: Mapping[BudgetKind, Sequence[Row]], cosines: Mapping[str, Cosines]) -> None:
-    """``strategies.csv``: a line a run, without accuracy where it diverged. ``cosines.csv``: a line an estimate."""
+    """``strategies.csv``: a line per run, without accuracy where it diverged. ``cosines.csv``: a line per estimate."""
     runs = [
-        [row.method, budget, row.rate, seed, row.length.steps,
-         *(summary[key] if summary else "" for key in SUMMARY_KEYS),
-         "" if math.isnan(cosine := mean_cosine(row.cosines)) else f"{cosine:.6g}"]
+        [row.method, budget, row.rate, seed, row.length.steps, *((summary or {}).get(key, "") for key in SUMMARY_KEYS),
+         f"{row.mean_cosine:.6g}" if row.cosines else ""]
         for budget, rows in tables.items() for row in rows for seed, summary in row.summaries.items()
     ]  # fmt: skip
     write_csv(output / "strategies.csv", COLUMNS, runs)

@@ -49,7 +49,6 @@ class EqualCountsRun:
                     yield step, batch
 
     def step(self, clean: CleanPass) -> None:
-        """One optimiser step."""
         for i, names in enumerate(groups := self.strategy.update_groups):
             clean = self.strategy.refresh(clean, groups[i - 1]) if i else clean
             self.optimizer.zero_grad()
@@ -59,7 +58,6 @@ class EqualCountsRun:
         self.schedule.step()
 
     def images(self, indices: Sequence[int] | Tensor) -> Batch:
-        """A batch of the training set's images."""
         images, labels = zip(*(self.data.train_set[int(i)] for i in indices), strict=True)
         return torch.stack(images), torch.as_tensor(labels)
 
@@ -78,11 +76,9 @@ class EqualCountsRun:
         return right / number
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs."""
         return {name: part.state_dict() for name, part in self._parts().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
 

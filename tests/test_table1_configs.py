@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.table1_paper import DATA_SETS, PAPER, published
+from experiments.table1 import DATA_SETS, PAPER, published
 from flops_lightning.allocators import GaussianAllocator
 from flops_lightning.callbacks import QueryAllocatorCallback
 from flops_lightning.cli.command import build, main

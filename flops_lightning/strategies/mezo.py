@@ -1,4 +1,4 @@
-"""``MeZO``: two queries a step, all parameters at once, directions replayed from seeds (Malladi et al., NeurIPS 2023).
+"""``MeZO``: two queries per step, all parameters, directions replayed from seeds (Malladi et al., NeurIPS 2023).
 
 With one direction ``z ~ N(0, I)`` over all trainable parameters for the whole batch::
 

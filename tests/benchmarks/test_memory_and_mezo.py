@@ -8,12 +8,6 @@ import pytest
 from benchmarks import memory, mezo
 from benchmarks.cases import DIGITS
 from benchmarks.harness import CPU
-from flops_lightning.network.staging import stage_network
-
-
-def test_every_name_is_a_contender() -> None:
-    contenders = memory.contenders(DIGITS, stage_network(DIGITS.build()))
-    assert set(memory.NAMES) == {memory.INFERENCE, *contenders}
 
 
 def test_the_table_is_of_medians_over_that_of_inference() -> None:

@@ -9,16 +9,7 @@ import pytest
 from experiments import compare_strategies
 from experiments.compare_strategies import METHODS, Study, command_line
 from experiments.harness import Cell
-from experiments.strategies_table import (
-    Length,
-    Reference,
-    Row,
-    length,
-    mean_cosine,
-    report,
-    steps_for,
-    strategies_table,
-)
+from experiments.strategies_table import Length, Reference, Row, length, report, strategies_table
 from experiments.tables import read_csv
 from flops_lightning.plan.cost import Cost, typical_seconds
 from tests.experiments.fakes import SUMMARY, entries, finish
@@ -38,8 +29,8 @@ def cost(queries: float, equivalents: float, once: float = 0.0, seconds: float =
     ids=["reference", "cheaper", "dearer", "spent once"],
 )
 def test_steps_that_a_budget_buys(costs: tuple[float, ...], by_queries: int, by_equivalents: int) -> None:
-    assert steps_for("queries", cost(*costs), REFERENCE) == by_queries
-    assert steps_for("forward_equivalents", cost(*costs), REFERENCE) == by_equivalents
+    assert length("queries", cost(*costs), REFERENCE, **LIMITS).steps == by_queries
+    assert length("forward_equivalents", cost(*costs), REFERENCE, **LIMITS).steps == by_equivalents
 
 
 def test_without_queries_a_method_makes_the_steps_of_the_reference_and_the_table_says_so() -> None:
@@ -165,7 +156,7 @@ def test_a_line_gives_mean_and_range_and_what_it_cost() -> None:
     row = Row("lr", Length(240), 1e-3, edge=False, summaries=summaries(0.9, 0.95, 0.94), cosines=COSINES)
     spent = ["1,206,721", "301,680", "25", "902"]
     assert line(row) == ["lr", "0.001", "240", "93.0% (90.0% - 95.0%)", *spent, "0.2 ± 0.08", "0.5 ± 0"]
-    assert mean_cosine(COSINES) == pytest.approx((0.2 + 0.5) / 2)
+    assert row.mean_cosine == pytest.approx((0.2 + 0.5) / 2)
 
 
 def test_marks_for_edges_notes_divergence_and_what_is_infeasible() -> None:

@@ -153,7 +153,7 @@ def test_what_the_study_sets_overrules_the_users_arguments_and_these_the_files(t
 
 def test_a_run_with_other_settings_is_refused_wherever_its_folder_was_moved_to(tmp_path: Path) -> None:
     def cell(study: Path, value: str) -> Cell:
-        return Cell(study, "job", ("-c", f"open({str(tmp_path / 'old/job/summary.json')!r}, 'w').write('1')",
+        return Cell(study, "job", ("-c", f"open({str(tmp_path / 'old/job/summary.json')!r}, 'w').write('{{}}')",
                                    str(study / "job"), value))  # fmt: skip
 
     run_all([cell(tmp_path / "old", "a")])
@@ -184,8 +184,7 @@ def test_mistakes_end_with_a_message(
     given: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    parser = StudyParser("``python -m experiments.name --output DIR``: what it is.")
-    parser.numbers(seeds=(5, "seeds"))
+    parser = StudyParser("``python -m experiments.name --output DIR``: what it is.", seeds=(5, "seeds"))
     with pytest.raises(SystemExit, match="2"):
         parser.run(lambda _: pytest.fail("ran"), ["--output", "out", *given])
     said = capsys.readouterr().err
@@ -234,7 +233,7 @@ def test_an_exception_of_the_study_ends_the_runs(tmp_path: Path) -> None:
     def fails(cell: Cell) -> str:
         raise OSError(f"no space for the table of {cell.name}")
 
-    quick = beside(tmp_path, "quick", f"open({str(tmp_path / 'quick/summary.json')!r}, 'w').write('1')")
+    quick = beside(tmp_path, "quick", f"open({str(tmp_path / 'quick/summary.json')!r}, 'w').write('{{}}')")
     with pytest.raises(OSError, match="no space for the table of quick"):
         run_all([sleeper(tmp_path, "long"), quick], jobs=2, outcome=fails)
     assert ended(tmp_path)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments.stats import geometric_interval, mean_interval, paired_difference, paired_ratio
+from experiments.tables import geometric_interval, mean_interval, paired_difference, paired_ratio
 
 
 @pytest.mark.parametrize(("number", "point"), [(2, 12.706), (3, 4.303), (17, 2.120), (18, 2.110), (200, 1.972)])

@@ -14,8 +14,20 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from experiments.harness import Cell, Children, run_all
-from experiments.table1 import FILES, METHODS, SMALL, TITLES, cells, command_line, entry, main
-from experiments.table1_paper import DATA_SETS, PAPER, ROWS, published
+from experiments.table1 import (
+    DATA_SETS,
+    FILES,
+    METHODS,
+    PAPER,
+    ROWS,
+    SMALL,
+    TITLES,
+    cells,
+    command_line,
+    entry,
+    main,
+    published,
+)
 from experiments.tables import read_csv
 from flops_lightning.callbacks import QueryAllocatorCallback
 from flops_lightning.cli.command import build
