@@ -15,21 +15,18 @@ from flops_lightning.allocators import CostAwareAllocator, OptimalAllocator, Que
 from flops_lightning.allocators.cost_aware import cheapest_counts
 from flops_lightning.allocators.trace_estimator import TraceEstimator
 from flops_lightning.errors import SettingError
-from flops_lightning.protocol import Allocation, SampleStatistics, TraceObservation
+from flops_lightning.protocol import SampleStatistics, TraceObservation
+from tests.allocators.draws import normal, traces
 
 D = torch.float64
 PILOTS = TraceSettings(source="pilots")
 BUDGET = QueryBudget((20, 20))
 
 
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=D, generator=torch.Generator().manual_seed(seed))
-
-
 def statistics(sites: int = 2, size: int = 12, *, seed: int = 0, **more: Any) -> SampleStatistics:
     """A batch with exact traces, costs that fall from bottom to top, and scales of one."""
     given_ = {
-        "trace": normal(sites, size, seed=seed).exp(),
+        "trace": traces(sites, size, seed=seed),
         "counted_costs": torch.linspace(0.9, 0.2, sites, dtype=D),
         "scale": torch.ones(sites, dtype=D),
     }
@@ -231,41 +228,31 @@ def test_nothing_to_choose_by_keeps_the_modules_own_split(compute: float) -> Non
 def test_pilots_that_are_reused_leave_less_to_do() -> None:
     settings_ = TraceSettings(source="both", prior_strength=3.0)
     told = statistics(
-        trace_queries=torch.tensor([[40.0], [0.0]]).expand(2, 12), predictors={"top_gradient": normal(12).exp()}
+        trace_queries=torch.tensor([[40.0], [0.0]]).expand(2, 12), predictors={"top_gradient": traces(12)}
     )
-    seen = TraceObservation(normal(2, 12, seed=5).exp(), torch.full((2, 12), 20.0))
-    estimator = TraceEstimator(settings_)
+    seen = TraceObservation(traces(2, 12, seed=5), torch.full((2, 12), 20.0))
+    estimator, allocator = TraceEstimator(settings_), CostAwareAllocator(traces=settings_)
     estimator.estimate(told.on_cpu(), sites=2)
-    estimator.observe(seen)
-
-    def allocate(changed: SampleStatistics) -> Allocation:
-        allocator = CostAwareAllocator(traces=settings_)
-        allocator.allocate(told, BUDGET)
-        allocator.observe(seen)
-        return allocator.allocate(changed, BUDGET)
-
-    allocation, afresh = allocate(told), allocate(replace(told, pilots_reused=False))
-    other = allocate(replace(told, trace=told.trace * 7))  # type: ignore[operator]
-    assert allocation.pilot_weight is not None
-    assert other.pilot_weight is not None
-    assert torch.equal(allocation.pilot_weight, other.pilot_weight)  # fixed before the pilots are seen
-    assert afresh.pilot_weight is None
-    assert allocation.pilot_weight[1].tolist() == [0.0] * 12
-    assert allocation.diagnostics["queries/0"] < afresh.diagnostics["queries/0"]
-    # What is left to the other queries is Tr (1 - w)^2 / A.
-    estimate = estimator.estimate(told.on_cpu(), sites=2)
+    allocator.allocate(told, BUDGET)
+    for each in (estimator, allocator):
+        each.observe(seen)  # type: ignore[attr-defined]
+    allocation, estimate = allocator.allocate(told, BUDGET), estimator.estimate(told.on_cpu(), sites=2)
     assert estimate.prediction is not None
     assert told.counted_costs is not None
     total = float(told.counted_costs.sum()) * 20 * 12
     settled = {"costs": told.counted_costs, "total": total, "least": 1, "most": torch.full((2,), 200.0), "multiple": 1}
+    # The weight is n / (n + A) with A the counts for the prediction: fixed before the pilots are seen.
     alone = cheapest_counts(estimate.prediction, **settled)
-    torch.testing.assert_close(allocation.pilot_weight, estimate.pilots / (estimate.pilots + alone))
-    left = estimate.trace * (1 - allocation.pilot_weight).square()
-    assert torch.equal(allocation.counts, cheapest_counts(left, **settled))
+    weight = estimate.pilots / (estimate.pilots + alone)
+    torch.testing.assert_close(allocation.pilot_weight, weight)
+    assert weight[1].tolist() == [0.0] * 12
+    # What is left to the other queries is Tr (1 - w)^2 / A.
+    assert torch.equal(allocation.counts, cheapest_counts(estimate.trace * (1 - weight).square(), **settled))
+    assert allocator.allocate(replace(told, pilots_reused=False), BUDGET).pilot_weight is None
 
 
 def test_before_anything_is_learned_sites_keep_their_own_queries() -> None:
-    told = statistics(predictors={"top_gradient": normal(12).exp()}, scale=torch.tensor([100.0, 1.0]))
+    told = statistics(predictors={"top_gradient": traces(12)}, scale=torch.tensor([100.0, 1.0]))
     counts = CostAwareAllocator().allocate(told, BUDGET).counts
     average = counts.double().mean(dim=1)
     torch.testing.assert_close(average, torch.tensor(BUDGET.queries_per_sample).double(), atol=0.5, rtol=0.0)
@@ -276,7 +263,7 @@ def test_learns_which_site_is_worth_its_cost() -> None:
     # The upper site's queries cost a tenth and are ten times as noisy: sqrt(V / c) is ten times as large.
     allocator = CostAwareAllocator(max_queries=1000)
     for i in range(4):
-        known = normal(32, seed=i).exp()
+        known = traces(32, seed=i)
         told = statistics(size=32, predictors={"top_gradient": known}, counted_costs=torch.tensor([1.0, 0.1]))
         counts = allocator.allocate(told, QueryBudget((50, 50))).counts
         allocator.observe(TraceObservation(known * torch.tensor([[1.0], [10.0]]), counts.double()))
@@ -290,29 +277,18 @@ ONE_SITE = {"trace": torch.tensor([[1.0] * 12, [math.nan] * 12], dtype=D)}
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "setting", "message"),
-    [
-        ({"costs": "euros"}, "costs", "'euros': is not one of the choices. Choose from flops, measured, given"),
-        ({"metric": "hessian"}, "metric", "'hessian': is not one .* Choose from parameters, preconditioned"),
-        ({"given_costs": [1]}, "given_costs", r"\[1\]: does not go with costs: flops"),
-        ({"costs": "given"}, "given_costs", r"\[\]: does not go with costs: given. Write one cost for each site"),
-        ({"costs": "given", "given_costs": [1, 0]}, "given_costs", "= 0: must be a number above 0. Write"),
-        ({"compute": -1.0}, "compute", "-1.0: must be 0 or more. Write 0"),
-        ({"min_queries": 0}, "min_queries", "0: must be 1 or more. Write 1 or more"),
-        ({"max_queries": -1}, "max_queries", "-1: is below min_queries = 1. Write 0 for the default"),
-        ({"min_queries": 5, "max_queries": 4}, "max_queries", "4: is below min_queries = 5"),
-        ({"traces": TraceSettings(window=0)}, "traces.window", "0: cannot tell how traces"),
-    ],
-)
-def test_settings_without_sense_are_refused(kwargs: dict[str, Any], setting: str, message: str) -> None:
-    with pytest.raises(SettingError, match=message) as caught:
-        CostAwareAllocator(**kwargs)
-    assert caught.value.setting == setting
-
-
-@pytest.mark.parametrize(
     ("kwargs", "changed", "setting", "message"),
     [
+        ({"costs": "euros"}, None, "costs", "'euros': is not one of the choices. Choose from flops, measured, given"),
+        ({"metric": "hessian"}, None, "metric", "'hessian': is not one .* Choose from parameters, preconditioned"),
+        ({"given_costs": [1]}, None, "given_costs", r"\[1\]: does not go with costs: flops"),
+        ({"costs": "given"}, None, "given_costs", r"\[\]: does not go with costs: given. Write one cost for each site"),
+        ({"costs": "given", "given_costs": [1, 0]}, None, "given_costs", "= 0: must be a number above 0. Write"),
+        ({"compute": -1.0}, None, "compute", "-1.0: must be 0 or more. Write 0"),
+        ({"min_queries": 0}, None, "min_queries", "0: must be 1 or more. Write 1 or more"),
+        ({"max_queries": -1}, None, "max_queries", "-1: is below min_queries = 1. Write 0 for the default"),
+        ({"min_queries": 5, "max_queries": 4}, None, "max_queries", "4: is below min_queries = 5"),
+        ({"traces": TraceSettings(window=0)}, None, "traces.window", "0: cannot tell how traces"),
         ({}, {"counted_costs": None}, "costs", "'flops': needs one cost for each of 2 sites, and .* returned none"),
         ({"costs": "measured"}, {}, "costs", "'measured': needs one cost for each of 2 sites, and .* returned none"),
         ({}, {"counted_costs": torch.ones(3)}, "costs", "'flops': needs one cost for each of 2 sites, and there are 3"),
@@ -323,17 +299,17 @@ def test_settings_without_sense_are_refused(kwargs: dict[str, Any], setting: str
         ({"metric": "preconditioned"}, {}, "metric", "'preconditioned': needs the statistic `preconditioned_scale`"),
         ({}, {"scale": torch.ones(3)}, "sample_statistics.scale", r"\(3,\): must have one factor for each of 2 sites"),
         ({"traces": PILOTS}, ONE_SITE, "traces.source", "'pilots': 1 of 2 sites have pilots, and .* for every site"),
+        ({"max_queries": 1}, {}, "max_queries", r"1: is below the least count, 2\. Write 2 or more"),
     ],
 )
-def test_statistics_that_do_not_fit_are_refused(
-    kwargs: dict[str, Any], changed: dict[str, Any], setting: str, message: str
+def test_settings_and_statistics_without_sense_are_refused(
+    kwargs: dict[str, Any], changed: dict[str, Any] | None, setting: str, message: str
 ) -> None:
     with pytest.raises(SettingError, match=message) as caught:
-        CostAwareAllocator(**kwargs).allocate(replace(statistics(), **changed), BUDGET)
+        CostAwareAllocator(**kwargs).allocate(
+            replace(statistics(), **(changed or {})), QueryBudget((20, 20), minimum=2)
+        )
     assert caught.value.setting == setting
-
-
-def test_cap_below_what_the_estimator_needs_is_refused() -> None:
-    with pytest.raises(SettingError, match=r"max_queries = 3: is below the least count, 4\. Write 4 or more") as caught:
-        CostAwareAllocator(traces=PILOTS, max_queries=3).allocate(statistics(), QueryBudget((20, 20), minimum=4))
-    assert caught.value.setting == "max_queries"
+    if changed is None:  # refused before anything is computed
+        with pytest.raises(SettingError, match=message):
+            CostAwareAllocator(**kwargs)

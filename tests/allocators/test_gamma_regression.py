@@ -10,18 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flops_lightning.allocators.gamma_regression import LARGEST_EXPONENT, GammaRegression, fit_gamma
+from tests.allocators.draws import chi_square, normal
 
 D = torch.float64
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=D, generator=torch.Generator().manual_seed(seed))
-
-
-def chi_square(freedom: Tensor, seed: int = 0) -> Tensor:
-    """Independent chi^2 variables with the given whole numbers of degrees of freedom."""
-    squares = normal(*freedom.shape, int(freedom.max()), seed=seed).square()
-    return torch.where(torch.arange(squares.shape[-1]) < freedom[..., None], squares, 0.0).sum(dim=-1)
 
 
 def problem(seed: int = 0, *, sites: int = 2, n: int = 60, slope: float = 0.8, freedom: int = 3) -> dict[str, Any]:
@@ -52,25 +43,10 @@ def gradient(case: dict[str, Any], fit: GammaRegression, site: int) -> Tensor:
 
 
 @pytest.mark.parametrize(("n", "slope", "freedom"), [(60, 0.8, 3), (60, 3.0, 1), (8, 1.0, 1), (300, -2.0, 20)])
-def test_fit_is_the_minimiser_that_a_generic_optimiser_finds(n: int, slope: float, freedom: int) -> None:
+def test_the_gradient_of_the_stated_convex_objective_is_zero_at_the_fit(n: int, slope: float, freedom: int) -> None:
     case = problem(n=n, slope=slope, freedom=freedom)
-    fit = fit_gamma(**case)
     for site in range(2):
-        found = torch.zeros(4, dtype=D, requires_grad=True)
-        with torch.no_grad():
-            found[0] = case["observed"][site].mean().log()
-        optimiser = torch.optim.LBFGS(
-            [found], max_iter=2000, tolerance_grad=1e-10, tolerance_change=1e-16, line_search_fn="strong_wolfe"
-        )
-
-        def closure(site: int = site, found: Tensor = found, optimiser: torch.optim.LBFGS = optimiser) -> Tensor:
-            optimiser.zero_grad()
-            value = objective(case, site, found)
-            value.backward()
-            return value
-
-        optimiser.step(closure)
-        torch.testing.assert_close(fit.coefficients[site], found.detach(), rtol=1e-6, atol=1e-6)
+        assert float(gradient(case, fit_gamma(**case), site).abs().max()) < 1e-6
 
 
 @given(
@@ -110,17 +86,6 @@ def test_unbiased_where_least_squares_on_the_logarithm_is_not() -> None:
     assert math.exp(float(observed[0, ::2].log().mean())) < 0.6 * 5.0  # least squares on the logarithm
 
 
-def test_slope_and_mean_are_unbiased_with_one_degree_of_freedom() -> None:
-    case = problem(3, sites=200, n=100, slope=0.8, freedom=1)
-    fit = fit_gamma(**(case | {"ridge": 1e-9}))
-    slopes = (fit.coefficients[:, 1:] / fit.spread).T
-    for values, truth in zip(slopes, (0.8, 0.0, 0.0), strict=True):
-        assert abs(float(values.mean()) - truth) < 4 * float(values.std()) / math.sqrt(200)
-    # An intercept makes the fitted means add up to the observations, as in any regression with a log link.
-    ratio = case["observed"] / fit.predict(case["features"])
-    torch.testing.assert_close(ratio.mean(dim=1), torch.ones(200, dtype=D), rtol=1e-6, atol=0.0)
-
-
 def test_what_was_not_observed_has_no_influence() -> None:
     case = problem()
     without = fit_gamma(**(case | {name: case[name][:, 10:] for name in ("features", "observed", "weights")}))
@@ -156,19 +121,6 @@ def test_constant_feature_changes_nothing_until_it_changes() -> None:
     # Nothing was learned of it, so it acts by its prior slope of 1.
     moved = torch.cat([case["features"], constant + 0.7], dim=2)
     torch.testing.assert_close(fit.predict(moved), plain * math.exp(0.7), rtol=1e-6, atol=0.0)
-
-
-def test_features_that_determine_each_other_share_a_slope() -> None:
-    ridge = 1e-2
-    case = problem(n=400) | {"prior": torch.zeros(3, dtype=D), "ridge": ridge}
-    case["features"][..., 2] = 2.0 * case["features"][..., 0]
-    fit = fit_gamma(**case)
-    single = case | {"features": case["features"][..., :2], "prior": torch.zeros(2, dtype=D), "ridge": ridge / 2}
-    # Two slopes of s / 2 each are penalised half as much as one of s; the second feature's ridge is next to nothing.
-    torch.testing.assert_close(fit.coefficients[:, 1], fit.coefficients[:, 3], rtol=1e-3, atol=1e-6)
-    torch.testing.assert_close(
-        fit.predict(case["features"]), fit_gamma(**single).predict(single["features"]), rtol=5e-3, atol=0.0
-    )
 
 
 def test_predictions_stay_finite_far_out() -> None:

@@ -2,30 +2,22 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from torch import Tensor
+from torchmetrics.functional import spearman_corrcoef
 
-from flops_lightning.allocators.held_back import held_back_ratios
+from flops_lightning.allocators.held_back import average_ranks, held_back_ratios, rank_correlation
 from flops_lightning.allocators.objective import equal_objective, objective, optimal_shares
 from flops_lightning.allocators.rounding import largest_remainder, water_fill
 from flops_lightning.protocol import TraceObservation
+from tests.allocators.draws import estimates, normal, traces
 
 EXACTLY = {"rtol": 1e-12, "atol": 0.0}
 
 
-def traces(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).exp()
-
-
 def exact(trace: Tensor) -> TraceObservation:
     return TraceObservation(trace, torch.full_like(trace, 1e7))
-
-
-def noisy(trace: Tensor, freedom: Tensor, generator: torch.Generator) -> Tensor:
-    """Unbiased estimates with so many degrees of freedom each: ``Tr chi^2_n / n``."""
-    draws = torch.randn(int(freedom.max()), *trace.shape, dtype=torch.float64, generator=generator).square()
-    counted = torch.arange(len(draws)).view(-1, *(1,) * trace.dim()) < freedom
-    return trace * (draws * counted).sum(dim=0) / freedom
 
 
 def test_known_traces_give_the_ratios_of_the_objectives() -> None:
@@ -40,12 +32,11 @@ def test_known_traces_give_the_ratios_of_the_objectives() -> None:
 
 
 def test_held_back_traces_tell_the_truth_where_those_that_made_the_counts_flatter() -> None:
-    batch, batches = 200, 300
+    batch, batches = 200, 200
     trace = traces(batches, batch)
-    generator = torch.Generator().manual_seed(1)
-    guess = noisy(trace, torch.full_like(trace, 3.0), generator)
+    guess = estimates(trace, 3, seed=1)
     counts = torch.stack([largest_remainder(g.sqrt(), 20 * batch, minimum=2, multiple=1) for g in guess])
-    seen = TraceObservation(noisy(trace, counts - 1.0, generator), counts)
+    seen = TraceObservation(estimates(trace, counts - 1, seed=2), counts)
     ratios = held_back_ratios(seen, counts)
     truth = held_back_ratios(exact(trace), counts)
 
@@ -107,9 +98,8 @@ def test_samples_that_show_no_trace_are_left_out() -> None:
 
 
 def test_antithetic_pairs_are_one_degree_of_freedom_each() -> None:
-    generator, trace = torch.Generator().manual_seed(3), torch.ones(400, 60, dtype=torch.float64)
     counts = torch.full((400, 60), 8)
-    seen = noisy(trace, counts / 2 - 1.0, generator)
+    seen = estimates(torch.ones(400, 60, dtype=torch.float64), 3, seed=3)
     of_pairs = held_back_ratios(TraceObservation(seen, counts, unit=2), counts).over_optimal
     # Equal traces: there is nothing to gain, whatever the noise shows. The floor of the gain at 1 keeps it above.
     assert abs(float(of_pairs.mean()) - 1.0) < 0.02
@@ -124,3 +114,40 @@ def test_sites_with_nothing_to_compare_have_no_ratio() -> None:
     assert ratios.over_optimal.isnan().tolist() == [True, True, False]
     # A noisy sample without queries makes J infinite.
     assert held_back_ratios(exact(traces(1, 3)), torch.tensor([[0, 4, 5]])).over_equal.tolist() == [math.inf]
+
+
+# Rank correlation
+
+
+def test_ties_share_the_mean_of_their_ranks() -> None:
+    assert average_ranks(torch.tensor([3.0, 1.0, 3.0, 2.0, 3.0])).tolist() == [4.0, 1.0, 4.0, 2.0, 4.0]
+    assert average_ranks(torch.tensor([[7.0, 7.0], [2.0, 1.0]])).tolist() == [[1.5, 1.5], [2.0, 1.0]]
+
+
+@pytest.mark.parametrize("levels", [0, 2])
+def test_every_line_agrees_with_torchmetrics(levels: int) -> None:
+    a = (normal(5, 40) * levels).round() if levels else normal(5, 40)
+    b = (a + 2 * normal(5, 40, seed=1)).round() if levels else a + normal(5, 40, seed=1)
+    expected = torch.stack([spearman_corrcoef(x, y) for x, y in zip(a, b, strict=True)]).double()
+    torch.testing.assert_close(rank_correlation(a, b), expected, rtol=1e-6, atol=1e-6)
+    assert torch.equal(rank_correlation(a, b[0]), torch.stack([rank_correlation(line, b[0]) for line in a]))
+    assert float(expected.std()) > 0.01
+
+
+def test_pairs_that_are_not_finite_are_left_out() -> None:
+    a, b = (2 * normal(2, 20)).round(), normal(2, 20, seed=1)
+    kept = torch.ones(20, dtype=torch.bool)
+    kept[[0, 3, 4, 11]] = False
+    a[:, 0], a[:, 3], b[:, 4], b[:, 11] = math.inf, math.nan, -math.inf, math.nan
+    expected = rank_correlation(a[:, kept], b[:, kept])
+    assert torch.equal(rank_correlation(a, b), expected)
+    assert bool((expected.abs() < 1).all())
+
+
+def test_there_is_none_of_two_pairs_or_of_constants() -> None:
+    for a, b in (
+        ([1.0, 2.0], [1.0, 2.0]),
+        ([1.0, 2.0, math.nan, 4.0], [1.0, 2.0, 3.0, math.inf]),
+        ([1.0, 2.0, 3.0, 4.0], [0.0, 0.0, 0.0, math.nan]),
+    ):
+        assert math.isnan(rank_correlation(torch.tensor(a), torch.tensor(b)))

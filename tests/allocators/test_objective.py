@@ -14,11 +14,7 @@ from flops_lightning.allocators.objective import (
     objective,
     optimal_shares,
 )
-
-
-def traces(seed: int = 0, batch_size: int = 12) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(batch_size, dtype=torch.float64, generator=generator).exp()
+from tests.allocators.draws import estimates, traces
 
 
 def best_shares(trace: Tensor) -> Tensor:
@@ -26,7 +22,7 @@ def best_shares(trace: Tensor) -> Tensor:
 
 
 def test_gain_is_the_ratio_of_the_objectives() -> None:
-    trace, total = traces(3), 100.0
+    trace, total = traces(12, seed=3), 100.0
     ratio = equal_objective(trace, total) / objective(trace, total * best_shares(trace))
     torch.testing.assert_close(gain_optimal(trace), ratio, rtol=1e-12, atol=0.0)
     torch.testing.assert_close(equal_objective(trace, total), objective(trace, torch.full_like(trace, total / 12)))
@@ -56,18 +52,10 @@ def test_effective_counts_by_hand() -> None:
     assert float(shifted.max()) < 8.0  # n / (n + A) is the best weight, and no hundredth
 
 
-def noisy(trace: Tensor, freedom: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    squares = torch.zeros_like(trace)
-    for _ in range(freedom):
-        squares += torch.randn(trace.shape, dtype=torch.float64, generator=generator).square()
-    return trace * squares / freedom
-
-
 @pytest.mark.parametrize("freedom", [1, 2, 5, 20])
 def test_estimated_gain_of_equal_traces_is_one_where_the_naive_one_is_not(freedom: int) -> None:
     size = 400_000
-    trace = noisy(torch.full((size,), 3.0, dtype=torch.float64), freedom, seed=freedom)
+    trace = estimates(torch.full((size,), 3.0, dtype=torch.float64), freedom, seed=freedom)
     gain = float(estimated_gain_optimal(trace, torch.full((size,), freedom)))
     # The gain is about b sum t / (sum r)^2, so to first order its error is the mean of t / E t - 2 r / E r + 1.
     root = trace.sqrt()
@@ -82,21 +70,19 @@ def test_estimated_gain_of_equal_traces_is_one_where_the_naive_one_is_not(freedo
 
 def test_estimated_gain_where_freedom_differs_and_traces_are_missing() -> None:
     repeats, size = 400, 1000
-    trace = traces(5, size).square()
+    trace = traces(size, seed=5).square()
     freedom = torch.tensor([1, 3, 8, 0]).repeat(size // 4)
-    estimates = torch.ones(repeats, size, dtype=torch.float64)
-    for n in (1, 3, 8):
-        estimates[:, freedom == n] = noisy(trace.expand(repeats, -1), n, seed=n)[:, freedom == n]
-    estimates[:, 4] = math.nan
+    found = estimates(trace.expand(repeats, -1), freedom.clamp_min(1))
+    found[:, 4] = math.nan
     known = (freedom > 0) & (torch.arange(size) != 4)
-    gains = estimated_gain_optimal(estimates, freedom.expand(repeats, -1))
+    gains = estimated_gain_optimal(found, freedom.expand(repeats, -1))
     standard_error = float(gains.std()) / math.sqrt(repeats)
     assert abs(float(gains.mean()) - float(gain_optimal(trace[known]))) < 4 * standard_error
 
 
 def test_estimated_gain_at_its_ends() -> None:
     many = torch.full((4,), 1_000_000)
-    exact = traces(batch_size=4)
+    exact = traces(4)
     torch.testing.assert_close(estimated_gain_optimal(exact, many), gain_optimal(exact), rtol=1e-5, atol=0.0)
     # Never below 1, nor above the number of samples, however noisy.
     lone = torch.tensor([[0.0, 0.0, 7.0, 0.0], [1.0, 1.0, 1.0, 1.0]])

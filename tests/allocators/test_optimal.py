@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from flops_lightning.allocators import OptimalAllocator, TraceSettings, objective
-from flops_lightning.errors import SettingError
 from flops_lightning.protocol import QueryBudget, SampleStatistics, TraceObservation
+from tests.allocators.draws import estimates, normal, traces
 
 D = torch.float64
 
@@ -21,10 +21,6 @@ def exact(trace: Tensor, **more: Any) -> SampleStatistics:
 
 def from_pilots(**settings: Any) -> OptimalAllocator:
     return OptimalAllocator(traces=TraceSettings(source="pilots"), **settings)
-
-
-def traces(size: int = 12, *, seed: int = 0, spread: float = 1.0) -> Tensor:
-    return (spread * torch.randn(size, dtype=D, generator=torch.Generator().manual_seed(seed))).exp()
 
 
 def share_of_gain(trace: Tensor, counts: Tensor) -> float:
@@ -65,8 +61,7 @@ def test_samples_that_are_not_finite_get_the_minimum() -> None:
 
 
 def piloted(trace: Tensor, pilots: int = 4, seed: int = 0, *, reused: bool = True) -> SampleStatistics:
-    generator = torch.Generator().manual_seed(seed)
-    steep = (1.5 * torch.randn(trace.shape[-1], dtype=D, generator=generator)).exp()
+    steep = (1.5 * normal(trace.shape[-1], seed=seed)).exp()
     queries = torch.full_like(trace, float(pilots))
     return exact(trace, trace_queries=queries, predictors={"top_gradient": steep}, pilots_reused=reused)
 
@@ -99,7 +94,7 @@ def test_weight_of_reused_pilots_depends_on_the_prediction_alone() -> None:
 @pytest.mark.parametrize(("multiple", "minimum", "own"), [(1, 0, 1), (2, 0, 1), (1, 2, 1), (2, 4, 3)])
 def test_budgets_are_met_with_reused_pilots(multiple: int, minimum: int, own: int) -> None:
     budget = QueryBudget((16, 4), multiple=multiple, minimum=minimum)
-    allocation = OptimalAllocator(traces=BOTH, min_queries=own).allocate(piloted(traces(9, spread=3.0)), budget)
+    allocation = OptimalAllocator(traces=BOTH, min_queries=own).allocate(piloted(traces(9) ** 3), budget)
     assert allocation.counts.sum(dim=1).tolist() == [16 * 9, 4 * 9]
     assert bool((allocation.counts % multiple == 0).all())
     assert int(allocation.counts.min()) >= max(minimum, own)
@@ -126,16 +121,6 @@ def test_no_weight_without_a_prediction_and_reused_pilots(case: str) -> None:
     assert OptimalAllocator(traces=settings).allocate(statistics, QueryBudget((16,))).pilot_weight is None
 
 
-def test_sites_without_pilots_have_weight_zero() -> None:
-    statistics = piloted(torch.stack([traces(12), traces(12) * math.nan]))
-    assert statistics.trace_queries is not None
-    statistics.trace_queries[1] = 0.0
-    weight = OptimalAllocator(traces=BOTH).allocate(statistics, QueryBudget((16, 16))).pilot_weight
-    assert weight is not None
-    assert bool((weight[0] > 0).all())
-    assert weight[1].tolist() == [0.0] * 12
-
-
 # Learning
 
 
@@ -154,37 +139,16 @@ def world(seed: int, *, size: int = 64) -> tuple[SampleStatistics, Tensor]:
     return statistics, 1e-6 * (SLOPES[0] * x + SLOPES[1] * y + RESIDUAL * noise).exp()
 
 
-def shown(trace: Tensor, queries: Tensor, seed: int) -> TraceObservation:
-    """Estimates of the traces from so many queries; none where there are fewer than two."""
-    generator = torch.Generator().manual_seed(seed)
-    squares = torch.randn(*trace.shape, int(queries.max()), dtype=D, generator=generator).square()
-    freedom = queries.double() - 1
-    counted = torch.arange(squares.shape[-1]) < freedom[..., None]
-    mean = torch.where(counted, squares, 0.0).sum(dim=-1) / freedom
-    return TraceObservation(torch.where(freedom > 0, trace * mean, math.nan), queries.double())
-
-
 def test_learns_the_traces_from_its_own_queries() -> None:
     allocator, budget = OptimalAllocator(), QueryBudget((QUERIES, QUERIES))
     shares = []
     for i in range(40):
         statistics, trace = world(i)
         counts = allocator.allocate(statistics, budget).counts
-        allocator.observe(shown(trace, counts, seed=10_000 + i))
+        shown = estimates(trace, (counts - 1).clamp_min(1), seed=10_000 + i)
+        allocator.observe(TraceObservation(torch.where(counts > 1, shown, math.nan), counts.double()))
         shares.append(sum(share_of_gain(trace[s], counts[s]) for s in range(2)) / 2)
     # With a log-normal residual r, allocating by its median costs E[e^r] / E[e^(r / 2)]^2 = exp(RESIDUAL^2 / 4);
     # knowing the slopes from some 5 to 10 batches costs next to nothing.
     assert float(torch.tensor(shares[5:]).mean()) > 0.98 * math.exp(-(RESIDUAL**2) / 4)
     assert shares[0] < 0.75  # at first the loss alone is known, which says nothing here: the allocation is equal
-
-
-def test_settings_without_sense_are_refused() -> None:
-    with pytest.raises(SettingError, match=r"min_queries = -1: must be 0 or more"):
-        OptimalAllocator(min_queries=-1)
-    with pytest.raises(SettingError, match=r"min_queries = 5: .* raise `queries_per_sample` to 5"):
-        from_pilots(min_queries=5).allocate(exact(traces()), QueryBudget((4,)))
-    with pytest.raises(SettingError, match=r"traces\.window"):
-        OptimalAllocator(traces=TraceSettings(window=-1))
-    assert from_pilots().requests == {"trace", "trace_queries"}
-    assert OptimalAllocator().learns
-    assert not from_pilots().learns

@@ -45,13 +45,6 @@ def test_totals_are_in_proportion_to_samples_and_floors_stay(
         assert ((part.sum(1) - share).abs() < multiple).all()
 
 
-def test_within_a_rank_shares_stay_what_they_were() -> None:
-    table = torch.tensor([[10, 20, 40, 30, 60, 80]])  # 70 and 170 of 240: each rank gets 120
-    fixed = with_fixed_totals(Allocation(table), [3, 3], multiple=1).counts
-    assert fixed[0, :3].tolist() == [17, 34, 69]  # 120 / 70 of each
-    assert fixed.sum() == 240
-
-
 def test_statistics_of_all_ranks_stand_rank_by_rank() -> None:
     own = SampleStatistics(
         loss=torch.tensor([1.0, 2.0]),
@@ -84,26 +77,27 @@ def test_observations_of_all_ranks_stand_rank_by_rank() -> None:
     assert found.unit == 2
 
 
-def test_one_rank_keeps_what_it_has() -> None:
-    statistics = SampleStatistics(loss=torch.ones(3))
+def test_a_rank_cuts_out_its_own_and_one_rank_keeps_what_it_has() -> None:
+    statistics, table = SampleStatistics(loss=torch.ones(5)), torch.arange(10).view(2, 5)
     gathered = gather_statistics(SingleProcess(), statistics)
     assert gathered.statistics is statistics
-    table = torch.arange(6).view(2, 3)
     assert torch.equal(gathered.own(table), table)
+    for rank, part in enumerate((table[:, :2], table[:, 2:])):
+        assert torch.equal(GatheredStatistics(statistics, (2, 3), rank).own(table), part)
 
 
-@pytest.mark.parametrize(("rank", "expected"), [(0, [0, 1]), (1, [2, 3, 4])])
-def test_a_rank_cuts_out_its_own(rank: int, expected: list[int]) -> None:
-    gathered = GatheredStatistics(SampleStatistics(loss=torch.zeros(5)), (2, 3), rank)
-    assert gathered.own(torch.arange(5)[None]).tolist() == [expected]
-
-
-def test_no_sample_rises_above_what_the_allocator_grants() -> None:
-    table = torch.tensor([[10, 1, 1, 10, 10, 10], [2, 2, 2, 4, 4, 4]])
-    allocation = Allocation(table, most=torch.tensor([10, 4]))
-    fixed = with_fixed_totals(allocation, [3, 3], multiple=1).counts
-    assert fixed[0, :3].tolist() == [10, 6, 5]  # 21 of 42; 10 is the most
-    assert fixed[0, 3:].tolist() == [7, 7, 7]
-    assert fixed[1].tolist() == [3] * 6
-    few = with_fixed_totals(Allocation(torch.tensor([[9, 9]]), most=torch.tensor([5])), [1, 1], multiple=1).counts
-    assert few.tolist() == [[5, 5]]
+@pytest.mark.parametrize(
+    ("counts", "most", "expected"),
+    [
+        ([10, 20, 40, 30, 60, 80], None, [17, 34, 69, 21, 42, 57]),  # 70 and 170 of 240: each rank gets 120
+        ([10, 1, 1, 10, 10, 10], 10, [10, 6, 5, 7, 7, 7]),  # 21 of 42; 10 is the most
+        ([2, 2, 2, 4, 4, 4], 4, [3] * 6),
+        ([9, 9], 5, [5, 5]),
+    ],
+)
+def test_within_a_rank_shares_stay_what_they_were_up_to_the_most(
+    counts: list[int], most: int | None, expected: list[int]
+) -> None:
+    allocation = Allocation(torch.tensor([counts]), most=None if most is None else torch.tensor([most]))
+    sizes = [len(counts) // 2] * 2
+    assert with_fixed_totals(allocation, sizes, multiple=1).counts.tolist() == [expected]

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flops_lightning.allocators.rounding import largest_remainder, water_fill
-from flops_lightning.errors import SettingError
 
 SHARE = st.one_of(
     st.floats(0.0, 1.0), st.floats(-10.0, 1e308, allow_subnormal=True), st.sampled_from([0.0, 1.0, 1e308, 5e-324])
@@ -64,15 +63,11 @@ def test_water_filling_equals_bisection(case: tuple[Tensor, int, int, int]) -> N
     torch.testing.assert_close(parts.sum(), torch.tensor(float(total), dtype=torch.float64), rtol=1e-12, atol=1e-9)
 
 
-def test_largest_remainder_of_a_textbook_election() -> None:
-    votes = torch.tensor([47000.0, 16000.0, 15900.0, 12000.0, 6000.0, 3100.0])
-    assert largest_remainder(votes, 10, minimum=0, multiple=1).tolist() == [5, 2, 1, 1, 1, 0]
-
-
 @pytest.mark.parametrize(
     ("shares", "total", "minimum", "multiple", "expected"),
     [
         ([0.3], 7, 1, 1, [7]),
+        ([47000, 16000, 15900, 12000, 6000, 3100], 10, 0, 1, [5, 2, 1, 1, 1, 0]),  # a textbook election
         ([1.0, 1.0, 1.0], 10, 1, 1, [4, 3, 3]),  # ties go to the lower index
         ([1.0, 1.0, 1.0], 10, 1, 2, [4, 4, 2]),
         ([0.0, 0.0], 6, 1, 1, [3, 3]),  # nothing known: equal
@@ -94,18 +89,17 @@ def test_water_filling_is_scale_free_and_batched() -> None:
     torch.testing.assert_close(together, water_fill(1e-200 * shares, 30.0, floor=2.0))
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_shares_that_are_not_finite_are_refused(bad: float) -> None:
-    with pytest.raises(ValueError, match="finite"):
-        largest_remainder(torch.tensor([1.0, bad]), 4, minimum=1, multiple=1)
-    with pytest.raises(ValueError, match="at least one"):
-        largest_remainder(torch.empty(0), 0, minimum=1, multiple=1)
-
-
-def test_budget_that_cannot_be_met_names_the_setting() -> None:
-    with pytest.raises(SettingError, match=r"min_queries = 3: .* raise `queries_per_sample` to 4") as caught:
-        largest_remainder(torch.ones(4), 12, minimum=3, multiple=2)
-    assert caught.value.setting == "min_queries"
-    with pytest.raises(SettingError, match="multiple of 2") as caught:
-        largest_remainder(torch.ones(3), 9, minimum=1, multiple=2)
-    assert caught.value.setting == "queries_per_sample"
+@pytest.mark.parametrize(
+    ("shares", "total", "minimum", "multiple", "message"),
+    [
+        *(([1.0, bad], 4, 1, 1, "finite") for bad in (float("nan"), float("inf"), -float("inf"))),
+        ([], 0, 1, 1, "at least one"),
+        ([1.0] * 4, 12, 3, 2, r"^min_queries = 3: .* raise `queries_per_sample` to 4"),
+        ([1.0] * 3, 9, 1, 2, r"^queries_per_sample = 3\.0: .* multiple of 2"),
+    ],
+)
+def test_what_cannot_be_split_is_refused(
+    shares: list[float], total: int, minimum: int, multiple: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):  # of settings the subclass SettingError
+        largest_remainder(torch.tensor(shares), total, minimum=minimum, multiple=multiple)

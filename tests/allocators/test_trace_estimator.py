@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import replace
 from typing import Any
@@ -9,28 +8,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from flops_lightning.allocators import trace_estimator
 from flops_lightning.allocators.gamma_regression import fit_gamma
 from flops_lightning.allocators.trace_estimator import START_PRIOR, TraceEstimate, TraceEstimator, TraceSettings
 from flops_lightning.errors import SettingError
 from flops_lightning.protocol import SampleStatistics, TraceObservation
+from tests.allocators.draws import traces
 
 D = torch.float64
 NAN = math.nan
 
 
 def batch(seed: int = 0, *, size: int = 16, sites: int = 2, **more: Any) -> SampleStatistics:
-    generator = torch.Generator().manual_seed(seed)
-    loss = torch.randn(size, generator=generator, dtype=D).exp()
-    steep = torch.randn(size, generator=generator, dtype=D).exp()
-    per_site = torch.randn(sites, size, generator=generator, dtype=D).exp()
-    return SampleStatistics(loss=loss, predictors={"top_gradient": steep, "activation": per_site}, **more)
+    loss, steep, *per_site = traces(2 + sites, size, seed=seed)
+    return SampleStatistics(loss, predictors={"top_gradient": steep, "activation": torch.stack(per_site)}, **more)
 
 
 def seen(seed: int = 0, *, size: int = 16, sites: int = 2, queries: int = 6, unit: int = 1) -> TraceObservation:
-    generator = torch.Generator().manual_seed(1000 + seed)
-    trace = torch.randn(sites, size, generator=generator, dtype=D).exp()
-    return TraceObservation(trace, torch.full((sites, size), float(queries), dtype=D), unit)
+    return TraceObservation(traces(sites, size, seed=1000 + seed), torch.full((sites, size), float(queries)), unit)
 
 
 def learn(estimator: TraceEstimator, statistics: SampleStatistics, observation: TraceObservation) -> TraceEstimator:
@@ -44,10 +38,6 @@ def trained(settings: TraceSettings | None = None) -> TraceEstimator:
     for i in range(3):
         learn(estimator, batch(i, **PILOTS), seen(i))
     return estimator
-
-
-def changed(statistics: SampleStatistics, **predictors: Tensor) -> SampleStatistics:
-    return replace(statistics, predictors={**(statistics.predictors or {}), **predictors})
 
 
 def part(statistics: SampleStatistics, kept: slice) -> SampleStatistics:
@@ -90,23 +80,11 @@ def test_prediction_is_the_gamma_regression_on_what_was_seen() -> None:
     torch.testing.assert_close(estimate.trace, estimate.prediction, rtol=1e-12, atol=0.0)
 
 
-@pytest.mark.parametrize(
-    ("offered", "steep"),
-    [
-        (("activation", "head_gradient", "output_gradient", "top_gradient"), "top_gradient"),
-        (("activation", "head_gradient", "output_gradient"), "head_gradient"),
-        (("activation", "output_gradient"), "output_gradient"),
-        (("activation",), None),
-        ((), None),
-    ],
-)
-def test_before_anything_is_learned_traces_follow_the_steepest_predictor(
-    offered: tuple[str, ...], steep: str | None
-) -> None:
-    generator = torch.Generator().manual_seed(0)
-    predictors = {name: torch.randn(8, generator=generator, dtype=D).exp() for name in offered}
+@pytest.mark.parametrize("names", ["head_gradient output_gradient top_gradient", "head_gradient output_gradient", ""])
+def test_before_anything_is_learned_traces_follow_the_steepest_predictor(names: str) -> None:
+    predictors = dict(zip(["activation", *names.split()], traces(4, 8), strict=False))
     statistics = SampleStatistics(loss=torch.linspace(0.0, 3.0, 8, dtype=D), predictors=predictors)
-    expected = predictors[steep] if steep else torch.ones(8, dtype=D)
+    expected = predictors.get("top_gradient", predictors.get("head_gradient", torch.ones(8, dtype=D)))
     unlearning = learn(TraceEstimator({"window": 0}), statistics, seen(size=8))
     for trace in (each.estimate(statistics, sites=2).trace for each in (TraceEstimator(), unlearning)):
         torch.testing.assert_close(trace / trace[:, :1], (expected / expected[0]).expand(2, -1), rtol=1e-9, atol=0.0)
@@ -207,7 +185,8 @@ def test_predictor_that_underflowed_counts_as_the_smallest_of_its_batch() -> Non
     zero, least = steep.clone(), steep.clone()
     zero[0], least[0] = 0.0, steep[1:].min()
     for pair in ((zero, least), (torch.zeros(16, dtype=D), torch.ones(16, dtype=D))):
-        assert_same(*(trained().estimate(changed(batch(0), top_gradient=each), sites=2) for each in pair))
+        named = [{**(batch(0).predictors or {}), "top_gradient": each} for each in pair]
+        assert_same(*(trained().estimate(replace(batch(0), predictors=each), sites=2) for each in named))
 
 
 def test_traces_seen_as_zero_or_not_representable() -> None:
@@ -229,7 +208,7 @@ def test_traces_seen_as_zero_or_not_representable() -> None:
 
 
 def test_pilots_as_they_are() -> None:
-    per_site = torch.rand(2, 16, dtype=D, generator=torch.Generator().manual_seed(0)) + 0.1
+    per_site = traces(2, 16)
     for trace in (per_site[0], per_site):
         estimator = TraceEstimator(TraceSettings(source="pilots"))
         estimate = estimator.estimate(batch(0, trace=trace), sites=2)
@@ -240,35 +219,31 @@ def test_pilots_as_they_are() -> None:
     assert not TraceEstimator(TraceSettings(source="pilots")).learns
 
 
-def test_sites_without_pilots_follow_those_with() -> None:
-    trace = torch.full((3, 4), NAN, dtype=D)
-    trace[0] = torch.tensor([1.0, 2.0, 3.0, 6.0])
-    trace[2] = 1e6 * torch.tensor([4.0, 2.0, 2.0, 0.0])
-    statistics = SampleStatistics(loss=torch.ones(4, dtype=D), trace=trace)
-    estimate = TraceEstimator(TraceSettings(source="pilots")).estimate(statistics, sites=3)
-    torch.testing.assert_close(estimate.trace[[0, 2]], trace[[0, 2]], rtol=0.0, atol=0.0)
-    # Each in units of its own mean, 3 and 2e6: (1/3 + 2) / 2, (2/3 + 1) / 2, (1 + 1) / 2, (2 + 0) / 2.
-    torch.testing.assert_close(estimate.trace[1], torch.tensor([7 / 6, 5 / 6, 1.0, 1.0], dtype=D))
-    assert bool(estimate.usable.all())
-
-
-def test_lost_pilots_follow_those_of_other_sites_at_the_scale_of_their_own() -> None:
-    trace = torch.tensor([[2e6, 1e6, NAN, NAN, 3e6], [1.0, 2.0, 4.0, NAN, 1.0]], dtype=D)
-    statistics = SampleStatistics(loss=torch.ones(5, dtype=D), trace=trace)
-    estimate = TraceEstimator(TraceSettings(source="pilots")).estimate(statistics, sites=2)
-    # At the second site the third sample has twice the mean of 2, and the mean of the first site is 2e6.
-    torch.testing.assert_close(estimate.trace[0], torch.tensor([2e6, 1e6, 4e6, 0.0, 3e6], dtype=D))
-    torch.testing.assert_close(estimate.trace[1], torch.tensor([1.0, 2.0, 4.0, 0.0, 1.0], dtype=D))
-    assert estimate.usable.tolist() == [True, True, True, False, True]  # nothing is known of the fourth
-
-
-def test_mean_over_sites_by_hand() -> None:
-    trace = torch.tensor([[1.0, 3.0, NAN, 2.0], [NAN, NAN, NAN, NAN], [0.0, 0.0, NAN, 0.0], [10.0, 10.0, NAN, -1.0]])
-    # The third site says nothing. The last: 10, 10 and 0 in units of 20 / 3; the first: 1, 3, 2 in units of 2.
-    expected = torch.tensor([(0.5 + 1.5) / 2, (1.5 + 1.5) / 2, NAN, (1.0 + 0.0) / 2])
-    torch.testing.assert_close(trace_estimator.mean_over_sites(trace), expected, equal_nan=True)
-    flat = torch.zeros(2, 3)
-    assert trace_estimator.mean_over_sites(flat).tolist() == [0.0] * 3
+@pytest.mark.parametrize(
+    ("pilots", "expected"),
+    [
+        # Each in units of its own mean, 3 and 2e6: (1/3 + 2) / 2, (2/3 + 1) / 2, (1 + 1) / 2, (2 + 0) / 2.
+        (
+            [[1.0, 2.0, 3.0, 6.0], [NAN] * 4, [4e6, 2e6, 2e6, 0.0]],
+            [[1.0, 2.0, 3.0, 6.0], [7 / 6, 5 / 6, 1.0, 1.0], [4e6, 2e6, 2e6, 0.0]],
+        ),
+        # At the second site the third sample has twice the mean of 2; nothing is known of the fourth.
+        (
+            [[2e6, 1e6, NAN, NAN, 3e6], [1.0, 2.0, 4.0, NAN, 1.0]],
+            [[2e6, 1e6, 4e6, NAN, 3e6], [1.0, 2.0, 4.0, NAN, 1.0]],
+        ),
+        ([[10.0, 10.0, -1.0], [NAN] * 3], [[10.0, 10.0, 0.0], [1.5, 1.5, 0.0]]),  # a negative estimate counts as zero
+        ([[0.0, 0.0], [NAN, NAN]], [[0.0, 0.0], [0.0, 0.0]]),  # known, and zero
+    ],
+)
+def test_missing_pilots_follow_those_of_other_sites_at_the_scale_of_their_own(
+    pilots: list[list[float]], expected: list[list[float]]
+) -> None:
+    trace, follows = torch.tensor(pilots, dtype=D), torch.tensor(expected, dtype=D)
+    statistics = SampleStatistics(loss=torch.ones(trace.shape[1], dtype=D), trace=trace)
+    estimate = TraceEstimator(TraceSettings(source="pilots")).estimate(statistics, sites=len(trace))
+    torch.testing.assert_close(estimate.trace, follows.nan_to_num(0.0))
+    assert torch.equal(estimate.usable, follows[0].isfinite())
 
 
 # Both
@@ -277,7 +252,7 @@ def test_mean_over_sites_by_hand() -> None:
 @pytest.mark.parametrize("strength", [0.0, 0.5, 7.0])
 def test_shrinkage_is_the_stated_mean(strength: float) -> None:
     settings = TraceSettings(source="both", prior_strength=strength)
-    pilots = torch.rand(2, 16, dtype=D, generator=torch.Generator().manual_seed(0)) + 0.1
+    pilots = traces(2, 16)
     number = torch.randint(0, 5, (2, 16), generator=torch.Generator().manual_seed(1)).to(D)
     pilots[number == 0] = NAN
     pilots[0, 5], number[0, 5] = NAN, 4.0  # all four were lost
@@ -351,30 +326,28 @@ ONES, ROWS = torch.ones(3, 16, dtype=D), r"\(3, 16\): must have one row for each
 
 
 @pytest.mark.parametrize(
-    ("settings", "setting", "message"),
-    [
-        ({"source": "oracle"}, "traces.source", "'oracle': is not one of .* Choose from prediction, pilots, both"),
-        ({"window": -1}, "traces.window", "-1: must be 0 or more. Write, for example, 10"),
-        ({"ridge": 0.0}, "traces.ridge", "0.0: must be a number above 0. Write, for example, 0.0"),
-        ({"prior_strength": -1.0}, "traces.prior_strength", "-1.0: must be 0 or more. Write 0"),
-        ({"prior_strength": 2.0}, "traces.prior_strength", "2.0: has no effect with source: prediction. Remove"),
-        ({"source": "pilots", "window": 5}, "traces.window", "5: has no effect with source: pilots. Remove `window`"),
-        ({"source": "pilots", "ridge": 1.0}, "traces.ridge", "1.0: has no effect with source: pilots. Remove `ridge`"),
-        ({"source": "pilots", "predictors": ["loss"]}, "traces.predictors", r"\['loss'\]: has no .* `predictors`"),
-        ({"predictors": ["loss"], "window": 0}, "traces.predictors", "predict nothing with .* larger window"),
-        ({"predictors": "loss"}, "traces.predictors", r"must be a list. Write \[loss\]"),
-    ],
-)
-def test_settings_without_sense_are_refused(settings: dict[str, Any], setting: str, message: str) -> None:
-    for made in (settings, TraceSettings(**settings)):
-        with pytest.raises(SettingError, match=message) as caught:
-            TraceEstimator(made)
-        assert caught.value.setting == setting
-
-
-@pytest.mark.parametrize(
     ("settings", "statistics", "setting", "message"),
     [
+        (
+            {"source": "oracle"},
+            None,
+            "traces.source",
+            "'oracle': is not one of .* Choose from prediction, pilots, ",
+        ),
+        ({"window": -1}, None, "traces.window", "-1: must be 0 or more. Write, for example, 10"),
+        ({"ridge": 0.0}, None, "traces.ridge", "0.0: must be a number above 0. Write, for example, 0.0"),
+        ({"prior_strength": -1.0}, None, "traces.prior_strength", "-1.0: must be 0 or more. Write 0"),
+        ({"prior_strength": 2.0}, None, "traces.prior_strength", "2.0: has no effect with source: prediction. Remove"),
+        ({"source": "pilots", "window": 5}, None, "traces.window", "5: has no effect with source: pilots. Remove `win"),
+        ({"source": "pilots", "ridge": 1.0}, None, "traces.ridge", "1.0: has no effect with source: pilots. Remove `r"),
+        (
+            {"source": "pilots", "predictors": ["loss"]},
+            None,
+            "traces.predictors",
+            r"\['loss'\]: has no .* `predictor",
+        ),
+        ({"predictors": ["loss"], "window": 0}, None, "traces.predictors", "predict nothing with .* larger window"),
+        ({"predictors": "loss"}, None, "traces.predictors", r"must be a list. Write \[loss\]"),
         ({"predictors": ["loss", "depth"]}, {}, "traces.predictors", r"'depth': is not .*: \['activation', 'top_"),
         ({"source": "pilots"}, {}, "traces.source", "'pilots': needs the statistic `trace`.*Set `strategy.pilot"),
         ({"source": "both"}, {}, "traces.source", "'both': needs the statistic `trace`.*source: prediction"),
@@ -384,12 +357,16 @@ def test_settings_without_sense_are_refused(settings: dict[str, Any], setting: s
         ({}, {"sites": 3}, "sample_statistics.predictors.activation", ROWS),
     ],
 )
-def test_statistics_that_do_not_fit_are_refused(
-    settings: dict[str, Any], statistics: dict[str, Any], setting: str, message: str
+def test_settings_and_statistics_without_sense_are_refused(
+    settings: dict[str, Any], statistics: dict[str, Any] | None, setting: str, message: str
 ) -> None:
-    with pytest.raises(SettingError, match=message) as caught:
-        TraceEstimator(settings).estimate(batch(0, **statistics), sites=2)
-    assert caught.value.setting == setting
+    for given in (settings, TraceSettings(**settings)):
+        with pytest.raises(SettingError, match=message) as caught:
+            TraceEstimator(given).estimate(batch(0, **(statistics or {})), sites=2)
+        assert caught.value.setting == setting
+        if statistics is None:  # refused before anything is computed
+            with pytest.raises(SettingError, match=message):
+                TraceEstimator(given)
 
 
 @pytest.mark.parametrize(
@@ -407,12 +384,3 @@ def test_only_what_is_read_is_requested(settings: dict[str, Any], expected: set[
     estimator = TraceEstimator(settings)
     assert estimator.requests == expected
     assert estimator.learns == (estimator.settings.source != "pilots" and estimator.settings.window > 0)
-
-
-def test_inputs_are_left_alone() -> None:
-    statistics, observation = batch(0, **PILOTS), seen(0)
-    statistics.loss[0] = NAN
-    before = copy.deepcopy((statistics.tensors(), vars(observation)))
-    learn(TraceEstimator({"source": "both"}), statistics, observation)
-    now = (statistics.tensors(), vars(observation))
-    torch.testing.assert_close(now, before, rtol=0.0, atol=0.0, equal_nan=True)
