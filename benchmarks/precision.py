@@ -193,7 +193,7 @@ NOISE: Mapping[str, tuple[Any, Any, dict[str, Any]]] = {
 
 
 def cosine_ranges(
-    network_name: str, noise: str, precision: str, *, steps: Sequence[float] = STEPS
+    network_name: str, noise: str, precision: str, *, steps: Sequence[float]
 ) -> list[tuple[float, float]]:
     """Lowest and highest cosine of the sites at each number of rounding steps."""
     samples, queries = SIZES[network_name]
@@ -228,7 +228,7 @@ def rule(argv: Sequence[str]) -> None:
     for network, method in product(options.networks, options.methods):
         say(f"estimating {network}, {method} ...")
         for precision in options.precisions:
-            ranges = dict(zip(map(str, STEPS), cosine_ranges(network, method, precision), strict=True))
+            ranges = dict(zip(map(str, STEPS), cosine_ranges(network, method, precision, steps=STEPS), strict=True))
             records.append({"network": network, "method": method, "precision": precision, "cosines": ranges})
     columns = {"network, noise": "{network}, {method}", "precision": "{precision}"}
     columns |= {f"{step:g}": f"{{cosines[{step}][0]:.2f}} - {{cosines[{step}][1]:.2f}}" for step in STEPS}

@@ -20,10 +20,11 @@ def cells(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
 
 
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    loading.write_photos(tmp_path, 16)
-    return tmp_path
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("photos")
+    loading.write_photos(root, 16)
+    return root
 
 
 def test_the_photos_have_the_size_of_imagenets_in_pixels_and_bytes(photos):

@@ -45,31 +45,20 @@ def whole(few_cases: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     return output, study(output)
 
 
-@pytest.fixture
-def held() -> HeldOut:
+def test_scores_are_the_variance_of_what_was_allocated_with_pilots_by_the_square_of_their_weight() -> None:
     trace = torch.rand(2, 5, dtype=torch.float64) + 0.1
-    return HeldOut(trace, torch.full_like(trace, 1e5), torch.tensor([2.0, 0.5], dtype=torch.float64))
-
-
-def test_scores_are_the_variance_of_what_was_allocated(held: HeldOut) -> None:
+    held = HeldOut(trace, torch.full_like(trace, 1e5), torch.tensor([2.0, 0.5], dtype=torch.float64))
     counts, none = torch.tensor([[1, 2, 3, 4, 90], [20, 20, 20, 20, 20]]), torch.zeros(2, 5)
     lower, upper = held.of_counts(counts, none, None, 20)
-    by_hand = sum(2.0 * float(t) / int(a) for t, a in zip(held.trace[0], counts[0], strict=True))
+    by_hand = sum(2.0 * float(t) / int(a) for t, a in zip(trace[0], counts[0], strict=True))
     assert (float(lower), float(upper)) == pytest.approx((by_hand, float(held.equal(20)[1])))
-
-
-def test_reused_pilots_count_with_the_square_of_their_weight(held: HeldOut) -> None:
     counts, pilots, weight = torch.full((2, 5), 16), torch.full((2, 5), 4), torch.full((2, 5), 0.3, dtype=torch.float64)
-    factor = 0.3**2 / 4 + 0.7**2 / 16
-    expected = held.scale * held.trace.sum(dim=1) * factor
+    expected = held.scale * trace.sum(dim=1) * (0.3**2 / 4 + 0.7**2 / 16)
     torch.testing.assert_close(held.of_counts(counts, pilots, weight, 20), expected)
     # Their share of the budget makes every query count alike.
     torch.testing.assert_close(held.of_counts(counts, pilots, None, 20), held.equal(20))
-
-
-def test_the_least_variance_is_that_of_exact_traces(held: HeldOut) -> None:
-    expected = torch.stack([e / gain_optimal(t) for e, t in zip(held.equal(20), held.trace, strict=True)])
-    torch.testing.assert_close(held.optimal(20), expected, rtol=1e-4, atol=0.0)
+    least = torch.stack([e / gain_optimal(t) for e, t in zip(held.equal(20), trace, strict=True)])
+    torch.testing.assert_close(held.optimal(20), least, rtol=1e-4, atol=0.0)
 
 
 def test_lost_samples_count_as_without_variance() -> None:
@@ -78,16 +67,10 @@ def test_lost_samples_count_as_without_variance() -> None:
     assert (found.trace.tolist(), found.freedom.tolist()) == ([[1.0, 0.0]], [[4.0, 0.0]])
 
 
-@pytest.mark.parametrize(
-    ("budget", "multiple", "minimum", "expected"),
-    [(20, 1, 0, 4), (4, 1, 0, 3), (2, 1, 0, 0), (20, 2, 0, 8), (4, 2, 0, 0)],
-)
-def test_small_budgets_pay_for_fewer_pilots(budget: int, multiple: int, minimum: int, expected: int) -> None:
+def test_small_budgets_pay_for_fewer_pilots_and_every_case_names_one_that_is_there() -> None:
     case = Case("", GaussianAllocator, pilots="lowest")
-    assert case.pilot_queries(budget, multiple=multiple, minimum=minimum) == expected
-
-
-def test_every_case_names_one_that_is_there() -> None:
+    for budget, multiple, expected in ((20, 1, 4), (4, 1, 3), (2, 1, 0), (20, 2, 8), (4, 2, 0)):
+        assert case.pilot_queries(budget, multiple=multiple, minimum=0) == expected
     names = {case.name for case in CASES}
     assert len(names) == len(CASES)
     assert {case.best_linear for case in CASES} <= names

@@ -9,7 +9,7 @@ import pytest
 from experiments import compare_strategies
 from experiments.compare_strategies import METHODS, Study, command_line
 from experiments.harness import Cell
-from experiments.strategies_table import Length, Reference, Row, length, report, strategies_table
+from experiments.strategies_table import Length, Reference, Row, length, strategies_table
 from experiments.tables import read_csv
 from flops_lightning.plan.cost import Cost, typical_seconds
 from tests.experiments.fakes import SUMMARY, entries, finish
@@ -23,34 +23,28 @@ def cost(queries: float, equivalents: float, once: float = 0.0, seconds: float =
     return Cost(queries, equivalents, once, once, seconds, seconds_once=0.0)
 
 
-@pytest.mark.parametrize(
-    ("costs", "by_queries", "by_equivalents"),
-    [((80, 20), 240, 240), ((2, 2), 40 * 240, 10 * 240), ((80, 80), 240, 60), ((80, 40, 385.0 * 64), 235, 110)],
-    ids=["reference", "cheaper", "dearer", "spent once"],
-)
-def test_steps_that_a_budget_buys(costs: tuple[float, ...], by_queries: int, by_equivalents: int) -> None:
-    assert length("queries", cost(*costs), REFERENCE, **LIMITS).steps == by_queries
-    assert length("forward_equivalents", cost(*costs), REFERENCE, **LIMITS).steps == by_equivalents
-
-
-def test_without_queries_a_method_makes_the_steps_of_the_reference_and_the_table_says_so() -> None:
-    note = "no queries: as many steps as the reference"
-    assert length("queries", cost(0, 3), REFERENCE, **LIMITS) == Length(240, note=note)
-    assert length("forward_equivalents", cost(0, 3), REFERENCE, **LIMITS) == Length(1600)
+FREE = "no queries: as many steps as the reference"
+SHORT, DEAR = {"max_steps_factor": 39, "max_minutes": 1e9}, "the first step alone costs more than the budget"
 
 
 @pytest.mark.parametrize(
-    ("costs", "limits", "reason"),
+    ("costs", "limits", "by_queries", "by_equivalents"),
     [
-        (cost(2, 2), LIMITS, ""),
-        (cost(2, 2), {"max_steps_factor": 39, "max_minutes": 1e9},
-         "9,600 steps, 40 times those of the reference (limit 39)"),
-        (cost(80, 20, seconds=6.0), LIMITS, "240 steps would take 24 minutes (limit 20)"),
-        (cost(80, 20, once=1e9), LIMITS, "the first step alone costs more than the budget"),
+        (cost(80, 20), LIMITS, Length(240), Length(240)),
+        (cost(2, 2), LIMITS, Length(40 * 240), Length(10 * 240)),
+        (cost(80, 80), LIMITS, Length(240), Length(60)),
+        (cost(80, 40, 385.0 * 64), LIMITS, Length(235), Length(110)),  # spent once
+        (cost(0, 3), LIMITS, Length(240, note=FREE), Length(1600)),
+        (cost(2, 2), SHORT, Length(9600, "9,600 steps, 40 times those of the reference (limit 39)"), Length(2400)),
+        (cost(80, 80, seconds=6.0), LIMITS, Length(240, "240 steps would take 24 minutes (limit 20)"), Length(60)),
+        (cost(80, 20, once=1e9), LIMITS, Length(0, DEAR), Length(0, DEAR)),
     ],
-)  # fmt: skip
-def test_beyond_the_limits_it_is_infeasible_for_a_reason(costs: Cost, limits: dict[str, float], reason: str) -> None:
-    assert length("queries", costs, REFERENCE, **limits).reason == reason
+)
+def test_steps_that_a_budget_buys_or_why_it_is_infeasible(
+    costs: Cost, limits: dict[str, float], by_queries: Length, by_equivalents: Length
+) -> None:
+    assert length("queries", costs, REFERENCE, **limits) == by_queries
+    assert length("forward_equivalents", costs, REFERENCE, **limits) == by_equivalents
 
 
 def test_a_cost_is_read_from_the_difference_of_steps() -> None:
@@ -109,6 +103,8 @@ def test_a_finished_study_only_writes_its_tables(finished: Study, capsys: pytest
     assert [(row["method"], row["budget"], row["seed"]) for row in rows] == [(*r, s) for r in table for s in "012"]
     assert rows[-1]["accuracy"] == ""
     assert {row["cosine"] for row in rows} == {"0.2"}
+    assert "of the whole process" in text
+    assert "max_memory_allocated" not in text
     if find_spec("matplotlib"):
         assert (finished.output / "strategies.png").stat().st_size > 10_000
     assert "training: about" in capsys.readouterr().out
@@ -122,19 +118,15 @@ def test_rates_are_tried_at_a_part_of_the_steps_of_the_first_feasible_budget(fin
     assert not seeds & {cell.folder.name for cell in finished.finals()}
 
 
-def test_one_rate_needs_no_tuning(finished: Study) -> None:
-    finished.options.rates = [2e-3]
-    study = Study(finished.options)
-    assert study.tuning("lr") == {}
-    assert study.rates == {"lr": 2e-3, "mezo": 2e-3}
-
-
-def test_a_method_that_diverges_at_every_rate_is_infeasible(finished: Study) -> None:
+def test_one_rate_needs_no_tuning_and_a_method_that_diverges_at_every_rate_is_infeasible(finished: Study) -> None:
     for cell in finished.tuning("mezo").values():
         (cell.folder / "diverged").touch()
     study = Study(finished.options)
     assert study.row("forward_equivalents", "mezo", {}).length.reason == "it diverged at every learning rate"
     assert all("mezo" not in cell.folder.parts for cell in study.finals())
+    finished.options.rates = [2e-3]
+    study = Study(finished.options)
+    assert (study.tuning("lr"), study.rates) == ({}, {"lr": 2e-3, "mezo": 2e-3})
 
 
 def summaries(*accuracies: float | None) -> dict[int, dict[str, Any] | None]:
@@ -152,28 +144,16 @@ def line(row: Row) -> list[str]:
     return entries(strategies_table([row]))[1]
 
 
-def test_a_line_gives_mean_and_range_and_what_it_cost() -> None:
+def test_a_line_gives_mean_and_range_what_it_cost_and_its_marks() -> None:
     row = Row("lr", Length(240), 1e-3, edge=False, summaries=summaries(0.9, 0.95, 0.94), cosines=COSINES)
     spent = ["1,206,721", "301,680", "25", "902"]
     assert line(row) == ["lr", "0.001", "240", "93.0% (90.0% - 95.0%)", *spent, "0.2 ± 0.08", "0.5 ± 0"]
     assert row.mean_cosine == pytest.approx((0.2 + 0.5) / 2)
-
-
-def test_marks_for_edges_notes_divergence_and_what_is_infeasible() -> None:
     noted = Row("bp", Length(240, note="no queries"), 3e-3, edge=True, summaries=summaries(0.9))
     assert line(noted)[:2] == ["bp (no queries)", r"0.003 \*"]
     assert line(Row("es", Length(9), 1e-3, summaries=summaries(None, None)))[3] == "diverged (2 of 2)"
     slow = Row("mezo", Length(9, "too slow"), cosines=COSINES)
     assert line(slow)[3:] == ["infeasible: too slow", *"----", "0.2 ± 0.08", "0.5 ± 0"]
-
-
-def test_the_report_says_where_time_and_memory_come_from() -> None:
-    rows = {"queries": [Row("lr", Length(240), 1e-3, summaries=summaries(0.9))]}
-    about = dict.fromkeys(("configs", "start_accuracy", "rates", "tuning", "cosines", "processes"), "@")
-    text = report(rows, REFERENCE, about)
-    assert "of the whole process" in text
-    assert "max_memory_allocated" not in text
-    assert f"{REFERENCE.queries:,.0f} queries" in text
 
 
 def test_every_method_has_its_overlay() -> None:

@@ -25,17 +25,10 @@ def test_what_was_spent_until_the_loss_fell_and_the_accuracy_was_reached() -> No
     assert curve.to_accuracy(0.6) == 2000.0
     assert math.isnan(curve.to_loss(1e-9))
     assert math.isnan(curve.to_accuracy(0.9))
-
-
-def test_a_lucky_batch_at_the_start_is_not_yet_a_loss_reached() -> None:
-    curve = falling(0.0)
-    curve.loss[0] = 0.0
-    assert math.isnan(curve.to_loss(0.5))
-
-
-def test_the_late_loss_is_that_of_the_last_quarter() -> None:
-    losses = falling(0.1).loss
-    assert late_mean(losses) == pytest.approx(sum(losses[30:]) / 10)
+    lucky = falling(0.0)
+    lucky.loss[0] = 0.0  # a lucky batch at the start is not yet a loss reached
+    assert math.isnan(lucky.to_loss(0.5))
+    assert late_mean(curve.loss) == pytest.approx(sum(curve.loss[30:]) / 10)
     assert late_mean([3.0, math.nan]) == math.inf
 
 

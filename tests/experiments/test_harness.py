@@ -52,8 +52,10 @@ def ended(study: Path) -> bool:
 
 def test_a_finished_run_is_not_repeated_and_an_interrupted_one_starts_in_an_empty_folder(tmp_path: Path) -> None:
     cell = writer(tmp_path)
-    cell.folder.mkdir()
+    (cell.folder / "version_0").mkdir(parents=True)
     (cell.folder / "events.out.tfevents.1").touch()  # left by an attempt that was interrupted
+    (cell.folder / "version_0" / "summary.json").write_text('{"ste')  # cut short: it does not count
+    assert not cell.finished
     for _ in range(2):
         assert run_all([cell, writer(tmp_path)], jobs=2)  # the same run twice
         assert times(tmp_path) == 1
@@ -69,15 +71,6 @@ def test_a_run_that_resumes_finds_its_checkpoint_and_another_keeps_its_weights(t
         run_all([cell])
         assert (cell.folder / "left.txt").exists() == cell.resumes
         assert (cell.folder / "model.safetensors").exists() == cell.keeps_weights
-
-
-def test_a_result_that_was_cut_short_does_not_count(tmp_path: Path) -> None:
-    cell = writer(tmp_path)
-    (cell.folder / "version_0").mkdir(parents=True)
-    (cell.folder / "version_0" / "summary.json").write_text('{"ste')
-    assert not cell.finished
-    run_all([cell])
-    assert cell.summary == [3]
 
 
 def test_curves_are_those_of_the_attempt_that_finished(tmp_path: Path) -> None:
@@ -102,34 +95,30 @@ def test_a_run_that_diverged_is_remembered_and_has_no_loss(tmp_path: Path) -> No
         run_all([writer(tmp_path, "other", code=2, says=says)])
 
 
-def test_a_failing_run_says_where_its_output_is_and_the_rest_is_not_begun(tmp_path: Path) -> None:
+def test_after_a_failing_run_the_rest_is_not_begun_unless_the_study_keeps_going(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     cells = [writer(tmp_path, "bad/job", code=3), *(writer(tmp_path, f"{i}/job") for i in range(20))]
     with pytest.raises(RunFailedError, match=r"bad/job: exit code 3, see log.txt there"):
         run_all(cells)
     assert times(tmp_path / "19") == 0
-
-
-def test_where_it_keeps_going_a_failing_run_stops_no_other_and_is_tried_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    cells = [writer(tmp_path, "bad/job", code=3), writer(tmp_path, "good/job")]
+    capsys.readouterr()
+    cells = [cells[0], writer(tmp_path, "good/job")]
     for _ in range(2):
         assert not run_all(cells, keep_going=True, outcome=lambda cell: f"{len(cell.name)} letters")
-    assert (times(tmp_path / "bad"), times(tmp_path / "good")) == (2, 1)
+    assert (times(tmp_path / "bad"), times(tmp_path / "good")) == (3, 1)
     failed = f"FAILED: {tmp_path}/bad/job: exit code 3, see log.txt there"
     said = [f"[1/2] {failed}", "[2/2] good/job: 8 letters", f"[2/2] {failed}"]
     assert capsys.readouterr().out.splitlines() == said
 
 
-@pytest.mark.parametrize(("settings", "expected"), [({"jobs": 2}, 4), ({"jobs": 2, "threads": 3}, 3)])
-def test_runs_share_the_cores(
-    settings: dict[str, int], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_runs_share_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.cpu_count", lambda: 8)
-    script = f"import os, pathlib; pathlib.Path({str(tmp_path / 'job/summary.json')!r}).write_text("
-    cell = Cell(tmp_path, "job", ("-c", script + "'[' + os.environ['OMP_NUM_THREADS'] + ']')"))
-    run_all([cell], **settings)
-    assert cell.summary == [expected]
+    for name, threads in (("shared", 0), ("own", 3)):
+        script = f"import os, pathlib; pathlib.Path({str(tmp_path / name / 'summary.json')!r}).write_text("
+        cell = Cell(tmp_path, name, ("-c", script + "'[' + os.environ['OMP_NUM_THREADS'] + ']')"))
+        run_all([cell], jobs=2, threads=threads)
+        assert cell.summary == [threads or 4]
 
 
 def test_a_dry_run_prints_what_is_left_as_a_shell_reads_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -233,7 +222,7 @@ def test_an_exception_of_the_study_ends_the_runs(tmp_path: Path) -> None:
     def fails(cell: Cell) -> str:
         raise OSError(f"no space for the table of {cell.name}")
 
-    quick = beside(tmp_path, "quick", f"open({str(tmp_path / 'quick/summary.json')!r}, 'w').write('{{}}')")
+    quick = beside(tmp_path, "quick", f"open({str(tmp_path / 'quick/summary.json')!r}, 'w').write('1')")
     with pytest.raises(OSError, match="no space for the table of quick"):
         run_all([sleeper(tmp_path, "long"), quick], jobs=2, outcome=fails)
     assert ended(tmp_path)
