@@ -9,18 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from lightning.pytorch import seed_everything
 from PIL import Image
 from scipy.io import savemat
 from torch import Tensor
 
+from flops_lightning.cli.command import main
 from flops_lightning.datamodules import (
     Caltech101DataModule,
     EuroSATDataModule,
     Flowers102DataModule,
     Food101DataModule,
     ImageNetDataModule,
-)
+)  # fmt: skip
 from flops_lightning.datamodules.photos import PhotoDataModule
 
 WNIDS = ("n01440764", "n01443537", "n01484850", "n01491361")
@@ -157,3 +159,28 @@ def assert_repeated_by_the_seed(prepared: Callable[[int], Any], *, num_workers: 
         assert torch.equal(first[epoch], workers[epoch])
     same = [(a == b).flatten(1).all(1).float().mean() for a, b in ((first[0], first[1]), (first[0], other[0]))]
     assert max(same) < 0.1
+
+
+def command(name: str, folder: Path, data: str, *args: str, **init_args: Any) -> None:
+    """Run a command of the command line, in ``folder``, on a tiny network and a data module, for two steps."""
+    network = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    site = {"stages": ["pool", "head"], "queries_per_sample": 2}
+    strategy = {"class_path": "flops_lightning.strategies.LikelihoodRatio", "init_args": {"sites": [site]}}
+    model = {"model_name": "vit_tiny_patch16_224", "model_kwargs": network, "strategy": strategy}
+    settings = {
+        "trainer": {
+            "max_steps": 2, "accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False,
+            "callbacks": [{"class_path": "flops_lightning.callbacks.RunSummary"}], "default_root_dir": str(folder),
+        },
+        "model": {
+            "class_path": "flops_lightning.tasks.ForwardImageClassifier",
+            "init_args": {**model, "freeze": ["cls_token", "pos_embed", "patch_embed.*", "blocks.*"],
+                          "optimizer": {"lr": 0.001}},
+        },
+        "data": {
+            "class_path": f"flops_lightning.datamodules.{data}DataModule",
+            "init_args": {"image_size": 16, **init_args},
+        },
+    }  # fmt: skip
+    (folder / "given.yaml").write_text(yaml.safe_dump(settings))
+    main([name, "-c", str(folder / "given.yaml"), *args])

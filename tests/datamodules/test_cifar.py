@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from lightning.pytorch import seed_everything
 from PIL import Image
 from safetensors.torch import load_file
@@ -27,9 +26,8 @@ from torchvision.transforms.v2 import functional
 
 from flops_lightning.cli.command import main
 from flops_lightning.datamodules import CIFAR10DataModule, CIFAR100DataModule
-from flops_lightning.datamodules.augmentation import RandAugmentSettings
 from flops_lightning.errors import DamagedImageError, SettingError
-from tests.datamodules.photo_folders import assert_repeated_by_the_seed
+from tests.datamodules.photo_folders import command
 
 NAMES = CIFAR10DataModule.class_names
 MODULES = {"cifar10": CIFAR10DataModule, "cifar100": CIFAR100DataModule}
@@ -166,19 +164,6 @@ def test_images_are_resized_as_pil_resizes_them(image_size, folders):
     assert error.abs().max() <= 1  # two roundings to 8 bits
 
 
-def test_the_validation_images_are_the_same_for_every_number_of_training_images(folders):
-    runs = {n: prepared(folders, images_per_class=n) for n in (0, 1, 3, 6)}
-    parts = {n: (set(contents(data, "train")), set(contents(data, "val"))) for n, data in runs.items()}
-    assert all(val == parts[0][1] for _, val in parts.values())
-    assert parts[1][0] < parts[3][0] < parts[6][0] == parts[0][0]
-    assert not parts[0][0] & parts[0][1]
-    for n, data in runs.items():
-        assert data.train_set.labels.bincount().tolist() == [n or 6] * 10
-        assert data.val_set.labels.bincount().tolist() == [2] * 10
-    everything = prepared(folders, val_images=0)
-    assert (len(everything.train_set), len(everything.val_set)) == (10 * TRAIN, 0)
-
-
 def test_the_choice_of_images_depends_on_its_own_seed_only(folders):
     settings = {"images_per_class": 2, "test_images": 30}
     seed_everything(1)
@@ -215,12 +200,6 @@ def test_augmented_images_are_shifted_and_mirrored_uniformly_and_only_in_trainin
         assert all(abs(count / draws - share) < 4.5 * standard_error for count in counts.values())
 
 
-@pytest.mark.slow
-def test_augmentation_is_repeated_by_the_seed_whatever_the_workers_and_new_in_every_epoch(folders):
-    settings = {"augment": True, "rand_augment": RandAugmentSettings(), "batch_size": 16}
-    assert_repeated_by_the_seed(lambda workers: prepared(folders, num_workers=workers, **settings), num_workers=2)
-
-
 @pytest.mark.parametrize("layout", ["archive", "folders"])
 def test_the_check_says_what_there_is_once_and_setup_takes_its_answer(layout, roots, tmp_path, monkeypatch, caplog):
     root = write_archive(tmp_path, monkeypatch, "cifar100") if layout == "archive" else roots["cifar100"]
@@ -244,9 +223,6 @@ def test_a_damaged_or_missing_image_is_found_before_training_and_named(tmp_path)
     with pytest.raises(DamagedImageError, match=f"{first} cannot be read"):
         prepared(root)
     first.write_bytes(whole)
-    file.write_bytes(b"")
-    with pytest.raises(DamagedImageError, match=f"{file} is empty"):
-        prepared(root)
     file.unlink()
     file.symlink_to(tmp_path / "gone.png")
     with pytest.raises(SettingError, match=f"1 listed images are missing, the first is {file}") as caught:
@@ -309,27 +285,11 @@ def test_validation_images_cannot_come_from_a_class_of_one_image(tmp_path):
         prepared(write_folders(tmp_path, images=(1, TEST)), val_images=10)
 
 
-def remove_class(root: Path) -> None:
-    for name in ("cat", "dog"):
-        for file in (root / "test" / name).iterdir():
-            file.unlink()
-        (root / "test" / name).rmdir()
-
-
-def empty_class(root: Path) -> None:
-    for file in (root / "train" / "ship").iterdir():
-        file.unlink()
-    (root / "train" / "ship" / "notes.txt").touch()
-
-
 @pytest.mark.parametrize(
     ("damage", "problem"),
     [
-        (remove_class, "test/ lacks cat, dog."),
-        (empty_class, "train/ has no images of ship."),
         (lambda root: (root / "train" / "zebra").mkdir(), "train/ has folders of no class, zebra."),
         (lambda root: (root / "test").rename(root / "val"), "has no folder test/."),
-        (lambda root: (root / "train").rename(root / "training"), "has no folder train/."),
     ],
 )
 def test_incomplete_class_folders_are_refused_with_both_layouts_as_remedy(damage, problem, tmp_path):
@@ -385,39 +345,13 @@ def test_a_download_that_fails_is_refused_with_the_way_round_it(kind, tmp_path, 
     assert f"put {theirs.url} into {tmp_path / 'root'} yourself" in caught.value.remedy
 
 
-SETTINGS = {
-    "trainer": {
-        "max_steps": 2, "accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False,
-        "callbacks": [{"class_path": "flops_lightning.callbacks.RunSummary"}],
-    },
-    "model": {
-        "class_path": "flops_lightning.tasks.ForwardImageClassifier",
-        "init_args": {
-            "model_name": "vit_tiny_patch16_224",
-            "model_kwargs": {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2},
-            "strategy": {
-                "class_path": "flops_lightning.strategies.LikelihoodRatio",
-                "init_args": {"sites": [{"stages": ["pool", "head"], "queries_per_sample": 2}]},
-            },
-            "freeze": ["cls_token", "pos_embed", "patch_embed.*", "blocks.*"],
-            "optimizer": {"lr": 0.001},
-        },
-    },
-    "data": {"class_path": "flops_lightning.datamodules.CIFAR10DataModule"},
-}  # fmt: skip
-
-
-def fit(folder: Path, root: str, *args: str) -> None:
-    (folder / "given.yaml").write_text(yaml.safe_dump(SETTINGS))
-    main(["fit", "-c", str(folder / "given.yaml"), "--data.root", root, "--data.image_size", "16", *args])
-
-
 @pytest.mark.filterwarnings("ignore:Total length of `DataLoader`")
 @pytest.mark.parametrize("val_images", [20, 0])
 def test_the_command_line_trains_on_it_with_its_number_of_classes(val_images, folders, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     mixed = ["--data.rand_augment.num_ops", "1", "--data.mixup_alpha", "0.2", "--data.cutmix_alpha", "1.0"]
-    fit(tmp_path, folders, "--data.augment", "true", f"--data.val_images={val_images}", *(mixed if val_images else []))
+    settings = {"root": folders, "augment": True, "val_images": val_images}
+    command("fit", tmp_path, "CIFAR10", *(mixed if val_images else []), **settings)
     assert load_file(next(tmp_path.rglob("model.safetensors")))["head.weight"].shape == (10, 16)
     summary = json.loads(next(tmp_path.rglob("summary.json")).read_text())
     # Two steps: 60 images twice, or, with all 80 in training, 64 and the 16 that are left.
@@ -428,17 +362,13 @@ def test_the_command_line_trains_on_it_with_its_number_of_classes(val_images, fo
     ("args", "message"),
     [
         (["--data.root", "nowhere"], "data.root = 'nowhere': is not a folder. Set data.download: true to fetch"),
-        (
-            ["--data.normalization", "imagnet"],
-            "one of cifar10, imagenet, inception, backbone. Did you mean `imagenet`?",
-        ),
         ([], "data.val_images = 5000: cannot be taken evenly out of 80 images in 10 classes. Use a number from 10"),
     ],
 )
 def test_a_mistake_is_one_short_message_on_the_command_line(args, message, folders, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as leaving:
-        fit(tmp_path, folders, *args)
+        command("fit", tmp_path, "CIFAR10", *args, root=folders)
     assert leaving.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert message in last
@@ -458,14 +388,14 @@ def test_the_command_line_knows_the_settings_of_the_base_and_their_values(capsys
     assert "one of cifar100, imagenet, inception, backbone" in capsys.readouterr().err
 
 
-def test_real_images_have_the_statistics_given_and_labels_that_can_be_learned(shared_data, tmp_path):
-    train, test = 100, 30
+def test_real_images_have_the_statistics_given(shared_data, tmp_path):
+    train = 100
     with tarfile.open(shared_data("data/cifar10_images.tar.xz"), "r|xz") as tar:
         for member in tar:
-            if member.isfile() and int(Path(member.name).stem) < (train if member.name.startswith("train/") else test):
+            if member.isfile() and int(Path(member.name).stem) < train:
                 tar.extract(member, tmp_path, filter="data")
     data = prepared(tmp_path, val_images=100, batch_size=1000)
-    ((images, labels),) = data.train_dataloader()
+    ((images, _),) = data.train_dataloader()
     assert len(images) == 10 * train - 100
     # Normalised, the mean of an image varies by less than 0.6 around 0, and its mean square by less than 1 around 1.
     count = len(images)
@@ -473,10 +403,3 @@ def test_real_images_have_the_statistics_given_and_labels_that_can_be_learned(sh
         assert moment.std(0).max() < spread
         assert (moment.mean(0) - law).abs().max() < 4 * spread / count**0.5
     assert data.mean == STATISTICS["cifar10"][0]
-
-    # Class means of thumbnails tell twice as many test images apart as chance does.
-    ((test_images, test_labels),) = data.test_dataloader()
-    thumbnails, test_thumbnails = (torch.nn.functional.avg_pool2d(x, 8).flatten(1) for x in (images, test_images))
-    means = torch.stack([thumbnails[labels == label].mean(0) for label in range(10)])
-    accuracy = (torch.cdist(test_thumbnails, means).argmin(1) == test_labels).float().mean().item()
-    assert accuracy > 0.1 + 4 * (0.1 * 0.9 / len(test_labels)) ** 0.5

@@ -18,14 +18,6 @@ def prepared(**settings) -> DigitsDataModule:
     return data
 
 
-def pixels(data: DigitsDataModule) -> torch.Tensor:
-    return torch.cat([part.tensors[0] for part in (data.train_set, data.val_set, data.test_set)])
-
-
-def rows_of(images: torch.Tensor) -> set[bytes]:
-    return {image.numpy().tobytes() for image in images}
-
-
 def test_splits_partition_the_real_digits_and_keep_the_share_of_every_class():
     data = prepared()
     digits = load_digits()
@@ -46,7 +38,8 @@ def test_splits_partition_the_real_digits_and_keep_the_share_of_every_class():
 
 
 def test_upright_pixels_have_mean_0_and_standard_deviation_1():
-    values = pixels(prepared())
+    data = prepared()
+    values = torch.cat([part.tensors[0] for part in (data.train_set, data.val_set, data.test_set)])
     assert abs(values.mean().item()) < 1e-3
     assert abs(values.std(correction=0).item() - 1) < 1e-3
 
@@ -57,27 +50,15 @@ def test_split_depends_on_its_own_seed_only():
     seed_everything(2)
     again, other = prepared(), prepared(split_seed=1)
     assert torch.equal(first.test_set.tensors[0], again.test_set.tensors[0])
-    assert rows_of(first.test_set.tensors[0]) != rows_of(other.test_set.tensors[0])
+    assert not torch.equal(first.test_set.tensors[1], other.test_set.tensors[1])
 
 
 def test_rotation_keeps_split_and_labels_and_turns_counter_clockwise():
     upright, turned = prepared(), prepared(rotation=90.0)
     assert torch.equal(upright.test_set.tensors[1], turned.test_set.tensors[1])
-    torch.testing.assert_close(
-        turned.test_set.tensors[0], upright.test_set.tensors[0].rot90(1, (2, 3)), rtol=0, atol=1e-5
-    )
-
-
-def test_a_turned_pixel_moves_by_the_angle_and_the_frame_fills_with_background():
-    image = torch.zeros(1, 1, 9, 9)
-    image[..., 4, 8] = 1.0  # four pixels right of the centre
-    moved = turn(image, 40.0)
-    row, column = torch.meshgrid(torch.arange(9.0), torch.arange(9.0), indexing="ij")
-    weight = moved[0, 0] / moved.sum()
-    expected = (4 - 4 * math.sin(math.radians(40)), 4 + 4 * math.cos(math.radians(40)))
-    assert abs((weight * row).sum().item() - expected[0]) < 0.25
-    assert abs((weight * column).sum().item() - expected[1]) < 0.25
-    assert (turn(torch.ones(1, 1, 9, 9), 45.0)[0, 0, 0, 0]).item() == 0.0
+    expected = upright.test_set.tensors[0].rot90(1, (2, 3))
+    torch.testing.assert_close(turned.test_set.tensors[0], expected, rtol=0, atol=1e-5)
+    assert turn(torch.ones(1, 1, 9, 9), 45.0)[0, 0, 0, 0] == 0.0  # corners fill with background
 
 
 def test_batches_have_the_promised_shapes_and_the_last_one_is_kept():
@@ -101,8 +82,6 @@ def test_prediction_reads_the_test_images_in_order():
 @pytest.mark.parametrize(
     ("settings", "name"),
     [
-        ({"batch_size": 0}, "data.batch_size"),
-        ({"num_workers": -1}, "data.num_workers"),
         ({"rotation": math.nan}, "data.rotation"),
         ({"rotation": math.inf}, "data.rotation"),
         ({"split_seed": -1}, "data.split_seed"),

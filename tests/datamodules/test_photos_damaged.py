@@ -6,18 +6,17 @@ import json
 import shutil
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 from PIL import Image
 from scipy.io import savemat
 
-from flops_lightning.cli.command import main
 from flops_lightning.datamodules import files, photos
 from flops_lightning.datamodules.files import read_photo
 from flops_lightning.errors import DamagedImageError, SettingError
-from tests.datamodules.photo_folders import DISHES, KINDS, WNIDS, contents, photo, write
+from tests.datamodules.photo_folders import DISHES, KINDS, WNIDS, command, contents, write
 
 IMAGENET_FILE = f"train/{WNIDS[1]}/image_0003.jpg"
 FILES = {
@@ -194,9 +193,13 @@ def test_an_empty_root_and_none_are_refused_before_anything_is_built(name, tmp_p
         assert caught.value.value == str(root)
 
 
-def test_folders_without_classes_are_refused(tmp_path):
-    (tmp_path / "train").mkdir()
-    with pytest.raises(SettingError, match="has no class folders in train/"):
+@pytest.mark.parametrize(
+    ("folder", "problem"),
+    [("train", "has no class folders in train/"), ("train/cat", "train/ has cat/, which is not a WordNet id")],
+)
+def test_class_folders_of_something_else_are_not_imagenet(folder, problem, tmp_path):
+    (tmp_path / folder).mkdir(parents=True)
+    with pytest.raises(SettingError, match=problem):
         KINDS["imagenet"].module(root=str(tmp_path))
 
 
@@ -333,41 +336,21 @@ def test_a_stage_without_images_is_refused(stage, lacking, problem, imagenet):
     assert [len(other.train_set), len(other.test_set)] == ([0, 8] if lacking == "train" else [16, 0])
 
 
-SETTINGS = {
-    "trainer": {"max_steps": 2, "accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False},
-    "model": {
-        "class_path": "flops_lightning.tasks.ForwardImageClassifier",
-        "init_args": {
-            "model_name": "vit_tiny_patch16_224",
-            "model_kwargs": {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2},
-            "strategy": {"class_path": "flops_lightning.strategies.Backprop"},
-            "optimizer": {"lr": 0.001},
-        },
-    },
-    "data": {
-        "class_path": "flops_lightning.datamodules.ImageNetDataModule",
-        "init_args": {"image_size": 16, "val_images": 8, "batch_size": 8},
-    },
-}
-
-
-def run(command: str, folder: Path, root: Path, monkeypatch: pytest.MonkeyPatch, *args: str) -> None:
-    monkeypatch.chdir(folder)
-    (folder / "given.yaml").write_text(yaml.safe_dump(SETTINGS))
-    main([command, "-c", str(folder / "given.yaml"), "--data.root", str(root), *args])
+def settings(folder: Path) -> dict[str, Any]:
+    return {"root": str(folder / "data"), "val_images": 8, "batch_size": 8}
 
 
 def last_line(capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("command", ["fit", "plan", "validate", "test", "predict"])
-def test_the_command_line_looks_at_the_folder_before_it_begins(command, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("name", ["fit", "plan", "validate", "test", "predict"])
+def test_the_command_line_looks_at_the_folder_before_it_begins(name, tmp_path, monkeypatch, capsys):
     file = KINDS["imagenet"].write(tmp_path / "data") / IMAGENET_FILE
     file.write_bytes(b"")
     monkeypatch.setattr(photos.PhotoDataModule, "setup", lambda *_: pytest.fail("the Trainer has begun"))
     with pytest.raises(SystemExit) as leaving:
-        run(command, tmp_path, tmp_path / "data", monkeypatch)
+        command(name, tmp_path, "ImageNet", **settings(tmp_path))
     assert leaving.value.code == 2
     assert last_line(capsys) == f"error: {file} is empty. Put the original in its place."
     assert not (tmp_path / "runs").exists()
@@ -380,19 +363,19 @@ def test_the_command_line_ends_with_one_line_where_a_damaged_file_is_met(num_wor
     cut(file)
     monkeypatch.setattr(files, "READ_AT_START", 1)
     with pytest.raises(SystemExit) as leaving:
-        run("fit", tmp_path, tmp_path / "data", monkeypatch, f"--data.num_workers={num_workers}")
+        command("fit", tmp_path, "ImageNet", **settings(tmp_path), num_workers=num_workers)
     assert leaving.value.code == 2
     assert last_line(capsys).startswith(f"error: {file} cannot be read (image file is truncated")
 
 
-def test_the_command_line_trains_and_tests_on_images_on_disk(tmp_path, monkeypatch, capsys):
+def test_the_command_line_trains_and_tests_on_images_on_disk(tmp_path, capsys):
     root = KINDS["imagenet"].write(tmp_path / "data")
-    run("fit", tmp_path, root, monkeypatch, "--data.augment=true", "--data.num_workers=1")
+    command("fit", tmp_path, "ImageNet", **settings(tmp_path), augment=True, num_workers=1)
     shutil.rmtree(root / "train")
-    run("test", tmp_path, root, monkeypatch, "--ckpt_path", str(next(tmp_path.rglob("*.ckpt"))))
+    command("test", tmp_path, "ImageNet", "--ckpt_path", str(next(tmp_path.rglob("*.ckpt"))), **settings(tmp_path))
     capsys.readouterr()
     with pytest.raises(SystemExit) as leaving:
-        run("fit", tmp_path, root, monkeypatch)
+        command("fit", tmp_path, "ImageNet", **settings(tmp_path))
     assert leaving.value.code == 2
     assert last_line(capsys).startswith(
         f"error: data.root = '{root}': has no images to train with. Put the images there"
@@ -400,23 +383,9 @@ def test_the_command_line_trains_and_tests_on_images_on_disk(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("name", ["Caltech101", "EuroSAT", "Food101", "Flowers102", "ImageNet"])
-def test_the_command_line_knows_the_settings_of_every_data_set(name, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    data = {"class_path": f"flops_lightning.datamodules.{name}DataModule", "init_args": {"imagesize": 16}}
-    (tmp_path / "given.yaml").write_text(yaml.safe_dump({**SETTINGS, "data": data}))
-    with pytest.raises(SystemExit) as leaving:
-        main(["fit", "-c", str(tmp_path / "given.yaml")])
-    assert leaving.value.code == 2
-    assert "Did you mean `image_size`?" in last_line(capsys)
-    data["init_args"] = {"download": "sometimes"}
-    (tmp_path / "given.yaml").write_text(yaml.safe_dump({**SETTINGS, "data": data}))
-    with pytest.raises(SystemExit):
-        main(["fit", "-c", str(tmp_path / "given.yaml")])
-    assert "sometimes" in last_line(capsys)
-
-
-def test_class_folders_of_something_else_are_not_imagenet(tmp_path):
-    for name in ("cat", "dog"):
-        write(tmp_path / "train" / name / "1.jpg", photo(0, 0))
-    with pytest.raises(SettingError, match=r"train/ has cat/, which is not a WordNet id"):
-        KINDS["imagenet"].module(root=str(tmp_path))
+def test_the_command_line_knows_the_settings_of_every_data_set(name, tmp_path, capsys):
+    for wrong, message in (({"imagesize": 16}, "Did you mean `image_size`?"), ({"download": "sometimes"}, "sometimes")):
+        with pytest.raises(SystemExit) as leaving:
+            command("fit", tmp_path, name, **wrong)
+        assert leaving.value.code == 2
+        assert message in last_line(capsys)

@@ -102,6 +102,7 @@ def test_a_checkpoint_within_an_epoch_goes_on_with_the_next_batch(workers, then,
 
 
 HOOKS = {
+    "before the first epoch": ("on_train_start", 0),
     "after a batch": ("on_train_batch_end", 7),
     "after the last batch": ("on_train_batch_end", 5),
     "within a step": ("on_train_batch_start", 7),
@@ -182,12 +183,6 @@ def test_progress_that_is_settled_stays_as_it_is(tmp_path, hook, step):
     assert checkpoint["loops"] == once
     progress = once["fit_loop"]["epoch_progress"]
     assert progress["current"]["processed"] == (step == BATCHES and hook != "on_train_batch_end")
-
-
-def test_a_run_saved_before_its_first_epoch_goes_on_from_there(tmp_path):
-    whole = run(tmp_path)
-    run(tmp_path, SaveAt("on_train_start", 0, str(tmp_path / "c.ckpt")))
-    assert run(tmp_path, resume=tmp_path / "c.ckpt").seen == whole.seen
 
 
 WITH_VALIDATION = [
