@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 
-from benchmarks.cases import Case, full_cases, quick_cases
+from benchmarks.cases import FULL_CASES, QUICK_CASES, Case
 from benchmarks.harness import Record, at_least, command, finish, say, table
 from benchmarks.memory import INFERENCE, OURS, OURS_WITHOUT_VJP, peak, peak_in_a_process
 from benchmarks.speed import measure
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None, *, cases: Sequence[Case] | None = No
     parser.add_argument("--rounds", type=at_least(1), help="timed rounds (default: each case's own)")
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)  # a child process: case and contender
     options = parser.parse_args(argv)
-    known = cases or (quick_cases() if options.quick else full_cases())
+    known = cases or (QUICK_CASES if options.quick else FULL_CASES)
     chosen = [case for case in known if not options.models or any(part in case.model for part in options.models)]
     if options.peak:
         print(peak(options.peak[1], chosen[int(options.peak[0])], options.device))

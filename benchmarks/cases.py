@@ -81,16 +81,11 @@ VIT_BASE = Case(
 )  # fmt: skip
 
 
-def full_cases() -> tuple[Case, ...]:
-    ways: tuple[dict[str, Any], ...] = (
-        {"allocation": "gaussian"},
-        {"kind": "block", "suffixes_only": True, "rounds": 3},
-        {"strategy": "SPSA"},
-    )
-    others = [replace(case, **way, references=False) for case in (VIT_TINY, VIT_BASE) for way in ways]
-    return DIGITS, VIT_TINY, VIT_BASE, *others
-
-
-def quick_cases() -> tuple[Case, ...]:
-    """Two networks with fewer rows and rounds; below a minute on two cores."""
-    return replace(DIGITS, batch=8, rounds=3), replace(VIT_TINY, batch=1, queries=8, rounds=3, references=False)
+FULL_CASES = (DIGITS, VIT_TINY, VIT_BASE, *(
+    replace(case, **way, references=False)
+    for case in (VIT_TINY, VIT_BASE)
+    for way in ({"allocation": "gaussian"}, {"kind": "block", "suffixes_only": True, "rounds": 3}, {"strategy": "SPSA"})
+))  # fmt: skip
+"""All cases at their full size; an hour on two cores."""
+QUICK_CASES = (replace(DIGITS, batch=8, rounds=3), replace(VIT_TINY, batch=1, queries=8, rounds=3, references=False))
+"""Two networks with fewer rows and rounds; below a minute on two cores."""

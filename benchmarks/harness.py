@@ -9,6 +9,7 @@ import platform
 import statistics
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -60,12 +61,9 @@ class Timings:
 
 
 def alternate(
-    contenders: Mapping[str, Callable[[], object]],
-    *,
-    rounds: int,
-    synchronize: Callable[[], object] = lambda: None,
-    clock: Callable[[], float] = time.perf_counter,
-) -> Timings:
+    contenders: Mapping[str, Callable[[], object]], *, rounds: int,
+    synchronize: Callable[[], object] = lambda: None, clock: Callable[[], float] = time.perf_counter,
+) -> Timings:  # fmt: skip
     """Run all contenders once in each round and time each run, after a round that is not timed.
 
     The first to run moves on by one from round to round, so that none always follows the same neighbour.
@@ -74,16 +72,16 @@ def alternate(
     check_at_least("rounds", rounds, 1)
     for run in contenders.values():
         run()
-    names = list(contenders)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for i in range(rounds):
-        first = i % len(names)
-        for name in names[first:] + names[:first]:
+    order = deque(contenders)
+    seconds: dict[str, list[float]] = {name: [] for name in order}
+    for _ in range(rounds):
+        for name in order:
             synchronize()
             start = clock()
             contenders[name]()
             synchronize()
             seconds[name].append(clock() - start)
+        order.rotate(-1)
     return Timings(seconds)
 
 

@@ -9,7 +9,7 @@ for each row instead of each sample.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,19 +20,6 @@ from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.noise.keys import NoiseKey, row_seeds, standard_normal
 from flops_lightning.queries import LossFunction
 from flops_lightning.strategies.sites import Site
-
-RowNoise = Callable[[str, Tensor, Tensor, Tensor], Tensor]
-"""``(name of the site, (r,) samples, (r,) queries, (r, ...) activation) -> (r, ...)`` standard normal noise."""
-
-
-def keyed_noise(seed: int, *, draw: int) -> RowNoise:
-    """The noise that a strategy with this seed draws for the batch with this draw counter."""
-
-    def noise(site: str, samples: Tensor, queries: Tensor, like: Tensor) -> Tensor:
-        seeds = row_seeds(NoiseKey(seed, draw, site, 0), samples.numpy(), queries.numpy())
-        return standard_normal(seeds, tuple(like.shape[1:]), device=like.device, dtype=like.dtype)
-
-    return noise
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +32,8 @@ class Reference:
     inputs: Tensor  # (b, ...)
     targets: Tensor
     counts: Tensor  # (s, b), queries of each sample at each site, on the CPU, at least 1
-    noise: RowNoise
+    seed: int  # of the strategy
+    draw: int  # its draw counter for the batch
 
     def __post_init__(self) -> None:
         for site in self.sites:
@@ -53,14 +41,20 @@ class Reference:
                 problem = "perturbs single layers, which the reference step does not."
                 raise SettingError("sites", site.name, problem, "Use kind: block or kind: group.")
 
+    def noise(self, site: Site, samples: Tensor, queries: Tensor, like: Tensor) -> Tensor:
+        """What the strategy draws for a site: ``(r, ...)``, for ``(r,)`` samples and queries."""
+        seeds = row_seeds(NoiseKey(self.seed, self.draw, site.name, 0), samples.numpy(), queries.numpy())
+        return standard_normal(seeds, tuple(like.shape[1:]), device=like.device, dtype=like.dtype)
+
     @torch.no_grad()
     def batched(self, rows: int) -> dict[str, Tensor]:
         """Gradients by parameter name, with ``rows`` rows in one forward pass."""
         network, loss, inputs, targets = self.network, self.loss, self.inputs, self.targets
         gradients: dict[str, Tensor] = {}
         with network.evaluating():
-            chunks = zip(inputs.split(rows), targets.split(rows), strict=True)
-            clean = torch.cat([loss(network.run(x), y) for x, y in chunks])
+            clean = torch.cat(
+                [loss(network.run(x), y) for x, y in zip(*(t.split(rows) for t in (inputs, targets)), strict=True)]
+            )
             for site, counts in zip(self.sites, self.counts, strict=True):
                 samples = torch.arange(len(inputs)).repeat_interleave(counts)
                 queries = torch.cat([torch.arange(int(n)) for n in counts])
@@ -70,7 +64,7 @@ class Reference:
                 for chunk in torch.arange(len(samples)).split(rows):
                     h = network.run(expanded[chunk], 0, site.last + 1)
                     active = _active(site, h)
-                    z = self.noise(site.name, samples[chunk], queries[chunk], active)
+                    z = self.noise(site, samples[chunk], queries[chunk], active)
                     active += site.sigma * z
                     losses.append(loss(network.run(h, site.last + 1), labels[chunk]))
                     kept.append(z)
@@ -97,7 +91,7 @@ class Reference:
                         with torch.enable_grad():
                             h = network.run(x, 0, site.last + 1)
                             active = _active(site, h)
-                        z = self.noise(site.name, torch.tensor([b]), torch.tensor([q]), active)
+                        z = self.noise(site, torch.tensor([b]), torch.tensor([q]), active)
                         moved = h.detach().clone()
                         _active(site, moved).add_(z, alpha=site.sigma)
                         weight = (loss(network.run(moved, site.last + 1), y) - clean) / site.sigma

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks.cases import Case
 from benchmarks.harness import Record, Timings, alternate, synchronizer
-from benchmarks.reference import Reference, keyed_noise
+from benchmarks.reference import Reference
 from flops_lightning.allocators import GaussianAllocator, QueryAllocator
 from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.objectives import cross_entropy
@@ -146,8 +146,7 @@ def contenders(setup: Setup) -> dict[str, Callable[[], object]]:
     backprop.bind(network, cross_entropy)
     clean = ours.clean_pass(inputs, targets)
     counts = torch.tensor([[site.queries_per_sample] * len(inputs) for site in sites])
-    noise = keyed_noise(ours.seed, draw=clean.draw)
-    reference = Reference(network, cross_entropy, sites, inputs, targets, counts, noise)
+    reference = Reference(network, cross_entropy, sites, inputs, targets, counts, ours.seed, clean.draw)
 
     def checkpointed() -> None:
         network.module.zero_grad()

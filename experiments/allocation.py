@@ -16,21 +16,22 @@ from the last checkpoint measured when started again.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from experiments.allocation_cases import CASES
 from experiments.allocation_scores import HeldOut, proxy_rows
 from experiments.command_line import StudyParser, configs
 from experiments.harness import claim
 from experiments.pictures import draw_allocation, draw_if_possible
 from experiments.tables import geometric_interval, write_csv
 from experiments.training import EqualCountsRun
-from flops_lightning.allocators import Allocation, QueryAllocator, QueryBudget, SampleStatistics, TraceObservation
+from flops_lightning import allocators
+from flops_lightning.allocators import QueryAllocator, QueryBudget, SampleStatistics, TraceObservation, TraceSettings
 from flops_lightning.allocators.held_back import rank_correlation
 from flops_lightning.queries import CleanPass
 
@@ -48,6 +49,51 @@ PILOTS, OWN, HELD_OUT = 10_000, 100_000, 1_000_000
 Key = tuple[int, str]  # budget and name of the case
 PLAN = ("checkpoints", "budgets", "batches", "directions", "window", "arguments")
 """Options that say what is measured, and the run's arguments."""
+
+
+MOST_PILOTS = 4
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    make: Callable[[], QueryAllocator]
+    pilots: str = ""  # at the lowest, the deepest or all sites; paid from the same budget and reused
+    best_linear: str = "best linear"  # the case of the best allocation linear in tanh(loss) under the same traces
+
+    def pilot_queries(self, budget: int, *, multiple: int, minimum: int) -> int:
+        """Pilots of a sample at each of its sites: four, or what a small budget leaves beside the minimum."""
+        if not self.pilots:
+            return 0
+        most = min(MOST_PILOTS * multiple, (budget - max(minimum, multiple)) // multiple * multiple)
+        return most if most >= 2 * multiple else 0
+
+
+bernoulli, gaussian, optimal = (
+    partial(cls, traces=TraceSettings(source="prediction"))
+    for cls in (allocators.BernoulliAllocator, allocators.GaussianAllocator, allocators.OptimalAllocator)
+)
+piloted = allocators.GaussianAllocator
+exact = partial(piloted, gradient="exact")
+
+CASES: Sequence[Case] = (
+    Case("equal", allocators.EqualAllocator),
+    Case("bernoulli", bernoulli),
+    Case("bernoulli, p = 0.5", partial(allocators.BernoulliAllocator, optimise=False)),
+    Case("gaussian", gaussian),
+    Case("gaussian, score gradient", partial(gaussian, gradient="score")),
+    Case("gaussian, diagonal", partial(gaussian, covariance="diagonal")),
+    Case("gaussian, pilots lowest", piloted, "lowest", "best linear, pilots lowest"),
+    Case("gaussian, pilots deepest", piloted, "deepest", "best linear, pilots deepest"),
+    Case("best linear", partial(gaussian, gradient="exact")),
+    Case("best linear, pilots lowest", exact, "lowest", "best linear, pilots lowest"),
+    Case("best linear, pilots deepest", exact, "deepest", "best linear, pilots deepest"),
+    Case("optimal", optimal),
+    Case("optimal, loss only", partial(optimal, traces=TraceSettings(predictors=["loss"]))),
+    Case("optimal, pilots everywhere", partial(optimal, traces=TraceSettings("pilots")), pilots="all"),
+    Case("optimal, both", partial(optimal, traces=TraceSettings("both")), pilots="lowest"),
+    Case("cost-aware", partial(allocators.CostAwareAllocator, traces=TraceSettings(source="prediction"))),
+)
 
 
 class Spectators:
@@ -72,7 +118,7 @@ class Spectators:
                         self.allocate(key, clean, statistics)
                     allocator.observe(traces)
 
-    def allocate(self, key: Key, clean: CleanPass, statistics: SampleStatistics) -> tuple[Allocation, Tensor]:
+    def allocate(self, key: Key, clean: CleanPass, statistics: SampleStatistics) -> tuple[Any, Tensor]:
         """Counts of a batch by budget and case, and the ``(s, b)`` pilots that were spent before."""
         pilots = torch.zeros(len(self.strategy.sites), clean.batch_size, dtype=torch.int64)
         if number := self._pilot_queries(key):
@@ -164,7 +210,8 @@ def study(options: argparse.Namespace) -> None:
     state, done = output / "run.pt", -1
     if state.exists():
         kept = torch.load(state, weights_only=True)
-        run.load_state_dict(kept["run"])
+        for name, part in run.parts.items():
+            part.load_state_dict(kept["run"][name])
         done = kept["step"]
     left = [step for step in options.checkpoints if step > done]
     spectators: Spectators | None = None
@@ -185,7 +232,8 @@ def study(options: argparse.Namespace) -> None:
                 write_csv(output / f"{name}.csv", TABLES[name], texts, append=True)
             spectators = None
             run.strategy.draw -= 1  # the batch's clean pass is made again when a run is resumed here
-            torch.save({"step": step, "run": run.state_dict()}, state.with_suffix(".part"))
+            states = {name: part.state_dict() for name, part in run.parts.items()}
+            torch.save({"step": step, "run": states}, state.with_suffix(".part"))
             state.with_suffix(".part").replace(state)  # an interruption leaves the old file or the new one
             run.strategy.draw += 1
         run.step(clean)

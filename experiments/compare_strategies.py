@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
@@ -25,7 +24,7 @@ from experiments import strategies_table
 from experiments.command_line import StudyParser, arguments, configs, fit
 from experiments.harness import Cell, run_all
 from experiments.pictures import draw_if_possible, draw_strategies
-from experiments.strategies_table import AT_END, AT_START, BUDGETS, BudgetKind, Cosines, Length, Reference, Row
+from experiments.strategies_table import BUDGETS, TUNING_SEED, BudgetKind, Cosines, Length, Reference, Row
 from experiments.tables import write_report
 from flops_lightning.errors import SettingError
 from flops_lightning.plan.cost import Cost, typical_seconds
@@ -35,7 +34,6 @@ METHODS = (
     "deepzero_cge", "forward_mode",
 )  # fmt: skip
 REFERENCE = "lr"
-TUNING_SEED = 1000
 PROBE_STEPS = 5
 LOGGED_STEPS = 200  # of a run, about: logging every step would slow the fast methods
 
@@ -89,7 +87,7 @@ class Study:
         own = {"batches": self.options.batches, "draws": self.options.draws}
         name = f"cosines/{method}/{where}/{own['batches']}_batches_{own['draws']}_draws"
         settings: dict[str, Any] = {"seed_everything": TUNING_SEED, "trainer.default_root_dir": self.output / name}
-        if where == AT_END:
+        if where == strategies_table.AT_END:
             (settings["model.init_args.checkpoint"],) = self.reference_run.folder.rglob("model.safetensors")
         own_arguments = arguments({"output": self.output / name / "cosines.json", **own})
         command = ("-m", "experiments.strategies_cosine", *own_arguments, "--",
@@ -189,26 +187,18 @@ class Study:
         if self.options.plan or not run([cell for m in self.methods for cell in self.tuning(m).values()]):
             return
         if run(self.finals()):
-            by_method = {m: {where: self.cosine(m, where) for where in (AT_START, AT_END)} for m in self.methods}
+            weights = (strategies_table.AT_START, strategies_table.AT_END)
+            by_method = {m: {where: self.cosine(m, where) for where in weights} for m in self.methods}
             if run([cell for cells in by_method.values() for cell in cells.values()]):
                 self.write({m: {w: c.summary["cosines"] for w, c in cells.items()} for m, cells in by_method.items()})
 
     def write(self, cosines: Mapping[str, Cosines]) -> None:
-        options = self.options
-        about = {
-            "configs": " ".join((" + ".join(options.config), *options.extra)),
-            "start_accuracy": f"{self.reference_run.summary['start_accuracy']:.1%}",
-            "rates": ", ".join(f"{rate:g}" for rate in self.tried),
-            "tuning": f"the best by the late training loss of one run with seed {TUNING_SEED}, not used again, over "
-            f"{options.tuning_fraction:g} of the method's steps (of the first table that it has any in) with a "
-            "schedule that ends there; the same rate serves both tables",
-            "cosines": f"mean ± standard deviation over {options.draws} draws on each of {options.batches} batches",
-            "processes": f"{options.jobs} at a time on {os.cpu_count()} cores",
-        }
         tables = {budget: [self.row(budget, method, cosines[method]) for method in self.methods] for budget in BUDGETS}
         strategies_table.write_tables(self.output, tables, cosines)
         draw_if_possible(draw_strategies, self.output)
-        write_report(self.output / "strategies.md", strategies_table.report(tables, self.reference, about))
+        start = self.reference_run.summary["start_accuracy"]
+        text = strategies_table.report(tables, self.reference, start, self.options)
+        write_report(self.output / "strategies.md", text)
 
 
 def command_line() -> StudyParser:

@@ -140,7 +140,6 @@ class Children:
         return code
 
     def check(self) -> None:
-        """Raise :class:`StudyStopped` if the study was stopped."""
         if self.stopped:
             raise StudyStopped("stopped; the same command continues")
 
@@ -164,9 +163,8 @@ class Children:
     @contextmanager
     def stopped_by_signals(self) -> Iterator[None]:
         """Within, SIGTERM, SIGHUP and Ctrl-C stop the children; in the main thread only."""
-        obeyed = [
-            n for n in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT) if signal.getsignal(n) is not signal.SIG_IGN
-        ]
+        ending = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+        obeyed = [number for number in ending if signal.getsignal(number) is not signal.SIG_IGN]
         before = {number: signal.signal(number, self.stop) for number in obeyed}
         try:
             yield
@@ -176,14 +174,9 @@ class Children:
 
 
 def run_all(
-    cells: Sequence[Cell],
-    *,
-    jobs: int = 1,
-    threads: int = 0,
-    keep_going: bool = False,
-    dry_run: bool = False,
+    cells: Sequence[Cell], *, jobs: int = 1, threads: int = 0, keep_going: bool = False, dry_run: bool = False,
     outcome: Callable[[Cell], str] = lambda cell: cell.outcome,
-) -> bool:
+) -> bool:  # fmt: skip
     """Run the cells that are not finished, each once; whether all are finished afterwards.
 
     On a signal or an exception, the runs under way are ended and waited for, and no other is begun.
@@ -205,9 +198,8 @@ def run_all(
     if dry_run:
         print(*(shlex.join(cell.command) for cell in left), sep="\n")
         return not left
-    done = len(unique) - len(left)
+    done, children, failed = len(unique) - len(left), Children(), False
     threads = threads or max(1, (os.cpu_count() or 1) // jobs)
-    children, failed = Children(), False
     bar = tqdm(total=len(unique), initial=done, unit="run", disable=None)
     with children.stopped_by_signals(), bar, ThreadPoolExecutor(jobs) as pool:
         futures = {pool.submit(cell.run, children, threads): cell for cell in left}

@@ -19,11 +19,7 @@ SHOWN_BUDGET = "20"
 
 
 def pyplot() -> Any:
-    """Matplotlib's pyplot, without a display.
-
-    Raises:
-        SettingError: matplotlib is not installed.
-    """
+    """Matplotlib's pyplot, without a display; raises a :class:`SettingError` if it is not installed."""
     try:
         import matplotlib as mpl
     except ImportError as error:

@@ -11,7 +11,6 @@ import argparse
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,15 +43,7 @@ def extreme_digits(checkpoint: Path, shown: int) -> tuple[Tensor, Tensor, Tensor
 def draw(runs: Path, seeds: int, output: Path) -> None:
     figure = pyplot().figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=[1.25, 1])
-    _draw_curves(left.subplots(), runs, seeds)
-    first = next(iter(cells(runs, 1).values()))
-    _draw_digits(right, *extreme_digits(next(first.folder.rglob("*.ckpt")), shown=6))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=110)
-
-
-def _draw_curves(axes: Any, runs: Path, seeds: int) -> None:
-    finished = cells(runs, seeds)
+    finished, axes = cells(runs, seeds), left.subplots()
     for variant in VARIANTS:
         curves = [cell.curve("val/accuracy") for (name, _), cell in finished.items() if name == variant]
         steps = [event.step + 1 for event in curves[0]]
@@ -64,15 +55,16 @@ def _draw_curves(axes: Any, runs: Path, seeds: int) -> None:
     axes.set_title(f"digits turned by 40°, median and range of {seeds} seeds", fontsize=10)
     axes.legend(fontsize=8, loc="lower right")
     axes.grid(alpha=0.3)
-
-
-def _draw_digits(figure: Any, images: Tensor, labels: Tensor, counts: Tensor) -> None:
-    for i, axis in enumerate(figure.subplots(2, len(images) // 2).flat):
+    first = next(iter(finished.values()))
+    images, labels, counts = extreme_digits(next(first.folder.rglob("*.ckpt")), shown=6)
+    for i, axis in enumerate(right.subplots(2, len(images) // 2).flat):
         axis.imshow(images[i], cmap="gray_r")
         axis.set_title(f"{int(counts[i])}", fontsize=11)
         axis.set_xlabel(f"a {int(labels[i])}", fontsize=9)
         axis.set(xticks=[], yticks=[])
-    figure.suptitle("queries of the hardest and the easiest of 64 samples (20 on average)", fontsize=10)
+    right.suptitle("queries of the hardest and the easiest of 64 samples (20 on average)", fontsize=10)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=110)
 
 
 def main(args: Sequence[str] | None = None) -> None:

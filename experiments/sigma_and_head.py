@@ -117,9 +117,7 @@ def variance_table(rows: Sequence[Mapping[str, str]]) -> str:
     values = {tuple(row[name] for name in VARIANCE_COLUMNS[:-1]): float(row["variance"]) for row in rows}
     checkpoints, settings, batches, sites = (list(dict.fromkeys(each)) for each in zip(*values, strict=True))
     lines = []
-    for checkpoint, setting in product(checkpoints, settings):
-        if setting == BASE:
-            continue
+    for checkpoint, setting in product(checkpoints, [name for name in settings if name != BASE]):
         line = [checkpoint, setting]
         for group in (sites, *([site] for site in sites)):
             before, after = (
@@ -136,15 +134,14 @@ def accuracy_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Markdown: every setting against the one without either, seed by seed."""
     lines = []
     for setting in dict.fromkeys(row["setting"] for row in rows):
-        queries, loss, accuracy, _, base_loss, base_accuracy = (
+        queries, loss, accuracy, _, *base = (
             [row[column] for row in rows if row["setting"] == name]
             for name, column in product((setting, BASE), ACCURACY_COLUMNS[2:])
         )
-        itself = setting == BASE
-        lines.append([
-            setting, f"{queries[0]:g}", spread(accuracy), "" if itself else paired_difference(accuracy, base_accuracy),
-            f"{statistics.fmean(loss):.3f}", "" if itself else paired_ratio(loss, base_loss),
-        ])  # fmt: skip
+        gained, ratio = paired_difference(accuracy, base[1]), paired_ratio(loss, base[0])
+        if setting == BASE:
+            gained = ratio = ""
+        lines.append([setting, f"{queries[0]:g}", spread(accuracy), gained, f"{statistics.fmean(loss):.3f}", ratio])
     columns = ["setting", "queries per sample", "test accuracy, mean (min - max)", "difference, points",
                "training loss, last quarter", "ratio"]  # fmt: skip
     return markdown(columns, lines)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import statistics
+from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -27,6 +29,7 @@ HEADERS = (
     "wall time, s", "peak memory, MB", "cosine at the start", "cosine at the end",
 )  # fmt: skip
 AT_START, AT_END = "start", "end"  # weights at which cosines are measured: of all runs' start, of the reference's end
+TUNING_SEED = 1000  # of the runs that try learning rates; not used again
 EDGE = "\\*"
 ROUNDING = 1e-9  # spread below which estimates are the same
 MEMORY = {
@@ -127,26 +130,29 @@ def strategies_table(rows: Iterable[Row]) -> str:
     return markdown(HEADERS, map(_line, rows))
 
 
-def report(tables: Mapping[BudgetKind, Sequence[Row]], reference: Reference, about: Mapping[str, str]) -> str:
-    """Both tables, with what ``about`` says of ``configs``, ``start_accuracy``, ``rates``, ``tuning``, and so on."""
+def report(tables: Mapping[BudgetKind, Sequence[Row]], reference: Reference, start: float, options: Namespace) -> str:
+    """Both tables, and how they were made; ``start`` is the test accuracy before training."""
+    rates = ", ".join(f"{rate:g}" for rate in sorted(set(options.rates)))
+    where = {summary["peak_memory_of"] for rows in tables.values() for row in rows for summary in row.finished}
+    memory = " or ".join(MEMORY[name] for name in sorted(where)) or "unknown"
     parts = [
-        f"# Strategies on {about['configs']}\n",
-        f"Every method starts from the same weights (test accuracy {about['start_accuracy']}) and trains in a process "
-        f"of its own. The reference, `lr` for {reference.steps:,} steps, fixes the budgets.\n",
+        f"# Strategies on {' '.join((' + '.join(options.config), *options.extra))}\n",
+        f"Every method starts from the same weights (test accuracy {start:.1%}) and trains in a process of its own. "
+        f"The reference, `lr` for {reference.steps:,} steps, fixes the budgets.\n",
     ]
     for budget, rows in tables.items():
         amount, unit = getattr(reference, budget), budget.replace("_", "-")
         parts += [f"## {BUDGETS[budget].capitalize()}: {amount:,.0f} {unit}\n", strategies_table(rows)]
-    where = {summary["peak_memory_of"] for rows in tables.values() for row in rows for summary in row.finished}
-    parts.append(
-        f"Learning rates: {about['rates']}; {about['tuning']}. {EDGE}: at the edge of these, a better one may lie "
-        "beyond. Wall time: training alone, without the tests before and after, mean over the seeds, "
-        f"{about['processes']}. Peak memory: the largest over the seeds, "
-        f"{' or '.join(MEMORY[name] for name in sorted(where)) or 'unknown'}. Cosine: of one step's estimate of all "
-        f"trained parameters with the gradient by backprop on the same batch, {about['cosines']}; at the start, and "
-        "at the weights where the reference ends."
+    return "\n".join(parts) + (
+        f"\nLearning rates: {rates}; the best by the late training loss of one run with seed {TUNING_SEED}, not used "
+        f"again, over {options.tuning_fraction:g} of the method's steps (of the first table that it has any in) with a "
+        f"schedule that ends there; the same rate serves both tables. {EDGE}: at the edge of these, a better one may "
+        "lie beyond. Wall time: training alone, without the tests before and after, mean over the seeds, "
+        f"{options.jobs} at a time on {os.cpu_count()} cores. Peak memory: the largest over the seeds, {memory}. "
+        "Cosine: of one step's estimate of all trained parameters with the gradient by backprop on the same batch, "
+        f"mean ± standard deviation over {options.draws} draws on each of {options.batches} batches; at the start, and "
+        "at the weights where the reference ends.\n"
     )
-    return "\n".join(parts) + "\n"
 
 
 def write_tables(output: Path, tables: Mapping[BudgetKind, Sequence[Row]], cosines: Mapping[str, Cosines]) -> None:

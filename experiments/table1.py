@@ -107,15 +107,13 @@ def _only(given: str) -> tuple[str, str]:
 def entry(runs: Sequence[Cell]) -> str:
     """Mean and standard deviation over the seeds that are finished, in percent."""
     done = [100 * cell.summary["test_accuracy"] for cell in runs if cell.finished]
-    if not done:
-        return "-"
     deviation = f" ± {statistics.stdev(done):.1f}" if len(done) > 1 else ""
     missing = f" ({len(done)} of {len(runs)} seeds)" if len(done) < len(runs) else ""
-    return f"{statistics.fmean(done):.1f}{deviation}{missing}"
+    return f"{statistics.fmean(done):.1f}{deviation}{missing}" if done else "-"
 
 
 def report(runs: Mapping[Key, Cell], *, small: bool) -> str:
-    """Markdown: one row a method, and one column a data set, each beside the paper's figure."""
+    """Markdown: one row per method, and one column per data set, each beside the paper's figure."""
     models, sets, methods, _ = (list(dict.fromkeys(values)) for values in zip(*runs, strict=True))
     parts = []
     for model in models:
@@ -162,8 +160,7 @@ def study(options: argparse.Namespace) -> None:
         write(runs, options.output, small=options.small)
         return f"{100 * cell.summary['test_accuracy']:.1f} %"
 
-    given = {"jobs": options.jobs, "dry_run": options.dry_run}
-    complete = run_all([*runs.values()], keep_going=True, outcome=outcome, **given)
+    complete = run_all([*runs.values()], keep_going=True, outcome=outcome, **options.launch)
     if options.dry_run:
         return
     write(runs, options.output, small=options.small)

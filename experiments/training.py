@@ -75,12 +75,7 @@ class EqualCountsRun:
                 right += int((self.task(images).argmax(dim=1) == labels).sum())
         return right / number
 
-    def state_dict(self) -> dict[str, Any]:
-        return {name: part.state_dict() for name, part in self._parts().items()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, part in self._parts().items():
-            part.load_state_dict(state[name])
-
-    def _parts(self) -> dict[str, Any]:
+    @property
+    def parts(self) -> dict[str, Any]:
+        """All whose state a resumed run needs."""
         return {name: getattr(self, name) for name in ("task", "optimizer", "schedule", "strategy")}

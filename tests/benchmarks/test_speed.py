@@ -16,7 +16,7 @@ from benchmarks import speed
 from benchmarks.__main__ import main, report
 from benchmarks.cases import PILOTS, Case, vit
 from benchmarks.harness import CPU, Spread, Timings, alternate, plain, table
-from benchmarks.reference import Reference, keyed_noise
+from benchmarks.reference import Reference
 from benchmarks.speed import full_rows, infer, record, set_up, suffix_rows
 from flops_lightning.errors import SettingError
 from flops_lightning.network.staging import Stage, StagedNetwork, stage_network
@@ -71,8 +71,7 @@ def test_the_reference_step_gives_the_estimate_of_likelihood_ratio(build, stages
     strategy.clean_pass(inputs, targets)  # so that the draw counter is not where it starts
     clean = strategy.clean_pass(inputs, targets)
     strategy.estimate(clean, counts)
-    noise = keyed_noise(3, draw=clean.draw)
-    reference = Reference(network, cross_entropy, strategy.sites, inputs, targets, counts, noise)
+    reference = Reference(network, cross_entropy, strategy.sites, inputs, targets, counts, 3, clean.draw)
     batched = reference.batched(rows=5)
     ours = {name: parameter.grad for name, parameter in network.module.named_parameters()}
     assert batched.keys() == ours.keys()
@@ -86,7 +85,7 @@ def test_the_reference_step_refuses_linear_sites():
     strategy.bind(stage_network(layers()), cross_entropy)
     empty = torch.zeros(1)
     with pytest.raises(SettingError, match="kind: block"):
-        Reference(strategy.network, cross_entropy, strategy.sites, empty, empty, empty, keyed_noise(0, draw=0))
+        Reference(strategy.network, cross_entropy, strategy.sites, empty, empty, empty, 0, 0)
 
 
 def rows_by_stage(network: StagedNetwork) -> tuple[StagedNetwork, dict[str, list[tuple[int, ...]]]]:

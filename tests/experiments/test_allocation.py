@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from experiments import allocation
-from experiments.allocation_cases import CASES, Case
+from experiments.allocation import CASES, Case
 from experiments.allocation_scores import HeldOut
 from experiments.tables import read_csv
 from flops_lightning.allocators import GaussianAllocator, TraceObservation, gain_optimal

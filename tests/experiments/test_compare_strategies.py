@@ -11,7 +11,7 @@ from experiments.compare_strategies import METHODS, Study, command_line
 from experiments.harness import Cell
 from experiments.strategies_table import Length, Reference, Row, length, strategies_table
 from experiments.tables import read_csv
-from flops_lightning.plan.cost import Cost, typical_seconds
+from flops_lightning.plan.cost import Cost
 from tests.experiments.fakes import SUMMARY, entries, finish
 
 # 12 epochs of 19 batches of 64 and one of 41, 80 queries a sample.
@@ -47,13 +47,6 @@ def test_steps_that_a_budget_buys_or_why_it_is_infeasible(
     assert length("forward_equivalents", costs, REFERENCE, **limits) == by_equivalents
 
 
-def test_a_cost_is_read_from_the_difference_of_steps() -> None:
-    spent = [1000.0 + 160.0 * (i + 1) for i in range(4)]
-    curves = {"queries": spent, "forward_equivalents": [q / 4 for q in spent]}
-    read = Cost.of(curves, [2, 2, 2, 2], seconds=typical_seconds([0.5, 3.5, 0.5]), seconds_once=3.0)
-    assert read == Cost(80.0, 20.0, 1000.0, 250.0, 0.5, 3.0)  # one slow step is not the rule
-
-
 @pytest.fixture
 def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_runs: None) -> Study:
     """`lr` and `mezo`, all runs in place."""
@@ -75,14 +68,11 @@ def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_runs: None) -> 
     return study
 
 
-def test_a_run_of_so_many_steps_ends_there_whatever_the_configuration_says(finished: Study) -> None:
+def test_a_run_of_so_many_steps_ends_there_and_cosines_of_other_numbers_are_measured_anew(finished: Study) -> None:
     command = finished.training("lr", 1e-3, 400, 3).command
     settings = dict(zip(command[3::2], command[4::2], strict=True))
     names = ("trainer.max_epochs", "trainer.max_steps", "trainer.log_every_n_steps", "seed_everything")
     assert [settings[f"--{name}"] for name in names] == ["-1", "400", "2", "3"]
-
-
-def test_cosines_of_other_numbers_are_measured_anew(finished: Study) -> None:
     assert finished.cosine("lr", "start").finished
     for name in ("batches", "draws"):
         setattr(finished.options, name, getattr(finished.options, name) + 1)

@@ -233,6 +233,9 @@ def test_a_run_of_one_step_is_its_own_measurement():
     assert plan.queries == 500 * 12
     assert plan.own.cost.seconds == plan.own.cost.seconds_once
     assert Cost.of({"queries": [6.0], "forward_equivalents": [3.0]}, [3], seconds=1, seconds_once=1).queries == 2
+    spent = [1000.0 + 160.0 * (i + 1) for i in range(4)]  # 1000 once, and 80 per sample
+    curves = {"queries": spent, "forward_equivalents": [q / 4 for q in spent]}
+    assert Cost.of(curves, [2] * 4, seconds=0.5, seconds_once=3.0) == Cost(80.0, 20.0, 1000.0, 250.0, 0.5, 3.0)
 
 
 @pytest.mark.skipif(held("VmHWM") is None or not restart_peak(), reason="the system does not tell the peak memory")
