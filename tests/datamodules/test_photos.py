@@ -105,11 +105,6 @@ def test_classes_of_different_sizes_keep_their_shares(tmp_path):
         assert counts == [of_ten * (1 + label % 3) for label in range(10)]
 
 
-def test_no_shares_leave_all_images_to_training(roots):
-    data = KINDS["eurosat"].prepared(roots["eurosat"], val_share=0.0, test_share=0.0)
-    assert [len(getattr(data, f"{part}_set")) for part in PARTS] == [100, 0, 0]
-
-
 @pytest.mark.parametrize("name", KINDS)
 def test_the_sets_name_their_files_in_the_order_of_their_images(name, roots):
     data = KINDS[name].prepared(roots[name], images_per_class=1)
