@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import yaml
-from lightning.pytorch import seed_everything
 from PIL import Image
 from scipy.io import savemat
 from torch import Tensor
@@ -132,33 +131,6 @@ KINDS = {
     "food101": Kind(Food101DataModule, write_food101, 3, (4, 2, 2), {"val_images": 6}),
     "flowers102": Kind(Flowers102DataModule, write_flowers102, 102, (1, 1, 2)),
 }
-SPLIT_BY_SEED = ("imagenet", "caltech101", "eurosat", "food101")
-
-
-def assert_repeated_by_the_seed(prepared: Callable[[int], Any], *, num_workers: int) -> None:
-    """A seed gives the same images with and without workers, and others in each epoch; so does another seed.
-
-    Args:
-        prepared: From a number of workers to a module that augments its training images.
-        num_workers: Those that are compared with none.
-    """
-
-    def two_epochs(seed: int, num_workers: int = 0) -> list[torch.Tensor]:
-        seed_everything(seed)
-        loader, epochs = prepared(num_workers).train_dataloader(), []
-        for epoch in (0, 1):
-            loader.sampler.set_epoch(epoch)
-            places = [key.place for key in loader.sampler]
-            images = torch.cat([images for images, _ in loader])
-            epochs.append(torch.stack([images[places.index(place)] for place in range(len(places))]))
-        return epochs
-
-    first, again, workers, other = two_epochs(3), two_epochs(3), two_epochs(3, num_workers), two_epochs(4)
-    for epoch in (0, 1):
-        assert torch.equal(first[epoch], again[epoch])
-        assert torch.equal(first[epoch], workers[epoch])
-    same = [(a == b).flatten(1).all(1).float().mean() for a, b in ((first[0], first[1]), (first[0], other[0]))]
-    assert max(same) < 0.1
 
 
 def command(name: str, folder: Path, data: str, *args: str, **init_args: Any) -> None:
