@@ -17,16 +17,10 @@ from flops_lightning.noise import kinds as noise_kinds
 from flops_lightning.noise.keys import NoiseKey, row_seeds, standard_normal
 from flops_lightning.noise.kinds import NoiseSpec, draw_noise, tokens_and_features
 from tests.reference.footprint import random_states
+from tests.reference.layouts import NOISES as KINDS
 
 KEY = NoiseKey(seed=3, draw=5, site="blocks.1", rank=0)
 CPU = torch.device("cpu")
-KINDS = {
-    "gaussian": NoiseSpec(),
-    "rademacher": NoiseSpec(distribution="rademacher"),
-    "factored": NoiseSpec(layout="factored"),
-    "factored_rademacher": NoiseSpec(distribution="rademacher", layout="factored"),
-    "orthogonal": NoiseSpec(orthogonal=True),
-}
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from flops_lightning.noise.kinds import NoiseSpec
 from tests.reference.networks import TokenMean, freeze, shaken, tiny_vit
 
 SIGMA = {"sigma": 0.1}
@@ -30,6 +31,14 @@ TOKEN_SITES: dict[str, list[dict[str, Any]]] = {
     "together": [{"stages": ["0", "4"], "kind": "linear", "together": True, "sigma": 0.5}],
 }
 COUNTS = {"plain": [3, 0, 5, 2], "baseline": [3, 0, 5, 2], "leave_one_out": [3, 0, 5, 2], "antithetic": [4, 0, 6, 2]}
+
+NOISES = {
+    "gaussian": NoiseSpec(),
+    "rademacher": NoiseSpec(distribution="rademacher"),
+    "factored": NoiseSpec(layout="factored"),
+    "factored_rademacher": NoiseSpec(distribution="rademacher", layout="factored"),
+    "orthogonal": NoiseSpec(orthogonal=True),
+}
 
 
 def vit_for(layout: str, **kwargs: Any) -> nn.Module:

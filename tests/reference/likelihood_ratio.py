@@ -21,6 +21,8 @@ from flops_lightning.noise.kinds import draw_noise
 from flops_lightning.strategies import LikelihoodRatio, Site
 from tests.reference.networks import Loss, estimated, stage_output
 
+SlowGradient = Callable[..., dict[str, Tensor]]
+
 
 @dataclass(frozen=True)
 class Place:
@@ -140,16 +142,16 @@ def surviving_queries(
 
 
 def assert_equals_reference(
-    module: nn.Module, strategy: LikelihoodRatio, x: Tensor, y: Tensor, table: Tensor, **reference: Any
+    module: nn.Module, strategy: Any, x: Tensor, y: Tensor, table: Tensor, *, slow: SlowGradient = reference_gradient
 ) -> None:
     """Compare every gradient of one estimate with the slow one."""
     draw = strategy.draw
     _, found = estimated(strategy, x.clone(), y, table)  # the network may work in place
-    assert_gradients(reference_gradient, module, strategy, x, y, table, found, draw=draw, **reference)
+    assert_gradients(slow, module, strategy, x, y, table, found, draw=draw)
 
 
 def assert_gradients(
-    slow: Callable[..., dict[str, Tensor]], module: nn.Module, strategy: Any, x: Tensor, y: Tensor, table: Tensor,
+    slow: SlowGradient, module: nn.Module, strategy: Any, x: Tensor, y: Tensor, table: Tensor,
     found: dict[str, Tensor | None], **reference: Any,
 ) -> None:  # fmt: skip
     """Compare gradients with those of a ``slow`` reference, site by site."""

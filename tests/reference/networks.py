@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import timm
@@ -54,6 +55,30 @@ class TokenMean(nn.Module):
         return x.mean(1)
 
 
+class Shift(nn.Module):
+    """``h + p``: the Jacobian in the parameter, of this shape, is the identity."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.p = nn.Parameter(torch.zeros(shape, dtype=torch.float64))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + self.p
+
+
+class Prompted(nn.Module):
+    """Prompt tokens of its own before those of the input, as in visual prompt tuning."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prompt = nn.Parameter(torch.zeros(1, 2, 3))
+        self.layer = nn.Linear(3, 3)
+        self.scale = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * self.layer(torch.cat([self.prompt.expand(len(x), -1, -1), x], dim=1))
+
+
 def token_network() -> nn.Sequential:
     """Layers on ``(b, t, 3)``, the mean over tokens, and a head with 2 outputs; cheap enough for Monte Carlo."""
     with torch.random.fork_rng():
@@ -72,11 +97,14 @@ def freeze(module: nn.Module, *names: str) -> None:
             parameter.requires_grad_(False)
 
 
-def bound(module: nn.Module, loss: Loss, sites: Sequence[dict[str, Any]], **settings: Any) -> LikelihoodRatio:
-    """A strategy bound to a network; sites as keyword dictionaries."""
-    strategy = LikelihoodRatio(sites=[SiteSpec(**site) for site in sites], **{"seed": 7, **settings})
+def bound_to(kind: type[Any], module: nn.Module, loss: Loss, sites: Sequence[dict[str, Any]], **settings: Any) -> Any:
+    """A strategy of a class, bound to a network; sites as keyword dictionaries."""
+    strategy = kind(sites=[SiteSpec(**site) for site in sites], **{"seed": 7, **settings})
     strategy.bind(stage_network(module), loss)
     return strategy
+
+
+bound = partial(bound_to, LikelihoodRatio)
 
 
 def gradients(module: nn.Module) -> dict[str, Tensor | None]:

@@ -20,10 +20,10 @@ from torch.nn import functional as F
 
 from flops_lightning.network.staging import stage_network
 from flops_lightning.noise.keys import NoiseKey, row_seeds, standard_normal
-from flops_lightning.strategies import SPSA, EvolutionStrategies, Site, SiteSpec, WeightForwardMode
+from flops_lightning.strategies import SPSA, EvolutionStrategies, Site, WeightForwardMode
 from tests.reference import likelihood_ratio
 from tests.reference.likelihood_ratio import mixed
-from tests.reference.networks import Loss, estimated
+from tests.reference.networks import Loss
 from tests.reference.smoothed import flat
 
 STRATEGIES: dict[str, tuple[type[Any], dict[str, Any]]] = {
@@ -51,13 +51,6 @@ class Query(NamedTuple):
 
     loss: float
     direction: Tensor
-
-
-def bound(kind: type[Any], module: nn.Module, loss: Loss, sites: Sequence[dict[str, Any]], **settings: Any) -> Any:
-    """A strategy of a class, bound to a network; sites as keyword dictionaries."""
-    strategy = kind(sites=[SiteSpec(**site) for site in sites], **{"seed": 7, **settings})
-    strategy.bind(stage_network(module), loss)
-    return strategy
 
 
 # Directions
@@ -316,17 +309,8 @@ def surviving_queries(
     return found
 
 
-def assert_equals_reference(
-    module: nn.Module, strategy: Any, x: Tensor, y: Tensor, table: Tensor, **reference: Any
-) -> None:
-    """Compare every gradient of one estimate with the slow one."""
-    draw = strategy.draw
-    _, found = estimated(strategy, x.clone(), y, table)  # the network may work in place
-    assert_gradients(module, strategy, x, y, table, found, draw=draw, **reference)
-
-
+assert_equals_reference = partial(likelihood_ratio.assert_equals_reference, slow=reference_gradient)
 assert_gradients = partial(likelihood_ratio.assert_gradients, reference_gradient)
-"""Compare gradients that were found with the slow ones."""
 
 
 def _gradient_of_sample(rows: list[Query], clean: float, strategy: Any, site: Site) -> Tensor | None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flops_lightning.strategies import LikelihoodRatio, PilotSpec
+from tests.reference.layouts import NOISES
 from tests.reference.networks import (
     bound,
     cross_entropy,
@@ -78,11 +79,26 @@ def test_wide_noise(variant, layout):
     check(layout, variant)
 
 
-@pytest.mark.parametrize("layout", ["group", "together"])
-@pytest.mark.parametrize("variant", ["baseline", "antithetic"])
-def test_narrow_noise(variant, layout):
-    strategy, x, y = token_strategy(layout, sigma=1e-4, variant=variant)
-    check_against_autograd(strategy, x, y, counts=COUNTS, draws=20)
+# A run's widths, far from equal, that go on being learned; several layers together have none.
+WIDTHS = {"mean": torch.tensor([1.0, 16.0, 81.0]), "error": torch.zeros(3), "mass": torch.ones(())}
+KINDS: dict[str, dict[str, Any]] = {name: {"noise": noise} for name, noise in NOISES.items()}
+KINDS["widths of tokens"] = {"token_sigma": True}
+
+
+@pytest.mark.parametrize(
+    ("variant", "layout"),
+    [*(("baseline", layout) for layout in LAYOUTS), *((v, "group") for v in ("plain", "leave_one_out", "antithetic"))],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_narrow_noise(kind, variant, layout):
+    """Every kind of noise; clean losses are +- sigma, or `plain` would need a day."""
+    if (kind, layout) == ("widths of tokens", "together"):
+        pytest.skip("several layers together have no widths of tokens")
+    strategy, x, y = token_strategy(layout, sigma=1e-3, variant=variant, **KINDS[kind])
+    y[:, -1] += torch.tensor([0.3, -0.2, 0.2, -0.3]) - 1e-3 * torch.tensor([1.0, -1.0, 1.0, -1.0])
+    if kind == "widths of tokens":
+        strategy._tokens.load_state_dict({site.name: WIDTHS for site in strategy.sites if site.last < 3})
+    check_against_autograd(strategy, x, y, counts=COUNTS, draws=16)
 
 
 def test_wide_noise_smooths():

@@ -28,7 +28,8 @@ from flops_lightning.strategies import (
     Site,
 )
 from tests.reference.networks import autograd_gradient, freeze, gradients, squared_error
-from tests.reference.parameter_perturbation import LAYOUTS, RANKS, STRATEGIES, Factors, Numbers, bound, numbers_of
+from tests.reference.networks import bound_to as bound
+from tests.reference.parameter_perturbation import LAYOUTS, RANKS, STRATEGIES, Factors, Numbers, numbers_of
 from tests.reference.smoothed import (
     Sampled,
     assert_unbiased,

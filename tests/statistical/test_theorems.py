@@ -38,7 +38,7 @@ from flops_lightning.strategies import SPSA, EvolutionStrategies, LikelihoodRati
 from flops_lightning.strategies.delta import DeltaSums
 from flops_lightning.strategies.site_queries import OutputQueryResult
 from tests.reference.networks import autograd_gradient, gradients, squared_error, token_network
-from tests.reference.parameter_perturbation import bound
+from tests.reference.networks import bound_to as bound
 from tests.reference.smoothed import Sampled, assert_unbiased, estimates, flat, total_variance
 
 pytestmark = pytest.mark.slow

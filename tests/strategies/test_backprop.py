@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
@@ -52,22 +50,6 @@ def test_a_parameter_that_does_not_matter_gets_zeros(tokens: tuple[Tensor, Tenso
     strategy = bound_backprop(net, squared_error)
     strategy.estimate(strategy.clean_pass(*tokens))
     assert not net[0].weight.grad.any()
-
-
-def test_a_sample_without_a_finite_loss_contributes_nothing(
-    tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]
-) -> None:
-    """Zero times the NaN of its activations would be NaN in every weight."""
-    x, y = tokens
-    x = x.clone()
-    x[2, 1, 0] = math.nan
-    strategy = bound_backprop(tokens_net, squared_error)
-    estimate = strategy.estimate(strategy.clean_pass(x, y))
-    rest = torch.tensor([0, 1, 3])
-    expected = autograd_gradient(tokens_net, squared_error, x[rest], y[rest])
-    for name, gradient in gradients(tokens_net).items():
-        torch.testing.assert_close(gradient, expected[name] * 3 / 4)
-    assert (estimate.silent_samples, estimate.lost_batch) == (1, False)
 
 
 def test_what_it_pays(tokens_net: nn.Sequential, tokens: tuple[Tensor, Tensor]) -> None:

@@ -18,7 +18,6 @@ from flops_lightning.strategies.coordinate_probes import (
     draw_masks,
     inclusion_probabilities,
 )
-from tests.reference.footprint import everything
 from tests.reference.networks import (
     Loss,
     TokenMean,
@@ -158,22 +157,6 @@ def test_the_chunk_size_changes_nothing(chunk_rows, scheme, vit, images):
 # -- what it leaves alone ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", ["forward", "central"])
-def test_it_leaves_no_trace(scheme, tokens):
-    """Parameters keep their bits and their place, inputs survive stages that work in place."""
-    net = token_network()
-    net[1] = nn.ReLU(inplace=True)
-    net.insert(0, nn.Hardtanh(-1.0, 1.0, inplace=True))
-    strategy = bound(net, squared_error, ratios="zo_grasp", scheme=scheme)
-    before, x = everything(net), tokens[0].clone()
-    clean = strategy.clean_pass(*tokens)
-    activations = {i: h.clone() for i, h in clean.activations.items()}
-    strategy.estimate(clean)
-    gradients(net)
-    assert everything(net) == before
-    torch.testing.assert_close((tokens[0], clean.activations), (x, activations), rtol=0, atol=0)
-
-
 def test_what_lies_below_is_not_run_again(vit, images):
     freeze(vit, *[name for name in sizes(vit) if not name.startswith(("blocks.2", "head"))])
     strategy = bound(vit, cross_entropy)
@@ -252,29 +235,6 @@ def test_lost_terms_have_weight_zero(scheme, tokens_net, tokens):
     assert estimate.silent_samples == int(lost.all(0).sum())
     assert estimate.queries == 30 * 4 * evaluations
     assert not estimate.lost_batch
-
-
-def test_a_sample_without_a_finite_loss_contributes_nothing(tokens_net, tokens):
-    x, y = tokens[0].clone(), tokens[1]
-    x[2, 1, 0] = math.nan
-    strategy = bound(tokens_net, squared_error, scheme="central", coordinates=all_of(tokens_net), ratios="zo_grasp")
-    clean = strategy.clean_pass(x, y)
-    with pytest.warns(RuntimeWarning, match="1 samples lost every query"):
-        estimate = strategy.estimate(clean)
-    rest = torch.tensor([0, 1, 3])
-    exact = autograd_gradient(tokens_net, squared_error, x[rest], y[rest])
-    assert_close(gradients(tokens_net), {name: g * 3 / 4 for name, g in exact.items()}, atol=1e-8)
-    assert (estimate.silent_samples, estimate.lost) == (1, 2 * all_of(tokens_net))
-
-
-def test_a_lost_batch_touches_no_gradient_and_no_ratio(tokens_net, tokens):
-    strategy = bound(tokens_net, squared_error, ratios="zo_grasp")
-    estimate = strategy.estimate(strategy.clean_pass(tokens[0] * math.nan, tokens[1]))
-    assert (estimate.lost_batch, estimate.silent_samples, strategy.draw) == (True, 4, 1)
-    assert set(gradients(tokens_net).values()) == {None}
-    assert strategy.state_dict()["ratios"] is None
-    assert not strategy.estimate(strategy.clean_pass(*tokens)).lost_batch
-    assert set(strategy.state_dict()["ratios"]) == set(sizes(tokens_net))
 
 
 @SILENT

@@ -5,7 +5,6 @@ Directions in the weights are compared with the slow reference in ``test_paramet
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from typing import Any
 
@@ -21,11 +20,10 @@ from flops_lightning.strategies import (
     PilotSpec,
     WeightForwardMode,
 )
-from tests.reference.footprint import everything
 from tests.reference.layouts import VIT_SITES, convolutional, vit_for
 from tests.reference.likelihood_ratio import assert_equals_reference
 from tests.reference.networks import TokenMean, cross_entropy, estimated, gradients, normal, shaken, squared_error
-from tests.reference.parameter_perturbation import bound
+from tests.reference.networks import bound_to as bound
 
 KINDS: dict[str, dict[str, Any]] = {
     "group": {},
@@ -132,41 +130,6 @@ def test_a_width_has_no_effect_and_is_warned_of(kind, settings, sites, tokens_ne
     with pytest.warns(UserWarning, match=r"sites\[.\].sigma = 3 has no effect: derivatives are exact"):
         wide = bound(kind, tokens_net, squared_error, [{**site, "sigma": 3.0} for site in chosen], **settings)
     torch.testing.assert_close(estimated(wide, *tokens, COUNTS)[1], expected, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_chunks_change_nothing(kind, tokens_net, tokens):
-    found = [
-        estimated(bound(ForwardMode, tokens_net, squared_error, over("0", "4", kind), chunk_rows=rows), *tokens, COUNTS)
-        for rows in (64, 2, 3, 7)
-    ]
-    for _, other in found[1:]:
-        torch.testing.assert_close(other, found[0][1], rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_network_stays_as_it_was(kind, tokens_net, tokens):
-    """Also after an error in the middle."""
-    calls, fail_at = itertools.count(1), 0
-
-    def loss(output: Tensor, target: Tensor) -> Tensor:
-        if next(calls) == fail_at:
-            raise ArithmeticError
-        return squared_error(output, target)
-
-    net = tokens_net.append(nn.Dropout(0.5)).train()
-    net[3].eval()
-    strategy = bound(ForwardMode, net, loss, over("0", "4", kind), chunk_rows=16)
-    clean, before = strategy.clean_pass(*tokens), everything(net)
-    for at in (1, 2, 3):
-        calls, fail_at = itertools.count(1), at
-        with pytest.raises(ArithmeticError):
-            strategy.estimate(clean)
-        assert everything(net) == before
-        assert all(p.grad is None for p in net.parameters())
-    strategy.estimate(clean)
-    assert not any(gradient.requires_grad for gradient in gradients(net).values())
-    assert everything(net) == before
 
 
 @pytest.mark.parametrize(("kind", "settings", "sites"), BOTH)

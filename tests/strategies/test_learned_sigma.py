@@ -16,22 +16,11 @@ from flops_lightning.strategies import LikelihoodRatio, PilotSpec
 from flops_lightning.strategies.widths import RANGE, LearnedSigma
 from tests.reference.layouts import COUNTS, TOKEN_SITES
 from tests.reference.likelihood_ratio import assert_equals_reference
-from tests.reference.networks import Loss, bound, estimated, gradients, squared_error
+from tests.reference.networks import Loss, Shift, bound, estimated, gradients, squared_error
 
 VARIANTS = ("plain", "baseline", "leave_one_out", "antithetic")
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 SITE = {"stages": ["0"], "sigma": 0.5}
-
-
-class Shift(nn.Module):
-    """``h + p``."""
-
-    def __init__(self, *shape: int) -> None:
-        super().__init__()
-        self.p = nn.Parameter(torch.zeros(shape, dtype=torch.float64))
-
-    def forward(self, h: Tensor) -> Tensor:
-        return h + self.p
 
 
 def half_square(output: Tensor, target: Tensor) -> Tensor:
@@ -109,18 +98,23 @@ def test_the_steps_are_those_of_adam(monkeypatch):
     assert len({*used}) == 6
 
 
-def test_sigma_never_sees_the_queries_that_it_is_for():
-    """It changes with a batch's clean pass and stays for all that is estimated from it."""
-    x = torch.randn(4, 3, dtype=torch.float64)
-    strategy = strategy_on(half_square, 3)
-    clean = strategy.clean_pass(x, torch.zeros_like(x))
-    strategy.estimate(clean)
-    once = gradients(strategy.network.module)["0.p"]
-    strategy.estimate(clean)
-    torch.testing.assert_close(gradients(strategy.network.module)["0.p"], once, rtol=0, atol=0)
-    assert strategy.widths["0"].sigma == 0.5
-    strategy.clean_pass(x, torch.zeros_like(x))
-    assert strategy.widths["0"].sigma != 0.5
+@pytest.mark.parametrize("settings", [{"learn_sigma": 0.05}, {"token_sigma": True}], ids=["sigma", "tokens"])
+def test_sigma_never_sees_the_queries_that_it_is_for(settings, tokens_net, tokens):
+    """It changes with a batch's clean pass and stays for all that is estimated from it; so do widths of tokens."""
+    strategy = bound(tokens_net, squared_error, [{"stages": ["0", "4"], "kind": "block", "sigma": 0.5}], **settings)
+
+    def learned() -> set[str]:
+        return {name for name, w in strategy.widths.items() if w.sigma != 0.5 or w.relative is not None}
+
+    clean = strategy.clean_pass(*tokens)
+    found = []
+    for _ in range(2):
+        strategy.estimate(clean)
+        found.append(gradients(tokens_net))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+    assert learned() == set()
+    strategy.clean_pass(*tokens)
+    assert learned() == ({"0", "2"} if "token_sigma" in settings else {"0", "2", "3", "4"})
 
 
 @pytest.mark.parametrize(("loss", "expected"), [(half_square, 0.5 / RANGE), (below, 0.5 * RANGE)])
@@ -142,16 +136,6 @@ def test_the_estimate_is_that_of_the_present_sigma(variant, layout, tokens_net, 
         estimated(strategy, *tokens)
     assert_equals_reference(tokens_net, strategy, *tokens, torch.tensor(COUNTS[variant]))
     assert all(abs(width.sigma / 0.5 - 1) > 0.05 for width in strategy.widths.values())
-
-
-def test_the_size_of_a_chunk_changes_nothing(tokens_net, tokens):
-    found = []
-    for rows in (256, 5):
-        strategy = bound(tokens_net, squared_error, TOKEN_SITES["block"], learn_sigma=0.1, chunk_rows=rows)
-        for _ in range(3):
-            estimated(strategy, *tokens, torch.tensor([3, 0, 41, 7]))
-        found.append([width.sigma for width in strategy.widths.values()])
-    assert found[0] == pytest.approx(found[1], rel=1e-12)
 
 
 def test_lost_queries_do_not_move_sigma():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 from functools import partial
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from flops_lightning.errors import SettingError
 from flops_lightning.network.staging import stage_network
 from flops_lightning.strategies import Backprop, CoordinateFiniteDifferences, MeZO
-from tests.reference.networks import gradients, squared_error
+from tests.reference.networks import autograd_gradient, gradients, squared_error
 
 MAKE: dict[str, Any] = {
     "Backprop": Backprop,
@@ -89,6 +90,30 @@ def test_a_lost_batch_touches_no_gradient(name, tokens_net, tokens):
     assert (before == 1).all()
     assert all(p.grad is None for key, p in tokens_net.named_parameters() if key != "0.weight")
     assert strategy.draw == 1, "the next batch must draw other noise"
+    if name == "CoordinateFiniteDifferences":
+        assert strategy.state_dict()["ratios"] is None, "such a batch must not decide the ratios of the run"
+        strategy.estimate(strategy.clean_pass(*tokens))
+        assert set(strategy.state_dict()["ratios"]) == {key for key, _ in tokens_net.named_parameters()}
+
+
+@pytest.mark.parametrize("name", ["Backprop", "CoordinateFiniteDifferences"])
+def test_a_sample_without_a_finite_loss_contributes_nothing(name, tokens_net, tokens):
+    """Zero times the NaN of its activations would be NaN in every weight."""
+    (x, y), rest = tokens, torch.tensor([0, 1, 3])
+    x = x.clone()
+    x[2, 1, 0] = math.nan
+    exact, entries = autograd_gradient(tokens_net, squared_error, x[rest], y[rest]), 0
+    settings = {}
+    if name != "Backprop":
+        entries = sum(p.numel() for p in tokens_net.parameters())
+        settings = {"coordinates": entries, "scheme": "central", "step": 1e-5}
+    strategy = bound(name, tokens_net, **settings)
+    clean = strategy.clean_pass(x, y)
+    with contextlib.nullcontext() if not entries else pytest.warns(RuntimeWarning, match="1 samples lost every query"):
+        estimate = strategy.estimate(clean)
+    expected = {key: gradient * 3 / 4 for key, gradient in exact.items()}
+    torch.testing.assert_close(gradients(tokens_net), expected, rtol=0, atol=1e-8)
+    assert (estimate.silent_samples, estimate.lost, estimate.lost_batch) == (1, 2 * entries, False)
 
 
 @every
