@@ -230,8 +230,3 @@ def check_counts(counts: Tensor, sites: int, samples: int, *, multiple: int, lea
             "Give every sample 0, 2 or more (min_queries: 2), or use variant: baseline.",
         )  # fmt: skip
     return np.broadcast_to(table, shape).copy()
-
-
-def drop_rows(plan: RowPlan, lost: NDArray[np.bool_]) -> RowPlan:
-    """The plan without the rows marked in ``lost`` ``(R,)``."""
-    return replace(plan, samples=plan.samples[~lost], queries=plan.queries[~lost])

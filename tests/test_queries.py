@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from flops_lightning.errors import SettingError
 from flops_lightning.network.staging import stage_network
-from flops_lightning.queries import clean_pass, drop_rows, plan_rows, refresh, row_losses
+from flops_lightning.queries import clean_pass, plan_rows, refresh, row_losses
 from tests.reference.layouts import VIT_SITES, vit_for
 from tests.reference.networks import bound, cross_entropy, estimated, shaken, squared_error
 
@@ -56,16 +56,6 @@ def test_a_fixed_budget_gives_a_fixed_shape(counts, order):
     plans = [plan_rows(np.array(c, dtype=np.int64), 16) for c in (counts, order.sample(counts, len(counts)))]
     assert plans[0].chunk_rows == plans[1].chunk_rows
     assert len(list(plans[0])) == len(list(plans[1]))
-
-
-@given(counts=COUNTS, data=st.data())
-def test_dropped_rows_are_gone_and_the_others_stay(counts, data):
-    plan = plan_rows(np.array(counts, dtype=np.int64), 7)
-    lost = np.array(data.draw(st.lists(st.booleans(), min_size=sum(counts), max_size=sum(counts))), dtype=bool)
-    rest = drop_rows(plan, lost)
-    assert rest.chunk_rows == plan.chunk_rows
-    kept = [row for row, gone in zip(rows_of(counts), lost, strict=True) if not gone]
-    assert list(zip(rest.samples.tolist(), rest.queries.tolist(), strict=True)) == kept
 
 
 # The clean pass
@@ -122,14 +112,6 @@ def test_a_loss_that_is_not_one_per_row_is_refused(loss):
         row_losses(loss, torch.zeros(5, 2), torch.zeros(5, 2))
 
 
-def test_losses_are_computed_in_float32_at_least():
-    output = torch.tensor([[1.0, 2.0], [3.0, 5.0]], dtype=torch.bfloat16)
-    losses = row_losses(squared_error, output, torch.zeros(2, 2, dtype=torch.bfloat16))
-    assert losses.dtype == torch.float32
-    torch.testing.assert_close(losses, torch.tensor([5.0, 34.0]))
-    assert row_losses(squared_error, output.double(), torch.zeros(2, 2)).dtype == torch.float64
-
-
 # Estimates
 
 
@@ -139,24 +121,6 @@ CASES = [
     for layout in ("group", "linear", "together")
     if (variant, layout) != ("leave_one_out", "together")
 ]
-
-
-@pytest.mark.parametrize(("variant", "layout"), CASES)
-def test_the_chunk_size_does_not_matter(variant, layout, images):
-    vit = vit_for(layout)
-    counts = torch.tensor([6, 0, 12, 2])
-    found = {
-        rows: estimated(
-            bound(vit, cross_entropy, VIT_SITES[layout], variant=variant, chunk_rows=rows), *images, counts
-        )[1]
-        for rows in (2, 3, 7, 256)
-    }
-    for rows, grads in found.items():
-        for name, gradient in grads.items():
-            if gradient is not None:
-                torch.testing.assert_close(
-                    gradient, found[256][name], rtol=1e-10, atol=1e-10, msg=f"{name}, {rows} rows"
-                )
 
 
 @pytest.mark.parametrize(("variant", "layout"), CASES)

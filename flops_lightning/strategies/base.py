@@ -6,7 +6,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from flops_lightning.distributed import Communicator, SingleProcess, gather_plain
 from flops_lightning.errors import SettingError
 from flops_lightning.meter import QueryMeter
+from flops_lightning.network.chunk_rows import ChunkRows, RowsSetting
 from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.protocol import QueryBudget, SampleStatistics, TraceObservation
 from flops_lightning.queries import CleanPass, LossFunction
@@ -64,6 +65,8 @@ class ForwardGradientStrategy(KeepsSettings, ABC):
         rank: Rank of the process; part of every noise key, so that ranks draw different directions.
         exchange: ``gradients``: ``.grad`` is that of this rank's samples, to be reduced over the ranks
             (:func:`flops_lightning.distributed.reduce_gradients`). ``losses``: it is that of all ranks already.
+        sites: Sites from bottom to top; empty for a strategy without queries.
+        exact_sites: Sites above these whose gradient is exact and costs no query: no budget, counts or traces.
         draw: Draw counter: number of batches so far, skipped ones included.
         meter: Costs so far.
 
@@ -84,6 +87,8 @@ class ForwardGradientStrategy(KeepsSettings, ABC):
     communicator: Communicator = SingleProcess()
     rank: int = 0
     exchange: Exchange = "gradients"
+    sites: tuple[Site, ...] = ()
+    exact_sites: tuple[Site, ...] = ()
     draw: int = 0
 
     def __init__(self) -> None:
@@ -122,16 +127,6 @@ class ForwardGradientStrategy(KeepsSettings, ABC):
         device = next(iter(self.network.module.parameters())).device
         flags = torch.tensor([float(each) for each in used], device=device)
         return [bool(n) for n in self.communicator.sum(flags).tolist()]
-
-    @property
-    @abstractmethod
-    def sites(self) -> tuple[Site, ...]:
-        """Sites from bottom to top; empty for a strategy without queries."""
-
-    @property
-    def exact_sites(self) -> tuple[Site, ...]:
-        """Sites above these whose gradient is exact and costs no query: they have no budget, counts or traces."""
-        return ()
 
     @property
     @abstractmethod
@@ -204,6 +199,51 @@ class ForwardGradientStrategy(KeepsSettings, ABC):
         self.meter.load_state_dict(state["meter"])
 
 
+class ChunkedStrategy(ForwardGradientStrategy):
+    """A strategy that runs forward passes with noise or masks: rows in chunks, and a seed.
+
+    Attributes:
+        draws: What the seed decides, in messages.
+        least_rows: Fewest rows in a chunk.
+    """
+
+    draws: ClassVar[str] = "noise"
+    least_rows: ClassVar[int] = 1
+
+    def __init__(self, *, chunk_rows: RowsSetting = 256, seed: int | None = None) -> None:
+        """Keep the settings.
+
+        Args:
+            chunk_rows: Upper bound of the rows in one forward pass; bounds the memory, never changes the estimate.
+                ``auto``: as many as suit the device, chosen at the first batch.
+            seed: Seed of all noise and masks; None: the seed of ``seed_everything``.
+        """
+        super().__init__()
+        self._chunks = ChunkRows(chunk_rows, least=self.least_rows)
+        self._seed_given = seed is not None
+        self.seed = torch.initial_seed() & 0x7FFFFFFF if seed is None else seed
+
+    @property
+    def chunk_rows(self) -> int:
+        """Upper bound of the rows in one forward pass."""
+        return self._chunks.rows
+
+    def state_dict(self) -> dict[str, Any]:
+        """Draw counter, meter, seed and chosen rows."""
+        return {**super().state_dict(), "seed": self.seed, **self._chunks.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned; a seed that was given must be the same."""
+        if self._seed_given and self.seed != state["seed"]:
+            raise SettingError(
+                "model.strategy.seed", self.seed, f"the resumed run draws its {self.draws} from the seed "
+                f"{state['seed']}.", f"Leave the seed out, or write {state['seed']}.",
+            )  # fmt: skip
+        super().load_state_dict(state)
+        self._chunks.load_state_dict(state)
+        self.seed = int(state["seed"])
+
+
 def refuse_second_network(bound: StagedNetwork | None, network: StagedNetwork) -> None:
     """Raise a :class:`SettingError` if the strategy is bound to another network: its sites hold those parameters."""
     if bound is not None and bound.module is not network.module:
@@ -235,17 +275,3 @@ def summed(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         for name, gradient in part.items():
             total[name] = total[name].add_(gradient) if name in total else gradient
     return total
-
-
-def resolve_seed(seed: int | None) -> int:
-    """The given seed, or the one that ``seed_everything`` (or torch itself) started from."""
-    return torch.initial_seed() & 0x7FFFFFFF if seed is None else seed
-
-
-def refuse_other_seed(own: int, resumed: int, *, given: bool, draws: str = "noise") -> None:
-    """Raise a :class:`SettingError` if another seed is ``given`` explicitly than the resumed run draws from."""
-    if given and own != resumed:
-        raise SettingError(
-            "model.strategy.seed", own, f"the resumed run draws its {draws} from the seed {resumed}.",
-            f"Leave the seed out, or write {resumed}.",
-        )  # fmt: skip

@@ -26,7 +26,7 @@ from flops_lightning.meter import CLEAN
 from flops_lightning.network.functional import FunctionalStages
 from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.queries import CleanPass, LossFunction, clean_pass
-from flops_lightning.strategies.base import Estimate, add_gradients, warn_silent
+from flops_lightning.strategies.base import ChunkedStrategy, Estimate, add_gradients, warn_silent
 from flops_lightning.strategies.coordinate_probes import (
     CoordinateProbes,
     Masks,
@@ -36,7 +36,7 @@ from flops_lightning.strategies.coordinate_probes import (
 )
 from flops_lightning.strategies.costs import site_costs
 from flops_lightning.strategies.precision import resolution, rounded_up
-from flops_lightning.strategies.whole_batch import WholeBatchQueries
+from flops_lightning.strategies.whole_batch import WholeBatchStrategy
 from flops_lightning.strategies.zo_grasp import kept_ratios, zo_grasp_scores
 
 Ratios = Literal["zo_grasp", "uniform"]
@@ -44,7 +44,7 @@ Ratios = Literal["zo_grasp", "uniform"]
 COORDINATES, ZO_GRASP = "coordinates", "zo_grasp"  # names in the meter
 
 
-class CoordinateFiniteDifferences(WholeBatchQueries):
+class CoordinateFiniteDifferences(WholeBatchStrategy, ChunkedStrategy):
     """Coordinate-wise finite differences under a random mask.
 
     The estimate is the **masked** gradient: right at the coordinates of the mask, zero elsewhere, and so on average
@@ -89,7 +89,7 @@ class CoordinateFiniteDifferences(WholeBatchQueries):
             grasp_queries: Directions of ZO-GraSP's gradient estimates (DeepZero's code: 192).
             resample_every: Steps for which a mask is kept.
             rescale: Divide each derivative by the probability of its coordinate.
-            **settings: See :class:`WholeBatchQueries`.
+            **settings: See :class:`ChunkedStrategy`.
         """
         super().__init__(**settings)
         check_choice("model.strategy.scheme", scheme, get_args(Scheme))

@@ -55,10 +55,6 @@ Q = TypeVar("Q", bound=QueryResult)
 class QueryEngine(Protocol[Q]):
     """Runs the queries of a site; holds no state of its own."""
 
-    @property
-    def unit(self) -> int:
-        """Rows that are independent of others only together: 2 in antithetic pairs, else 1."""
-
     def query(
         self, site: Site, clean: CleanPass, counts: NDArray[np.int64], *, first_query: int = 0, traces: bool = False
     ) -> Q | None:

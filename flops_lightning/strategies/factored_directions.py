@@ -20,15 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from flops_lightning.errors import SettingError
-from flops_lightning.network.functional import FunctionalStages
-from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.noise.activation_guided import input_basis
-from flops_lightning.noise.keys import NoiseKey, row_seeds, standard_normal
+from flops_lightning.noise.keys import row_seeds, standard_normal
 from flops_lightning.noise.row_directions import RowDirection, accumulate, direction_size, row_direction, sq_norm
 from flops_lightning.phases import phase
-from flops_lightning.queries import Chunk, CleanPass, LossFunction, RowPlan, full_precision, row_losses
+from flops_lightning.queries import Chunk, CleanPass, RowPlan, full_precision, row_losses
 from flops_lightning.strategies.base import summed
-from flops_lightning.strategies.parameter_queries import Response, RowResponses
+from flops_lightning.strategies.parameter_queries import DirectionLayout, RowResponses
 from flops_lightning.strategies.row_layers import RowLayer, SiteParts, moved_output
 from flops_lightning.strategies.sites import Site
 
@@ -48,26 +46,16 @@ class _Move:
 
 
 @dataclass(frozen=True, eq=False)
-class FactoredDirections:
-    """Lays factored directions over rows; see :class:`DirectionLayout`.
+class FactoredDirections(DirectionLayout):
+    """Lays factored directions over rows.
 
     Attributes:
-        key: Seed and rank of the noise.
-        unit: With 2, rows ``2p`` and ``2p + 1`` of a sample take ``+D_p`` and ``-D_p``.
-        chunk_rows: Upper bound of samples in the pass that fetches the inputs.
         parts: The parts of each site, by its name.
         rank: Largest rank ``K`` of a direction.
         guided: Draw input factors in the span of the layer's inputs.
         span: Number of leading directions of that span to keep (biased); 0: all.
     """
 
-    network: StagedNetwork
-    stages: FunctionalStages
-    loss: LossFunction
-    key: NoiseKey
-    unit: int
-    chunk_rows: int
-    response: Response
     parts: dict[str, SiteParts]
     rank: int
     guided: bool
@@ -85,7 +73,7 @@ class FactoredDirections:
                 norms.append(torch.stack([sq_norm(d) for d in directions.values()]).sum(0)[: chunk.rows])
             losses = partial(self._losses, site, clean, index, directions)
             with phase("suffix"):
-                signs = self._signs(chunk, clean.loss)
+                signs = self.signs(chunk.queries, clean.loss)
                 values.append(self.response.values(losses, site.sigma, signs)[: chunk.rows])
         return RowResponses(torch.cat(values), torch.cat(norms) if norms else 1.0, bases)
 
@@ -97,9 +85,6 @@ class FactoredDirections:
         directions.clear()
         output = self.network.run_suffix(leaving.pop(), site.last + 1)
         return row_losses(self.loss, output, clean.targets.index_select(0, index))
-
-    def _signs(self, chunk: Chunk, like: Tensor) -> Tensor:
-        return torch.from_numpy(1.0 - 2.0 * (chunk.queries % self.unit)).to(like)
 
     def _moved(self, site: Site, h: Tensor, directions: Directions, sigma: Tensor) -> Tensor:
         """Output of the site at the rows' own parameters, ``sigma`` ``(r,)``."""
@@ -184,7 +169,7 @@ class FactoredDirections:
         start = 0
         for chunk in plan:
             index = torch.from_numpy(chunk.samples).to(coefficients.device)
-            signed = coefficients[start : start + chunk.rows] * self._signs(chunk, coefficients)[: chunk.rows]
+            signed = coefficients[start : start + chunk.rows] * self.signs(chunk.queries, coefficients)[: chunk.rows]
             signed = torch.nn.functional.pad(signed, (0, len(chunk.samples) - chunk.rows))
             with phase("noise"):
                 directions = self._directions(site, clean, chunk, index, kept)

@@ -41,7 +41,7 @@ class _ExactDerivatives(QueryStrategy[Q]):
                 what = f"model.strategy.sites[{i}].sigma = {spec.sigma:g}"
                 warnings.warn(f"{what} has no effect: derivatives are exact.", stacklevel=2)
         super().bind(network, loss)
-        self._sites = tuple(replace(site, sigma=0.0) for site in self._sites)
+        self.sites = tuple(replace(site, sigma=0.0) for site in self.sites)
 
     def clean_pass(self, inputs: Tensor, targets: Tensor) -> CleanPass:
         first = self._costs is None

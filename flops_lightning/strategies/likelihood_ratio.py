@@ -97,7 +97,6 @@ class LikelihoodRatio(QueryStrategy[OutputQueryResult]):
         self._tokens = TokenSigma() if token_sigma else None
         self._sigmas = LearnedSigma(learn_sigma) if learn_sigma else None
         self._widths: dict[str, SiteWidth] = {}
-        self._head: Site | None = None
 
     def _check_settings(self) -> None:
         if self.noise.orthogonal and self.token_sigma:
@@ -122,9 +121,10 @@ class LikelihoodRatio(QueryStrategy[OutputQueryResult]):
     def bind(self, network: StagedNetwork, loss: LossFunction) -> None:
         """Resolve sites, pilots and the exact head."""
         one_update = self.update == "simultaneous"
-        self._head = None
+        self.exact_sites = ()
         if self.exact_head:
-            self._head = find_exact_head(network, self.resolve_sites(network), self.pilots, one_update=one_update)
+            head = find_exact_head(network, self.resolve_sites(network), self.pilots, one_update=one_update)
+            self.exact_sites = (head,)
         self._check_learnable(self.resolve_sites(network))
         super().bind(network, loss)
 
@@ -145,13 +145,8 @@ class LikelihoodRatio(QueryStrategy[OutputQueryResult]):
 
     def resolve_sites(self, network: StagedNetwork) -> tuple[Site, ...]:
         """The sites of a network that spend queries."""
-        head = None if self._head is None else self._head.name
-        return tuple(site for site in super().resolve_sites(network) if site.name != head)
-
-    @property
-    def exact_sites(self) -> tuple[Site, ...]:
-        """The exact head, if there is one."""
-        return () if self._head is None else (self._head,)
+        exact = [site.name for site in self.exact_sites]
+        return tuple(site for site in super().resolve_sites(network) if site.name not in exact)
 
     @property
     def widths(self) -> Mapping[str, SiteWidth]:
@@ -174,8 +169,8 @@ class LikelihoodRatio(QueryStrategy[OutputQueryResult]):
         if first:
             if self.token_sigma or self.noise.layout == "factored":
                 self._check_tokens(clean)
-            if self._head is not None:
-                check_exact_head(self.network, self.loss, self._head, clean)
+            for head in self.exact_sites:
+                check_exact_head(self.network, self.loss, head, clean)
         return clean
 
     def _check_tokens(self, clean: CleanPass) -> None:

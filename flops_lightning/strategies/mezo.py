@@ -23,19 +23,19 @@ from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.noise.keys import NoiseKey
 from flops_lightning.phases import phase
 from flops_lightning.queries import CleanPass, LossFunction, plan_rows
-from flops_lightning.strategies.base import Estimate, Exchange, add_gradients, warn_silent
+from flops_lightning.strategies.base import ChunkedStrategy, Estimate, Exchange, add_gradients, warn_silent
 from flops_lightning.strategies.costs import site_costs
 from flops_lightning.strategies.parameter_queries import Response
 from flops_lightning.strategies.precision import warn_unresolved_sigma
 from flops_lightning.strategies.shared_directions import SharedDirections
 from flops_lightning.strategies.site_specs import SiteSpec
-from flops_lightning.strategies.sites import Site, resolve_sites
-from flops_lightning.strategies.whole_batch import WholeBatchQueries
+from flops_lightning.strategies.sites import resolve_sites
+from flops_lightning.strategies.whole_batch import WholeBatchStrategy
 
 SITE = "all"
 
 
-class MeZO(WholeBatchQueries):
+class MeZO(WholeBatchStrategy, ChunkedStrategy):
     """Memory-efficient zeroth-order estimates; no autograd anywhere.
 
     Needs only the memory of inference: directions are drawn stage by stage, and again for the gradient. There is no
@@ -66,7 +66,7 @@ class MeZO(WholeBatchQueries):
             queries: Queries of every sample and step, in antithetic pairs; 2 in the original.
             exchange: What processes send each other: ``gradients``, or ``losses``: one scalar per direction, whatever
                 the number of parameters, from which every process draws the directions of all others.
-            **settings: See :class:`WholeBatchQueries`.
+            **settings: See :class:`ChunkedStrategy`.
         """
         super().__init__(**settings)
         check_positive("model.strategy.sigma", sigma, "Write, for example, 1.0e-3.")
@@ -74,33 +74,27 @@ class MeZO(WholeBatchQueries):
             raise SettingError("model.strategy.queries", queries, "must be even and 2 or more.", "Write 2, 4, ...")
         check_choice("model.strategy.exchange", exchange, get_args(Exchange))
         self.sigma, self.queries, self.exchange = sigma, queries, exchange
-        self._sites: tuple[Site, ...] = ()
 
     def bind(self, network: StagedNetwork, loss: LossFunction) -> None:
-        """Perturb all trainable parameters; the frozen stages below them run once per batch."""
+        """Make one site from the lowest stage with trainable parameters on; what is below it runs once per batch."""
         super().bind(network, loss)
         trained = (i for i, stage in enumerate(network.stages) if any(stage.owns(n) for n in network.trainable()))
         first = next(trained, 0)
         ends = [network.stages[first].name, network.stages[-1].name]
         spec = SiteSpec(stages=ends, sigma=self.sigma, queries_per_sample=self.queries, name=SITE)
-        self._sites = resolve_sites(network, [spec], in_parameters=True)
+        self.sites = resolve_sites(network, [spec], in_parameters=True)
         self._stages = FunctionalStages(network)
         self._warned, self._query_cost = False, 1.0
-
-    @property
-    def sites(self) -> tuple[Site, ...]:
-        """One: the network from the lowest stage with trainable parameters on."""
-        return self._sites
 
     def clean_pass(self, inputs: Tensor, targets: Tensor) -> CleanPass:
         """Run the frozen stages below the lowest trainable one; the clean losses stay unknown (NaN)."""
         self._chunks.settle(self.network, inputs)
-        dtype = torch.promote_types(next(iter(self._sites[0].parameters.values())).dtype, torch.float32)
+        dtype = torch.promote_types(next(iter(self.sites[0].parameters.values())).dtype, torch.float32)
         unknown = torch.full((len(inputs),), torch.nan, dtype=dtype, device=inputs.device)
         clean = CleanPass(targets, {0: inputs}, unknown[:, None], unknown, unknown[:, None], self.draw)
-        (site,) = self._sites
+        (site,) = self.sites
         if not self._warned:
-            warn_unresolved_sigma(self._sites, clean)
+            warn_unresolved_sigma(self.sites, clean)
             self._warned = True
             self._query_cost = site_costs(self.network, (), inputs).from_stage[site.first] if site.first else 1.0
         if site.first:
@@ -113,7 +107,7 @@ class MeZO(WholeBatchQueries):
         return clean
 
     def _estimate(self, clean: CleanPass) -> Estimate:
-        (site,) = self._sites
+        (site,) = self.sites
         first_outputs: list[Tensor] = []
         chunks = -(-clean.batch_size // self.chunk_rows)
 

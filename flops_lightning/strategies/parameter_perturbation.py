@@ -115,9 +115,9 @@ class ParameterPerturbation(QueryStrategy[ParameterQueryResult]):
         shared = (self.network, self._stages, self.loss, key, self.unit, self.chunk_rows, self.response)
         if self.layout == "factored":
             factored = (self._parts, self.rank_of_directions, self.activation_guided, self.span)
-            return ParameterQueries(FactoredDirections(*shared, *factored), self.response, self.chunk_rows)
+            return ParameterQueries(FactoredDirections(*shared, *factored))
         ranks = self.communicator if self.exchange == "losses" else None
-        return ParameterQueries(SharedDirections(*shared, ranks), self.response, self.chunk_rows)
+        return ParameterQueries(SharedDirections(*shared, ranks))
 
     def site_scales(self, clean: CleanPass, metric: Mapping[str, Tensor] | None) -> list[float]:
         """Traces are those of the parameters' gradient: 1, or the mean weight, since directions are isotropic."""

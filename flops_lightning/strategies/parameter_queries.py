@@ -6,17 +6,21 @@ Only the losses are kept. A direction is a pure function of its key, so it is ge
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flops_lightning.network.functional import FunctionalStages
+from flops_lightning.network.staging import StagedNetwork
+from flops_lightning.noise.keys import NoiseKey
 from flops_lightning.phases import phase
-from flops_lightning.queries import CleanPass, RowPlan, plan_rows
+from flops_lightning.queries import CleanPass, LossFunction, RowPlan, plan_rows
 from flops_lightning.strategies.base import summed
 from flops_lightning.strategies.delta import Variant, query_weights
 from flops_lightning.strategies.sites import Site
@@ -59,12 +63,33 @@ class RowResponses:
     kept: Any = None
 
 
-class DirectionLayout(Protocol):
-    """How directions are laid over rows."""
+@dataclass(frozen=True, eq=False)
+class DirectionLayout(ABC):
+    """How directions are laid over rows.
 
+    Attributes:
+        key: Seed and rank of the noise.
+        unit: With 2, rows ``2p`` and ``2p + 1`` of a sample take ``+D_p`` and ``-D_p``.
+        chunk_rows: Upper bound of the rows in one forward pass.
+    """
+
+    network: StagedNetwork
+    stages: FunctionalStages
+    loss: LossFunction
+    key: NoiseKey
+    unit: int
+    chunk_rows: int
+    response: Response
+
+    def signs(self, queries: NDArray[np.int64], like: Tensor) -> Tensor:
+        """-1 for the minus rows of antithetic pairs, else 1."""
+        return torch.from_numpy(1.0 - 2.0 * (queries % self.unit)).to(like)
+
+    @abstractmethod
     def run(self, site: Site, clean: CleanPass, plan: RowPlan, *, traces: bool) -> RowResponses:
         """Run all rows; with ``traces`` their squared norms are needed."""
 
+    @abstractmethod
     def gradient(
         self, site: Site, clean: CleanPass, plan: RowPlan, coefficients: Tensor, kept: Any
     ) -> dict[str, Tensor]:
@@ -136,33 +161,27 @@ class ParameterQueries:
     """Runs the queries of a site whose parameters are perturbed; holds no state."""
 
     layout: DirectionLayout
-    response: Response
-    chunk_rows: int
-
-    @property
-    def unit(self) -> int:
-        """Rows that are independent of others only together: 2 in antithetic pairs, else 1."""
-        return 2 if self.response.variant == "antithetic" else 1
 
     def query(
         self, site: Site, clean: CleanPass, counts: NDArray[np.int64], *, first_query: int = 0, traces: bool = False
     ) -> ParameterQueryResult | None:
         """Run queries; see :class:`QueryEngine`."""
-        first = -(-first_query // self.unit) * self.unit  # a pair starts at an even index
-        plan = plan_rows(counts, self.chunk_rows, first_query=first, multiple=self.unit)
+        unit, response = self.layout.unit, self.layout.response
+        first = -(-first_query // unit) * unit  # a pair starts at an even index
+        plan = plan_rows(counts, self.layout.chunk_rows, first_query=first, multiple=unit)
         if not len(plan.samples):
             return None
         rows = self.layout.run(site, clean, plan, traces=traces)
         sample = torch.from_numpy(plan.samples).to(clean.loss.device)
-        weights, alive = self.response.weights(rows.values, clean.loss[sample], site.sigma)
+        weights, alive = response.weights(rows.values, clean.loss[sample], site.sigma)
         by_sample = torch.zeros(clean.batch_size, dtype=weights.dtype, device=weights.device)
         survivors = by_sample.index_add(0, sample, alive.to(weights.dtype))
-        signs = torch.tensor([1.0, -1.0], dtype=weights.dtype, device=weights.device)[: self.unit]
-        per_unit = (weights.view(-1, self.unit) * signs).mean(1).square()
-        norms = rows.sq_norms.view(-1, self.unit)[:, 0] if isinstance(rows.sq_norms, Tensor) else rows.sq_norms
-        squares = by_sample.index_add(0, sample[:: self.unit], per_unit * (norms - 1))
-        centred = self.response.variant == "leave_one_out"
-        return ParameterQueryResult(plan, sample, weights, alive, survivors, squares, self.unit, centred, rows.kept)
+        signs = torch.tensor([1.0, -1.0], dtype=weights.dtype, device=weights.device)[:unit]
+        per_unit = (weights.view(-1, unit) * signs).mean(1).square()
+        norms = rows.sq_norms.view(-1, unit)[:, 0] if isinstance(rows.sq_norms, Tensor) else rows.sq_norms
+        squares = by_sample.index_add(0, sample[::unit], per_unit * (norms - 1))
+        centred = response.variant == "leave_one_out"
+        return ParameterQueryResult(plan, sample, weights, alive, survivors, squares, unit, centred, rows.kept)
 
     def mixed_gradient(
         self, site: Site, clean: CleanPass, parts: Sequence[tuple[ParameterQueryResult, Tensor]]

@@ -64,11 +64,11 @@ class QueryStrategy(SiteStrategy, Generic[Q]):
     @torch.no_grad()
     def pilot_traces(self, clean: CleanPass) -> TraceObservation | None:
         """Spend the pilots and return ``(s, b)`` traces of the covariance of one query's gradient, NaN elsewhere."""
-        names = self.pilots.names(self._sites)
+        names = self.pilots.names(self.sites)
         if not names:
             return None
-        counts = np.zeros((len(self._sites), clean.batch_size), dtype=np.int64)
-        counts[[site.name in names for site in self._sites]] = self.pilots.queries
+        counts = np.zeros((len(self.sites), clean.batch_size), dtype=np.int64)
+        counts[[site.name in names for site in self.sites]] = self.pilots.queries
         self._pilot_results = (clean.draw, {})
         with phase("pilots"):
             return self._observe(clean, counts, keep=self._pilot_results[1])
@@ -83,14 +83,14 @@ class QueryStrategy(SiteStrategy, Generic[Q]):
             first_query: Index of their first query. Above the indices of the queries that made the counts and the
                 gradient, the traces are independent of both.
         """
-        table = check_counts(counts, len(self._sites), clean.batch_size, multiple=self.unit, least=1)
+        table = check_counts(counts, len(self.sites), clean.batch_size, multiple=self.unit, least=1)
         return self._observe(clean, table, first_query=first_query)
 
     def _observe(
         self, clean: CleanPass, counts: NDArray[np.int64], *, first_query: int = 0, keep: dict[str, Q] | None = None
     ) -> TraceObservation:
         traces = self._unknown_traces(clean)
-        for i, site in enumerate(self._sites):
+        for i, site in enumerate(self.sites):
             if site.together:
                 continue
             with self.network.evaluating():
@@ -107,7 +107,7 @@ class QueryStrategy(SiteStrategy, Generic[Q]):
         return traces
 
     def _unknown_traces(self, clean: CleanPass) -> TraceObservation:
-        shape = (len(self._sites), clean.batch_size)
+        shape = (len(self.sites), clean.batch_size)
         return TraceObservation(clean.loss.new_full(shape, torch.nan), clean.loss.new_zeros(shape), self.unit)
 
     def sample_statistics(
@@ -117,7 +117,7 @@ class QueryStrategy(SiteStrategy, Generic[Q]):
         self._statistics.request(names)
         pilots = self.pilot_traces(clean)
         optional = self._statistics.fill(
-            names, clean, self._sites, self.network, self.loss, rows=self.chunk_rows, costs=self._known_costs,
+            names, clean, self.sites, self.network, self.loss, rows=self.chunk_rows, costs=self._known_costs,
             meter=self.meter, metric=metric, scales=self.site_scales, measure=self._measured_costs,
         )  # fmt: skip
         return SampleStatistics(
@@ -135,7 +135,7 @@ class QueryStrategy(SiteStrategy, Generic[Q]):
             self.run_queries(site, clean, counts)
 
         with self.network.evaluating():
-            return measured_costs(run, self._sites, clean, self._known_costs, unit=self.unit)
+            return measured_costs(run, self.sites, clean, self._known_costs, unit=self.unit)
 
     @torch.no_grad()
     def estimate(
@@ -149,7 +149,7 @@ class QueryStrategy(SiteStrategy, Generic[Q]):
     ) -> Estimate:
         """Add the estimate to ``.grad``; see :meth:`ForwardGradientStrategy.estimate`."""
         table = self._table(clean, counts)
-        weights = None if pilot_weight is None else pilot_weight.to(clean.loss).expand(len(self._sites), -1)
+        weights = None if pilot_weight is None else pilot_weight.to(clean.loss).expand(len(self.sites), -1)
         observation = self._unknown_traces(clean) if traces else None
         places, exact = self._select(sites)
         with self.network.evaluating():
@@ -162,13 +162,13 @@ class QueryStrategy(SiteStrategy, Generic[Q]):
         finite = torch.isfinite(clean.loss).to(clean.loss)
         *lines, known = torch.stack(
             [line for i, result in zip(places, results, strict=True)
-             for line in (result.survivors, self._counting(self._sites[i], clean, result))] + [finite],
+             for line in (result.survivors, self._counting(self.sites[i], clean, result))] + [finite],
         ).cpu().numpy()  # fmt: skip
         survivors, counting = (np.array(lines[k::2]).reshape(len(places), clean.batch_size) for k in (0, 1))
         of_any = self.used_by_any([bool(line.any()) for line in counting])
         costs = self._known_costs
         for i, result, alive, used in zip(places, results, survivors, of_any, strict=True):
-            site = self._sites[i]
+            site = self.sites[i]
             cost = result.queries * costs.query[site.name] + clean.batch_size * costs.gradient[site.name]
             lost = int(table[i].sum() - alive.sum())
             self.meter.add(site.name, queries=result.queries, lost=lost, forward_equivalents=cost)
@@ -194,9 +194,9 @@ class QueryStrategy(SiteStrategy, Generic[Q]):
     def _table(self, clean: CleanPass, counts: Tensor | None) -> NDArray[np.int64]:
         """``(s, b)`` counts on the host; None: each site's budget in equal parts, less the pilots that were spent."""
         if counts is not None:
-            return check_counts(counts, len(self._sites), clean.batch_size, multiple=self.unit, least=self._least)
-        spent = [self.pilots.queries if self._pilots_of(site, clean) else 0 for site in self._sites]
-        rest = [[site.queries_per_sample - n] for site, n in zip(self._sites, spent, strict=True)]
+            return check_counts(counts, len(self.sites), clean.batch_size, multiple=self.unit, least=self._least)
+        spent = [self.pilots.queries if self._pilots_of(site, clean) else 0 for site in self.sites]
+        rest = [[site.queries_per_sample - n] for site, n in zip(self.sites, spent, strict=True)]
         return np.repeat(np.array(rest, dtype=np.int64), clean.batch_size, axis=1)
 
     def estimate_site(
@@ -208,7 +208,7 @@ class QueryStrategy(SiteStrategy, Generic[Q]):
         traces: TraceObservation | None,
     ) -> SiteGradient:
         """Gradient of one site from its queries and the pilots that are reused; writes its traces to ``traces``."""
-        site, engine = self._sites[place], self.engine
+        site, engine = self.sites[place], self.engine
         pilots = self._pilots_of(site, clean)
         first = self.pilots.queries if pilots else 0
         rest = engine.query(site, clean, counts, first_query=first, traces=traces is not None)

@@ -21,32 +21,21 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from flops_lightning.distributed import Communicator, gather_lines
-from flops_lightning.network.functional import FunctionalStages
-from flops_lightning.network.staging import StagedNetwork
-from flops_lightning.noise.keys import NoiseKey, drawn_at_once, row_seeds, split_like
+from flops_lightning.noise.keys import drawn_at_once, row_seeds, split_like
 from flops_lightning.phases import phase
-from flops_lightning.queries import CleanPass, LossFunction, RowPlan, row_losses
-from flops_lightning.strategies.parameter_queries import Response, RowResponses
+from flops_lightning.queries import CleanPass, RowPlan, row_losses
+from flops_lightning.strategies.parameter_queries import DirectionLayout, RowResponses
 from flops_lightning.strategies.sites import Site
 
 
 @dataclass(frozen=True, eq=False)
-class SharedDirections:
-    """Lays shared directions over rows; see :class:`DirectionLayout`.
+class SharedDirections(DirectionLayout):
+    """Lays shared directions over rows.
 
     Attributes:
-        key: Seed and rank of the noise.
-        unit: With 2, rows ``2p`` and ``2p + 1`` of a sample take ``+z_p`` and ``-z_p``.
         ranks: Ranks that exchange the scalars of their directions and each draw those of all; None: this one only.
     """
 
-    network: StagedNetwork
-    stages: FunctionalStages
-    loss: LossFunction
-    key: NoiseKey
-    unit: int
-    chunk_rows: int
-    response: Response
     ranks: Communicator | None = None
 
     def run(self, site: Site, clean: CleanPass, plan: RowPlan, *, traces: bool) -> RowResponses:
@@ -100,7 +89,7 @@ class SharedDirections:
         """
         del kept
         directions, place = np.unique(plan.queries // self.unit, return_inverse=True)
-        signs = torch.from_numpy(1.0 - 2.0 * (plan.queries % self.unit)).to(coefficients)
+        signs = self.signs(plan.queries, coefficients)
         index = torch.from_numpy(place).to(coefficients.device)
         by_direction = coefficients.new_zeros(len(directions)).index_add_(0, index, coefficients * signs)
         terms = [(self.key.rank, int(p), scalar) for p, scalar in zip(directions, by_direction, strict=True)]

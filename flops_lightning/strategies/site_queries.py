@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -15,7 +15,7 @@ from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.noise.keys import NoiseKey
 from flops_lightning.noise.kinds import NoiseSpec
 from flops_lightning.phases import phase
-from flops_lightning.queries import Chunk, CleanPass, LossFunction, RowPlan, drop_rows, plan_rows
+from flops_lightning.queries import Chunk, CleanPass, LossFunction, RowPlan, plan_rows
 from flops_lightning.strategies.base import summed
 from flops_lightning.strategies.delta import DeltaSums, Variant, column, query_weights
 from flops_lightning.strategies.engine import SiteGradient
@@ -131,7 +131,9 @@ class SiteQueries:
         self, site: Site, clean: CleanPass, counts: NDArray[np.int64], *, first_query: int = 0, traces: bool = False
     ) -> OutputQueryResult | None:
         """Run queries at the output of a block, a group or a single layer; see :class:`QueryEngine`."""
-        x = parameter_space_input(self, site, clean) if traces and counts.any() else None
+        x = None
+        if traces and counts.any() and in_parameter_space(site):
+            x = clean_layer_input(self.network, site, clean, rows=self.chunk_rows)
         sums = self.sums(site, clean, counts, first_query=first_query, traces=traces, layer_input=x)
         return None if sums is None else OutputQueryResult(site, sums, self.unit, x)
 
@@ -178,7 +180,7 @@ class SiteQueries:
             gradients, alive = self._joint_pass(site, clean, plan, counts)
             if alive.all():
                 return SiteGradient(partial(dict, gradients), torch.from_numpy(counts).to(clean.loss), spent)
-            plan = drop_rows(plan, ~alive)
+            plan = replace(plan, samples=plan.samples[alive], queries=plan.queries[alive])
             counts = np.bincount(plan.samples, minlength=clean.batch_size)
         nothing = {name: torch.zeros_like(p) for name, p in site.parameters.items()}
         return SiteGradient(partial(dict, nothing), torch.zeros_like(clean.loss), spent)
@@ -218,13 +220,6 @@ class SiteQueries:
         width = self.width(site)
         losses, perturbations = perturbed_losses(self.network, self.loss, site, clean, index, draw, width)
         return *query_weights(losses, clean.loss[index], real, sigma=width.sigma, variant=self.variant), perturbations
-
-
-def parameter_space_input(queries: SiteQueries, site: Site, clean: CleanPass) -> Tensor | None:
-    """Clean input of a site that trains the weight of one ``nn.Linear``: traces are exact there; None elsewhere."""
-    if in_parameter_space(site):
-        return clean_layer_input(queries.network, site, clean, rows=queries.chunk_rows)
-    return None
 
 
 def in_parameter_space(site: Site) -> bool:

@@ -10,17 +10,14 @@ from torch import Tensor
 
 from flops_lightning.errors import SettingError, check_choice
 from flops_lightning.meter import CLEAN
-from flops_lightning.network.chunk_rows import ChunkRows, RowsSetting
 from flops_lightning.network.compilation import CompiledNetwork, check_compiler
 from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.protocol import QueryBudget
 from flops_lightning.queries import CleanPass, LossFunction, clean_pass, refresh
 from flops_lightning.settings import read_settings
 from flops_lightning.strategies.base import (
-    ForwardGradientStrategy,
-    refuse_other_seed,
+    ChunkedStrategy,
     refuse_second_network,
-    resolve_seed,
 )
 from flops_lightning.strategies.costs import SiteCosts, site_costs
 from flops_lightning.strategies.delta import Variant
@@ -33,7 +30,7 @@ from flops_lightning.strategies.statistics import OptionalStatistics
 UpdateOrder = Literal["simultaneous", "site_by_site"]
 
 
-class SiteStrategy(ForwardGradientStrategy):
+class SiteStrategy(ChunkedStrategy):
     """A strategy whose noise enters at sites.
 
     Attributes:
@@ -41,6 +38,7 @@ class SiteStrategy(ForwardGradientStrategy):
     """
 
     passes_per_query: float = 1.0
+    least_rows = 2
 
     def __init__(
         self,
@@ -49,9 +47,8 @@ class SiteStrategy(ForwardGradientStrategy):
         variant: Variant = "baseline",
         update: UpdateOrder = "simultaneous",
         pilots: PilotSpec | None = None,
-        chunk_rows: RowsSetting = 256,
         compile_suffixes: bool = False,
-        seed: int | None = None,
+        **settings: Any,
     ) -> None:
         """Keep the settings; :meth:`bind` checks them against the network.
 
@@ -62,25 +59,19 @@ class SiteStrategy(ForwardGradientStrategy):
             update: All sites from the same network and one optimiser step, or one step for each site, from the top
                 down, with new losses in between (FLOPS, algorithm 1).
             pilots: Queries spent before the allocation.
-            chunk_rows: Upper bound of the rows in one forward pass; bounds the memory, never changes the estimate.
-                ``auto``: as many as suit the device, chosen at the first batch.
             compile_suffixes: Run the network above a site through ``torch.compile``, which takes seconds to minutes
                 at the first step and again for each other number of rows. Hooks added to the network later are ignored
                 there.
-            seed: Seed of all noise; None: the seed of ``seed_everything``.
+            **settings: See :class:`ChunkedStrategy`.
         """
-        super().__init__()
+        super().__init__(**settings)
         check_choice("model.strategy.variant", variant, get_args(Variant))
         check_choice("model.strategy.update", update, get_args(UpdateOrder))
         self.specs = tuple(read_settings(SiteSpec, spec, f"model.strategy.sites[{i}]") for i, spec in enumerate(sites))
         self.variant: Variant = variant
         self.update: UpdateOrder = update
         self.pilots = read_settings(PilotSpec, pilots, "model.strategy.pilots")
-        self._chunks = ChunkRows(chunk_rows, least=2)
         self.compile_suffixes = compile_suffixes
-        self._seed_given = seed is not None
-        self.seed = resolve_seed(seed)
-        self._sites: tuple[Site, ...] = ()
         self._costs: SiteCosts | None = None
         self._statistics = OptionalStatistics()
 
@@ -93,10 +84,10 @@ class SiteStrategy(ForwardGradientStrategy):
         refuse_second_network(getattr(self, "network", None), network)
         if not all(spec.active_tokens for spec in self.specs):
             network = network.with_all_tokens()
-        self._sites = self.resolve_sites(network)
+        self.sites = self.resolve_sites(network)
         self.network, self.loss = self._compiled(network) if self.compile_suffixes else network, loss
         self._costs, self._statistics = None, OptionalStatistics()
-        for site in self._sites:
+        for site in self.sites:
             if site.queries_per_sample % self.unit:
                 raise SettingError(
                     "model.strategy.sites.queries_per_sample", site.queries_per_sample,
@@ -109,11 +100,11 @@ class SiteStrategy(ForwardGradientStrategy):
                     "whose inputs differ from query to query.", "Use variant: baseline, or together: false.",
                 )  # fmt: skip
         if self.pilots.queries:
-            check_pilots(self.pilots, self._sites, unit=self.unit, one_update=self.update == "simultaneous")
+            check_pilots(self.pilots, self.sites, unit=self.unit, one_update=self.update == "simultaneous")
 
     def _compiled(self, network: StagedNetwork) -> CompiledNetwork:
         compiled = CompiledNetwork(network)
-        if not any(compiled.compiles(site.last + 1) for site in self._sites if not site.layers):
+        if not any(compiled.compiles(site.last + 1) for site in self.sites if not site.layers):
             raise SettingError(
                 "model.strategy.compile_suffixes", True,
                 "has no effect: above no site is there a block or layer to compile "
@@ -121,16 +112,6 @@ class SiteStrategy(ForwardGradientStrategy):
                 "Use several sites of kind: block or group, or write compile_suffixes: false.",
             )  # fmt: skip
         return compiled
-
-    @property
-    def chunk_rows(self) -> int:
-        """Upper bound of the rows in one forward pass."""
-        return self._chunks.rows
-
-    @property
-    def sites(self) -> tuple[Site, ...]:
-        """Sites from bottom to top."""
-        return self._sites
 
     @property
     def unit(self) -> int:
@@ -145,20 +126,20 @@ class SiteStrategy(ForwardGradientStrategy):
     @property
     def budget(self) -> QueryBudget:
         """Queries of a sample at each site, less the pilots."""
-        names, minimum = self.pilots.names(self._sites), self._least if self._least > 1 else 0
-        left = [site.queries_per_sample - self.pilots.queries * (site.name in names) for site in self._sites]
-        sites = tuple(site.name for site in self._sites)
+        names, minimum = self.pilots.names(self.sites), self._least if self._least > 1 else 0
+        left = [site.queries_per_sample - self.pilots.queries * (site.name in names) for site in self.sites]
+        sites = tuple(site.name for site in self.sites)
         return QueryBudget(tuple(left), multiple=self.unit, minimum=minimum, sites=sites)
 
     @property
     def update_groups(self) -> tuple[tuple[str, ...], ...]:
         """All sites at once, or one after the other from the top, so that the activations below stay valid."""
-        names = tuple(site.name for site in (*self._sites, *self.exact_sites))
+        names = tuple(site.name for site in (*self.sites, *self.exact_sites))
         return (names,) if self.update == "simultaneous" else tuple((name,) for name in reversed(names))
 
     def clean_pass(self, inputs: Tensor, targets: Tensor) -> CleanPass:
         """Run the batch unperturbed, keep the activations that sites start from, and advance the draw counter."""
-        if not self._sites:
+        if not self.sites:
             raise RuntimeError("bind(network, loss) must come before the first clean_pass.")
         if self.compile_suffixes and self._costs is None:
             check_compiler(inputs.device)
@@ -168,10 +149,10 @@ class SiteStrategy(ForwardGradientStrategy):
         )
         clean.activations.setdefault(0, inputs)  # not a copy: from it all that was not kept can be run again
         if self._costs is None:
-            counted = site_costs(self.network, self._sites, inputs)
+            counted = site_costs(self.network, self.sites, inputs)
             scaled = {name: cost * self.passes_per_query for name, cost in counted.query.items()}
             self._costs = replace(counted, query=scaled)
-            warn_unresolved_sigma(self._sites, clean)
+            warn_unresolved_sigma(self.sites, clean)
         self.draw += 1
         self.meter.add(CLEAN, clean_passes=clean.batch_size, forward_equivalents=clean.batch_size)
         return clean
@@ -179,26 +160,26 @@ class SiteStrategy(ForwardGradientStrategy):
     def refresh(self, clean: CleanPass, updated: Sequence[str]) -> CleanPass:
         """The clean pass after the parameters of ``updated`` changed: their prefix is kept, the rest runs again."""
         places, exact = self._select(updated)
-        start = min(site.first for site in (*(self._sites[i] for i in places), *exact))
+        start = min(site.first for site in (*(self.sites[i] for i in places), *exact))
         self.meter.add(CLEAN, forward_equivalents=self._known_costs.from_stage[start] * clean.batch_size)
         return refresh(self.network, self.loss, clean, start, keep=self._kept, rows=self.chunk_rows)
 
     def _select(self, names: Sequence[str] | None) -> tuple[list[int], list[Site]]:
         """Places of the sites with these names (None: all) that spend queries, and the exact sites among them."""
-        known = [site.name for site in (*self._sites, *self.exact_sites)]
+        known = [site.name for site in (*self.sites, *self.exact_sites)]
         for name in names or ():
             if name not in known:
                 raise SettingError("sites", name, "is not a site.", f"Choose from {known}.")
         if names is not None and not names:
             raise SettingError("sites", [], "names no site.", f"Choose from {known}, or leave it out for all.")
         chosen = known if names is None else names
-        places = [i for i, site in enumerate(self._sites) if site.name in chosen]
+        places = [i for i, site in enumerate(self.sites) if site.name in chosen]
         return places, [site for site in self.exact_sites if site.name in chosen]
 
     @property
     def _kept(self) -> set[int]:
         """Indices of the activations that sites and predictors start from."""
-        entered = {i for site in self._sites for i in (site.first, site.start)}
+        entered = {i for site in self.sites for i in (site.first, site.start)}
         entered |= {site.first for site in self.exact_sites}
         return (entered | self._statistics.kept(self.network)) - {0}  # the inputs are there anyway
 
@@ -210,12 +191,9 @@ class SiteStrategy(ForwardGradientStrategy):
 
     def state_dict(self) -> dict[str, Any]:
         """Draw counter, meter, the seed of the noise, and what was measured."""
-        return {**super().state_dict(), "seed": self.seed, **self._statistics.state_dict(), **self._chunks.state_dict()}
+        return super().state_dict() | self._statistics.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
-        refuse_other_seed(self.seed, state["seed"], given=self._seed_given)
         super().load_state_dict(state)
         self._statistics.load_state_dict(state)
-        self._chunks.load_state_dict(state)
-        self.seed = int(state["seed"])

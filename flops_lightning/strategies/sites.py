@@ -15,6 +15,7 @@ from torch import nn
 
 from flops_lightning.errors import SettingError, check_choice, check_positive
 from flops_lightning.network.staging import StagedNetwork
+from flops_lightning.noise.row_directions import has_row_directions
 from flops_lightning.strategies.site_specs import SiteKind, SiteSpec, default_specs
 
 
@@ -212,15 +213,8 @@ def _linear_sites(network: StagedNetwork, spec: SiteSpec, setting: str, first: i
 
 def has_closed_form(module: nn.Module) -> bool:
     """Whether :func:`layer_gradient` knows the module: a linear, zero-padded 2-d convolution or layer norm of torch."""
-    # Exact classes: a subclass may scale, pad or standardise in a forward of its own, and the closed form would be
-    # silently wrong. timm's LayerNorm computes what torch's does; it is named, not imported.
-    kind = type(module)
-    same = f"{kind.__module__}.{kind.__qualname__}" == "timm.layers.norm.LayerNorm"
-    if kind not in (nn.Linear, nn.Conv2d, nn.LayerNorm) and not same:
-        return False
-    if isinstance(module, nn.Conv2d) and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
-        return False
-    return {name for name, _ in module.named_parameters(recurse=False)} <= {"weight", "bias"}
+    by_name = isinstance(module, nn.Conv2d) and isinstance(module.padding, str)
+    return has_row_directions(module) and not isinstance(module, nn.GroupNorm) and not by_name
 
 
 def _refuse_tied(network: StagedNetwork, layers: Sequence[LayerTarget], setting: str) -> None:

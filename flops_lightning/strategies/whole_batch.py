@@ -4,24 +4,20 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from flops_lightning.errors import SettingError
-from flops_lightning.network.chunk_rows import ChunkRows, RowsSetting
 from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.protocol import SampleStatistics
 from flops_lightning.queries import CleanPass, LossFunction
 from flops_lightning.strategies.base import (
     Estimate,
     ForwardGradientStrategy,
-    refuse_other_seed,
     refuse_second_network,
-    resolve_seed,
 )
-from flops_lightning.strategies.sites import Site
 
 
 class WholeBatchStrategy(ForwardGradientStrategy):
@@ -41,11 +37,6 @@ class WholeBatchStrategy(ForwardGradientStrategy):
             raise SettingError("freeze", list(network.frozen()), "leaves nothing to train.", "Freeze less.")
         refuse_second_network(getattr(self, "network", None), network)
         self.network, self.loss = network, loss
-
-    @property
-    def sites(self) -> tuple[Site, ...]:
-        """None."""
-        return ()
 
     @property
     def budget(self) -> None:
@@ -92,42 +83,3 @@ class WholeBatchStrategy(ForwardGradientStrategy):
     @abstractmethod
     def _estimate(self, clean: CleanPass) -> Estimate:
         """Add the gradient to ``.grad``."""
-
-
-class WholeBatchQueries(WholeBatchStrategy):
-    """Whole-batch strategies that run forward passes with noise or masks: rows in chunks, and a seed.
-
-    Attributes:
-        draws: What the seed decides, in messages.
-    """
-
-    draws: ClassVar[str] = "noise"
-
-    def __init__(self, *, chunk_rows: RowsSetting = 256, seed: int | None = None) -> None:
-        """Keep the settings.
-
-        Args:
-            chunk_rows: Upper bound of the rows in one forward pass; bounds the memory, never changes the estimate.
-                ``auto``: as many as suit the device, chosen at the first batch.
-            seed: Seed of all noise and masks; None: the seed of ``seed_everything``.
-        """
-        super().__init__()
-        self._chunks = ChunkRows(chunk_rows, least=1)
-        self._seed_given = seed is not None
-        self.seed = resolve_seed(seed)
-
-    @property
-    def chunk_rows(self) -> int:
-        """Upper bound of the rows in one forward pass."""
-        return self._chunks.rows
-
-    def state_dict(self) -> dict[str, Any]:
-        """Draw counter, meter, seed and chosen rows."""
-        return {**super().state_dict(), "seed": self.seed, **self._chunks.state_dict()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned; a seed that was given must be the same."""
-        refuse_other_seed(self.seed, state["seed"], given=self._seed_given, draws=self.draws)
-        super().load_state_dict(state)
-        self._chunks.load_state_dict(state)
-        self.seed = int(state["seed"])

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import Any
-
-import pytest
 import torch
 from torch import Tensor, nn
 
 from flops_lightning.network.functional import FunctionalStages
 from flops_lightning.network.staging import Stage, StagedNetwork, stage_network
-from tests.reference.footprint import everything
 from tests.reference.networks import shaken
 
 
@@ -60,30 +55,6 @@ def test_a_stage_runs_with_what_it_is_given():
     torch.testing.assert_close(functional.run(1, X, shift), by_hand({**dict(net.named_parameters()), **shift}, X))
 
 
-def test_without_values_it_is_the_stage_itself():
-    net = network()
-    staged = stage_network(net)
-    for i in range(len(staged)):
-        assert torch.equal(FunctionalStages(staged).run(i, X, {}), net[i](X))
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_the_network_stays_as_it_was(fails):
-    net = network()
-
-    def hook(*_: Any) -> None:
-        if fails:
-            raise ArithmeticError
-
-    net[1].down.register_forward_hook(hook)
-    functional = FunctionalStages(stage_network(net))
-    before = everything(net)
-    with torch.no_grad(), pytest.raises(ArithmeticError) if fails else nullcontext():
-        functional.run(1, X, others(net, "1."))
-    assert everything(net) == before
-    assert net[1].up.weight is net[1].down.weight
-
-
 def test_hooks_of_the_stage_s_modules_run():
     net = network()
     net[1].up.register_forward_hook(lambda _, __, output: 2 * output)
@@ -92,32 +63,6 @@ def test_hooks_of_the_stage_s_modules_run():
     weight = values["1.up.weight"]
     expected = (2 * (X @ weight.T + values["1.up.bias"])).tanh() @ weight.T + values["1.shift"]
     torch.testing.assert_close(found, expected)
-
-
-def test_values_may_carry_tangents():
-    net = network()
-    functional = FunctionalStages(stage_network(net))
-    values, tangents = others(net, "1."), {n: torch.ones_like(v) for n, v in others(net, "1.").items()}
-
-    def along(t: Tensor) -> Tensor:
-        return functional.run(1, X, {name: value + t * tangents[name] for name, value in values.items()})
-
-    def along_by_hand(t: Tensor) -> Tensor:
-        return by_hand({name: value + t * tangents[name] for name, value in values.items()}, X)
-
-    zero, one = torch.zeros((), dtype=X.dtype), torch.ones((), dtype=X.dtype)
-    found = torch.func.jvp(along, (zero,), (one,))[1]
-    torch.testing.assert_close(found, torch.func.jvp(along_by_hand, (zero,), (one,))[1])
-
-
-def test_values_may_be_batched():
-    """One set of parameters a row."""
-    net = network()
-    functional = FunctionalStages(stage_network(net))
-    values = {name: torch.stack([value, -value, 2 * value, 0 * value]) for name, value in others(net, "1.").items()}
-    found = torch.func.vmap(lambda x, own: functional.run(1, x[None], own)[0])(X, values)
-    for b in range(4):
-        torch.testing.assert_close(found[b], by_hand({name: value[b] for name, value in values.items()}, X[b]))
 
 
 def test_stages_that_are_not_modules():

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from flops_lightning.noise.keys import NoiseKey
 from flops_lightning.noise.kinds import draw_noise
+from flops_lightning.protocol import TraceObservation
 from flops_lightning.strategies import LikelihoodRatio, Site
-from tests.reference.networks import Loss, estimated, stage_output
+from tests.reference.networks import Loss, estimated, gradients, stage_output
 
 SlowGradient = Callable[..., dict[str, Tensor]]
 
@@ -148,6 +149,32 @@ def assert_equals_reference(
     draw = strategy.draw
     _, found = estimated(strategy, x.clone(), y, table)  # the network may work in place
     assert_gradients(slow, module, strategy, x, y, table, found, draw=draw)
+
+
+def assert_seen(module: nn.Module, strategy: LikelihoodRatio, x: Tensor, y: Tensor, table: Tensor) -> TraceObservation:
+    """Estimate once with traces and once without: the traces are the reference's and the gradients the same bits."""
+    clean = strategy.clean_pass(x, y)
+    piloted = strategy.pilots.names(strategy.sites)
+    strategy.pilot_traces(clean)
+    estimate = strategy.estimate(clean, table, traces=True)
+    watched = gradients(module)
+    seen = estimate.observation
+    unwatched = strategy.estimate(clean, table)
+    assert unwatched.observation is None
+    torch.testing.assert_close(gradients(module), watched, rtol=0, atol=0)
+    assert seen.unit == (2 if strategy.variant == "antithetic" else 1)
+    assert seen.trace.shape == seen.queries.shape == (len(strategy.sites), len(x))
+    for s, counts in enumerate(table.expand(len(strategy.sites), -1).tolist()):
+        site = strategy.sites[s]
+        expected = reference_traces(
+            module, strategy, site, x, y, counts, in_parameters=in_parameter_space(site),
+            draw=clean.draw, pilots=strategy.pilots.queries if site.name in piloted else 0,
+        )  # fmt: skip
+        few = torch.tensor(counts) < 2 * seen.unit
+        assert torch.equal(seen.trace[s].isnan(), few), "known where there are two units or more"
+        torch.testing.assert_close(seen.trace[s], expected, rtol=1e-9, atol=1e-9, equal_nan=True)
+        assert seen.queries[s].tolist() == counts
+    return seen
 
 
 def assert_gradients(

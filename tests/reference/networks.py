@@ -26,6 +26,11 @@ def squared_error(output: Tensor, target: Tensor) -> Tensor:
     return (output - target).square().flatten(1).sum(1)
 
 
+def brittle_loss(bad: float, limit: float) -> Loss:
+    """Squared error that is ``bad`` where the first output exceeds a limit."""
+    return lambda output, target: torch.where(output[:, 0] > limit, bad, squared_error(output, target))
+
+
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 

@@ -19,15 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from flops_lightning.network.staging import stage_network
-from flops_lightning.strategies import (
-    SPSA,
-    ForwardMode,
-    MeZO,
-    PilotSpec,
-    Site,
-)
-from tests.reference.networks import autograd_gradient, freeze, gradients, squared_error
+from flops_lightning.strategies import SPSA, ForwardMode, Site
+from tests.reference.networks import autograd_gradient, freeze, squared_error
 from tests.reference.networks import bound_to as bound
 from tests.reference.parameter_perturbation import LAYOUTS, RANKS, STRATEGIES, Factors, Numbers, numbers_of
 from tests.reference.smoothed import (
@@ -186,18 +179,6 @@ def test_forward_gradients_in_the_activity(kind, tier):
     check(strategy, x, y, exact_gradients(strategy, x, y), tier, more=10 if kind == "together" else 1)
 
 
-@pytest.mark.parametrize("tier", TIERS)
-@pytest.mark.parametrize("queries", [2, 10])
-def test_mezo(queries, tier):
-    net, x, y = problem(only="2")
-    strategy = MeZO(sigma=WIDE, queries=queries, seed=7)
-    strategy.bind(stage_network(net), shifted_squared_error)
-    (site,) = strategy.sites
-    truth = smoothed_gradient(strategy, x, y, site, copies=1000, draws=10 * min(tier.times, 30))
-    (found,) = estimates(strategy, x, y, None, draws=1600 * (3 * tier.times // 2) // queries).values()
-    judge(found, truth, tier)
-
-
 def test_a_capped_span_gives_the_projected_gradient():
     """Biased, as documented: onto the leading direction of each sample's inputs."""
     net, x, y = problem(only="2")
@@ -275,27 +256,3 @@ def closed_form_trace(strategy: Any, x: Tensor, y: Tensor) -> float:
 
 
 # Pilots
-
-
-def with_pilots(layout: str, *, draws: int) -> tuple[Sampled, Sampled]:
-    """Estimates whose counts follow the pilots that they use again, and the gradient."""
-    net, x, y = problem(only="2")
-    site = {"stages": ["2"], "sigma": NARROW, "queries_per_sample": 20}
-    strategy = bound(
-        SPSA, net, shifted_squared_error, [site], chunk_rows=1000, pilots=PilotSpec("lowest", 4), **LAYOUTS[layout]
-    )
-    found = []
-    for _ in range(draws):
-        clean = strategy.clean_pass(x, y)
-        trace = strategy.pilot_traces(clean).trace[0]
-        strategy.estimate(clean, 2 + 2 * (30 * trace / trace.sum()).floor().long())
-        grads = gradients(net)
-        found.append(flat([grads[name] for name in strategy.sites[0].parameters]))
-    return Sampled(torch.stack(found)), exact_gradients(strategy, x, y)[0]
-
-
-@pytest.mark.parametrize("tier", TIERS)
-@pytest.mark.parametrize("layout", ["factored", "guided"])
-def test_pilots_do_not_bias_though_the_counts_depend_on_them(layout, tier):
-    """Their weight is fixed before they are seen, so they may decide the counts and still be used."""
-    judge(*with_pilots(layout, draws=300 * tier.times), tier)

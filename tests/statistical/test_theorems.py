@@ -139,8 +139,7 @@ INDEPENDENT_SAMPLES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", INDEPENDENT_SAMPLES)
 @pytest.mark.parametrize(
-    ("draws", "queries", "largest_error"),
-    [(1000, 400, 0.06), pytest.param(40000, 20000, 0.01, marks=LONG)],
+    ("draws", "queries", "largest_error"), [(1000, 400, 0.06), pytest.param(40000, 20000, 0.01, marks=LONG)]
 )
 def test_theorem_1(draws, queries, largest_error, name):
     """In parameter space, for uneven counts; antithetic queries count as pairs, whose trace doubles.
@@ -295,8 +294,7 @@ def test_rounding_is_all_that_the_optimal_allocator_loses(queries, least):
 
 
 @pytest.mark.parametrize(
-    ("draws", "queries", "largest_error"),
-    [(800, 400, 0.1), pytest.param(40000, 20000, 0.02, marks=LONG)],
+    ("draws", "queries", "largest_error"), [(800, 400, 0.1), pytest.param(40000, 20000, 0.02, marks=LONG)]
 )
 def test_theorem_2_in_the_gradients_themselves(draws, queries, largest_error):
     """What the optimal counts take off the variance of the estimator's gradient, as a part of the right-hand side."""

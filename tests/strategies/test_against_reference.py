@@ -4,22 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from flops_lightning.strategies import PilotSpec
 from tests.reference.layouts import COUNTS, SIGMA, VIT_SITES, convolutional, vit_for
-from tests.reference.likelihood_ratio import assert_equals_reference, reference_gradient
-from tests.reference.networks import (
-    TokenMean,
-    assert_entries,
-    bound,
-    cross_entropy,
-    freeze,
-    gradients,
-    shaken,
-    squared_error,
-    tiny_vit,
-)
+from tests.reference.likelihood_ratio import assert_equals_reference, assert_seen, reference_gradient
+from tests.reference.networks import assert_entries, bound, cross_entropy, gradients, tiny_vit
 
 CASES = [
     (variant, layout)
@@ -37,6 +26,8 @@ def test_vit(variant, layout, images):
     # Counts of its own for every site: each must read its own line of the table.
     table = torch.stack([base.roll(s) for s in range(len(strategy.sites))])
     assert_equals_reference(vit, strategy, *images, table)
+    if layout != "together":
+        assert_seen(vit, strategy, *images, table)
 
 
 @pytest.mark.parametrize("layout", ["group", "together"])
@@ -46,6 +37,8 @@ def test_mean_of_patch_tokens_with_register_tokens(variant, layout, images):
     strategy = bound(vit, cross_entropy, VIT_SITES[layout], variant=variant, chunk_rows=6)
     assert strategy.sites[1].tokens == slice(3, None) or strategy.sites[1].layers
     assert_equals_reference(vit, strategy, *images, torch.tensor(COUNTS[variant]))
+    if layout != "together":
+        assert_seen(vit, strategy, *images, torch.tensor(COUNTS[variant]))
 
 
 @pytest.mark.parametrize("layout", ["group", "linear", "together"])
@@ -56,6 +49,8 @@ def test_all_tokens_on_request(layout, images):
     assert all(site.tokens is None for site in strategy.sites)
     assert all(layer.tokens is None for site in strategy.sites for layer in site.layers)
     assert_equals_reference(vit, strategy, *images, torch.tensor(COUNTS["baseline"]))
+    if layout == "group":
+        assert_seen(vit, strategy, *images, torch.tensor(COUNTS["baseline"]))
 
 
 @pytest.mark.parametrize("stage", ["blocks.0", "blocks.1", "blocks.2"])
@@ -90,68 +85,11 @@ def test_pilots_that_are_not_used_again_leave_their_noise_alone(vit, images):
         torch.testing.assert_close(found[name], (10 * gradient - 4 * four[name]) / 6, rtol=1e-9, atol=1e-9)
 
 
-def test_every_draw_and_rank_has_its_own_noise(tokens_net, tokens):
-    strategy = bound(tokens_net, squared_error, [{"stages": ["0", "1"]}, {"stages": ["2", "4"]}])
-    counts = torch.tensor([2, 1, 3, 1])
-    for rank in (0, 3):
-        strategy.rank = rank
-        for _ in range(2):
-            assert_equals_reference(tokens_net, strategy, *tokens, counts)
-
-
 @pytest.mark.parametrize("layout", ["block", "linear", "together"])
 def test_convolutions(layout, images):
     net = convolutional()
     kind = {"block": {"kind": "block"}, "linear": {"kind": "linear"}, "together": {"kind": "linear", "together": True}}
     strategy = bound(net, cross_entropy, [{"stages": ["0", "6"], **kind[layout], **SIGMA}], chunk_rows=3)
     assert_equals_reference(net, strategy, *images, torch.tensor([3, 0, 5, 2]))
-
-
-@pytest.mark.parametrize("together", [False, True])
-@pytest.mark.parametrize("leaf", ["weight", "bias"])
-def test_a_layer_of_which_only_one_parameter_is_trained(leaf, together, tokens_net, tokens):
-    """As in BitFit, which trains biases alone."""
-    freeze(tokens_net, "0." + leaf, "3.0." + leaf)
-    strategy = bound(tokens_net, squared_error, [{"stages": ["0", "4"], "kind": "linear", "together": together}])
-    assert_equals_reference(tokens_net, strategy, *tokens, torch.tensor([2, 1, 0, 3]))
-
-
-@pytest.mark.parametrize(
-    "sites",
-    [
-        [{"stages": ["0"]}, {"stages": ["1", "2"]}],
-        [{"stages": ["0", "2"], "kind": "block"}],
-        [{"stages": ["0", "2"], "kind": "linear"}],
-        [{"stages": ["0", "2"], "kind": "linear", "together": True}],
-    ],
-)
-def test_stages_that_work_in_place(sites, tokens):
-    """What is kept of the clean pass must not change when the next stage overwrites its input."""
-    net = shaken(nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.SiLU(inplace=True), nn.Linear(4, 3)), TokenMean()))
-    x, _ = tokens
-    strategy = bound(net, squared_error, [{**site, **SIGMA} for site in sites])
-    assert_equals_reference(net, strategy, x, torch.ones(4, 3, dtype=x.dtype), torch.tensor([2, 1, 0, 3]))
-
-
-class InPlaceResidual(nn.Module):
-    """Adds to its input, which is also the input of its layer, in place."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lift = nn.Linear(3, 3)
-        self.layer = nn.Linear(3, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.lift(x)
-        y = self.layer(h).tanh()
-        if torch.is_grad_enabled():  # where autograd would refuse the overwritten input
-            return h + y
-        h += y
-        return h
-
-
-@pytest.mark.parametrize("together", [False, True])
-def test_layers_whose_input_is_overwritten_later(together, tokens):
-    net = shaken(nn.Sequential(InPlaceResidual(), TokenMean(), nn.Linear(3, 2)))
-    strategy = bound(net, squared_error, [{"stages": ["0", "2"], "kind": "linear", "together": together, **SIGMA}])
-    assert_equals_reference(net, strategy, *tokens, torch.tensor([2, 1, 0, 3]))
+    if layout != "together":  # traces of the activation: there is no closed form for the gradient's norm
+        assert_seen(net, strategy, *images, torch.tensor([3, 0, 5, 2]))

@@ -83,7 +83,7 @@ STAGES: dict[str, Callable[[], nn.Module]] = {
     "dropout": lambda: nn.Dropout(0.5),
     "brittle": lambda: nn.Threshold(-1.5, math.nan),
 }
-IN_ACTIVATIONS = {**STAGES, "mix": Mix}
+IN_ACTIVATIONS = {**STAGES, "mix": Mix, "residual": InPlaceResidual}
 IN_PARAMETERS = {
     **STAGES, "residual": InPlaceResidual, "prompts": Prompted, "attention": Attention, "transposed": Transposed
 }  # fmt: skip

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from flops_lightning.errors import SettingError
+from flops_lightning.noise.row_directions import has_row_directions
 from flops_lightning.strategies.vjp import layer_gradient, linear_gradient_sq_norm
 from tests.reference.networks import bound, shaken, squared_error
 
@@ -108,11 +109,13 @@ class Doubled(nn.Linear):
         timm.layers.LayerNorm2d(1),
         Doubled(4, 4),
         parametrizations.weight_norm(nn.Linear(4, 4)),
+        nn.Upsample(scale_factor=1),
     ],
-    ids=["padding same", "padding reflect", "Conv2dSame", "StdConv2d", "LayerNorm2d", "Doubled", "weight_norm"],
+    ids=lambda layer: type(layer).__name__,
 )
 def test_layers_that_compute_something_else_are_refused(layer):
     """A subclass may pad, standardise or permute in its own forward: its closed form would be silently wrong."""
+    assert has_row_directions(layer) == (type(layer) is nn.Conv2d and layer.padding == "same")
     net = nn.Sequential(layer, nn.Flatten(), nn.Linear(16, 2))
     assert net(torch.zeros(2, 1, 4, 4)).shape == (2, 2)
     with pytest.raises(SettingError, match=r"kind: (linear|block)|without a site"):

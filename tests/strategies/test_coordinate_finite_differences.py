@@ -13,11 +13,7 @@ from torch import Tensor, nn
 from flops_lightning.errors import SettingError
 from flops_lightning.network.staging import stage_network
 from flops_lightning.strategies import CoordinateFiniteDifferences
-from flops_lightning.strategies.coordinate_probes import (
-    Masks,
-    draw_masks,
-    inclusion_probabilities,
-)
+from flops_lightning.strategies.coordinate_probes import Masks, draw_masks, inclusion_probabilities
 from tests.reference.networks import (
     Loss,
     TokenMean,
@@ -121,17 +117,6 @@ def test_every_parameter_of_a_vit_is_reached(images):
     check_masked_gradient(vit, cross_entropy, *images, coordinates=all_of(vit))
 
 
-@pytest.mark.parametrize("scheme", ["forward", "central"])
-def test_it_equals_the_slow_reference_at_large_steps(scheme, tokens_net, tokens):
-    tokens_net.insert(1, nn.Dropout(0.5))
-    tokens_net.train()
-    strategy = bound(tokens_net, squared_error, scheme=scheme, step=0.3)
-    _, found = estimated(strategy, *tokens)
-    masks = uniform_masks(tokens_net, strategy)
-    expected, _ = reference(tokens_net, squared_error, *tokens, masks, step=0.3, scheme=scheme)
-    assert_close(found, expected, atol=1e-12)
-
-
 def test_rescaling_divides_by_the_probability(tokens_net, tokens):
     """So the estimate is unbiased for the whole gradient: an entry is in the mask with this probability."""
     found = []
@@ -223,7 +208,9 @@ def brittle(output: Tensor, target: Tensor) -> Tensor:
 @SILENT
 @pytest.mark.parametrize("scheme", ["forward", "central"])
 def test_lost_terms_have_weight_zero(scheme, tokens_net, tokens):
-    strategy = bound(tokens_net, brittle, step=0.3, scheme=scheme, coordinates=30)
+    """Against the slow reference at a large step; dropout is off."""
+    tokens_net.insert(1, nn.Dropout(0.5))
+    strategy = bound(tokens_net.train(), brittle, step=0.3, scheme=scheme, coordinates=30)
     estimate = strategy.estimate(strategy.clean_pass(*tokens))
     found = gradients(tokens_net)
     masks = uniform_masks(tokens_net, strategy)

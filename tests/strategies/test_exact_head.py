@@ -10,7 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from flops_lightning.allocators import CostAwareAllocator, EqualAllocator, OptimalAllocator, QueryAllocator
+from flops_lightning.allocators import (
+    CostAwareAllocator,
+    EqualAllocator,
+    GaussianAllocator,
+    OptimalAllocator,
+    QueryAllocator,
+)
 from flops_lightning.callbacks import QueryAllocatorCallback
 from flops_lightning.errors import SettingError
 from flops_lightning.network.staging import Stage, StagedNetwork
@@ -21,6 +27,7 @@ from tests.reference.footprint import everything
 from tests.reference.layouts import TOKEN_SITES, vit_for
 from tests.reference.networks import (
     TokenMean,
+    assert_entries,
     autograd_gradient,
     bound,
     cross_entropy,
@@ -46,48 +53,27 @@ def head_of(strategy: LikelihoodRatio) -> Any:
     return head
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("variant", ["plain", "baseline", "leave_one_out", "antithetic"])
-def test_the_heads_gradient_is_autograds(variant, layout, images):
+@pytest.mark.parametrize(
+    ("layout", "variant"),
+    [*((layout, "baseline") for layout in LAYOUTS), *(("group", v) for v in ("plain", "leave_one_out", "antithetic"))],
+)
+def test_the_heads_gradient_is_autograds(layout, variant, images):
+    """It spends no queries, and all other sites are estimated as without it."""
     vit = vit_for(layout)
+    _, usual = estimated(bound(vit, cross_entropy, LAYOUTS[layout], variant=variant), *images)
     strategy = bound(vit, cross_entropy, LAYOUTS[layout], variant=variant, exact_head=True)
-    _, found = estimated(strategy, *images)
-    truth = autograd_gradient(vit, cross_entropy, *images)
-    names = set(head_of(strategy).parameters)
-    assert names == {"norm.weight", "norm.bias", "head.weight", "head.bias"} - (
-        set() if layout in ("group", "default") else {"norm.weight", "norm.bias"}
-    )
-    for name in names:
-        torch.testing.assert_close(found[name], truth[name], rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_all_other_sites_are_estimated_as_without_it(layout, images):
-    vit = vit_for(layout)
-    _, expected = estimated(bound(vit, cross_entropy, LAYOUTS[layout]), *images)
-    strategy = bound(vit, cross_entropy, LAYOUTS[layout], exact_head=True)
-    _, found = estimated(strategy, *images)
-    for site in strategy.sites:
-        for name in site.parameters:
-            torch.testing.assert_close(found[name], expected[name], rtol=0, atol=0)
-    taught = {name for site in (*strategy.sites, *strategy.exact_sites) for name in site.parameters}
-    assert taught == set(strategy.network.trainable())
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_it_spends_no_queries(layout, images):
-    strategy = bound(vit_for(layout), cross_entropy, LAYOUTS[layout], exact_head=True)
-    clean, _ = estimated(strategy, *images)
-    head, meter = head_of(strategy), strategy.meter
-    assert meter.sites[head.name].queries == 0
-    assert meter.total().queries == 20 * 4 * len(strategy.sites)
+    clean, found = estimated(strategy, *images)
+    truth, head, meter = autograd_gradient(vit, cross_entropy, *images), head_of(strategy), strategy.meter
+    norm = {"norm.weight", "norm.bias"} if layout in ("group", "default") else set()
+    assert set(head.parameters) == {"head.weight", "head.bias"} | norm
+    assert_entries(found, {name: truth[name] for name in head.parameters}, rtol=1e-10, atol=1e-12)
+    assert_entries(found, {name: g for name, g in usual.items() if g is not None and name not in head.parameters})
+    assert (meter.sites[head.name].queries, meter.total().queries) == (0, 20 * 4 * len(strategy.sites))
     assert strategy.budget.queries_per_sample == (20,) * len(strategy.sites)
-    assert strategy.pilots.names(strategy.sites) == []
     inside = strategy._costs.from_stage[head.first]  # a local VJP, or the layer's pass again
     factor = 1 if head.layers else 3
     assert meter.sites[head.name].forward_equivalents == pytest.approx(4 * factor * inside)
-    observed = strategy.estimate(clean, traces=True).observation
-    assert observed.trace.shape == (len(strategy.sites), 4)
+    assert strategy.estimate(clean, traces=True).observation.trace.shape == (len(strategy.sites), 4)
 
 
 def test_nothing_of_the_network_is_differentiated_at_a_linear_head(tokens_net, tokens):
@@ -104,13 +90,10 @@ def test_nothing_of_the_network_is_differentiated_at_a_linear_head(tokens_net, t
     sites = [{"stages": ["0", "4"], "kind": "linear"}]
     strategy = bound(tokens_net, loss, sites, exact_head=True)
     before = everything(tokens_net)
-    before["hooks"] = None
     strategy.estimate(strategy.clean_pass(*tokens))
     assert True in asked
     assert not any(seen)
-    after = everything(tokens_net)
-    after["hooks"] = None
-    assert after == before
+    assert everything(tokens_net) == before
 
 
 def test_site_by_site_the_head_goes_first(images):
@@ -202,6 +185,7 @@ def fitted(tmp_path: Any, allocator: QueryAllocator, **settings: Any) -> Forward
         (OptimalAllocator, {}),
         (OptimalAllocator, {"update": "site_by_site"}),
         (CostAwareAllocator, {}),
+        (GaussianAllocator, {"pilots": PilotSpec("deepest", 2)}),
     ],
 )
 def test_a_task_trains_with_every_allocator(tmp_path, allocator, settings, monkeypatch):
@@ -211,19 +195,13 @@ def test_a_task_trains_with_every_allocator(tmp_path, allocator, settings, monke
     task = fitted(tmp_path, allocator(), **settings)
     meter = task.strategy.meter
     assert meter.sites["head"].queries == 0
+    if settings.get("pilots"):
+        assert (meter.sites["body"].pilots, meter.sites["top"].pilots) == (0, 2 * 24 * 2), "the deepest below the head"
     if allocator is not CostAwareAllocator:
         assert {meter.sites[name].queries for name in ("body", "top")} == {4 * 24 * 2}
-    assert len(binds) == 1, "the parameters of the head are known to be taught"
+    assert len(binds) == 1, "the parameters of the head are known to be trained"
     assert all(width.sigma != SiteSpec.sigma for width in task.strategy.widths.values())
     assert task.strategy.widths["body"].relative.shape == (5,)
-
-
-def test_pilots_of_the_deepest_site_are_those_below_the_head(tmp_path):
-    pilots = PilotSpec("deepest", 2)
-    from flops_lightning.allocators import GaussianAllocator
-
-    task = fitted(tmp_path, GaussianAllocator(), pilots=pilots)
-    assert task.strategy.meter.sites["top"].pilots == 2 * 24 * 2
 
 
 # Refusals

@@ -13,13 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flops_lightning.errors import SettingError
-from flops_lightning.strategies import (
-    EvolutionStrategies,
-    ForwardMode,
-    LikelihoodRatio,
-    PilotSpec,
-    WeightForwardMode,
-)
+from flops_lightning.strategies import EvolutionStrategies, ForwardMode, LikelihoodRatio, PilotSpec, WeightForwardMode
 from tests.reference.layouts import VIT_SITES, convolutional, vit_for
 from tests.reference.likelihood_ratio import assert_equals_reference
 from tests.reference.networks import TokenMean, cross_entropy, estimated, gradients, normal, shaken, squared_error
@@ -168,18 +162,3 @@ def test_pilots_and_a_resumed_run(kind, tokens_net, tokens):
     resumed.load_state_dict(first.state_dict())
     second = step(first)
     torch.testing.assert_close(step(resumed), second, rtol=0, atol=0)
-
-
-def test_a_pass_with_a_tangent_costs_two(tokens_net, tokens):
-    def cost_of_a_query(kind: type[Any]) -> dict[str, float]:
-        """What two queries more of every sample add; the local VJP is paid once."""
-        spent = []
-        for count in (2, 4):
-            strategy = bound(kind, tokens_net, squared_error, over("0", "4", "block"))
-            estimated(strategy, *tokens, torch.full((4,), count))
-            spent.append([strategy.meter.sites[site.name].forward_equivalents for site in strategy.sites])
-        return {site.name: (b - a) / 8 for site, a, b in zip(strategy.sites, *spent, strict=True)}
-
-    one, two = cost_of_a_query(LikelihoodRatio), cost_of_a_query(ForwardMode)
-    assert one["0"] > one["2"] > 0
-    assert two == pytest.approx({name: 2 * spent for name, spent in one.items()})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any
 
 import pytest
 import torch
@@ -12,8 +11,23 @@ from torch import Tensor, nn
 
 from flops_lightning.strategies import LikelihoodRatio, PilotSpec
 from tests.reference.layouts import TOKEN_SITES
-from tests.reference.likelihood_ratio import assert_equals_reference, reference_gradient, surviving_queries
-from tests.reference.networks import TokenMean, assert_entries, bound, gradients, shaken, squared_error, token_network
+from tests.reference.likelihood_ratio import (
+    assert_equals_reference,
+    in_parameter_space,
+    reference_gradient,
+    reference_traces,
+    surviving_queries,
+)
+from tests.reference.networks import (
+    TokenMean,
+    assert_entries,
+    bound,
+    brittle_loss,
+    gradients,
+    shaken,
+    squared_error,
+    token_network,
+)
 
 LAYOUTS = ("group", "linear", "together")
 CASES = [
@@ -37,15 +51,6 @@ class Fuse(nn.Module):
         return torch.where(x > self.limit, math.nan, x)
 
 
-def brittle_loss(bad: float, limit: float) -> Any:
-    """Squared error that is `bad` where the first output exceeds a limit."""
-
-    def loss(output: Tensor, target: Tensor) -> Tensor:
-        return torch.where(output[:, 0] > limit, bad, squared_error(output, target))
-
-    return loss
-
-
 def lost_by_reference(module: nn.Module, strategy: LikelihoodRatio, x: Tensor, y: Tensor) -> list[int]:
     """Lost queries of each site."""
     return [sum(COUNTS) - sum(surviving_queries(module, strategy, site, x, y, COUNTS)) for site in strategy.sites]
@@ -67,27 +72,15 @@ def test_lost_rows(variant, layout, bad, tokens_net, tokens):
     assert 0 < sum(lost) < sum(COUNTS) * len(lost), "the test needs lost rows and survivors"
     assert_equals_reference(net, strategy, x, y, torch.tensor(COUNTS))
     assert [strategy.meter.sites[site.name].lost for site in strategy.sites] == lost
-    estimate = strategy.estimate(strategy.clean_pass(x, y), torch.tensor(COUNTS))
-    assert strategy.meter.total().lost == sum(lost) + estimate.lost
-
-
-def test_a_lost_query_takes_its_partner_along(tokens_net, tokens):
-    strategy = bound(tokens_net, squared_error, TOKEN_SITES["group"], variant="antithetic")
-    x, y = tokens
-    clean = strategy.clean_pass(x, y)
-    calls: list[int] = []
-
-    def loss(output: Tensor, target: Tensor) -> Tensor:
-        calls.append(len(output))
-        losses = squared_error(output, target)
-        if len(calls) == 1:
-            losses[3] = math.nan  # the - row of the first sample's second pair
-        return losses
-
-    strategy.loss = loss
-    estimate = strategy.estimate(clean, torch.tensor([6, 2, 0, 4]))
-    assert calls == [12, 12]
-    assert (estimate.queries, estimate.lost) == (24, 2)
+    strategy.draw = 0
+    estimate = strategy.estimate(strategy.clean_pass(x, y), torch.tensor(COUNTS), traces=True)
+    assert strategy.meter.total().lost == sum(lost) + estimate.lost == 2 * sum(lost)
+    seen = estimate.observation
+    for site, trace, queries in zip(strategy.sites, seen.trace, seen.queries, strict=True):
+        if not site.together:
+            expected = reference_traces(net, strategy, site, x, y, COUNTS, in_parameters=in_parameter_space(site))
+            torch.testing.assert_close(trace, expected, rtol=1e-9, atol=1e-9, equal_nan=True)
+            assert queries.tolist() == surviving_queries(net, strategy, site, x, y, COUNTS)
 
 
 @SILENT

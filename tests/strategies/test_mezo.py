@@ -17,6 +17,7 @@ from flops_lightning.strategies.costs import site_costs
 from tests.reference.layouts import convolutional
 from tests.reference.networks import (
     TokenMean,
+    brittle_loss,
     cross_entropy,
     freeze,
     gradients,
@@ -136,11 +137,7 @@ def test_the_result_reports_the_first_direction(chunk_rows, tokens_net, tokens):
 def test_pairs_without_finite_losses(bad, tokens_net, tokens):
     """Dropped together; the rest of the sample's queries divides by what survived."""
     limit = float(tokens_net(tokens[0])[:, 0].detach().max()) + 0.1
-
-    def loss(output: Tensor, target: Tensor) -> Tensor:
-        return torch.where(output[:, 0] > limit, bad, squared_error(output, target))
-
-    strategy = mezo(tokens_net, loss, queries=10, sigma=0.5)
+    strategy = mezo(tokens_net, brittle_loss(bad, limit), queries=10, sigma=0.5)
     assert_equals_reference(strategy, *tokens)
     lost = strategy.meter.total().lost
     assert 0 < lost < 40

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from flops_lightning.errors import SettingError
-from flops_lightning.noise.keys import NoiseKey, row_seeds, standard_normal
 from flops_lightning.noise.kinds import NoiseSpec
 from flops_lightning.strategies import ForwardMode, LikelihoodRatio, PilotSpec, SiteSpec
 from tests.reference.layouts import COUNTS, NOISES, TOKEN_SITES, VIT_SITES, convolutional, vit_for
@@ -57,24 +55,6 @@ def test_feature_maps(kind, variant, images):
     net = convolutional()
     strategy = bound(net, cross_entropy, CONVOLUTIONS, variant=variant, chunk_rows=6, noise=KINDS[kind])
     assert_equals_reference(net, strategy, *images, torch.tensor(COUNTS[variant]))
-
-
-def test_gaussian_noise_is_what_it_was(tokens_net, tokens):
-    """Drawn from the keys by ``standard_normal``, to the last bit."""
-    strategy = bound(tokens_net, squared_error, [{"stages": ["0", "4"], "kind": "block"}], seed=3)
-    seen: dict[str, Tensor] = {}
-
-    def loss(output: Tensor, target: Tensor) -> Tensor:
-        seen["output"] = output.clone()
-        return squared_error(output, target)
-
-    strategy.loss = loss
-    clean = strategy.clean_pass(*tokens)
-    strategy.estimate(clean, torch.tensor([2, 0, 0, 1]), sites=["4"])
-    key, rows = NoiseKey(3, 0, "4"), (np.array([0, 0, 3]), np.array([0, 1, 0]))
-    z = standard_normal(row_seeds(key, *rows), (2,), device=torch.device("cpu"), dtype=torch.float64)
-    moved = clean.output[[0, 0, 3]].add(z, alpha=SiteSpec.sigma)
-    torch.testing.assert_close(seen["output"], moved, rtol=0, atol=0)
 
 
 @every_kind

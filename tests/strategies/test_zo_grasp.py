@@ -15,10 +15,7 @@ from flops_lightning.strategies.coordinate_probes import CoordinateProbes
 from flops_lightning.strategies.zo_grasp import GraspScores, Values, kept_ratios, zo_grasp_scores
 from tests.reference.networks import TokenMean, shaken, squared_error
 
-PARAMETERS = {
-    "a": torch.tensor([[0.5, -1.0]], dtype=torch.float64),
-    "b": torch.tensor([2.0], dtype=torch.float64),
-}
+PARAMETERS = {"a": torch.tensor([[0.5, -1.0]], dtype=torch.float64), "b": torch.tensor([2.0], dtype=torch.float64)}
 # The Hessians of three samples; symmetric.
 CURVATURE = torch.tensor(
     [
