@@ -21,7 +21,7 @@ from flops_lightning.strategies.sites import Site
 TIMED_ROWS = 256
 """Queries that are timed at once, about."""
 REPEATS = 3
-RunQueries = Callable[[Site, NDArray[np.int64]], object]
+RunQueries = Callable[[Site, CleanPass, NDArray[np.int64]], object]
 """Runs ``(b,)`` queries of a site as a step would."""
 
 
@@ -105,7 +105,7 @@ def _seconds(run: RunQueries, site: Site, clean: CleanPass, counts: NDArray[np.i
     times = []
     for _ in range(REPEATS + 1):
         start = time.perf_counter()
-        run(site, counts)
+        run(site, clean, counts)
         if clean.loss.is_cuda:
             torch.cuda.synchronize(clean.loss.device)
         times.append(time.perf_counter() - start)

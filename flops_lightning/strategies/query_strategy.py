@@ -15,16 +15,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flops_lightning.meter import CLEAN
 from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.phases import phase
 from flops_lightning.protocol import SampleStatistics, TraceObservation
-from flops_lightning.queries import CleanPass, LossFunction, check_counts
+from flops_lightning.queries import CleanPass, LossFunction, check_counts, refresh
 from flops_lightning.strategies.base import Estimate, add_gradients, warn_silent
 from flops_lightning.strategies.costs import measured_costs
 from flops_lightning.strategies.engine import Q, QueryEngine, QueryResult, SiteGradient
 from flops_lightning.strategies.pilots import pilot_share
 from flops_lightning.strategies.site_strategy import SiteStrategy
 from flops_lightning.strategies.sites import Site
+from flops_lightning.strategies.statistics import SCALE_EVERY, trace_predictors
 
 
 class QueryStrategy(SiteStrategy, Generic[Q]):
@@ -116,10 +118,6 @@ class QueryStrategy(SiteStrategy, Generic[Q]):
         """See :meth:`ForwardGradientStrategy.sample_statistics`."""
         self._statistics.request(names)
         pilots = self.pilot_traces(clean)
-        optional = self._statistics.fill(
-            names, clean, self.sites, self.network, self.loss, rows=self.chunk_rows, costs=self._known_costs,
-            meter=self.meter, metric=metric, scales=self.site_scales, measure=self._measured_costs,
-        )  # fmt: skip
         return SampleStatistics(
             loss=clean.loss,
             embedding=clean.embedding,
@@ -127,15 +125,40 @@ class QueryStrategy(SiteStrategy, Generic[Q]):
             trace_queries=None if pilots is None else pilots.queries,
             pilots_reused=self.pilots.reuse,
             budget=self.budget,
-            **optional,
+            **self._optional_statistics(names, clean, metric),
         )
 
-    def _measured_costs(self, clean: CleanPass) -> list[float]:
-        def run(site: Site, counts: NDArray[np.int64]) -> None:
-            self.run_queries(site, clean, counts)
-
-        with self.network.evaluating():
-            return measured_costs(run, self.sites, clean, self._known_costs, unit=self.unit)
+    def _optional_statistics(
+        self, names: Collection[str], clean: CleanPass, metric: Mapping[str, Tensor] | None
+    ) -> dict[str, Any]:
+        """The fields of :class:`SampleStatistics` that are computed on request only."""
+        known, costs, filled = self._statistics, self._known_costs, dict[str, Any]()
+        missing = (known.kept(self.network) - {0}) - clean.activations.keys()
+        if missing:  # the clean pass came before the first request
+            start = max(i for i in clean.activations if i <= min(missing))
+            self.meter.add(CLEAN, forward_equivalents=costs.from_stage[start] * clean.batch_size)
+            keep = missing | clean.activations.keys()
+            clean = refresh(self.network, self.loss, clean, start, keep=keep, rows=self.chunk_rows)
+        if known.predictors:
+            filled["predictors"] = trace_predictors(self.network, self.loss, self.sites, clean, known.predictors)
+        if "counted_costs" in names:
+            filled["counted_costs"] = clean.loss.new_tensor([costs.query[site.name] for site in self.sites])
+        if "measured_costs" in names:
+            if not known.measured_costs:
+                with self.network.evaluating():
+                    measured = measured_costs(self.run_queries, self.sites, clean, costs, unit=self.unit)
+                known.measured_costs = measured
+            filled["measured_costs"] = clean.loss.new_tensor(known.measured_costs)
+        for name, weights in (("scale", None), ("preconditioned_scale", metric)):
+            if name in names:
+                draw, scales = known.scales.get(name if weights else "scale", (-SCALE_EVERY, []))
+                # It costs a gradient of each site and changes with the weights, slowly.
+                if clean.draw - draw >= SCALE_EVERY:
+                    scales = self.site_scales(clean, weights)
+                    known.scales[name if weights else "scale"] = (clean.draw, scales)
+                    self.meter.add(CLEAN, forward_equivalents=sum(costs.gradient.values()) * clean.batch_size)
+                filled[name] = clean.loss.new_tensor(scales)
+        return filled
 
     @torch.no_grad()
     def estimate(

@@ -14,7 +14,7 @@ For independent ``z_b ~ N(0, I)`` the one vector ``g = sum_b J_b^T z_b`` has ``E
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,11 +22,9 @@ import torch
 from torch import Tensor
 
 from flops_lightning.errors import SettingError
-from flops_lightning.meter import CLEAN, QueryMeter
 from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.noise.keys import NoiseKey, row_seeds, standard_normal
-from flops_lightning.queries import CleanPass, LossFunction, at_least_float32, full_precision, refresh, row_losses
-from flops_lightning.strategies.costs import SiteCosts
+from flops_lightning.queries import CleanPass, LossFunction, at_least_float32, full_precision, row_losses
 from flops_lightning.strategies.perturbation import clean_layer_input
 from flops_lightning.strategies.precision import differentiable
 from flops_lightning.strategies.site_queries import SiteQueries, in_parameter_space, sq_norm
@@ -40,17 +38,18 @@ Metric = Mapping[str, Tensor]
 
 
 class OptionalStatistics:
-    """Fills the optional fields of :class:`SampleStatistics` and keeps what need not be computed at every batch.
+    """What is requested of the optional fields of :class:`SampleStatistics`, and what need not be computed again.
 
     Attributes:
         predictors: Names of the trace predictors that are read.
+        scales: By name of the statistic the draw at which the scales were estimated, and the scales.
+        measured_costs: Of each site; empty before they are measured.
     """
 
     def __init__(self) -> None:
         self.predictors: frozenset[str] = frozenset()
-        # By name of the statistic: the draw at which the scales were estimated, and the scales.
-        self._scales: dict[str, tuple[int, list[float]]] = {}
-        self._measured_costs: list[float] = []
+        self.scales: dict[str, tuple[int, list[float]]] = {}
+        self.measured_costs: list[float] = []
 
     def request(self, names: Collection[str]) -> None:
         """Note which predictors are read, so that clean passes keep their activations."""
@@ -62,60 +61,15 @@ class OptionalStatistics:
         starts = {"head_gradient": len(network) - 1, "top_gradient": head_start(network)}
         return {start for name, start in starts.items() if name in self.predictors}
 
-    def fill(
-        self,
-        names: Collection[str],
-        clean: CleanPass,
-        sites: Sequence[Site],
-        network: StagedNetwork,
-        loss: LossFunction,
-        *,
-        rows: int,
-        costs: SiteCosts,
-        meter: QueryMeter,
-        metric: Metric | None,
-        scales: Callable[[CleanPass, Metric | None], list[float]],
-        measure: Callable[[CleanPass], list[float]],
-    ) -> dict[str, Any]:
-        """Compute the requested optional fields, by name.
-
-        ``rows`` bounds a forward pass, ``meter`` notes its cost. ``metric`` weighs ``preconditioned_scale``; None: it
-        is ``scale``. ``scales`` estimates the factors (a gradient of each site), ``measure`` the costs of queries.
-        """
-        missing = (self.kept(network) - {0}) - clean.activations.keys()
-        if missing:  # the clean pass came before the first request
-            start = max(i for i in clean.activations if i <= min(missing))
-            meter.add(CLEAN, forward_equivalents=costs.from_stage[start] * clean.batch_size)
-            clean = refresh(network, loss, clean, start, keep=missing | clean.activations.keys(), rows=rows)
-        filled: dict[str, Any] = {}
-        if self.predictors:
-            filled["predictors"] = trace_predictors(network, loss, sites, clean, self.predictors)
-        if "counted_costs" in names:
-            filled["counted_costs"] = clean.loss.new_tensor([costs.query[site.name] for site in sites])
-        if "measured_costs" in names:
-            self._measured_costs = self._measured_costs or measure(clean)
-            filled["measured_costs"] = clean.loss.new_tensor(self._measured_costs)
-        for name, weights in (("scale", None), ("preconditioned_scale", metric)):
-            if name not in names:
-                continue
-            kept_as = name if weights else "scale"
-            known = self._scales.get(kept_as)
-            # It costs a gradient of each site and changes with the weights, slowly.
-            if known is None or clean.draw - known[0] >= SCALE_EVERY:
-                known = self._scales[kept_as] = (clean.draw, scales(clean, weights))
-                meter.add(CLEAN, forward_equivalents=sum(costs.gradient.values()) * clean.batch_size)
-            filled[name] = clean.loss.new_tensor(known[1])
-        return filled
-
     def state_dict(self) -> dict[str, Any]:
         """Names of the predictors, scales and measured costs."""
-        scales = {name: list(known) for name, known in self._scales.items()}
-        return {"predictors": sorted(self.predictors), "scales": scales, "seconds": self._measured_costs}
+        scales = {name: list(known) for name, known in self.scales.items()}
+        return {"predictors": sorted(self.predictors), "scales": scales, "seconds": self.measured_costs}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned; older states lack some of it."""
-        self._scales = {name: (draw, scale) for name, (draw, scale) in state.get("scales", {}).items()}
-        self._measured_costs = list(state.get("seconds", []))
+        self.scales = {name: (draw, scale) for name, (draw, scale) in state.get("scales", {}).items()}
+        self.measured_costs = list(state.get("seconds", []))
         self.predictors = frozenset(state.get("predictors", []))
 
 

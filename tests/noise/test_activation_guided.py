@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from flops_lightning.errors import SettingError
 from flops_lightning.noise.activation_guided import input_basis
+from tests.reference.layouts import CONVOLUTIONS
 from tests.reference.networks import normal, shaken
 
 
@@ -35,15 +36,7 @@ def test_the_gradient_of_a_linear_lies_in_the_span(samples, tokens, i, o):
     assert_spans_the_gradient(nn.Linear(i, o), normal(samples, *tokens, i))
 
 
-@given(
-    samples=st.integers(1, 3),
-    i=st.integers(1, 3),
-    kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
-    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
-    padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
-    dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
-    size=st.tuples(st.integers(5, 6), st.integers(5, 6)),
-)
+@given(samples=st.integers(1, 3), i=st.integers(1, 3), **CONVOLUTIONS)
 def test_the_gradient_of_a_convolution_lies_in_the_span(samples, i, kernel, stride, padding, dilation, size):
     assert_spans_the_gradient(nn.Conv2d(i, 2, kernel, stride, padding, dilation), normal(samples, i, *size))
 
@@ -104,9 +97,6 @@ def test_a_cap_keeps_the_leading_principal_directions(tokens):
     assert basis.shape == (3, 2, 6)
     torch.testing.assert_close((basis * leading).sum(2).abs(), torch.ones(3, 2, dtype=x.dtype))
     assert input_basis(nn.Linear(6, 3), x, 100).shape == (3, min(tokens, 6), 6)
-
-
-# ---- refusals
 
 
 def test_layers_that_are_refused():

@@ -20,6 +20,7 @@ from flops_lightning.noise.row_directions import (
     sq_norm,
 )
 from flops_lightning.strategies.row_layers import moved_output
+from tests.reference.layouts import CONVOLUTIONS
 from tests.reference.networks import normal, shaken
 
 BOTH = frozenset({"weight", "bias"})
@@ -88,11 +89,7 @@ def test_linear(rows, tokens, i, o, bias, trained, rank):
     groups=st.integers(1, 3),
     i=st.integers(1, 2),
     o=st.integers(1, 3),
-    kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
-    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
-    padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
-    dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
-    size=st.tuples(st.integers(5, 7), st.integers(5, 7)),
+    **CONVOLUTIONS,
     bias=st.booleans(),
     trained=TRAINED,
     rank=RANK,
@@ -191,9 +188,6 @@ def test_a_negative_sigma_is_the_antithetic_partner_and_negated_normals_are_not(
     torch.testing.assert_close(negated["weight"], built(module, direction)["weight"])
 
 
-# ---- sizes and memory
-
-
 @pytest.mark.parametrize(
     ("module", "trained", "rank", "basis", "size"),
     [
@@ -224,8 +218,6 @@ def test_directions_are_views_of_the_normals(name):
     assert [p.untyped_storage().data_ptr() for p in parts] == [storage] * len(parts)
     assert sum(p[0].numel() for p in parts) == flat.shape[1]
 
-
-# ---- laws of chance
 
 DRAWS = 100_000
 
@@ -278,9 +270,6 @@ def test_a_linear_loss_gives_back_its_gradient_with_the_trace_that_the_docstring
     squares = slopes.square() * sq_norm(direction)
     assert abs(float(squares.mean()) - s - law) < 4 * float(squares.std()) / DRAWS**0.5
     assert float(squares.std()) / DRAWS**0.5 < 0.05 * law
-
-
-# ---- precision
 
 
 def test_half_precision_outputs_take_directions_in_full_precision():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
 from torch import nn
 
 from flops_lightning.noise.kinds import NoiseSpec
@@ -32,6 +33,13 @@ TOKEN_SITES: dict[str, list[dict[str, Any]]] = {
 }
 COUNTS = {"plain": [3, 0, 5, 2], "baseline": [3, 0, 5, 2], "leave_one_out": [3, 0, 5, 2], "antithetic": [4, 0, 6, 2]}
 
+CONVOLUTIONS = {
+    **{name: st.tuples(st.integers(1, 3), st.integers(1, 3)) for name in ("kernel", "stride")},
+    "padding": st.tuples(st.integers(0, 2), st.integers(0, 2)),
+    "dilation": st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    "size": st.tuples(st.integers(5, 7), st.integers(5, 7)),
+}
+"""For hypothesis: settings of convolutions, and the sides of images that they fit on."""
 NOISES = {
     "gaussian": NoiseSpec(),
     "rademacher": NoiseSpec(distribution="rademacher"),

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrizations
 from flops_lightning.errors import SettingError
 from flops_lightning.noise.row_directions import has_row_directions
 from flops_lightning.strategies.vjp import layer_gradient, linear_gradient_sq_norm
+from tests.reference.layouts import CONVOLUTIONS
 from tests.reference.networks import bound, shaken, squared_error
 
 ROWS = st.integers(0, 3)
@@ -41,16 +42,7 @@ def test_linear(rows, tokens, i, o, bias):
 
 
 @given(
-    rows=ROWS,
-    groups=st.integers(1, 2),
-    i=st.integers(1, 2),
-    o=st.integers(1, 2),
-    kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
-    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
-    padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
-    dilation=st.integers(1, 2),
-    size=st.tuples(st.integers(5, 7), st.integers(5, 7)),
-    bias=st.booleans(),
+    rows=ROWS, groups=st.integers(1, 2), i=st.integers(1, 2), o=st.integers(1, 2), **CONVOLUTIONS, bias=st.booleans()
 )
 def test_conv2d(rows, groups, i, o, kernel, stride, padding, dilation, size, bias):
     conv = nn.Conv2d(groups * i, groups * o, kernel, stride, padding, dilation, groups, bias)

@@ -87,9 +87,6 @@ def assert_close(found: dict[str, Tensor | None], expected: dict[str, Tensor], a
         torch.testing.assert_close(found[name], gradient, rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
-# -- the gradient ------------------------------------------------------------------------------------------------------
-
-
 def check_masked_gradient(module: nn.Module, loss: Loss, x: Tensor, y: Tensor, **settings: Any) -> None:
     strategy = bound(module, loss, scheme="central", **settings)
     _, found = estimated(strategy, x, y)
@@ -139,9 +136,6 @@ def test_the_chunk_size_changes_nothing(chunk_rows, scheme, vit, images):
     assert found[0][1] == found[1][1]
 
 
-# -- what it leaves alone ----------------------------------------------------------------------------------------------
-
-
 def test_what_lies_below_is_not_run_again(vit, images):
     freeze(vit, *[name for name in sizes(vit) if not name.startswith(("blocks.2", "head"))])
     strategy = bound(vit, cross_entropy)
@@ -152,9 +146,6 @@ def test_what_lies_below_is_not_run_again(vit, images):
     strategy.estimate(clean)
     assert set(calls) == {2}
     assert set(clean.activations) <= {0, 3, 5, 6}
-
-
-# -- masks -------------------------------------------------------------------------------------------------------------
 
 
 def test_a_mask_has_its_size_and_each_entry_its_probability():
@@ -198,9 +189,6 @@ def test_ranks_measure_the_same_coordinates(tokens_net, tokens):
     assert measured(one, tokens) == measured(other, tokens)
 
 
-# -- lost queries ------------------------------------------------------------------------------------------------------
-
-
 def brittle(output: Tensor, target: Tensor) -> Tensor:
     return torch.where(output[:, 0] > 0.28, math.nan, squared_error(output, target))
 
@@ -237,9 +225,6 @@ def test_a_batch_that_loses_all_its_moved_losses_touches_no_gradient(tokens_net,
     estimate = strategy.estimate(strategy.clean_pass(*tokens))
     assert (estimate.lost_batch, estimate.lost, estimate.silent_samples) == (True, 8, 4)
     assert set(gradients(tokens_net).values()) == {None}
-
-
-# -- checkpoints, meter, settings --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("scheme", "evaluations"), [("forward", 1), ("central", 2)])

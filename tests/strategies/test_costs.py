@@ -77,9 +77,6 @@ def test_default_sites_skip_what_is_frozen_and_stages_without_parameters():
     assert [site.name for site in bound(vit, cross_entropy, []).sites] == ["group1", "group2", "group3"]
 
 
-# Measured costs
-
-
 def measured_and_counted(strategy: LikelihoodRatio, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     statistics = strategy.sample_statistics(strategy.clean_pass(x, y), {"measured_costs", "counted_costs"})
     return statistics.measured_costs, statistics.counted_costs

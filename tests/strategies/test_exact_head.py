@@ -149,9 +149,6 @@ def test_only_the_trained_parameters_of_the_head_get_a_gradient(images):
     torch.testing.assert_close(found["norm.bias"], truth["norm.bias"], rtol=1e-10, atol=1e-12)
 
 
-# In a task
-
-
 IMAGES, LABELS = torch.randn(24, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(24) % 5
 MODEL = {
     "model_name": "vit_tiny_patch16_224",
@@ -202,9 +199,6 @@ def test_a_task_trains_with_every_allocator(tmp_path, allocator, settings, monke
     assert len(binds) == 1, "the parameters of the head are known to be trained"
     assert all(width.sigma != SiteSpec.sigma for width in task.strategy.widths.values())
     assert task.strategy.widths["body"].relative.shape == (5,)
-
-
-# Refusals
 
 
 @pytest.mark.parametrize(

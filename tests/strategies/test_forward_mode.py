@@ -39,9 +39,6 @@ def without_width(sites: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: value for name, value in site.items() if name != "sigma"} for site in sites]
 
 
-# The slow reference
-
-
 @pytest.mark.parametrize("layout", VIT_SITES)
 def test_vit(layout, images):
     vit = vit_for(layout)
@@ -66,8 +63,6 @@ def test_convolutions(kind, images):
     strategy = bound(ForwardMode, net, cross_entropy, over("0", "6", kind), chunk_rows=3)
     assert_equals_reference(net, strategy, *images, COUNTS)
 
-
-# Against differences of losses
 
 LAYOUTS = [{}, {"layout": "factored", "rank": 2}, {"layout": "factored", "activation_guided": True}]
 BOTH: list[tuple[type[Any], dict[str, Any], str]] = [
@@ -110,9 +105,6 @@ def test_a_loss_without_a_slope_is_refused(loss, kind, tokens_net, tokens):
         bound(kind, tokens_net, loss, over("0", "4", "group")).clean_pass(x, y)
     wide = bound(EvolutionStrategies, tokens_net, zero_one_error, over("0", "4", "group"), sigma=1.0)
     assert estimated(wide, x, y)[1]["4.weight"].abs().max() > 0
-
-
-# What both kinds share
 
 
 @pytest.mark.parametrize(("kind", "settings", "sites"), BOTH)

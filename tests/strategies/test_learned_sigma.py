@@ -76,9 +76,6 @@ def test_of_a_loss_that_takes_steps(variant):
     assert_slope(slopes(strategy, x, torch.zeros(4, dtype=torch.float64), draws=150), expected)
 
 
-# Steps
-
-
 def test_the_steps_are_those_of_adam(monkeypatch):
     x = torch.randn(4, 3, dtype=torch.float64)
     strategy = strategy_on(half_square, 3, learn_sigma=0.03)
@@ -156,9 +153,6 @@ def test_lost_queries_do_not_move_sigma():
     assert clean.loss.isnan().sum() == 3
     # Adam's first step has the length of its rate whatever the slope, if it has one.
     assert strategy.widths["0"].sigma == pytest.approx(alone.widths["0"].sigma, rel=1e-6)
-
-
-# Settings
 
 
 @pytest.mark.parametrize(

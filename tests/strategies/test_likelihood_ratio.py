@@ -79,8 +79,12 @@ def test_a_site_may_get_no_query(layout, tokens_net, tokens):
     clean = strategy.clean_pass(*tokens)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        estimate = strategy.estimate(clean, counts)
+        estimate = strategy.estimate(clean, counts, traces=True)
     assert (estimate.queries, estimate.lost, estimate.silent_samples) == (8 * (len(strategy.sites) - 1), 0, 0)
+    assert estimate.observation.trace[0].isnan().all()
+    assert estimate.observation.queries.sum(dim=1).tolist() == (
+        [0] if layout == "together" else [0, 8, 8, 8][: len(counts)]
+    )
     found = gradients(tokens_net)
     assert all(found[name] is None for name in strategy.sites[0].parameters)
     assert all(found[name].abs().max() > 0 for site in strategy.sites[1:] for name in site.parameters)
@@ -160,9 +164,6 @@ def test_the_seed_is_that_of_seed_everything():
     assert LikelihoodRatio(seed=5).seed == 5
 
 
-# Site by site
-
-
 SITE_BY_SITE: dict[str, list[dict[str, Any]]] = {
     "group": [{"stages": ["embed", "blocks.0"]}, {"stages": ["blocks.1", "blocks.2"]}, {"stages": ["pool", "head"]}],
     "mixed": [
@@ -207,9 +208,6 @@ def test_site_by_site_each_site_sees_the_updates_above_it(layout, images):
 
 def test_simultaneous_is_one_update_of_all_sites(tokens_net):
     assert bound(tokens_net, squared_error, TWO).update_groups == (("0..1", "2..4"),)
-
-
-# Refusals
 
 
 @pytest.mark.parametrize(

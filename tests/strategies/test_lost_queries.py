@@ -208,9 +208,6 @@ def test_a_difference_too_large_for_float32_is_lost(tokens):
     assert all(p.grad.isfinite().all() for p in net.parameters())
 
 
-# Pilots
-
-
 @SILENT
 @pytest.mark.parametrize(
     ("variant", "pilots", "counts"),

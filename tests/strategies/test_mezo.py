@@ -126,9 +126,6 @@ def test_the_result_reports_the_first_direction(chunk_rows, tokens_net, tokens):
     torch.testing.assert_close((found.output, found.loss), (expected.output, expected.loss), rtol=1e-12, atol=1e-12)
 
 
-# What a step leaves alone
-
-
 # Lost queries
 
 
@@ -153,9 +150,6 @@ def test_a_sample_that_loses_every_query_contributes_nothing(tokens_net, tokens)
     assert (estimate.lost, estimate.silent_samples, estimate.lost_batch) == (4, 1, False)
     x[2] = 0.0
     assert_gradients(tokens_net, strategy, x, y, torch.tensor([4, 4, 0, 4]), gradients(tokens_net), draw=0)
-
-
-# Refusals
 
 
 @pytest.mark.parametrize(

@@ -81,9 +81,6 @@ def test_forward_mode_with_a_basis_of_directions_is_exact(layout, tokens_net, to
     assert_entries(found, autograd_gradient(tokens_net, squared_error, *tokens), rtol=1e-7, atol=1e-7)
 
 
-# Settings
-
-
 @pytest.mark.parametrize("strategy", [LikelihoodRatio, ForwardMode])
 def test_a_plain_mapping_is_accepted(strategy):
     assert strategy(noise={"distribution": "rademacher"}).noise == NoiseSpec(distribution="rademacher")

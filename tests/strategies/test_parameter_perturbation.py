@@ -40,7 +40,6 @@ from tests.reference.parameter_perturbation import (
 )
 
 ALL = [(strategy, layout) for strategy in STRATEGIES for layout in LAYOUTS]
-SOME = [("baseline", "shared"), ("spsa", "shared"), ("leave_one_out", "factored"), ("spsa", "guided")]
 TWO = [{"stages": ["0", "1"], "sigma": 0.5}, {"stages": ["2", "4"], "sigma": 0.5}]
 WHOLE = [{"stages": ["0", "4"], "sigma": 0.5}]
 SILENT = pytest.mark.filterwarnings("ignore:.*lost every query")
@@ -62,9 +61,6 @@ def only(strategy: Any, site: Any) -> Any:
 
 def uneven(strategy: str) -> Tensor:
     return torch.tensor([4, 0, 6, 2] if strategy == "spsa" else [3, 0, 5, 2])
-
-
-# The slow reference
 
 
 @pytest.mark.parametrize(("strategy", "layout"), ALL)
@@ -121,9 +117,6 @@ def test_traces(strategy, layout, tokens_net, tokens):
     assert seen.unit == (2 if strategy == "spsa" else 1)
 
 
-# What an estimate depends on, and what not
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_pairs_that_start_at_an_odd_index(layout, tokens_net, tokens):
     """A caller may name any index above those used so far; partners stay together."""
@@ -138,9 +131,6 @@ def test_a_width_for_all_sites(tokens_net, tokens):
     sites = [{**site, "sigma": 0.01} for site in TWO]
     _, found = estimated(bound(SPSA, tokens_net, squared_error, sites, sigma=0.5), *tokens)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
-
-
-# What an estimate leaves alone
 
 
 # Pilots
@@ -162,9 +152,6 @@ def test_pilots_that_are_used_again(strategy, layout, weights, tokens_net, token
     for site, early in ((lower, {"pilots": 4, "pilot_weight": weights}), (upper, {})):
         part = {name: found[name] for name in site.parameters}
         assert_gradients(tokens_net, only(chosen, site), *tokens, counts, part, draw=0, **early)
-
-
-# Lost queries
 
 
 @SILENT
@@ -221,9 +208,6 @@ def test_the_weight_of_lost_pilots_goes_to_the_other_queries(strategy, layout, t
     assert some == {True, False}, "the test needs samples that lose all pilots and samples that do not"
 
 
-# Costs, scales, precision
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("strategy", "passes"), [("spsa", 1), ("baseline", 1), ("forward", 2)])
 def test_a_query_costs_its_site_and_all_above_it(strategy, passes, layout, tokens_net, tokens):
@@ -273,9 +257,6 @@ def test_the_width_of_the_noise_is_compared_without_a_copy_of_the_weights():
         least = precision.Resolution("", 0.5, 4.0).least_width(*weights)
     assert least == pytest.approx(2.0 * math.sqrt(2.5))
     assert sum(max(0, event.self_cpu_memory_usage) for event in watched.key_averages()) < 4_000  # bytes, of 80,000
-
-
-# Refusals
 
 
 @pytest.mark.parametrize(

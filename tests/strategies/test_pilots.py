@@ -97,9 +97,6 @@ def test_what_is_no_pilot_spec_is_refused(pilots, problem):
         LikelihoodRatio(pilots=pilots)
 
 
-# Weights of pilots in each sample's gradient
-
-
 def assert_estimate(
     module: nn.Module, strategy: LikelihoodRatio, x: Tensor, y: Tensor, counts: list[int], weights: Any
 ) -> None:

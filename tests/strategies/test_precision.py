@@ -196,9 +196,6 @@ def test_backprop_under_float16_is_refused(net, batch):
     assert "bf16-mixed" in str(error.value)
 
 
-# What a precision resolves
-
-
 def test_autocast_decides_before_the_dtype():
     x = torch.randn(3)
     assert resolution(x) == Resolution("torch.float32", 2.0**-23, 16.0)
@@ -255,9 +252,6 @@ def test_the_sigma_that_is_named_is_workable(half, net, batch):
         names = [n for n in exact if n.startswith(("blocks.2", "norm", "head")) == (spec == "top")]
         a, b = (torch.cat([each[n].double().flatten() for n in names]) for each in (exact, found))
         assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.9
-
-
-# Simulated TF32
 
 
 def test_tf32_keeps_ten_bits_of_the_mantissa():

@@ -30,15 +30,6 @@ def test_pilots_are_left_out(variant, layout, tokens_net, tokens):
     assert_seen(tokens_net, strategy, *tokens, torch.tensor(COUNTS[variant]))
 
 
-@pytest.mark.parametrize("rank", [0, 3])
-def test_every_draw_and_rank_shows_its_own(rank, tokens_net, tokens):
-    strategy = bound(tokens_net, squared_error, TOKEN_SITES["block"])
-    strategy.rank = rank
-    first, second = (assert_seen(tokens_net, strategy, *tokens, torch.tensor([3, 1, 2, 4])) for _ in range(2))
-    known = first.trace.isfinite()
-    assert (first.trace[known] != second.trace[known]).all()
-
-
 def test_layers_that_are_perturbed_together_show_nothing(tokens_net, tokens):
     sites = [{**TOKEN_SITES["together"][0], "stages": ["0", "3"], "name": "joint"}, {"stages": ["4"], "sigma": 0.5}]
     strategy = bound(tokens_net, squared_error, sites)
@@ -50,15 +41,6 @@ def test_layers_that_are_perturbed_together_show_nothing(tokens_net, tokens):
     assert seen.trace[1].isfinite().all()
     strategy.estimate(clean, torch.full((4,), 3))
     assert all(torch.equal(gradient, watched[name]) for name, gradient in gradients(tokens_net).items())
-
-
-def test_a_site_without_queries_shows_nothing(tokens_net, tokens):
-    strategy = bound(tokens_net, squared_error, TOKEN_SITES["block"])
-    counts = torch.full((4, 4), 3)
-    counts[1] = 0
-    seen = strategy.estimate(strategy.clean_pass(*tokens), counts, traces=True).observation
-    assert seen.trace.isnan().all(dim=1).tolist() == [False, True, False, False]
-    assert seen.queries.sum(dim=1).tolist() == [12.0, 0.0, 12.0, 12.0]
 
 
 def test_site_by_site_fills_the_lines_one_group_at_a_time(images):

@@ -44,9 +44,6 @@ def trained(strategy: LikelihoodRatio, x: Tensor, y: Tensor, *, steps: int, coun
         estimated(strategy, x, y, counts)
 
 
-# The running average
-
-
 def test_the_average_is_exponential_and_corrected_for_its_start():
     generator = torch.Generator().manual_seed(0)
     steps = torch.rand(5, 6, 3, generator=generator, dtype=torch.float64)
@@ -100,9 +97,6 @@ def test_what_counts_was_chosen_for_noise_alone():
         running = running.updated(1 + 200 * torch.randn(64, 200, generator=generator))
     r = running.widths()
     assert float(r.square().mean() * r.pow(-2).mean()) < 1.1
-
-
-# The engine
 
 
 @pytest.mark.parametrize(
@@ -169,9 +163,6 @@ def test_scales_weigh_tokens_as_queries_do():
     assert share == pytest.approx(1 / 17, rel=1e-6)
 
 
-# On average
-
-
 @pytest.mark.parametrize("variant", ["plain", "baseline", "leave_one_out", "antithetic"])
 def test_mean_squares_are_unbiased(variant):
     net, _, g, _ = uneven_problem(tokens=4, batch=3)
@@ -211,9 +202,6 @@ def test_the_variance_falls_as_theory_says():
     assert 0.85 * theory < ratio < 1.06 * theory
 
 
-# State
-
-
 @pytest.mark.parametrize("settings", [{"token_sigma": True}, {"learn_sigma": 0.1}], ids=["tokens", "sigma"])
 def test_a_resumed_run_goes_on_alike(settings, tokens_net, tokens, tmp_path):
     sites = [{"stages": ["0", "4"], "kind": "block"}]
@@ -245,9 +233,6 @@ def test_another_number_of_tokens_is_refused():
     tokens.observe("body", torch.ones(2, 5))
     with pytest.raises(SettingError, match=r"token_sigma = True: site 'body' has 7 tokens, and had 5"):
         tokens.observe("body", torch.ones(2, 7))
-
-
-# Settings
 
 
 @pytest.mark.parametrize(
