@@ -118,7 +118,7 @@ def assert_equals_reference(data: st.DataObject, strategy: Any, compare: Callabl
     compare(strategy.network.module, strategy, x, y, torch.tensor(table))
 
 
-@settings(max_examples=120)
+@settings(max_examples=80)
 @given(data=st.data())
 def test_noise_in_activations(data):
     net, sites = data.draw(problems(IN_ACTIVATIONS, KINDS))
