@@ -18,6 +18,13 @@ PILOTS = 4
 """Queries of a sample that are pilots, where an allocator chooses the counts."""
 
 
+def site_specs(network: StagedNetwork, queries: int, kind: str = "group", *, groups: int = 3) -> list[SiteSpec]:
+    """The paper's groups and the head, or every ``block``, with so many queries per sample at each."""
+    ends = [network.stages[0].name, network.stages[-1].name]
+    specs = [SiteSpec(stages=ends, kind="block")] if kind == "block" else default_specs(network, groups)
+    return [replace(spec, queries_per_sample=queries) for spec in specs]
+
+
 @dataclass(frozen=True)
 class Case:
     model: str
@@ -46,10 +53,7 @@ class Case:
         return network, torch.randn(rows, *self.image).to(device), torch.randint(self.classes, (rows,)).to(device)
 
     def make_strategy(self, network: StagedNetwork) -> LikelihoodRatio | SPSA:
-        sites = [replace(spec, queries_per_sample=self.queries) for spec in default_specs(network, self.groups)]
-        if self.kind == "block":
-            ends = [network.stages[0].name, network.stages[-1].name]
-            sites = [SiteSpec(stages=ends, kind="block", queries_per_sample=self.queries)]
+        sites = site_specs(network, self.queries, self.kind, groups=self.groups)
         settings: dict[str, Any] = {"chunk_rows": self.chunk_rows, "compile_suffixes": self.compiled, "seed": 0}
         if self.allocation == "gaussian":
             settings["pilots"] = PilotSpec(sites[-2].name, queries=PILOTS)  # the highest group

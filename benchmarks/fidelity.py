@@ -13,7 +13,6 @@ import math
 import statistics
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,25 +20,22 @@ import torch
 from torch import Tensor
 
 import flops_lightning as fl
+from benchmarks.cases import site_specs
 from benchmarks.harness import Record, command, finish, mean_and_error, say, table
 from benchmarks.precision import NETWORKS, cosine, gradient
 from flops_lightning.network.staging import StagedNetwork
-from flops_lightning.strategies.site_specs import default_specs
 
 Make = Callable[..., fl.ForwardGradientStrategy]
 
 
 def strategies(network: StagedNetwork, queries: int, rows: int) -> Mapping[str, Make]:
     """By name; each takes a seed."""
-    ends = [network.stages[0].name, network.stages[-1].name]
-    groups = [replace(spec, queries_per_sample=queries) for spec in default_specs(network)]
-    blocks = [fl.SiteSpec(stages=ends, kind="block", queries_per_sample=queries)]
-    above = [network.stages[1].name, ends[1]]  # class token and positions have no closed form
+    first, second, *_, last = (stage.name for stage in network.stages)
     linear = [
-        fl.SiteSpec(stages=ends[:1], kind="block", queries_per_sample=queries),
-        fl.SiteSpec(stages=above, kind="linear", queries_per_sample=queries),
+        fl.SiteSpec(stages=[first], kind="block", queries_per_sample=queries),  # class token: no closed form
+        fl.SiteSpec(stages=[second, last], kind="linear", queries_per_sample=queries),
     ]
-    inside: dict[str, Any] = {"chunk_rows": rows, "sites": groups}
+    inside: dict[str, Any] = {"chunk_rows": rows, "sites": site_specs(network, queries)}
     narrow: dict[str, Any] = {**inside, "sigma": 1e-3}
     lr = partial(fl.LikelihoodRatio, **inside)
     return {
@@ -48,7 +44,7 @@ def strategies(network: StagedNetwork, queries: int, rows: int) -> Mapping[str, 
         "LikelihoodRatio, groups, antithetic": partial(lr, variant="antithetic"),
         "LikelihoodRatio, groups, orthogonal noise": partial(lr, noise={"orthogonal": True}),
         "LikelihoodRatio, groups, factored noise": partial(lr, noise={"layout": "factored"}),
-        "LikelihoodRatio, blocks": partial(lr, sites=blocks),
+        "LikelihoodRatio, blocks": partial(lr, sites=site_specs(network, queries, "block")),
         "LikelihoodRatio, linear": partial(lr, sites=linear),
         "ForwardMode, groups": partial(fl.ForwardMode, **inside),
         "EvolutionStrategies, shared": partial(fl.EvolutionStrategies, **narrow),

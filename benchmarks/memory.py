@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import VIT_TINY, Case
+from benchmarks.cases import VIT_TINY, Case, site_specs
 from benchmarks.harness import Record, Spread, command, finish, table
 from benchmarks.speed import run_queries
 from flops_lightning.network.memory import held
@@ -26,7 +26,6 @@ from flops_lightning.objectives import cross_entropy
 from flops_lightning.strategies import SPSA, Backprop, EvolutionStrategies, ForwardGradientStrategy, MeZO, SiteSpec
 from flops_lightning.strategies.base import add_gradients
 from flops_lightning.strategies.query_strategy import QueryStrategy
-from flops_lightning.strategies.site_specs import default_specs
 
 INFERENCE = "inference"
 OURS = "LikelihoodRatio, groups"  # the strategy of the case, which is this one in the command of this module
@@ -36,7 +35,7 @@ STEPS, QUERIES = 2, 2  # queries per sample at each site: more take longer and n
 
 def _perturbed(cls: Any, *, whole: bool = False, **settings: Any) -> Callable[[Case, StagedNetwork], Any]:
     def make(case: Case, network: StagedNetwork) -> Any:
-        sites = [replace(spec, queries_per_sample=case.queries) for spec in default_specs(network)]
+        sites = site_specs(network, case.queries)
         if whole:
             ends = [network.stages[0].name, network.stages[-1].name]
             sites = [SiteSpec(ends, queries_per_sample=case.queries, name="network")]

@@ -26,12 +26,11 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 import flops_lightning as fl
-from benchmarks.cases import tiny_digits_vit, vit
+from benchmarks.cases import site_specs, tiny_digits_vit, vit
 from benchmarks.harness import Record, command, finish, mean_and_error, say, table
 from flops_lightning.network.staging import StagedNetwork, stage_network
 from flops_lightning.objectives import cross_entropy
 from flops_lightning.strategies.precision import TF32_EPS, Resolution, perturbed_values
-from flops_lightning.strategies.site_specs import default_specs
 
 DIGITS_WEIGHTS = "data/assets/vit_tiny_digits_upright.safetensors"
 SIGMAS = (1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0)
@@ -143,17 +142,17 @@ def pair(
 ) -> tuple[fl.ForwardGradientStrategy, fl.ForwardGradientStrategy]:
     """One of :data:`METHODS`, and exact derivatives along the same directions."""
     common: dict[str, Any] = {"chunk_rows": rows, "seed": seed}
-    ends = [network.stages[0].name, network.stages[-1].name]
     directions = max(2, queries // 2)  # of antithetic pairs
     if method == "MeZO":
+        ends = [network.stages[0].name, network.stages[-1].name]
         whole = fl.SiteSpec(stages=ends, queries_per_sample=directions, name="all")  # MeZO's own name: part of the key
         return fl.MeZO(sigma=sigma, queries=2 * directions, **common), fl.WeightForwardMode(sites=[whole], **common)
     if method == "SPSA, factored":
-        exact = [replace(spec, queries_per_sample=directions) for spec in default_specs(network)]
+        exact = site_specs(network, directions)
         pairs = [replace(spec, sigma=sigma, queries_per_sample=2 * directions) for spec in exact]
         common["layout"] = "factored"
         return fl.SPSA(sites=pairs, **common), fl.WeightForwardMode(sites=exact, **common)
-    spec = fl.SiteSpec(stages=ends, kind="block", queries_per_sample=queries)
+    (spec,) = site_specs(network, queries, "block")
     return fl.LikelihoodRatio(sites=[replace(spec, sigma=sigma)], **common), fl.ForwardMode(sites=[spec], **common)
 
 
@@ -199,7 +198,7 @@ def cosine_ranges(
     samples, queries = SIZES[network_name]
     network, batch = NETWORKS[network_name](samples, 0)
     method, exact_method, settings = NOISE[noise]
-    specs = [replace(spec, queries_per_sample=queries) for spec in default_specs(network)]
+    specs = site_specs(network, queries)
 
     def estimate(cls: Any, sites: list[fl.SiteSpec]) -> dict[str, Tensor]:
         strategy = cls(sites=sites, seed=0, chunk_rows=16, **settings)

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cases import vit
+from benchmarks.cases import site_specs, vit
 from benchmarks.harness import Record, table
 from benchmarks.speed import forward_equivalents
 from flops_lightning.distributed import BUCKET
@@ -27,7 +27,6 @@ from flops_lightning.objectives import cross_entropy
 from flops_lightning.queries import EMBEDDING_FEATURES
 from flops_lightning.strategies import SPSA, LikelihoodRatio
 from flops_lightning.strategies.base import Exchange
-from flops_lightning.strategies.site_specs import default_specs
 
 VITS = {"ViT-Base/16": "vit_base_patch16_224", "ViT-Large/16": "vit_large_patch16_224"}
 SCALINGS = {
@@ -89,8 +88,7 @@ class Method:
 
     def strategy(self, network: StagedNetwork, *, queries: int, chunk_rows: int) -> LikelihoodRatio | SPSA:
         """Bound to the network, with so many queries of a sample at each site."""
-        sites = [replace(spec, queries_per_sample=queries) for spec in default_specs(network)]
-        common: dict[str, Any] = {"sites": sites, "chunk_rows": chunk_rows, "seed": 0}
+        common: dict[str, Any] = {"sites": site_specs(network, queries), "chunk_rows": chunk_rows, "seed": 0}
         made = SPSA(sigma=1e-3, exchange=self.exchange, **common) if self.drawn else LikelihoodRatio(**common)
         made.bind(network, cross_entropy)
         return made

@@ -14,7 +14,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -25,14 +24,13 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader, TensorDataset
 
 import flops_lightning as fl
-from benchmarks.cases import PILOTS, VIT_BASE
+from benchmarks.cases import PILOTS, VIT_BASE, site_specs
 from benchmarks.harness import Record, Spread, alternate, at_least, command, finish, say, synchronizer, table
 from flops_lightning.allocators import GaussianAllocator, QueryAllocator, QueryBudget, TraceSettings
 from flops_lightning.callbacks import QueryAllocatorCallback
 from flops_lightning.errors import SettingError
 from flops_lightning.phases import PHASES, timed_phases
 from flops_lightning.strategies import LikelihoodRatio, PilotSpec
-from flops_lightning.strategies.site_specs import default_specs
 from flops_lightning.tasks import ForwardImageClassifier
 
 ALLOCATION = """Time of an allocation beside a clean pass through ViT-Base/16 at 224 pixels.
@@ -139,7 +137,7 @@ def train(name: str, options: argparse.Namespace, **model_kwargs: Any) -> list[d
     torch.manual_seed(0)
     (make, pilots), batch, device = CONTENDERS[name], options.batch, options.device
     task = ForwardImageClassifier(model_name=options.model, num_classes=10, model_kwargs=model_kwargs)
-    sites = [replace(spec, queries_per_sample=options.queries) for spec in default_specs(task.network)]
+    sites = site_specs(task.network, options.queries)
     spec = PilotSpec(sites[-2].name, queries=pilots) if pilots else None
     task.strategy = LikelihoodRatio(sites=sites, pilots=spec, chunk_rows=options.chunk_rows, seed=0)
     task.strategy.bind(task.network, task.loss)
