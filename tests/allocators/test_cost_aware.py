@@ -66,7 +66,7 @@ tables = st.composite(Table)
 
 
 @given(tables())
-@settings(max_examples=200)
+@settings(max_examples=120)
 def test_as_good_as_any_integer_table_that_costs_one_multiple_less(table: Table) -> None:
     bounds = {"least": table.least, "most": table.most, "multiple": table.multiple}
     counts = cheapest_counts(table.variance, table.costs, table.total, **bounds)
@@ -134,23 +134,19 @@ def test_never_more_compute_than_the_budget(
     assert bool((counts <= (10 * own).clamp_min(least)[:, None]).all())
 
 
-def test_budget_that_pays_for_just_the_least_is_enough() -> None:
+def test_compute_that_pays_for_just_the_least_is_enough_and_so_is_the_remedy() -> None:
     # 0.1 + 0.2 + 0.7 summed in different orders differ in the last digit.
-    for costs in itertools.permutations([0.1, 0.2, 0.7, 0.3]):
-        told = statistics(4, 7, counted_costs=torch.tensor(costs, dtype=D))
-        allocator = CostAwareAllocator(traces=PILOTS, min_queries=3)
-        assert allocator.allocate(told, QueryBudget((3,) * 4)).counts.tolist() == [[3] * 7] * 4
-
-
-def test_remedy_of_too_little_compute_is_enough() -> None:
-    told = statistics(3, 5, counted_costs=torch.tensor([0.91237, 0.55551, 0.111113], dtype=D))
-    with pytest.raises(SettingError, match=r"compute = 0.5: does not pay for 2 queries") as caught:
-        CostAwareAllocator(traces=PILOTS, compute=0.5, min_queries=2).allocate(told, QueryBudget((20,) * 3))
-    assert caught.value.remedy.startswith("Lower min_queries, or write at least ")
-    least = float(caught.value.remedy.split()[-1].rstrip("."))
-    enough = CostAwareAllocator(traces=PILOTS, compute=least, min_queries=2).allocate(told, QueryBudget((20,) * 3))
-    assert enough.counts.tolist() == [[2] * 5] * 3
-    assert least == pytest.approx(2 * (0.91237 + 0.55551 + 0.111113), rel=2e-3)
+    for costs in itertools.permutations([0.1, 0.2, 0.7, 0.31237]):
+        told, budget = statistics(4, 7, counted_costs=torch.tensor(costs, dtype=D)), QueryBudget((3,) * 4)
+        enough = CostAwareAllocator(traces=PILOTS, min_queries=3)
+        assert enough.allocate(told, budget).counts.tolist() == [[3] * 7] * 4
+        with pytest.raises(SettingError, match=r"compute = 0.5: does not pay for 3 queries") as caught:
+            CostAwareAllocator(traces=PILOTS, compute=0.5, min_queries=3).allocate(told, budget)
+        assert caught.value.remedy.startswith("Lower min_queries, or write at least ")
+        least = float(caught.value.remedy.split()[-1].rstrip("."))
+        assert least == pytest.approx(3 * sum(costs), rel=2e-3)
+        enough = CostAwareAllocator(traces=PILOTS, compute=least, min_queries=3)
+        assert enough.allocate(told, budget).counts.tolist() == [[3] * 7] * 4
 
 
 def test_floor_cap_and_multiple() -> None:

@@ -22,7 +22,7 @@ from flops_lightning.allocators import (
     OptimalAllocator,
     QueryAllocator,
     TraceSettings,
-)
+)  # fmt: skip
 from flops_lightning.errors import SettingError
 from flops_lightning.protocol import QueryBudget, SampleStatistics, TraceObservation
 
@@ -54,7 +54,7 @@ def batch(seed: int = 0, size: int = 48) -> SampleStatistics:
 
 
 @given(data=st.data(), case=st.sampled_from(FIXED_SUM), size=st.integers(1, 12), multiple=st.sampled_from([1, 2, 3]))
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100)
 def test_counts_meet_the_budget_whatever_the_statistics(
     data: st.DataObject, case: tuple[type[QueryAllocator], dict[str, Any]], size: int, multiple: int
 ) -> None:

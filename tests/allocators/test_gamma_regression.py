@@ -53,7 +53,7 @@ def test_the_gradient_of_the_stated_convex_objective_is_zero_at_the_fit(n: int, 
     st.integers(0, 10_000), st.integers(1, 120), st.sampled_from([0.0, 1.0, -3.0, 5.0]),
     st.sampled_from([0.0, 20.0, -20.0, 100.0]), st.sampled_from([0.0, 0.5, 0.95]),
 )  # fmt: skip
-@settings(max_examples=150)
+@settings(max_examples=100)
 def test_fit_converges_from_bad_starts_and_with_outliers(
     seed: int, n: int, slope: float, outlier: float, silent: float
 ) -> None:

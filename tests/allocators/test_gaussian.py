@@ -117,7 +117,6 @@ def test_a_start_without_gradient_is_left(gradient: Any) -> None:
 
 def test_parameters_describe_the_same_mean_in_both_forms() -> None:
     start = GaussianParameters.initial(20)
-    assert (start.beta0, start.beta1, start.sigma, start.gamma) == (20.0, 10.0, 4.0, 1.0)
     feature = batch().loss.double().tanh()
     centre, spread = float(feature.mean()), float(feature.std(correction=0))
     again = from_coordinates(to_coordinates(start, centre, spread), centre, spread, 20)
@@ -149,13 +148,9 @@ def test_without_a_floor_a_sample_may_get_nothing() -> None:
 
 
 def test_threads_are_given_back() -> None:
-    before = torch.get_num_threads()
     torch.set_num_threads(2)
-    try:
-        GaussianAllocator(gradient="exact").allocate(batch(size=4), BUDGET)
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
+    GaussianAllocator(gradient="exact").allocate(batch(size=4), BUDGET)
+    assert torch.get_num_threads() == 2
 
 
 def test_missing_statistics_are_named_with_the_remedy() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchmetrics.functional import spearman_corrcoef
 
-from flops_lightning.allocators.held_back import average_ranks, held_back_ratios, rank_correlation
+from flops_lightning.allocators.held_back import held_back_ratios, rank_correlation
 from flops_lightning.allocators.objective import equal_objective, objective, optimal_shares
 from flops_lightning.allocators.rounding import largest_remainder, water_fill
 from flops_lightning.protocol import TraceObservation
@@ -117,11 +117,6 @@ def test_sites_with_nothing_to_compare_have_no_ratio() -> None:
 
 
 # Rank correlation
-
-
-def test_ties_share_the_mean_of_their_ranks() -> None:
-    assert average_ranks(torch.tensor([3.0, 1.0, 3.0, 2.0, 3.0])).tolist() == [4.0, 1.0, 4.0, 2.0, 4.0]
-    assert average_ranks(torch.tensor([[7.0, 7.0], [2.0, 1.0]])).tolist() == [[1.5, 1.5], [2.0, 1.0]]
 
 
 @pytest.mark.parametrize("levels", [0, 2])

@@ -13,7 +13,7 @@ from flops_lightning.allocators.objective import (
     gain_optimal,
     objective,
     optimal_shares,
-)
+)  # fmt: skip
 from tests.allocators.draws import estimates, traces
 
 

@@ -91,18 +91,6 @@ def test_weight_of_reused_pilots_depends_on_the_prediction_alone() -> None:
     torch.testing.assert_close(implied, (constant * root).clamp_min(1.0), rtol=1e-9, atol=0.0)
 
 
-@pytest.mark.parametrize(("multiple", "minimum", "own"), [(1, 0, 1), (2, 0, 1), (1, 2, 1), (2, 4, 3)])
-def test_budgets_are_met_with_reused_pilots(multiple: int, minimum: int, own: int) -> None:
-    budget = QueryBudget((16, 4), multiple=multiple, minimum=minimum)
-    allocation = OptimalAllocator(traces=BOTH, min_queries=own).allocate(piloted(traces(9) ** 3), budget)
-    assert allocation.counts.sum(dim=1).tolist() == [16 * 9, 4 * 9]
-    assert bool((allocation.counts % multiple == 0).all())
-    assert int(allocation.counts.min()) >= max(minimum, own)
-    weight = allocation.pilot_weight
-    assert weight is not None
-    assert bool(((weight > 0) & (weight < 1)).all())
-
-
 def test_counts_are_the_best_beside_the_weighted_pilots() -> None:
     # The variance left to the other queries is Tr (1 - w)^2 / A, so A goes in proportion to sqrt(Tr) (1 - w).
     strong = TraceSettings(source="both", prior_strength=1e-9)  # the pilots' traces as they are

@@ -14,7 +14,7 @@ from flops_lightning.allocators.ranks import (
     gather_observation,
     gather_statistics,
     with_fixed_totals,
-)
+)  # fmt: skip
 from flops_lightning.distributed import SingleProcess
 
 
@@ -47,14 +47,11 @@ def test_totals_are_in_proportion_to_samples_and_floors_stay(
 
 def test_statistics_of_all_ranks_stand_rank_by_rank() -> None:
     own = SampleStatistics(
-        loss=torch.tensor([1.0, 2.0]),
-        embedding=torch.tensor([[1.0, 2.0], [3.0, 4.0]]),
-        trace=torch.tensor([[1.0, torch.nan], [3.0, 4.0]]),
-        trace_queries=torch.tensor([2, 2]),
-        predictors={"one_minus_p": torch.tensor([0.5, 0.25])},
-        measured_costs=torch.tensor([1.0, 3.0]),
+        loss=torch.tensor([1.0, 2.0]), embedding=torch.tensor([[1.0, 2.0], [3.0, 4.0]]),
+        trace=torch.tensor([[1.0, torch.nan], [3.0, 4.0]]), trace_queries=torch.tensor([2, 2]),
+        predictors={"one_minus_p": torch.tensor([0.5, 0.25])}, measured_costs=torch.tensor([1.0, 3.0]),
         budget=QueryBudget((4, 4)),
-    )
+    )  # fmt: skip
     gathered = gather_statistics(TenTimes(), own)
     assert gathered.sizes == (2, 2)
     assert gathered.statistics.budget == own.budget

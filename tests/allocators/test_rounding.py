@@ -30,14 +30,14 @@ def bisected_water_fill(shares: Tensor, total: float, floor: float) -> Tensor:
     low, high = 0.0, 1.0
     while (high * positive).clamp_min(floor).sum() < total:
         high *= 2.0
-    for _ in range(200):
+    for _ in range(100):
         middle = (low + high) / 2
         low, high = (middle, high) if (middle * positive).clamp_min(floor).sum() < total else (low, middle)
     return (high * positive).clamp_min(floor)
 
 
 @given(budgets())
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100)
 def test_counts_meet_the_budget_close_to_the_continuous_allocation(case: tuple[Tensor, int, int, int]) -> None:
     shares, total, minimum, multiple = case
     counts = largest_remainder(shares, total, minimum=minimum, multiple=multiple)
@@ -54,7 +54,7 @@ def test_counts_meet_the_budget_close_to_the_continuous_allocation(case: tuple[T
 
 
 @given(budgets())
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100)
 def test_water_filling_equals_bisection(case: tuple[Tensor, int, int, int]) -> None:
     shares, total, floor, _ = case
     total = max(total, len(shares) * floor)
