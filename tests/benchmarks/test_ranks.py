@@ -169,7 +169,8 @@ def test_a_step_is_as_slow_as_its_slowest_rank_and_the_exchange_as_long_as_the_s
         assert f"{cores} cores" in text
 
 
-def test_the_command_models_apart_from_what_it_measures(tmp_path, capsys):
+def test_the_command_models_apart_from_what_it_measures(tmp_path, capsys, monkeypatch):
+    monkeypatch.delitem(ranks_model.VITS, "ViT-Large/16")
     path = tmp_path / "ranks.json"
     ranks.main(["--ranks", "--bandwidth", "200", "10", "--flops-per-second", "5e13", "--json", str(path)])
     text = capsys.readouterr().out
@@ -177,7 +178,7 @@ def test_the_command_models_apart_from_what_it_measures(tmp_path, capsys):
     for said in ("MODEL, not measured", "5e+13 FLOPs/s", "10 GB/s and 10 us between nodes"):
         assert said in text
     steps = json.loads(path.read_text())
-    assert len(steps) == 2 * 3 * 2 * 4
+    assert len(steps) == 3 * 2 * 4
     assert {row["kind"] for row in steps} == {"modelled"}
     assert {row["efficiency"] for row in steps if row["ranks"] == 1} == {1.0}
     strong, weak = ([row for row in steps if row["scaling"] == how] for how in ("strong", "weak"))
@@ -188,7 +189,7 @@ def test_the_command_models_apart_from_what_it_measures(tmp_path, capsys):
     for before, after in pairwise(weak):
         if after["ranks"] > 1:
             assert before["efficiency"] > after["efficiency"], "more ranks of a batch of one size only add to a step"
-    assert {row["parameters"] for row in steps if row["model"] == "ViT-Base/16"} == {86_567_656}
+    assert {row["parameters"] for row in steps} == {86_567_656}
     # Published are 17.6e9 multiply-adds; less here, since the last block computes only the one token that is read.
     assert 0.9 < steps[0]["forward_flops"] / (2 * 17.6e9) < 1
 
