@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -58,6 +59,30 @@ def tokens() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(4, 3, 3, generator=generator, dtype=torch.float64)
     return x, torch.randn(4, 2, generator=generator, dtype=torch.float64)
+
+
+@pytest.fixture
+def digits() -> Any:
+    from flops_lightning.datamodules import DigitsDataModule
+
+    return DigitsDataModule(batch_size=32)
+
+
+@pytest.fixture
+def make_task() -> Callable[..., Any]:
+    """Make the tiny classifier of ``tests.digits``."""
+    from tests.digits import classifier
+
+    return classifier
+
+
+@pytest.fixture
+def make_trainer(tmp_path: Path) -> Callable[..., Any]:
+    """Make a trainer for one epoch of three batches."""
+    from tests.digits import quiet_trainer
+
+    usual = {"limit_train_batches": 3, "limit_val_batches": 1, "num_sanity_val_steps": 0, "default_root_dir": tmp_path}
+    return lambda *callbacks, **settings: quiet_trainer(*callbacks, **{**usual, **settings})
 
 
 @pytest.fixture

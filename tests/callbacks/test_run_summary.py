@@ -4,10 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 import timm
 import torch
@@ -19,17 +16,8 @@ from flops_lightning.callbacks import QueryAllocatorCallback, RunSummary
 from flops_lightning.callbacks.run_summary import _share
 from flops_lightning.datamodules import DigitsDataModule
 from flops_lightning.distributed import SingleProcess
-from flops_lightning.strategies import (
-    Backprop,
-    CoordinateFiniteDifferences,
-    ForwardGradientStrategy,
-    LikelihoodRatio,
-    MeZO,
-    SiteSpec,
-)
-from flops_lightning.tasks import ForwardImageClassifier
-
-KWARGS = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2}
+from flops_lightning.strategies import Backprop, CoordinateFiniteDifferences, MeZO
+from tests.digits import MODEL, TINY, classifier
 
 
 def accuracy(model: torch.nn.Module, data: DigitsDataModule) -> float:
@@ -40,67 +28,51 @@ def accuracy(model: torch.nn.Module, data: DigitsDataModule) -> float:
     return float(torch.cat(hits).float().mean())
 
 
-def run(
-    folder: Path, callbacks: list[pl.Callback], strategy: ForwardGradientStrategy | None = None, **settings: Any
-) -> tuple[ForwardImageClassifier, float]:
-    pl.seed_everything(0, verbose=False)
-    sites = [SiteSpec(stages=["embed", "blocks.1"]), SiteSpec(stages=["pool", "head"], name="head")]
-    strategy = LikelihoodRatio(sites=sites) if strategy is None else strategy
-    task = ForwardImageClassifier(
-        model_name="vit_tiny_patch16_224", num_classes=10, model_kwargs=KWARGS, strategy=strategy
-    )
-    start = accuracy(task, DigitsDataModule())
-    usual = {"limit_train_batches": 3, "max_epochs": 1, "enable_checkpointing": False}
-    trainer = pl.Trainer(
-        accelerator="cpu", logger=False, default_root_dir=folder, callbacks=callbacks, enable_progress_bar=False,
-        limit_val_batches=0, **{**usual, **settings},
-    )  # fmt: skip
-    trainer.fit(task, DigitsDataModule(batch_size=32))
-    return task, start
+@pytest.fixture
+def run(make_trainer, digits, tmp_path):
+    """Train a task and read its summary."""
+
+    def run(strategy=None, *callbacks, data=digits, **settings):
+        task = classifier(**({} if strategy is None else {"strategy": strategy}))
+        make_trainer(*callbacks, RunSummary(), limit_val_batches=0, **settings).fit(task, data)
+        return task, json.loads((tmp_path / "summary.json").read_text())
+
+    return run
 
 
-def test_summary_says_what_happened(tmp_path, capsys):
-    task, start = run(tmp_path, [RunSummary(), QueryAllocatorCallback(allocator=EqualAllocator())])
-    summary = json.loads((tmp_path / "summary.json").read_text())
+def test_summary_says_what_happened_and_exports_timms_weights(run, digits, tmp_path):
+    task, summary = run(None, QueryAllocatorCallback(allocator=EqualAllocator()))
     assert {"peak_memory_mb", "peak_memory_of", "seed"} <= set(summary)
-    assert summary["start_accuracy"] == pytest.approx(start)
-    assert summary["test_accuracy"] == pytest.approx(accuracy(task, DigitsDataModule()))
-    assert summary["queries"] == 3 * 32 * 40
-    assert summary["queries_per_sample"] == 40
+    assert summary["start_accuracy"] == pytest.approx(accuracy(classifier(), digits))
+    assert summary["test_accuracy"] == pytest.approx(accuracy(task, digits))
+    assert summary["queries"] == 3 * 32 * 8
+    assert summary["queries_per_sample"] == 8
     assert (summary["steps"], summary["samples"]) == (3, 3 * 32)
-    assert summary["queries_by_site"] == {"embed..blocks.1": 3 * 32 * 20, "head": 3 * 32 * 20}
+    assert summary["queries_by_site"] == {"body": 3 * 32 * 4, "head": 3 * 32 * 4}
     assert summary["forward_equivalents"] == pytest.approx(task.strategy.meter.total().forward_equivalents, abs=0.1)
     assert summary["lost_queries"] == 0
-    assert summary["strategy"] == "LikelihoodRatio"
-    assert summary["allocator"] == "EqualAllocator"
+    assert (summary["strategy"], summary["allocator"]) == ("LikelihoodRatio", "EqualAllocator")
     assert 0 < summary["train_seconds"] < 60
+    plain = timm.create_model(MODEL["model_name"], num_classes=10, **TINY)
+    plain.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    x = torch.randn(2, 1, 8, 8)
+    assert torch.equal(plain.eval()(x), task.eval()(x))
 
 
 @pytest.mark.parametrize(
-    ("strategy", "by_site"),
+    ("strategy", "by_site", "batches"),
     [
-        (MeZO(queries=2), {"all": 2}),  # makes no clean pass
-        (CoordinateFiniteDifferences(coordinates=5, ratios="uniform"), {"coordinates": 5}),  # has no sites
-        (Backprop(), {}),
+        (MeZO(queries=2), {"all": 2}, 1.0),  # makes no clean pass; a whole epoch ends with a smaller batch
+        (CoordinateFiniteDifferences(coordinates=5, ratios="uniform"), {"coordinates": 5}, 3),  # has no sites
+        (Backprop(), {}, 3),
     ],
 )
-def test_queries_of_a_sample_are_counted_by_samples_whatever_the_strategy_runs(
-    strategy: ForwardGradientStrategy, by_site, tmp_path
-):
-    run(tmp_path, [RunSummary()], strategy)
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["samples"] == 3 * 32
+def test_queries_of_a_sample_are_counted_by_samples_whatever_the_strategy_runs(run, strategy, by_site, batches, digits):
+    _, summary = run(strategy, limit_train_batches=batches)
+    samples = len(digits.train_set) if batches == 1.0 else 3 * 32
+    assert summary["samples"] == samples
     assert summary["queries_per_sample"] == sum(by_site.values())
-    assert summary["queries_by_site"] == {site: queries * 3 * 32 for site, queries in by_site.items()}
-
-
-def test_an_epoch_counts_the_samples_of_its_last_smaller_batch(tmp_path):
-    run(tmp_path, [RunSummary()], MeZO(), limit_train_batches=1.0)
-    data = DigitsDataModule()
-    data.setup("fit")
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["samples"] == len(data.train_set)
-    assert summary["queries_per_sample"] == 2
+    assert summary["queries_by_site"] == {site: queries * samples for site, queries in by_site.items()}
 
 
 def test_the_memory_of_a_process_is_that_of_its_high_water_mark():
@@ -120,17 +92,10 @@ def test_the_memory_of_a_process_is_that_of_its_high_water_mark():
     assert float(before) > 100  # torch itself
 
 
-def test_exported_weights_are_timms(tmp_path):
-    task, _ = run(tmp_path, [RunSummary()])
-    plain = timm.create_model("vit_tiny_patch16_224", num_classes=10, **KWARGS)
-    plain.load_state_dict(load_file(tmp_path / "model.safetensors"))
-    x = torch.randn(2, 1, 8, 8)
-    assert torch.equal(plain.eval()(x), task.eval()(x))
-
-
-def test_export_can_be_turned_off_and_training_is_unchanged_by_the_tests(tmp_path):
-    with_summary, _ = run(tmp_path, [RunSummary(export_weights=False)])
-    without, _ = run(tmp_path / "other", [])
+def test_export_can_be_turned_off_and_training_is_unchanged_by_the_tests(make_task, make_trainer, digits, tmp_path):
+    with_summary, without = make_task(), make_task()
+    make_trainer(RunSummary(export_weights=False)).fit(with_summary, digits)
+    make_trainer().fit(without, digits)
     assert not (tmp_path / "model.safetensors").exists()
     pairs = zip(with_summary.parameters(), without.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
@@ -164,28 +129,17 @@ def test_ranks_share_the_test_images_and_each_reads_its_own(streamed):
     assert sorted(read) == ([] if streamed else list(range(11)))
 
 
-def test_double_precision_runs(tmp_path):
-    run(tmp_path, [RunSummary()], precision="64-true")
-    assert 0 <= json.loads((tmp_path / "summary.json").read_text())["test_accuracy"] <= 1
+def test_a_network_is_tested_in_double_precision_too(run):
+    assert 0 <= run(precision="64-true")[1]["test_accuracy"] <= 1
 
 
-def test_without_a_data_module_accuracies_are_unknown(tmp_path):
-    data = DigitsDataModule(batch_size=32)
-    data.setup("fit")
-    sites = [SiteSpec(stages=["embed", "blocks.1"]), SiteSpec(stages=["pool", "head"], name="head")]
-    task = ForwardImageClassifier(
-        model_name="vit_tiny_patch16_224", num_classes=10, model_kwargs=KWARGS, strategy=LikelihoodRatio(sites=sites)
-    )
-    trainer = pl.Trainer(
-        accelerator="cpu", logger=False, default_root_dir=tmp_path, callbacks=[RunSummary()], max_epochs=1,
-        enable_progress_bar=False, enable_checkpointing=False, limit_train_batches=1, limit_val_batches=0,
-    )  # fmt: skip
-    trainer.fit(task, data.train_dataloader())
-    summary = json.loads((tmp_path / "summary.json").read_text())
+def test_without_a_data_module_accuracies_are_unknown(run, digits):
+    digits.setup("fit")
+    _, summary = run(data=digits.train_dataloader())
     assert summary["start_accuracy"] is summary["test_accuracy"] is None
-    assert summary["queries"] == 32 * 40
+    assert summary["queries"] == 3 * 32 * 8
 
 
-def test_a_trial_run_leaves_nothing_behind(tmp_path):
-    run(tmp_path, [RunSummary()], fast_dev_run=True)
+def test_a_trial_run_leaves_nothing_behind(make_task, make_trainer, digits, tmp_path):
+    make_trainer(RunSummary(), fast_dev_run=True).fit(make_task(), digits)
     assert list(tmp_path.iterdir()) == []

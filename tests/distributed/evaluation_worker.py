@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from flops_lightning.callbacks import ClassReport, PredictionWriter
 from flops_lightning.tasks import ForwardImageClassifier
+from tests.digits import quiet_trainer
 from tests.distributed.scenarios import MODEL
 
 
@@ -44,10 +45,7 @@ class Data(pl.LightningDataModule):
 def run(folder: Path, images: int, devices: int = 1) -> None:
     torch.manual_seed(0)
     task = ForwardImageClassifier(**MODEL)
-    trainer = pl.Trainer(
-        accelerator="cpu", devices=devices, callbacks=[ClassReport(), PredictionWriter()], logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
-    )  # fmt: skip
+    trainer = quiet_trainer(ClassReport(), PredictionWriter(), devices=devices, default_root_dir=folder)
     metrics = [trainer.test(task, Data(images), verbose=False)[0] for _ in range(2)]
     (folder / f"metrics-{trainer.global_rank}.json").write_text(json.dumps(metrics))
     if images > 1:  # Lightning does not predict with more processes than images

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from scipy.optimize import brentq
 from torch import Tensor, nn
 
 from flops_lightning.allocators import (
@@ -31,12 +32,9 @@ from flops_lightning.strategies import (
     SiteSpec,
 )
 from flops_lightning.tasks import ForwardImageClassifier
+from tests import digits
 
-MODEL = {
-    "model_name": "vit_tiny_patch16_224",
-    "model_kwargs": {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 8, "depth": 2, "num_heads": 2},
-    "num_classes": 10,
-}
+MODEL = {**digits.MODEL, "model_kwargs": {**digits.TINY, "embed_dim": 8, "depth": 2}}
 LR = 1e-2
 Batch = tuple[Tensor, Tensor]
 
@@ -65,58 +63,50 @@ class Scenario:
     spoil: tuple[int, ...] = ()  # ranks whose second batch holds NaN
 
 
-def _gaussian() -> GaussianAllocator:
-    return GaussianAllocator(seed=0)
+PREDICTION, BOTH = TraceSettings(source="prediction"), TraceSettings(source="both")
 
 
-def _predicting() -> GaussianAllocator:
-    return GaussianAllocator(seed=0, traces=TraceSettings(source="prediction"))
+def lr(queries: int = 4, **settings: Any) -> Callable[[], LikelihoodRatio]:
+    return lambda: LikelihoodRatio(**{"sites": two_sites(queries), "seed": 0, **settings})
 
 
-def _optimal() -> OptimalAllocator:
-    return OptimalAllocator(traces=TraceSettings(source="both"))
+def spsa(exchange: Any) -> Callable[[], SPSA]:
+    return lambda: SPSA(sites=two_sites(), seed=0, exchange=exchange)
 
 
-def _spsa(exchange: str) -> SPSA:
-    return SPSA(sites=two_sites(), seed=0, exchange=exchange)  # type: ignore[arg-type]
+def mezo(exchange: Any) -> Callable[[], MeZO]:
+    return lambda: MeZO(queries=4, seed=0, exchange=exchange)
 
 
-def _mezo(exchange: str) -> MeZO:
-    return MeZO(queries=4, seed=0, exchange=exchange)  # type: ignore[arg-type]
+def gaussian(**settings: Any) -> Callable[[], QueryAllocator]:
+    return lambda: GaussianAllocator(seed=0, **settings)
 
 
 WIDE = {"embed_dim": 16}
 SCENARIOS = {
-    "lr_gaussian": Scenario(
-        lambda: LikelihoodRatio(sites=two_sites(8), seed=0, pilots=PilotSpec(sites=["body"], queries=2)), _gaussian
-    ),
+    "lr_gaussian": Scenario(lr(8, pilots=PilotSpec(sites=["body"], queries=2)), gaussian()),
     "lr_optimal": Scenario(
-        lambda: LikelihoodRatio(sites=two_sites(8), seed=0, pilots=PilotSpec(sites=["body", "head"], queries=2)),
-        _optimal,
+        lr(8, pilots=PilotSpec(sites=["body", "head"], queries=2)), lambda: OptimalAllocator(traces=BOTH)
     ),
-    "lr_learned_widths": Scenario(
-        lambda: LikelihoodRatio(sites=three_sites(), seed=0, token_sigma=True, learn_sigma=0.05)
-    ),
-    "lr_site_by_site": Scenario(lambda: LikelihoodRatio(sites=two_sites(), seed=0, update="site_by_site")),
-    "accumulated": Scenario(lambda: LikelihoodRatio(sites=two_sites(), seed=0), steps=5, accumulate=2),
-    "one_rank_lost": Scenario(lambda: LikelihoodRatio(sites=two_sites(), seed=0), spoil=(1,)),
-    "all_ranks_lost": Scenario(lambda: LikelihoodRatio(sites=two_sites(), seed=0), spoil=(0, 1)),
-    "spsa_gradients": Scenario(lambda: _spsa("gradients"), _predicting),
-    "spsa_losses": Scenario(lambda: _spsa("losses"), _predicting),
-    "spsa_losses_wide": Scenario(lambda: _spsa("losses"), EqualAllocator, model_kwargs=WIDE),
-    "spsa_losses_equal": Scenario(lambda: _spsa("losses"), EqualAllocator),
-    "spsa_losses_one_rank_lost": Scenario(lambda: _spsa("losses"), spoil=(1,)),
+    "lr_learned_widths": Scenario(lr(sites=three_sites(), token_sigma=True, learn_sigma=0.05)),
+    "lr_site_by_site": Scenario(lr(update="site_by_site")),
+    "accumulated": Scenario(lr(), steps=5, accumulate=2),
+    "one_rank_lost": Scenario(lr(), spoil=(1,)),
+    "all_ranks_lost": Scenario(lr(), spoil=(0, 1)),
+    "spsa_gradients": Scenario(spsa("gradients"), gaussian(traces=PREDICTION)),
+    "spsa_losses": Scenario(spsa("losses"), gaussian(traces=PREDICTION)),
+    "spsa_losses_equal": Scenario(spsa("losses"), EqualAllocator),
+    "spsa_losses_wide": Scenario(spsa("losses"), EqualAllocator, model_kwargs=WIDE),
+    "spsa_losses_one_rank_lost": Scenario(spsa("losses"), spoil=(1,)),
     "es_losses": Scenario(lambda: EvolutionStrategies(sites=two_sites(), seed=0, exchange="losses")),
-    "mezo_gradients": Scenario(lambda: _mezo("gradients")),
-    "mezo_losses": Scenario(lambda: _mezo("losses")),
-    "mezo_losses_wide": Scenario(lambda: _mezo("losses"), model_kwargs=WIDE),
+    "mezo_gradients": Scenario(mezo("gradients")),
+    "mezo_losses": Scenario(mezo("losses")),
+    "mezo_losses_wide": Scenario(mezo("losses"), model_kwargs=WIDE),
     "backprop": Scenario(Backprop),
     "coordinates": Scenario(lambda: CoordinateFiniteDifferences(coordinates=20, grasp_queries=4, seed=0)),
 }
-LONG = "fifty_steps"
 SUMMARISED = "lr_gaussian"
 """The run that writes ``summary.json``."""
-SCENARIOS[LONG] = Scenario(SCENARIOS["lr_gaussian"].strategy, _gaussian, steps=50)
 
 
 def rank_batches(name: str, world_size: int) -> list[list[Batch]]:
@@ -210,22 +200,15 @@ def simulate(name: str, world_size: int) -> tuple[dict[str, Tensor], list[Tensor
 
 
 def _joined(stats: Sequence[SampleStatistics]) -> SampleStatistics:
-    def cat(field_name: str, dim: int) -> Any:
-        values = [getattr(each, field_name) for each in stats]
-        return None if values[0] is None else torch.cat(values, dim)
+    first = stats[0]
 
-    predictors = stats[0].predictors
-    if predictors is not None:
-        predictors = {n: torch.cat([s.predictors[n] for s in stats], -1) for n in predictors}  # type: ignore[index]
-    return SampleStatistics(
-        loss=cat("loss", 0),
-        embedding=cat("embedding", 0),
-        trace=cat("trace", -1),
-        trace_queries=cat("trace_queries", -1),
-        pilots_reused=stats[0].pilots_reused,
-        predictors=predictors,
-        budget=stats[0].budget,
-    )
+    def cat(name: str, dim: int = -1) -> Any:
+        return None if getattr(first, name) is None else torch.cat([getattr(each, name) for each in stats], dim)
+
+    named = first.predictors
+    predictors = named and {n: torch.cat([s.predictors[n] for s in stats], -1) for n in named}  # type: ignore[index]
+    tables = {"trace": cat("trace"), "trace_queries": cat("trace_queries"), "embedding": cat("embedding", 0)}
+    return replace(first, loss=cat("loss"), predictors=predictors, **tables)
 
 
 def _seen(observations: Sequence[TraceObservation | None]) -> TraceObservation:
@@ -248,13 +231,9 @@ def _in_equal_parts(counts: Tensor, sizes: Sequence[int], multiple: int) -> Tens
         for n, part in zip(sizes, parts, strict=True):
             mine, least = line[place : place + n], min(line)
             place += n
-            # The level at which all that is above the floor fits, by bisection.
-            low, high = 0.0, float(part)
-            for _ in range(200):
-                middle = (low + high) / 2
-                level = sum(max(middle * c, least) for c in mine)
-                low, high = (middle, high) if level <= part else (low, middle)
-            exact = [max(low * c, least) for c in mine]
+            # The level at which all that is above the floor fits.
+            level = brentq(lambda x: sum(max(x * c, least) for c in mine) - part, 0.0, float(part))  # noqa: B023
+            exact = [max(level * c, least) for c in mine]
             whole = [int(x + 1e-9) for x in exact]
             while sum(whole) < part:
                 k = max(range(n), key=lambda i: (round(exact[i] - whole[i], 9), -i))

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.scenarios import LONG, SCENARIOS, SUMMARISED, make_task, simulate
+from flops_lightning.allocators import EqualAllocator
+from tests.distributed.scenarios import SCENARIOS, SUMMARISED, make_task, simulate
 from tests.processes import run_module
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for all processes
@@ -16,7 +17,8 @@ QUICK = ["lr_gaussian", "spsa_losses", "accumulated", "backprop"]
 """Run by two processes also where slow tests are left out."""
 OF_FOUR = ["lr_gaussian", "spsa_losses", "one_rank_lost"]
 LEARNED_TOGETHER = ("lr_learned_widths", "coordinates")
-"""Here ranks share what they learn, which ranks one after the other would not: see the test of their states."""
+"""Here ranks share what they learn, which ranks one after the other would not."""
+STEPS = {"accumulated": 3, "all_ranks_lost": 5}  # of others 6: a batch that only one rank loses is a step of all
 GROUPS = [(2, QUICK), (2, [name for name in SCENARIOS if name not in QUICK]), (4, OF_FOUR)]
 RUNS = [
     pytest.param(size, name, marks=() if names is QUICK else pytest.mark.slow)
@@ -50,9 +52,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory)
 
 
-@pytest.mark.parametrize(
-    ("world_size", "name"), [run for run in RUNS if run.values[1] not in (*LEARNED_TOGETHER, LONG)]
-)
+@pytest.mark.parametrize(("world_size", "name"), [run for run in RUNS if run.values[1] not in LEARNED_TOGETHER])
 def test_processes_equal_the_same_ranks_one_after_the_other(runs, world_size, name):
     expected, counts = simulate(name, world_size)
     found = runs[world_size, name]
@@ -65,19 +65,13 @@ def test_processes_equal_the_same_ranks_one_after_the_other(runs, world_size, na
 
 
 @pytest.mark.parametrize(("world_size", "name"), RUNS)
-def test_replicas_are_bit_identical(runs, world_size, name):
+def test_replicas_are_bit_identical_and_learn_alike(runs, world_size, name):
     first, *others = runs[world_size, name]
+    assert bool(flat(first["learned"])) is (name in LEARNED_TOGETHER)
+    assert first["steps"] == STEPS.get(name, 6)
     for other in others:
         assert all(torch.equal(first["parameters"][key], value) for key, value in other["parameters"].items())
-    assert len({rank["steps"] for rank in runs[world_size, name]}) == 1
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", LEARNED_TOGETHER)
-def test_what_ranks_learn_they_learn_alike(runs, name):
-    first, second = (flat(rank["learned"]) for rank in runs[2, name])
-    assert first
-    assert first == second
+        assert (first["steps"], flat(first["learned"])) == (other["steps"], flat(other["learned"]))
 
 
 def flat(state: Any, path: str = "") -> dict[str, Any]:
@@ -87,15 +81,10 @@ def flat(state: Any, path: str = "") -> dict[str, Any]:
     return {path: state.tolist() if isinstance(state, torch.Tensor) else state}
 
 
-@pytest.mark.slow
-def test_a_long_run_has_uneven_counts_and_stays_identical(runs):
-    ranks = runs[2, LONG]
-    assert [rank["steps"] for rank in ranks] == [50, 50]
-    assert any(len(set(table.flatten().tolist())) > 2 for table in ranks[0]["counts"])
-
-
 @pytest.mark.parametrize(("world_size", "name"), [run for run in RUNS if SCENARIOS[run.values[1]].allocator])
 def test_every_rank_spends_the_share_of_its_samples(runs, world_size, name):
+    uneven = any(len(table.unique()) > 2 for table in runs[world_size, name][0]["counts"])
+    assert uneven is (SCENARIOS[name].allocator is not EqualAllocator)
     for tables in zip(*(rank["counts"] for rank in runs[world_size, name]), strict=True):
         averages = [table.double().mean(dim=1) for table in tables]
         for average in averages:
@@ -109,13 +98,6 @@ def test_exchanging_losses_equals_exchanging_gradients(runs, kind):
     gradients, losses = runs[2, f"{kind}_gradients"][0], runs[2, f"{kind}_losses"][0]
     for key, value in gradients["parameters"].items():
         assert torch.allclose(losses["parameters"][key], value, rtol=1e-9, atol=1e-11), key
-
-
-@pytest.mark.slow
-def test_a_batch_lost_on_one_rank_is_a_step_of_all_and_one_lost_on_all_is_none(runs):
-    assert [rank["steps"] for rank in runs[2, "one_rank_lost"]] == [6, 6]
-    assert [rank["steps"] for rank in runs[2, "spsa_losses_one_rank_lost"]] == [6, 6]
-    assert [rank["steps"] for rank in runs[2, "all_ranks_lost"]] == [5, 5]
 
 
 def test_bytes_of_a_step_with_gradients_are_those_of_the_parameters_and_a_short_header(runs):
@@ -132,10 +114,6 @@ def test_bytes_of_a_step_with_gradients_are_those_of_the_parameters_and_a_short_
 def test_bytes_of_a_step_with_losses_do_not_depend_on_the_number_of_parameters(runs, narrow, wide):
     assert runs[2, narrow][0]["sent"] == runs[2, wide][0]["sent"]
     assert max(runs[2, narrow][0]["sent"]) <= 200
-
-
-def test_accumulated_batches_make_fewer_steps(runs):
-    assert runs[2, "accumulated"][0]["steps"] == 3
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import torch
 
 from flops_lightning.callbacks import QueryAllocatorCallback, RunSummary
 from flops_lightning.tasks.trainer_setup import ForwardDDPStrategy
+from tests.digits import quiet_trainer
 from tests.distributed.scenarios import SCENARIOS, SUMMARISED, make_task, rank_batches
 
 
@@ -41,10 +42,9 @@ def run(name: str, folder: Path) -> None:
         callbacks.insert(0, QueryAllocatorCallback(allocator=scenario.allocator()))
     if name == SUMMARISED:
         callbacks.append(RunSummary(export_weights=False))
-    trainer = pl.Trainer(
-        accelerator="cpu", devices=int(sys.argv[1]), precision="64-true", max_epochs=1, callbacks=callbacks,
-        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        use_distributed_sampler=False, default_root_dir=folder,
+    trainer = quiet_trainer(
+        *callbacks, devices=int(sys.argv[1]), precision="64-true", use_distributed_sampler=False,
+        default_root_dir=folder,
     )  # fmt: skip
     mine = [ranks[trainer.global_rank] for ranks in rank_batches(name, trainer.world_size)]
     trainer.fit(task, torch.utils.data.DataLoader(mine, batch_size=None))
@@ -52,9 +52,8 @@ def run(name: str, folder: Path) -> None:
     parameters = {key: p.detach().clone() for key, p in task.backbone.named_parameters()}
     sent = [after - before for before, after in zip([0, *watcher.sent], watcher.sent, strict=False)]
     learned = {k: v for k, v in task.strategy.state_dict().items() if k in ("token_sigma", "learned_sigma", "ratios")}
-    found = {"parameters": parameters, "counts": watcher.counts, "sent": sent, "steps": trainer.global_step}
-    found["learned"] = learned
-    torch.save(found, folder / f"{name}-{trainer.global_rank}.pt")
+    found = {"parameters": parameters, "counts": watcher.counts, "sent": sent, "learned": learned}
+    torch.save({**found, "steps": trainer.global_step}, folder / f"{name}-{trainer.global_rank}.pt")
 
 
 if __name__ == "__main__":

@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flops_lightning.resume.checkpoint_files import AtomicCheckpointIO
+from flops_lightning.strategies import SiteSpec
+from tests.digits import QUIET, TINY
 
-REPOSITORY = Path(__file__).parents[2]
 NAME = "run"
 EPOCHS, BATCHES = 2, 4
 
@@ -33,8 +34,8 @@ FORKS.set_forkserver_preload(
 
 SETTINGS: dict[str, Any] = {
     "trainer": {
-        "max_epochs": EPOCHS, "limit_train_batches": BATCHES, "limit_val_batches": 2, "accelerator": "cpu",
-        "devices": 1, "enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1,
+        **QUIET, "logger": True, "max_epochs": EPOCHS, "limit_train_batches": BATCHES, "limit_val_batches": 2,
+        "log_every_n_steps": 1,
         "callbacks": [
             {
                 "class_path": "flops_lightning.callbacks.QueryAllocatorCallback",
@@ -48,9 +49,7 @@ SETTINGS: dict[str, Any] = {
         "class_path": "flops_lightning.tasks.ForwardImageClassifier",
         "init_args": {
             "model_name": "vit_tiny_patch16_224",
-            "model_kwargs": {
-                "img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 3, "num_heads": 2,
-            },
+            "model_kwargs": TINY,
             "strategy": {
                 "class_path": "flops_lightning.strategies.LikelihoodRatio",
                 "init_args": {
@@ -70,6 +69,11 @@ SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 
 
+def sites(**settings: Any) -> list[SiteSpec]:
+    both = {"lower": ["embed", "blocks.1"], "upper": ["blocks.2", "head"]}
+    return [SiteSpec(name=name, stages=stages, queries_per_sample=4, **settings) for name, stages in both.items()]
+
+
 class SlowCheckpointIO(AtomicCheckpointIO):
     """Takes its time to write, so that kills strike there."""
 
@@ -85,6 +89,7 @@ class SlowCheckpointIO(AtomicCheckpointIO):
 
 
 def write_config(folder: Path, *, model: Mapping[str, Any] | None = None, **trainer: Any) -> None:
+    folder.mkdir(exist_ok=True)
     settings = copy.deepcopy({**SETTINGS, "trainer": {**SETTINGS["trainer"], **trainer}})
     settings["model"]["init_args"].update(model or {})
     (folder / f"{NAME}.yaml").write_text(yaml.safe_dump(settings))
@@ -127,6 +132,14 @@ def wait_until(condition: Callable[[], bool], process: BaseProcess, seconds: flo
 
 def files(folder: Path, pattern: str) -> set[Path]:
     return set((folder / "runs" / NAME).glob(f"*/checkpoints/{pattern}"))
+
+
+def same(folder: Path, other: Path) -> bool:
+    """Whether two finished runs have the same summary and, bit for bit, the same weights."""
+    (weights, summary), (others, other_summary) = outcome(folder), outcome(other)
+    assert summary == other_summary
+    assert weights.keys() == others.keys()
+    return all(torch.equal(weights[name], others[name]) for name in weights)
 
 
 def outcome(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

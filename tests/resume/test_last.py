@@ -96,24 +96,19 @@ def test_folders_are_read_from_the_settings_of_callbacks():
     assert written_to(None) == []
 
 
-def test_a_checkpoint_that_cannot_be_written_ends_the_command_with_the_reason(tmp_path, monkeypatch, capsys):
+def test_a_checkpoint_that_cannot_be_written_ends_the_command_with_the_reason(tmp_path, monkeypatch, refused):
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(AtomicCheckpointIO, "write", full)
     write_config(tmp_path, num_sanity_val_steps=0)
-    with pytest.raises(SystemExit) as leaving:
-        main(["fit", "--config", f"{NAME}.yaml"])
-    assert leaving.value.code == 2
-    (*_, line) = capsys.readouterr().err.splitlines()
-    assert line.startswith(
-        "error: epoch=0-step=1.ckpt could not be written to runs/run/version_0/checkpoints: No space"
-    )
+    line = refused("fit", "--config", f"{NAME}.yaml")
+    assert line.startswith("epoch=0-step=1.ckpt could not be written to runs/run/version_0/checkpoints: No space")
     assert "There is no earlier checkpoint in it." in line
 
 
-def test_last_goes_on_from_the_newest_run_or_begins_one(tmp_path, monkeypatch, capsys):
+def test_last_goes_on_from_the_newest_run_or_begins_one(tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
     write_config(tmp_path, num_sanity_val_steps=0)
     for steps in ("2", "3"):
@@ -121,7 +116,6 @@ def test_last_goes_on_from_the_newest_run_or_begins_one(tmp_path, monkeypatch, c
     (written,) = Path(f"runs/{NAME}/version_1/checkpoints").iterdir()
     assert written.name == "epoch=0-step=3.ckpt"
     assert json.loads(Path(f"runs/{NAME}/version_1/summary.json").read_text())["samples"] == 3 * 16
-    with pytest.raises(SystemExit) as leaving:
-        main(["test", "--config", f"{NAME}.yaml", "--ckpt_path", "last", "--trainer.default_root_dir", "elsewhere"])
-    assert leaving.value.code == 2
-    assert "ckpt_path = 'last': there is no checkpoint under elsewhere/run." in capsys.readouterr().err
+    elsewhere = ("--ckpt_path", "last", "--trainer.default_root_dir", "elsewhere")
+    message = refused("test", "--config", f"{NAME}.yaml", *elsewhere)
+    assert "ckpt_path = 'last': there is no checkpoint under elsewhere/run." in message

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flops_lightning.callbacks import QueryAllocatorCallback
 from flops_lightning.cli.command import build
+from tests.digits import QUIET, TINY
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 METHODS = sorted(file.stem for file in (CONFIGS / "method").glob("*.yaml"))
@@ -21,15 +22,11 @@ FAILS_AT = 3
 
 SMALL = {
     "trainer": {
-        "max_epochs": 2, "limit_train_batches": 3, "limit_val_batches": 0, "logger": False, "log_every_n_steps": 1,
-        "enable_progress_bar": False, "enable_model_summary": False,
+        **QUIET, "max_epochs": 2, "limit_train_batches": 3, "limit_val_batches": 0, "log_every_n_steps": 1,
     },
     "model": {
         "init_args": {
-            "model_kwargs": {
-                "img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2,
-                "drop_path_rate": 0.5,
-            },
+            "model_kwargs": {**TINY, "depth": 2, "drop_path_rate": 0.5},
             "checkpoint": "",
             "strategy": {
                 "init_args": {

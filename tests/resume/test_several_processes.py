@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -10,11 +11,12 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from torch import Tensor
+from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
 
 from flops_lightning.callbacks import SaveOnSignal
+from tests.digits import quiet_trainer
 from tests.processes import torchrun_environments
-from tests.resume.runs import FORKS, SETTINGS, files, finish, outcome, start, wait_until, write_config
+from tests.resume.runs import FORKS, SETTINGS, files, finish, outcome, same, start, wait_until, write_config
 
 BACKPROP = {"class_path": "flops_lightning.strategies.Backprop"}
 
@@ -44,40 +46,35 @@ def stop(folder: Path, world_size: int, number: signal.Signals) -> None:
     assert torch.load(saved, weights_only=True)["global_step"] < 8
 
 
-def folders(tmp_path: Path, *, backprop: bool = False) -> tuple[Path, Path]:
-    _allocator, *others = SETTINGS["trainer"]["callbacks"]
-    for name in ("whole", "stopped"):
-        (tmp_path / name).mkdir()
-        if backprop:
-            write_config(tmp_path / name, model={"strategy": BACKPROP}, callbacks=others)
-        else:
-            write_config(tmp_path / name)
-    return tmp_path / "whole", tmp_path / "stopped"
-
-
 @pytest.mark.slow
-def test_a_signal_to_one_process_stops_all_and_the_run_goes_on_bit_for_bit(tmp_path):
-    whole, stopped = folders(tmp_path)
+def test_a_signal_to_one_process_stops_all_and_the_run_goes_on_bit_for_bit_or_in_one_process(tmp_path):
+    whole, stopped, alone = (tmp_path / name for name in ("whole", "stopped", "alone"))
+    for folder in (whole, stopped):
+        write_config(folder)
     run(whole, 2)
     stop(stopped, 2, signal.SIGTERM)
+    shutil.copytree(stopped, alone)
     run(stopped, 2, "--ckpt_path", "last")
-    (expected, summary_whole), (resumed, summary) = outcome(whole), outcome(stopped)
-    assert summary == summary_whole
-    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+    assert same(stopped, whole)
+    run(alone, 1, "--ckpt_path", "last")
+    (_, expected), (_, summary) = outcome(whole), outcome(alone)
+    assert [summary[name] for name in ("steps", "samples")] == [expected[name] for name in ("steps", "samples")]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
-def test_a_run_goes_on_with_another_number_of_processes_and_the_same_batches(tmp_path, before, after):
+def test_a_run_goes_on_with_another_number_of_processes_and_the_same_batches(tmp_path):
     # Backprop's gradient of a batch does not depend on who has computed which part of it.
-    whole, stopped = folders(tmp_path, backprop=True)
-    run(whole, 1)
-    stop(stopped, before, signal.SIGUSR1)
-    run(stopped, after, "--ckpt_path", "last")
-    (expected, summary_whole), (resumed, summary) = outcome(whole), outcome(stopped)
-    assert [summary[name] for name in ("steps", "samples")] == [summary_whole[name] for name in ("steps", "samples")]
-    for name, value in expected.items():
-        assert torch.allclose(resumed[name], value, atol=1e-5), name
+    _allocator, *others = SETTINGS["trainer"]["callbacks"]
+    for name in ("whole", "two then one", "one then two"):
+        write_config(tmp_path / name, model={"strategy": BACKPROP}, callbacks=others)
+    run(tmp_path / "whole", 1)
+    expected, summary_whole = outcome(tmp_path / "whole")
+    for name, before, after in (("two then one", 2, 1), ("one then two", 1, 2)):
+        stop(tmp_path / name, before, signal.SIGUSR1)
+        run(tmp_path / name, after, "--ckpt_path", "last")
+        resumed, summary = outcome(tmp_path / name)
+        assert all(summary[each] == summary_whole[each] for each in ("steps", "samples"))
+        torch.testing.assert_close(resumed, expected, rtol=0, atol=1e-5)
 
 
 def _validate_unevenly(folder: str, environment: dict[str, str]) -> None:
@@ -90,30 +87,12 @@ def _validate_unevenly(folder: str, environment: dict[str, str]) -> None:
             if rank == 1 and trainer.global_step == 4 and not trainer.sanity_checking:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    batches = torch.utils.data.TensorDataset(torch.randn(8, 4))
-    train = torch.utils.data.DataLoader(batches, batch_size=4)
-    val = torch.utils.data.DataLoader(batches, batch_size=2 if rank == 0 else 4)  # four batches and two
-    trainer = pl.Trainer(
-        accelerator="cpu", devices=2, strategy="ddp", use_distributed_sampler=False, logger=False, max_epochs=3,
-        enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
-        callbacks=[SaveOnSignal(), Interrupted()],
-    )  # fmt: skip
-    trainer.fit(BoringLine(), train, val)
-
-
-class BoringLine(pl.LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = torch.nn.Linear(4, 1)
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        return self.layer(batch[0]).sum()
-
-    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        self.layer(batch[0])
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
+    data = RandomDataset(32, 8)
+    train = torch.utils.data.DataLoader(data, batch_size=4)
+    val = torch.utils.data.DataLoader(data, batch_size=2 if rank == 0 else 4)  # four batches and two
+    several = {"devices": 2, "strategy": "ddp", "use_distributed_sampler": False, "default_root_dir": folder}
+    trainer = quiet_trainer(SaveOnSignal(), Interrupted(), max_epochs=3, enable_checkpointing=True, **several)
+    trainer.fit(BoringModel(), train, val)
 
 
 def test_processes_with_unequal_validation_batches_agree_on_a_signal_while_all_validate(tmp_path):
@@ -126,15 +105,3 @@ def test_processes_with_unequal_validation_batches_agree_on_a_signal_while_all_v
     assert [process.exitcode for process in processes] == [143, 143]
     (saved,) = tmp_path.rglob("last.ckpt")
     assert torch.load(saved, weights_only=True)["global_step"] == 4  # two epochs were validated unevenly before
-
-
-@pytest.mark.slow
-def test_queries_go_on_with_another_number_of_processes(tmp_path):
-    _, stopped = folders(tmp_path)
-    stop(stopped, 2, signal.SIGTERM)
-    run(stopped, 1, "--ckpt_path", "last")
-    _, summary = outcome(stopped)
-    trainer, data = SETTINGS["trainer"], SETTINGS["data"]["init_args"]
-    steps = trainer["max_epochs"] * trainer["limit_train_batches"]
-    assert summary["steps"] == steps
-    assert summary["samples"] == steps * data["batch_size"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
+from collections.abc import Callable
 
 import lightning.pytorch as pl
 import pytest
@@ -16,9 +18,10 @@ from flops_lightning.callbacks import QueryAllocatorCallback, SaveOnSignal
 from flops_lightning.datamodules import DigitsDataModule
 from flops_lightning.errors import SettingError
 from flops_lightning.resume.checkpoint_files import AtomicCheckpointIO
-from flops_lightning.strategies import LikelihoodRatio, SiteSpec
+from flops_lightning.strategies import LikelihoodRatio
 from flops_lightning.tasks import ForwardImageClassifier, OptimizerSettings
-from tests.resume.runs import files, finish, outcome, start, wait_until, write_config
+from tests.digits import classifier, quiet_trainer
+from tests.resume.runs import sites
 
 BATCHES, EPOCHS = 3, 2
 
@@ -36,29 +39,18 @@ class Send(pl.Callback):
 
 
 def task(accumulate: int = 1) -> ForwardImageClassifier:
-    pl.seed_everything(0, verbose=False)
-    sites = [
-        SiteSpec(name="lower", stages=["embed", "blocks.0"], queries_per_sample=4),
-        SiteSpec(name="upper", stages=["blocks.1", "head"], queries_per_sample=4),
-    ]
-    return ForwardImageClassifier(
-        model_name="vit_tiny_patch16_224",
-        model_kwargs={"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2},
-        num_classes=10,
-        strategy=LikelihoodRatio(sites=sites, token_sigma=True),
+    return classifier(
+        strategy=LikelihoodRatio(sites=sites(), seed=0, token_sigma=True),
         optimizer=OptimizerSettings(accumulate_grad_batches=accumulate, schedule="cosine"),
     )
 
 
 def trainer(folder: object, *callbacks: pl.Callback, **settings: object) -> pl.Trainer:
-    allocator = QueryAllocatorCallback(allocator=OptimalAllocator())
     # What saves comes first here: it must not run before the allocator has learned from the step.
-    return pl.Trainer(
-        accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
-        default_root_dir=folder, limit_train_batches=BATCHES, limit_val_batches=2, num_sanity_val_steps=0,
-        max_epochs=EPOCHS, callbacks=[ModelCheckpoint(), SaveOnSignal(), *callbacks, allocator],
-        plugins=[AtomicCheckpointIO()], **settings,
-    )  # fmt: skip
+    every = [ModelCheckpoint(), SaveOnSignal(), *callbacks, QueryAllocatorCallback(allocator=OptimalAllocator())]
+    limits = {"limit_train_batches": BATCHES, "limit_val_batches": 2, "num_sanity_val_steps": 0, "max_epochs": EPOCHS}
+    own = {"default_root_dir": folder, "enable_checkpointing": True, "plugins": [AtomicCheckpointIO()]}
+    return quiet_trainer(*every, **limits, **own, **settings)
 
 
 def weights(module: pl.LightningModule) -> Tensor:
@@ -66,11 +58,16 @@ def weights(module: pl.LightningModule) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory) -> tuple[Tensor, int]:
-    torch.set_num_threads(1)
-    whole = task()
-    trainer(tmp_path_factory.mktemp("whole")).fit(whole, DigitsDataModule(batch_size=8))
-    return weights(whole), whole.strategy.draw
+def uninterrupted(tmp_path_factory) -> Callable[[int], tuple[Tensor, int]]:
+    """Weights and draws at the end of a run whose steps have so many batches."""
+
+    @functools.cache
+    def run(accumulate: int) -> tuple[Tensor, int]:
+        whole = task(accumulate)
+        trainer(tmp_path_factory.mktemp("whole")).fit(whole, DigitsDataModule(batch_size=8))
+        return weights(whole), whole.strategy.draw
+
+    return run
 
 
 @pytest.mark.parametrize(
@@ -94,8 +91,9 @@ def test_a_signal_saves_at_the_end_of_the_step(tmp_path, uninterrupted, number, 
     assert saved["forward_gradient"]["strategy"]["draw"] == saved["global_step"]
     resumed = task()
     trainer(tmp_path).fit(resumed, DigitsDataModule(batch_size=8), ckpt_path="last")
-    assert (weights(resumed) == uninterrupted[0]).all()
-    assert resumed.strategy.draw == uninterrupted[1]
+    expected, draws = uninterrupted(1)
+    assert torch.equal(weights(resumed), expected)
+    assert resumed.strategy.draw == draws
     assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)] == before
 
 
@@ -114,14 +112,13 @@ class SaveAt(Checkpoint):
 @pytest.mark.parametrize(
     ("hook", "batch"), [("on_train_batch_end", 1), ("on_train_batch_end", 4), ("on_validation_end", 1)]
 )
-def test_a_gradient_that_waits_for_its_step_goes_on_waiting_after_a_resume(tmp_path, hook, batch):
-    whole, resumed, settings = task(accumulate=2), task(accumulate=2), {"val_check_interval": 1}
-    trainer(tmp_path / "whole", **settings).fit(whole, DigitsDataModule(batch_size=8))
+def test_a_gradient_that_waits_for_its_step_goes_on_waiting_after_a_resume(tmp_path, uninterrupted, hook, batch):
+    resumed, settings = task(accumulate=2), {"val_check_interval": 1}
     stopping = SaveAt(hook, batch, tmp_path / "c.ckpt")
     trainer(tmp_path / "a", stopping, **settings).fit(task(accumulate=2), DigitsDataModule(batch_size=8))
     assert torch.load(tmp_path / "c.ckpt", weights_only=True)["forward_gradient"]["gathered"]["batches"] == 1
     trainer(tmp_path / "b", **settings).fit(resumed, DigitsDataModule(batch_size=8), ckpt_path=tmp_path / "c.ckpt")
-    assert (weights(resumed) == weights(whole)).all()
+    assert torch.equal(weights(resumed), uninterrupted(2)[0])
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -160,24 +157,6 @@ def test_during_the_sanity_check_there_is_nothing_to_save(tmp_path):
         stopped.fit(task(), DigitsDataModule(batch_size=8))
     assert leaving.value.code == 143
     assert not list(tmp_path.rglob("*.ckpt"))
-
-
-@pytest.mark.slow
-def test_the_command_line_leaves_with_the_code_of_the_signal_and_goes_on_with_last(tmp_path):
-    for name in ("whole", "stopped"):
-        (tmp_path / name).mkdir()
-        write_config(tmp_path / name)
-    finish(start(tmp_path / "whole"), tmp_path / "whole")
-    process = start(tmp_path / "stopped")
-    assert wait_until(lambda: bool(files(tmp_path / "stopped", "*.ckpt")), process)
-    os.kill(process.pid, signal.SIGTERM)
-    process.join()
-    assert process.exitcode == 143
-    assert files(tmp_path / "stopped", "last.ckpt")
-    finish(start(tmp_path / "stopped", "--ckpt_path", "last"), tmp_path / "stopped")
-    (weights_whole, summary_whole), (resumed, summary) = outcome(tmp_path / "whole"), outcome(tmp_path / "stopped")
-    assert summary == summary_whole
-    assert all(torch.equal(weights_whole[name], resumed[name]) for name in weights_whole)
 
 
 def test_slurm_requeues_the_job_after_its_signal(tmp_path, monkeypatch):

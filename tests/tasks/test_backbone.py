@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from flops_lightning.errors import SettingError
 from flops_lightning.tasks import ForwardImageClassifier
-from tests.tasks.conftest import MODEL
+from tests.digits import MODEL
 
 KWARGS = MODEL["model_kwargs"]
 

@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from torchmetrics.functional.classification import multiclass_accuracy
 
 from flops_lightning.callbacks import RunSummary
-from flops_lightning.datamodules import DigitsDataModule
 from flops_lightning.tasks.evaluation import ClassMeanAccuracy, first_seen, metrics_of_test
 
 MISSING = 3
@@ -133,39 +132,20 @@ def test_every_image_counts_once_whatever_the_processes(images, processes, batch
     assert sorted(counted) == list(range(images))
 
 
-class TestTask:
-    @staticmethod
-    def expected(task: Any, digits: DigitsDataModule) -> dict[str, float]:
-        digits.setup("test")
-        task.eval()
-        with torch.no_grad():
-            pairs = [(task(images), labels) for images, labels in digits.test_dataloader()]
-        logits, labels = (torch.cat(parts) for parts in zip(*pairs, strict=True))
-        return reference(logits, labels)
-
-    def test_a_test_logs_them_and_a_second_one_the_same(self, make_task, make_trainer, digits):
-        task = make_task()
-        expected = self.expected(task, digits)
-        trainer = make_trainer()
-        (first,), (second,) = (trainer.test(task, digits, verbose=False) for _ in range(2))
-        assert first == pytest.approx(expected, **FLOAT32)
-        assert second == first
-
-    def test_a_test_that_was_broken_off_leaves_nothing(self, make_task, make_trainer, digits, monkeypatch):
-        task = make_task()
-        (whole,) = make_trainer().test(task, digits, verbose=False)
-        with monkeypatch.context() as broken:
-            broken.setattr(task, "on_test_batch_end", lambda *_: 1 / 0)
-            with pytest.raises(ZeroDivisionError):
-                make_trainer().test(task, digits, verbose=False)
-        assert make_trainer().test(task, digits, verbose=False) == [whole]
-
-    def test_the_tests_of_the_summary_count_for_themselves(self, make_task, make_trainer, digits, tmp_path):
-        task = make_task()
-        trainer = make_trainer(callbacks=[RunSummary(export_weights=False)])
-        trainer.fit(task, digits)
-        assert task.test_metrics["accuracy"].update_count == 0
-        (metrics,) = trainer.test(task, digits, verbose=False)
-        summary = json.loads((tmp_path / "summary.json").read_text())
-        assert summary["test_accuracy"] == pytest.approx(metrics["test/accuracy"])
-        assert metrics == pytest.approx(self.expected(task, digits), **FLOAT32)
+def test_a_test_logs_them_and_a_second_one_the_same_whatever_was_tested_before(
+    make_task, make_trainer, digits, tmp_path, monkeypatch
+):
+    task, trainer = make_task(), make_trainer(RunSummary(export_weights=False))
+    trainer.fit(task, digits)
+    assert task.test_metrics["accuracy"].update_count == 0  # the tests of the summary count for themselves
+    with monkeypatch.context() as broken:
+        broken.setattr(task, "on_test_batch_end", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            make_trainer().test(task, digits, verbose=False)
+    (first,), (second,) = (trainer.test(task, digits, verbose=False) for _ in range(2))
+    assert second == first
+    with torch.no_grad():
+        pairs = [(task.eval()(images), labels) for images, labels in digits.test_dataloader()]
+    logits, labels = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    assert first == pytest.approx(reference(logits, labels), **FLOAT32)
+    assert json.loads((tmp_path / "summary.json").read_text())["test_accuracy"] == pytest.approx(first["test/accuracy"])

@@ -13,7 +13,7 @@ from flops_lightning.callbacks import QueryAllocatorCallback
 from flops_lightning.errors import SettingError
 from flops_lightning.strategies import Backprop, MeZO, PilotSpec
 from flops_lightning.tasks import ForwardImageClassifier
-from tests.tasks.conftest import two_sites
+from tests.digits import two_sites
 
 
 def float16() -> dict[str, Any]:
@@ -50,7 +50,7 @@ def test_it_steps_as_in_float32(strategy, make_task, make_trainer, digits):
 def test_an_allocator_learns_from_float16(make_task, make_trainer, digits):
     task = make_task(strategy=two_sites(pilots=PilotSpec(queries=2, sites="head")))
     allocator = QueryAllocatorCallback(allocator=GaussianAllocator())
-    assert moves(task, make_trainer(callbacks=[allocator], **float16()), digits).norm() > 0
+    assert moves(task, make_trainer(allocator, **float16()), digits).norm() > 0
     assert task.strategy.meter.total().lost == 0
 
 

@@ -13,6 +13,7 @@ from flops_lightning.errors import SettingError
 from flops_lightning.optim.optimizers import OptimizerSettings
 from flops_lightning.strategies import Backprop
 from flops_lightning.tasks import ForwardImageClassifier
+from tests.digits import two_sites
 
 Make = Callable[..., Any]
 
@@ -50,8 +51,6 @@ def test_an_epoch_ends_with_a_step_and_the_schedule_counts_steps(make_task, make
 
 
 def test_steps_site_by_site_cannot_wait(make_task, make_trainer):
-    from tests.tasks.conftest import two_sites
-
     task = make_task(strategy=two_sites(update="site_by_site"), optimizer=OptimizerSettings(accumulate_grad_batches=2))
     with pytest.raises(SettingError, match=r"accumulate_grad_batches = 2: .*site_by_site"):
         make_trainer().fit(task, DataLoader(images(8), batch_size=4))

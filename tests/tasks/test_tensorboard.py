@@ -10,22 +10,25 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from flops_lightning.allocators import CostAwareAllocator, GaussianAllocator
 from flops_lightning.callbacks import QueryAllocatorCallback
+from flops_lightning.datamodules import DigitsDataModule
 from flops_lightning.strategies import PilotSpec
 from flops_lightning.tasks import OptimizerSettings
 from flops_lightning.tensorboard import CHARTS, run_card
 from tests.callbacks.test_allocation_monitor import events
-from tests.tasks.conftest import two_sites
+from tests.digits import classifier, quiet_trainer, two_sites
 
 
-@pytest.fixture
-def log(make_task: Any, make_trainer: Any, digits: Any, tmp_path: Any) -> Any:
-    task = make_task(
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: Any) -> Any:
+    folder = tmp_path_factory.mktemp("run")
+    task = classifier(
         strategy=two_sites(queries=8, pilots=PilotSpec(sites="head", queries=2)),
         optimizer=OptimizerSettings(lr=1e-3, schedule="cosine", layer_decay=0.5),
     )
-    callback = QueryAllocatorCallback(allocator=GaussianAllocator(min_queries=2))
-    make_trainer(logger=TensorBoardLogger(tmp_path), callbacks=[callback], log_every_n_steps=1).fit(task, digits)
-    return events(tmp_path)
+    callback, limits = QueryAllocatorCallback(allocator=GaussianAllocator(min_queries=2)), {"limit_train_batches": 3}
+    trainer = quiet_trainer(callback, logger=TensorBoardLogger(folder), log_every_n_steps=1, **limits)
+    trainer.fit(task, DigitsDataModule(batch_size=32))
+    return events(folder)
 
 
 def test_sites_have_their_names_and_few_cards_come_first(log):
@@ -67,7 +70,7 @@ def test_the_custom_scalars_page_has_the_four_charts(log):
 
 def test_other_loggers_get_curves_only(make_task, make_trainer, digits, tmp_path):
     callback = QueryAllocatorCallback(allocator=CostAwareAllocator())
-    make_trainer(logger=CSVLogger(tmp_path), callbacks=[callback], log_every_n_steps=1).fit(make_task(), digits)
+    make_trainer(callback, logger=CSVLogger(tmp_path), log_every_n_steps=1).fit(make_task(), digits)
     (file,) = tmp_path.rglob("metrics.csv")
     columns = set(file.read_text().splitlines()[0].split(","))
     assert {"train/lr", "allocation/J_over_J_own", "allocation_details/queries/body"} <= columns

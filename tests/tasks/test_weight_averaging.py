@@ -27,7 +27,7 @@ def test_the_run_ends_with_the_moving_average(make_task, make_trainer):
     pictures = torch.randn(20, 1, 8, 8, generator=torch.Generator().manual_seed(3))
     loader = DataLoader(TensorDataset(pictures, torch.arange(20) % 10), batch_size=4)
     average = EMAWeightAveraging(decay=DECAY, update_every_n_steps=1)
-    trainer = make_trainer(callbacks=[recorder, average], limit_train_batches=5, limit_val_batches=0)
+    trainer = make_trainer(recorder, average, limit_train_batches=5, limit_val_batches=0)
     trainer.fit(task, loader)
     expected = recorder.seen[0]
     for weights in recorder.seen[1:]:
