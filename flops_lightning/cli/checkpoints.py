@@ -42,7 +42,7 @@ def check_checkpoint(file: Path, *, resume: bool, trusted: bool) -> None:
         raise refusal(f"cannot be read ({type(error).__name__}).", f"Give an undamaged checkpoint; {remedy}") from error
     if not isinstance(content, dict) or not content.keys() >= set(_PARTS):
         names = ", ".join(map(repr, list(content)[:4])) if isinstance(content, dict) else ""
-        held = f"a dictionary with {names or 'nothing in it'}" if isinstance(content, dict) else type(content).__name__
+        held = f"a dictionary with {names}" if names else f"a {type(content).__name__}"
         raise refusal(f"holds {held}, but a checkpoint of a run has {_PARTS[0]!r} and {_PARTS[1]!r}.")
     if resume and "optimizer_states" not in content:
         raise refusal("holds the weights of a run without the optimiser's state, which `fit` needs to go on.")

@@ -265,6 +265,11 @@ class ForwardModule(pl.LightningModule, ABC):
         """Whether no accumulated gradient waits for its step."""
         return self._gradient.empty
 
+    def on_validation_model_zero_grad(self) -> None:
+        """Free the gradients before a validation, as Lightning does, but keep those that wait for their step."""
+        if self.between_steps:
+            super().on_validation_model_zero_grad()
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what a resumed run needs, see :func:`~flops_lightning.resume.restore.save_run`."""
         waiting = self._gradient.state_dict(self.strategy, self.network.trainable()) if self.strategy else {}
