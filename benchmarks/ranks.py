@@ -28,7 +28,7 @@ from benchmarks.cases import DIGITS, VIT_MICRO, VIT_TINY, Case
 from benchmarks.harness import CPU, Record, Spread, alternate, at_least, command, finish, positive, say
 from benchmarks.ranks_model import METHODS, Method, StepLoad, by_scaling, efficiency, parameters_of
 from flops_lightning.allocators.ranks import gather_observation, gather_statistics
-from flops_lightning.distributed import ProcessGroup, SingleProcess, reduce_gradients
+from flops_lightning.distributed import Communicator, ProcessGroup, reduce_gradients
 from flops_lightning.network.staging import stage_network
 from flops_lightning.noise.keys import standard_normal
 from flops_lightning.objectives import cross_entropy
@@ -89,7 +89,7 @@ def run_step(method: Method, strategy: LikelihoodRatio | SPSA, inputs: Tensor, t
         reduce_gradients(ranks, parameters_of(strategy), weight=len(inputs))
 
 
-def measure_rank(case: Case, method: Method, samples: int, group: TimedGroup | SingleProcess) -> Record:
+def measure_rank(case: Case, method: Method, samples: int, group: TimedGroup | Communicator) -> Record:
     """What this rank sees of a method: seconds of each round, bytes, passes, and its gradient."""
     torch.manual_seed(0)
     strategy = method.strategy(stage_network(case.build()), queries=case.queries, chunk_rows=case.chunk_rows)
@@ -137,7 +137,7 @@ def _rank(rank: int, case: Case, sizes: Sequence[int], ranks: int, folder: str) 
     if ranks > 1:
         place = f"file://{folder}/meeting"
         dist.init_process_group("gloo", init_method=place, rank=rank, world_size=ranks, timeout=timedelta(minutes=10))
-    group: Callable[[], TimedGroup | SingleProcess] = TimedGroup if ranks > 1 else SingleProcess
+    group: Callable[[], TimedGroup | Communicator] = TimedGroup if ranks > 1 else Communicator
     found = [measure_rank(case, method, samples, group()) for method in METHODS for samples in sizes]
     Path(folder, f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
     if ranks > 1:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,35 +17,21 @@ from torch import Tensor, nn
 BUCKET = 2**24  # numbers of one bucket: 64 MiB in float32, what reducing takes beside the gradients
 
 
-class Communicator(Protocol):
-    """The ranks of a run, as one of them sees it; ``sent`` counts its bytes in collective operations."""
-
-    rank: int
-    size: int
-    sent: int
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all ranks of a tensor of one shape, in place; the same bits on every rank."""
-
-    def gather(self, tensor: Tensor) -> list[Tensor]:
-        """The tensors, of one shape, of all ranks in their order."""
-
-
-class SingleProcess:
-    """A run with one rank."""
+class Communicator:
+    """The ranks of a run, as one of them sees it; here there is one. ``sent``: bytes in collective operations."""
 
     rank, size, sent = 0, 1, 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The tensor itself."""
+        """The sum over all ranks of a tensor of one shape, in place; the same bits on every rank."""
         return tensor
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
-        """The tensor alone."""
+        """The tensors, of one shape, of all ranks in their order."""
         return [tensor]
 
 
-class ProcessGroup:
+class ProcessGroup(Communicator):
     """The ranks of torch's default process group."""
 
     def __init__(self) -> None:
@@ -67,9 +53,9 @@ class ProcessGroup:
 
 
 def present_communicator() -> Communicator:
-    """The process group where there is one with several ranks, else the single process."""
+    """The process group where there is one with several ranks, else the only rank."""
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    return ProcessGroup() if several else SingleProcess()
+    return ProcessGroup() if several else Communicator()
 
 
 def gather_lines(communicator: Communicator, lines: Tensor) -> list[Tensor]:

@@ -24,29 +24,20 @@ def batch() -> tuple[Tensor, Tensor]:
     return torch.ones(4, 3, dtype=torch.float64), torch.zeros(4, 2, dtype=torch.float64)
 
 
-def test_totals():
-    meter = QueryMeter()
+def test_totals_and_a_restored_meter_goes_on_counting():
+    meter, restored = QueryMeter(), QueryMeter()
     meter.add("a", queries=5, pilots=2, lost=1, forward_equivalents=0.5)
     meter.add("b", queries=3, clean_passes=4)
+    state = meter.state_dict()
     meter.add("a", queries=1, forward_equivalents=0.25)
     assert meter.sites == {"a": SiteCount(6, 2, 1, 0, 0.75), "b": SiteCount(3, 0, 0, 4, 0.0)}
     assert meter.total() == SiteCount(9, 2, 1, 4, 0.75)
     assert QueryMeter().total() == SiteCount()
-
-
-def test_a_restored_meter_goes_on_counting():
-    meter = QueryMeter()
-    meter.add("a", queries=5, pilots=2)
-    state = meter.state_dict()
-    meter.add("a", queries=1)
-    restored = QueryMeter()
     restored.add("gone", queries=7)
     restored.load_state_dict(state)
     restored.add("a", queries=2)
-    assert restored.sites == {"a": SiteCount(7, 2)}
-    assert state == {"a": {"queries": 5, "pilots": 2, "lost": 0, "clean_passes": 0, "forward_equivalents": 0.0}}, (
-        "a state is a copy"
-    )
+    assert restored.sites == {"a": SiteCount(7, 2, 1, 0, 0.5), "b": SiteCount(3, 0, 0, 4, 0.0)}
+    assert state["a"] == {"queries": 5, "pilots": 2, "lost": 1, "clean_passes": 0, "forward_equivalents": 0.5}
 
 
 @pytest.mark.parametrize(

@@ -39,42 +39,30 @@ def test_logits_that_are_no_numbers_have_no_error():
     assert zero_one_error(torch.tensor([[-torch.inf, 1.0]]), torch.tensor([1])).tolist() == [0.0]
 
 
-def test_a_network_of_nan_loses_its_batch():
-    strategy, network, points, labels = problem(sigma=1.0)
-    with torch.no_grad():
-        network[0].weight.fill_(torch.nan)  # type: ignore[operator, union-attr]
-    with pytest.warns(RuntimeWarning, match="lost every query"):
-        estimate = strategy.estimate(strategy.clean_pass(points, labels))
-    assert estimate.lost_batch
-    assert network[0].bias.grad is None
-
-
-class TestDottedPaths:
-    def test_there_and_back(self):
-        assert dotted_path(zero_one_error) == "flops_lightning.objectives.zero_one_error"
-        assert find_objective(dotted_path(zero_one_error)) is zero_one_error
-
-    def test_what_cannot_be_found_again_says_so(self):
-        unnamed = (lambda logits, target: logits[:, 0], functools.partial(zero_one_error), nn.CrossEntropyLoss())
-        for objective in (*unnamed, unnamed[2].forward):
-            path = dotted_path(objective)
-            assert path.endswith("(...)")
-            with pytest.raises(SettingError, match=rf"'{re.escape(path)}': cannot be imported .*function itself"):
-                find_objective(path)
-
-    @pytest.mark.parametrize(
-        ("path", "message"),
-        [
-            ("flops_lightning.objectives.zero_won_error", "cannot be imported .*Write the dotted path of a function"),
-            ("no_such_package.loss", "cannot be imported"),
-            ("zero one", "cannot be imported"),
-            ("math.pi", "is not a function. Write the path of a function"),
-            ("torch.nn.CrossEntropyLoss", "is not a function"),
-        ],
-    )
-    def test_bad_paths_name_the_remedy(self, path, message):
-        with pytest.raises(SettingError, match=f"loss = '{path}': {message}"):
+def test_dotted_paths_lead_there_and_back():
+    assert dotted_path(zero_one_error) == "flops_lightning.objectives.zero_one_error"
+    assert find_objective(dotted_path(zero_one_error)) is zero_one_error
+    unnamed = (lambda logits, target: logits[:, 0], functools.partial(zero_one_error), nn.CrossEntropyLoss())
+    for objective in (*unnamed, unnamed[2].forward):
+        path = dotted_path(objective)
+        assert path.endswith("(...)")
+        with pytest.raises(SettingError, match=rf"'{re.escape(path)}': cannot be imported .*function itself"):
             find_objective(path)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("flops_lightning.objectives.zero_won_error", "cannot be imported .*Write the dotted path of a function"),
+        ("no_such_package.loss", "cannot be imported"),
+        ("zero one", "cannot be imported"),
+        ("math.pi", "is not a function. Write the path of a function"),
+        ("torch.nn.CrossEntropyLoss", "is not a function"),
+    ],
+)
+def test_bad_paths_name_the_remedy(path, message):
+    with pytest.raises(SettingError, match=f"loss = '{path}': {message}"):
+        find_objective(path)
 
 
 def problem(sigma: float) -> tuple[LikelihoodRatio, nn.Module, Tensor, Tensor]:

@@ -127,5 +127,6 @@ def test_a_cell_has_the_papers_settings_on_the_real_network(cell: str, roots: di
 def test_a_cell_runs_with_a_small_backbone(cell: str, roots: dict[str, Path], tmp_path: Path) -> None:
     size = {"pretrained": "false", "model_kwargs": "{patch_size: 56, embed_dim: 16, num_heads: 2}"}
     given = [f"--model.init_args.{name}={value}" for name, value in size.items()]
-    main(["fit", *arguments(cell, roots), *given, "--trainer.fast_dev_run=true", "--trainer.accelerator=cpu",
-          "--data.init_args.num_workers=0", f"--trainer.default_root_dir={tmp_path}"])  # fmt: skip
+    given += [f"--data.init_args.{name}={value}" for name, value in {"num_workers": 0, "batch_size": 8}.items()]
+    trial = ["--trainer.fast_dev_run=true", "--trainer.accelerator=cpu", f"--trainer.default_root_dir={tmp_path}"]
+    main(["fit", *arguments(cell, roots), *given, *trial])

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
 from flops_lightning.callbacks.tables import class_names, write_table
-from flops_lightning.distributed import present_communicator
+from flops_lightning.distributed import gather_plain, present_communicator
 from flops_lightning.errors import SettingError
 
 FILE_NAME = "predictions.csv"
@@ -73,7 +73,8 @@ class PredictionWriter(BasePredictionWriter):
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the file and say where it is."""
         names, files = class_names(trainer, self._classes), _files(trainer)
-        rows = sorted(_gather(self._rows))
+        shares = gather_plain(present_communicator(), self._rows, device=pl_module.device)
+        rows = sorted(row for share in shares for row in share)
         table = (
             # Nine digits are what it takes to read a float32 back as it was.
             (index, files[index] if files else "", label, names[label], f"{probability:.9g}")
@@ -104,12 +105,3 @@ def _files(trainer: Trainer) -> Sequence[str]:
     loaders = trainer.predict_dataloaders
     loader = loaders[0] if isinstance(loaders, (list, tuple)) else loaders
     return getattr(getattr(loader, "dataset", None), "files", None) or ()
-
-
-def _gather(rows: list[Row]) -> list[Row]:
-    """The rows of all processes."""
-    if present_communicator().size == 1:
-        return rows
-    shares: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(shares, rows)
-    return [row for share in shares for row in share]

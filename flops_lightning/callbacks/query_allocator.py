@@ -17,7 +17,7 @@ from flops_lightning.allocators.ranks import (
     with_fixed_totals,
 )
 from flops_lightning.callbacks.allocation_monitor import AllocationMonitor
-from flops_lightning.distributed import Communicator, SingleProcess, present_communicator
+from flops_lightning.distributed import Communicator, present_communicator
 from flops_lightning.errors import SettingError
 from flops_lightning.phases import phase
 from flops_lightning.protocol import (
@@ -101,7 +101,7 @@ class QueryAllocatorCallback(Callback):
         self.allocator, self.queries_per_sample, self.multiple = allocator, queries_per_sample, multiple
         self._monitor = AllocationMonitor() if log else None
         self._last: AllocatedBatch | None = None
-        self._ranks: Communicator = SingleProcess()
+        self._ranks: Communicator = Communicator()
 
     @property
     def state_key(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, get_args
@@ -172,13 +172,8 @@ def clip_gradients(named_parameters: Iterable[tuple[str, nn.Parameter]], setting
     """Clip in place and return the norm of the whole gradient before clipping."""
     named = [(name, p) for name, p in named_parameters if p.grad is not None]
     total = torch.nn.utils.get_total_norm([p.grad for _, p in named if p.grad is not None])
-    attention = [p for name, p in named if ".attn." in name] if settings.attention_norm else []
-    apart = {id(p) for p in attention}
-    _clip(attention, settings.attention_norm)
-    _clip([p for _, p in named if id(p) not in apart], settings.norm)
+    for apart, norm in ((True, settings.attention_norm), (False, settings.norm)):
+        part = [p for name, p in named if (".attn." in name and settings.attention_norm > 0) is apart]
+        if part and norm:
+            torch.nn.utils.clip_grad_norm_(part, norm)
     return total
-
-
-def _clip(parameters: Sequence[nn.Parameter], norm: float) -> None:
-    if parameters and norm:
-        torch.nn.utils.clip_grad_norm_(parameters, norm)

@@ -6,7 +6,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -113,9 +113,9 @@ def remove_abandoned(folder: Path) -> None:
                 partial.unlink()
 
 
-def newest_checkpoint(folders: list[Path]) -> Path | None:
-    """The checkpoint written last; broken links do not count."""
-    files = {file: file.stat().st_mtime_ns for folder in folders for file in folder.glob("*.ckpt") if file.is_file()}
+def newest_checkpoint(folders: Iterable[Path], *, counts: Callable[[Path], bool] = Path.is_file) -> Path | None:
+    """The checkpoint written last among the files that count; broken links do not."""
+    files = {file: file.stat().st_mtime_ns for folder in folders for file in folder.glob("*.ckpt") if counts(file)}
     return max(files, key=files.__getitem__, default=None)
 
 

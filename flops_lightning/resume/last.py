@@ -13,7 +13,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins.io import CheckpointIO
 
-from flops_lightning.resume.checkpoint_files import AtomicCheckpointIO
+from flops_lightning.resume.checkpoint_files import AtomicCheckpointIO, newest_checkpoint
 from flops_lightning.resume.signals import SaveOnSignal, slurm_job
 
 
@@ -53,9 +53,8 @@ def last_checkpoint(runs: Path | None, own: Sequence[Path]) -> Path | None:
     name = _job_name()
     for pattern in (f"{name}.*", "*") if name else ("*",):
         folders = [*own, *(runs.glob(f"{pattern}/checkpoints") if runs else ())]
-        files = {f: f.stat().st_mtime_ns for folder in folders for f in folder.glob("*.ckpt") if zipfile.is_zipfile(f)}
-        if files:
-            return max(files, key=files.__getitem__)
+        if newest := newest_checkpoint(folders, counts=zipfile.is_zipfile):
+            return newest
     return None
 
 

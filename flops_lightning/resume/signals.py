@@ -65,10 +65,6 @@ class SaveOnSignal(Checkpoint):
         self._process = 0
         self._validated, self._validated_by_all = 0, math.inf
 
-    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Install the handlers, after Lightning's."""
-        self._take(trainer)
-
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Correct the progress of a run that stopped at the end of an epoch, see :func:`settle_progress`."""
         if trainer.state.fn == TrainerFn.FITTING:
@@ -77,6 +73,8 @@ class SaveOnSignal(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Install the handlers, after Lightning's."""
         self._take(trainer)
+
+    on_sanity_check_start = on_train_start
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
         """Save and raise :class:`LeftOnSignal` if a signal has come."""
@@ -105,13 +103,15 @@ class SaveOnSignal(Checkpoint):
                 average.on_validation_epoch_end(trainer, pl_module)
             self._save_and_leave(trainer, received)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, *_: Any) -> None:
         """Restore the earlier handlers."""
-        self._give_back()
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._trainer, self._before = None, {}
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(self, *_: Any) -> None:
         """Restore the earlier handlers."""
-        self._give_back()
+        self.on_train_end()
 
     def _take(self, trainer: Trainer) -> None:
         if self._before or threading.current_thread() is not threading.main_thread():
@@ -120,11 +120,6 @@ class SaveOnSignal(Checkpoint):
         self._received = signal.SIGTERM if trainer.received_sigterm else None  # the moment before, by Lightning
         for number in {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, _requeue_signal(trainer) or signal.SIGUSR1}:
             self._before[number] = signal.signal(number, self._receive)
-
-    def _give_back(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        self._trainer, self._before = None, {}
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         received = signal.Signals(number)

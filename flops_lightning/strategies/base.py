@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from flops_lightning.distributed import Communicator, SingleProcess, gather_plain
+from flops_lightning.distributed import Communicator, gather_plain
 from flops_lightning.errors import SettingError
 from flops_lightning.meter import QueryMeter
 from flops_lightning.network.chunk_rows import ChunkRows, RowsSetting
@@ -84,7 +84,7 @@ class ForwardGradientStrategy(KeepsSettings, ABC):
     """
 
     network: StagedNetwork
-    communicator: Communicator = SingleProcess()
+    communicator: Communicator = Communicator()
     rank: int = 0
     exchange: Exchange = "gradients"
     sites: tuple[Site, ...] = ()

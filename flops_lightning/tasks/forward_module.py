@@ -34,8 +34,7 @@ from flops_lightning.resume.restore import restore_run, save_run, settings_of
 from flops_lightning.settings import read_settings
 from flops_lightning.strategies.base import Estimate, ForwardGradientStrategy
 from flops_lightning.tasks.mean_gradient import MeanGradient
-from flops_lightning.tasks.query_log import QueryLog
-from flops_lightning.tasks.step_state import StepState
+from flops_lightning.tasks.step import QueryLog, StepState
 from flops_lightning.tasks.trainer_setup import check_trainer, optimizer_steps, remove_reducer_and_scaler
 from flops_lightning.tensorboard import write_page
 

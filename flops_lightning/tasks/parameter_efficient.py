@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -129,27 +129,23 @@ def check_target_learns(backbone: nn.Module, kind: TargetKind, freeze: Sequence[
 
 def target_parameters(backbone: nn.Module, kind: TargetKind) -> list[str]:
     """Names of a target's parameters, trained or not; without the head, unless it is the target."""
+    norms = {  # torch and timm have many, without a common base
+        f"{name}.{leaf}"
+        for name, module in backbone.named_modules()
+        if "norm" in type(module).__name__.lower()
+        for leaf, _ in module.named_parameters(recurse=False)
+    }
+    belongs: dict[TargetKind, Callable[[str], bool]] = {
+        "all": bool,
+        "bias": lambda name: name.endswith((".bias", "_bias")),
+        "norm": norms.__contains__,
+        "lora": lambda name: ".lora_" in name,
+        "visual_prompt": PROMPT.__eq__,
+    }
     names = [name for name, _ in backbone.named_parameters()]
     if kind == "head":
         return [name for name in names if name.startswith(HEAD)]
-    if kind == "norm":
-        found = set(_norm_parameters(backbone))
-    elif kind == "all":
-        found = set(names)
-    else:
-        found = {name for name in names if _is_of(name, kind)}
-    return [name for name in names if name in found and not name.startswith(HEAD)]
-
-
-def _is_of(name: str, kind: TargetKind) -> bool:
-    leaf = name.rpartition(".")[2]
-    return {"bias": leaf == "bias" or leaf.endswith("_bias"), "lora": ".lora_" in name}.get(kind, name == PROMPT)
-
-
-def _norm_parameters(backbone: nn.Module) -> Iterator[str]:
-    for name, module in backbone.named_modules():
-        if "norm" in type(module).__name__.lower():  # torch and timm have many, without a common base
-            yield from (f"{name}.{leaf}" for leaf, _ in module.named_parameters(recurse=False))
+    return [name for name in names if belongs[kind](name) and not name.startswith(HEAD)]
 
 
 def _inject_lora(backbone: nn.Module, settings: TargetSettings) -> None:

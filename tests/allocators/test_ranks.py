@@ -15,7 +15,7 @@ from flops_lightning.allocators.ranks import (
     gather_statistics,
     with_fixed_totals,
 )  # fmt: skip
-from flops_lightning.distributed import SingleProcess
+from flops_lightning.distributed import Communicator
 
 
 class TenTimes:
@@ -76,7 +76,7 @@ def test_observations_of_all_ranks_stand_rank_by_rank() -> None:
 
 def test_a_rank_cuts_out_its_own_and_one_rank_keeps_what_it_has() -> None:
     statistics, table = SampleStatistics(loss=torch.ones(5)), torch.arange(10).view(2, 5)
-    gathered = gather_statistics(SingleProcess(), statistics)
+    gathered = gather_statistics(Communicator(), statistics)
     assert gathered.statistics is statistics
     assert torch.equal(gathered.own(table), table)
     for rank, part in enumerate((table[:, :2], table[:, 2:])):

@@ -15,7 +15,7 @@ from flops_lightning.allocators import EqualAllocator
 from flops_lightning.callbacks import QueryAllocatorCallback, RunSummary
 from flops_lightning.callbacks.run_summary import _share
 from flops_lightning.datamodules import DigitsDataModule
-from flops_lightning.distributed import SingleProcess
+from flops_lightning.distributed import Communicator
 from flops_lightning.strategies import Backprop, CoordinateFiniteDifferences, MeZO
 from tests.digits import MODEL, TINY, classifier
 
@@ -117,8 +117,8 @@ def test_ranks_share_the_test_images_and_each_reads_its_own(streamed):
         def __iter__(self) -> Iterator[int]:
             return iter(range(11))
 
-    def rank(number: int) -> SingleProcess:
-        ranks = SingleProcess()
+    def rank(number: int) -> Communicator:
+        ranks = Communicator()
         ranks.rank, ranks.size = number, 3
         return ranks
 

@@ -9,7 +9,7 @@ import torch
 from flops_lightning.allocators import BernoulliAllocator, EqualAllocator, OptimalAllocator, TraceSettings
 from flops_lightning.callbacks import QueryAllocatorCallback
 from flops_lightning.datamodules import DigitsDataModule
-from flops_lightning.distributed import SingleProcess
+from flops_lightning.distributed import Communicator
 from flops_lightning.errors import SettingError
 from flops_lightning.meter import QueryMeter, SiteCount
 from flops_lightning.resume.restore import share_meters
@@ -200,7 +200,7 @@ def test_an_unchanged_run_has_nothing_to_tell(resume, caplog):
     ("then", "now", "expected"), [(2, 2, [5, 7]), (2, 1, [12]), (2, 3, [12, 0, 0]), (1, 2, [5, 0])]
 )
 def test_ranks_go_on_counting_what_was_paid_and_no_query_counts_twice(then, now, expected):
-    class Ranks(SingleProcess):
+    class Ranks(Communicator):
         def __init__(self, rank: int) -> None:
             self.rank, self.size = rank, now
 

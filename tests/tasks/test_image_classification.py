@@ -23,7 +23,7 @@ from flops_lightning.allocators import (
     TraceSettings,
 )
 from flops_lightning.callbacks import QueryAllocatorCallback
-from flops_lightning.distributed import SingleProcess
+from flops_lightning.distributed import Communicator
 from flops_lightning.errors import LostQueriesError, SettingError
 from flops_lightning.objectives import zero_one_error
 from flops_lightning.strategies import Backprop, LikelihoodRatio, PilotSpec
@@ -316,7 +316,7 @@ def test_steps_alone_limit_a_run_that_accumulates(make_task, make_trainer, digit
 
 
 def test_processes_with_different_seeds_are_refused(make_task):
-    class Two(SingleProcess):
+    class Two(Communicator):
         size = 2
 
         def gather(self, tensor: Tensor) -> list[Tensor]:
