@@ -113,8 +113,7 @@ HOOKS = {
 }
 
 
-@pytest.mark.parametrize("estimate", [True, False])
-@pytest.mark.parametrize("by_steps", [True, False])
+@pytest.mark.parametrize(("by_steps", "estimate"), [(True, True), (False, True), (False, False)])
 @pytest.mark.parametrize("where", HOOKS)
 def test_wherever_a_run_was_stopped_it_goes_on_exactly(where, by_steps, estimate, tmp_path):
     hook, step = HOOKS[where]
