@@ -79,17 +79,7 @@ def test_prediction_reads_the_test_images_in_order():
     assert torch.equal(images, torch.cat([images for images, _ in data.test_dataloader()]))
 
 
-@pytest.mark.parametrize(
-    ("settings", "name"),
-    [
-        ({"rotation": math.nan}, "data.rotation"),
-        ({"rotation": math.inf}, "data.rotation"),
-        ({"split_seed": -1}, "data.split_seed"),
-    ],
-)
-def test_a_setting_out_of_range_is_named_with_its_remedy(settings, name):
-    with pytest.raises(SettingError) as caught:
-        DigitsDataModule(**settings)
-    assert caught.value.setting == name
-    assert str(caught.value).startswith(f"{name} = ")
-    assert caught.value.remedy.split()[0] in ("Give", "Use")
+@pytest.mark.parametrize(("name", "value"), [("rotation", math.nan), ("rotation", math.inf), ("split_seed", -1)])
+def test_a_setting_out_of_range_is_named_with_its_remedy(name, value):
+    with pytest.raises(SettingError, match=rf"^data\.{name} = {value}: is not .*\. (Give|Use) "):
+        DigitsDataModule(**{name: value})

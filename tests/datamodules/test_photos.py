@@ -157,15 +157,11 @@ def test_the_backbone_says_how_pixels_are_normalised(model_name, mean, std, root
 @pytest.mark.parametrize(
     ("name", "classes", "remedy"),
     [
-        ("caltech101", 101, "caltech101/101_ObjectCategories, or remove what is there"),
-        ("eurosat", 10, "eurosat/2750, or remove what is there"),
-        ("food101", 101, "food-101, or remove what is there"),
-        ("flowers102", 102, "flowers-102, or remove what is there"),
+        ("caltech101", 101, "caltech101/101_ObjectCategories"), ("eurosat", 10, "eurosat/2750"),
+        ("food101", 101, "food-101"), ("flowers102", 102, "flowers-102"),
     ],
-)
-def test_what_is_to_be_fetched_has_its_published_classes_and_needs_a_connection(
-    name, classes, remedy, tmp_path, monkeypatch
-):
+)  # fmt: skip
+def test_what_is_to_be_fetched_has_its_classes_and_needs_a_connection(name, classes, remedy, tmp_path, monkeypatch):
     def unreachable(*args, **kwargs):
         raise URLError("no connection")
 
@@ -176,9 +172,9 @@ def test_what_is_to_be_fetched_has_its_published_classes_and_needs_a_connection(
     with pytest.raises(SettingError) as caught:
         data.prepare_data()
     assert caught.value.setting == "data.download"
-    assert "no connection" in caught.value.problem
-    assert caught.value.remedy.startswith("Check the connection. Put")
-    assert remedy in caught.value.remedy
+    assert re.search(
+        rf"no connection.*Check the connection\. Put.*{remedy}, or remove what is there", str(caught.value)
+    )
 
 
 def test_imagenet_cannot_be_fetched(tmp_path):
