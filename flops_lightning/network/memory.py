@@ -1,4 +1,4 @@
-"""Memory: what a forward pass needs, what is free, and what this process holds."""
+"""Memory: what a forward pass needs and how many rows fit, what is free, and what this process holds."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import ctypes
 import gc
 import os
 import sys
+import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +19,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from flops_lightning.errors import SettingError
+from flops_lightning.network.staging import StagedNetwork
+
+RowsSetting = int | Literal["auto"]
+AUTO: Literal["auto"] = "auto"
+BEFORE_THE_FIRST_BATCH = 256
 MOST_ROWS = 1024
 """More rows in one forward pass fill no device better."""
 CPU_CACHE = 2**25
@@ -116,6 +125,64 @@ def fitting_rows(row_bytes: int, device: torch.device, *, free: int | None) -> i
     if device.type == "cpu":
         rows = min(rows, CPU_CACHE // row_bytes)
     return 2 ** max(1, rows.bit_length() - 1)
+
+
+class ChunkRows:
+    """The setting ``chunk_rows`` and its present value.
+
+    Attributes:
+        rows: Rows in one forward pass; with ``auto`` a guess until the first batch.
+    """
+
+    def __init__(self, setting: RowsSetting, *, least: int) -> None:
+        """Check the setting.
+
+        It is ``auto``, or a number of ``least`` or more.
+        """
+        if setting != AUTO and (not isinstance(setting, Integral) or setting < least):
+            raise SettingError(
+                "model.strategy.chunk_rows", setting, f"must be auto or a number, {least} or more.",
+                f"Write {least} or more, for example 256, or auto.",
+            )  # fmt: skip
+        self._auto = self._open = setting == AUTO
+        self.rows = BEFORE_THE_FIRST_BATCH if setting == AUTO else setting
+        self._resumed: int | None = None
+
+    @torch.no_grad()
+    def settle(self, network: StagedNetwork, inputs: Tensor) -> None:
+        """With ``auto``, at the first batch: choose by the memory of one row's inference and the free memory.
+
+        A resumed run keeps the rows of the run that it continues, as long as they fit: other rows would round its sums
+        in another order.
+        """
+        if not self._open or not len(inputs):
+            return
+        self._open = False
+        with network.evaluating():
+            # Two rows less one: the copies of the weights that autocast makes belong to no row.
+            one, two = (peak_bytes(partial(network.run, inputs[:1].repeat_interleave(n, dim=0))) for n in (1, 2))
+        row = max(1, two - one)
+        free = free_bytes(inputs.device)
+        self.rows = fitting_rows(row, inputs.device, free=free)
+        if self._resumed is None:
+            return
+        if free is None or rows_in(free, row) >= self._resumed:
+            self.rows = self._resumed
+        else:
+            warnings.warn(
+                f"model.strategy.chunk_rows: the resumed run had chunks of {self._resumed} rows, which do not fit in "
+                f"the free memory. It continues with {self.rows} and rounds sums in another order.", stacklevel=3,
+            )  # fmt: skip
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rows that were chosen; empty if the setting was a number."""
+        chosen = self._resumed if self._open else self.rows
+        return {"chunk_rows": chosen} if self._auto and chosen is not None else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        self._resumed = state.get("chunk_rows")
+        self._open = self._auto
 
 
 def held(field: Literal["VmRSS", "VmHWM"]) -> float | None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from flops_lightning.distributed import Communicator, gather_plain
 from flops_lightning.errors import SettingError
 from flops_lightning.meter import QueryMeter
-from flops_lightning.network.chunk_rows import ChunkRows, RowsSetting
+from flops_lightning.network.memory import ChunkRows, RowsSetting
 from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.protocol import QueryBudget, SampleStatistics, TraceObservation
 from flops_lightning.queries import CleanPass, LossFunction

@@ -28,7 +28,6 @@ from flops_lightning.distributed import gather_lines, mean_over_ranks
 from flops_lightning.errors import SettingError
 from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.noise.kinds import NoiseSpec, tokens_and_features
-from flops_lightning.protocol import TraceObservation
 from flops_lightning.queries import CleanPass, LossFunction
 from flops_lightning.settings import read_settings
 from flops_lightning.strategies.engine import SiteGradient
@@ -217,22 +216,6 @@ class LikelihoodRatio(QueryStrategy[OutputQueryResult]):
         """From the derivative of the loss in the network's output."""
         return self.engine.gradient(site, clean, output_gradient(self.loss, clean) / clean.batch_size)
 
-    def estimate_site(
-        self,
-        place: int,
-        clean: CleanPass,
-        counts: NDArray[np.int64],
-        pilot_weight: Tensor | None,
-        traces: TraceObservation | None,
-    ) -> SiteGradient:
-        """Layers that are perturbed together have no sums by sample, pilots or traces."""
-        if self.sites[place].together:
-            return self.engine.joint(self.sites[place], clean, counts)
-        return super().estimate_site(place, clean, counts, pilot_weight, traces)
-
-    def run_queries(self, site: Site, clean: CleanPass, counts: NDArray[np.int64]) -> None:
-        """Run ``(b,)`` queries of a site, to time them."""
-        if site.together:
-            self.engine.joint(site, clean, counts)
-        else:
-            super().run_queries(site, clean, counts)
+    def joint_gradient(self, site: Site, clean: CleanPass, counts: NDArray[np.int64]) -> SiteGradient:
+        """Each row brings its own inputs of the layers, which move with the noise below them."""
+        return self.engine.joint(site, clean, counts)

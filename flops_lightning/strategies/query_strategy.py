@@ -49,12 +49,18 @@ class QueryStrategy(SiteStrategy, Generic[Q]):
         """Gradient of one of :attr:`exact_sites` by parameter name."""
         raise TypeError(f"{site.name} spends queries in {type(self).__name__} ({clean.batch_size} samples).")
 
+    def joint_gradient(self, site: Site, clean: CleanPass, counts: NDArray[np.int64]) -> SiteGradient:
+        """Gradient of a site whose layers are perturbed together: it has no sums by sample, no pilots and no traces."""
+        del clean, counts
+        raise TypeError(f"{type(self).__name__} perturbs no layers together, as {site.name} wants.")
+
     def learn(self, site: Site, result: Q) -> None:
         """Learn from a step's own queries, for later steps."""
 
     def run_queries(self, site: Site, clean: CleanPass, counts: NDArray[np.int64]) -> None:
         """Run ``(b,)`` queries of a site, to time them."""
-        self.engine.query(site, clean, counts)
+        run = self.joint_gradient if site.together else self.engine.query
+        run(site, clean, counts)
 
     # -- the interface -------------------------------------------------------------------------------------------------
 
@@ -232,6 +238,8 @@ class QueryStrategy(SiteStrategy, Generic[Q]):
     ) -> SiteGradient:
         """Gradient of one site from its queries and the pilots that are reused; writes its traces to ``traces``."""
         site, engine = self.sites[place], self.engine
+        if site.together:
+            return self.joint_gradient(site, clean, counts)
         pilots = self._pilots_of(site, clean)
         first = self.pilots.queries if pilots else 0
         rest = engine.query(site, clean, counts, first_query=first, traces=traces is not None)

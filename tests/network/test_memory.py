@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from flops_lightning.errors import SettingError
-from flops_lightning.network import chunk_rows, memory
+from flops_lightning.network import memory
 from flops_lightning.network.memory import (
     BESIDE_INFERENCE,
     CPU_CACHE,
@@ -97,22 +97,22 @@ BATCH = (torch.ones(3, 6), torch.tensor([0, 1, 2]))
     ids=["likelihood ratio", "MeZO", "coordinates"],
 )
 def test_auto_is_chosen_at_the_first_batch_and_kept_by_a_resumed_run(make, monkeypatch):
-    monkeypatch.setattr(chunk_rows, "free_bytes", lambda device: 100_000)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 100_000)
     strategy = bound(make("auto"))
-    assert strategy.chunk_rows == chunk_rows.BEFORE_THE_FIRST_BATCH
+    assert strategy.chunk_rows == memory.BEFORE_THE_FIRST_BATCH
     strategy.clean_pass(*BATCH)
     row = peak_bytes(lambda: strategy.network.run(BATCH[0][:1].clone()))
     assert strategy.chunk_rows == fitting_rows(row, CPU, free=100_000) < memory.MOST_ROWS
 
     richer = bound(make("auto"))
     richer.load_state_dict(strategy.state_dict())
-    monkeypatch.setattr(chunk_rows, "free_bytes", lambda device: 10**9)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 10**9)
     richer.clean_pass(*BATCH)
     assert richer.chunk_rows == strategy.chunk_rows
 
     poorer = bound(make("auto"))
     poorer.load_state_dict(strategy.state_dict())
-    monkeypatch.setattr(chunk_rows, "free_bytes", lambda device: 10_000)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 10_000)
     with pytest.warns(UserWarning, match=r"strategy\.chunk_rows: the resumed run had chunks"):
         poorer.clean_pass(*BATCH)
     assert poorer.chunk_rows == fitting_rows(row, CPU, free=10_000) < strategy.chunk_rows
