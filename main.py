@@ -1,7 +1,5 @@
 """Run ``python main.py fit --config configs/vit_tiny_digits.yaml``; see ``python main.py --help``."""
 
-from __future__ import annotations
-
 import gc
 
 

@@ -1,7 +1,5 @@
 """``python -m benchmarks``: speed and memory of a training step beside the inference it is made of, as ratios."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace

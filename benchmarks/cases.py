@@ -1,7 +1,5 @@
 """What the benchmarks run: networks, their inputs, and the strategy at its sites."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial

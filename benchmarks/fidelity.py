@@ -7,8 +7,6 @@ forward-equivalent: for an unbiased estimate the squared norm of the gradient ov
 proportion to the queries, so that estimates of different cost compare.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 import warnings

@@ -1,7 +1,5 @@
 """What all benchmarks share: the command line, the timer, medians with their spread, records, and tables of them."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import math
@@ -38,7 +36,7 @@ class Spread:
     high: float
 
     @classmethod
-    def of(cls, values: Iterable[float], *, tails: float = 0.25) -> Spread:
+    def of(cls, values: Iterable[float], *, tails: float = 0.25) -> "Spread":
         """Of all values; ``tails=0`` gives the minimum and the maximum instead of the quartiles."""
         low, median, high = np.quantile(list(values), (tails, 0.5, 1 - tails))
         return cls(float(median), float(low), float(high))

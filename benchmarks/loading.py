@@ -5,8 +5,6 @@ how many workers a GPU needs whose step takes so many seconds. The files are in 
 untimed round: the disk is not in it.
 """
 
-from __future__ import annotations
-
 import os
 import statistics
 import time

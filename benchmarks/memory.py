@@ -4,8 +4,6 @@ Every contender runs in processes of its own. Counted is what the process holds 
 the network was built: weights, the batch, activations, directions and gradients; on a GPU what torch allocates.
 """
 
-from __future__ import annotations
-
 import argparse
 import gc
 import os

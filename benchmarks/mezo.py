@@ -3,8 +3,6 @@
 The step draws the directions, moves the weights, and draws the directions again for the gradient; no optimiser.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 

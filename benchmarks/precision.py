@@ -8,8 +8,6 @@ mean and the standard error over the seeds (each a batch and noise of its own):
   rounding, which takes its share at small sigma, and for curvature, which takes its own at large sigma.
 """
 
-from __future__ import annotations
-
 import statistics
 import sys
 import warnings

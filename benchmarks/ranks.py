@@ -4,8 +4,6 @@ Measured with processes of one thread, which meet in a gloo group on this machin
 several GPUs.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import tempfile

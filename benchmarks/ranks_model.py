@@ -7,8 +7,6 @@ one, the optimiser, the data, and copies within a device. The counts are exact; 
 that are put in.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

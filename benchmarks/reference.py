@@ -7,8 +7,6 @@ known; it is spared two costs that plain code may well have, clean losses for ea
 for each row instead of each sample.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -5,8 +5,6 @@ groups that noise enters at. The prediction is what the library itself counts: f
 FLOPs of a forward pass. All steps of a sweep take turns in one process; only ratios of their times are reported.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial

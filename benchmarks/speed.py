@@ -1,7 +1,5 @@
 """Time of a training step beside the inference it is made of, beside backprop, and beside plain reference steps."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass

@@ -6,8 +6,6 @@ network beside clean pass and pilots, the allocator's own search, what it learns
 with the queries (``accumulation``). ``rest`` is data, logging, the trainer, and what is too small to have a name.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import sys

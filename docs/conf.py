@@ -1,7 +1,5 @@
 """Sphinx: ``pip install -e ".[docs]" && sphinx-build -W docs site``."""
 
-from __future__ import annotations
-
 import flops_lightning
 
 project = "flops_lightning"

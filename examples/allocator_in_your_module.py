@@ -6,8 +6,6 @@ from this package. The lines between the two marks are all that QueryAllocatorCa
 The example shows the wiring; a problem as easy as this one is learned as well with equal queries.
 """
 
-from __future__ import annotations
-
 import lightning.pytorch as pl
 import torch
 from sklearn.datasets import load_digits

@@ -5,8 +5,6 @@ a random direction of signs, and the difference between the losses at both ends 
 1992). Every sample has the same number of queries; ``spsa_with_allocator.py`` is the same file with allocated queries.
 """
 
-from __future__ import annotations
-
 import lightning.pytorch as pl
 import torch
 from sklearn.datasets import load_digits

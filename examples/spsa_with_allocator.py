@@ -17,8 +17,6 @@ the gradient's variance is 0.34 to 0.37 of that with equal queries, where 0.33 t
 2). The clean losses cost one more forward pass of each sample.
 """
 
-from __future__ import annotations
-
 import lightning.pytorch as pl
 import torch
 from sklearn.datasets import load_digits

@@ -8,8 +8,6 @@ information, so the noise is wide.
 Measured over seeds 0 to 2: 94, 91 and 77 % test accuracy with ``sigma=2.0``, and 22, 72 and 36 % with ``sigma=0.05``.
 """
 
-from __future__ import annotations
-
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn

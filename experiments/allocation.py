@@ -13,8 +13,6 @@ of traces, and of the activation-space proxy with parameter space) and ``allocat
 from the last checkpoint measured when started again.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """How good an allocation is, by traces that it was not made from."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,7 +26,7 @@ class HeldOut:
     scale: Tensor  # (s,) factors to squared units of the parameters
 
     @classmethod
-    def of(cls, observation: TraceObservation, scale: Tensor) -> HeldOut:
+    def of(cls, observation: TraceObservation, scale: Tensor) -> "HeldOut":
         """From an observation; samples that lost their queries count as without variance."""
         seen = observation.on_cpu()
         freedom = (seen.queries / seen.unit - 1.0).clamp_min(0.0)

@@ -1,7 +1,5 @@
 """Command lines: that of a study, and those of the runs it starts."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import re

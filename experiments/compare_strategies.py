@@ -10,8 +10,6 @@ Everything runs as ``main.py fit`` in processes of their own. Finished runs are 
 ``strategies.csv``, ``cosines.csv`` and ``strategies.png``.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 from collections.abc import Mapping, Sequence

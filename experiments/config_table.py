@@ -4,8 +4,6 @@ The first sentence of the comment that a file opens with describes it. The cells
 ``--check`` writes nothing, and exits with code 1 if the page says anything else.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 import sys

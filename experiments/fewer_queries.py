@@ -9,8 +9,6 @@ forward-equivalents it took to a training loss and to a validation accuracy.
 Finished runs are not repeated. Writes ``fewer_queries.md`` and ``fewer_queries.csv``.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import statistics
@@ -58,7 +56,7 @@ class Curve:
     test_accuracy: float  # at the end
 
     @classmethod
-    def of(cls, cell: Cell) -> Curve:
+    def of(cls, cell: Cell) -> "Curve":
         """The curve of a finished run."""
         tags = ("train/loss", "queries/total", "queries/forward_equivalents")
         loss, queries, equivalents = ([event.value for event in cell.curve(tag)] for tag in tags)

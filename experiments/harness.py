@@ -1,7 +1,5 @@
 """Runs of a study as child processes: a finished run is not repeated, and no run outlives its study."""
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -94,7 +92,7 @@ class Cell:
         settings = [re.sub(rf"^{re.escape(str(self.study))}(?=/|$)", "STUDY", part) for part in self.arguments]
         return _note(self.study, self.folder / COMMAND, settings, self.name)
 
-    def run(self, children: Children, threads: int) -> None:
+    def run(self, children: "Children", threads: int) -> None:
         """Run it; raises :class:`RunFailedError` if it failed, :class:`StudyStopped` if a signal ended it."""
         children.check()
         if not self.resumes:

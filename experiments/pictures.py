@@ -1,7 +1,5 @@
 """Pictures of the studies, drawn from their tables; matplotlib is an extra."""
 
-from __future__ import annotations
-
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping

@@ -3,8 +3,6 @@
 Finished runs are not repeated. Writes ``quickstart.md`` and ``quickstart.csv``.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 from collections.abc import Mapping, Sequence

@@ -5,8 +5,6 @@ Right: of one batch of turned test digits, those that the Gaussian allocator giv
 the weights at the end of training.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 from collections.abc import Sequence

@@ -11,8 +11,6 @@ queries are equal.
 Interrupted, it continues when started again. Writes ``variance.csv``, ``accuracy.csv`` and ``sigma_and_head.md``.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import statistics

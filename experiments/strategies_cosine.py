@@ -7,8 +7,6 @@ all trained parameters, with the gradient by ``Backprop`` on the same batch and 
 Writes JSON: ``cosines``, one list per batch, one number per draw.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Sequence

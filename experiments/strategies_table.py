@@ -1,7 +1,5 @@
 """The comparison of strategies: how many steps a budget buys, and its tables; pure functions."""
 
-from __future__ import annotations
-
 import math
 import os
 import statistics

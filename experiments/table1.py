@@ -7,8 +7,6 @@ after ``--`` go to every run, as in ``-- --config configs/hardware/8xgpu.yaml``;
 ``--only cifar10:data.init_args.download=true``. Writes ``table1.md`` beside the paper's figures, and ``table1.csv``.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import sys

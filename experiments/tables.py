@@ -1,7 +1,5 @@
 """Tables of the studies, Markdown to read and CSV to go on with, and intervals (Student's t, two-sided, 95 %)."""
 
-from __future__ import annotations
-
 import csv
 import math
 import statistics

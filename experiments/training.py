@@ -1,7 +1,5 @@
 """The network of a configuration, trained with equal counts step by step, for studies that look on."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any

@@ -4,8 +4,6 @@ Names are imported when they are first used (``__init__.pyi`` lists them), so ``
 loads neither torch nor Lightning.
 """
 
-from __future__ import annotations
-
 import lazy_loader
 
 __version__ = "0.1.0"

@@ -4,8 +4,6 @@ A rank is a process that trains a replica of the network on its share of each ba
 samples of all ranks, so a rank's gradient, the mean over its own samples, counts by their number.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Sequence
 from typing import Any

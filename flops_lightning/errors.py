@@ -1,7 +1,5 @@
 """Errors that a user can act on: each names the setting, its value, what is wrong, and what to write instead."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +20,7 @@ class SettingError(ValueError):
         self.setting, self.value, self.problem, self.remedy = setting, value, problem, remedy
         super().__init__(f"{setting} = {value!r}: {problem} {remedy}")
 
-    def __reduce__(self) -> tuple[type[SettingError], tuple[str, object, str, str]]:
+    def __reduce__(self) -> tuple[type["SettingError"], tuple[str, object, str, str]]:
         """Rebuild from the four parts, so that the error crosses process boundaries."""
         return type(self), (self.setting, self.value, self.problem, self.remedy)
 
@@ -76,6 +74,6 @@ class CheckpointError(RuntimeError):
             f"choose another folder (trainer.default_root_dir){go_on}."
         )
 
-    def __reduce__(self) -> tuple[type[CheckpointError], tuple[Path, OSError, Path | None]]:
+    def __reduce__(self) -> tuple[type["CheckpointError"], tuple[Path, OSError, Path | None]]:
         """Rebuild from the three parts, so that the error crosses process boundaries."""
         return type(self), (self.path, self.cause, self.last_good)

@@ -1,7 +1,5 @@
 """What has been paid: clean passes, pilots, queries and forward-equivalents, per site and in total."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any

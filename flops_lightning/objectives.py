@@ -5,8 +5,6 @@ Forward learning needs no derivative of a loss; a piecewise constant one needs a
 its steps.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pkgutil import resolve_name

@@ -4,8 +4,6 @@
 as ``flops_lightning/noise``; :func:`timed_phases` adds up its seconds. Nobody asking, it costs microseconds.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

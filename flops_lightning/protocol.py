@@ -18,8 +18,6 @@ places); ``d`` features. A tensor ``(b,)`` has one entry per sample; ``(s, b)`` 
 top, with one entry per sample. Where both are allowed, ``(b,)`` holds at every site.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
@@ -117,13 +115,13 @@ class SampleStatistics:
         named = {name: getattr(self, name) for name in FIELDS if getattr(self, name) is not None}
         return named | {f"predictors.{name}": value for name, value in (self.predictors or {}).items()}
 
-    def with_tensors(self, tensors: Mapping[str, Tensor]) -> SampleStatistics:
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> "SampleStatistics":
         """A copy with other tensors, named as by :meth:`tensors`."""
         fields: dict[str, Any] = {name: value for name, value in tensors.items() if name in FIELDS}
         predictors = {name.removeprefix("predictors."): v for name, v in tensors.items() if name not in FIELDS}
         return replace(self, **fields, predictors=None if self.predictors is None else predictors)
 
-    def on_cpu(self) -> SampleStatistics:
+    def on_cpu(self) -> "SampleStatistics":
         """A detached copy in float64 on the CPU; takes one transfer from an accelerator."""
         tensors = {name: value.detach().to(self.loss.device) for name, value in self.tensors().items()}
         flat = torch.cat([value.flatten() for value in tensors.values()]).cpu().double()
@@ -163,13 +161,13 @@ class TraceObservation:
     queries: Tensor  # (s, b) surviving queries behind each
     unit: int = 1  # queries that are independent of others only as a group (2 in antithetic pairs)
 
-    def joined(self, other: TraceObservation) -> TraceObservation:
+    def joined(self, other: "TraceObservation") -> "TraceObservation":
         """All known traces of both; those of ``other`` where both have one."""
         newer = other.trace.isfinite()
         newest = (torch.where(newer, other.trace, self.trace), torch.where(newer, other.queries, self.queries))
         return TraceObservation(*newest, self.unit)
 
-    def on_cpu(self) -> TraceObservation:
+    def on_cpu(self) -> "TraceObservation":
         """A copy in float64 on the CPU; takes one transfer."""
         trace, queries = torch.stack([self.trace.detach(), self.queries.to(self.trace)]).cpu().double()
         return TraceObservation(trace, queries, self.unit)

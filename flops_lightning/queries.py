@@ -4,8 +4,6 @@ A row is one (sample, query) pair. Rows are packed sample by sample into chunks 
 so uneven allocation costs nothing and a suffix always sees the same shape.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 

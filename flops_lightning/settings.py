@@ -1,7 +1,5 @@
 """Objects that remember the settings they were made with, so that a checkpoint can say what it was trained with."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass

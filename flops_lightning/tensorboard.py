@@ -1,7 +1,5 @@
 """The first page of a run in TensorBoard: a card with its settings and budget, and the charts one looks at first."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

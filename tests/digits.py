@@ -1,7 +1,5 @@
 """A tiny classifier of the handwritten digits and a quiet trainer, for every test that trains one."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import lightning.pytorch as pl

@@ -4,8 +4,6 @@
 looks whether the table fits: every piece of source occurs once in its file, every test exists.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import re

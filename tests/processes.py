@@ -1,7 +1,5 @@
 """Several processes of one run, started with the environment that torchrun sets."""
 
-from __future__ import annotations
-
 import os
 import socket
 import subprocess

@@ -1,7 +1,5 @@
 """Every configuration runs, and the pages link to what exists."""
 
-from __future__ import annotations
-
 import inspect
 import json
 import re

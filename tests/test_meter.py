@@ -1,7 +1,5 @@
 """What is paid, against totals computed by hand."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor, nn

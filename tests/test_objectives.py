@@ -1,7 +1,5 @@
 """Losses by name, and learning from one without a derivative."""
 
-from __future__ import annotations
-
 import functools
 import math
 import re

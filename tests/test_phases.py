@@ -1,7 +1,5 @@
 """Phases add up what happens in them, each moment once, and appear under torch's profiler."""
 
-from __future__ import annotations
-
 import time
 
 import pytest

@@ -1,7 +1,5 @@
 """The query engine: rows and chunks, the clean pass, and estimates that depend on neither."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

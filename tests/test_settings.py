@@ -1,7 +1,5 @@
 """Settings that an object was made with, those of its base classes included."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

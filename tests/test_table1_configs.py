@@ -1,7 +1,5 @@
 """The fourteen cells of the paper's Table 1: what their files say, on the real networks, and that each runs."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

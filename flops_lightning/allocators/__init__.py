@@ -1,7 +1,5 @@
 """Allocators: how a fixed budget of queries is split over the samples of a batch."""
 
-from __future__ import annotations
-
 from flops_lightning.allocators.base import QueryAllocator
 from flops_lightning.allocators.bernoulli import BernoulliAllocator
 from flops_lightning.allocators.cost_aware import CostAwareAllocator

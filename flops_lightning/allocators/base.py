@@ -1,7 +1,5 @@
 """The base class of allocators."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """The Bernoulli allocator of FLOPS (Ren et al., ICLR 2025, sections 4.1 and 4.2)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any

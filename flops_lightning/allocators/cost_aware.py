@@ -1,7 +1,5 @@
 """Allocation over samples and sites at once, under a budget of compute instead of a number of queries."""
 
-from __future__ import annotations
-
 import heapq
 import math
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The same number of queries for every sample."""
 
-from __future__ import annotations
-
 import torch
 
 from flops_lightning.allocators.base import QueryAllocator

@@ -4,8 +4,6 @@ A variance estimated from ``n`` queries is gamma distributed. Least squares on i
 ``n``; the gamma likelihood estimates the mean without bias for any ``n``.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """The Gaussian allocator of FLOPS (Ren et al., ICLR 2025, sections 4.1 to 4.3)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass, replace
@@ -170,7 +168,7 @@ class GaussianParameters:
     gamma: float
 
     @classmethod
-    def initial(cls, queries_per_sample: float) -> GaussianParameters:
+    def initial(cls, queries_per_sample: float) -> "GaussianParameters":
         """The starting values of section 4.3, from the average number of queries ``Abar``."""
         return cls(queries_per_sample, queries_per_sample / 2, queries_per_sample / 5, 1.0)
 

@@ -10,8 +10,6 @@ scale of the draw irrelevant, so three coordinates, ``angle, ln(sigma), ln(gamma
     ``mu = Abar (cos(angle) + sin(angle) z)``,    ``Sigma = (Abar sigma)^2 C(gamma)``.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

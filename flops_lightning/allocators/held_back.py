@@ -5,8 +5,6 @@ The queries of a step are spent after its counts are chosen, so the traces they 
 from underestimates it, more so the noisier they are.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -5,8 +5,6 @@ queries, independent of each other and of the counts, the trace of the covarianc
 ``J(A) / B^2`` (FLOPS, Ren et al., ICLR 2025, Theorem 1 and eq. 9). Antithetic pairs count as one with twice the trace.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

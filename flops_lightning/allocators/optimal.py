@@ -1,7 +1,5 @@
 """Neyman allocation with estimated traces (FLOPS, Ren et al., ICLR 2025, appendix A.3)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

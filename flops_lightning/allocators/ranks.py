@@ -4,8 +4,6 @@ Allocators therefore need not exchange their state. Each rank's total is fixed t
 ranks wait for each other at every step, so the one with the most queries sets the pace.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 

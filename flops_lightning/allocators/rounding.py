@@ -1,7 +1,5 @@
 """From relative shares to queries: continuous (water-filling) and integer (largest remainder)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Bases of the allocators that use traces: what they share of settings, state and diagnostics."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, ClassVar
 

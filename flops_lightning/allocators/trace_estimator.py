@@ -6,8 +6,6 @@ each pilot estimate towards the prediction, ``(nu pred + n Tr) / (nu + n)``: the
 prediction in the same unit.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

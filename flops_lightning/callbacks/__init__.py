@@ -1,7 +1,5 @@
 """Lightning callbacks. All but the first are loaded when first used: some know a task, the others only protocols."""
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import TYPE_CHECKING
 

@@ -28,8 +28,6 @@ and, every tenth time, the images of the batch with the most and the fewest quer
 (``allocation/most_queries``, ``allocation/fewest_queries``), the brightness of each stretched to 0..1.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

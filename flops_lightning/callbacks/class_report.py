@@ -1,7 +1,5 @@
 """The accuracy of each class, as a table."""
 
-from __future__ import annotations
-
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 

@@ -1,7 +1,5 @@
 """What a classifier predicts for every image, as a table."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The callback that lets an allocator choose the queries of every training batch, for any LightningModule."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 from typing import Any, NamedTuple, cast

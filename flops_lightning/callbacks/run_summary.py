@@ -1,7 +1,5 @@
 """A run at a glance: test accuracy before and after, its cost, and where to look next."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Iterable

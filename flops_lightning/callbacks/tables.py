@@ -1,7 +1,5 @@
 """Tables that callbacks write into the folder of a run."""
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Iterable, Sequence
 from pathlib import Path

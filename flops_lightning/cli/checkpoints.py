@@ -1,7 +1,5 @@
 """Files given as ``ckpt_path`` that cannot serve are refused before anything is built."""
 
-from __future__ import annotations
-
 import warnings
 import zipfile
 from pathlib import Path

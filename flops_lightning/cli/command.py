@@ -4,8 +4,6 @@ The only place that knows arguments. A mistake ends in one short message on stde
 variable ``FLOPS_TRACEBACK=1`` to see where it was raised.
 """
 
-from __future__ import annotations
-
 import argparse
 import inspect
 import logging

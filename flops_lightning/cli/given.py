@@ -1,7 +1,5 @@
 """What the user gave on the command line and in files, and where in them a setting stands."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches

@@ -4,8 +4,6 @@ The parser reports a tree of all the alternatives it tried. Only its deepest lin
 unknown words is passed on as it is: a new wording in the parser costs polish and no information.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from difflib import get_close_matches

@@ -1,7 +1,5 @@
 """Data modules: one small file a data set, over a common base."""
 
-from __future__ import annotations
-
 from flops_lightning.datamodules.base import ImageDataModule
 from flops_lightning.datamodules.caltech101 import Caltech101DataModule
 from flops_lightning.datamodules.cifar import CIFAR10DataModule, CIFAR100DataModule

@@ -1,7 +1,5 @@
 """From an image to the tensor that a network reads; RandAugment of images, MixUp and CutMix of batches."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any

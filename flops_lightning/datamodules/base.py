@@ -1,7 +1,5 @@
 """What every image data module shares: checked loader settings, statistics, and the five loaders."""
 
-from __future__ import annotations
-
 import os
 import warnings
 from typing import ClassVar

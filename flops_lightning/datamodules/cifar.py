@@ -1,7 +1,5 @@
 """CIFAR-10 and CIFAR-100, from torchvision's archives or from class folders."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

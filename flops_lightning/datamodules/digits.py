@@ -1,7 +1,5 @@
 """Handwritten digits that come with scikit-learn: real data, nothing to download, seconds per epoch."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """EuroSAT (RGB) from torchvision's folder layout."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from flops_lightning.datamodules.photos import PhotoDataModule

@@ -1,7 +1,5 @@
 """Image files: lists of them with labels, the check that they are there, and reading one."""
 
-from __future__ import annotations
-
 import os
 import warnings
 from collections import Counter
@@ -40,7 +38,7 @@ class Listing:
     labels: Sequence[int] = ()
 
     @classmethod
-    def of(cls, pairs: Sequence[tuple[Any, int]]) -> Listing:
+    def of(cls, pairs: Sequence[tuple[Any, int]]) -> "Listing":
         """A listing of (path, label) pairs."""
         return cls([file for file, _ in pairs], [label for _, label in pairs])
 
@@ -49,7 +47,7 @@ class Listing:
         """Whether there are images, and all of them are files."""
         return len(self.files) > 0 and isinstance(self.files[0], str)
 
-    def at(self, places: Tensor) -> Listing:
+    def at(self, places: Tensor) -> "Listing":
         """The images at ``places (n,)``."""
         return Listing([self.files[i] for i in places.tolist()], [self.labels[i] for i in places.tolist()])
 
@@ -78,7 +76,7 @@ class ImageSubset(Dataset[tuple[Tensor, ...]]):
         return self._transform(read_photo(image) if isinstance(image, str) else fromarray(image)), self.labels[index]
 
 
-def read_photo(path: str | Path) -> Image:
+def read_photo(path: str | Path) -> "Image":
     """Read an image as RGB: grey is repeated in three channels, CMYK and palettes are converted, alpha is dropped.
 
     Of 16 bits a channel the upper 8 are kept. The orientation that a camera notes (EXIF) is not followed, as in
@@ -102,7 +100,7 @@ def read_photo(path: str | Path) -> Image:
         raise DamagedImageError(f"{path} cannot be read ({error}). Put the original in its place.") from error
 
 
-def _rgb(image: Image) -> Image:
+def _rgb(image: "Image") -> "Image":
     """Three channels of 8 bits."""
     sixteen_bits = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
     if image.mode in ("I", "F") and not sixteen_bits:

@@ -1,7 +1,5 @@
 """Flowers102 from torchvision's folder layout."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

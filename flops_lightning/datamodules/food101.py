@@ -1,7 +1,5 @@
 """Food101 from torchvision's folder layout."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from typing import Any

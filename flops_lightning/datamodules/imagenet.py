@@ -1,7 +1,5 @@
 """ImageNet (ILSVRC 2012) from class folders."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from pathlib import Path

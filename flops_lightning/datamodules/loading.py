@@ -1,7 +1,5 @@
 """Training batches that are a function of seed, epoch and batch number, for any number of processes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence, Sized
 from typing import Any, NamedTuple, cast
 

@@ -1,7 +1,5 @@
 """What data sets of stored images share: settings, a check of the folder before training, splits, transforms."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal

@@ -1,7 +1,5 @@
 """Where the images of a data set lie, which there are, and how to get them; no Lightning here."""
 
-from __future__ import annotations
-
 import tarfile
 import zipfile
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Which images train, validate and test: splits that keep every class's share, and small training sets."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Suffixes compiled by ``torch.compile``, for queries whose chunks have one static shape."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import shutil

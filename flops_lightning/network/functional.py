@@ -1,7 +1,5 @@
 """Stages as functions of their parameters, and derivatives along a direction in forward mode."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Memory: what a forward pass needs and how many rows fit, what is free, and what this process holds."""
 
-from __future__ import annotations
-
 import ctypes
 import gc
 import os

@@ -3,8 +3,6 @@
 Stages reference the modules of the network they were made from: nothing is copied and no ``state_dict`` key changes.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -89,7 +87,7 @@ class StagedNetwork:
     def __len__(self) -> int:
         return len(self.stages)
 
-    def with_all_tokens(self) -> StagedNetwork:
+    def with_all_tokens(self) -> "StagedNetwork":
         """The same network, where every stage computes all tokens of its output, whether they are read or not."""
         return StagedNetwork(self.module, tuple(replace(s, run=getattr(s.run, "whole", s.run)) for s in self.stages))
 

@@ -1,7 +1,5 @@
 """The stages of timm's ``VisionTransformer``."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial

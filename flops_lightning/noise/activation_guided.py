@@ -4,8 +4,6 @@ Directions drawn in that span miss nothing of the gradient and waste no query be
 the leading directions by power iteration; here every sample has a span of its own, whole unless capped).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

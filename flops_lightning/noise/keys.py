@@ -4,8 +4,6 @@ So an estimate is the same whatever the chunk size and however rows are packed, 
 instead of being kept.
 """
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Every kind has ``E z = 0`` and ``E z z^T = I``, so the likelihood-ratio estimate
 them, and every row is a function of its key alone (:mod:`flops_lightning.noise.keys`).
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Literal, get_args

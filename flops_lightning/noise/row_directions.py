@@ -7,8 +7,6 @@ Legend: ``r`` row, ``t`` token, ``i`` / ``o`` input / output feature, ``k`` one 
 ``i`` counts the weights of one output channel (input channels of one group x kernel).
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,3 +1,1 @@
 """Optimisers, their schedules, and the clipping of gradients."""
-
-from __future__ import annotations

@@ -1,7 +1,5 @@
 """Optimiser, learning-rate schedule and gradient clipping by plain settings, for manual optimisation."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

@@ -1,3 +1,1 @@
 """What a run would cost, said before it starts: ``python main.py plan``, the command in ``trainer``."""
-
-from __future__ import annotations

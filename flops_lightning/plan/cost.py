@@ -1,7 +1,5 @@
 """How long a run is and what a step (the training step of one batch) of it costs; pure functions."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -23,7 +21,7 @@ class Cost:
     seconds_once: float  # time of the first step
 
     @classmethod
-    def of(cls, curves: Mapping[str, Sequence[float]], samples: Sequence[float], **seconds: float) -> Cost:
+    def of(cls, curves: Mapping[str, Sequence[float]], samples: Sequence[float], **seconds: float) -> "Cost":
         """The cost behind ``curves`` of ``queries`` and ``forward_equivalents`` spent until the ends of some steps.
 
         The first of those is the end of the first step; ``samples`` were trained on since the moment before.
@@ -61,7 +59,7 @@ class Epoch:
     def of(
         cls, samples: int | None, batch_size: int, batches: float, *,
         processes: int = 1, drop_last: bool = False, limit: float = 1.0,
-    ) -> Epoch:  # fmt: skip
+    ) -> "Epoch":  # fmt: skip
         """The epoch of one of several processes.
 
         ``samples`` is the size of the training set, None where it has no length; ``batches`` are those of one process

@@ -1,7 +1,5 @@
 """A few real training steps by Lightning's own loop, on the run's task, data and allocator; nothing is kept."""
 
-from __future__ import annotations
-
 import logging
 import warnings
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """What a run would cost: samples, steps, queries, compute, time and memory, also with backprop, and as text."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass

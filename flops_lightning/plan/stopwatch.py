@@ -1,7 +1,5 @@
 """The callback that times steps and reads what they spend, in queries, compute and memory."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sized

@@ -1,7 +1,5 @@
 """Lightning's Trainer with the command ``plan``."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Checkpoints that are complete or absent: a full disk, a lost folder or a kill never costs the last good one."""
 
-from __future__ import annotations
-
 import os
 import socket
 import sys

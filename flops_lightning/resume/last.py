@@ -1,7 +1,5 @@
 """What the command line adds so that runs can be resumed: complete checkpoints, and ``--ckpt_path last``."""
 
-from __future__ import annotations
-
 import os
 import zipfile
 from collections.abc import Sequence

@@ -6,8 +6,6 @@ skips one. It also skips a validation that was pending or running when the check
 made.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 

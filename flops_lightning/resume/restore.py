@@ -4,8 +4,6 @@ Optimisers and schedules restore their own settings together with their state, a
 are therefore rewritten before Lightning reads them, so that the present settings apply.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 

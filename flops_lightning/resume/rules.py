@@ -31,8 +31,6 @@ all others                                  obeyed
 Checkpoints from before all settings were saved can only be compared on the task's settings.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple

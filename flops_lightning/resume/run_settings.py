@@ -1,7 +1,5 @@
 """The settings of a run by the names that a user writes, as plain values for its checkpoints."""
 
-from __future__ import annotations
-
 import inspect
 import os
 from collections.abc import Mapping

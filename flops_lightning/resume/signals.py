@@ -1,7 +1,5 @@
 """A signal to stop: finish the step, save, and end the process."""
 
-from __future__ import annotations
-
 import math
 import os
 import signal

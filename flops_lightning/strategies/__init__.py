@@ -1,7 +1,5 @@
 """Gradient strategies: one interface, one file for each estimator."""
 
-from __future__ import annotations
-
 from flops_lightning.noise.kinds import NoiseSpec
 from flops_lightning.strategies.backprop import Backprop
 from flops_lightning.strategies.base import Estimate, ForwardGradientStrategy

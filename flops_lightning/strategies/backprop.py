@@ -1,7 +1,5 @@
 """``Backprop``: the exact gradient, the upper bound of every forward-only estimate, behind the same interface."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

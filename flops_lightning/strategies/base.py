@@ -1,7 +1,5 @@
 """The interface of everything that can fill ``.grad``: forward-only estimators and backprop alike."""
 
-from __future__ import annotations
-
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence

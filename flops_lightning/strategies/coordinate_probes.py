@@ -1,7 +1,5 @@
 """Coordinates measured in a step, a random mask whose density differs from tensor to tensor, and their losses."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple

@@ -10,8 +10,6 @@ and every other coordinate gets zero. What lies below the stage that owns the co
 feature reuse).
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """What a query costs, in units of a full forward pass of one sample: counted in FLOPs, or measured on a clock."""
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence

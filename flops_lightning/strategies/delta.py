@@ -14,8 +14,6 @@ and in pairs its two-sided form (eq. 3, printed for ``z ~ N(0, sigma^2)``, where
 Every sample enters the batch's gradient with ``1 / (B A_b)``: neither the expanded rows nor the tokens are averaged.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 
@@ -85,7 +83,7 @@ class DeltaSums:
     @classmethod
     def empty(
         cls, batch_size: int, like: Tensor, *, variant: Variant, tokens: bool = False, slopes: bool = False
-    ) -> DeltaSums:
+    ) -> "DeltaSums":
         """Zeros for rows of noise shaped like those of ``like`` ``(r, ...)``."""
         sums = cls(like.new_zeros(batch_size, *like.shape[1:]), like.new_zeros(batch_size), like.new_zeros(batch_size))
         if variant == "leave_one_out":

@@ -1,7 +1,5 @@
 """What runs the queries of one site: the part of a strategy that knows where noise enters and what gradient follows."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar

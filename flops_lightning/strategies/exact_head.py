@@ -5,8 +5,6 @@ would estimate there is that of the loss function in the logits: nothing of the 
 parameters' gradient follows as from any estimate: ``(p - y) x^T`` at a linear layer, a local VJP at a block or group.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

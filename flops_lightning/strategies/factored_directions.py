@@ -8,8 +8,6 @@ all others get a dense direction a row.
 sample's gradient lies.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace

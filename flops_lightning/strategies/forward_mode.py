@@ -5,8 +5,6 @@ For a direction ``z`` with ``E z z^T = I`` the estimate is ``(dL_b . z) z``, unb
 stored activations; network and loss must be differentiable.
 """
 
-from __future__ import annotations
-
 import warnings
 from dataclasses import replace
 from typing import Any, ClassVar, cast

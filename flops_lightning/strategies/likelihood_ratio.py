@@ -14,8 +14,6 @@ Everything between a site and the loss runs forward only. ``linear`` sites use n
 differentiates the loss function in the logits.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -8,8 +8,6 @@ One scalar a step; with ``queries = n`` the mean over ``n / 2`` directions (n-SP
 :class:`SPSA` with shared noise on one site that is the whole network, without a clean pass and without an allocator.
 """
 
-from __future__ import annotations
-
 from typing import Any, get_args
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Noise in the parameters, no autograd anywhere: :class:`EvolutionStrategies` (FLOPS, eq. 2), :class:`SPSA` (eq. 3)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal, get_args

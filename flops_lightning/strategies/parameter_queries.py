@@ -4,8 +4,6 @@ Only the losses are kept. A direction is a pure function of its key, so it is ge
 ``sum_r c_r D_r``, once the coefficients ``c_r`` of all rows are known.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Run one chunk of queries: add noise at a site, run the suffix, return one loss per row."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Pilots: a few queries spent before the allocation, to estimate how noisy each sample's gradient is."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 

@@ -3,8 +3,6 @@
 The rule for sigma was measured, on two ViTs and on plain networks: ``docs/precision.md``.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Iterator, Sequence
@@ -34,12 +32,12 @@ class Resolution:
     steps: float
 
     @classmethod
-    def products(cls, name: str, eps: float) -> Resolution:
+    def products(cls, name: str, eps: float) -> "Resolution":
         """Only the operands of products are rounded: autocast, TF32."""
         return cls(name, eps, 2.0)
 
     @classmethod
-    def everything(cls, dtype: torch.dtype) -> Resolution:
+    def everything(cls, dtype: torch.dtype) -> "Resolution":
         """Every result is rounded, down to the loss."""
         return cls(str(dtype), torch.finfo(dtype).eps, 16.0)
 

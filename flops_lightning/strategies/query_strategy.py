@@ -3,8 +3,6 @@
 The strategy's engine (:class:`QueryEngine`) runs the queries of one site and computes the gradient from them.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial

@@ -3,8 +3,6 @@
 Legend as in :mod:`flops_lightning.noise.row_directions`.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Run all queries of one site in a step, in chunks, and sum them per sample."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial

@@ -1,7 +1,5 @@
 """Settings of sites as a user writes them, and the layout that the paper uses where none is written."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal

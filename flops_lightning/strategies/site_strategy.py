@@ -1,7 +1,5 @@
 """What strategies with sites share before any query: settings, binding to a network, budget, clean passes, state."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args

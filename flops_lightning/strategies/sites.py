@@ -4,8 +4,6 @@ Settings (:class:`SiteSpec`) are resolved against a staged network into sites (:
 must end up in exactly one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase

@@ -12,8 +12,6 @@ For independent ``z_b ~ N(0, I)`` the one vector ``g = sum_b J_b^T z_b`` has ``E
 (Hutchinson's estimator), which costs one local VJP.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 

@@ -8,8 +8,6 @@ gradient of the loss with respect to the output; all functions sum over rows and
 have the dtype of ``delta``, under autocast too: half precision would round them, and float16 overflows.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -1,7 +1,5 @@
 """Strategies that treat a batch as a whole: no counts by sample, so nothing to allocate, no pilots and one step."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from typing import ClassVar

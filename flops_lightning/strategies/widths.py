@@ -12,8 +12,6 @@ E (L_b(h + sigma z) - c) (||z||^2 - d)`` for any ``c`` that does not depend on `
 queries that estimate the gradient anyway.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -96,11 +94,11 @@ class RunningMean:
     mass: Tensor
 
     @classmethod
-    def empty(cls, like: Tensor) -> RunningMean:
+    def empty(cls, like: Tensor) -> "RunningMean":
         """The average before the first step, for tokens ``(t,)``."""
         return cls(torch.zeros_like(like), torch.zeros_like(like), like.new_zeros(()))
 
-    def updated(self, squares: Tensor) -> RunningMean:
+    def updated(self, squares: Tensor) -> "RunningMean":
         """The average after one more step.
 
         Args:

@@ -7,8 +7,6 @@ public code keeps the largest magnitudes ``|S|`` instead). DeepZero takes from G
 remains in each layer, and measures that fraction of the layer's weights, drawn at random.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """LightningModules that learn from forward passes."""
 
-from __future__ import annotations
-
 from flops_lightning.optim.optimizers import ClipSettings, OptimizerSettings
 from flops_lightning.tasks.forward_module import ForwardModule
 from flops_lightning.tasks.image_classification import ForwardImageClassifier

@@ -1,7 +1,5 @@
 """timm backbones: made by name, loaded from local files, frozen by pattern, exported as plain timm weights."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase

@@ -1,7 +1,5 @@
 """Metrics of a classifier; torchmetrics combines them across processes."""
 
-from __future__ import annotations
-
 from typing import Any, cast
 
 import torch

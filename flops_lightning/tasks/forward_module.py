@@ -1,7 +1,5 @@
 """What every task trained by a forward-gradient strategy shares: step, optimiser, logs and checkpoints."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from dataclasses import asdict
 from typing import Any, cast

@@ -1,7 +1,5 @@
 """Image classification with a timm backbone that learns from forward passes."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path

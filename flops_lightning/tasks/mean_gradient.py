@@ -1,7 +1,5 @@
 """The gradient of one optimiser step: the mean over the samples of several batches and of all ranks."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any

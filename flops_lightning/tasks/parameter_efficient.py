@@ -4,8 +4,6 @@ The variance of a forward-only estimate grows with the number of directions that
 it. What a target adds to a network (LoRA, prompts) folds into plain timm weights again: :func:`plain_weights`.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Sequence

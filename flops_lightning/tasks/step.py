@@ -1,7 +1,5 @@
 """The transient state of one training step, and the log of what steps have spent."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The trainer of a forward-only run: unsupported settings are refused, and its parts for ``backward`` removed."""
 
-from __future__ import annotations
-
 import math
 
 import lightning.pytorch as pl

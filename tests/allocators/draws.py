@@ -1,7 +1,5 @@
 """Random traces and estimates of them, in float64, by seed."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """What all allocators have in common: budgets are met, runs resume bit by bit, settings are checked."""
 
-from __future__ import annotations
-
 import io
 import itertools
 import math

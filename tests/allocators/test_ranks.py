@@ -1,7 +1,5 @@
 """What is fixed when the allocation of all ranks' samples is split over the ranks."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given

@@ -1,7 +1,5 @@
 """Fidelity, and what a sigma is worth in each precision."""
 
-from __future__ import annotations
-
 import math
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The photos are like photos, every image of a round is loaded, and the need is a ratio of rates."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from pathlib import Path

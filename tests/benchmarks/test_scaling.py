@@ -1,7 +1,5 @@
 """The count is the meter's, the networks are as stated, and ratios and exponents are what they say."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 

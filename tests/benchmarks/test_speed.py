@@ -1,7 +1,5 @@
 """The reference step is the same estimator, the yardsticks run the rows they claim, and ratios are what they say."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections import Counter

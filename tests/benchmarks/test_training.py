@@ -1,7 +1,5 @@
 """Steps of real training are split by phase, and the share of allocator and callback is what the clock says."""
 
-from __future__ import annotations
-
 from argparse import Namespace
 
 import pytest

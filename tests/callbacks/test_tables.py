@@ -1,7 +1,5 @@
 """The tables that ``ClassReport`` and ``PredictionWriter`` write into the folder of a run."""
 
-from __future__ import annotations
-
 import csv
 import os
 from pathlib import Path

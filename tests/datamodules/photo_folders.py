@@ -1,7 +1,5 @@
 """Tiny data sets in the layouts of the real ones; an image's colour shows its class and its number in the class."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Augmentation drawn by key, and mixed images with their targets."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

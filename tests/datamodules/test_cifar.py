@@ -1,7 +1,5 @@
 """CIFAR-10 and CIFAR-100 in both layouts."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

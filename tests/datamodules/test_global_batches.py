@@ -1,7 +1,5 @@
 """Training batches that do not depend on the number of processes."""
 
-from __future__ import annotations
-
 from itertools import chain
 from types import SimpleNamespace
 

@@ -1,7 +1,5 @@
 """What real folders hold beside good images: each a clear error, or tolerated as the documentation says."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import warnings

@@ -1,7 +1,5 @@
 """The data modules on subsets of the real data sets."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

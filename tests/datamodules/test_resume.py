@@ -1,7 +1,5 @@
 """A run that is stopped and resumed sees the batches of the uninterrupted one, wherever it was stopped."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

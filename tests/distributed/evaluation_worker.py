@@ -4,8 +4,6 @@
 ``FOLDER/IMAGES``, the tables and ``metrics-RANK.json``: what two tests in a row logged.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What the processes train, and the same ranks simulated one after the other in one process."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any

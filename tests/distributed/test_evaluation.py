@@ -1,7 +1,5 @@
 """What two processes test and predict together is what one does alone."""
 
-from __future__ import annotations
-
 import json
 from itertools import product
 

@@ -1,7 +1,5 @@
 """Several processes on the CPU give what the same ranks give one after the other in one process."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

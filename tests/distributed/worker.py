@@ -4,8 +4,6 @@
 bytes sent, steps, what was learned.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Results of runs that nobody made, and Markdown tables read back."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

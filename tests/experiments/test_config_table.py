@@ -1,7 +1,5 @@
 """The tables of docs/configs.md say what the configurations say."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

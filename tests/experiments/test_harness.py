@@ -1,7 +1,5 @@
 """The launcher of runs: what it repeats, refuses, and ends."""
 
-from __future__ import annotations
-
 import math
 import os
 import shlex

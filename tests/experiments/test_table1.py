@@ -1,7 +1,5 @@
 """The study of the paper's Table 1: its commands, what it repeats and what not, and its tables."""
 
-from __future__ import annotations
-
 import sys
 from itertools import product
 from pathlib import Path

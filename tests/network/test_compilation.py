@@ -1,7 +1,5 @@
 """Compiled suffixes compute what the plain ones do, in one compilation for all equal blocks; hooks stay out of them."""
 
-from __future__ import annotations
-
 import shutil
 
 import pytest

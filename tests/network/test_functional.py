@@ -1,7 +1,5 @@
 """Stages with other tensors in the place of their parameters."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

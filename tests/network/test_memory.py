@@ -1,7 +1,5 @@
 """Rows by memory: what a row takes is counted right, what is free is read right, and `auto` survives a resume."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

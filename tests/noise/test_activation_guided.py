@@ -1,7 +1,5 @@
 """The span of a layer's inputs: the gradient lies there. Directions in it are in ``test_row_directions.py``."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given

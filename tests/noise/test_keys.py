@@ -1,7 +1,5 @@
 """Keyed noise: the same for the same key, and independent in every part of the key."""
 
-from __future__ import annotations
-
 import itertools
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Kinds of noise: second moments, purity, structure, and what each does to the variance of a linear loss."""
 
-from __future__ import annotations
-
 import itertools
 import math
 

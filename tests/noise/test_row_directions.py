@@ -1,7 +1,5 @@
 """Row directions against a slow reference that builds every row's parameters and runs every row alone."""
 
-from __future__ import annotations
-
 import pytest
 import timm
 import torch

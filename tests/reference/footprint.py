@@ -1,7 +1,5 @@
 """All that an estimate must leave alone."""
 
-from __future__ import annotations
-
 import random
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Sites of every kind on the networks of the tests, and uneven counts for every variant."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -4,8 +4,6 @@ One sample and one query at a time, the whole network for each of them, losses k
 Only the noise itself is shared with the library: it is drawn from the same keys.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack

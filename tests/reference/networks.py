@@ -1,7 +1,5 @@
 """Small float64 networks, their losses, and where noise enters them, for the tests."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any

@@ -4,8 +4,6 @@ One sample and one query at a time, the whole network for each of them, with a w
 direction is a full matrix. Only the normal numbers are shared with the library: they are drawn from the same keys.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

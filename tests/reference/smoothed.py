@@ -4,8 +4,6 @@ With noise of width sigma at its places a network has the smoothed loss ``(1/B) 
 parameters is the expectation of the likelihood-ratio estimate, at any sigma.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Runs of the real command line on digits in processes of their own, to be killed and gone on with."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import json

@@ -1,7 +1,5 @@
 """Killed again and again, also while it writes, a run ends with the weights of the one that was left alone."""
 
-from __future__ import annotations
-
 import os
 import random
 import signal

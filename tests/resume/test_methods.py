@@ -1,7 +1,5 @@
 """Every method, left in the middle of an epoch by an exception and gone on with, ends with the same bits."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import lightning.pytorch as pl

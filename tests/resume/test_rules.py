@@ -1,7 +1,5 @@
 """What is given beside ``ckpt_path`` is obeyed or refused: each line of the table in ``resume.rules``."""
 
-from __future__ import annotations
-
 import lightning.pytorch as pl
 import pytest
 import torch

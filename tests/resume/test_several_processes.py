@@ -1,7 +1,5 @@
 """A run of several processes that is stopped goes on; with another number of processes too."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

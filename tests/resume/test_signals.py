@@ -1,7 +1,5 @@
 """A signal to stop, wherever in a step it comes, leaves a checkpoint of that step's end behind."""
 
-from __future__ import annotations
-
 import functools
 import os
 import signal

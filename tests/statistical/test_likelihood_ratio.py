@@ -3,8 +3,6 @@
 ``reference/smoothed.py`` holds the check. It needs a standard error of at most 2 %, so a bias of 8 % cannot pass.
 """
 
-from __future__ import annotations
-
 from functools import cache
 from typing import Any
 

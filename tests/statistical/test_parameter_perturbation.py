@@ -9,8 +9,6 @@ The light tier, with standard errors of 3 to 7 %, sees a fault that changes the 
 heavy one, with 2 % at most, one of 8 %.
 """
 
-from __future__ import annotations
-
 from functools import cache
 from typing import Any, NamedTuple
 

@@ -7,8 +7,6 @@ not be in that allocator's family.) Both assume counts that do not depend on the
 the counts may be used again only with a weight that was fixed before.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from itertools import combinations
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """The fast path equals a slow, obvious implementation: equality in float64, not statistics."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

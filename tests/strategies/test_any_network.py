@@ -1,7 +1,5 @@
 """The slow references again, on networks, sites and counts that nobody thought of, and on stages of unusual kinds."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable

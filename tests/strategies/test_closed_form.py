@@ -1,7 +1,5 @@
 """Closed forms against autograd, over shapes (no row and one row included)."""
 
-from __future__ import annotations
-
 import pytest
 import timm
 import torch

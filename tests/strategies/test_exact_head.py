@@ -1,7 +1,5 @@
 """The exact head: autograd's gradient of the head's parameters, for no query, and out of the allocators' sight."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import lightning.pytorch as pl

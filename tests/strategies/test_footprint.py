@@ -1,7 +1,5 @@
 """What an estimate leaves alone: parameters bit by bit and in their place, hooks, modes, generators, the batch."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 from typing import Any

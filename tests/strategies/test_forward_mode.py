@@ -3,8 +3,6 @@
 Directions in the weights are compared with the slow reference in ``test_parameter_perturbation.py``.
 """
 
-from __future__ import annotations
-
 import warnings
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The derivative of the smoothed loss in log sigma, against closed forms, and the steps that follow from it."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What an estimate must leave alone, how it adds up, and which settings are refused."""
 
-from __future__ import annotations
-
 import copy
 import gc
 import warnings

@@ -1,7 +1,5 @@
 """Queries with a non-finite loss: dropped with their partners, counted, and the rest divides by what survived."""
 
-from __future__ import annotations
-
 import math
 import warnings
 

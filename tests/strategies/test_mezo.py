@@ -1,7 +1,5 @@
 """MeZO against the slow reference and against SPSA, what a step costs, what it leaves alone, and refusals."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from typing import Any

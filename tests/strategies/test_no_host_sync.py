@@ -1,7 +1,5 @@
 """Queries never wait for a number of the device: inside the loop over chunks no tensor becomes a Python number."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any, get_args
 

@@ -1,7 +1,5 @@
 """Noise that is drawn again after the suffix, instead of being kept through it, gives the same estimate bit for bit."""
 
-from __future__ import annotations
-
 import gc
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Kinds of noise at sites of every kind: what each estimates, exactly and on average, and where it is refused."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

@@ -3,8 +3,6 @@
 What they share with the likelihood ratio is tested there; whether the estimates are unbiased is in ``statistical/``.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from typing import Any

@@ -1,7 +1,5 @@
 """Pilots: their traces, the weights with which they enter each sample's gradient, and what is refused."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

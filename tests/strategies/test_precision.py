@@ -1,7 +1,5 @@
 """Half precision rounds the forward passes and nothing else, and a sigma that it does not resolve is named."""
 
-from __future__ import annotations
-
 import re
 import warnings
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """What a strategy tells an allocator: what was asked for, and nothing beyond."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

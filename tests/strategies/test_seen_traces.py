@@ -1,7 +1,5 @@
 """Traces that an estimate's own queries show, against the sample variance of gradients built one by one."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

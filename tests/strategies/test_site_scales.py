@@ -1,7 +1,5 @@
 """Scales of sites against Jacobians built whole, and when they are estimated anew."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Mapping
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Settings of sites: what they resolve to, and what is refused."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

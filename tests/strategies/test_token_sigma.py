@@ -1,7 +1,5 @@
 """Relative widths of tokens: how they are learned, what they save, and that they bias nothing."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

@@ -1,7 +1,5 @@
 """Numbers of the clean pass that predict traces, against autograd through the whole network, one sample at a time."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections import OrderedDict

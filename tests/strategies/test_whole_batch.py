@@ -1,7 +1,5 @@
 """What Backprop, MeZO and CoordinateFiniteDifferences have in common: nothing to allocate, one update, a lost batch."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import math

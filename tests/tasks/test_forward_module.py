@@ -1,7 +1,5 @@
 """What every task shares, on a task that knows no images."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import torch

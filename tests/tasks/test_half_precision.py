@@ -1,7 +1,5 @@
 """Training under ``16-mixed``; Lightning turns the word into ``bf16-mixed`` on a CPU, its plugin does not."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Several batches that make one step."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What each target trains, and that what it adds folds into plain timm weights."""
 
-from __future__ import annotations
-
 import importlib.util
 import re
 import sys

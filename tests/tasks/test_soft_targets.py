@@ -1,7 +1,5 @@
 """Targets that are probabilities: losses, gradients, trace predictors and accuracy against what is written by hand."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor, nn

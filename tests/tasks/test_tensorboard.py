@@ -1,7 +1,5 @@
 """What a run writes to TensorBoard, read from its event file."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

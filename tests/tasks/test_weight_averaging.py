@@ -1,7 +1,5 @@
 """Lightning's own moving average of the weights serves forward-only training as it is."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import lightning.pytorch as pl
