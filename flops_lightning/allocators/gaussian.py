@@ -8,16 +8,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from flops_lightning.allocators import gaussian_search
 from flops_lightning.allocators.base import one_thread
-from flops_lightning.allocators.gaussian_search import (
-    AllocationProblem,
-    Covariance,
-    Optimum,
-    descend,
-    embedding_distance,
-    make_draws,
-    search,
-)
+from flops_lightning.allocators.gaussian_search import AllocationProblem, Covariance, Optimum, make_draws
 from flops_lightning.allocators.rounding import next_multiple, round_at_sites
 from flops_lightning.allocators.trace_allocator import SearchAllocator, count_diagnostics
 from flops_lightning.errors import SettingError, check_choice
@@ -133,7 +126,7 @@ class GaussianAllocator(SearchAllocator):
         if spread < CONSTANT_FEATURE:  # equal or saturated losses: there is no slope to learn, and none is remembered
             return torch.ones_like(feature), None
         embedding = statistics.embedding
-        distance = None if embedding is None else embedding_distance(embedding[usable], self.covariance)
+        distance = None if embedding is None else gaussian_search.embedding_distance(embedding[usable], self.covariance)
         total, floor = queries * len(usable) - least * int((~usable).sum()), max(least, budget.multiple)
         project = self.covariance == "cosine_similarity"
         problem = AllocationProblem((feature - centre) / spread, trace, distance, project, total, floor)
@@ -141,10 +134,10 @@ class GaussianAllocator(SearchAllocator):
         initial = GaussianParameters.initial(queries)
         last = self.parameters or initial
         if self.gradient == "exact":
-            optimum = search(problem, math.log(last.gamma))
+            optimum = gaussian_search.search(problem, math.log(last.gamma))
         else:
             starts = [to_coordinates(each, centre, spread) for each in dict.fromkeys((last, initial))]
-            optimum = descend(
+            optimum = gaussian_search.descend(
                 problem, starts, gradient=self.gradient, draws=self.draws, max_iterations=self.max_iterations,
                 generator=generator,
             )  # fmt: skip

@@ -7,13 +7,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from flops_lightning.allocators import QueryAllocator
-from flops_lightning.allocators.ranks import (
-    GatheredStatistics,
-    gather_observation,
-    gather_statistics,
-    with_fixed_totals,
-)
+from flops_lightning.allocators import QueryAllocator, ranks
+from flops_lightning.allocators.ranks import GatheredStatistics
 from flops_lightning.callbacks.allocation_monitor import AllocationMonitor
 from flops_lightning.distributed import Communicator, present_communicator
 from flops_lightning.errors import SettingError
@@ -153,10 +148,10 @@ class QueryAllocatorCallback(Callback):
         self.allocator.check(statistics)
         if "embedding" not in self.allocator.requests:
             statistics = replace(statistics, embedding=None)  # by far the largest part of what ranks would exchange
-        gathered = gather_statistics(self._ranks, statistics)
+        gathered = ranks.gather_statistics(self._ranks, statistics)
         budget = resolve_budget(statistics.budget, queries_per_sample=self.queries_per_sample, multiple=self.multiple)
         allocation = self.allocator.allocate(gathered.statistics, budget)
-        allocation = with_fixed_totals(allocation, gathered.sizes, multiple=budget.multiple)
+        allocation = ranks.with_fixed_totals(allocation, gathered.sizes, multiple=budget.multiple)
         module.set_query_counts(gathered.own(allocation.counts))
         if allocation.pilot_weight is not None:
             if not isinstance(pl_module, SupportsPilotWeights):
@@ -180,7 +175,7 @@ class QueryAllocatorCallback(Callback):
         last, self._last = self._last, None
         observation = pl_module.trace_observation() if isinstance(pl_module, SupportsTraceFeedback) else None
         if observation is not None:
-            observation = gather_observation(self._ranks, observation)
+            observation = ranks.gather_observation(self._ranks, observation)
             self.allocator.observe(observation)
         # Counted over epochs, as the loggers count.
         every: int = cast("Any", trainer).log_every_n_steps

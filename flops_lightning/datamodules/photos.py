@@ -6,27 +6,12 @@ from typing import Any, ClassVar, Literal
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from flops_lightning.datamodules.augmentation import (
-    BACKBONE,
-    NORMALIZATIONS,
-    Statistics,
-    backbone_statistics,
-    image_transform,
-    resize,
-)
+from flops_lightning.datamodules import augmentation, splits
+from flops_lightning.datamodules.augmentation import BACKBONE, NORMALIZATIONS, Statistics, image_transform
 from flops_lightning.datamodules.base import ImageDataModule
 from flops_lightning.datamodules.files import PARTS, ImageSubset, Listing, Part, present, read_some
 from flops_lightning.datamodules.sources import ImageSource
-from flops_lightning.datamodules.splits import (
-    TEST_SHARE,
-    VAL_SHARE,
-    check_shares,
-    check_split_seed,
-    choose_per_class,
-    read_split_file,
-    split_by_numbers,
-    split_by_shares,
-)
+from flops_lightning.datamodules.splits import TEST_SHARE, VAL_SHARE
 from flops_lightning.errors import SettingError, check_at_least, check_choice
 
 NEEDED: dict[str, tuple[Part, str]] = {
@@ -87,8 +72,8 @@ class PhotoDataModule(ImageDataModule):
         numbers = {"images_per_class": images_per_class, "val_images": val_images, "test_images": test_images}
         for name, number in numbers.items():
             check_at_least(f"data.{name}", number, 0, "Give a number of images, or 0.")
-        check_shares(val_share, test_share)
-        check_split_seed(split_seed)
+        splits.check_shares(val_share, test_share)
+        splits.check_split_seed(split_seed)
         check_choice("data.normalization", normalization, [*self.normalizations, BACKBONE])
         self.root, self.download, self.allow_missing = root, download, allow_missing
         self.image_size, self.augment, self.normalization = image_size, augment, normalization
@@ -120,8 +105,8 @@ class PhotoDataModule(ImageDataModule):
             remedy = f"{self.source.remedy(self.root)}{split_off}"
             raise SettingError("data.root", self.root, f"has no images to {verb} with.", remedy)
         if self.normalization == BACKBONE:
-            self.mean, self.std = backbone_statistics(getattr(self.trainer, "lightning_module", None))
-        plain = [resize(self.image_size)]
+            self.mean, self.std = augmentation.backbone_statistics(getattr(self.trainer, "lightning_module", None))
+        plain = [augmentation.resize(self.image_size)]
         augmented = self.source.augmentation(self.image_size) if self.augment else plain
         if self.rand_augment is not None:
             augmented = [*augmented, self.rand_augment.transform()]
@@ -146,7 +131,7 @@ class PhotoDataModule(ImageDataModule):
                 allow_missing=self.allow_missing if self.source.may_lack_images else None,
             )  # fmt: skip
             read_some(parts)
-            parts["train"] = choose_per_class(
+            parts["train"] = splits.choose_per_class(
                 parts["train"], self.images_per_class, seed=self.split_seed, class_names=self.class_names
             )
             self._parts = parts
@@ -158,13 +143,13 @@ class PhotoDataModule(ImageDataModule):
 
     def _find_class_names(self) -> tuple[str, ...]:
         if self.split_file is not None:
-            return read_split_file(self.split_file)[0]
+            return splits.read_split_file(self.split_file)[0]
         return self.source.find_class_names(self.root)
 
     def _split(self) -> Mapping[Part, Listing]:
         if self.split_file is not None:
             folder = self.source.folder(self.root)
-            parts = read_split_file(self.split_file)[1].items()
+            parts = splits.read_split_file(self.split_file)[1].items()
             return {part: Listing([str(folder / file) for file in each.files], each.labels) for part, each in parts}
         found = self.source.listings(self.root, self.class_names, all_classes=not self.allow_missing)
         by: dict[str, Any] = {"seed": self.split_seed, "class_names": self.class_names}
@@ -172,5 +157,5 @@ class PhotoDataModule(ImageDataModule):
             return found
         if "test" in found:
             by |= {"val_images": self.val_images, "test_images": self.test_images}
-            return split_by_numbers(found["train"], found["test"], **by)
-        return split_by_shares(found["train"], val_share=self.val_share, test_share=self.test_share, **by)
+            return splits.split_by_numbers(found["train"], found["test"], **by)
+        return splits.split_by_shares(found["train"], val_share=self.val_share, test_share=self.test_share, **by)

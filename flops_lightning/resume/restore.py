@@ -18,17 +18,9 @@ from flops_lightning.distributed import Communicator, gather_plain, present_comm
 from flops_lightning.meter import QueryMeter
 from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.optim.optimizers import OptimizerSettings, build_optimizer
+from flops_lightning.resume import rules
 from flops_lightning.resume.loop_progress import settle_progress
-from flops_lightning.resume.rules import (
-    Change,
-    check_averaging,
-    check_classes,
-    check_optimizer,
-    check_settings,
-    check_weights,
-    class_names_of,
-    within_epoch,
-)
+from flops_lightning.resume.rules import Change
 from flops_lightning.resume.run_settings import describe_run, describe_task
 from flops_lightning.settings import read_settings
 from flops_lightning.strategies.base import ForwardGradientStrategy
@@ -54,7 +46,7 @@ def save_run(checkpoint: dict[str, Any], task: _Task, trainer: pl.Trainer | None
 
     Every process of a run must call this.
     """
-    names = class_names_of(trainer)
+    names = rules.class_names_of(trainer)
     if names is not None:
         checkpoint["class_names"] = names
     strategy = task.strategy
@@ -79,18 +71,18 @@ def restore_run(checkpoint: dict[str, Any], task: _Task, trainer: pl.Trainer | N
     Returns:
         What the task keeps itself; None where no training is resumed: testing and fine-tuning count from zero.
     """
-    check_weights(task.state_dict(), checkpoint["state_dict"])
-    check_classes(checkpoint.get("class_names"), class_names_of(trainer))
+    rules.check_weights(task.state_dict(), checkpoint["state_dict"])
+    rules.check_classes(checkpoint.get("class_names"), rules.class_names_of(trainer))
     state: dict[str, Any] | None = checkpoint.get(KEY)
     strategy = task.strategy
     if state is None or strategy is None or trainer is None or trainer.state.fn != TrainerFn.FITTING:
         return None
     optimizer = build_optimizer(task.network.module, task.optimizer_settings)
-    check_optimizer(optimizer, checkpoint)
-    check_averaging(checkpoint, trainer.callbacks)  # type: ignore[attr-defined]
+    rules.check_optimizer(optimizer, checkpoint)
+    rules.check_averaging(checkpoint, trainer.callbacks)  # type: ignore[attr-defined]
     settings, saved = settings_of(task, trainer, strategy), dict(checkpoint.get("hyper_parameters", {}))
     before = state.get("settings") or {**describe_task(saved), "freeze": settings["freeze"]}
-    changes = check_settings(before, settings, within_epoch=within_epoch(checkpoint))
+    changes = rules.check_settings(before, settings, within_epoch=rules.within_epoch(checkpoint))
     if changes:
         listed = ", ".join(f"{name} {old!r} -> {new!r}" for name, old, new in changes)
         rank_zero_info(f"resuming with settings that differ from the checkpoint's: {listed}")

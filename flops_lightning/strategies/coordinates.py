@@ -24,14 +24,9 @@ from flops_lightning.meter import CLEAN
 from flops_lightning.network.functional import FunctionalStages
 from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.queries import CleanPass, LossFunction, clean_pass
+from flops_lightning.strategies import coordinate_probes
 from flops_lightning.strategies.base import ChunkedStrategy, Estimate, add_gradients, warn_silent
-from flops_lightning.strategies.coordinate_probes import (
-    CoordinateProbes,
-    Masks,
-    Scheme,
-    draw_masks,
-    inclusion_probabilities,
-)
+from flops_lightning.strategies.coordinate_probes import CoordinateProbes, Masks, Scheme, draw_masks
 from flops_lightning.strategies.costs import site_costs
 from flops_lightning.strategies.precision import resolution, rounded_up
 from flops_lightning.strategies.whole_batch import WholeBatchStrategy
@@ -217,7 +212,7 @@ class CoordinateFiniteDifferences(WholeBatchStrategy, ChunkedStrategy):
                 "freeze", sorted(ratios.keys() ^ sizes.keys()), "are not frozen as they were when ZO-GraSP ran.",
                 "Freeze the same parameters as then, or write ratios: uniform.",
             )  # fmt: skip
-        return inclusion_probabilities(sizes, ratios, self.coordinates)
+        return coordinate_probes.inclusion_probabilities(sizes, ratios, self.coordinates)
 
     def _masks(self, draw: int) -> Masks:
         return draw_masks(self._sizes(), self._probabilities(), seed=self.seed, draw=draw // self.resample_every)

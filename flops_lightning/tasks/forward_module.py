@@ -16,15 +16,8 @@ from flops_lightning.distributed import present_communicator
 from flops_lightning.errors import LostQueriesError, SettingError, check_at_least
 from flops_lightning.network.staging import StagedNetwork, stage_network
 from flops_lightning.objectives import naming_the_loss
-from flops_lightning.optim.optimizers import (
-    ClipSettings,
-    OptimizerSettings,
-    build_optimizer,
-    build_schedule,
-    clip_gradients,
-    set_scheduled_rates,
-    squared_step_sizes,
-)
+from flops_lightning.optim import optimizers
+from flops_lightning.optim.optimizers import ClipSettings, OptimizerSettings, squared_step_sizes
 from flops_lightning.phases import phase
 from flops_lightning.protocol import SampleStatistics, TraceObservation
 from flops_lightning.queries import CleanPass
@@ -173,9 +166,9 @@ class ForwardModule(pl.LightningModule, ABC):
 
     def configure_optimizers(self) -> Any:
         """The optimiser of the trainable parameters, and its schedule by step."""
-        optimizer = build_optimizer(self.network.module, self.optimizer_settings)
+        optimizer = optimizers.build_optimizer(self.network.module, self.optimizer_settings)
         steps = optimizer_steps(self.trainer, self._gradient.batches)
-        schedule = build_schedule(optimizer, self.optimizer_settings, steps)
+        schedule = optimizers.build_schedule(optimizer, self.optimizer_settings, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr"}}
 
     def on_fit_start(self) -> None:
@@ -196,7 +189,7 @@ class ForwardModule(pl.LightningModule, ABC):
         """Continue with the gradient and the learning rate that a checkpoint stopped at; write TensorBoard's page."""
         strategy = self._training_strategy()
         self._gradient.restore(strategy, self.network.trainable())
-        set_scheduled_rates(cast("LambdaLR", self.lr_schedulers()))
+        optimizers.set_scheduled_rates(cast("LambdaLR", self.lr_schedulers()))
         write_page(self.trainer, settings_of(self, self.trainer, strategy), strategy.budget)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
@@ -223,7 +216,7 @@ class ForwardModule(pl.LightningModule, ABC):
                 return
             has_gradient = self._gradient.reduce(strategy, self.network.trainable(), sites)
             if has_gradient:
-                norm = clip_gradients(self.network.module.named_parameters(), self.clip_settings)
+                norm = optimizers.clip_gradients(self.network.module.named_parameters(), self.clip_settings)
                 self.log(f"grad_norm/{sites[0] if len(groups) > 1 else 'all'}", norm)
                 with phase("optimiser"):
                     (counted if i == len(groups) - 1 else uncounted).step()
