@@ -6,9 +6,16 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from experiments.harness import Cell
 from experiments.strategies_table import BUDGETS
 from experiments.tables import read_csv
+from flops_lightning.allocators import GaussianAllocator, QueryBudget, SampleStatistics
+from flops_lightning.datamodules import DigitsDataModule
 from flops_lightning.errors import SettingError
+from flops_lightning.tasks import ForwardImageClassifier
 
 SHOWN_ALLOCATORS = (
     "bernoulli", "gaussian", "gaussian, pilots lowest", "optimal", "optimal, loss only", "optimal, both", "cost-aware",
@@ -64,6 +71,55 @@ def draw_allocation(output: Path) -> None:
     left.legend(fontsize=7)
     figure.savefig(output / "allocation.png", dpi=110)
     plt.close(figure)
+
+
+def extreme_digits(checkpoint: Path, shown: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Images ``(2 * shown, 8, 8)``, labels and counts of the samples with the most and the fewest queries."""
+    task = ForwardImageClassifier.load_from_checkpoint(checkpoint, weights_only=True, map_location="cpu")
+    data = DigitsDataModule(batch_size=64, rotation=40.0)
+    data.setup("test")
+    images, labels = next(iter(data.test_dataloader()))
+    with torch.no_grad():
+        logits = task(images)
+        embedding = task.network.run(images, 0, len(task.network) - 1)
+    error = logits.softmax(dim=1) - torch.nn.functional.one_hot(labels, 10)
+    trace = error.square().sum(dim=1)  # the squared gradient at the logits stands in for pilots
+    known = SampleStatistics(loss=task.loss(logits, labels), embedding=embedding, trace=trace)
+    counts = GaussianAllocator().allocate(known, QueryBudget((20,))).counts[0]
+    order = counts.argsort(descending=True, stable=True)
+    extreme = torch.cat([order[:shown], order[-shown:]])
+    return images[extreme, 0], labels[extreme], counts[extreme]
+
+
+def draw_quickstart(runs: Mapping[tuple[str, int], Cell], output: Path) -> None:
+    """Validation accuracy along the runs, median and range over the seeds; the hardest and the easiest test digits.
+
+    Of one batch of turned digits, these get the most and the fewest queries from the Gaussian allocator, with the
+    weights at the end of the first run.
+    """
+    figure = pyplot().figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=[1.25, 1])
+    axes = left.subplots()
+    for variant in dict.fromkeys(name for name, _ in runs):
+        curves = [cell.curve("val/accuracy") for (name, _), cell in runs.items() if name == variant]
+        steps = [event.step + 1 for event in curves[0]]
+        by_step = [[100 * event.value for event in events] for events in zip(*curves, strict=True)]
+        (line,) = axes.plot(steps, [statistics.median(values) for values in by_step], label=variant)
+        low, high = [min(values) for values in by_step], [max(values) for values in by_step]
+        axes.fill_between(steps, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
+    axes.set(xlabel="optimiser step", ylabel="validation accuracy, %", ylim=(0, 100))
+    axes.set_title(f"digits turned by 40°, median and range of {len(curves)} seeds", fontsize=10)
+    axes.legend(fontsize=8, loc="lower right")
+    axes.grid(alpha=0.3)
+    first = next(iter(runs.values()))
+    images, labels, counts = extreme_digits(next(first.folder.rglob("*.ckpt")), shown=6)
+    for i, axis in enumerate(right.subplots(2, len(images) // 2).flat):
+        axis.imshow(images[i].numpy(), cmap="gray_r")
+        axis.set_title(f"{int(counts[i])}", fontsize=11)
+        axis.set_xlabel(f"a {int(labels[i])}", fontsize=9)
+        axis.set(xticks=[], yticks=[])
+    right.suptitle("queries of the hardest and the easiest of 64 samples (20 on average)", fontsize=10)
+    figure.savefig(output / "quickstart.png", dpi=110)
 
 
 def draw_strategies(output: Path) -> None:

@@ -1,17 +1,19 @@
 """``python -m experiments.quickstart --output DIR``: the quickstart and its alternatives, several seeds.
 
-Finished runs are not repeated. Writes ``quickstart.md`` and ``quickstart.csv``.
+Finished runs are not repeated. Writes ``quickstart.md``, ``quickstart.csv`` and ``quickstart.png``.
 """
 
 import argparse
 import statistics
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from experiments.command_line import StudyParser, fit
 from experiments.harness import Cell, run_all
+from experiments.pictures import draw_if_possible, draw_quickstart
 from experiments.tables import markdown, spread, write_csv, write_report
 
 BASE = "configs/vit_tiny_digits.yaml"
@@ -68,6 +70,7 @@ def study(options: argparse.Namespace) -> None:
     if run_all([*runs.values()], **options.launch):
         rows = [(*key, *(cell.summary[column] for column in COLUMNS)) for key, cell in runs.items()]
         write_csv(options.output / "quickstart.csv", ("run", "seed", *COLUMNS), rows)
+        draw_if_possible(partial(draw_quickstart, runs), options.output)
         write_report(options.output / "quickstart.md", report(runs))
 
 
