@@ -60,16 +60,9 @@ class CleanPass:
 
 @torch.no_grad()
 def clean_pass(
-    network: StagedNetwork,
-    loss: LossFunction,
-    inputs: Tensor,
-    targets: Tensor,
-    *,
-    keep: Collection[int],
-    draw: int,
-    rows: int,
-    start: int = 0,
-) -> CleanPass:
+    network: StagedNetwork, loss: LossFunction, inputs: Tensor, targets: Tensor, *, keep: Collection[int], draw: int,
+    rows: int, start: int = 0,
+) -> CleanPass:  # fmt: skip
     """Run the stages from ``start`` on, unperturbed, ``rows`` samples at a time, and keep activations in ``keep``."""
     last = len(network) - 1
     with phase("clean pass"):

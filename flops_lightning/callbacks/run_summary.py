@@ -93,22 +93,15 @@ class RunSummary(pl.Callback):
         total, samples, (peak, where) = meter.total(), self._all_samples(device), peak_memory(device)
         allocators = [c for c in trainer.callbacks if isinstance(c, QueryAllocatorCallback)]  # type: ignore[attr-defined]
         summary = {
-            "start_accuracy": self._start_accuracy,
-            "test_accuracy": accuracy,
-            "steps": trainer.global_step,
-            "samples": samples,
-            "queries": total.queries,
+            "start_accuracy": self._start_accuracy, "test_accuracy": accuracy, "steps": trainer.global_step,
+            "samples": samples, "queries": total.queries,
             "queries_per_sample": round(total.queries / max(1, samples), 3),
             "queries_by_site": _queries_by_site(strategy, meter),
-            "forward_equivalents": round(total.forward_equivalents, 1),
-            "lost_queries": total.lost,
-            "train_seconds": round(self._seconds, 2),
-            "peak_memory_mb": peak,
-            "peak_memory_of": where,
+            "forward_equivalents": round(total.forward_equivalents, 1), "lost_queries": total.lost,
+            "train_seconds": round(self._seconds, 2), "peak_memory_mb": peak, "peak_memory_of": where,
             "strategy": type(strategy).__name__,
-            "allocator": type(allocators[0].allocator).__name__ if allocators else "none",
-            "seed": torch.initial_seed(),
-        }
+            "allocator": type(allocators[0].allocator).__name__ if allocators else "none", "seed": torch.initial_seed(),
+        }  # fmt: skip
         self._report(trainer, pl_module, summary, run_folder(trainer))
 
     def _all_samples(self, device: torch.device) -> int:

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -105,10 +105,8 @@ class ImageDataModule(LightningDataModule):
                 batches,
                 batch_size=local_batch_size(self.batch_size, world_size),
                 sampler=GlobalBatches(batches, batch_size=self.batch_size, world_size=world_size, rank=rank, seed=seed),
-                num_workers=self.num_workers,
-                persistent_workers=self.num_workers > 0,
                 collate_fn=default_convert,  # the data set collates
-                pin_memory=torch.cuda.is_available(),
+                **self._loading(),
             )
         loader.batches_done = lambda: self._batches_done(loader)
         return loader
@@ -136,10 +134,8 @@ class ImageDataModule(LightningDataModule):
     def _loader(self, dataset: ImageDataset) -> DataLoader[tuple[Tensor, ...]]:
         # A Trainer divides the images between processes; no batch is larger than those of training.
         world_size = self.trainer.world_size if self.trainer else 1
-        return DataLoader(
-            dataset,
-            batch_size=max(1, self.batch_size // world_size),
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
+        return DataLoader(dataset, batch_size=max(1, self.batch_size // world_size), **self._loading())
+
+    def _loading(self) -> dict[str, Any]:
+        workers = {"num_workers": self.num_workers, "persistent_workers": self.num_workers > 0}
+        return {**workers, "pin_memory": torch.cuda.is_available()}

@@ -26,15 +26,9 @@ Settings = Mapping[str, Any]
 
 
 def measure(
-    task: LightningModule,
-    strategy: ForwardGradientStrategy,
-    datamodule: LightningDataModule | None,
-    run: Trainer,
-    settings: Settings,
-    *,
-    seconds: float,
-    clock: Clock,
-) -> Measured:
+    task: LightningModule, strategy: ForwardGradientStrategy, datamodule: LightningDataModule | None, run: Trainer,
+    settings: Settings, *, seconds: float, clock: Clock,
+) -> Measured:  # fmt: skip
     """Train the task for a few seconds, one step at least, and return what the steps showed.
 
     ``run`` is the trainer of the planned run, made of ``settings``; it is asked for its limits and runs nothing. Raises

@@ -68,14 +68,9 @@ class Plan:
 
 
 def make_plan(
-    task: LightningModule,
-    datamodule: LightningDataModule | None,
-    settings: Settings,
-    *,
-    seconds: float = 10.0,
-    backprop: bool = True,
-    clock: Clock = time.perf_counter,
-) -> Plan:
+    task: LightningModule, datamodule: LightningDataModule | None, settings: Settings, *, seconds: float = 10.0,
+    backprop: bool = True, clock: Clock = time.perf_counter,
+) -> Plan:  # fmt: skip
     """Measure a few steps of a run and return what all of it would cost.
 
     Nothing that it writes stays, and no process is launched. The task, a module with ``strategy``, ``network`` and

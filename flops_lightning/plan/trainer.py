@@ -26,14 +26,9 @@ class PlanningTrainer(Trainer):
     settings: Mapping[str, Any]  # the arguments it was made with
 
     def plan(
-        self,
-        model: LightningModule,
-        datamodule: LightningDataModule | None = None,
-        ckpt_path: str | None = None,
-        weights_only: bool | None = None,
-        seconds: float = 10.0,
-        backprop: bool = True,
-    ) -> None:
+        self, model: LightningModule, datamodule: LightningDataModule | None = None, ckpt_path: str | None = None,
+        weights_only: bool | None = None, seconds: float = 10.0, backprop: bool = True,
+    ) -> None:  # fmt: skip
         """Measure a few training steps and print what a fit would cost: queries, time, memory, beside backprop.
 
         Args:

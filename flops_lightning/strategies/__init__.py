@@ -13,18 +13,6 @@ from flops_lightning.strategies.site_specs import SiteSpec
 from flops_lightning.strategies.sites import Site
 
 __all__ = [
-    "SPSA",
-    "Backprop",
-    "CoordinateFiniteDifferences",
-    "Estimate",
-    "EvolutionStrategies",
-    "ForwardGradientStrategy",
-    "ForwardMode",
-    "LikelihoodRatio",
-    "MeZO",
-    "NoiseSpec",
-    "PilotSpec",
-    "Site",
-    "SiteSpec",
-    "WeightForwardMode",
-]
+    "SPSA", "Backprop", "CoordinateFiniteDifferences", "Estimate", "EvolutionStrategies", "ForwardGradientStrategy",
+    "ForwardMode", "LikelihoodRatio", "MeZO", "NoiseSpec", "PilotSpec", "Site", "SiteSpec", "WeightForwardMode",
+]  # fmt: skip

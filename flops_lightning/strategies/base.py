@@ -163,14 +163,9 @@ class ForwardGradientStrategy(KeepsSettings, ABC):
 
     @abstractmethod
     def estimate(
-        self,
-        clean: CleanPass,
-        counts: Tensor | None = None,
-        sites: Sequence[str] | None = None,
-        *,
-        pilot_weight: Tensor | None = None,
-        traces: bool = False,
-    ) -> Estimate:
+        self, clean: CleanPass, counts: Tensor | None = None, sites: Sequence[str] | None = None, *,
+        pilot_weight: Tensor | None = None, traces: bool = False,
+    ) -> Estimate:  # fmt: skip
         """Add the gradient estimate to ``.grad`` of the sites' parameters.
 
         Args:

@@ -96,15 +96,9 @@ class DeltaSums:
         return sums
 
     def add(
-        self,
-        chunk: Chunk,
-        z: Tensor,
-        weights: Tensor,
-        alive: Tensor,
-        sq_norms: Tensor | None,
-        unit: int,
+        self, chunk: Chunk, z: Tensor, weights: Tensor, alive: Tensor, sq_norms: Tensor | None, unit: int,
         slopes: Tensor | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Add one chunk.
 
         ``z`` is ``(r, ...)``, all else ``(r,)``: ``weights`` and ``slopes`` zero on rows that do not count, and

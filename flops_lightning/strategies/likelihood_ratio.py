@@ -60,14 +60,9 @@ class LikelihoodRatio(QueryStrategy[OutputQueryResult]):
     """
 
     def __init__(
-        self,
-        *,
-        noise: NoiseSpec | None = None,
-        token_sigma: bool = False,
-        learn_sigma: float = 0.0,
-        exact_head: bool = False,
-        **settings: Any,
-    ) -> None:
+        self, *, noise: NoiseSpec | None = None, token_sigma: bool = False, learn_sigma: float = 0.0,
+        exact_head: bool = False, **settings: Any,
+    ) -> None:  # fmt: skip
         """Keep the settings; :meth:`bind` checks them against the network.
 
         Args:

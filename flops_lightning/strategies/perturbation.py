@@ -66,14 +66,9 @@ def boundary_activation(site: Site, clean: CleanPass) -> Tensor:
 
 
 def perturbed_losses(
-    network: StagedNetwork,
-    loss: LossFunction,
-    site: Site,
-    clean: CleanPass,
-    index: Tensor,
-    draw: DrawNoise,
+    network: StagedNetwork, loss: LossFunction, site: Site, clean: CleanPass, index: Tensor, draw: DrawNoise,
     width: SiteWidth,
-) -> tuple[Tensor, list[Perturbation]]:
+) -> tuple[Tensor, list[Perturbation]]:  # fmt: skip
     """``(r,)`` losses of a chunk's rows, ``index`` ``(r,)`` their samples, and the noise that made them.
 
     Call it in eval mode and without autograd. The width's ``sigma`` may be a tensor that carries a tangent.

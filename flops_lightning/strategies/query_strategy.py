@@ -123,14 +123,10 @@ class QueryStrategy(SiteStrategy, Generic[Q]):
         self._statistics.request(names)
         pilots = self.pilot_traces(clean)
         return SampleStatistics(
-            loss=clean.loss,
-            embedding=clean.embedding,
-            trace=None if pilots is None else pilots.trace,
-            trace_queries=None if pilots is None else pilots.queries,
-            pilots_reused=self.pilots.reuse,
-            budget=self.budget,
-            **self._optional_statistics(names, clean, metric),
-        )
+            loss=clean.loss, embedding=clean.embedding, trace=None if pilots is None else pilots.trace,
+            trace_queries=None if pilots is None else pilots.queries, pilots_reused=self.pilots.reuse,
+            budget=self.budget, **self._optional_statistics(names, clean, metric),
+        )  # fmt: skip
 
     def _optional_statistics(
         self, names: Collection[str], clean: CleanPass, metric: Mapping[str, Tensor] | None
@@ -166,14 +162,9 @@ class QueryStrategy(SiteStrategy, Generic[Q]):
 
     @torch.no_grad()
     def estimate(
-        self,
-        clean: CleanPass,
-        counts: Tensor | None = None,
-        sites: Sequence[str] | None = None,
-        *,
-        pilot_weight: Tensor | None = None,
-        traces: bool = False,
-    ) -> Estimate:
+        self, clean: CleanPass, counts: Tensor | None = None, sites: Sequence[str] | None = None, *,
+        pilot_weight: Tensor | None = None, traces: bool = False,
+    ) -> Estimate:  # fmt: skip
         """Add the estimate to ``.grad``; see :meth:`ForwardGradientStrategy.estimate`."""
         table = self._table(clean, counts)
         weights = None if pilot_weight is None else pilot_weight.to(clean.loss).expand(len(self.sites), -1)
@@ -209,14 +200,10 @@ class QueryStrategy(SiteStrategy, Generic[Q]):
         if silent:
             warn_silent(silent, "(sample, site) pairs")
         return Estimate(
-            loss=clean.loss,
-            output=clean.output,
-            queries=sum(result.queries for result in results),
-            lost=int(table[places].sum() - survivors.sum()),
-            silent_samples=silent,
-            lost_batch=not any(of_any) and not (exact and known.any()),
-            observation=observation,
-        )
+            loss=clean.loss, output=clean.output, queries=sum(result.queries for result in results),
+            lost=int(table[places].sum() - survivors.sum()), silent_samples=silent,
+            lost_batch=not any(of_any) and not (exact and known.any()), observation=observation,
+        )  # fmt: skip
 
     def _table(self, clean: CleanPass, counts: Tensor | None) -> NDArray[np.int64]:
         """``(s, b)`` counts on the host; None: each site's budget in equal parts, less the pilots that were spent."""
@@ -227,13 +214,9 @@ class QueryStrategy(SiteStrategy, Generic[Q]):
         return np.repeat(np.array(rest, dtype=np.int64), clean.batch_size, axis=1)
 
     def estimate_site(
-        self,
-        place: int,
-        clean: CleanPass,
-        counts: NDArray[np.int64],
-        pilot_weight: Tensor | None,
+        self, place: int, clean: CleanPass, counts: NDArray[np.int64], pilot_weight: Tensor | None,
         traces: TraceObservation | None,
-    ) -> SiteGradient:
+    ) -> SiteGradient:  # fmt: skip
         """Gradient of one site from its queries and the pilots that are reused; writes its traces to ``traces``."""
         site, engine = self.sites[place], self.engine
         if site.together:

@@ -86,15 +86,9 @@ class SiteQueries:
         return 2 if self.variant == "antithetic" else 1
 
     def sums(
-        self,
-        site: Site,
-        clean: CleanPass,
-        counts: NDArray[np.int64],
-        *,
-        first_query: int = 0,
-        traces: bool = False,
+        self, site: Site, clean: CleanPass, counts: NDArray[np.int64], *, first_query: int = 0, traces: bool = False,
         layer_input: Tensor | None = None,
-    ) -> DeltaSums | None:
+    ) -> DeltaSums | None:  # fmt: skip
         """Sums over the queries of each sample at the output of a block, a group or a single layer.
 
         None where no sample has a query. With ``layer_input`` ``(b, ..., i)`` norms for traces are taken in parameter

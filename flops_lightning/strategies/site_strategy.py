@@ -39,15 +39,9 @@ class SiteStrategy(ChunkedStrategy):
     least_rows = 2
 
     def __init__(
-        self,
-        *,
-        sites: Sequence[SiteSpec] = (),
-        variant: Variant = "baseline",
-        update: UpdateOrder = "simultaneous",
-        pilots: PilotSpec | None = None,
-        compile_suffixes: bool = False,
-        **settings: Any,
-    ) -> None:
+        self, *, sites: Sequence[SiteSpec] = (), variant: Variant = "baseline", update: UpdateOrder = "simultaneous",
+        pilots: PilotSpec | None = None, compile_suffixes: bool = False, **settings: Any,
+    ) -> None:  # fmt: skip
         """Keep the settings; :meth:`bind` checks them against the network.
 
         Args:

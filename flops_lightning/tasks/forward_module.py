@@ -60,13 +60,9 @@ class ForwardModule(pl.LightningModule, ABC):
     loss_path = ""  # by which error messages name the loss
 
     def __init__(
-        self,
-        *,
-        strategy: ForwardGradientStrategy | None = None,
-        optimizer: OptimizerSettings | None = None,
-        clip: ClipSettings | None = None,
-        max_skipped_steps: int = 10,
-    ) -> None:
+        self, *, strategy: ForwardGradientStrategy | None = None, optimizer: OptimizerSettings | None = None,
+        clip: ClipSettings | None = None, max_skipped_steps: int = 10,
+    ) -> None:  # fmt: skip
         """Check the settings.
 
         Args:

@@ -38,19 +38,10 @@ class ForwardImageClassifier(ForwardModule):
     """
 
     def __init__(
-        self,
-        *,
-        model_name: str,
-        num_classes: int,
-        model_kwargs: Mapping[str, Any] | None = None,
-        pretrained: bool = False,
-        checkpoint: str = "",
-        target: TargetSettings | None = None,
-        freeze: Sequence[str] = (),
-        loss: str | Objective | None = None,
-        label_smoothing: float = 0.0,
-        **settings: Any,
-    ) -> None:
+        self, *, model_name: str, num_classes: int, model_kwargs: Mapping[str, Any] | None = None,
+        pretrained: bool = False, checkpoint: str = "", target: TargetSettings | None = None,
+        freeze: Sequence[str] = (), loss: str | Objective | None = None, label_smoothing: float = 0.0, **settings: Any,
+    ) -> None:  # fmt: skip
         """Build the backbone, stage it, and bind the strategy to it.
 
         Args:
@@ -81,15 +72,11 @@ class ForwardImageClassifier(ForwardModule):
         patterns = [freeze] if isinstance(freeze, str) else list(freeze)
         self.save_hyperparameters(
             {
-                "model_name": model_name,
-                "num_classes": num_classes,
-                "model_kwargs": dict(model_kwargs or {}),
-                "target": asdict(self.target_settings),
-                "freeze": patterns,
-                "loss": self.loss_path or None,
+                "model_name": model_name, "num_classes": num_classes, "model_kwargs": dict(model_kwargs or {}),
+                "target": asdict(self.target_settings), "freeze": patterns, "loss": self.loss_path or None,
                 "label_smoothing": label_smoothing,
             }
-        )
+        )  # fmt: skip
         folder = str(Path(checkpoint).parent) if checkpoint else ""  # a resumed run may find the file elsewhere
         name = Path(checkpoint).name
         self.start_weights = {"pretrained": pretrained, "checkpoint": name, "checkpoint.folder": folder}
