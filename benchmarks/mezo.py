@@ -5,33 +5,24 @@ The step draws the directions, moves the weights, and draws the directions again
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from benchmarks.cases import DIGITS, VIT_MICRO, VIT_TINY, Case
 from benchmarks.harness import Spread, alternate, command, finish, synchronizer, table
+from benchmarks.speed import infer, set_up, step
 from flops_lightning.objectives import cross_entropy
 from flops_lightning.strategies import MeZO
 
 
 def overhead(case: Case, *, rounds: int, device: torch.device) -> Spread:
     """Time of a step over that of two forward passes, at equal chunks of rows."""
-    network, inputs, targets = case.load(device)
-    strategy = MeZO(chunk_rows=case.chunk_rows, seed=0)
-    strategy.bind(network, cross_entropy)
-
-    @torch.no_grad()
-    def passes() -> None:
-        for _ in range(2):
-            for rows in inputs.split(case.chunk_rows):
-                cross_entropy(network.module(rows), targets[: len(rows)])
-
-    def step() -> None:
-        network.module.zero_grad()
-        strategy.estimate(strategy.clean_pass(inputs, targets))
-
-    times = alternate({"passes": passes, "step": step}, rounds=rounds, synchronize=synchronizer(device))
-    return times.ratio("step", "passes")
+    setup, strategy = set_up(case, device), MeZO(chunk_rows=case.chunk_rows, seed=0)
+    strategy.bind(setup.network, cross_entropy)
+    passes = partial(infer, setup.network, [(0, setup.inputs.split(case.chunk_rows))] * 2)
+    contenders = {"passes": passes, "step": partial(step, setup, strategy)}
+    return alternate(contenders, rounds=rounds, synchronize=synchronizer(device)).ratio("step", "passes")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -56,8 +56,7 @@ class DigitsDataModule(ImageDataModule):
         if not math.isfinite(rotation):
             raise SettingError("data.rotation", rotation, "is not an angle.", "Give degrees, for example 40.")
         check_split_seed(split_seed)
-        self.rotation = rotation
-        self.split_seed = split_seed
+        self.rotation, self.split_seed = rotation, split_seed
 
     def setup(self, stage: str) -> None:
         """Read, turn, normalise and split the images; the same for every stage, and a matter of milliseconds."""

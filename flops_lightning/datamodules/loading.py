@@ -49,8 +49,7 @@ class GlobalBatches(DistributedSampler[ImageKey]):
     def __init__(self, dataset: Dataset[Any], *, batch_size: int, world_size: int, rank: int, seed: int) -> None:
         local_batch_size(batch_size, world_size)
         super().__init__(dataset, num_replicas=world_size, rank=rank, seed=seed)
-        self.batch_size = batch_size
-        self.first_batch = 0
+        self.batch_size, self.first_batch = batch_size, 0
 
     def __len__(self) -> int:
         whole, rest = divmod(len(cast("Sized", self.dataset)), self.batch_size)
@@ -79,9 +78,7 @@ class KeyedBatches(Dataset[Any]):
 
         Items of ``images`` are ``(image, label)``; ``mixing`` mixes those of a batch, seeded by its first image.
         """
-        self._images = images
-        self._seed = seed
-        self._mixing = mixing
+        self._images, self._seed, self._mixing = images, seed, mixing
 
     def __len__(self) -> int:
         return len(self._images)  # type: ignore[arg-type]

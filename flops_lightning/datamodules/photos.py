@@ -78,8 +78,8 @@ class PhotoDataModule(ImageDataModule):
         self.root, self.download, self.allow_missing = root, download, allow_missing
         self.image_size, self.augment, self.normalization = image_size, augment, normalization
         self.images_per_class, self.val_images, self.test_images = images_per_class, val_images, test_images
-        self.split_file, self.val_share, self.test_share = split_file, val_share, test_share
-        self.split_seed = split_seed
+        self.val_share, self.test_share = val_share, test_share
+        self.split_file, self.split_seed = split_file, split_seed
         if normalization != BACKBONE:
             self.mean, self.std = self.normalizations[normalization]
         self._parts: Mapping[Part, Listing] | None = None

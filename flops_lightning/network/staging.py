@@ -64,8 +64,7 @@ class StagedNetwork:
     """
 
     def __init__(self, module: nn.Module, stages: tuple[Stage, ...]) -> None:
-        self.module = module
-        self.stages = stages
+        self.module, self.stages = module, stages
         self.index = {stage.name: i for i, stage in enumerate(stages)}
         _refuse_batch_norm(module)
         owners: dict[int, set[str]] = {}

@@ -142,13 +142,12 @@ def _length(plan: Plan) -> list[str]:
     where = torch.cuda.get_device_name(own.device) if own.device.type == "cuda" else own.device.type
     threads = f", {torch.get_num_threads()} threads" if own.device.type == "cpu" else ""
     with_allocator = f" with {plan.allocator}" if plan.allocator else ""
-    batches = UNKNOWN if own.validation_batches is None else f"{own.validation_batches:,}"
-    times = UNKNOWN if plan.validations is None else f"{plan.validations:,}"
+    validations = f"{_number(plan.validations)}, of {_number(own.validation_batches)} batches each"
     return [
         _line("run", f"{plan.strategy}{with_allocator}, on {where}{threads}"),
-        _line("samples of an epoch", f"{_count(epoch.samples)}, in batches of {epoch.batch_size:,}"),
-        _line("steps", f"{_count(epoch.steps)} an epoch, {_count(plan.steps)} in all"),
-        _line("validations", f"{times}, of {batches} batches each" if own.validation_batches != 0 else "none"),
+        _line("samples of an epoch", f"{_number(epoch.samples)}, in batches of {epoch.batch_size:,}"),
+        _line("steps", f"{_number(epoch.steps)} an epoch, {_number(plan.steps)} in all"),
+        _line("validations", validations if own.validation_batches != 0 else "none"),
     ]
 
 
@@ -204,10 +203,6 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     numbers = ("  ".join(f"{v:>{w}}" for v, w in zip(row[1:], widths[1:], strict=True)) for row in rows)
     return [f"{row[0]:<{max(WIDTH, widths[0] + 2)}}{right}" for row, right in zip(rows, numbers, strict=True)]
-
-
-def _count(value: int | None) -> str:
-    return UNKNOWN if value is None else f"{value:,}"
 
 
 def _number(value: float | None) -> str:

@@ -89,8 +89,7 @@ class VisualPrompt(nn.Module):
 
     def __init__(self, norm: nn.Module, *, tokens: int, prefix: int, width: int, std: float) -> None:
         super().__init__()
-        self.norm = norm
-        self.prefix = prefix
+        self.norm, self.prefix = norm, prefix
         self.tokens = nn.Parameter(std * torch.randn(1, tokens, width))
 
     def forward(self, x: Tensor) -> Tensor:
