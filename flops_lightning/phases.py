@@ -12,9 +12,7 @@ from typing import Literal, get_args
 
 from torch.profiler import record_function
 
-Phase = Literal[
-    "clean pass", "pilots", "allocation", "noise", "suffix", "accumulation", "local VJP", "optimiser"
-]  # fmt: skip
+Phase = Literal["clean pass", "pilots", "allocation", "noise", "suffix", "accumulation", "local VJP", "optimiser"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 """In the order of a step. ``noise`` draws and adds it, ``suffix`` runs the network from a site to the losses,
 ``accumulation`` sums over queries, ``local VJP`` takes sums at a site's output to its parameters."""

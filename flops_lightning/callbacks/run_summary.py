@@ -131,18 +131,13 @@ def _text(summary: dict[str, Any]) -> str:
     sites = ", ".join(f"{site} {queries:,}" for site, queries in by_site.items()) or "none"
     if len(by_site) > SITES_SHOWN:
         sites = f"{len(by_site)} sites, see {FILE_NAME}"
-    return "\n".join(
-        (
-            "",
-            f"test accuracy        {_percent(summary['test_accuracy'])} "
-            f"(at the start {_percent(summary['start_accuracy'])})",
-            f"queries              {summary['queries']:,} ({summary['queries_per_sample']:g} a sample; {sites})",
-            f"forward-equivalents  {summary['forward_equivalents']:,.0f}",
-            f"lost queries         {summary['lost_queries']:,}",
-            f"training time        {summary['train_seconds']:.0f} s",
-            f"strategy             {summary['strategy']}, allocator {summary['allocator']}",
-        )
-    )
+    return f"""
+test accuracy        {_percent(summary["test_accuracy"])} (at the start {_percent(summary["start_accuracy"])})
+queries              {summary["queries"]:,} ({summary["queries_per_sample"]:g} a sample; {sites})
+forward-equivalents  {summary["forward_equivalents"]:,.0f}
+lost queries         {summary["lost_queries"]:,}
+training time        {summary["train_seconds"]:.0f} s
+strategy             {summary["strategy"]}, allocator {summary["allocator"]}"""
 
 
 def _percent(share: float | None) -> str:

@@ -60,11 +60,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             os.fsync(stream.fileno())
 
     def load_checkpoint(
-        self,
-        path: str | Path,
-        map_location: Callable[..., Any] | None = lambda storage, _: storage,
+        self, path: str | Path, map_location: Callable[..., Any] | None = lambda storage, _: storage,
         weights_only: bool | None = None,
-    ) -> dict[str, Any]:
+    ) -> dict[str, Any]:  # fmt: skip
         """Read a checkpoint, and remove what a killed run left beside it."""
         if "://" not in str(path):
             self._loaded = Path(path)

@@ -22,13 +22,10 @@ OF_TRAINER = (
 def describe_run(trainer: pl.Trainer, task: Mapping[str, Any], strategy: ForwardGradientStrategy) -> dict[str, Any]:
     """All settings of a run that a resumed run could change, as plain values by dotted name."""
     return {
-        **describe_task(task),
-        **_strategy(strategy),
-        **_allocator(trainer),
-        **_data(trainer),
+        **describe_task(task), **_strategy(strategy), **_allocator(trainer), **_data(trainer),
         **{f"trainer.{name}": plain(getattr(trainer, name)) for name in OF_TRAINER},
         "seed_everything": int(os.environ["PL_GLOBAL_SEED"]) if "PL_GLOBAL_SEED" in os.environ else None,
-    }
+    }  # fmt: skip
 
 
 def describe_task(hyper_parameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -49,9 +49,7 @@ def chunk_noise(key: NoiseKey, chunk: Chunk, *, antithetic: bool, spec: NoiseSpe
     def draw(layer: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
         placed = replace(key, site=f"{key.site}/{layer}") if layer else key
         if not antithetic:
-            return draw_noise(
-                spec, placed, chunk.samples, chunk.queries, shape, device=like.device, dtype=like.dtype
-            )  # fmt: skip
+            return draw_noise(spec, placed, chunk.samples, chunk.queries, shape, device=like.device, dtype=like.dtype)
         samples, pairs = chunk.samples[::2], chunk.queries[::2] // 2
         z = draw_noise(spec, placed, samples, pairs, shape, device=like.device, dtype=like.dtype)
         return torch.stack((z, -z), dim=1).flatten(0, 1)

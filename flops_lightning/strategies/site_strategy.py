@@ -13,10 +13,7 @@ from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.protocol import QueryBudget
 from flops_lightning.queries import CleanPass, LossFunction, clean_pass, refresh
 from flops_lightning.settings import read_settings
-from flops_lightning.strategies.base import (
-    ChunkedStrategy,
-    refuse_second_network,
-)
+from flops_lightning.strategies.base import ChunkedStrategy, refuse_second_network
 from flops_lightning.strategies.costs import SiteCosts, site_costs
 from flops_lightning.strategies.delta import Variant
 from flops_lightning.strategies.pilots import PilotSpec, check_pilots

@@ -197,11 +197,14 @@ def _linear_sites(network: StagedNetwork, spec: SiteSpec, setting: str, first: i
     prefix = f"{spec.name}." if spec.name else ""
     return [
         Site(
-            name=joint if spec.together else prefix + members[0][1].name, first=members[0][0], last=members[-1][0],
-            sigma=spec.sigma, queries_per_sample=spec.queries_per_sample,
+            name=joint if spec.together else prefix + members[0][1].name,
+            first=members[0][0],
+            last=members[-1][0],
+            sigma=spec.sigma,
+            queries_per_sample=spec.queries_per_sample,
             parameters={n: p for n, p in trainable.items() if any(n.rpartition(".")[0] == t.name for _, t in members)},
             layers=tuple(target for _, target in members),
-        )  # fmt: skip
+        )
         for members in groups
     ]
 

@@ -11,11 +11,7 @@ from flops_lightning.errors import SettingError
 from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.protocol import SampleStatistics
 from flops_lightning.queries import CleanPass, LossFunction
-from flops_lightning.strategies.base import (
-    Estimate,
-    ForwardGradientStrategy,
-    refuse_second_network,
-)
+from flops_lightning.strategies.base import Estimate, ForwardGradientStrategy, refuse_second_network
 
 
 class WholeBatchStrategy(ForwardGradientStrategy):
