@@ -131,7 +131,7 @@ def suffix_rows(sites: Iterable[Site], clean: CleanPass, chunk_rows: int) -> Row
     return [(site.start, _repeated(h, site.queries_per_sample, chunk_rows)) for site, h in begins]
 
 
-def _repeated(h: Tensor, queries: int, chunk_rows: int) -> Sequence[Tensor]:
+def _repeated(h: Any, queries: int, chunk_rows: int) -> Sequence[Tensor]:
     even = plan_rows(np.full(len(h), queries), chunk_rows).chunk_rows
     return h.repeat_interleave(queries, dim=0).split(even)
 

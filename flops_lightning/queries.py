@@ -6,6 +6,8 @@ so uneven allocation costs nothing and a suffix always sees the same shape.
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,13 +15,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flops_lightning.errors import SettingError
+from flops_lightning.network.rows import Rows, empty_like, value_of, write_rows
 from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.phases import phase
 
 EMBEDDING_FEATURES = 4096
 
-LossFunction = Callable[[Tensor, Tensor], Tensor]
-"""``(outputs (r, ...), targets (r, ...)) -> (r,)``: one loss a row, no reduction."""
+LossFunction = Callable[[Tensor, Any], Tensor]
+"""``(outputs (r, ...), targets (r, ...)) -> (r,)``: one loss a row, no reduction. Targets may be nested tensors."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,9 +30,9 @@ class CleanPass:
     """The unperturbed forward pass of a batch and everything queries reuse of it.
 
     Attributes:
-        targets: ``(b, ...)`` targets.
+        targets: ``(b, ...)`` targets; a tensor, or nested tensors with the same first dimension.
         activations: Kept activations by index (the input of stage ``i``; ``len(stages)`` is the output), each ``(b,
-            ...)``.
+            ...)``: a tensor, or :class:`~flops_lightning.network.rows.Rows` where a stage reads several.
         output: ``(b, ...)`` output of the network, float32 at least.
         loss: ``(b,)`` clean losses.
         embedding: ``(b, d)`` input of the last stage: for a ViT the top CLS token (or pooled feature); flattened, and
@@ -37,8 +40,8 @@ class CleanPass:
         draw: The draw counter of this batch, part of every noise key.
     """
 
-    targets: Tensor
-    activations: dict[int, Tensor]
+    targets: Any
+    activations: dict[int, Any]
     output: Tensor
     loss: Tensor
     embedding: Tensor
@@ -60,14 +63,14 @@ class CleanPass:
 
 @torch.no_grad()
 def clean_pass(
-    network: StagedNetwork, loss: LossFunction, inputs: Tensor, targets: Tensor, *, keep: Collection[int], draw: int,
+    network: StagedNetwork, loss: LossFunction, inputs: Any, targets: Any, *, keep: Collection[int], draw: int,
     rows: int, start: int = 0,
 ) -> CleanPass:  # fmt: skip
     """Run the stages from ``start`` on, unperturbed, ``rows`` samples at a time, and keep activations in ``keep``."""
     last = len(network) - 1
     with phase("clean pass"):
         activations = _run_and_keep(network, inputs, start, {*keep, last}, rows)
-        embedding = _embedding(activations.get(last, activations[len(network)]))
+        embedding = _embedding(value_of(activations.get(last, activations[len(network)])))
         if last not in keep:
             activations.pop(last, None)
         output = at_least_float32(activations[len(network)])
@@ -88,34 +91,30 @@ def refresh(
 
 def _embedding(h: Tensor) -> Tensor:
     # Samples are compared by it on every batch; a flattened feature map would cost more than it tells.
-    flat = h.flatten(1)
+    flat = h.flatten(1) if h.is_floating_point() else h.flatten(1).float()
     if flat.shape[1] <= EMBEDDING_FEATURES:
         return flat
     return torch.nn.functional.adaptive_avg_pool1d(flat[:, None], EMBEDDING_FEATURES)[:, 0]
 
 
 def _run_and_keep(
-    network: StagedNetwork, inputs: Tensor, start: int, keep: Collection[int], rows: int
-) -> dict[int, Tensor]:
+    network: StagedNetwork, inputs: Tensor | Rows, start: int, keep: Collection[int], rows: int
+) -> dict[int, Any]:
     """Activations from ``start`` on: those in ``keep`` and the output."""
     if start:  # parameters changed: autocast must not reuse its copies of them
         torch.clear_autocast_cache()
-    kept: dict[int, Tensor] = {}
+    kept: dict[int, Any] = {}
 
-    def copy(i: int, h: Tensor, first: int) -> None:
+    def copy(i: int, h: Tensor | Rows, first: int) -> None:
         # Into its place at once: parts to be joined at the end would take twice the memory.
         if i not in kept:
-            kept[i] = h.new_empty(len(inputs), *h.shape[1:])
-        kept[i][first : first + len(h)] = h
+            kept[i] = empty_like(h, len(inputs))
+        write_rows(kept[i], first, h)
 
     with network.evaluating():
         for first in range(0, max(1, len(inputs)), rows):
             h = inputs[first : first + rows].clone()
-            for i, stage in enumerate(network.stages[start:], start):
-                if i in keep:
-                    copy(i, h, first)  # the stage may work in place
-                h = stage.run(h)
-            copy(len(network), h, first)
+            copy(len(network), network.visit(h, start, keep, partial(copy, first=first)), first)
     return kept
 
 
@@ -129,7 +128,7 @@ def full_precision(tensor: Tensor) -> torch.autocast:
     return torch.autocast(tensor.device.type, enabled=False)
 
 
-def row_losses(loss: LossFunction, output: Tensor, targets: Tensor) -> Tensor:
+def row_losses(loss: LossFunction, output: Tensor, targets: Any) -> Tensor:
     """``(r,)`` losses in float32 at least, under autocast too, checked for their shape."""
     with full_precision(output):
         losses = loss(at_least_float32(output), targets)

@@ -26,11 +26,12 @@ class FunctionalStages:
     """Runs the stages of a network with given tensors in place of parameters, to which nothing is ever written."""
 
     def __init__(self, network: StagedNetwork) -> None:
-        """Look up the names of each parameter: tied weights have several."""
+        """Look up the names of each parameter: tied weights have several, but those of a shared module one."""
         self._stages = [_StageModule(network.module, stage) for stage in network.stages]
         names: dict[int, list[str]] = {}
-        for name, parameter in network.module.named_parameters(remove_duplicate=False):
-            names.setdefault(id(parameter), []).append(f"network.{name}")
+        for path, owner in network.module.named_modules(prefix="network"):
+            for name, parameter in owner.named_parameters(recurse=False, remove_duplicate=False):
+                names.setdefault(id(parameter), []).append(f"{path}.{name}")
         self._aliases = {name: names[id(parameter)] for name, parameter in network.module.named_parameters()}
 
     def run(self, stage: int, x: Tensor, values: Mapping[str, Tensor]) -> Tensor:

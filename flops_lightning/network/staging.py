@@ -4,21 +4,22 @@ Stages reference the modules of the network they were made from: nothing is copi
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # the common base of BatchNorm1d/2d/3d and SyncBatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
-from flops_lightning.errors import SettingError
+from flops_lightning.errors import SettingError, check_choice
 
 
 @dataclass(frozen=True, eq=False)
 class Stage:
-    """One step of the forward pass: a tensor in, a tensor out.
+    """One step of the forward pass: a tensor (or :class:`~flops_lightning.network.rows.Rows`) in and out.
 
     Attributes:
         name: How settings refer to it.
@@ -36,7 +37,7 @@ class Stage:
     """
 
     name: str
-    run: Callable[[Tensor], Tensor]
+    run: Callable[[Any], Any]
     members: tuple[str, ...]
     reads: slice | None = None
     narrows: bool = False
@@ -66,7 +67,6 @@ class StagedNetwork:
     def __init__(self, module: nn.Module, stages: tuple[Stage, ...]) -> None:
         self.module, self.stages = module, stages
         self.index = {stage.name: i for i, stage in enumerate(stages)}
-        _refuse_batch_norm(module)
         owners: dict[int, set[str]] = {}
         for name, parameter in module.named_parameters(remove_duplicate=False):
             owner = [stage.name for stage in stages if stage.owns(name)]
@@ -77,26 +77,40 @@ class StagedNetwork:
                 )  # fmt: skip
             owners.setdefault(id(parameter), set()).add(owner[0])
         for name, parameter in module.named_parameters():
-            if len(owners[id(parameter)]) > 1:
+            if parameter.requires_grad and len(owners[id(parameter)]) > 1:
                 raise SettingError(
                     "network", type(module).__name__, f"{name!r} is tied across {sorted(owners[id(parameter)])}.",
-                    "Untie the weights, or put the modules that share them into one stage.",
+                    "Freeze or untie the weights, or put the modules that share them into one stage.",
                 )  # fmt: skip
 
     def __len__(self) -> int:
         return len(self.stages)
 
+    @property
+    def head(self) -> int:
+        """Index of the first of the trailing stages that are the head: the final norm and pooling belong to it."""
+        names = [stage.name for stage in self.stages]
+        return len(names) - 2 if names[-2:] == ["pool", "head"] else len(names) - 1
+
     def with_all_tokens(self) -> "StagedNetwork":
         """The same network, where every stage computes all tokens of its output, whether they are read or not."""
         return StagedNetwork(self.module, tuple(replace(s, run=getattr(s.run, "whole", s.run)) for s in self.stages))
 
-    def run(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+    def run(self, x: Any, start: int = 0, stop: int | None = None) -> Any:
         """Run stages ``start`` to ``stop`` (exclusive; to the end by default) on ``x``."""
         for stage in self.stages[start:stop]:
             x = stage.run(x)
         return x
 
-    def run_suffix(self, x: Tensor, start: int) -> Tensor:
+    def visit(self, x: Any, start: int, keep: Collection[int], visit: Callable[[int, Any], None]) -> Tensor:
+        """Run from stage ``start`` to the end; show the activations in ``keep`` to ``visit(index, activation)``."""
+        for i, stage in enumerate(self.stages[start:], start):
+            if i in keep:
+                visit(i, x)  # before the stage runs: it may work in place
+            x = stage.run(x)
+        return x
+
+    def run_suffix(self, x: Any, start: int) -> Any:
         """The same from ``start`` to the end, for queries: their chunks have one shape, which a compiler can use."""
         return self.run(x, start)
 
@@ -141,33 +155,51 @@ def flops(run: Callable[[Tensor], Tensor], x: Tensor) -> tuple[float, Tensor]:
     return float(counter.get_total_flops()), output
 
 
-def stage_network(module: nn.Module) -> StagedNetwork:
-    """Cut a timm ``VisionTransformer`` or an ``nn.Sequential`` into stages.
+BatchNormSetting = Literal["refuse", "frozen"]
 
-    A ViT becomes ``embed``, ``blocks.0`` ... ``blocks.N``, ``pool`` (final norm and pooling) and ``head``; a
-    ``Sequential`` becomes its children under their own names.
+
+def stage_network(module: nn.Module, example: Any = None, *, batch_norm: BatchNormSetting = "refuse") -> StagedNetwork:
+    """Cut a network into stages.
+
+    A timm ``VisionTransformer`` becomes ``embed``, ``blocks.0`` ... ``blocks.N``, ``pool`` (final norm and pooling) and
+    ``head``; an ``nn.Sequential`` becomes its children under their own names. Every other network is run on a few rows
+    of ``example`` to find its stages (see :func:`~flops_lightning.network.replay.stage_by_replay`).
+
+    Args:
+        module: The network.
+        example: Inputs of a batch, as the network takes them: a tensor, a tuple of positional or a mapping of keyword
+            arguments. Without it a network that is neither of the two above is a single stage, which suffices for
+            strategies that perturb all parameters at once (``MeZO``).
+        batch_norm: What becomes of batch normalisation. ``refuse`` it, since the statistics of a batch are no function
+            of a single row; or take its running statistics as constants (``frozen``) and train its weight and bias.
 
     Raises:
-        SettingError: the network is neither, or has something that cannot be staged; the message says what to do.
+        SettingError: the network has something that cannot be staged; the message says what to do.
 
     Example:
         >>> [stage.name for stage in stage_network(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))).stages]
         ['0', '1', '2']
+        >>> import torch
+        >>> transformer = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2), 3, enable_nested_tensor=False)
+        >>> [stage.name for stage in stage_network(transformer, torch.zeros(2, 5, 8)).stages]
+        ['layers.0', 'layers.1', 'layers.2']
     """
+    check_choice("batch_norm", batch_norm, get_args(BatchNormSetting))
+    if batch_norm == "refuse":
+        _refuse_batch_norm(module)
     if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
         _refuse_lazy(module)
         # Unlike `named_children`, this lists a module twice that runs twice.
         children = [item for item in module.named_modules(remove_duplicate=False) if item[0] and "." not in item[0]]
         return StagedNetwork(module, tuple(Stage(name, child, (name,)) for name, child in children))
     if "timm" in sys.modules:
-        from flops_lightning.network.vit import VisionTransformer, stage_vit
+        from flops_lightning.network.vit import VisionTransformer, is_plain, stage_vit
 
-        if isinstance(module, VisionTransformer):
+        if isinstance(module, VisionTransformer) and is_plain(module):
             return stage_vit(module)
-    raise SettingError(
-        "network", type(module).__name__, "is neither an nn.Sequential nor a timm VisionTransformer.",
-        "Write its forward pass as an nn.Sequential, or build a StagedNetwork by hand for a strategy without a task.",
-    )  # fmt: skip
+    from flops_lightning.network.replay import stage_by_replay, stage_whole
+
+    return stage_whole(module) if example is None else stage_by_replay(module, example)
 
 
 def _refuse_batch_norm(module: nn.Module) -> None:
@@ -177,7 +209,7 @@ def _refuse_batch_norm(module: nn.Module) -> None:
                 "network", f"{name}: {type(child).__name__}",
                 "batch normalisation ties the loss of a sample to the other rows of its chunk in train mode, and its "
                 "statistics never adapt in eval mode, in which queries run.",
-                "Use GroupNorm or LayerNorm, or torchvision.ops.FrozenBatchNorm2d for pretrained statistics.",
+                "Write batch_norm: frozen to take pretrained statistics as constants, or use GroupNorm or LayerNorm.",
             )  # fmt: skip
 
 

@@ -10,8 +10,9 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional
 
-from flops_lightning.errors import SettingError
 from flops_lightning.network.staging import Stage, StagedNetwork
+
+METHODS = ("forward", "forward_features", "forward_head", "pool")
 
 # The stages of a timm ViT are small objects and partials instead of closures, so that a network survives pickling and
 # deepcopy together with its stages.
@@ -89,15 +90,13 @@ def _narrows(block: nn.Module) -> bool:
     return not scaled and getattr(block.attn, "gate", None) is None
 
 
+def is_plain(vit: VisionTransformer) -> bool:
+    """Whether its forward pass is that of timm's ``VisionTransformer``."""
+    return all(getattr(type(vit), name) is getattr(VisionTransformer, name) for name in METHODS)
+
+
 def stage_vit(vit: VisionTransformer) -> StagedNetwork:
-    """Cut a ViT into ``embed``, ``blocks.0`` ... ``blocks.N``, ``pool`` and ``head``; see :func:`stage_network`."""
-    for method in ("forward", "forward_features", "forward_head", "pool"):
-        if getattr(type(vit), method) is not getattr(VisionTransformer, method):
-            raise SettingError(
-                "model_name", type(vit).__name__, f"overrides `{method}`, so its stages are not those of a plain ViT.",
-                "Use a model whose class is timm's VisionTransformer, or build a StagedNetwork and train it in your "
-                "own loop.",
-            )  # fmt: skip
+    """Cut a ViT that :func:`is_plain` into ``embed``, ``blocks.0`` ... ``blocks.N``, ``pool`` and ``head``."""
     last = len(vit.blocks) - 1
 
     def tokenwise(i: int) -> tuple[str, ...]:

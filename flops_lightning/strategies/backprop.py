@@ -1,12 +1,13 @@
 """``Backprop``: the exact gradient, the upper bound of every forward-only estimate, behind the same interface."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from flops_lightning.errors import SettingError
 from flops_lightning.meter import CLEAN
+from flops_lightning.network.rows import as_rows, gather, value_of
 from flops_lightning.queries import CleanPass, LossFunction, at_least_float32, full_precision, row_losses
 from flops_lightning.strategies.base import Estimate, add_gradients
 from flops_lightning.strategies.whole_batch import WholeBatchStrategy
@@ -30,8 +31,9 @@ class Backprop(WholeBatchStrategy):
 
     why = "spends no queries"
 
-    def clean_pass(self, inputs: Tensor, targets: Tensor) -> CleanPass:
+    def clean_pass(self, inputs: Any, targets: Any) -> CleanPass:
         """Run the batch and keep its graph for ``estimate``."""
+        inputs = as_rows(inputs)
         device = inputs.device.type
         if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
             raise SettingError(
@@ -46,7 +48,7 @@ class Backprop(WholeBatchStrategy):
             raise without_derivative(self.loss)
         self.draw += 1
         self.meter.add(CLEAN, clean_passes=len(loss), forward_equivalents=len(loss))
-        return CleanPass(targets, {0: inputs}, output, loss, embedding.detach().flatten(1), self.draw - 1)
+        return CleanPass(targets, {0: inputs}, output, loss, value_of(embedding).detach().flatten(1), self.draw - 1)
 
     @torch.enable_grad()
     def _estimate(self, clean: CleanPass) -> Estimate:
@@ -61,8 +63,9 @@ class Backprop(WholeBatchStrategy):
             # A sample without a finite loss contributes nothing, as it would with queries; in its graph zero times NaN
             # would be NaN, so the others run again without it.
             with self.network.evaluating():
-                output = self.network.run(clean.activations[0][finite])
-                total = row_losses(self.loss, output, clean.targets[finite]).sum() / clean.batch_size
+                index = finite.nonzero()[:, 0]
+                output = self.network.run(clean.activations[0].index_select(0, index))
+                total = row_losses(self.loss, output, gather(clean.targets, index)).sum() / clean.batch_size
         with full_precision(total):
             gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
         zeros = {name: torch.zeros_like(p) for name, p in parameters.items()}

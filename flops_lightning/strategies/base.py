@@ -137,8 +137,12 @@ class ForwardGradientStrategy(KeepsSettings, ABC):
         """Names of the sites, exact ones included, to be estimated before each optimiser step, in order."""
 
     @abstractmethod
-    def clean_pass(self, inputs: Tensor, targets: Tensor) -> CleanPass:
-        """Run the batch unperturbed and advance the draw counter."""
+    def clean_pass(self, inputs: Any, targets: Any) -> CleanPass:
+        """Run the batch unperturbed and advance the draw counter.
+
+        ``inputs`` are what the network takes: a ``(b, ...)`` tensor, a tuple of arguments or a mapping of named ones;
+        ``targets`` a tensor or nested tensors with the same first dimension.
+        """
 
     @abstractmethod
     def refresh(self, clean: CleanPass, updated: Sequence[str]) -> CleanPass:

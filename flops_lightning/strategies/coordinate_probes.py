@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flops_lightning.network.functional import FunctionalStages
+from flops_lightning.network.rows import gather, joined, value_of
 from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.noise.keys import NoiseKey, row_seeds
 from flops_lightning.queries import CleanPass, LossFunction, row_losses
@@ -105,11 +106,12 @@ class CoordinateProbes:
         for start in range(0, len(probes), together):
             pack = probes[start : start + together]
             losses = []
-            inputs, targets = clean.activations[stage].split(self.chunk_rows), clean.targets.split(self.chunk_rows)
-            for x, y in zip(inputs, targets, strict=True):
-                h = torch.cat([self._moved_output(stage, x, copies[probe.name], probe) for probe in pack])
+            everyone = torch.arange(clean.batch_size, device=clean.loss.device)
+            for index in everyone.split(self.chunk_rows):
+                x, y = clean.activations[stage].index_select(0, index), gather(clean.targets, index.repeat(len(pack)))
+                h = joined([self._moved_output(stage, x, copies[probe.name], probe) for probe in pack])
                 output = self.network.run(h, stage + 1)
-                losses.append(row_losses(self.loss, output, torch.cat([y] * len(pack))).unflatten(0, (len(pack), -1)))
+                losses.append(row_losses(self.loss, output, y).unflatten(0, (len(pack), -1)))
             lines.append(torch.cat(losses, dim=1))
         return torch.cat(lines)
 
@@ -128,4 +130,4 @@ class CoordinateProbes:
         for stage in range(len(self.network)):
             moved = {name: values(name) for name in trainable if self.stage_of[name] == stage}
             chunks = [self.stages.run(stage, x, moved) for x in chunks]
-        return row_losses(self.loss, torch.cat(chunks), clean.targets)
+        return row_losses(self.loss, value_of(joined(chunks)), clean.targets)

@@ -22,6 +22,7 @@ from flops_lightning.distributed import mean_over_ranks
 from flops_lightning.errors import SettingError, check_at_least, check_choice, check_positive
 from flops_lightning.meter import CLEAN
 from flops_lightning.network.functional import FunctionalStages
+from flops_lightning.network.rows import as_rows
 from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.queries import CleanPass, LossFunction, clean_pass
 from flops_lightning.strategies import coordinate_probes
@@ -113,10 +114,11 @@ class CoordinateFiniteDifferences(WholeBatchStrategy, ChunkedStrategy):
         self._stage_of = {name: i for i, s in enumerate(network.stages) for name in names if s.owns(name)}
         self._from_stage, self._found_ratios = (), None
 
-    def clean_pass(self, inputs: Tensor, targets: Tensor) -> CleanPass:
+    def clean_pass(self, inputs: Any, targets: Any) -> CleanPass:
         """Run the batch unperturbed, keep what the masked coordinates start from, and advance the draw counter."""
         if not self._stage_of:
             raise RuntimeError("bind(network, loss) must come before the first clean_pass.")
+        inputs = as_rows(inputs)
         self._chunks.settle(self.network, inputs)
         names = self.network.trainable() if self._ratios is None else self._masks(self.draw)
         keep = {self._stage_of[name] for name in names}

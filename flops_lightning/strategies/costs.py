@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from flops_lightning.network.staging import StagedNetwork, flops
 from flops_lightning.queries import CleanPass
@@ -41,7 +41,7 @@ class SiteCosts:
 
 
 @torch.no_grad()
-def site_costs(network: StagedNetwork, sites: Sequence[Site], inputs: Tensor) -> SiteCosts:
+def site_costs(network: StagedNetwork, sites: Sequence[Site], inputs: Any) -> SiteCosts:
     """Count on the first sample of ``inputs``; stages of a network without a single matrix product count as equal."""
     with network.evaluating(), _without_gradients(network):
         activations, by_stage = [inputs[:1]], []

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from flops_lightning.errors import SettingError
+from flops_lightning.network.rows import gather
 from flops_lightning.noise.activation_guided import input_basis
 from flops_lightning.noise.keys import row_seeds, standard_normal
 from flops_lightning.noise.row_directions import RowDirection, accumulate, direction_size, row_direction, sq_norm
@@ -82,7 +83,7 @@ class FactoredDirections(DirectionLayout):
         # Memory, while the suffix runs: directions are drawn again for the gradient, and it alone holds its input.
         directions.clear()
         output = self.network.run_suffix(leaving.pop(), site.last + 1)
-        return row_losses(self.loss, output, clean.targets.index_select(0, index))
+        return row_losses(self.loss, output, gather(clean.targets, index))
 
     def _moved(self, site: Site, h: Tensor, directions: Directions, sigma: Tensor) -> Tensor:
         """Output of the site at the rows' own parameters, ``sigma`` ``(r,)``."""

@@ -41,7 +41,7 @@ class _ExactDerivatives(QueryStrategy[Q]):
         super().bind(network, loss)
         self.sites = tuple(replace(site, sigma=0.0) for site in self.sites)
 
-    def clean_pass(self, inputs: Tensor, targets: Tensor) -> CleanPass:
+    def clean_pass(self, inputs: Any, targets: Any) -> CleanPass:
         first = self._costs is None
         clean = super().clean_pass(inputs, targets)
         if first:

@@ -153,7 +153,7 @@ class LikelihoodRatio(QueryStrategy[OutputQueryResult]):
             widths=self._widths, token_squares=self.token_sigma, slopes=bool(self.learn_sigma),
         )  # fmt: skip
 
-    def clean_pass(self, inputs: Tensor, targets: Tensor) -> CleanPass:
+    def clean_pass(self, inputs: Any, targets: Any) -> CleanPass:
         """Run the batch unperturbed, and from now on use the widths that earlier batches learned."""
         first = self._costs is None
         self._update_widths()

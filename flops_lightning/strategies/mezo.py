@@ -17,6 +17,7 @@ from torch import Tensor
 from flops_lightning.errors import SettingError, check_choice, check_positive
 from flops_lightning.meter import CLEAN
 from flops_lightning.network.functional import FunctionalStages
+from flops_lightning.network.rows import as_rows, joined
 from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.noise.keys import NoiseKey
 from flops_lightning.phases import phase
@@ -84,8 +85,9 @@ class MeZO(WholeBatchStrategy, ChunkedStrategy):
         self._stages = FunctionalStages(network)
         self._warned, self._query_cost = False, 1.0
 
-    def clean_pass(self, inputs: Tensor, targets: Tensor) -> CleanPass:
+    def clean_pass(self, inputs: Any, targets: Any) -> CleanPass:
         """Run the frozen stages below the lowest trainable one; the clean losses stay unknown (NaN)."""
+        inputs = as_rows(inputs)
         self._chunks.settle(self.network, inputs)
         dtype = torch.promote_types(next(iter(self.sites[0].parameters.values())).dtype, torch.float32)
         unknown = torch.full((len(inputs),), torch.nan, dtype=dtype, device=inputs.device)
@@ -99,7 +101,7 @@ class MeZO(WholeBatchStrategy, ChunkedStrategy):
             with self.network.evaluating(), torch.no_grad():
                 # A copy, since a stage may work in place.
                 parts = [self.network.run(part.clone(), 0, site.first) for part in inputs.split(self.chunk_rows)]
-            clean.activations[site.first] = torch.cat(parts)
+            clean.activations[site.first] = joined(parts)
             self.meter.add(CLEAN, forward_equivalents=len(inputs) * (1 - self._query_cost))
         self.draw += 1
         return clean

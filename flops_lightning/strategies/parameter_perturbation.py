@@ -85,11 +85,11 @@ class ParameterPerturbation(QueryStrategy[ParameterQueryResult]):
 
     def resolve_sites(self, network: StagedNetwork) -> tuple[Site, ...]:
         """Blocks and groups of stages, whose parameters are perturbed."""
-        specs = self.specs or tuple(default_specs(network))
+        specs = self.specs or tuple(default_specs(network, in_parameters=True))
         specs = tuple(replace(spec, sigma=self.sigma) for spec in specs) if self.sigma else specs
         return resolve_sites(network, specs, in_parameters=True)
 
-    def clean_pass(self, inputs: Tensor, targets: Tensor) -> CleanPass:
+    def clean_pass(self, inputs: Any, targets: Any) -> CleanPass:
         """See :meth:`QueryStrategy.clean_pass`; activation-guided directions cost one more pass through their site."""
         first = self._costs is None
         clean = super().clean_pass(inputs, targets)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flops_lightning.errors import SettingError
+from flops_lightning.network.rows import Rows, gather, value_of, with_value
 from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.noise.keys import NoiseKey
 from flops_lightning.noise.kinds import NoiseSpec, draw_noise
@@ -57,7 +58,7 @@ def chunk_noise(key: NoiseKey, chunk: Chunk, *, antithetic: bool, spec: NoiseSpe
     return draw
 
 
-def boundary_activation(site: Site, clean: CleanPass) -> Tensor:
+def boundary_activation(site: Site, clean: CleanPass) -> Tensor | Rows:
     """The clean activation at a block or group site, cut to its tokens where the suffix takes them alone."""
     h = clean.activations[site.last + 1]
     return h[:, site.tokens] if site.narrow else h
@@ -82,14 +83,15 @@ def perturbed_losses(
                 )  # fmt: skip
     else:
         with phase("noise"):
-            h = boundary_activation(site, clean).index_select(0, index)
+            rows = boundary_activation(site, clean).index_select(0, index)
+            h = value_of(rows)
             active = h if site.tokens is None or site.narrow else h[:, site.tokens]
             shape, like = tuple(active.shape[1:]), active.new_empty(0)
             step, z = width.scaled(draw("", shape, active))
-            entering = [moved(h, step, None if site.narrow else site.tokens, width.sigma)]
+            entering = [with_value(rows, moved(h, step, None if site.narrow else site.tokens, width.sigma))]
         long = len(network) - site.start > 2  # more than a pool and a head, beside which drawing would take its time
         kept = None if z.device.type == "cpu" and z.nbytes >= DRAWN_AGAIN and long else z
-        del h, active, step, z
+        del rows, h, active, step, z
         with phase("suffix"):
             # Popped, so that nothing else holds it while the suffix runs.
             output = network.run_suffix(entering.pop(), site.start)
@@ -97,7 +99,7 @@ def perturbed_losses(
             with phase("noise"):
                 _, kept = width.scaled(draw("", shape, like))
         perturbations = [Perturbation(None, kept)]
-    return row_losses(loss, output, clean.targets.index_select(0, index)), perturbations
+    return row_losses(loss, output, gather(clean.targets, index)), perturbations
 
 
 def moved(h: Tensor, z: Tensor, tokens: slice | None, sigma: float | Tensor) -> Tensor:

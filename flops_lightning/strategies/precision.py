@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flops_lightning.network.rows import Rows, value_of
 from flops_lightning.queries import CleanPass, at_least_float32, full_precision
 from flops_lightning.strategies.sites import Site
 
@@ -83,7 +84,7 @@ def _tf32(*, convolutions: bool) -> bool:
 
 def perturbed_values(site: Site, clean: CleanPass) -> list[Tensor]:
     """What a site's noise is added to, before it is: its parameters, or the activation that enters its suffix."""
-    return list(site.parameters.values()) if site.in_parameters else [clean.activations[site.start]]
+    return list(site.parameters.values()) if site.in_parameters else [value_of(clean.activations[site.start])]
 
 
 def warn_unresolved_sigma(sites: Sequence[Site], clean: CleanPass) -> None:
@@ -114,7 +115,7 @@ def rounded_up(value: float) -> float:
 
 
 @contextmanager
-def differentiable(h: Tensor) -> Iterator[Tensor]:
+def differentiable(h: Tensor | Rows) -> Iterator[Any]:
     """``h`` for a pass that autograd follows, and the precision for it while the context lasts.
 
     That is the precision of the moment, but float32 where it is float16 by autocast: gradients there under- and
@@ -124,5 +125,9 @@ def differentiable(h: Tensor) -> Iterator[Tensor]:
     if not (torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16):
         yield h
         return
-    with full_precision(h):
-        yield at_least_float32(h)
+    with full_precision(value_of(h)):
+        yield h.map(_float32_if_half) if isinstance(h, Rows) else at_least_float32(h)
+
+
+def _float32_if_half(tensor: Tensor) -> Tensor:
+    return at_least_float32(tensor) if tensor.is_floating_point() else tensor

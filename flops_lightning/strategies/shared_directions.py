@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from flops_lightning.distributed import Communicator, gather_lines
+from flops_lightning.network.rows import gather
 from flops_lightning.noise.keys import drawn_at_once, row_seeds, split_like
 from flops_lightning.phases import phase
 from flops_lightning.queries import CleanPass, RowPlan, row_losses
@@ -62,7 +63,7 @@ class SharedDirections(DirectionLayout):
                 values = {name: (p.detach() + sigma * noise[name]).to(p.dtype) for name, p in own.items()}
                 streams[k] = self.stages.run(i, streams[k], values)
         outputs = (self.network.run_suffix(h, site.last + 1) for h in streams)
-        targets = clean.targets.index_select(0, index)
+        targets = gather(clean.targets, index)
         return torch.stack([row_losses(self.loss, output, targets) for output in outputs])
 
     def _by_stage(self, site: Site) -> dict[int, dict[str, nn.Parameter]]:

@@ -47,19 +47,22 @@ class SiteSpec:
     active_tokens: bool = True
 
 
-def default_specs(network: StagedNetwork, groups: int = 3) -> list[SiteSpec]:
+def default_specs(network: StagedNetwork, groups: int = 3, *, in_parameters: bool = False) -> list[SiteSpec]:
     """The paper's layout (appendix C.1): the body in ``groups`` groups of equal depth from bottom to top, and the head.
 
     The head takes with it the stages before it that have no attention or linear layers of their own (final norm,
-    pooling).
+    pooling). A network of one stage has one site for all its parameters, if noise enters these (``in_parameters``).
     """
     names = [stage.name for stage in network.stages]
+    if in_parameters and len(names) == 1:
+        return [SiteSpec(stages=names, name="all")]
     trained = [i for i in range(len(names)) if network.parameters_of(i, i)]
-    head = len(names) - 2 if names[-2:] == ["pool", "head"] else trained[-1] if trained else 0
+    head = network.head if network.head < len(names) - 1 else trained[-1] if trained else 0
     if len(names) < 2 or not trained or head == 0:
         raise SettingError(
             "sites", [], "a network of one stage, or with all its parameters in one, has no default sites.",
-            "Write it as an nn.Sequential of several stages, or name the sites.",
+            "Pass an example batch to stage_network (in a task: set example_input_array), so that it can be cut into "
+            "stages; name the sites; or use MeZO, which needs none.",
         )  # fmt: skip
     groups = min(groups, head)
     cuts = [round(i * head / groups) for i in range(groups + 1)]

@@ -4,11 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
-from torch import Tensor
-
 from flops_lightning.errors import SettingError, check_choice
 from flops_lightning.meter import CLEAN
 from flops_lightning.network.compilation import CompiledNetwork, check_compiler
+from flops_lightning.network.rows import as_rows
 from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.protocol import QueryBudget
 from flops_lightning.queries import CleanPass, LossFunction, clean_pass, refresh
@@ -126,12 +125,13 @@ class SiteStrategy(ChunkedStrategy):
         names = tuple(site.name for site in (*self.sites, *self.exact_sites))
         return (names,) if self.update == "simultaneous" else tuple((name,) for name in reversed(names))
 
-    def clean_pass(self, inputs: Tensor, targets: Tensor) -> CleanPass:
+    def clean_pass(self, inputs: Any, targets: Any) -> CleanPass:
         """Run the batch unperturbed, keep the activations that sites start from, and advance the draw counter."""
         if not self.sites:
             raise RuntimeError("bind(network, loss) must come before the first clean_pass.")
         if self.compile_suffixes and self._costs is None:
             check_compiler(inputs.device)
+        inputs = as_rows(inputs)
         self._chunks.settle(self.network, inputs)
         clean = clean_pass(
             self.network, self.loss, inputs, targets, keep=self._kept, draw=self.draw, rows=self.chunk_rows

@@ -80,12 +80,14 @@ RESERVED_NAMES = ("clean", "total", "lost", "per_second", "forward_equivalents",
 def resolve_sites(
     network: StagedNetwork, specs: Sequence[SiteSpec], *, in_parameters: bool = False
 ) -> tuple[Site, ...]:
-    """Resolve settings (none: the paper's layout) against a network, bottom to top.
+    """Resolve settings against a network, bottom to top.
+
+    None: the paper's layout, or all parameters of a network of one stage, where noise enters these.
 
     ``in_parameters``: noise enters the parameters of a site instead of its output.
     """
     sites: list[Site] = []
-    for i, spec in enumerate(specs or default_specs(network)):
+    for i, spec in enumerate(specs or default_specs(network, in_parameters=in_parameters)):
         setting = f"model.strategy.sites[{i}]"
         if in_parameters:
             _check_parameter_spec(spec, setting)

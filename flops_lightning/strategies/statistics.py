@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from flops_lightning.errors import SettingError
+from flops_lightning.network.rows import value_of, with_value
 from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.noise.keys import NoiseKey, row_seeds, standard_normal
 from flops_lightning.queries import CleanPass, LossFunction, at_least_float32, full_precision, row_losses
@@ -56,7 +57,7 @@ class OptionalStatistics:
 
     def kept(self, network: StagedNetwork) -> set[int]:
         """Indices of the activations that the predictors read."""
-        starts = {"head_gradient": len(network) - 1, "top_gradient": head_start(network)}
+        starts = {"head_gradient": len(network) - 1, "top_gradient": network.head}
         return {start for name, start in starts.items() if name in self.predictors}
 
     def state_dict(self) -> dict[str, Any]:
@@ -69,12 +70,6 @@ class OptionalStatistics:
         self.scales = {name: (draw, scale) for name, (draw, scale) in state.get("scales", {}).items()}
         self.measured_costs = list(state.get("seconds", []))
         self.predictors = frozenset(state.get("predictors", []))
-
-
-def head_start(network: StagedNetwork) -> int:
-    """Index of the first of the trailing stages that are the head: the final norm and pooling belong to it."""
-    names = [stage.name for stage in network.stages]
-    return len(names) - 2 if names[-2:] == ["pool", "head"] else len(names) - 1
 
 
 def trace_predictors(
@@ -91,14 +86,14 @@ def trace_predictors(
         derivative falls as the activation grows.
     """
     last, found = len(network) - 1, dict[str, Tensor]()
-    starts = {"output_gradient": last + 1, "head_gradient": last, "top_gradient": head_start(network)}
+    starts = {"output_gradient": last + 1, "head_gradient": last, "top_gradient": network.head}
     for name, start in starts.items():
         if name in names and start > 0:  # through the whole network it would be backpropagation by another name
             found[name] = _gradient_sq_norm(network, loss, clean, start)
     if "activation" in names:
-        tokens = network.stages[head_start(network)].reads
+        tokens = network.stages[network.head].reads
         for i in sorted({site.start for site in sites} - {0, len(network)}):
-            h, name = clean.activations[i], f"activation.{network.stages[i].name}"
+            h, name = value_of(clean.activations[i]), f"activation.{network.stages[i].name}"
             found[name] = _mean_square(h, tokens)
             if tokens is not None and h.dim() > 2:
                 found[f"{name}.all"] = _mean_square(h, None)
@@ -106,14 +101,14 @@ def trace_predictors(
 
 
 def _gradient_sq_norm(network: StagedNetwork, loss: LossFunction, clean: CleanPass, start: int) -> Tensor:
-    h = clean.activations[start].detach()
+    below = clean.activations[start].detach()
     # Copies of the weights that autocast made without a graph would cut the gradient off.
     torch.clear_autocast_cache()
-    with network.evaluating(), torch.enable_grad(), differentiable(h) as entering:
-        h = entering.clone().requires_grad_(True)
+    with network.evaluating(), torch.enable_grad(), differentiable(below) as entering:
+        h = value_of(entering).clone().requires_grad_(True)
         try:
             # Run on a clone: a stage may work in place, and a leaf must not change.
-            losses = row_losses(loss, network.run(h.clone(), start), clean.targets)
+            losses = row_losses(loss, network.run(with_value(entering, h.clone()), start), clean.targets)
             with full_precision(h):
                 (gradient,) = torch.autograd.grad(losses.sum(), h)
         except RuntimeError as error:  # the loss or the head is a black box
@@ -156,7 +151,7 @@ def _probe(queries: SiteQueries, site: Site, clean: CleanPass, layer_input: Tens
     if layer_input is not None:
         like = site.layers[0].module(layer_input)
     else:
-        like = clean.activations[site.last + 1]
+        like = value_of(clean.activations[site.last + 1])
         like = like if site.tokens is None else like[:, site.tokens]
     key = NoiseKey(queries.seed, clean.draw, f"{site.name}/scale", queries.rank)
     samples = np.arange(clean.batch_size)

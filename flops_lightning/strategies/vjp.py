@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_weight
 
+from flops_lightning.network.rows import value_of
 from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.queries import CleanPass, at_least_float32, full_precision
 from flops_lightning.strategies.precision import differentiable
@@ -88,7 +89,7 @@ def local_vjp(network: StagedNetwork, site: Site, clean: CleanPass, delta: Tenso
             # Copies of the weights that autocast made without a graph would cut the gradient off.
             torch.clear_autocast_cache()
             with torch.enable_grad(), differentiable(h) as entering:
-                output = network.run(entering, site.first, site.last + 1)
+                output = value_of(network.run(entering, site.first, site.last + 1))
                 output = output if site.tokens is None else output[:, site.tokens]
             with full_precision(d):  # each derivative has the dtype of its function, no lower
                 gradients = torch.autograd.grad(output, parameters, d.to(output.dtype), allow_unused=True)

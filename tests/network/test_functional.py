@@ -53,6 +53,24 @@ def test_a_stage_runs_with_what_it_is_given():
     torch.testing.assert_close(functional.run(1, X, shift), by_hand({**dict(net.named_parameters()), **shift}, X))
 
 
+def test_a_module_under_two_names_keeps_its_parameters():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Linear(3, 3)
+            self.alias = self.body
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.alias(self.body(x))
+
+    net = shaken(nn.Sequential(Twice()))
+    before, values = dict(net.named_parameters(remove_duplicate=False)), others(net, "0.")
+    weight, bias = values["0.body.weight"], values["0.body.bias"]
+    found = FunctionalStages(stage_network(net)).run(0, X, values)
+    torch.testing.assert_close(found, (X @ weight.T + bias) @ weight.T + bias)
+    assert all(p is before[name] for name, p in net.named_parameters(remove_duplicate=False))
+
+
 def test_hooks_of_the_stage_s_modules_run():
     net = network()
     net[1].up.register_forward_hook(lambda _, __, output: 2 * output)

@@ -1,0 +1,209 @@
+"""Tensors of the same rows that are gathered, split and copied as one: nested inputs, and what a query starts from."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+from torch.utils._pytree import register_pytree_node
+
+from flops_lightning.errors import SettingError
+
+Key = tuple[Any, int]
+"""Name of a nested structure and the number of a tensor in it."""
+
+
+class Leaf(NamedTuple):
+    """The place of a tensor in a nested structure, and enough to make one like it."""
+
+    key: Key
+    shape: tuple[int, ...]
+    axis: int | None  # along which rows lie; None: all rows share it
+    dtype: torch.dtype
+    device: torch.device
+    each: int = 1  # entries along that axis for a row
+    writable: bool = False  # whether the network writes to it
+
+    def stand_in(self, rows: int) -> Tensor:
+        """Zeros in the shape of the tensor for this number of rows; in the memory of one number, unless writable."""
+        shape = list(self.shape)
+        if self.axis is not None:
+            shape[self.axis] = self.each * rows
+        zero = torch.zeros((), dtype=self.dtype, device=self.device).expand(shape)
+        return zero.clone() if self.writable else zero
+
+
+@dataclass(eq=False)
+class Rows:
+    """Several tensors with rows in common, in the place of one ``(r, ...)`` tensor.
+
+    It has those methods of a tensor that work on rows. Everything else (shape, dtype, noise) is that of its ``main``
+    tensor.
+
+    Attributes:
+        tensors: ``(r, ...)`` tensors by key.
+        shared: Tensors that do not depend on the row, by key.
+        skeletons: Nested structures whose tensors are :class:`Leaf` objects, by name.
+        main: Key of the tensor that stands for all; None: the first one.
+
+    Example:
+        >>> batch = Rows.of({"ids": torch.arange(6).reshape(3, 2), "mask": torch.ones(3, 2)})
+        >>> len(batch), batch[1:].tree()["ids"].tolist()
+        (3, [[2, 3], [4, 5]])
+    """
+
+    tensors: dict[Key, Tensor]
+    shared: dict[Key, Tensor] = field(default_factory=dict)
+    skeletons: dict[Any, Any] = field(default_factory=dict)
+    main: Key | None = None
+
+    @classmethod
+    def of(cls, tree: Any, name: Any = "inputs") -> "Rows":
+        """Take apart nested mappings, sequences and dataclasses of tensors whose first dimension is the row."""
+        skeleton, tensors = take_apart(tree, name)
+        rows = {key: value for key, value in tensors.items() if value.dim()}
+        lengths = {len(value) for value in rows.values()}
+        if not lengths:
+            raise SettingError(
+                "data", type(tree).__name__, "has no tensor with samples.", "Return tensors from collate_fn."
+            )
+        if len(lengths) != 1:
+            raise SettingError(
+                "data", sorted(lengths), "the tensors of a batch must have one length, its number of samples.",
+                "Return tensors whose first dimension is the sample from the dataset or collate_fn.",
+            )  # fmt: skip
+        return cls(rows, {key: value for key, value in tensors.items() if not value.dim()}, {name: skeleton})
+
+    def tree(self, name: Any = "inputs") -> Any:
+        """The structure of this name with its tensors; those that are not here are stand-ins of zeros."""
+
+        def put(leaf: Leaf) -> Tensor:
+            if leaf.key in self.tensors:
+                value = self.tensors[leaf.key]
+                return value if not leaf.axis else value.movedim(0, leaf.axis)
+            # A copy: the network may write to it.
+            return self.shared[leaf.key].clone() if leaf.key in self.shared else leaf.stand_in(len(self))
+
+        skeleton = self.skeletons[name]
+        return put(skeleton) if isinstance(skeleton, Leaf) else apply_to_collection(skeleton, Leaf, put)
+
+    @property
+    def value(self) -> Tensor:
+        """``(r, ...)`` the main tensor."""
+        return next(iter(self.tensors.values())) if self.main is None else self.tensors[self.main]
+
+    def with_value(self, value: Tensor) -> "Rows":
+        """The same with another main tensor."""
+        if self.main is None:
+            raise TypeError("inputs have no main tensor.")
+        return replace(self, tensors={**self.tensors, self.main: value})
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Rows":
+        """The same with a function applied to each tensor that has rows."""
+        return replace(self, tensors={key: function(value) for key, value in self.tensors.items()})
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def __getitem__(self, rows: Any) -> "Rows":
+        return self.map(lambda tensor: tensor[rows])
+
+    def index_select(self, dim: int, index: Tensor) -> "Rows":
+        """Gather rows."""
+        return self.map(lambda tensor: tensor.index_select(dim, index))
+
+    def repeat_interleave(self, repeats: int, dim: int) -> "Rows":
+        """Repeat rows."""
+        return self.map(lambda tensor: tensor.repeat_interleave(repeats, dim=dim))
+
+    def split(self, size: int) -> "list[Rows]":
+        """Cut into parts of ``size`` rows."""
+        return [self[i : i + size] for i in range(0, len(self), size)]
+
+    def clone(self) -> "Rows":
+        """Copy the tensors that have rows."""
+        return self.map(Tensor.clone)
+
+    def detach(self) -> "Rows":
+        """The same without a graph."""
+        return self.map(Tensor.detach)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the main tensor."""
+        return self.value.device
+
+
+def _flatten(rows: Rows) -> tuple[list[Tensor], Any]:
+    return list(rows.tensors.values()), (list(rows.tensors), rows)
+
+
+def _unflatten(tensors: Iterable[Tensor], context: Any) -> "Rows":
+    keys, rows = context
+    return replace(rows, tensors=dict(zip(keys, tensors, strict=True)))
+
+
+register_pytree_node(Rows, _flatten, _unflatten)  # for torch.func.vmap
+
+
+def take_apart(tree: Any, name: Any) -> tuple[Any, dict[Key, Tensor]]:
+    """A nested structure with :class:`Leaf` objects for its tensors, and these by their keys ``(name, number)``."""
+    tensors: dict[Key, Tensor] = {}
+
+    def take(tensor: Tensor) -> Leaf:
+        key = (name, len(tensors))
+        tensors[key] = tensor
+        return Leaf(key, tuple(tensor.shape), 0 if tensor.dim() else None, tensor.dtype, tensor.device)
+
+    return apply_to_collection(tree, Tensor, take), tensors
+
+
+def value_of(h: Tensor | Rows) -> Tensor:
+    """The tensor itself, or the main one of several."""
+    return h if isinstance(h, Tensor) else h.value
+
+
+def with_value(h: Tensor | Rows, value: Tensor) -> Tensor | Rows:
+    """``value`` in the place of the tensor, or of the main one of several."""
+    return value if isinstance(h, Tensor) else h.with_value(value)
+
+
+def as_rows(inputs: Any) -> Tensor | Rows:
+    """A tensor as it is, everything else as :class:`Rows`."""
+    return inputs if isinstance(inputs, (Tensor, Rows)) else Rows.of(inputs)
+
+
+def empty_like(h: Tensor | Rows, rows: int) -> Tensor | Rows:
+    """Room for ``rows`` rows like those of ``h``, in the same memory layout: kernels may round otherwise in another."""
+
+    def empty(tensor: Tensor) -> Tensor:
+        layout = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+        shape = (rows, *tensor.shape[1:])
+        return torch.empty_permuted(shape, layout, dtype=tensor.dtype, device=tensor.device)
+
+    return empty(h) if isinstance(h, Tensor) else h.map(empty)
+
+
+def write_rows(into: Any, first: int, h: Tensor | Rows) -> None:
+    """Write the rows of ``h`` from the row ``first`` on."""
+    if isinstance(h, Tensor):
+        into[first : first + len(h)] = h
+    else:
+        for key, tensor in h.tensors.items():
+            into.tensors[key][first : first + len(h)] = tensor
+
+
+def gather(tree: Any, index: Tensor) -> Any:
+    """The rows ``index`` of a tensor or of nested tensors."""
+    return apply_to_collection(tree, (Tensor, Rows), lambda value: value.index_select(0, index))
+
+
+def joined(parts: Sequence[Tensor | Rows]) -> Tensor | Rows:
+    """Parts of rows one after the other."""
+    first = parts[0]
+    if isinstance(first, Tensor):
+        return torch.cat(list(parts))  # type: ignore[arg-type]
+    rows: list[Mapping[Key, Tensor]] = [part.tensors for part in parts]  # type: ignore[union-attr]
+    return replace(first, tensors={key: torch.cat([each[key] for each in rows]) for key in first.tensors})
