@@ -7,6 +7,7 @@ from .allocators import QueryAllocator as QueryAllocator
 from .allocators import SampleStatistics as SampleStatistics
 from .allocators import TraceObservation as TraceObservation
 from .callbacks import ClassReport as ClassReport
+from .callbacks import ForwardOnly as ForwardOnly
 from .callbacks import PredictionWriter as PredictionWriter
 from .callbacks import QueryAllocatorCallback as QueryAllocatorCallback
 from .callbacks import RunSummary as RunSummary
@@ -18,6 +19,7 @@ from .datamodules import DigitsDataModule as DigitsDataModule
 from .datamodules import EuroSATDataModule as EuroSATDataModule
 from .datamodules import Flowers102DataModule as Flowers102DataModule
 from .datamodules import Food101DataModule as Food101DataModule
+from .datamodules import ImageFolderDataModule as ImageFolderDataModule
 from .datamodules import ImageNetDataModule as ImageNetDataModule
 from .network import Stage as Stage
 from .network import StagedNetwork as StagedNetwork
@@ -35,5 +37,6 @@ from .strategies import PilotSpec as PilotSpec
 from .strategies import SiteSpec as SiteSpec
 from .strategies import WeightForwardMode as WeightForwardMode
 from .tasks import ForwardImageClassifier as ForwardImageClassifier
+from .tasks import ForwardModule as ForwardModule
 
 __version__: str

@@ -17,7 +17,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
 from examples import allocator_in_your_module as example
-from examples import spsa_before, spsa_with_allocator
+from examples import regression, spsa_before, spsa_with_allocator
 from flops_lightning.allocators import equal_objective, gain_optimal, objective
 from flops_lightning.allocators.base import one_thread
 
@@ -184,3 +184,29 @@ def test_the_spsa_example_learns_with_an_installed_wheel(tmp_path: Path) -> None
     assert Path(package) == site / "flops_lightning" / "__init__.py"
     assert result["start_accuracy"] < 0.2
     assert result["test_accuracy"] > 0.4  # after one epoch
+
+
+def test_a_regression_with_skip_connections_learns() -> None:
+    assert regression.main(epochs=3) > 0.1
+    assert len(regression.Regression().network) == 5  # embed, three blocks, head
+
+
+def test_a_text_classifier_takes_batches_as_tokenizers_return_them() -> None:
+    pytest.importorskip("transformers", reason="the example trains one of its models")
+    from examples import text_classifier
+
+    task = text_classifier.TextClassifier()
+    assert [stage.name for stage in task.network.stages][-2:] == ["bert.pooler", "classifier"]
+    train, _ = text_classifier.texts()
+    statistics = task.sample_statistics(torch.utils.data.default_collate(train[:6]))
+    with torch.no_grad(), task.network.evaluating():
+        inputs, labels = task.split(torch.utils.data.default_collate(train[:6]))
+        torch.testing.assert_close(statistics.loss, task.loss(task(inputs), labels))
+
+
+@pytest.mark.slow
+def test_the_text_classifier_learns() -> None:
+    pytest.importorskip("transformers", reason="the example trains one of its models")
+    from examples import text_classifier
+
+    assert text_classifier.main(epochs=4) > 0.3  # 45 of 134 pieces are of one class; chance among classes is 0.2

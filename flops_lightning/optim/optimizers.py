@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, get_args
+from importlib import import_module
+from inspect import Parameter, signature
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from flops_lightning.errors import SettingError, check_at_least, check_choice, check_positive
 
-OptimizerName = Literal["adam", "adamw", "sgd"]
+OPTIMIZERS: dict[str, type[Optimizer]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 ScheduleName = Literal["constant", "cosine"]
 
 
@@ -22,7 +24,9 @@ class OptimizerSettings:
     """How gradients become steps; the defaults are the paper's (Adam, 1e-4, constant).
 
     Attributes:
-        name: ``adam``, ``adamw`` or ``sgd``.
+        name: ``adam``, ``adamw`` or ``sgd``, or the dotted path of another ``torch.optim.Optimizer`` such as
+            ``torch.optim.RMSprop``.
+        arguments: Further arguments of the optimiser, by name.
         lr: Learning rate (its peak, under a schedule).
         weight_decay: Weight decay, not applied to biases, norms and other parameters of one dimension.
         momentum: Momentum of ``sgd``.
@@ -42,7 +46,8 @@ class OptimizerSettings:
         flops_lightning.errors.SettingError: optimizer.lr = -1.0: must be a number above 0. Write, for example, 1.0e-4.
     """
 
-    name: OptimizerName = "adam"
+    name: str = "adam"
+    arguments: dict[str, Any] = field(default_factory=dict)
     lr: float = 1e-4
     weight_decay: float = 0.0
     momentum: float = 0.0
@@ -53,12 +58,15 @@ class OptimizerSettings:
 
     def check(self) -> None:
         """Raise a :class:`SettingError` for an unknown name, a number out of range, or momentum of Adam."""
-        check_choice("optimizer.name", self.name, get_args(OptimizerName))
+        optimizer_class(self.name)
         check_choice("optimizer.schedule", self.schedule, get_args(ScheduleName))
         check_positive("optimizer.lr", self.lr, "Write, for example, 1.0e-4.")
         for setting in ("weight_decay", "momentum", "warmup_steps"):
             check_at_least(f"optimizer.{setting}", getattr(self, setting), 0)
         check_at_least("optimizer.accumulate_grad_batches", self.accumulate_grad_batches, 1)
+        if twice := {"lr", "weight_decay", "momentum"} & self.arguments.keys():
+            problem = f"has {', '.join(sorted(twice))}, which are settings of their own."
+            raise SettingError("optimizer.arguments", self.arguments, problem, "Write them beside `arguments`.")
         if not 0 < self.layer_decay <= 1:
             problem = "must be in (0, 1]."
             raise SettingError("optimizer.layer_decay", self.layer_decay, problem, "Write 0.75, say, or 1.")
@@ -111,10 +119,32 @@ def build_optimizer(module: nn.Module, settings: OptimizerSettings) -> Optimizer
         groups = param_groups_layer_decay(module, settings.weight_decay, layer_decay=settings.layer_decay)
         groups = [{**group, "lr": settings.lr * float(str(group.pop("lr_scale")))} for group in groups]
     groups = [group for group in groups if group["params"]]
-    if settings.name == "sgd":
-        return torch.optim.SGD(groups, lr=settings.lr, weight_decay=settings.weight_decay, momentum=settings.momentum)
-    family = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[settings.name]
-    return family(groups, lr=settings.lr, weight_decay=settings.weight_decay)
+    arguments = {"lr": settings.lr, **settings.arguments}
+    for name in ("weight_decay", "momentum"):  # some optimisers have neither
+        if value := getattr(settings, name):
+            arguments[name] = value
+    family: Any = optimizer_class(settings.name)
+    try:
+        return cast("Optimizer", family(groups, **arguments))
+    except (TypeError, ValueError) as error:
+        remedy = "Give arguments that it takes, for parameters of any shape."
+        raise SettingError("optimizer.arguments", arguments, f"{settings.name}: {error}.", remedy) from error
+
+
+def optimizer_class(name: str) -> type[Optimizer]:
+    """The optimiser of a short name or a dotted path; refuse one that calls the loss again in its step."""
+    module, _, attribute = name.rpartition(".")
+    try:
+        found = OPTIMIZERS.get(name) or getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError):
+        found = None
+    if not (isinstance(found, type) and issubclass(found, Optimizer)):
+        problem = f"is neither one of {', '.join(OPTIMIZERS)} nor the path of an optimiser."
+        raise SettingError("optimizer.name", name, problem, "Write, for example, torch.optim.RMSprop.")
+    if signature(found.step).parameters["closure"].default is Parameter.empty:
+        problem = "evaluates the loss again within a step, whose estimate would be another one."
+        raise SettingError("optimizer.name", name, problem, f"Choose from {', '.join(OPTIMIZERS)}, for example.")
+    return found
 
 
 def lr_factor(step: int, *, schedule: ScheduleName, warmup_steps: int, total_steps: float) -> float:

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -12,9 +12,6 @@ from torch import Tensor, nn
 
 from flops_lightning.errors import SettingError
 from flops_lightning.tasks.parameter_efficient import ADDED, plain_weights
-
-if TYPE_CHECKING:
-    from timm.models.vision_transformer import VisionTransformer
 
 _OWN_PREFIX = "backbone."
 
@@ -53,7 +50,9 @@ def load_weights(backbone: nn.Module, path: str) -> None:
     """
     state = _read(Path(path))
     own = backbone.state_dict()
-    head = [name for name in state if name.startswith("head.") and name in own and state[name].shape != own[name].shape]
+    named = getattr(backbone, "pretrained_cfg", {}).get("classifier") or "head"
+    heads = tuple(f"{name}." for name in ([named] if isinstance(named, str) else named))
+    head = [name for name in state if name.startswith(heads) and name in own and state[name].shape != own[name].shape]
     if head:
         rank_zero_info(f"checkpoint: the head has another number of classes, {head} start fresh.")
     other = [n for n in state if n in own and n not in head and state[n].shape != own[n].shape]
@@ -125,19 +124,44 @@ def freeze(backbone: nn.Module, patterns: Sequence[str]) -> None:
             parameter.requires_grad_(False)
 
 
-def check_images(backbone: nn.Module, images: Tensor) -> None:
-    """Raise a :class:`SettingError` unless images are floats of the size and channels that a ViT was built for."""
+@torch.no_grad()
+def example_images(backbone: nn.Module, channels: int) -> Tensor:
+    """Two images of noise that a timm model takes: of its own size where that is fixed, else as small as will do."""
+    config = getattr(backbone, "pretrained_cfg", {})
+    own = tuple(config.get("input_size", (3, 224, 224))[1:])
+    built = getattr(getattr(backbone, "patch_embed", None), "img_size", None)
+    sizes = [tuple(built)] if built else [own] if config.get("fixed_input_size", False) else [(64, 64), own]
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.randn(2, channels, *size, generator=generator) for size in sizes]
+    backbone.eval()
+    try:
+        backbone(images[0])
+    except (RuntimeError, AssertionError):  # kernels or windows larger than what is left of a small image
+        return images[-1]
+    finally:
+        backbone.train()
+    return images[0]
+
+
+def input_channels(backbone: nn.Module, model_kwargs: Mapping[str, Any]) -> int:
+    """Channels of the images that a timm model was built for."""
+    usual = getattr(backbone, "pretrained_cfg", {}).get("input_size", (3, 224, 224))[0]
+    return int(model_kwargs.get("in_chans", usual))
+
+
+def check_images(backbone: nn.Module, images: Tensor, expected: int) -> None:
+    """Raise a :class:`SettingError` unless images are floats of a model's size with the ``expected`` channels."""
     if not images.is_floating_point():
         raise SettingError("data", str(images.dtype), "images must be floats.", "Scale and normalise them first.")
-    embed = getattr(backbone, "patch_embed", None)
-    if embed is None or images.dim() != 4:
+    if images.dim() != 4:
         return
-    vit: VisionTransformer = backbone  # type: ignore[assignment]
     channels, size = images.shape[1], tuple(images.shape[2:])
-    if channels != vit.in_chans:
+    if channels != expected:
         problem, remedy = f"the images have {channels} channels.", f"Write in_chans: {channels}."
-        raise SettingError("model_kwargs.in_chans", vit.in_chans, problem, remedy)
-    if not vit.dynamic_img_size and embed.img_size is not None and size != tuple(embed.img_size):
+        raise SettingError("model_kwargs.in_chans", expected, problem, remedy)
+    embed: Any = getattr(backbone, "patch_embed", None)
+    fixed = getattr(embed, "img_size", None)
+    if not getattr(backbone, "dynamic_img_size", False) and fixed is not None and size != tuple(fixed):
         problem = f"the images are {size[0]} x {size[1]}."
         remedy = f"Write img_size: {size[0] if size[0] == size[1] else list(size)}, or resize the images."
-        raise SettingError("model_kwargs.img_size", tuple(embed.img_size), problem, remedy)
+        raise SettingError("model_kwargs.img_size", tuple(fixed), problem, remedy)

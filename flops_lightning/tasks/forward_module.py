@@ -14,7 +14,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from flops_lightning.distributed import present_communicator
 from flops_lightning.errors import LostQueriesError, SettingError, check_at_least
-from flops_lightning.network.staging import StagedNetwork, stage_network
+from flops_lightning.network.replay import result_of
+from flops_lightning.network.staging import BatchNormSetting, StagedNetwork, stage_network
+from flops_lightning.network.trace import call
 from flops_lightning.objectives import naming_the_loss
 from flops_lightning.optim import optimizers
 from flops_lightning.optim.optimizers import ClipSettings, OptimizerSettings, squared_step_sizes
@@ -29,7 +31,7 @@ from flops_lightning.tasks.step import QueryLog, StepState
 from flops_lightning.tasks.trainer_setup import check_trainer, optimizer_steps, remove_reducer_and_scaler
 from flops_lightning.tensorboard import write_page
 
-Batch = tuple[Tensor, Tensor]
+Batch = Any
 
 
 class ForwardModule(pl.LightningModule, ABC):
@@ -88,23 +90,41 @@ class ForwardModule(pl.LightningModule, ABC):
         self._query_log = QueryLog()
 
     @abstractmethod
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, outputs: Tensor, targets: Any) -> Tensor:
         """``(r,)`` losses of ``(r, ...)`` outputs, one a row; a derivative is needed by ``Backprop`` only."""
 
-    def stage(self, network: nn.Module) -> None:
-        """Cut the network into stages and bind the strategy to them; refuse what does not fit."""
-        self.network = stage_network(network)
+    def stage(self, network: nn.Module, example: Any = None, *, batch_norm: BatchNormSetting = "refuse") -> None:
+        """Cut the network into stages and bind the strategy to them; refuse what does not fit.
+
+        ``example``: inputs of a few samples, from which the stages of most networks are found; None: Lightning's
+        ``example_input_array``. ``batch_norm``: ``refuse`` or ``frozen``. See
+        :func:`~flops_lightning.network.stage_network`.
+        """
+        self.network = stage_network(
+            network, self.example_input_array if example is None else example, batch_norm=batch_norm
+        )
         if self.strategy is not None:
             self.strategy.bind(self.network, self.loss)
 
-    def check_inputs(self, inputs: Tensor) -> None:
+    def split(self, batch: Any) -> tuple[Any, Any]:
+        """Inputs and targets of a batch; override it where batches are not ``(inputs, targets)`` pairs.
+
+        Both may be nested tuples, mappings and dataclasses of tensors whose first dimension is the sample. A tuple of
+        inputs becomes the network's positional arguments, a mapping its keyword arguments.
+        """
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            problem = "a batch must be a pair (inputs, targets)."
+            remedy = "Return one from the dataset or collate_fn, or override `split(batch)`."
+            raise SettingError("data", type(batch).__name__, problem, remedy)
+        return batch[0], batch[1]
+
+    def check_inputs(self, inputs: Any) -> None:
         """Override to refuse inputs that the network cannot take."""
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, inputs: Any) -> Tensor:
         """The network's ``(b, ...)`` outputs."""
         self.check_inputs(inputs)
-        outputs: Tensor = self.network.module(inputs)
-        return outputs
+        return result_of(call(self.network.module, inputs))
 
     def sample_statistics(self, batch: Batch) -> SampleStatistics:
         """Run the clean pass and the pilots; ``training_step`` reuses both."""
@@ -135,13 +155,12 @@ class ForwardModule(pl.LightningModule, ABC):
         return self._state.observation
 
     def _clean_pass(self, batch: Batch) -> CleanPass:
-        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            problem = "a batch must be a pair (inputs, targets)."
-            raise SettingError("data", type(batch).__name__, problem, "Return one from the dataset or collate_fn.")
-        if self._state.inputs is not batch[0]:
-            self.check_inputs(batch[0])
-        with naming_the_loss(self.loss_path):
-            return self._state.clean_pass_of(self._training_strategy(), *batch)
+        if self._state.batch is not batch:
+            inputs, targets = self.split(batch)
+            self.check_inputs(inputs)
+            with naming_the_loss(self.loss_path):
+                self._state.run_clean_pass(self._training_strategy(), batch, inputs, targets)
+        return cast("CleanPass", self._state.clean)
 
     def _training_strategy(self) -> ForwardGradientStrategy:
         if self.strategy is None:
@@ -178,6 +197,10 @@ class ForwardModule(pl.LightningModule, ABC):
             problem = "cannot be combined with update: site_by_site, which makes several steps of one batch."
             remedy = "Write 1, or update: simultaneous."
             raise SettingError("optimizer.accumulate_grad_batches", self._gradient.batches, problem, remedy)
+        if strategy.sites and not getattr(strategy, "specs", True):
+            names = [stage.name for stage in self.network.stages]
+            layout = (f"{site.name} ({names[site.first]} to {names[site.last]})" for site in strategy.sites)
+            rank_zero_info(f"model.strategy.sites: none are given; the default is {', '.join(layout)}.")
         if self.network.frozen():
             rank_zero_info(f"frozen parameters: {', '.join(self.network.frozen())}")
 
@@ -188,8 +211,12 @@ class ForwardModule(pl.LightningModule, ABC):
         optimizers.set_scheduled_rates(cast("LambdaLR", self.lr_schedulers()))
         write_page(self.trainer, settings_of(self, self.trainer, strategy), strategy.budget)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> None:
-        """Estimate the gradient from queries and step, once or (Algorithm 1) once for each site."""
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Estimate the gradient from queries and step, once or (Algorithm 1) once for each site.
+
+        Returns:
+            The mean clean loss of the batch.
+        """
         strategy, clean = self._training_strategy(), self._clean_pass(batch)
         counts, weights = self._state.counts, self._state.pilot_weights
         self._state = StepState()
@@ -202,14 +229,15 @@ class ForwardModule(pl.LightningModule, ABC):
         for i, sites in enumerate(groups):
             if i:
                 clean = strategy.refresh(clean, groups[i - 1])
-            with self._gradient.adding(strategy, self.network.trainable().values(), samples=len(batch[1])):
+            with self._gradient.adding(strategy, self.network.trainable().values(), samples=clean.batch_size):
                 estimate = strategy.estimate(clean, counts, sites or None, pilot_weight=weights, traces=watched)
             self._state.observe(estimate.observation)
             if i == 0:
-                self.log_batch(estimate, batch[1])
+                loss = estimate.loss.mean()
+                self.log_batch(estimate, clean.targets)
             self._query_log.batch(self, strategy.meter)
             if not self._gradient.complete(last=self.trainer.is_last_batch):
-                return
+                return loss
             has_gradient = self._gradient.reduce(strategy, self.network.trainable(), sites)
             if has_gradient:
                 norm = optimizers.clip_gradients(self.network.module.named_parameters(), self.clip_settings)
@@ -224,6 +252,7 @@ class ForwardModule(pl.LightningModule, ABC):
         self._count_skipped(stepped)
         if stepped:
             cast("LambdaLR", self.lr_schedulers()).step()
+        return loss
 
     def _optimizer(self) -> Optimizer:
         return cast("Optimizer", self.optimizers(use_pl_optimizer=False))
@@ -236,7 +265,7 @@ class ForwardModule(pl.LightningModule, ABC):
                 f"{self.max_skipped_steps}). Lower optimizer.lr or the sites' sigma, or set clip.norm."
             )
 
-    def log_batch(self, estimate: Estimate, targets: Tensor) -> None:
+    def log_batch(self, estimate: Estimate, targets: Any) -> None:
         """Log ``train/loss`` and ``train/lr`` of a batch; override to log more."""
         self.log("train/loss", estimate.loss.mean(), prog_bar=True, sync_dist=self.trainer.world_size > 1)
         self.log("train/lr", max(group["lr"] for group in self._optimizer().param_groups))

@@ -11,11 +11,19 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from flops_lightning.errors import SettingError
+from flops_lightning.network.staging import BatchNormSetting
 from flops_lightning.objectives import Objective, dotted_path, find_objective, most_probable, naming_the_loss
 from flops_lightning.queries import row_losses
 from flops_lightning.settings import read_settings
 from flops_lightning.strategies.base import Estimate
-from flops_lightning.tasks.backbone import check_images, create_backbone, load_weights, save_weights
+from flops_lightning.tasks.backbone import (
+    check_images,
+    create_backbone,
+    example_images,
+    input_channels,
+    load_weights,
+    save_weights,
+)
 from flops_lightning.tasks.backbone import freeze as freeze_parameters
 from flops_lightning.tasks.evaluation import first_seen, metrics_of_test, metrics_of_validation
 from flops_lightning.tasks.forward_module import Batch, ForwardModule
@@ -40,12 +48,13 @@ class ForwardImageClassifier(ForwardModule):
     def __init__(
         self, *, model_name: str, num_classes: int, model_kwargs: Mapping[str, Any] | None = None,
         pretrained: bool = False, checkpoint: str = "", target: TargetSettings | None = None,
-        freeze: Sequence[str] = (), loss: str | Objective | None = None, label_smoothing: float = 0.0, **settings: Any,
+        freeze: Sequence[str] = (), loss: str | Objective | None = None, label_smoothing: float = 0.0,
+        batch_norm: BatchNormSetting = "refuse", **settings: Any,
     ) -> None:  # fmt: skip
         """Build the backbone, stage it, and bind the strategy to it.
 
         Args:
-            model_name: A timm model whose class is ``VisionTransformer``.
+            model_name: A timm model; see :func:`~flops_lightning.network.stage_network`.
             num_classes: Number of classes (the CLI takes it from the data).
             model_kwargs: Further arguments of ``timm.create_model`` (``img_size``, ``in_chans``, ``depth``, ...).
             pretrained: Start from timm's weights.
@@ -55,6 +64,7 @@ class ForwardImageClassifier(ForwardModule):
             loss: What is minimised: a function ``(logits (r, c), target (r,)) -> (r,)`` or its dotted path, for example
                 ``flops_lightning.objectives.zero_one_error``; None: cross-entropy. It needs no derivative.
             label_smoothing: Label smoothing of that cross-entropy, 0 to below 1.
+            batch_norm: ``frozen`` trains networks with batch normalisation: their running statistics are constants.
             **settings: Those of :class:`ForwardModule`: ``strategy``, ``optimizer``, ``clip``, ``max_skipped_steps``.
         """
         super().__init__(**settings)
@@ -75,6 +85,7 @@ class ForwardImageClassifier(ForwardModule):
                 "model_name": model_name, "num_classes": num_classes, "model_kwargs": dict(model_kwargs or {}),
                 "target": asdict(self.target_settings), "freeze": patterns, "loss": self.loss_path or None,
                 "label_smoothing": label_smoothing,
+                "batch_norm": batch_norm,
             }
         )  # fmt: skip
         folder = str(Path(checkpoint).parent) if checkpoint else ""  # a resumed run may find the file elsewhere
@@ -86,14 +97,15 @@ class ForwardImageClassifier(ForwardModule):
         apply_target(self.backbone, self.target_settings)
         freeze_parameters(self.backbone, patterns)
         check_target_learns(self.backbone, self.target_settings.kind, patterns)
-        self.stage(self.backbone)
+        self.in_chans = input_channels(self.backbone, model_kwargs or {})
+        self.stage(self.backbone, example_images(self.backbone, self.in_chans), batch_norm=batch_norm)
         self.train_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.val_metrics = metrics_of_validation(num_classes)
         self.test_metrics = metrics_of_test(num_classes)
 
     def check_inputs(self, inputs: Tensor) -> None:
         """Compare images with the size and channels that the backbone was built for."""
-        check_images(self.backbone, inputs)
+        check_images(self.backbone, inputs, self.in_chans)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """``(r,)`` losses of ``(r, c)`` logits: those of the setting ``loss``, or cross-entropies."""

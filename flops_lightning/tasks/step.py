@@ -19,21 +19,19 @@ from flops_lightning.strategies.base import ForwardGradientStrategy
 class StepState:
     """What is known of the batch at hand; every training step starts a new one."""
 
-    inputs: Tensor | None = None  # of the clean pass
+    batch: Any = None  # of the clean pass
     clean: CleanPass | None = None
     counts: Tensor | None = None  # (s, b) queries that an allocator chose
     pilot_weights: Tensor | None = None  # (s, b), of reused pilots
     observation: TraceObservation | None = None  # traces that the step's queries showed
 
-    def clean_pass_of(self, strategy: ForwardGradientStrategy, inputs: Tensor, targets: Tensor) -> CleanPass:
-        """The clean pass of a batch, run once; the log names a number of rows that the strategy chose by itself."""
-        if self.clean is None or self.inputs is not inputs:
-            rows = getattr(strategy, "chunk_rows", None)
-            self.inputs, self.clean = inputs, strategy.clean_pass(inputs, targets)
-            resolved = getattr(strategy, "chunk_rows", None)
-            if resolved != rows:
-                rank_zero_info(f"model.strategy.chunk_rows: auto is {resolved} here")
-        return self.clean
+    def run_clean_pass(self, strategy: ForwardGradientStrategy, batch: Any, inputs: Any, targets: Any) -> None:
+        """Run the clean pass of a batch; the log names a number of rows that the strategy chose by itself."""
+        rows = getattr(strategy, "chunk_rows", None)
+        self.batch, self.clean = batch, strategy.clean_pass(inputs, targets)
+        resolved = getattr(strategy, "chunk_rows", None)
+        if resolved != rows:
+            rank_zero_info(f"model.strategy.chunk_rows: auto is {resolved} here")
 
     def observe(self, new: TraceObservation | None) -> None:
         """Add the traces of one estimate; where sites are updated one by one, each fills its own lines."""

@@ -13,8 +13,11 @@ from flops_lightning.errors import SettingError
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
 
 
-def check_trainer(trainer: pl.Trainer) -> None:
-    """Raise a :class:`SettingError` for settings that would be silently wrong or fail late."""
+def check_trainer(trainer: pl.Trainer, *, manual: bool = True) -> None:
+    """Raise a :class:`SettingError` for settings that would be silently wrong or fail late.
+
+    ``manual``: the module optimises manually, as tasks do.
+    """
     strategy = type(trainer.strategy).__name__
     if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
         problem = "shards parameters, but queries and closed-form gradients need them whole."
@@ -27,6 +30,8 @@ def check_trainer(trainer: pl.Trainer) -> None:
     if trainer.precision not in PRECISIONS:
         problem = "is not supported: parameters must be float32 or float64."
         raise SettingError("trainer.precision", trainer.precision, problem, f"Choose from {', '.join(PRECISIONS)}.")
+    if not manual:
+        return
     if trainer.gradient_clip_val:
         problem = "has no effect under manual optimisation."
         remedy = "Remove it and set model.init_args.clip.norm (and clip.attention_norm) instead."

@@ -87,3 +87,28 @@ def test_squared_step_sizes_know_the_rates_of_layers():
     weights = squared_step_sizes(optimizer, dict(vit.named_parameters()))
     head, block = weights["head.weight"], weights["blocks.2.mlp.fc1.weight"]
     assert float(block.mean() / head.mean()) == pytest.approx(0.25)
+
+
+def test_any_optimiser_is_built_by_its_path():
+    settings = OptimizerSettings(name="torch.optim.RMSprop", lr=0.5, arguments={"alpha": 0.9}, weight_decay=0.1)
+    optimizer = build_optimizer(nn.Linear(2, 2), settings)
+    assert type(optimizer) is torch.optim.RMSprop
+    assert [(g["lr"], g["alpha"], g["weight_decay"]) for g in optimizer.param_groups] == [
+        (0.5, 0.9, 0.1),
+        (0.5, 0.9, 0.0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": "lion"}, r"name = 'lion': is neither one of adam, adamw, sgd nor the path"),
+        ({"name": "torch.nn.Linear"}, r"nor the path of an optimiser. Write, for example, torch.optim.RMSprop"),
+        ({"name": "torch.optim.LBFGS"}, r"evaluates the loss again within a step"),
+        ({"arguments": {"lr": 1.0}}, r"has lr, which are settings of their own"),
+        ({"arguments": {"gamma": 1.0}}, r"optimizer.arguments = .*unexpected keyword argument 'gamma'"),
+    ],
+)
+def test_optimisers_that_cannot_be_built(settings, message):
+    with pytest.raises(SettingError, match=message):
+        build_optimizer(nn.Linear(2, 2), OptimizerSettings(**settings))
