@@ -30,6 +30,7 @@ HARDWARE = [path for path in CONFIGS if path.startswith("configs/hardware/")]
 RUN_HERE = [path for path in CONFIGS if path not in (*METHODS, *HARDWARE) and not ELSEWHERE.fullmatch(path)]
 QUICKSTART = "configs/vit_tiny_digits.yaml"
 CIFAR10 = "configs/vit_micro_cifar10.yaml"
+IMAGE_FOLDER = "configs/image_folder.yaml"
 
 
 @pytest.fixture(autouse=True)
@@ -74,8 +75,14 @@ def test_every_configuration_runs(path: str, tmp_path: Path, cifar10: list[str])
     if path.endswith("lora.yaml"):
         pytest.importorskip("peft")
     configs = [QUICKSTART, path] if path in OVERLAYS else [path]
+    own_images = [  # those of CIFAR-10's class folders, in as large a training part as the others have
+        "--model.init_args.pretrained=false", f"--data.init_args.root={Path(cifar10[0].partition('=')[2]).parent}",
+        "--data.init_args.val_share=0.08", "--data.init_args.num_workers=0",
+        '--model.init_args.model_kwargs={"img_size": 32, "embed_dim": 16, "num_heads": 2}',
+    ]  # fmt: skip
+    extra = {CIFAR10: cifar10, IMAGE_FOLDER: own_images}.get(path, [])
     limits = ("--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1", "--trainer.max_epochs=1")
-    summary = run(configs, tmp_path, *limits, *(cifar10 if path == CIFAR10 else ()))
+    summary = run(configs, tmp_path, *limits, *extra)
     assert summary["lost_queries"] == 0
     assert 0 <= summary["test_accuracy"] <= 1
     backprop = "backprop" in path or "upright" in path

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from flops_lightning.callbacks.query_allocator import QueryAllocatorCallback
 from flops_lightning.callbacks.tables import run_folder
 from flops_lightning.distributed import Communicator, gather_plain, present_communicator
+from flops_lightning.errors import SettingError
 from flops_lightning.meter import QueryMeter
 from flops_lightning.network.memory import peak_memory
 from flops_lightning.strategies.base import ForwardGradientStrategy
@@ -141,7 +142,7 @@ strategy             {summary["strategy"]}, allocator {summary["allocator"]}"""
 
 
 def _percent(share: float | None) -> str:
-    return "unknown, there is no data module" if share is None else f"{share:.1%}"
+    return "unknown, there are no test images" if share is None else f"{share:.1%}"
 
 
 @torch.no_grad()
@@ -153,7 +154,11 @@ def _test_accuracy(trainer: pl.Trainer, pl_module: pl.LightningModule) -> float 
     datamodule = trainer.datamodule  # type: ignore[attr-defined]
     if datamodule is None:
         return None
-    datamodule.setup("test")
+    try:
+        datamodule.setup("test")
+    except SettingError as error:  # a run may do without
+        rank_zero_info(f"no test: {error}")
+        return None
     training = [(m, m.training) for m in pl_module.modules()]
     pl_module.eval()
     ranks = present_communicator()

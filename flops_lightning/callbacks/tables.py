@@ -14,16 +14,16 @@ from flops_lightning.resume.rules import class_names_of
 def class_names(trainer: Trainer, classes: int) -> Sequence[str]:
     """Names of the classes in the order of the labels: the data module's ``class_names``, or else the labels.
 
-    ``classes`` is their number in the model, which must be that of the names; 0 where no batch has shown it.
+    ``classes`` is their number in the model; 0 where no batch has shown it. Those beyond the names have their labels.
     """
     names = class_names_of(trainer)
     if names is None:
         return [str(label) for label in range(classes)]
-    if classes and len(names) != classes:
+    if classes and len(names) > classes:
         problem = f"the model tells {classes} classes apart."
         remedy = "Use the data that the model was trained for."
         raise SettingError("data.class_names", f"{len(names)} names", problem, remedy)
-    return names
+    return [*names, *(str(label) for label in range(len(names), classes))]
 
 
 def run_folder(trainer: Trainer) -> Path:

@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, cast
 
 from jsonargparse import Namespace
@@ -32,6 +33,7 @@ from flops_lightning.cli.messages import explain
 from flops_lightning.errors import CheckpointError, DamagedImageError, LostQueriesError, SettingError
 from flops_lightning.plan.trainer import PlanningTrainer, callbacks_of, refuse_checkpoint
 from flops_lightning.resume import last
+from flops_lightning.settings import constructor_parameters
 
 USAGE_ERROR = 2
 
@@ -130,9 +132,8 @@ class FlopsCLI(LightningCLI):
             if isinstance(cause, _MISTAKES):
                 raise
             raise UsageError(f"{cause} (FLOPS_TRACEBACK=1 shows where this was raised.)") from error
-        given = self._settings["model"].get("init_args.num_classes")
-        has = getattr(self.datamodule, "num_classes", given)
-        if given is not None and given != has:
+        given, has = self._given_classes, getattr(self.datamodule, "num_classes", None)
+        if given is not None and has is not None and given < has:
             problem = f"but the data has {has} classes."
             raise SettingError("model.init_args.num_classes", given, problem, "Leave it out: the data decides.")
 
@@ -165,26 +166,49 @@ class FlopsCLI(LightningCLI):
         """Do nothing: Lightning's lets the settings saved in a checkpoint override, in silence, those just given."""
 
     def _checked_classes(self, data: LightningDataModule) -> Any:
-        """Number of classes, after a look for missing and damaged files where the data is there and is to be used."""
+        """Number of classes to build the model for, after a look for missing and damaged files where there are any."""
         check = getattr(data, "check", None)
         if self.subcommand and callable(check) and not getattr(data, "download", False):
             check()
-        return cast("Any", data).num_classes
+        given, has = self._given_classes, getattr(data, "num_classes", None)
+        arguments = self._settings["model"].get("init_args") or {}
+        if given is None and has is None and "num_classes" in arguments:
+            if arguments["num_classes"] is not None:
+                return arguments["num_classes"]  # the default of the model's class
+            remedy = "Write it, or give the data module a num_classes."
+            raise SettingError("num_classes", None, f"{type(data).__name__} does not tell its number.", remedy)
+        return has if given is None else given
 
     def _last(self, word: str | None) -> str | None:
         """The newest checkpoint of the runs of this name; None where there is none yet."""
         settings = self._settings["trainer"]
-        own = last.written_to(settings["callbacks"])
-        if settings["logger"] not in (None, True, False) and not own:
-            return word  # it alone knows its folder: Lightning looks there
-        folder = Path(settings["default_root_dir"])
-        runs = None if settings["logger"] is False else folder / self._run_name()
-        found = last.last_checkpoint(runs, own or [folder / "checkpoints"])
-        if found is None and self.subcommand != "fit":
+        own, folder = last.written_to(settings["callbacks"]), Path(settings["default_root_dir"])
+        runs = None if settings["logger"] in (False, []) else folder / self._run_name()
+        if settings["logger"] not in (None, True, False, []):
+            runs = last.runs_of_logger(settings["logger"])
+            if runs is None and not own:
+                raise SettingError(
+                    "ckpt_path", "last", "the logger alone knows where its runs lie.", "Give the path of a checkpoint."
+                )
+        own = own or [folder / "checkpoints", *(folder / "checkpoints").glob("*/**")]
+        found = last.last_checkpoint(runs, own)
+        if found is not None:
+            return str(found)
+        if unfit := last.unfit_checkpoint(runs, own):
+            problem = f"{unfit} is no whole checkpoint in a folder `checkpoints`, and there is no other."
+            raise SettingError("ckpt_path", "last", problem, "Give the path of one, or move it away to start over.")
+        if self.subcommand != "fit":
             raise SettingError("ckpt_path", word, f"there is no checkpoint under {runs or folder}.", WHERE)
-        if found is None:
-            rank_zero_info(f"ckpt_path: there is no checkpoint under {runs or folder} yet, the run begins.")
-        return None if found is None else str(found)
+        rank_zero_info(f"ckpt_path: there is no checkpoint under {runs or folder} yet, the run begins.")
+        return None
+
+    @property
+    def _given_classes(self) -> int | None:
+        """The user's ``num_classes``, which wins over that of the data; the default of the model's class does not."""
+        model = self._settings["model"]
+        given = cast("int | None", model.get("init_args.num_classes"))
+        known = constructor_parameters(resolve_name(model["class_path"])).get("num_classes")
+        return None if known is not None and given == known.default else given
 
     @property
     def _settings(self) -> Namespace:

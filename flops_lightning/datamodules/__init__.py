@@ -7,9 +7,10 @@ from flops_lightning.datamodules.digits import DigitsDataModule
 from flops_lightning.datamodules.eurosat import EuroSATDataModule
 from flops_lightning.datamodules.flowers102 import Flowers102DataModule
 from flops_lightning.datamodules.food101 import Food101DataModule
+from flops_lightning.datamodules.image_folder import ImageFolderDataModule
 from flops_lightning.datamodules.imagenet import ImageNetDataModule
 
 __all__ = [
     "CIFAR10DataModule", "CIFAR100DataModule", "Caltech101DataModule", "DigitsDataModule", "EuroSATDataModule",
-    "Flowers102DataModule", "Food101DataModule", "ImageDataModule", "ImageNetDataModule",
+    "Flowers102DataModule", "Food101DataModule", "ImageDataModule", "ImageFolderDataModule", "ImageNetDataModule",
 ]  # fmt: skip

@@ -32,6 +32,15 @@ def backbone_statistics(module: object) -> Statistics:
     return tuple(config["mean"]), tuple(config["std"])
 
 
+def backbone_size(module: object) -> int | None:
+    """Height and width of the images that a task's timm backbone was built for; None where there is none to ask."""
+    backbone = getattr(module, "backbone", None)
+    config = getattr(backbone, "pretrained_cfg", None) or {}
+    built = getattr(getattr(backbone, "patch_embed", None), "img_size", None)
+    size = built[0] if built else config.get("input_size", (0, 0, 0))[1]
+    return int(size) or None
+
+
 @dataclass(frozen=True)
 class RandAugmentSettings:
     """RandAugment: operations drawn from fourteen (rotation, shear, contrast, ...), all of one strength.

@@ -22,6 +22,7 @@ Part = Literal["train", "val", "test"]
 PARTS: tuple[Part, ...] = ("train", "val", "test")
 READ_AT_START = 32  # images, spread over the data set, that are decoded before a run begins
 THREADS = 16  # that ask for the size of files: on network drives each answer takes a while
+TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how such a file begins
 CHUNK = 1000  # files that a thread asks for at a time: of one each, a million would take a minute and 2 GB
 
 
@@ -94,8 +95,12 @@ def read_photo(path: str | Path) -> "Image":
     except Image.DecompressionBombError as error:
         raise DamagedImageError(f"{path} is too large to be decoded ({error}). Put a smaller one there.") from error
     except UnidentifiedImageError as error:
-        problem = "is not an image" if Path(path).stat().st_size else "is empty"
-        raise DamagedImageError(f"{path} {problem}. Put the original in its place.") from error
+        with Path(path).open("rb") as stream:
+            start = stream.read(4)
+        problem = f"{'is not an image' if start else 'is empty'}. Put the original in its place."
+        if start in TIFF:
+            problem = "is a TIFF of a kind that Pillow does not read (of 13 bands, for example). Convert it to RGB."
+        raise DamagedImageError(f"{path} {problem}") from error
     except Exception as error:  # a damaged file may make PIL raise anything
         raise DamagedImageError(f"{path} cannot be read ({error}). Put the original in its place.") from error
 

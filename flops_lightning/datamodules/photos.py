@@ -83,6 +83,7 @@ class PhotoDataModule(ImageDataModule):
         if normalization != BACKBONE:
             self.mean, self.std = self.normalizations[normalization]
         self._parts: Mapping[Part, Listing] | None = None
+        self._split_off: Mapping[Part, str] = {}  # settings that choose the images of a part
         try:
             if not download:
                 self.source.check_folder(root)
@@ -101,9 +102,11 @@ class PhotoDataModule(ImageDataModule):
         parts = self.check()
         part, verb = NEEDED.get(stage, (None, ""))
         if part is not None and not len(parts[part].files):  # the Trainer would run over no image without a word
-            split_off = " They are split off the training images (val_images, val_share)." if part == "val" else ""
-            remedy = f"{self.source.remedy(self.root)}{split_off}"
-            raise SettingError("data.root", self.root, f"has no images to {verb} with.", remedy)
+            name, problem = self._split_off.get(part, "root"), f"has no images to {verb} with."
+            if name == "root" or not parts["train"].files:
+                raise SettingError("data.root", self.root, problem, self.source.remedy(self.root))
+            remedy = f"List some as {part}." if name == "split_file" else "Set it above 0 to split some off the others."
+            raise SettingError(f"data.{name}", getattr(self, name), problem, remedy)
         if self.normalization == BACKBONE:
             self.mean, self.std = augmentation.backbone_statistics(getattr(self.trainer, "lightning_module", None))
         plain = [augmentation.resize(self.image_size)]
@@ -148,6 +151,7 @@ class PhotoDataModule(ImageDataModule):
 
     def _split(self) -> Mapping[Part, Listing]:
         if self.split_file is not None:
+            self._split_off = dict.fromkeys(PARTS, "split_file")
             folder = self.source.folder(self.root)
             parts = splits.read_split_file(self.split_file)[1].items()
             return {part: Listing([str(folder / file) for file in each.files], each.labels) for part, each in parts}
@@ -156,6 +160,8 @@ class PhotoDataModule(ImageDataModule):
         if "val" in found:
             return found
         if "test" in found:
+            self._split_off = {"val": "val_images"}
             by |= {"val_images": self.val_images, "test_images": self.test_images}
             return splits.split_by_numbers(found["train"], found["test"], **by)
+        self._split_off = {"val": "val_share", "test": "test_share"}
         return splits.split_by_shares(found["train"], val_share=self.val_share, test_share=self.test_share, **by)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors.torch import save_file
@@ -81,6 +81,29 @@ class Toy(LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=self.hparams["lr"])
+
+
+class Unlabelled(LightningDataModule):
+    """The digits, without a word about their classes."""
+
+    def train_dataloader(self):
+        data = DigitsDataModule()
+        data.setup("fit")
+        return data.train_dataloader()
+
+
+class Guessing(Toy):
+    """Has a number of classes of its own choice."""
+
+    def __init__(self, num_classes: int = 20, lr: float = 0.1, fault: str = "") -> None:
+        super().__init__(num_classes, lr, fault)
+
+
+class Ten(Toy):
+    """Takes no number of classes."""
+
+    def __init__(self, lr: float = 0.1, fault: str = "") -> None:
+        super().__init__(10, lr, fault)
 
 
 class Silent(BasePredictionWriter):
@@ -303,6 +326,32 @@ def test_a_report_in_unknown_words_is_passed_on():
 )
 def test_a_refusal_while_building_is_printed_alone_with_the_setting_as_users_write_it(key, value, message, refused):
     assert refused("fit", "-c", changed(key, value, TOY)).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "given", "classes"),
+    [
+        ("Toy", "DigitsDataModule", None, 10),
+        ("Toy", "DigitsDataModule", 12, 12),  # a head with classes to spare
+        ("Toy", "Unlabelled", 12, 12),
+        ("Toy", "Unlabelled", None, "model.num_classes = None: Unlabelled does not tell its number. Write it, or give"),
+        ("Guessing", "DigitsDataModule", None, 10),
+        ("Guessing", "Unlabelled", None, 20),
+        ("Guessing", "Unlabelled", 12, 12),
+        ("Ten", "DigitsDataModule", None, 10),
+        ("Ten", "Unlabelled", None, 10),
+    ],
+)
+def test_the_number_of_classes_is_the_users_or_that_of_the_data_or_of_the_model(model, data, given, classes, refused):
+    settings = copy.deepcopy(TOY)
+    settings["model"]["class_path"] = f"{__name__}.{model}"
+    settings["data"]["class_path"] = f"{DigitsDataModule.__module__ if data[0] == 'D' else __name__}.{data}"
+    arguments = ["fit", "-c", written(settings), *(["--model.num_classes", str(given)] if given else [])]
+    if isinstance(classes, str):
+        assert refused(*arguments).startswith(classes)
+    else:
+        main(arguments)
+        assert Toy.seen["num_classes"] == classes
 
 
 def test_a_refusal_while_running_is_printed_alone(refused):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import struct
 import warnings
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,17 @@ def test_32_bits_are_refused(dtype, tmp_path):
     Image.fromarray(np.ones((2, 2), dtype=dtype)).save(tmp_path / "image.tiff")
     with pytest.raises(DamagedImageError, match=r"image\.tiff cannot be read \(pixels of 32 bits; convert it to 8\)"):
         read_photo(tmp_path / "image.tiff")
+
+
+@pytest.mark.parametrize("name", ["image.tif", "image.jpg"])
+def test_a_tiff_of_thirteen_bands_is_not_called_damaged(name, tmp_path):
+    """One pixel of 13 values of 16 bits, like the multispectral EuroSAT."""
+    tags = [(256, 3, 1, 1), (257, 3, 1, 1), (258, 3, 1, 16), (259, 3, 1, 1), (262, 3, 1, 1), (273, 4, 1, 8)]
+    tags += [(277, 3, 1, 13), (278, 3, 1, 1), (279, 4, 1, 26)]
+    directory = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(4)
+    (tmp_path / name).write_bytes(b"II*\0" + struct.pack("<I", 8 + 26) + bytes(26) + directory)
+    with pytest.raises(DamagedImageError, match=r"does not read \(of 13 bands, for example\). Convert it to RGB."):
+        read_photo(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["imagenet", "eurosat"])
