@@ -31,7 +31,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     written: parameters, schedule and data would not belong together.
     """
 
-    _loaded: Path | None = None  # what the run resumed from: the last good one until it saves another
+    _good: Path | None = None  # what the run has saved last, or resumed from
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Write a checkpoint, or raise a :class:`CheckpointError`: whatever was there before still is."""
@@ -50,7 +50,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             cause = _system_error(error)
             if cause is None:  # not a matter of the disk
                 raise
-            raise CheckpointError(target, cause, newest_checkpoint([target.parent]) or self._loaded) from error
+            good = self._good if self._good and self._good.is_file() else None
+            raise CheckpointError(target, cause, newest_checkpoint([target.parent]) or good) from error
+        self._good = target
 
     def write(self, checkpoint: dict[str, Any], partial: Path) -> None:
         """Write the content to a file that has no checkpoint's name yet."""
@@ -65,7 +67,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     ) -> dict[str, Any]:  # fmt: skip
         """Read a checkpoint, and remove what a killed run left beside it."""
         if "://" not in str(path):
-            self._loaded = Path(path)
+            self._good = Path(path)
             with suppress(OSError):  # the folder may belong to somebody else
                 remove_abandoned(Path(path).parent)
         return super().load_checkpoint(path, map_location, weights_only)

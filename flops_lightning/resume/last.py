@@ -46,20 +46,38 @@ def started_again() -> bool:
 def last_checkpoint(runs: Path | None, own: Sequence[Path]) -> Path | None:
     """The undamaged checkpoint written last, under SLURM preferably by this job; None where there is none.
 
-    ``runs`` holds a folder for each run of a name; ``own`` are further folders.
+    ``runs`` holds a folder for each run of a name; ``own`` are further folders. Below the folder ``checkpoints`` of a
+    run they may lie at any depth: a metric's name in ``filename`` has a slash.
     """
     name = _job_name()
     for pattern in (f"{name}.*", "*") if name else ("*",):
-        folders = [*own, *(runs.glob(f"{pattern}/checkpoints") if runs else ())]
+        folders = [*own, *(runs.glob(f"{pattern}/checkpoints/**") if runs else ())]
         if newest := newest_checkpoint(folders, counts=zipfile.is_zipfile):
             return newest
     return None
 
 
+def unfit_checkpoint(runs: Path | None, own: Sequence[Path]) -> Path | None:
+    """The newest file or folder ``*.ckpt`` of these runs, whether or not it can be resumed from."""
+    return newest_checkpoint([*own, *(runs.glob("**") if runs else ())], counts=Path.exists)
+
+
 def written_to(callbacks: Any) -> list[Path]:
-    """Folders (``dirpath``) of the configured callbacks."""
-    given = [each.get("init_args") for each in _listed(callbacks)]
-    return [Path(str(each.get("dirpath"))) for each in given if each and each.get("dirpath")]
+    """Folders (``dirpath``) of the configured callbacks, and those below that the slashes of their file names make."""
+    found = []
+    for given in filter(None, (each.get("init_args") for each in _listed(callbacks))):
+        if given.get("dirpath"):
+            folder, depth = Path(str(given.get("dirpath"))), str(given.get("filename") or "").count("/")
+            found += [folder, *(each for n in range(depth) for each in folder.glob("*/" * (n + 1)))]
+    return found
+
+
+def runs_of_logger(logger: Any) -> Path | None:
+    """The folder in which a configured logger makes one for each run; None where it alone knows."""
+    first = _listed(logger)[0]
+    given = first.get("init_args")
+    local = str(first.get("class_path")).endswith(("TensorBoardLogger", "CSVLogger")) and given
+    return Path(str(given.get("save_dir"))) / str(given.get("name") or "") if local else None
 
 
 def _job_name() -> str | None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from flops_lightning.callbacks import SaveOnSignal
@@ -13,12 +14,13 @@ from flops_lightning.resume.checkpoint_files import AtomicCheckpointIO
 from flops_lightning.resume.last import (
     job_version,
     last_checkpoint,
+    runs_of_logger,
     started_again,
     with_checkpoint_io,
     with_savers,
     written_to,
 )
-from tests.resume.runs import NAME, write_config
+from tests.resume.runs import NAME, SETTINGS, write_config
 
 
 @pytest.fixture(autouse=True)
@@ -94,6 +96,22 @@ def test_folders_are_read_from_the_settings_of_callbacks():
     assert written_to(None) == []
 
 
+def test_below_folders_of_ones_own_files_are_looked_for_as_deep_as_their_names_have_slashes(tmp_path):
+    settings = {"dirpath": str(tmp_path), "filename": "{epoch}-{val/loss:.2f}"}
+    folders = [tmp_path / "epoch=0-val", tmp_path / "name", tmp_path / "name" / "version_0"]
+    folders[-1].mkdir(parents=True)
+    folders[0].mkdir()
+    found = written_to({"class_path": "ModelCheckpoint", "init_args": settings})
+    assert sorted(found) == [tmp_path, *folders[:2]]
+
+
+@pytest.mark.parametrize("name", ["TensorBoardLogger", "CSVLogger", "WandbLogger"])
+def test_local_loggers_say_where_their_runs_lie(name):
+    logger = {"class_path": f"lightning.pytorch.loggers.{name}", "init_args": {"save_dir": "logs", "name": "mine"}}
+    expected = None if name == "WandbLogger" else Path("logs/mine")
+    assert runs_of_logger(logger) == runs_of_logger([logger, {"class_path": "CSVLogger"}]) == expected
+
+
 def test_a_checkpoint_that_cannot_be_written_ends_the_command_with_the_reason(tmp_path, monkeypatch, refused):
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -117,3 +135,58 @@ def test_last_goes_on_from_the_newest_run_or_begins_one(tmp_path, monkeypatch, r
     elsewhere = ("--ckpt_path", "last", "--trainer.default_root_dir", "elsewhere")
     message = refused("test", "--config", f"{NAME}.yaml", *elsewhere)
     assert "ckpt_path = 'last': there is no checkpoint under elsewhere/run." in message
+
+
+SLASHES = {
+    "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+    "init_args": {"filename": "{epoch}-{val/accuracy:.3f}-{step}", "monitor": "val/accuracy", "mode": "max"},
+}
+LOCAL = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "tables", "name": "mine"}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "folder"),
+    [
+        ({}, f"runs/{NAME}/version_0/checkpoints"),
+        ({"logger": False}, "runs/checkpoints"),
+        ({"logger": LOCAL}, "tables/mine/version_0/checkpoints"),
+        ({"dirpath": "mine"}, "mine"),
+    ],
+)
+def test_last_finds_checkpoints_whose_names_have_slashes(settings, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    saver = {**SLASHES, "init_args": {**SLASHES["init_args"], "dirpath": settings.pop("dirpath", None)}}
+    write_config(tmp_path, num_sanity_val_steps=0, callbacks=[*SETTINGS["trainer"]["callbacks"][:2], saver], **settings)
+    for epochs in ("1", "2"):
+        main(["fit", "--config", f"{NAME}.yaml", "--ckpt_path", "last", "--trainer.max_epochs", epochs])
+    written = [*Path(folder).glob("epoch=0-val/accuracy=0.*-step=4.ckpt")]
+    assert len(written) == 1
+    newest = max(tmp_path.rglob("summary.json"), key=lambda file: file.stat().st_mtime_ns)
+    assert json.loads(newest.read_text())["samples"] == 2 * 4 * 16  # of both runs
+
+
+@pytest.mark.parametrize("where", ["version_0/checkpoints/last.ckpt", "version_0/epoch=1.ckpt", "version_0/x/y/z.ckpt"])
+def test_a_run_is_not_started_over_where_its_checkpoints_do_not_fit(where, tmp_path, monkeypatch, refused):
+    monkeypatch.chdir(tmp_path)
+    write_config(tmp_path, num_sanity_val_steps=0)
+    stray = Path(f"runs/{NAME}") / where
+    stray.parent.mkdir(parents=True)
+    stray.write_bytes(b"half")
+    for command in ("fit", "test"):
+        message = refused(command, "--config", f"{NAME}.yaml", "--ckpt_path", "last")
+        assert message == (
+            f"ckpt_path = 'last': {stray} is no whole checkpoint in a folder `checkpoints`, and there is no other. "
+            "Give the path of one, or move it away to start over."
+        )
+
+
+def test_a_logger_that_alone_knows_its_folder_needs_a_path(tmp_path, monkeypatch, refused):
+    monkeypatch.chdir(tmp_path)
+    write_config(tmp_path, logger={"class_path": f"{__name__}.Elsewhere"})
+    message = refused("fit", "--config", f"{NAME}.yaml", "--ckpt_path", "last")
+    assert message == "ckpt_path = 'last': the logger alone knows where its runs lie. Give the path of a checkpoint."
+
+
+class Elsewhere(CSVLogger):
+    def __init__(self) -> None:
+        super().__init__("elsewhere")
