@@ -1,0 +1,292 @@
+"""Trains an unchanged LightningModule from forward passes: its ``training_step`` runs again under moved parameters."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from flops_lightning.callbacks.pass_state import PassState, copied, silence
+from flops_lightning.distributed import present_communicator, reduce_gradients
+from flops_lightning.errors import LostQueriesError, SettingError, check_at_least
+from flops_lightning.network.staging import Stage, StagedNetwork
+from flops_lightning.strategies.base import ForwardGradientStrategy
+from flops_lightning.strategies.mezo import MeZO
+from flops_lightning.tasks.trainer_setup import check_trainer, remove_reducer_and_scaler
+
+REPLACED = ("training_step", "backward")
+
+
+class ForwardOnly(pl.Callback):
+    """Replaces the backward pass of any module with automatic optimisation by an estimate from forward passes.
+
+    Lightning runs ``training_step`` without autograd and then calls ``backward``, in whose place the strategy calls
+    ``training_step`` again under moved parameters. These queries start from the state that the step started from (the
+    same batch, random numbers, buffers and attributes), log nothing and leave no trace. Clipping, accumulation,
+    schedules, checkpoints, averaged weights and several processes work as ever.
+
+    The parameters of the optimiser are estimated, and no others. A step of ``MeZO(queries=n)`` takes ``n + 1`` passes
+    over its batch. It needs the memory of inference, of two copies of these parameters, and of buffers and batch.
+    ``queries/passes`` counts the queries of all processes so far, each a pass over a batch.
+
+    A step that differentiates on its own, as physics-informed losses do, must turn autograd on with
+    ``torch.enable_grad()``. One that writes to parameters (a moving average of weights) must do so in a hook such as
+    ``on_train_batch_end``: queries would write again.
+
+    Example:
+        >>> import torch
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> from flops_lightning.callbacks import ForwardOnly
+        >>> from flops_lightning.strategies import MeZO
+        >>> module = BoringModel()
+        >>> before = module.layer.weight.detach().clone()
+        >>> quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        >>> trainer = Trainer(
+        ...     callbacks=[ForwardOnly(MeZO(seed=0))], max_steps=2, limit_val_batches=0, accelerator="cpu",
+        ...     enable_model_summary=False, **quiet,
+        ... )
+        >>> trainer.fit(module)
+        >>> torch.equal(before, module.layer.weight)
+        False
+    """
+
+    def __init__(self, strategy: ForwardGradientStrategy | None = None, *, max_skipped_steps: int = 10) -> None:
+        """Check the settings.
+
+        Args:
+            strategy: One that moves all parameters at once for the whole batch; None: ``MeZO()``.
+            max_skipped_steps: Consecutive batches that may lose all their queries before the run stops.
+        """
+        if strategy is None:
+            strategy = MeZO()
+        if not isinstance(strategy, MeZO):
+            raise SettingError(
+                "ForwardOnly.strategy", type(strategy).__name__, "needs the loss of each sample, and a training_step "
+                "returns that of the batch.", "Use MeZO, or make the module a ForwardModule.",
+            )  # fmt: skip
+        check_at_least("ForwardOnly.max_skipped_steps", max_skipped_steps, 0)
+        self.strategy = strategy
+        self.max_skipped_steps = max_skipped_steps
+        self._skipped = 0
+        self._network: _StepNetwork | None = None
+        self._bound: dict[str, int] = {}  # the parameters that the strategy knows
+        self._replaced: dict[str, Any] | None = None  # what the module had in their place; None while it has its own
+        self._query: Callable[[], Any] | None = None
+        self._before: PassState | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse what cannot work, and take the place of ``backward``, early enough for tuners."""
+        if stage != "fit":
+            return
+        _check_module(pl_module)
+        check_trainer(trainer, manual=False)
+        remove_reducer_and_scaler(trainer)
+        if self._network is None:
+            self._network = _StepNetwork(_Step(pl_module, self._loss))
+        elif self._network.module.module is not pl_module:
+            known = type(self._network.module.module).__name__
+            raise SettingError("ForwardOnly", known, "already serves another module.", "Make one for each module.")
+        self._network.trainer = trainer
+        self._replaced = {name: vars(pl_module)[name] for name in REPLACED if name in vars(pl_module)}
+        step = pl_module.training_step
+
+        @wraps(step)
+        def training_step(*args: Any, **kwargs: Any) -> Any:
+            if not trainer.training:
+                return step(*args, **kwargs)
+            given = copied((args, kwargs))
+            self._query = lambda: _call(step, copied(given))
+            self._before = PassState(pl_module)
+            with torch.no_grad():
+                return step(*args, **kwargs)
+
+        def backward(loss: Tensor, *_: Any, **__: Any) -> None:
+            after = PassState(pl_module)
+            try:
+                with trainer.precision_plugin.train_step_context(), _quiet(trainer):
+                    self._estimate(trainer, loss)
+            finally:
+                after.restore()
+
+        vars(pl_module).update(training_step=training_step, backward=backward)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse what only the optimiser and the wrapped module show; bind the strategy."""
+        for optimizer in trainer.optimizers:
+            if isinstance(optimizer, torch.optim.LBFGS):
+                raise SettingError(
+                    "configure_optimizers", "LBFGS", "searches along lines of one function, and every evaluation here "
+                    "has noise of its own.", "Return SGD, Adam or another optimiser that evaluates once a step.",
+                )  # fmt: skip
+        if isinstance(trainer.strategy.model, DistributedDataParallel):
+            name = type(trainer.strategy).__name__
+            problem = "waits in DistributedDataParallel for a backward pass."
+            raise SettingError("trainer.strategy", name, problem, "Write strategy: auto or ddp.")
+        self._bind()
+
+    def _bind(self) -> None:
+        """Give the strategy the parameters that are trained now: callbacks freeze and unfreeze them."""
+        network = self._network
+        assert network is not None
+        present = {name: id(p) for name, p in network.trainable().items()}
+        if present != self._bound:
+            self.strategy.bind(network, _first_column)
+            self.strategy.join(present_communicator())
+            self._bound = present
+
+    @torch.no_grad()
+    def _estimate(self, trainer: pl.Trainer, loss: Tensor) -> None:
+        self._bind()
+        parameters = list(self.strategy.network.trainable().values())
+        waiting = [p.grad for p in parameters]
+        for p in parameters:
+            p.grad = None
+        row = torch.zeros(1, 1, device=loss.device)
+        self.strategy.estimate(self.strategy.clean_pass(row, row))
+        if self.strategy.exchange == "gradients":
+            reduce_gradients(self.strategy.communicator, parameters, weight=1.0)  # ranks count alike, as in DDP
+        self._count_skipped(any(p.grad is not None for p in parameters))
+        for p, before in zip(parameters, waiting, strict=True):
+            if p.grad is not None:
+                p.grad /= trainer.accumulate_grad_batches
+            if before is not None:
+                p.grad = before if p.grad is None else p.grad.add_(before)
+
+    def _count_skipped(self, found: bool) -> None:
+        self._skipped = 0 if found else self._skipped + 1
+        if self._skipped > self.max_skipped_steps:
+            raise LostQueriesError(
+                f"{self._skipped} batches in a row lost every query to non-finite losses (max_skipped_steps = "
+                f"{self.max_skipped_steps}). Lower the learning rate or the strategy's sigma, or clip gradients."
+            )
+
+    def _loss(self) -> Tensor:
+        assert self._query is not None
+        assert self._before is not None
+        assert self._network is not None
+        self._before.restore()
+        silence(self._network.module.module)
+        output = self._query()
+        loss = output["loss"] if isinstance(output, Mapping) else output
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise SettingError(
+                "training_step", found, "must return one number, the loss of the batch, for moved parameters too.",
+                "Return the mean of the losses, or a mapping with it under 'loss'.",
+            )  # fmt: skip
+        return loss.detach()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log the queries so far; as DDP does, give every process the buffers of the first."""
+        self._query = self._before = None
+        ranks = self.strategy.communicator.size
+        if ranks > 1:
+            for buffer in pl_module.buffers():
+                dist.broadcast(buffer.detach(), src=0)
+        if not trainer.barebones:
+            pl_module.log("queries/passes", float(self.strategy.meter.total().queries * ranks), batch_size=1)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave the module as it was."""
+        if self._replaced is not None:
+            for name in REPLACED:
+                vars(pl_module).pop(name, None)
+            vars(pl_module).update(self._replaced)
+        self._replaced = self._query = self._before = None
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave the module as it was."""
+        self.teardown(trainer, pl_module, "fit")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The strategy's state, so that a resumed run draws the same noise."""
+        return {"strategy": self.strategy.state_dict(), "skipped": self._skipped}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        self.strategy.load_state_dict(state_dict["strategy"])
+        self._skipped = state_dict["skipped"]
+
+
+class _Step(nn.Module):
+    """The training step as a network: one row, whose output is the loss."""
+
+    def __init__(self, module: pl.LightningModule, loss: Callable[[], Tensor]) -> None:
+        super().__init__()
+        self.module, self._loss = module, loss
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self._loss().expand(len(rows), 1)
+
+
+class _StepNetwork(StagedNetwork):
+    """A network of one stage that runs in the module's own mode: all samples of a batch share one loss."""
+
+    module: _Step
+    trainer: pl.Trainer | None = None
+
+    def __init__(self, step: _Step) -> None:
+        super().__init__(step, (Stage("network", step.forward, ("module",)),))
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters of the optimiser that require a gradient, by name."""
+        required = super().trainable()
+        if self.trainer is None or not self.trainer.optimizers:
+            return required
+        stepped = {id(p) for each in self.trainer.optimizers for group in each.param_groups for p in group["params"]}
+        return {name: p for name, p in required.items() if id(p) in stepped}
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Change nothing."""
+        yield
+
+
+def _first_column(outputs: Tensor, _: Any) -> Tensor:
+    return outputs[:, 0]
+
+
+def _call(step: Callable[..., Any], given: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+    args, kwargs = given
+    return step(*args, **kwargs)
+
+
+@contextmanager
+def _quiet(trainer: pl.Trainer) -> Iterator[None]:
+    """Loggers take nothing: a step may write to ``self.logger`` itself."""
+    loggers = trainer.loggers
+    trainer.loggers = [DummyLogger() for _ in loggers]
+    try:
+        yield
+    finally:
+        trainer.loggers = loggers
+
+
+def _check_module(module: pl.LightningModule) -> None:
+    name = type(module).__name__
+    if not module.automatic_optimization:
+        raise SettingError(
+            "automatic_optimization", False, f"{name} calls backward itself, where ForwardOnly cannot replace it.",
+            "Remove `self.automatic_optimization = False`, or use a ForwardModule.",
+        )  # fmt: skip
+    if is_overridden("backward", module):
+        problem = "has a backward of its own, which ForwardOnly would never call."
+        raise SettingError("model", name, problem, "Remove the method.")
+    if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+        problem = "takes its batches from dataloader_iter, so that a query would take another batch."
+        raise SettingError("training_step", name, problem, "Write training_step(self, batch, batch_idx).")
+    for each, parameter in module.named_parameters():
+        if isinstance(parameter, nn.UninitializedParameter):
+            problem = "is a lazy parameter without a shape."
+            raise SettingError("model", each, problem, "Run one forward pass before the module is trained.")
