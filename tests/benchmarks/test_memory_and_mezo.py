@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks import memory, mezo
+from benchmarks import memory, mezo, replay
 from benchmarks.cases import DIGITS
 from benchmarks.harness import CPU
 
@@ -32,3 +32,11 @@ def test_the_overhead_of_a_step_is_a_ratio_of_times() -> None:
     ratio = mezo.overhead(replace(DIGITS, batch=4), rounds=1, device=CPU)
     assert math.isfinite(ratio.median)
     assert ratio.median > 0.5, "a step makes two passes"
+
+
+def test_replay_is_timed_beside_whole_passes_and_a_vits_own_stages() -> None:
+    record = replay.measure("ViT-Tiny/16, 224 px", rows=1, rounds=1, device=CPU)
+    assert record["sites"] == 3  # the head's noise enters the output, above which nothing runs
+    assert record["counted"] == pytest.approx(3 / (8 / 12 + 4 / 12 + 0 / 12), rel=0.1)
+    assert record["of_counted"] == pytest.approx(record["speed_up"].median / record["counted"])
+    assert record["staged"] is not None
