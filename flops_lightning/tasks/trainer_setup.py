@@ -9,6 +9,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from flops_lightning.distributed import broadcast_state
 from flops_lightning.errors import SettingError
+from flops_lightning.tasks.manual_optimization import check_manual_optimization
 
 PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
 
@@ -30,16 +31,8 @@ def check_trainer(trainer: pl.Trainer, *, manual: bool = True) -> None:
     if trainer.precision not in PRECISIONS:
         problem = "is not supported: parameters must be float32 or float64."
         raise SettingError("trainer.precision", trainer.precision, problem, f"Choose from {', '.join(PRECISIONS)}.")
-    if not manual:
-        return
-    if trainer.gradient_clip_val:
-        problem = "has no effect under manual optimisation."
-        remedy = "Remove it and set model.init_args.clip.norm (and clip.attention_norm) instead."
-        raise SettingError("trainer.gradient_clip_val", trainer.gradient_clip_val, problem, remedy)
-    if trainer.accumulate_grad_batches != 1:
-        problem = "has no effect under manual optimisation."
-        remedy = "Remove it and set model.init_args.optimizer.accumulate_grad_batches instead."
-        raise SettingError("trainer.accumulate_grad_batches", trainer.accumulate_grad_batches, problem, remedy)
+    if manual:
+        check_manual_optimization(trainer)
 
 
 class ForwardDDPStrategy(DDPStrategy):

@@ -48,6 +48,7 @@ def test_checking_a_trainer_changes_nothing_of_it():
     trainer = SimpleNamespace(
         strategy=DDPStrategy(), precision_plugin=MixedPrecision("16-mixed", "cuda"), precision="16-mixed",
         state=SimpleNamespace(fn=TrainerFn.FITTING), world_size=2, gradient_clip_val=None, accumulate_grad_batches=1,
+        gradient_clip_algorithm=None, callbacks=[], _accelerator_connector=SimpleNamespace(_layer_sync=None),
     )  # fmt: skip
     check_trainer(trainer)
     assert type(trainer.strategy) is DDPStrategy

@@ -237,7 +237,8 @@ def fitting(**attributes: Any) -> Any:
     """A trainer in so far as the checks look at it, with settings that a machine without accelerators cannot have."""
     usual = {
         "strategy": SingleDeviceStrategy(), "state": SimpleNamespace(fn=TrainerFn.FITTING), "world_size": 1,
-        "precision": "32-true", "gradient_clip_val": None, "accumulate_grad_batches": 1,
+        "precision": "32-true", "gradient_clip_val": None, "gradient_clip_algorithm": None,
+        "accumulate_grad_batches": 1, "callbacks": [], "_accelerator_connector": SimpleNamespace(_layer_sync=None),
     }  # fmt: skip
     return SimpleNamespace(**{**usual, **attributes})
 
