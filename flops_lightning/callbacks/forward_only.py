@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from flops_lightning.callbacks.pass_state import PassState, copied, silence
+from flops_lightning.callbacks.step_network import Step, StepNetwork, first_column
 from flops_lightning.distributed import present_communicator, reduce_gradients
 from flops_lightning.errors import LostQueriesError, SettingError, check_at_least
-from flops_lightning.network.staging import Stage, StagedNetwork
 from flops_lightning.strategies.base import ForwardGradientStrategy
 from flops_lightning.strategies.mezo import MeZO
+from flops_lightning.strategies.parameter_perturbation import SPSA, EvolutionStrategies
 from flops_lightning.tasks.trainer_setup import check_trainer, remove_reducer_and_scaler
 
 REPLACED = ("training_step", "backward")
@@ -63,21 +64,23 @@ class ForwardOnly(pl.Callback):
         """Check the settings.
 
         Args:
-            strategy: One that moves all parameters at once for the whole batch; None: ``MeZO()``.
+            strategy: One that moves all parameters at once for the whole batch: ``MeZO`` (None: ``MeZO()``), or
+                ``SPSA`` or ``EvolutionStrategies`` with shared directions, which take one clean pass more.
             max_skipped_steps: Consecutive batches that may lose all their queries before the run stops.
         """
         if strategy is None:
             strategy = MeZO()
-        if not isinstance(strategy, MeZO):
+        if not _moves_all_at_once(strategy):
             raise SettingError(
                 "ForwardOnly.strategy", type(strategy).__name__, "needs the loss of each sample, and a training_step "
-                "returns that of the batch.", "Use MeZO, or make the module a ForwardModule.",
+                "returns that of the batch.",
+                "Use MeZO, or SPSA or EvolutionStrategies with layout: shared and no pilots, or a ForwardModule.",
             )  # fmt: skip
         check_at_least("ForwardOnly.max_skipped_steps", max_skipped_steps, 0)
         self.strategy = strategy
         self.max_skipped_steps = max_skipped_steps
         self._skipped = 0
-        self._network: _StepNetwork | None = None
+        self._network: StepNetwork | None = None
         self._bound: dict[str, int] = {}  # the parameters that the strategy knows
         self._replaced: dict[str, Any] | None = None  # what the module had in their place; None while it has its own
         self._query: Callable[[], Any] | None = None
@@ -91,7 +94,7 @@ class ForwardOnly(pl.Callback):
         check_trainer(trainer, manual=False)
         remove_reducer_and_scaler(trainer)
         if self._network is None:
-            self._network = _StepNetwork(_Step(pl_module, self._loss))
+            self._network = StepNetwork(Step(pl_module, self._loss))
         elif self._network.module.module is not pl_module:
             known = type(self._network.module.module).__name__
             raise SettingError("ForwardOnly", known, "already serves another module.", "Make one for each module.")
@@ -139,7 +142,7 @@ class ForwardOnly(pl.Callback):
         assert network is not None
         present = {name: id(p) for name, p in network.trainable().items()}
         if present != self._bound:
-            self.strategy.bind(network, _first_column)
+            self.strategy.bind(network, first_column)
             self.strategy.join(present_communicator())
             self._bound = present
 
@@ -219,42 +222,10 @@ class ForwardOnly(pl.Callback):
         self._skipped = state_dict["skipped"]
 
 
-class _Step(nn.Module):
-    """The training step as a network: one row, whose output is the loss."""
-
-    def __init__(self, module: pl.LightningModule, loss: Callable[[], Tensor]) -> None:
-        super().__init__()
-        self.module, self._loss = module, loss
-
-    def forward(self, rows: Tensor) -> Tensor:
-        return self._loss().expand(len(rows), 1)
-
-
-class _StepNetwork(StagedNetwork):
-    """A network of one stage that runs in the module's own mode: all samples of a batch share one loss."""
-
-    module: _Step
-    trainer: pl.Trainer | None = None
-
-    def __init__(self, step: _Step) -> None:
-        super().__init__(step, (Stage("network", step.forward, ("module",)),))
-
-    def trainable(self) -> dict[str, nn.Parameter]:
-        """The parameters of the optimiser that require a gradient, by name."""
-        required = super().trainable()
-        if self.trainer is None or not self.trainer.optimizers:
-            return required
-        stepped = {id(p) for each in self.trainer.optimizers for group in each.param_groups for p in group["params"]}
-        return {name: p for name, p in required.items() if id(p) in stepped}
-
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Change nothing."""
-        yield
-
-
-def _first_column(outputs: Tensor, _: Any) -> Tensor:
-    return outputs[:, 0]
+def _moves_all_at_once(strategy: ForwardGradientStrategy) -> bool:
+    if isinstance(strategy, (SPSA, EvolutionStrategies)):
+        return strategy.layout == "shared" and not strategy.pilots.queries
+    return isinstance(strategy, MeZO)
 
 
 def _call(step: Callable[..., Any], given: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:

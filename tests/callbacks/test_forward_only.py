@@ -26,7 +26,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from flops_lightning.callbacks import ForwardOnly
 from flops_lightning.errors import LostQueriesError, SettingError
-from flops_lightning.strategies import LikelihoodRatio, MeZO
+from flops_lightning.strategies import SPSA, LikelihoodRatio, MeZO, SiteSpec
 from tests.callbacks.unchanged import BATCHES, Plain, Task, batches, fit, parameters, resumed, trained
 from tests.digits import quiet_trainer
 from tests.processes import run_module
@@ -55,6 +55,15 @@ def test_it_equals_the_task(queries):
     found, expected = (trained(MeZO(queries=queries, seed=3), task=task) for task in (False, True))
     assert (found - expected).abs().max() < 1e-10
     assert (found - start).abs().max() > 0.1
+
+
+def test_spsa_with_shared_directions_is_mezo_of_as_many_queries():
+    sites = [SiteSpec(stages=["network"], name="all", sigma=1e-3, queries_per_sample=4)]
+    mezo, spsa = Plain(), Plain()
+    spsa.load_state_dict(mezo.state_dict())
+    fit(mezo, forward_only(4))
+    fit(spsa, ForwardOnly(SPSA(sites=sites, seed=0)))
+    assert torch.equal(parameters(spsa), parameters(mezo))
 
 
 def test_accumulation_and_clipping_of_the_trainer_equal_the_tasks_own():
@@ -349,6 +358,8 @@ def test_it_refuses(module, settings, message):
 def test_it_refuses_other_strategies_and_a_second_module():
     with pytest.raises(SettingError, match=r"ForwardOnly.strategy = 'LikelihoodRatio': needs the loss of each sample"):
         ForwardOnly(LikelihoodRatio())
+    with pytest.raises(SettingError, match="Use MeZO, or SPSA or EvolutionStrategies with layout: shared"):
+        ForwardOnly(SPSA(layout="factored"))
     callback = forward_only()
     fit(Plain(), callback)
     with pytest.raises(SettingError, match="ForwardOnly = 'Plain': already serves another module"):
