@@ -45,7 +45,7 @@ def train_one_step(name: str) -> tuple[int, str]:
         sites = [replace(spec, queries_per_sample=2) for spec in default_specs(task.network)]
         strategy = LikelihoodRatio(sites=sites, seed=0)
         strategy.bind(task.network, task.loss)
-        images = example_images(task.backbone, task.in_chans)
+        images = example_images(task.backbone, task.in_chans, CLASSES)
         strategy.estimate(strategy.clean_pass(images, torch.arange(len(images))))
     except SettingError as error:
         return 0, f"refused: {error}"

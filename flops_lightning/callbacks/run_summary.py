@@ -163,7 +163,9 @@ def _test_accuracy(trainer: pl.Trainer, pl_module: pl.LightningModule) -> float 
     pl_module.eval()
     ranks = present_communicator()
     counts = torch.zeros(2, dtype=torch.int64, device=pl_module.device)  # right, all
-    for images, labels in _share(datamodule.test_dataloader(), ranks):
+    split = getattr(pl_module, "split", tuple)
+    for batch in _share(datamodule.test_dataloader(), ranks):
+        images, labels = split(batch)
         converted = trainer.precision_plugin.convert_input(images.to(pl_module.device))
         with trainer.precision_plugin.forward_context():
             logits = nn.Module.__call__(pl_module, converted)

@@ -13,8 +13,10 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from linecache import getline
 from pathlib import Path
 from pkgutil import resolve_name
+from traceback import walk_tb
 from typing import Any, cast
 
 from jsonargparse import Namespace
@@ -252,11 +254,21 @@ def main(args: Sequence[str] | None = None) -> None:
         raise
     except Exception as error:
         cause = _cause(error)
-        if os.environ.get("FLOPS_TRACEBACK") == "1" or not isinstance(cause, _MISTAKES):
+        refused = _refused_by_lightning(cause)
+        if os.environ.get("FLOPS_TRACEBACK") == "1" or not (isinstance(cause, _MISTAKES) or refused):
             raise
-        if not (isinstance(cause, _SAME_ON_ALL_RANKS) and _first_rank_has_ended()):
-            sys.stderr.write(f"\nerror: {cause}\n")
+        if not ((refused or isinstance(cause, _SAME_ON_ALL_RANKS)) and _first_rank_has_ended()):
+            sys.stderr.write(f"\nerror: {'trainer: ' + ' '.join(str(cause).split()) if refused else cause}\n")
         sys.exit(USAGE_ERROR)
+
+
+def _refused_by_lightning(error: BaseException) -> bool:
+    """Whether a line ``raise`` of Lightning raised the error: its Trainer and callbacks refuse settings like that."""
+    if type(error) not in (ValueError, RuntimeError) or error.__traceback__ is None:
+        return False
+    frame, line = list(walk_tb(error.__traceback__))[-1]
+    name = str(frame.f_globals.get("__name__"))
+    return name.startswith("lightning.") and getline(frame.f_code.co_filename, line).lstrip().startswith("raise ")
 
 
 def _first_rank_has_ended(patience: float = 60.0) -> bool:

@@ -78,10 +78,10 @@ class KeyedBatches(Dataset[Any]):
 
         Items of ``images`` are ``(image, label)``; ``mixing`` mixes those of a batch, seeded by its first image.
         """
-        self._images, self._seed, self._mixing = images, seed, mixing
+        self.images, self._seed, self._mixing = images, seed, mixing
 
     def __len__(self) -> int:
-        return len(self._images)  # type: ignore[arg-type]
+        return len(self.images)  # type: ignore[arg-type]
 
     def __getitem__(self, key: ImageKey | int) -> Any:
         with torch.random.fork_rng(devices=[]):
@@ -101,7 +101,7 @@ class KeyedBatches(Dataset[Any]):
         for key, seed in zip(keys, self._seeds("image", keys), strict=True):
             # torch.manual_seed would reseed the generators of all devices as well.
             torch.default_generator.manual_seed(seed)
-            items.append(self._images[_key(key).place])
+            items.append(self.images[_key(key).place])
         return items
 
     def _seeds(self, kind: str, keys: Sequence[ImageKey | int]) -> list[int]:

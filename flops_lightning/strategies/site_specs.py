@@ -58,7 +58,13 @@ def default_specs(network: StagedNetwork, groups: int = 3, *, in_parameters: boo
         return [SiteSpec(stages=names, name="all")]
     trained = [i for i in range(len(names)) if network.parameters_of(i, i)]
     head = network.head if network.head < len(names) - 1 else trained[-1] if trained else 0
-    if len(names) < 2 or not trained or head == 0:
+    if not trained:
+        problem, remedy = (
+            "all parameters are frozen, there is nothing to train.",
+            "Freeze fewer (`freeze`, requires_grad).",
+        )
+        raise SettingError("network", type(network.module).__name__, problem, remedy)
+    if len(names) < 2 or head == 0:
         raise SettingError(
             "sites", [], "a network of one stage, or with all its parameters in one, has no default sites.",
             "Pass an example batch to stage_network (in a task: set example_input_array), so that it can be cut into "

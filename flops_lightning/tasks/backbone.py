@@ -29,6 +29,11 @@ def create_backbone(name: str, model_kwargs: Mapping[str, Any], *, num_classes: 
     if "num_classes" in model_kwargs:
         given = model_kwargs["num_classes"]
         raise SettingError("model_kwargs.num_classes", given, "comes from the data.", "Remove it.")
+    if model_kwargs.get("features_only"):
+        raise SettingError("model_kwargs.features_only", True, "gives features, no logits.", "Remove it.")
+    if dropped := next((key for key, value in model_kwargs.items() if "drop" in key and value), None):
+        problem = "has no effect: queries run in eval mode and differ from the clean pass by their noise alone."
+        raise SettingError(f"model_kwargs.{dropped}", model_kwargs[dropped], problem, "Write 0 or leave it out.")
     try:
         model: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **model_kwargs)
     except TypeError as error:
@@ -125,22 +130,34 @@ def freeze(backbone: nn.Module, patterns: Sequence[str]) -> None:
 
 
 @torch.no_grad()
-def example_images(backbone: nn.Module, channels: int) -> Tensor:
-    """Two images of noise that a timm model takes: of its own size where that is fixed, else as small as will do."""
+def example_images(backbone: nn.Module, channels: int, num_classes: int) -> Tensor:
+    """Two images of noise that a timm model takes: of its own size where that is fixed, else as small as will do.
+
+    Raises a :class:`SettingError` where the model does not return logits ``(2, num_classes)`` for them.
+    """
     config = getattr(backbone, "pretrained_cfg", {})
     own = tuple(config.get("input_size", (3, 224, 224))[1:])
     built = getattr(getattr(backbone, "patch_embed", None), "img_size", None)
     sizes = [tuple(built)] if built else [own] if config.get("fixed_input_size", False) else [(64, 64), own]
     generator = torch.Generator().manual_seed(0)
-    images = [torch.randn(2, channels, *size, generator=generator) for size in sizes]
     backbone.eval()
-    try:
-        backbone(images[0])
-    except (RuntimeError, AssertionError):  # kernels or windows larger than what is left of a small image
-        return images[-1]
-    finally:
-        backbone.train()
-    return images[0]
+    for size in sizes:
+        images = torch.randn(2, channels, *size, generator=generator)
+        try:
+            output = backbone(images)
+            break
+        except (RuntimeError, AssertionError) as error:  # kernels or windows larger than what is left of a small image
+            refused = error
+    else:
+        problem = f"the model cannot read images of {size[0]} x {size[1]} ({str(refused).splitlines()[0][:80]})."
+        raise SettingError("model_kwargs", size, problem, "Correct img_size and what depends on it.") from refused
+    backbone.train()
+    shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    if shape != (2, num_classes):
+        problem = f"is what the model returns for two images; a classifier returns (2, {num_classes})."
+        remedy = "Leave out what changes it in model_kwargs, such as global_pool."
+        raise SettingError("model_kwargs", shape, problem, remedy)
+    return images
 
 
 def input_channels(backbone: nn.Module, model_kwargs: Mapping[str, Any]) -> int:
@@ -149,12 +166,14 @@ def input_channels(backbone: nn.Module, model_kwargs: Mapping[str, Any]) -> int:
     return int(model_kwargs.get("in_chans", usual))
 
 
-def check_images(backbone: nn.Module, images: Tensor, expected: int) -> None:
+def check_images(backbone: nn.Module, images: Any, expected: int) -> None:
     """Raise a :class:`SettingError` unless images are floats of a model's size with the ``expected`` channels."""
+    if not isinstance(images, Tensor) or images.dim() != 4:
+        given = f"images of {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+        remedy = "Return a tensor of images from the data set or collate_fn."
+        raise SettingError("data", given, "images must be a tensor (b, channels, height, width).", remedy)
     if not images.is_floating_point():
         raise SettingError("data", str(images.dtype), "images must be floats.", "Scale and normalise them first.")
-    if images.dim() != 4:
-        return
     channels, size = images.shape[1], tuple(images.shape[2:])
     if channels != expected:
         problem, remedy = f"the images have {channels} channels.", f"Write in_chans: {channels}."

@@ -28,7 +28,12 @@ from flops_lightning.settings import read_settings
 from flops_lightning.strategies.base import Estimate, ForwardGradientStrategy
 from flops_lightning.tasks.mean_gradient import MeanGradient
 from flops_lightning.tasks.step import QueryLog, StepState
-from flops_lightning.tasks.trainer_setup import check_trainer, optimizer_steps, remove_reducer_and_scaler
+from flops_lightning.tasks.trainer_setup import (
+    check_schedule,
+    check_trainer,
+    optimizer_steps,
+    remove_reducer_and_scaler,
+)
 from flops_lightning.tensorboard import write_page
 
 Batch = Any
@@ -176,6 +181,10 @@ class ForwardModule(pl.LightningModule, ABC):
         """Add no callback: Lightning calls this first, early enough to refuse and adapt the trainer."""
         check_trainer(self.trainer)
         if self.trainer.state.fn == TrainerFn.FITTING:
+            if self._compiler_ctx is not None:
+                problem = "compiles training_step, whose queries are drawn from keys outside of the graph."
+                remedy = "Fit the module itself, and write compile_suffixes: true of the strategy."
+                raise SettingError("torch.compile", type(self).__name__, problem, remedy)
             remove_reducer_and_scaler(self.trainer)
         return []
 
@@ -189,6 +198,7 @@ class ForwardModule(pl.LightningModule, ABC):
     def on_fit_start(self) -> None:
         """Join the ranks, check that the strategy owns what is trained, and list what is not."""
         strategy = self._training_strategy()
+        check_schedule(self.trainer)
         strategy.join(present_communicator())
         owned = {id(p) for site in (*strategy.sites, *strategy.exact_sites) for p in site.parameters.values()}
         if strategy.sites and owned != {id(p) for p in self.network.trainable().values()}:

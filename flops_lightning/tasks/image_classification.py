@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -27,6 +28,8 @@ from flops_lightning.tasks.backbone import (
 from flops_lightning.tasks.backbone import freeze as freeze_parameters
 from flops_lightning.tasks.evaluation import first_seen, metrics_of_test, metrics_of_validation
 from flops_lightning.tasks.forward_module import Batch, ForwardModule
+from flops_lightning.tasks.labels import check_known_labels, checked_labels
+from flops_lightning.tasks.monitors import check_monitors
 from flops_lightning.tasks.parameter_efficient import TargetSettings, apply_target, check_target_learns
 
 
@@ -97,11 +100,41 @@ class ForwardImageClassifier(ForwardModule):
         apply_target(self.backbone, self.target_settings)
         freeze_parameters(self.backbone, patterns)
         check_target_learns(self.backbone, self.target_settings.kind, patterns)
+        self._looked = False  # whether labels were looked at
         self.in_chans = input_channels(self.backbone, model_kwargs or {})
-        self.stage(self.backbone, example_images(self.backbone, self.in_chans), batch_norm=batch_norm)
+        self.stage(self.backbone, example_images(self.backbone, self.in_chans, num_classes), batch_norm=batch_norm)
         self.train_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.val_metrics = metrics_of_validation(num_classes)
         self.test_metrics = metrics_of_test(num_classes)
+
+    def split(self, batch: Any) -> tuple[Any, Tensor]:
+        """Images and labels of a batch; see :func:`~flops_lightning.tasks.labels.checked_labels`."""
+        images, labels = super().split(batch)
+        self.check_inputs(images)
+        checked = checked_labels(labels, len(images), self.hparams["num_classes"], look=not self._looked)
+        self._looked = True
+        return images, checked
+
+    def on_fit_start(self) -> None:
+        """Refuse metrics to monitor that this task does not log."""
+        super().on_fit_start()
+        if type(self) is ForwardImageClassifier:
+            check_monitors(self.trainer)
+
+    def on_train_start(self) -> None:
+        """Check all labels that the data sets tell, and that there is one set to validate with."""
+        _refuse_several(self.trainer.num_val_batches, "val_dataloader")
+        for loader in tree_leaves((self.trainer.train_dataloader, self.trainer.val_dataloaders)):
+            check_known_labels(loader, self.hparams["num_classes"])
+        super().on_train_start()
+
+    def on_validation_start(self) -> None:
+        """Refuse several sets."""
+        _refuse_several(self.trainer.num_val_batches, "val_dataloader")
+
+    def on_test_start(self) -> None:
+        """Refuse several sets."""
+        _refuse_several(self.trainer.num_test_batches, "test_dataloader")
 
     def check_inputs(self, inputs: Tensor) -> None:
         """Compare images with the size and channels that the backbone was built for."""
@@ -123,7 +156,7 @@ class ForwardImageClassifier(ForwardModule):
         self.train_accuracy(estimate.output, most_probable(targets))
         self.log("train/accuracy", self.train_accuracy, prog_bar=True)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Log ``val/loss`` and ``val/accuracy``."""
         self._evaluate(batch, self.val_metrics)
 
@@ -131,23 +164,29 @@ class ForwardImageClassifier(ForwardModule):
         """Forget what an interrupted test has counted."""
         self.test_metrics.reset()
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Log the :func:`metrics_of_test`, every image once whatever the number of processes."""
-        own = first_seen(self.trainer.test_dataloaders, batch_idx, len(batch[1]))
-        self._evaluate(batch, self.test_metrics, own)
+        images, _ = self.split(batch)
+        self._evaluate(batch, self.test_metrics, first_seen(self.trainer.test_dataloaders, batch_idx, len(images)))
 
     def _evaluate(self, batch: Batch, metrics: MetricCollection, own: int | None = None) -> None:
-        images, labels = batch
+        images, labels = self.split(batch)
         logits = self(images)
         with naming_the_loss(self.loss_path):
             losses = row_losses(self.loss, logits, labels)
         if own != 0:
-            metrics.update(preds=logits[:own], target=labels[:own], value=losses[:own])
+            metrics.update(preds=logits[:own], target=most_probable(labels)[:own], value=losses[:own])
         for name, metric in metrics.items(keep_base=False):
             self.log(name, metric, prog_bar=name.endswith("/accuracy"), batch_size=len(labels))
 
-    def predict_step(self, batch: Batch | Tensor, batch_idx: int) -> dict[str, Tensor]:
+    def predict_step(self, batch: Batch | Tensor, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """``label`` ``(b,)`` and ``probability`` ``(b, c)`` of a batch of images, with or without labels."""
-        images = batch if isinstance(batch, Tensor) else batch[0]
+        images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
         probability = self(images).softmax(dim=1)
         return {"label": probability.argmax(dim=1), "probability": probability}
+
+
+def _refuse_several(batches: Sequence[Any], name: str) -> None:
+    if len(batches) > 1:
+        problem = "a classifier counts the images of one."
+        raise SettingError(name, f"{len(batches)} loaders", problem, "Return one, or test each in a run of its own.")

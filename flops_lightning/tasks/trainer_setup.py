@@ -6,6 +6,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from torch.optim.lr_scheduler import LambdaLR
 
 from flops_lightning.distributed import broadcast_state
 from flops_lightning.errors import SettingError
@@ -33,6 +34,17 @@ def check_trainer(trainer: pl.Trainer, *, manual: bool = True) -> None:
         raise SettingError("trainer.precision", trainer.precision, problem, f"Choose from {', '.join(PRECISIONS)}.")
     if manual:
         check_manual_optimization(trainer)
+
+
+def check_schedule(trainer: pl.Trainer) -> None:
+    """Raise a :class:`SettingError` unless ``configure_optimizers`` gave one optimiser with a schedule of its rates."""
+    schedules = [each.scheduler for each in trainer.lr_scheduler_configs]
+    if len(trainer.optimizers) != 1 or len(schedules) != 1 or not isinstance(schedules[0], LambdaLR):
+        given = [type(each).__name__ for each in (*trainer.optimizers, *schedules)]
+        remedy = (
+            "Do not override it and set `optimizer`, or return [optimizer], [LambdaLR(optimizer, lambda step: 1.0)]."
+        )
+        raise SettingError("configure_optimizers", given, "must return one optimiser and one LambdaLR.", remedy)
 
 
 class ForwardDDPStrategy(DDPStrategy):
