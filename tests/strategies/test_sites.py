@@ -52,7 +52,7 @@ def test_a_network_of_one_stage_has_a_group_but_no_default():
     net = nn.Sequential(nn.Linear(3, 2))
     (site,) = resolved(net, {"stages": ["0"]})
     assert (site.first, site.last, site.start) == (0, 0, 1)
-    with pytest.raises(SettingError, match=r"one stage.*Sequential of several"):
+    with pytest.raises(SettingError, match=r"one stage.*Pass an example batch"):
         resolved(net)
 
 
