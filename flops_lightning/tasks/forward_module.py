@@ -26,14 +26,9 @@ from flops_lightning.queries import CleanPass
 from flops_lightning.resume.restore import restore_run, save_run, settings_of
 from flops_lightning.settings import read_settings
 from flops_lightning.strategies.base import Estimate, ForwardGradientStrategy
+from flops_lightning.tasks import trainer_setup
 from flops_lightning.tasks.mean_gradient import MeanGradient
 from flops_lightning.tasks.step import QueryLog, StepState
-from flops_lightning.tasks.trainer_setup import (
-    check_schedule,
-    check_trainer,
-    optimizer_steps,
-    remove_reducer_and_scaler,
-)
 from flops_lightning.tensorboard import write_page
 
 Batch = Any
@@ -179,34 +174,27 @@ class ForwardModule(pl.LightningModule, ABC):
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """Add no callback: Lightning calls this first, early enough to refuse and adapt the trainer."""
-        check_trainer(self.trainer)
+        trainer_setup.check_trainer(self.trainer)
         if self.trainer.state.fn == TrainerFn.FITTING:
-            if self._compiler_ctx is not None:
-                problem = "compiles training_step, whose queries are drawn from keys outside of the graph."
-                remedy = "Fit the module itself, and write compile_suffixes: true of the strategy."
-                raise SettingError("torch.compile", type(self).__name__, problem, remedy)
-            remove_reducer_and_scaler(self.trainer)
+            trainer_setup.refuse_compiled(self)
+            trainer_setup.remove_reducer_and_scaler(self.trainer)
         return []
 
     def configure_optimizers(self) -> Any:
         """The optimiser of the trainable parameters, and its schedule by step."""
         optimizer = optimizers.build_optimizer(self.network.module, self.optimizer_settings)
-        steps = optimizer_steps(self.trainer, self._gradient.batches)
+        steps = trainer_setup.optimizer_steps(self.trainer, self._gradient.batches)
         schedule = optimizers.build_schedule(optimizer, self.optimizer_settings, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr"}}
 
     def on_fit_start(self) -> None:
         """Join the ranks, check that the strategy owns what is trained, and list what is not."""
         strategy = self._training_strategy()
-        check_schedule(self.trainer)
+        trainer_setup.check_optimization(self.trainer, self._gradient.batches, len(strategy.update_groups))
         strategy.join(present_communicator())
         owned = {id(p) for site in (*strategy.sites, *strategy.exact_sites) for p in site.parameters.values()}
         if strategy.sites and owned != {id(p) for p in self.network.trainable().values()}:
             strategy.bind(self.network, self.loss)  # the network has changed since the task was made
-        if self._gradient.batches > 1 and len(strategy.update_groups) > 1:
-            problem = "cannot be combined with update: site_by_site, which makes several steps of one batch."
-            remedy = "Write 1, or update: simultaneous."
-            raise SettingError("optimizer.accumulate_grad_batches", self._gradient.batches, problem, remedy)
         if strategy.sites and not getattr(strategy, "specs", True):
             names = [stage.name for stage in self.network.stages]
             layout = (f"{site.name} ({names[site.first]} to {names[site.last]})" for site in strategy.sites)

@@ -36,8 +36,23 @@ def check_trainer(trainer: pl.Trainer, *, manual: bool = True) -> None:
         check_manual_optimization(trainer)
 
 
-def check_schedule(trainer: pl.Trainer) -> None:
-    """Raise a :class:`SettingError` unless ``configure_optimizers`` gave one optimiser with a schedule of its rates."""
+def refuse_compiled(module: pl.LightningModule) -> None:
+    """Raise a :class:`SettingError` for a module that went through ``torch.compile``."""
+    if module._compiler_ctx is not None:
+        problem = "compiles training_step, whose queries are drawn from keys outside of the graph."
+        remedy = "Fit the module itself, and write compile_suffixes: true of the strategy."
+        raise SettingError("torch.compile", type(module).__name__, problem, remedy)
+
+
+def check_optimization(trainer: pl.Trainer, accumulated: int, updates: int) -> None:
+    """Raise a :class:`SettingError` unless there is one optimiser with a schedule of its rates, for one kind of step.
+
+    A step takes the gradients of ``accumulated`` batches, or one batch makes several ``updates``.
+    """
+    if accumulated > 1 and updates > 1:
+        problem = "cannot be combined with update: site_by_site, which makes several steps of one batch."
+        remedy = "Write 1, or update: simultaneous."
+        raise SettingError("optimizer.accumulate_grad_batches", accumulated, problem, remedy)
     schedules = [each.scheduler for each in trainer.lr_scheduler_configs]
     if len(trainer.optimizers) != 1 or len(schedules) != 1 or not isinstance(schedules[0], LambdaLR):
         given = [type(each).__name__ for each in (*trainer.optimizers, *schedules)]
