@@ -359,6 +359,14 @@ def test_a_refusal_while_running_is_printed_alone(refused):
     assert answer == "this does not go with that. Leave this out."
 
 
+def test_what_lightning_refuses_late_is_one_line_too(refused):
+    stopping = {"class_path": "EarlyStopping", "init_args": {"monitor": "nowhere", "check_on_train_epoch_end": True}}
+    settings = copy.deepcopy(TOY)
+    settings["trainer"] |= {"callbacks": [stopping], "max_steps": -1, "max_epochs": 1, "limit_train_batches": 2}
+    message = refused("fit", "-c", written(settings))
+    assert message.startswith("trainer: Early stopping conditioned on metric `nowhere` which is not available.")
+
+
 @pytest.mark.parametrize("fault", ["misconfigured", "bug"])
 def test_a_traceback_is_shown_where_it_is_asked_for_and_of_a_bug(fault, monkeypatch):
     monkeypatch.setenv("FLOPS_TRACEBACK", "1" if fault == "misconfigured" else "0")
