@@ -53,7 +53,7 @@ def test_a_training_run_has_all_its_phases(name):
     ("arguments", "message"),
     [
         (["--queries", "4"], "argument --queries: '4' must be a whole number of 6 or more."),
-        (["--model", "resnet18", "--names", "equal"], "'ResNet': is neither"),
+        (["--model", "resnet18", "--names", "equal"], "batch normalisation ties"),
     ],
 )
 def test_mistakes_are_told_in_one_line(arguments, message, capsys):

@@ -44,10 +44,9 @@ def test_every_file_is_there() -> None:
 @pytest.mark.slow
 def test_a_short_study(tmp_path: Path) -> None:
     short = ["--", "--trainer.max_epochs=1", "--trainer.limit_train_batches=12", "--trainer.val_check_interval=4"]
-    arguments = ["--problem", "digits", "--output", str(tmp_path), "--seeds", "2", "--allocators", "cost_aware"]
+    arguments = ["--problem", "digits", "--output", str(tmp_path), "--seeds", "1", "--allocators", "cost_aware"]
     fewer_queries.main([*arguments, *short])
     rows = read_csv(tmp_path / "fewer_queries.csv")
-    expected = [("equal", "0"), ("cost_aware", "0"), ("equal", "1"), ("cost_aware", "1")]
-    assert [(row["allocator"], row["seed"]) for row in rows] == expected
+    assert [(row["allocator"], row["seed"]) for row in rows] == [("equal", "0"), ("cost_aware", "0")]
     assert all(float(row["queries"]) == 12 * 64 * 80 for row in rows if row["allocator"] == "equal")
     assert "| cost_aware " in (tmp_path / "fewer_queries.md").read_text()
