@@ -12,7 +12,7 @@ from torch import nn
 
 from benchmarks.cases import vit
 from benchmarks.harness import Record, alternate, command, finish, synchronizer, table
-from flops_lightning.network.replay import stage_by_replay
+from flops_lightning.network.cutting import stage_by_replay
 from flops_lightning.network.rows import as_rows
 from flops_lightning.network.staging import stage_network
 from flops_lightning.strategies.costs import SiteCosts, site_costs

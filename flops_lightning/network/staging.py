@@ -163,7 +163,7 @@ def stage_network(module: nn.Module, example: Any = None, *, batch_norm: BatchNo
 
     A timm ``VisionTransformer`` becomes ``embed``, ``blocks.0`` ... ``blocks.N``, ``pool`` (final norm and pooling) and
     ``head``; an ``nn.Sequential`` becomes its children under their own names. Every other network is run on a few rows
-    of ``example`` to find its stages (see :func:`~flops_lightning.network.replay.stage_by_replay`).
+    of ``example`` to find its stages (see :func:`~flops_lightning.network.cutting.stage_by_replay`).
 
     Args:
         module: The network.
@@ -180,8 +180,8 @@ def stage_network(module: nn.Module, example: Any = None, *, batch_norm: BatchNo
         >>> [stage.name for stage in stage_network(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))).stages]
         ['0', '1', '2']
         >>> import torch
-        >>> transformer = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2), 3, enable_nested_tensor=False)
-        >>> [stage.name for stage in stage_network(transformer, torch.zeros(2, 5, 8)).stages]
+        >>> transformer = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, batch_first=True), 3)
+        >>> [stage.name for stage in stage_network(transformer, torch.randn(2, 5, 8)).stages]
         ['layers.0', 'layers.1', 'layers.2']
     """
     check_choice("batch_norm", batch_norm, get_args(BatchNormSetting))
@@ -197,7 +197,7 @@ def stage_network(module: nn.Module, example: Any = None, *, batch_norm: BatchNo
 
         if isinstance(module, VisionTransformer) and is_plain(module):
             return stage_vit(module)
-    from flops_lightning.network.replay import stage_by_replay, stage_whole
+    from flops_lightning.network.cutting import stage_by_replay, stage_whole
 
     return stage_whole(module) if example is None else stage_by_replay(module, example)
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from flops_lightning.errors import SettingError
-from flops_lightning.network.replay import ReplayedNetwork, stage_by_replay
+from flops_lightning.network.cutting import stage_by_replay
+from flops_lightning.network.replay import ReplayedNetwork
 from flops_lightning.network.rows import Rows, as_rows, value_of, with_value
 from flops_lightning.network.staging import stage_network
 from flops_lightning.queries import CleanPass, clean_pass, row_losses

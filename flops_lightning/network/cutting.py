@@ -1,0 +1,139 @@
+"""Where any network can be cut into stages: found by running it on two and on three rows, and checked."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flops_lightning.errors import SettingError
+from flops_lightning.network.replay import Boundary, ReplayedNetwork, RowAxis, Unit, result_of
+from flops_lightning.network.rows import Key, Rows
+from flops_lightning.network.trace import Trace, find_units, trace
+
+WHOLE = RowAxis(0, 1)
+
+
+def stage_whole(module: nn.Module) -> ReplayedNetwork:
+    """Any network as a single stage."""
+    return ReplayedNetwork(module, (), (), {}, {name: {0} for name, _ in module.named_parameters()})
+
+
+def stage_by_replay(module: nn.Module, example: Any) -> ReplayedNetwork:
+    """Cut any network into stages by running it on two and three rows of ``example``.
+
+    Its stages are the modules that run once each, as large as possible, but containers of repeated blocks are taken
+    apart into blocks, and the head into its layers. Parameters that code outside of these modules uses belong to the
+    stage in which they are used. Places at which no query could start (a module is called again later, hands over
+    tensors in another way than by returning them, or mixes the rows of a batch) lie within a stage.
+    """
+    rows = Rows.of(example)
+    few = [rows.index_select(0, torch.tensor(i, device=rows.device) % len(rows)) for i in ([0, 1], [0, 1, 0])]
+    modes = [(each, each.training) for each in module.modules()]
+    module.eval()
+    try:
+        with torch.no_grad():
+            units = find_units(module, few[0])
+            two, three = (trace(module, units, each, result_of) for each in few)
+            _check_rows(module, two.result, three.result)
+            return _faithful(_network(module, units, two, three), few[1])
+    finally:
+        for each, training in modes:
+            each.training = training
+
+
+def _check_rows(module: nn.Module, two: Tensor, three: Tensor) -> None:
+    if two.dim() and len(two) == 2 and len(three) == 3 and torch.allclose(two, three[:2], rtol=1e-3, atol=1e-4):
+        return
+    raise SettingError(
+        "network", type(module).__name__, f"returned the shapes {tuple(two.shape)} and {tuple(three.shape)} for two "
+        "rows and the same two with one of them repeated, or other values for the same rows.",
+        "Make the output of a row independent of the other rows, with the row as its first dimension.",
+    )  # fmt: skip
+
+
+def _network(module: nn.Module, units: Sequence[str], two: Trace, three: Trace) -> ReplayedNetwork:
+    axes = {key: _axis(two.outputs[key], three.outputs[key]) for key in three.outputs}
+    users = _users(module, units, three)
+    trained = [each for name, each in users.items() if module.get_parameter(name).requires_grad]
+    learns = _trained(three, trained)
+    boundaries: list[Boundary] = []
+    for first in range(1, len(units)):
+        needed = frozenset(k for k, last in three.last_read.items() if unit_of(k) < first <= last)
+        below = [k for k in needed if unit_of(k) == first - 1]
+        main = min((k for k in below if _carries_noise(three.outputs[k], axes[k])), default=None)
+        crossed = any(u < first <= v for u, v in three.hidden) or any(min(u) < first <= max(u) for u in trained)
+        # Noise enters the main tensor alone: no gradient may pass beside it.
+        beside = any(unit_of(k) in learns and three.outputs[k].is_floating_point() for k in needed if k != main)
+        owns = next(module.get_submodule(units[first - 1]).parameters(), None) is not None
+        left = any(max(u) >= first for u in users.values())
+        mixed = any((axes[k] or WHOLE).each != 1 for k in needed)
+        if main is not None and owns and left and not (crossed or beside or mixed):
+            boundaries.append(Boundary(first, needed, main))
+    written = [frozenset(k for k in three.written if unit_of(k) == i) for i in range(len(units))]
+    return ReplayedNetwork(module, [Unit(*each) for each in zip(units, written, strict=True)], boundaries, axes, users)
+
+
+def _trained(seen: Trace, trained: Sequence[set[int]]) -> set[int]:
+    """The units whose outputs depend on trainable parameters."""
+    found: set[int] = set()
+    for unit in sorted({*seen.reads, *(u for users in trained for u in users)}):
+        if any(unit in users for users in trained) or any(unit_of(k) in found for k in seen.reads.get(unit, ())):
+            found.add(unit)
+    return found
+
+
+def unit_of(key: Key) -> int:
+    """The unit that gave a tensor; -1 for inputs."""
+    return -1 if key[0] == "inputs" else key[0]
+
+
+def _axis(two: Tensor, three: Tensor) -> RowAxis | None:
+    """Along which axis the rows of a tensor lie that was seen with two and with three; None: all rows share it."""
+    if two.dim() != three.dim():
+        return RowAxis(0, 0)
+    grown = [i for i, (a, b) in enumerate(zip(two.shape, three.shape, strict=True)) if a != b]
+    if not grown:
+        return None if torch.equal(two, three) else RowAxis(0, 0)
+    (axis, *more), shape = grown, two.shape
+    fits = not more and shape[axis] % 2 == 0 and 3 * shape[axis] == 2 * three.shape[axis]
+    return RowAxis(axis, shape[axis] // 2 if fits else 0)
+
+
+def _carries_noise(tensor: Tensor, axis: RowAxis | None) -> bool:
+    return tensor.is_floating_point() and axis is not None and axis.each == 1
+
+
+def _users(module: nn.Module, units: Sequence[str], seen: Trace) -> dict[str, set[int]]:
+    """The units that read or own each parameter, by name; one that nobody reads belongs to the last."""
+    known = {id(p): name for name, p in module.named_parameters()}
+    users = {name: set(seen.parameters.get(name, ())) for name in known.values()}
+    for alias, parameter in module.named_parameters(remove_duplicate=False):
+        users[known[id(parameter)]] |= {i for i, unit in enumerate(units) if alias.startswith(f"{unit}.")}
+    return {name: each or {len(units)} for name, each in users.items()}
+
+
+def _faithful(network: ReplayedNetwork, rows: Rows) -> ReplayedNetwork:
+    """The network without those boundaries from which a stage does not compute what it computes in the clean pass."""
+    clean: dict[int, Any] = {}
+
+    def keep(i: int, h: Rows) -> None:
+        clean[i] = h.clone()
+
+    while True:
+        clean[len(network)] = network.visit(rows.clone(), 0, range(1, len(network)), keep)
+        wrong = [i for i in range(1, len(network)) if not _agrees(network, i, clean)]
+        if not wrong:
+            return network
+        network = network.without(wrong)
+
+
+def _agrees(network: ReplayedNetwork, stage: int, clean: Mapping[int, Any]) -> bool:
+    try:
+        output = network.run(clean[stage].clone(), stage, stage + 1)
+    except (RuntimeError, TypeError, ValueError, KeyError, IndexError):
+        return False
+    found, expected = ([h] if isinstance(h, Tensor) else h.tensors.values() for h in (output, clean[stage + 1]))
+    return all(
+        torch.allclose(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max())) for a, b in zip(found, expected, strict=True)
+    )
