@@ -1,6 +1,8 @@
 """Train a Hugging Face classifier from forward passes: ``python examples/text_classifier.py`` (needs ``transformers``).
 
-It reads 16 words of the description of one of scikit-learn's data sets and says which one that is.
+It reads 16 words of the description of one of scikit-learn's data sets and says which one that is. With seed 0 it is
+right in 40 % of 134 pieces that it has not seen, and with ``strategy=Backprop()`` in 51 %; a third of the pieces are of
+one class. The texts are short: this shows how, not how well.
 """
 
 from typing import Any

@@ -68,9 +68,14 @@ class ReplayedNetwork(StagedNetwork):
         boundaries: Sequence[Boundary],
         axes: dict[Key, RowAxis | None],
         users: dict[str, set[int]],
+        entries: Any = None,
     ) -> None:
-        """``boundaries[i]`` is before stage ``i + 1``; ``users`` are the units that use each parameter."""
+        """``boundaries[i]`` is before stage ``i + 1``.
+
+        ``users`` are the units that use each parameter, ``entries`` what inputs have.
+        """
         self._units, self._boundaries, self._axes, self._users = tuple(units), tuple(boundaries), axes, users
+        self._entries, self._cut_for = entries, {name for name, p in module.named_parameters() if p.requires_grad}
         cuts = [0, *(boundary.first for boundary in boundaries), len(units)]
         prefixes = tuple(f"{unit.name}." for unit in units)
         stages = []
@@ -85,7 +90,11 @@ class ReplayedNetwork(StagedNetwork):
     def without(self, boundaries: Collection[int]) -> "ReplayedNetwork":
         """The same network with the stages before and after these boundaries in one."""
         left = [each for i, each in enumerate(self._boundaries, 1) if i not in boundaries]
-        return ReplayedNetwork(self.module, self._units, left, self._axes, self._users) if boundaries else self
+        return (
+            ReplayedNetwork(self.module, self._units, left, self._axes, self._users, self._entries)
+            if boundaries
+            else self
+        )
 
     @property
     def head(self) -> int:
@@ -117,16 +126,36 @@ class ReplayedNetwork(StagedNetwork):
             return value_of(x)
         return self._replay(x, start, set(keep), visit, last=len(self))
 
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """All parameters that require a gradient, by name; refused if some did not when the network was cut."""
+        found = super().trainable()
+        if len(self) > 1 and (new := sorted(found.keys() - self._cut_for)):
+            problem = f"was frozen when the network was cut into stages ({len(new)} in all)."
+            raise SettingError(
+                "network", new[0], problem, "Cut the network again: stage_network, or self.stage in a task."
+            )
+        return found
+
+    def _unlike_the_example(self, unit: int) -> SettingError:
+        problem = "did not run once, in the order in which it ran for the example."
+        remedy = "Cut the network with an example that takes the same way through it, or use MeZO without an example."
+        return SettingError("network", self._units[unit].name, problem, remedy)
+
     def _replay(
         self, x: Any, start: int, keep: Collection[int], visit: Callable[[int, Rows], None], *, last: int
     ) -> Tensor:
         known = x if isinstance(x, Rows) else Rows.of(x)
+        if not start and self._entries not in (None, known.entries):
+            problem = f"is not built as the example was that the network was cut with: {self._entries}."
+            raise SettingError("data", known.entries, problem, "Cut it with an example that has the same entries.")
         session = _Session(self, known, start, keep, visit, last)
         with session.patched():
             try:
                 output = call(self.module, known.tree())
             except _Stop:
                 return value_of(known)
+        if session.turn < len(self._units):
+            raise self._unlike_the_example(session.turn)
         return result_of(output)
 
 
@@ -142,6 +171,7 @@ class _Session:
     last: int
     new: dict[Key, Tensor] = field(default_factory=dict)
     skeletons: dict[Any, Any] = field(default_factory=dict)
+    turn: int = 0  # the unit that runs next
 
     def __post_init__(self) -> None:
         boundaries = self.network._boundaries
@@ -155,12 +185,13 @@ class _Session:
         """Put replays and recorders in the place of the units' ``forward``, and take them away again."""
         last_end = max(self._ends, default=-1)
         forwards = []
+        last_end = max(last_end, self._first - 1)
         for i, unit in enumerate(self.network._units):
-            if i > max(last_end, self._first - 1):
-                break
             module = self.network.module.get_submodule(unit.name)
             forwards.append((module, module.__dict__.get("forward")))
-            module.__dict__["forward"] = self._replayed(i) if i < self._first else self._recorded(i, module.forward)
+            module.__dict__["forward"] = (
+                self._replayed(i) if i < self._first else self._recorded(i, module.forward, last_end)
+            )
         try:
             yield
         finally:
@@ -171,11 +202,23 @@ class _Session:
                     module.__dict__["forward"] = forward
 
     def _replayed(self, unit: int) -> Callable[..., Any]:
-        return lambda *_, **__: self.known.tree(unit)
+        def run(*_: Any, **__: Any) -> Any:
+            self._take_turn(unit)
+            return self.known.tree(unit)
 
-    def _recorded(self, unit: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        return run
+
+    def _take_turn(self, unit: int) -> None:
+        if unit != self.turn:
+            raise self.network._unlike_the_example(unit)
+        self.turn += 1
+
+    def _recorded(self, unit: int, forward: Callable[..., Any], last: int) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
             output = forward(*args, **kwargs)
+            self._take_turn(unit)
+            if unit > last:
+                return output
             self._record(unit, output)
             if (boundary := self._ends.get(unit)) is not None:
                 self.visit(boundary, self._rows(boundary))

@@ -62,6 +62,8 @@ class Rows:
     @classmethod
     def of(cls, tree: Any, name: Any = "inputs") -> "Rows":
         """Take apart nested mappings, sequences and dataclasses of tensors whose first dimension is the row."""
+        if isinstance(tree, Mapping):
+            tree = {key: tree[key] for key in sorted(tree)}  # tensors are told apart by their numbers
         skeleton, tensors = take_apart(tree, name)
         rows = {key: value for key, value in tensors.items() if value.dim()}
         lengths = {len(value) for value in rows.values()}
@@ -88,6 +90,15 @@ class Rows:
 
         skeleton = self.skeletons[name]
         return put(skeleton) if isinstance(skeleton, Leaf) else apply_to_collection(skeleton, Leaf, put)
+
+    @property
+    def entries(self) -> Any:
+        """How inputs are built: whether each entry is a tensor, by name; entries that are None do not count."""
+        skeleton = self.skeletons["inputs"]
+        if isinstance(skeleton, Mapping):
+            return {name: isinstance(value, Leaf) for name, value in skeleton.items() if value is not None}
+        given = skeleton if isinstance(skeleton, (tuple, list)) else (skeleton,)
+        return [isinstance(value, Leaf) for value in given]
 
     @property
     def value(self) -> Tensor:
@@ -153,6 +164,13 @@ def take_apart(tree: Any, name: Any) -> tuple[Any, dict[Key, Tensor]]:
     tensors: dict[Key, Tensor] = {}
 
     def take(tensor: Tensor) -> Leaf:
+        if tensor.is_nested:
+            raise SettingError(
+                "network",
+                name,
+                "hands over a nested tensor.",
+                "Write enable_nested_tensor=False, or pad to one length.",
+            )
         key = (name, len(tensors))
         tensors[key] = tensor
         return Leaf(key, tuple(tensor.shape), 0 if tensor.dim() else None, tensor.dtype, tensor.device)
@@ -192,6 +210,11 @@ def write_rows(into: Any, first: int, h: Tensor | Rows) -> None:
         into[first : first + len(h)] = h
     else:
         for key, tensor in h.tensors.items():
+            if tensor.shape[1:] != into.tensors[key].shape[1:]:
+                raise SettingError(
+                    "network", tuple(tensor.shape), f"is the shape of an activation that was {tuple(h.value.shape)} "
+                    "for other rows of the batch.", "Pad all samples to one length outside of the network.",
+                )  # fmt: skip
             into.tensors[key][first : first + len(h)] = tensor
 
 

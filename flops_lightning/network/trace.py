@@ -49,6 +49,7 @@ class Trace:
     hidden: set[tuple[int, int]] = field(default_factory=set)
     parameters: dict[str, set[int]] = field(default_factory=dict)
     result: Any = None
+    inputs: Any = None  # how they are built
 
 
 def call(network: nn.Module, inputs: Any) -> Any:
@@ -126,12 +127,14 @@ def trace(network: nn.Module, units: Sequence[str], inputs: Rows, result_of: Cal
     """Run the network once; ``result_of`` picks the tensor that counts of what it returns."""
     flow = _Flow(network)
     tree, flow.trace.outputs = inputs.tree(), {}
-    for key, tensor in take_apart(tree, "inputs")[1].items():
+    flow.trace.inputs, given = take_apart(tree, "inputs")
+    for key, tensor in given.items():
         flow.gave(key, tensor)
     with flow.watching(network, units), flow:
         returned = call(network, tree)
     flow.trace.result = result_of(returned)
     flow.read(flow.sources.get(flow.trace.result, NONE), len(units))
+    flow.uses(flow.names(flow.trace.result), len(units))
     flow.trace.hidden |= {(u, len(units)) for u in [flow.made_in.get(flow.trace.result)] if u is not None}
     return flow.trace
 
@@ -147,6 +150,7 @@ class _Flow(TorchDispatchMode):
         self._parameters: Any = WeakIdKeyDictionary()
         for name, parameter in network.named_parameters():
             self._parameters[parameter] = name
+        self._carried: Any = WeakIdKeyDictionary()  # names of the parameters in tensors that glue made of these
         self._unit = 0
         self._inside = False
 
@@ -154,6 +158,16 @@ class _Flow(TorchDispatchMode):
         """Note a tensor as one that others may read."""
         self.trace.outputs[key] = tensor
         self.sources[tensor] = frozenset([key])
+
+    def names(self, tensor: Tensor) -> frozenset[str]:
+        """Names of the parameters that glue made this tensor of."""
+        own = self._parameters.get(tensor)
+        return self._carried.get(tensor, frozenset()) if own is None else frozenset([own])
+
+    def uses(self, names: frozenset[str], unit: int) -> None:
+        """Note that ``unit`` reads these parameters."""
+        for name in names:
+            self.trace.parameters.setdefault(name, set()).add(unit)
 
     def read(self, sources: Sources, unit: int) -> None:
         """Note that ``unit`` reads these."""
@@ -188,7 +202,9 @@ class _Flow(TorchDispatchMode):
         handles = []
         for i, name in enumerate(units):
             module = network.get_submodule(name)
-            handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after_of(i))]
+            # Before other hooks: these are glue, which runs again in a query.
+            handles.append(module.register_forward_pre_hook(before))
+            handles.append(module.register_forward_hook(after_of(i), prepend=True))
         try:
             yield
         finally:
@@ -200,33 +216,36 @@ class _Flow(TorchDispatchMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
-        made = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
-        unit = self._unit
+        made = [each for each in tree_leaves(result) if isinstance(each, Tensor) and each not in self._parameters]
+        written = list(self._written(func, args, kwargs))
         for tensor in given:
-            if (name := self._parameters.get(tensor)) is not None:
-                self.trace.parameters.setdefault(name, set()).add(unit)
             maker = self.made_in.get(tensor)
-            if maker is not None and not (self._inside and maker == unit):
-                self.trace.hidden.add((maker, unit))
+            if maker is not None and not (self._inside and maker == self._unit):
+                self.trace.hidden.add((maker, self._unit))
         sources = NONE.union(*(self.sources.get(tensor, NONE) for tensor in given))
+        names = frozenset[str]().union(*(self.names(tensor) for tensor in given))
+        if self._inside or sources:
+            self.uses(names, self._unit)
         if self._inside:
-            self.read(sources, unit)
-            for tensor in made:
-                if tensor not in self.sources and tensor not in self._parameters:
-                    self.made_in[tensor] = unit
+            self.read(sources, self._unit)
+            for tensor in (*written, *(each for each in made if each not in self.sources)):
+                self.made_in[tensor] = self._unit  # others see it though the unit does not return it
             return result
         if not made:  # a number, on which code may depend
             self.read(sources, ALWAYS)
-        for tensor in self._written(func, args, kwargs):
+        for tensor in written:
             self.trace.written |= self.sources.get(tensor, NONE)
-            storage = tensor.untyped_storage().data_ptr()
-            for other in [t for t in list(self.sources) if t.untyped_storage().data_ptr() == storage]:
-                self.sources[other] = self.sources[other] | sources
-            self.sources[tensor] = self.sources.get(tensor, NONE) | sources
-        for tensor in made:
-            if sources and not any(tensor is each for each in given):
-                self.sources[tensor] = sources
+        for tensor in (*made, *(alias for each in written for alias in self._aliases(each))):
+            if sources:
+                self.sources[tensor] = self.sources.get(tensor, NONE) | sources
+            if names:
+                self._carried[tensor] = self._carried.get(tensor, frozenset()) | names
         return result
+
+    def _aliases(self, tensor: Tensor) -> list[Tensor]:
+        """Known tensors in the same memory, itself included."""
+        storage = tensor.untyped_storage().data_ptr()
+        return [tensor, *(t for t in list(self.sources) if t.untyped_storage().data_ptr() == storage)]
 
     @staticmethod
     def _written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:

@@ -128,6 +128,11 @@ def injected(layers: Sequence[LayerTarget], width: SiteWidth, draw: DrawNoise) -
             tokens = slice(None) if target.tokens is None else target.tokens
             with phase("noise"):
                 step, z = width.scaled(draw(target.name, tuple(output[:, tokens].shape[1:]), output))
+                if len(step) != len(output):
+                    raise SettingError(
+                        "model.strategy.sites", target.name, f"has an output of the shape {tuple(output.shape)}, whose "
+                        f"first axis is not that of the {len(step)} rows.", "Train its stage with kind: block.",
+                    )  # fmt: skip
                 perturbations.append(Perturbation(target, z, args[0][:, tokens].clone()))  # may be overwritten later
                 return moved(output.clone(), step, target.tokens, width.sigma)
 

@@ -173,6 +173,71 @@ class Twice(nn.Module):
         return self.d(torch.tanh(self.c(h)))
 
 
+class ClassToken(nn.Module):
+    """Glue makes a tensor of a parameter before the first module ends, and reads it after."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.token = nn.Linear(4, 6), nn.Parameter(torch.ones(1, 6))
+        self.layers, self.head = nn.ModuleList(Pair() for _ in range(2)), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.stack([self.token.expand(len(x), -1), self.embed(x)], dim=1)
+        for layer in self.layers:
+            h, _ = layer(h, None)
+        return self.head(h[:, 0])
+
+
+class Hooked(nn.Module):
+    """A hook on a module uses a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.scale = nn.Parameter(torch.ones(6))
+        self.a.register_forward_hook(lambda _, args, output: output * self.scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(torch.tanh(self.b(torch.tanh(self.a(x)))))
+
+
+class Spectrum(nn.Module):
+    """A complex tensor passes beside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        return self.c(torch.tanh(self.b(h)) + torch.fft.irfft(torch.fft.rfft(h), n=6))
+
+
+class Sorting(nn.Module):
+    """Rows are sorted inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = x[:, 0].argsort()
+        return self.c(self.b(torch.tanh(self.a(x[order])))[order.argsort()])
+
+
+class Masked(nn.Module):
+    """Glue reads a boolean mask, which may be missing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(2, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        h = self.b(torch.tanh(self.a(x)))
+        h = h if mask is None else h.masked_fill(mask[..., None], 0.0)
+        return self.c(h.mean(1))
+
+
 def problem_of(module: nn.Module, inputs: Any = None) -> Problem:
     return Problem(shaken(module), normal(4, 4) if inputs is None else inputs, torch.tensor([0, 1, 2, 0]))
 
@@ -187,8 +252,13 @@ SEQUENCE = {"x": normal(4, 5, 2), "mask": torch.ones(4, 5, dtype=torch.float64).
         (lambda: problem_of(Writing()), ["first", "second", "third"]),
         (lambda: problem_of(SequenceFirst(), SEQUENCE), ["embed", "layers.0", "layers.1", "head"]),
         (lambda: problem_of(SequenceFirst(), tuple(SEQUENCE.values())), ["embed", "layers.0", "layers.1", "head"]),
-        (lambda: problem_of(Remembering()), ["d"]),
+        (lambda: problem_of(Remembering()), ["a", "d"]),
         (lambda: problem_of(Twice()), ["c", "d"]),
+        (lambda: problem_of(ClassToken()), ["embed", "layers.0", "layers.1", "head"]),
+        (lambda: problem_of(Hooked()), ["a", "b", "c"]),
+        (lambda: problem_of(Spectrum()), ["a", "c"]),
+        (lambda: problem_of(Sorting()), ["c"]),
+        (lambda: problem_of(Masked(), {"x": normal(4, 5, 2), "mask": torch.eye(4, 5).bool()}), ["a", "b", "c"]),
     ],
 )
 def test_where_no_query_can_start_stages_are_one(problem: Callable[[], Problem], stages: list[str]) -> None:
@@ -281,3 +351,36 @@ def test_all_parameters_of_an_uncut_network_are_one_site() -> None:
     strategy = SPSA(seed=0)
     strategy.bind(stage_network(UNet().double()), cross_entropy)
     assert [(site.name, len(site.parameters)) for site in strategy.sites] == [("all", 10)]
+
+
+def test_batches_unlike_the_example_are_refused() -> None:
+    example = {"x": normal(4, 5, 2)}
+    network = stage_by_replay(Masked().double(), example)
+    torch.testing.assert_close(network.run(Rows.of({"mask": None, **example})), network.module(**example))
+    with pytest.raises(SettingError, match=r"'mask': True.*is not built as the example was"):
+        network.run(Rows.of({**example, "mask": torch.eye(4, 5).bool()}))
+    looping = problem_of(Looping(), normal(4, 1, 4))
+    network = stage_by_replay(looping.module, looping.inputs)
+    with pytest.raises(SettingError, match=r"'cell'.*did not run once, in the order in which it ran for the example"):
+        network.run(normal(4, 3, 4))
+
+
+class Looping(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x[:, 0]
+        for _ in range(x.shape[1]):
+            h = torch.tanh(self.cell(h))
+        return self.head(h)
+
+
+def test_parameters_thawed_after_the_cut_are_refused() -> None:
+    problem = problem_of(UNet())
+    problem.module.stem.requires_grad_(False)
+    network = stage_by_replay(problem.module, problem.inputs)
+    problem.module.stem.requires_grad_(True)
+    with pytest.raises(SettingError, match=r"'stem.bias': was frozen when the network was cut.*Cut the network again"):
+        network.trainable()

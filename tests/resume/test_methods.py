@@ -24,7 +24,7 @@ SMALL = {
     },
     "model": {
         "init_args": {
-            "model_kwargs": {**TINY, "depth": 2, "drop_path_rate": 0.5},
+            "model_kwargs": {**TINY, "depth": 2},
             "checkpoint": "",
             "strategy": {
                 "init_args": {

@@ -155,6 +155,8 @@ OWN = {"BaseFinetuning": Unfreezes, "BasePredictionWriter": Writes}
 @pytest.mark.parametrize("name", [name for name in CALLBACKS if name not in ABSTRACT])
 def test_callbacks_do_their_work_or_are_refused(tmp_path, usual, name, module):
     given, steps, changes, column = LISTED[name]
+    if name == "DeviceStatsMonitor":
+        pytest.importorskip("psutil", reason="the callback reads a CPU's figures by psutil")
     if name in ("ModelCheckpoint", "OnExceptionCheckpoint"):
         given = {**given, "dirpath": tmp_path / "saved"}
     callback = OWN.get(name, getattr(lightning_callbacks, name))(**given)
