@@ -4,8 +4,6 @@ A torchvision ConvNet, with batch normalisation and a metric, learns scikit-lear
 module is about this project; without the line that adds the callback, Lightning trains the same module by backprop.
 """
 
-from __future__ import annotations
-
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from sklearn.datasets import load_digits

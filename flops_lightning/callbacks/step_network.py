@@ -1,7 +1,5 @@
 """A ``training_step`` as the network of a strategy: one row, whose output is the loss of the batch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any

@@ -183,9 +183,7 @@ class _Session:
     @contextmanager
     def patched(self) -> Iterator[None]:
         """Put replays and recorders in the place of the units' ``forward``, and take them away again."""
-        last_end = max(self._ends, default=-1)
-        forwards = []
-        last_end = max(last_end, self._first - 1)
+        last_end, forwards = max(self._ends, default=-1), []
         for i, unit in enumerate(self.network._units):
             module = self.network.module.get_submodule(unit.name)
             forwards.append((module, module.__dict__.get("forward")))
@@ -241,7 +239,7 @@ class _Session:
             axis, each = (None, 1) if rows is None else rows
             return leaf._replace(axis=axis, each=each, writable=leaf.key in written)
 
-        return describe(skeleton) if isinstance(skeleton, Leaf) else apply_to_collection(skeleton, Leaf, describe)
+        return apply_to_collection(skeleton, Leaf, describe)
 
     def _rows(self, boundary: int) -> Rows:
         """All that a query needs that starts at this boundary."""
@@ -254,7 +252,7 @@ class _Session:
                 rows = axes[key]
                 (shared if rows is None else tensors)[key] = value if rows is None else value.movedim(rows.axis, 0)
         skeletons = {**self.known.skeletons, **self.skeletons}
-        if self.start == 0 and "inputs" in skeletons:
+        if self.start == 0:
             skeletons["inputs"] = self._described(skeletons["inputs"], ())
         return Rows(tensors, shared, skeletons, place.main)
 

@@ -88,8 +88,7 @@ class Rows:
             # A copy: the network may write to it.
             return self.shared[leaf.key].clone() if leaf.key in self.shared else leaf.stand_in(len(self))
 
-        skeleton = self.skeletons[name]
-        return put(skeleton) if isinstance(skeleton, Leaf) else apply_to_collection(skeleton, Leaf, put)
+        return apply_to_collection(self.skeletons[name], Leaf, put)
 
     @property
     def entries(self) -> Any:

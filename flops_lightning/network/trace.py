@@ -126,7 +126,7 @@ def _is_block(module: nn.Module) -> bool:
 def trace(network: nn.Module, units: Sequence[str], inputs: Rows, result_of: Callable[[Any], Tensor]) -> Trace:
     """Run the network once; ``result_of`` picks the tensor that counts of what it returns."""
     flow = _Flow(network)
-    tree, flow.trace.outputs = inputs.tree(), {}
+    tree = inputs.tree()
     flow.trace.inputs, given = take_apart(tree, "inputs")
     for key, tensor in given.items():
         flow.gave(key, tensor)

@@ -1,7 +1,5 @@
 """Lightning's callbacks and settings that rely on automatic optimisation: tasks optimise manually, and refuse them."""
 
-from __future__ import annotations
-
 import lightning.pytorch as pl
 from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.callbacks import ModelCheckpoint

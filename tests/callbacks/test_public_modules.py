@@ -1,7 +1,5 @@
 """Modules that never heard of this project learn from forward passes: a run differs from backprop's by a callback."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The tables of docs/lightning.md hold for the installed Lightning: each callback and setting works, or is refused."""
 
-from __future__ import annotations
-
 import inspect
 from datetime import timedelta
 from pathlib import Path
