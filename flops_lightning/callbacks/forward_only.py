@@ -1,20 +1,19 @@
 """Trains an unchanged LightningModule from forward passes: its ``training_step`` runs again under moved parameters."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from flops_lightning.callbacks.pass_state import PassState, copied, silence
+from flops_lightning.callbacks.pass_state import PassState, copied
+from flops_lightning.callbacks.silence import silence, silent_loggers
 from flops_lightning.callbacks.step_network import Step, StepNetwork, first_column
 from flops_lightning.distributed import present_communicator, reduce_gradients
 from flops_lightning.errors import LostQueriesError, SettingError, check_at_least
@@ -39,8 +38,8 @@ class ForwardOnly(pl.Callback):
     ``queries/passes`` counts the queries of all processes so far, each a pass over a batch.
 
     A step that differentiates on its own, as physics-informed losses do, must turn autograd on with
-    ``torch.enable_grad()``. One that writes to parameters (a moving average of weights) must do so in a hook such as
-    ``on_train_batch_end``: queries would write again.
+    ``torch.enable_grad()``. One that changes something outside of the module (a file, a global variable) must do so in
+    a hook such as ``on_train_batch_end``: queries would change it again.
 
     Example:
         >>> import torch
@@ -82,6 +81,7 @@ class ForwardOnly(pl.Callback):
         self._skipped = 0
         self._network: StepNetwork | None = None
         self._bound: dict[str, int] = {}  # the parameters that the strategy knows
+        self._moved: list[nn.Parameter] = []
         self._replaced: dict[str, Any] | None = None  # what the module had in their place; None while it has its own
         self._query: Callable[[], Any] | None = None
         self._before: PassState | None = None
@@ -108,14 +108,17 @@ class ForwardOnly(pl.Callback):
                 return step(*args, **kwargs)
             given = copied((args, kwargs))
             self._query = lambda: _call(step, copied(given))
-            self._before = PassState(pl_module)
+            self._bind(trainer)
+            self._before = PassState(pl_module, self._moved)
             with torch.no_grad():
                 return step(*args, **kwargs)
 
         def backward(loss: Tensor, *_: Any, **__: Any) -> None:
-            after = PassState(pl_module)
+            assert self._before is not None
+            self._before.check(pl_module)
+            after = PassState(pl_module, self._moved)
             try:
-                with trainer.precision_plugin.train_step_context(), _quiet(trainer):
+                with trainer.precision_plugin.train_step_context(), silent_loggers(trainer):
                     self._estimate(trainer, loss)
             finally:
                 after.restore()
@@ -124,23 +127,37 @@ class ForwardOnly(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse what only the optimiser and the wrapped module show; bind the strategy."""
+        registered = {id(p) for p in pl_module.parameters()}
         for optimizer in trainer.optimizers:
             if isinstance(optimizer, torch.optim.LBFGS):
                 raise SettingError(
                     "configure_optimizers", "LBFGS", "searches along lines of one function, and every evaluation here "
                     "has noise of its own.", "Return SGD, Adam or another optimiser that evaluates once a step.",
                 )  # fmt: skip
+            known = [id(p) in registered for group in optimizer.param_groups for p in group["params"]]
+            if any(known) and not all(known):
+                problem = "are no parameters of the module, and queries could not move them."
+                remedy = "Register their modules as attributes of the LightningModule, or leave them out."
+                number = f"{known.count(False)} tensors"
+                raise SettingError("configure_optimizers", number, problem, remedy)
         if isinstance(trainer.strategy.model, DistributedDataParallel):
             name = type(trainer.strategy).__name__
             problem = "waits in DistributedDataParallel for a backward pass."
             raise SettingError("trainer.strategy", name, problem, "Write strategy: auto or ddp.")
-        self._bind()
+        self._bind(trainer)
 
-    def _bind(self) -> None:
+    def _bind(self, trainer: pl.Trainer) -> None:
         """Give the strategy the parameters that are trained now: callbacks freeze and unfreeze them."""
         network = self._network
         assert network is not None
-        present = {name: id(p) for name, p in network.trainable().items()}
+        trainable = network.trainable()
+        present = {name: id(p) for name, p in trainable.items()}
+        if not present:
+            optimizers = [type(each).__name__ for each in trainer.optimizers]
+            problem = "has no parameter of the module that requires a gradient: there is nothing to train."
+            remedy = "Return an optimiser over such parameters; requires_grad_(True) unfreezes them."
+            raise SettingError("configure_optimizers", optimizers, problem, remedy)
+        self._moved = list(trainable.values())
         if present != self._bound:
             self.strategy.bind(network, first_column)
             self.strategy.join(present_communicator())
@@ -148,8 +165,7 @@ class ForwardOnly(pl.Callback):
 
     @torch.no_grad()
     def _estimate(self, trainer: pl.Trainer, loss: Tensor) -> None:
-        self._bind()
-        parameters = list(self.strategy.network.trainable().values())
+        parameters = self._moved
         waiting = [p.grad for p in parameters]
         for p in parameters:
             p.grad = None
@@ -231,17 +247,6 @@ def _moves_all_at_once(strategy: ForwardGradientStrategy) -> bool:
 def _call(step: Callable[..., Any], given: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
     args, kwargs = given
     return step(*args, **kwargs)
-
-
-@contextmanager
-def _quiet(trainer: pl.Trainer) -> Iterator[None]:
-    """Loggers take nothing: a step may write to ``self.logger`` itself."""
-    loggers = trainer.loggers
-    trainer.loggers = [DummyLogger() for _ in loggers]
-    try:
-        yield
-    finally:
-        trainer.loggers = loggers
 
 
 def _check_module(module: pl.LightningModule) -> None:

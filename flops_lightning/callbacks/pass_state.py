@@ -1,23 +1,32 @@
 """What a pass through a module changes beside its result, to be put back before and after a query."""
 
 import random
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator
 from functools import partial
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
+from flops_lightning.callbacks.held import Copied, PutBack, constant_listing, contents, listing, rule_for, tensor_copy
+from flops_lightning.errors import SettingError
+
+FEW = 1_000_000
+"""Numbers that are copied wherever they lie."""
+
 
 class PassState:
-    """Random numbers, buffers, metrics and Python attributes of a module at one moment; parameters are not copied.
+    """Random numbers, buffers, metrics and Python attributes of a module at one moment.
 
     Dropout, mixup, running statistics, counters, lists that a ``training_step`` appends to: a query starts where the
-    pass that it repeats started, and leaves no trace.
+    pass that it repeats started, and leaves no trace. What a module holds is followed through containers, arrays,
+    generators of random numbers, iterators and objects of the user's own classes.
+
+    Frozen parameters (of a teacher that follows a student, say) and tensors in lists are copied where they are at most
+    twice as many numbers as the parameters that queries move. Otherwise :meth:`check` refuses a step that writes to
+    them.
 
     Example:
         >>> norm = nn.BatchNorm1d(2)
@@ -30,89 +39,81 @@ class PassState:
         True
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        """Copy what a pass may change."""
-        parameter = next(module.parameters(), None)
-        device = torch.device("cpu") if parameter is None else parameter.device
-        self._random = list(_random_states(device))
-        self._attributes = [(vars(each), dict(vars(each))) for each in module.modules()]
-        self._contents: list[Callable[[], object]] = []
-        seen: set[int] = set()
-        for _, attributes in self._attributes:
-            for name, value in attributes.items():
-                if name not in ("_parameters", "_modules") and id(value) not in seen:
-                    seen.add(id(value))
-                    self._keep(value)
+    def __init__(self, module: nn.Module, moved: Collection[Tensor] | None = None) -> None:
+        """Copy what a pass may change.
 
-    def _keep(self, value: Any) -> None:
-        if isinstance(value, Tensor):
-            if not isinstance(value, nn.Parameter) and not value.is_inference():  # the latter are never written to
-                self._contents.append(_Copied(value))
-        elif isinstance(value, (dict, list, set, deque)):
-            self._contents.append(_Contents(value))
-            if isinstance(value, dict):  # such as buffers; lists of results are only ever added to
-                for each in value.values():
-                    if isinstance(each, Tensor):
-                        self._keep(each)
-        elif isinstance(value, torch.Generator):
-            self._contents.append(partial(value.set_state, value.get_state()))
-        elif isinstance(value, np.random.Generator):
-            self._contents.append(partial(setattr, value.bit_generator, "state", value.bit_generator.state))
-        elif isinstance(value, random.Random):
-            self._contents.append(partial(value.setstate, value.getstate()))
+        Args:
+            module: The module.
+            moved: The parameters that queries move, which are left as they are; None: all.
+        """
+        parameters = list(module.parameters())
+        moved = parameters if moved is None else moved
+        device = parameters[0].device if parameters else torch.device("cpu")
+        self._put_back = list(_random_states(device))
+        self._empty: list[Any] = []  # most containers of a module: dictionaries of hooks
+        self._seen = {id(p): p for p in moved}  # with the objects, so that no other gets their ids
+        loose: list[Tensor] = []
+        todo: list[Any] = [module]
+        while todo:
+            value = todo.pop()
+            kind: Any = type(value)
+            hold = rule_for(kind)
+            if hold is None or id(value) in self._seen:
+                continue
+            if hold in (contents, listing) and not value:
+                self._empty.append(value)
+                continue
+            self._seen[id(value)] = value
+            if hold is tensor_copy and isinstance(value, nn.Parameter):
+                loose += [] if value.is_inference() else [value]
+                continue
+            put_back, entries = hold(value)
+            self._put_back += put_back
+            todo += entries
+            if hold in (listing, constant_listing):
+                tensors = {id(each): each for each in entries if isinstance(each, Tensor)}
+                new = [each for name, each in tensors.items() if name not in self._seen and not each.is_inference()]
+                loose += new
+                self._seen.update((id(each), each) for each in new)
+        fits = sum(each.numel() for each in loose) <= max(FEW, 2 * sum(p.numel() for p in moved))
+        self._put_back += [Copied(each) for each in loose if fits]
+        self._checked = [(each, _written(each)) for each in loose if not fits]
+
+    def check(self, module: nn.Module) -> None:
+        """Raise a :class:`SettingError` if a pass wrote to a tensor that is not copied."""
+        for tensor, before in self._checked:
+            if _written(tensor) != before:
+                name = next((name for name, p in module.named_parameters() if p is tensor), "a tensor in a list")
+                raise SettingError(
+                    "training_step", name, "is written to by the step, and every query would write to it again: it is "
+                    "too large to be held still.", "Write to it in on_train_batch_end.",
+                )  # fmt: skip
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put everything back in place: the same objects with the same contents."""
-        for set_state, state in self._random:
-            set_state(state)
-        for live, saved in self._attributes:
-            for name in live.keys() - saved.keys():
-                del live[name]
-            live.update(saved)
-        for put_back in self._contents:
+        for put_back in self._put_back:
             put_back()
+        for container in self._empty:
+            if container:
+                container.clear()
 
 
-class _Copied:
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor, self._copy = tensor, tensor.detach().clone()
-
-    def __call__(self) -> None:
-        self._tensor.detach().copy_(self._copy)
+def _written(tensor: Tensor) -> tuple[int, int]:
+    """Differs after a write, unless it went through ``tensor.data`` in place."""
+    return tensor._version, tensor.data_ptr()
 
 
-class _Contents:
-    def __init__(self, value: Any) -> None:
-        self._value, self._saved = value, (dict if isinstance(value, dict) else list)(value)
-
-    def __call__(self) -> None:
-        if self._value or self._saved:
-            self._value.clear()
-            (self._value.extend if isinstance(self._value, (list, deque)) else self._value.update)(self._saved)
-
-
-def _random_states(device: torch.device) -> Iterator[tuple[Callable[[Any], object], Any]]:
-    """What sets the state of each generator that draws by default, and its state."""
-    yield random.setstate, random.getstate()
-    yield np.random.set_state, np.random.get_state()  # noqa: NPY002  (the global one, which modules use)
-    yield torch.set_rng_state, torch.get_rng_state()
+def _random_states(device: torch.device) -> Iterator[PutBack]:
+    """What sets the generators back that draw by default."""
+    yield partial(random.setstate, random.getstate())
+    yield partial(np.random.set_state, np.random.get_state())  # noqa: NPY002  (the global one, which modules use)
+    yield partial(torch.set_rng_state, torch.get_rng_state())
     if device.type != "cpu":
         accelerator = torch.get_device_module(device)
-        yield accelerator.set_rng_state, accelerator.get_rng_state()
+        yield partial(accelerator.set_rng_state, accelerator.get_rng_state())
 
 
 def copied(batch: Any) -> Any:
     """Containers and tensors of a batch that a ``training_step`` may change without a trace in the original."""
     return apply_to_collection(batch, Tensor, Tensor.clone, allow_frozen=True)
-
-
-def silence(module: pl.LightningModule) -> None:
-    """Let ``self.log`` and ``self.log_dict`` do nothing, until :meth:`PassState.restore`."""
-    for each in module.modules():
-        if isinstance(each, pl.LightningModule):
-            vars(each).update(log=_nothing, log_dict=_nothing)
-
-
-def _nothing(*_: Any, **__: Any) -> None:
-    """Log nothing."""

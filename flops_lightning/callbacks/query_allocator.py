@@ -113,13 +113,21 @@ class QueryAllocatorCallback(Callback):
         """Refuse, before training, a module without the required methods and a second allocator."""
         if stage != "fit":
             return
+        from flops_lightning.callbacks.forward_only import ForwardOnly
+
+        callbacks = cast("Any", trainer).callbacks  # an attribute that Lightning does not declare
+        if any(isinstance(each, ForwardOnly) for each in callbacks):
+            raise SettingError(
+                "trainer.callbacks", type(self).__name__, "has nothing to allocate beside ForwardOnly: a query runs "
+                "training_step on a whole batch, so every sample has as many queries as every other, also where the "
+                "step returns the losses of each.", "Remove it, or use a ForwardModule.",
+            )  # fmt: skip
         missing = [line for name, line in SIGNATURES.items() if not callable(getattr(pl_module, name, None))]
         if missing:
             problem, remedy = "lacks methods that QueryAllocatorCallback needs.", "; ".join(missing)
             raise SettingError("model", type(pl_module).__name__, problem, f"Add to the module: {remedy}.")
         self._ranks = present_communicator()
         self._request(pl_module)
-        callbacks = cast("Any", trainer).callbacks  # an attribute that Lightning does not declare
         rivals = [type(each.allocator).__name__ for each in callbacks if isinstance(each, QueryAllocatorCallback)]
         if len(rivals) > 1:
             problem = "more than one QueryAllocatorCallback; each would overwrite the other's counts."

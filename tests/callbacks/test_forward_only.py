@@ -1,5 +1,6 @@
 """``ForwardOnly`` trains as the task does, and leaves everything but the gradient as backprop leaves it."""
 
+import csv
 import random
 import re
 from datetime import timedelta
@@ -17,14 +18,18 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     StochasticWeightAveraging,
 )
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 from torch.optim.swa_utils import SWALR
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from flops_lightning.callbacks import ForwardOnly
+from flops_lightning.allocators import EqualAllocator
+from flops_lightning.callbacks import ForwardOnly, QueryAllocatorCallback
 from flops_lightning.errors import LostQueriesError, SettingError
 from flops_lightning.strategies import SPSA, LikelihoodRatio, MeZO, SiteSpec
 from tests.callbacks.unchanged import BATCHES, Plain, Task, batches, fit, parameters, resumed, trained
@@ -94,6 +99,28 @@ def test_two_processes_equal_the_task_in_two_processes_and_go_on(tmp_path):
         assert torch.equal(first[f"{exchange} resumed"], first[exchange])
         assert (first[exchange] - alone).abs().max() > 1e-3
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+class Unlogged(Plain):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+
+def compiled_network(module: Plain) -> Plain:
+    module.net.compile(backend="eager")
+    return module
+
+
+@pytest.mark.parametrize("compiled", [lambda module: torch.compile(module, backend="eager"), compiled_network])
+def test_a_compiled_module_and_a_compiled_network_learn_alike(compiled):
+    torch._dynamo.reset()
+    counters.clear()
+    plain, twin = Unlogged(), Unlogged().double()
+    twin.load_state_dict(plain.state_dict())
+    fit(plain, forward_only(4))
+    fit(compiled(twin), forward_only(4))
+    assert (parameters(twin) - parameters(plain)).abs().max() < 1e-10
+    assert counters["frames"] == {"total": 2, "ok": 2}  # once for clean passes and once for queries
 
 
 # -- queries leave no trace --------------------------------------------------------------------------------------------
@@ -172,6 +199,56 @@ def test_all_but_the_gradient_is_as_after_backprop(monkeypatch):
     # The clean pass of a step and its two queries draw alike, from the same state.
     assert drawn == [row for row in drawn_once for _ in range(3)]
     assert len({tuple(row) for row in drawn}) == 2 * BATCHES
+
+
+class Writes(Plain):
+    """Logs and prints in every way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tell: Any = None
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        self.log_dict({"a": loss, "b": loss}, on_epoch=True)
+        self.print("one line")
+        for logger in self.loggers:
+            logger.log_metrics({"own": 1.0}, step=self.global_step)
+            logger.log_hyperparams({"step": 1})
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_scalar("scalar", 1.0, self.global_step)
+                logger.experiment.flush()
+        names = [(each.log_dir, each.save_dir, each.name, each.version, each.root_dir) for each in self.loggers]
+        own = (self.logger is None, isinstance(self.logger, CSVLogger), self.trainer.logger is self.logger)
+        self.tell((names, own, self.trainer.log_dir))
+        return loss
+
+
+@pytest.mark.parametrize("kinds", [[], [CSVLogger], [TensorBoardLogger], [TensorBoardLogger, CSVLogger]])
+def test_loggers_show_queries_their_names_and_take_nothing(kinds, tmp_path, capsys, monkeypatch):
+    counted = []
+    for callbacks in ([forward_only()], []):
+        folder = tmp_path / str(len(callbacks))
+        module = Writes()
+        told: list[Any] = []
+        module.tell = told.append
+        loggers = [kind(folder, name=kind.__name__) for kind in kinds]
+        capsys.readouterr()
+        fit(module, *callbacks, logger=loggers or False, max_epochs=1, log_every_n_steps=1, default_root_dir=folder)
+        assert capsys.readouterr().out.count("one line") == BATCHES
+        assert told == [told[0]] * (3 * BATCHES if callbacks else BATCHES)
+        assert [each[0] for each in told[0][0]] == [each.log_dir for each in loggers]
+        written = {}
+        for file in folder.rglob("metrics.csv"):
+            rows = list(csv.DictReader(file.open()))
+            written["csv"] = [[row[name] != "" for row in rows] for name in ("own", "a_step", "train/loss")]
+        for file in folder.rglob("events*"):
+            events = EventAccumulator(str(file.parent)).Reload()
+            written["events"] = {name: len(events.Scalars(name)) for name in ("own", "scalar", "b_step", "b_epoch")}
+        counted.append(written)
+        assert len(written) == len(kinds)
+        monkeypatch.undo()
+    assert counted[0] == counted[1]
 
 
 @pytest.mark.parametrize("where", ["clean pass", "query"])
@@ -331,13 +408,32 @@ class Vector(Plain):
         return F.cross_entropy(self.net(batch[0]), batch[1], reduction="none")
 
 
+class Frozen(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.requires_grad_(False)
+
+
+class Stepless(Plain):
+    def configure_optimizers(self) -> Any:
+        return None
+
+
+class Hides(Plain):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD([*self.parameters(), nn.Parameter(torch.zeros(2))], lr=0.1)
+
+
 class Lazy(Plain):
     def __init__(self) -> None:
         super().__init__()
         self.lazy = nn.LazyLinear(3)
 
 
-@pytest.mark.filterwarnings("ignore:Lazy modules")
+NOTHING = "has no parameter of the module that requires a gradient: there is nothing to train. Return an optimiser over"
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules", "ignore:`LightningModule.configure_optimizers` returned `None`")
 @pytest.mark.parametrize(
     ("module", "settings", "message"),
     [
@@ -347,12 +443,31 @@ class Lazy(Plain):
         (Searches, {}, "configure_optimizers = 'LBFGS': searches along lines"),
         (Vector, {}, "training_step = 'a tensor of shape (8,)': must return one number"),
         (Lazy, {}, "model = 'lazy.weight': is a lazy parameter without a shape. Run one forward pass"),
+        (Frozen, {}, f"configure_optimizers = ['SGD']: {NOTHING}"),
+        (Stepless, {}, f"configure_optimizers = ['_MockOptimizer']: {NOTHING}"),
+        (Hides, {}, "configure_optimizers = '1 tensors': are no parameters of the module, and queries could not move"),
         (Plain, {"precision": "bf16-true"}, "trainer.precision = 'bf16-true': is not supported"),
     ],
 )
 def test_it_refuses(module, settings, message):
     with pytest.raises(SettingError, match=re.escape(message)):
         fit(module(), forward_only(), **settings)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_it_refuses_an_allocator_also_where_a_step_returns_the_losses_of_samples(first):
+    class Losses(Plain):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            losses = F.cross_entropy(self.net(batch[0]), batch[1], reduction="none")
+            return {"loss": losses.mean(), "losses": losses}
+
+    callbacks = [forward_only(), QueryAllocatorCallback(allocator=EqualAllocator())]
+    message = (
+        "QueryAllocatorCallback': has nothing to allocate beside ForwardOnly: a query runs training_step on a whole"
+    )
+    with pytest.raises(SettingError, match=message):
+        fit(Losses(), *callbacks[:: -1 if first else 1])
+    fit(Losses(), forward_only())  # and learns without
 
 
 def test_it_refuses_other_strategies_and_a_second_module():
