@@ -13,13 +13,12 @@ from flops_lightning.network.replay import ReplayedNetwork
 from flops_lightning.network.rows import Rows, as_rows, value_of, with_value
 from flops_lightning.network.staging import stage_network
 from flops_lightning.queries import CleanPass, clean_pass, row_losses
-from flops_lightning.strategies import SPSA, EvolutionStrategies, MeZO
+from flops_lightning.strategies import SPSA, MeZO
 from flops_lightning.strategies.site_specs import SiteSpec
 from flops_lightning.strategies.sites import resolve_sites
 from flops_lightning.strategies.vjp import local_vjp
-from tests.reference import parameter_perturbation
-from tests.reference.architectures import ARCHITECTURES, Problem
-from tests.reference.networks import assert_entries, cross_entropy, normal, shaken
+from tests.reference.architectures import ARCHITECTURES, Problem, exact_gradient
+from tests.reference.networks import call, cross_entropy, normal, shaken
 
 GATHERED = torch.tensor([2, 0, 0, 3, 1])
 
@@ -30,25 +29,6 @@ def run_clean(network: ReplayedNetwork, problem: Problem) -> CleanPass:
     clean = clean_pass(network, problem.loss, inputs, problem.targets, keep=keep, draw=0, rows=4)
     clean.activations.setdefault(0, inputs)
     return clean
-
-
-def exact_gradient(problem: Problem, network: ReplayedNetwork) -> dict[str, Tensor]:
-    """By backpropagation through the module as it is, without replay."""
-    losses = problem.loss(call(problem.module, problem.inputs), problem.targets)
-    named = network.trainable()
-    found = torch.autograd.grad(losses.mean(), list(named.values()), allow_unused=True)
-    return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(named.items(), found, strict=True)}
-
-
-def call(module: nn.Module, inputs: Any) -> Tensor:
-    output = (
-        module(**inputs)
-        if isinstance(inputs, dict)
-        else module(*inputs)
-        if isinstance(inputs, tuple)
-        else module(inputs)
-    )
-    return getattr(output, "logits", output)
 
 
 def gathered(inputs: Any) -> Any:
@@ -332,19 +312,6 @@ def test_without_an_example_a_network_is_one_stage_which_mezo_trains() -> None:
     flat, true = (torch.cat([g.flatten() for g in each.values()]) for each in (found, exact))
     # (z z^T g) . g / |g|^2 has the variance 2 a direction.
     assert abs(float(flat @ true / (true @ true)) - 1) < 4 * (2 / 1000) ** 0.5
-
-
-@pytest.mark.parametrize("name", ["ConvNeXt", "ResNet", "torchvision's ViT"])
-@pytest.mark.parametrize("kind", [MeZO, SPSA, EvolutionStrategies])
-def test_perturbed_parameters_equal_the_slow_reference(kind: type[Any], name: str) -> None:
-    problem = ARCHITECTURES[name]()
-    strategy = kind(seed=7, chunk_rows=6)
-    strategy.bind(stage_network(problem.module, problem.inputs), problem.loss)
-    x, y, counts = problem.inputs, problem.targets, [2, 2, 2, 2] if kind is MeZO else [2, 0, 4, 2]
-    strategy.estimate(strategy.clean_pass(x, y), None if kind is MeZO else torch.tensor(counts))
-    for site in strategy.sites:
-        slow = parameter_perturbation.reference_gradient(problem.module, strategy, site, x, y, counts)
-        assert_entries({n: p.grad for n, p in site.parameters.items()}, slow, rtol=1e-6, atol=1e-8)
 
 
 def test_all_parameters_of_an_uncut_network_are_one_site() -> None:

@@ -9,7 +9,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from tests.reference.networks import cross_entropy, normal, shaken
+from flops_lightning.network.staging import StagedNetwork
+from tests.reference.networks import call, cross_entropy, normal, shaken
 
 
 class Problem(NamedTuple):
@@ -110,3 +111,11 @@ def frozen_words(problem: Problem) -> Problem:
     """The same with its embedding of words, which is its head as well, frozen."""
     problem.module.get_input_embeddings().requires_grad_(False)  # type: ignore[operator]
     return problem
+
+
+def exact_gradient(problem: Problem, network: StagedNetwork) -> dict[str, Tensor]:
+    """By backpropagation through the module as it is, without replay."""
+    losses = problem.loss(call(problem.module, problem.inputs), problem.targets)
+    named = network.trainable()
+    found = torch.autograd.grad(losses.mean(), list(named.values()), allow_unused=True)
+    return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(named.items(), found, strict=True)}

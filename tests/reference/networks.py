@@ -7,7 +7,9 @@ from typing import Any
 import timm
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 
 from flops_lightning.network.staging import stage_network
 from flops_lightning.queries import CleanPass
@@ -125,6 +127,15 @@ def estimated(
     clean = strategy.clean_pass(x, y)
     strategy.estimate(clean, counts)
     return clean, gradients(strategy.network.module)
+
+
+def call(module: nn.Module, inputs: Any, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+    """The output for a tensor, a tuple of arguments or a mapping of named ones, with other parameters if given."""
+    inputs = tree_map(torch.clone, inputs)  # the network may work in place
+    named = inputs if isinstance(inputs, dict) else {}
+    args = () if named else inputs if isinstance(inputs, tuple) else (inputs,)
+    output = functional_call(module, dict(parameters or {}), args, named)
+    return getattr(output, "logits", output)
 
 
 def autograd_gradient(module: nn.Module, loss: Loss, x: Tensor, y: Tensor) -> dict[str, Tensor]:

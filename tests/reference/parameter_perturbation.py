@@ -13,15 +13,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 
 from flops_lightning.network.staging import stage_network
 from flops_lightning.noise.keys import NoiseKey, row_seeds, standard_normal
 from flops_lightning.strategies import SPSA, EvolutionStrategies, Site, WeightForwardMode
 from tests.reference import likelihood_ratio
 from tests.reference.likelihood_ratio import mixed
-from tests.reference.networks import Loss
+from tests.reference.networks import Loss, call
 from tests.reference.smoothed import flat
 
 STRATEGIES: dict[str, tuple[type[Any], dict[str, Any]]] = {
@@ -57,7 +57,7 @@ class Query(NamedTuple):
 def direction_of(module: nn.Module, strategy: Any, site: Site, x: Tensor, b: int, index: int, draw: int) -> Direction:
     """The direction with an index (of a query, or of an antithetic pair) of sample ``b``."""
     if getattr(strategy, "layout", "shared") == "factored":
-        return _factored(module, strategy, site, x[b : b + 1], b, index, draw)
+        return _factored(module, strategy, site, one(x, b), b, index, draw)
     found = {}
     for stage in strategy.network.stages:
         own = {name: p for name, p in site.parameters.items() if stage.owns(name)}
@@ -220,6 +220,11 @@ def _basis(vectors: Tensor, span: int) -> Tensor:
 # Queries and their gradients
 
 
+def one(batch: Any, b: int) -> Any:
+    """Sample ``b`` of a tensor or of nested ones, as a batch."""
+    return tree_map(lambda tensor: tensor[b : b + 1], batch)
+
+
 def queries_of_sample(
     module: nn.Module, strategy: Any, site: Site, x: Tensor, y: Tensor, b: int, count: int, *, draw: int = 0
 ) -> list[Query]:
@@ -230,7 +235,7 @@ def queries_of_sample(
         d = direction_of(module, strategy, site, x, b, q // unit, draw)
         d = {name: -part for name, part in d.items()} if q % unit else d
         run = _derivative if isinstance(strategy, WeightForwardMode) else _loss
-        found.append(Query(run(module, strategy.loss, x[b : b + 1], y[b : b + 1], d, site.sigma), flat([*d.values()])))
+        found.append(Query(run(module, strategy.loss, one(x, b), one(y, b), d, site.sigma), flat([*d.values()])))
     return found
 
 
@@ -243,7 +248,7 @@ def _loss(module: nn.Module, loss: Loss, x: Tensor, y: Tensor, d: Direction, sig
     """At ``theta + sigma D``."""
     moved = {name: p + sigma * d[name] if name in d else p for name, p in module.named_parameters()}
     with torch.no_grad():
-        return loss(functional_call(module, moved, (x.clone(),)), y).item()  # the network may work in place
+        return loss(call(module, x, moved), y).item()
 
 
 def _derivative(module: nn.Module, loss: Loss, x: Tensor, y: Tensor, d: Direction, _: float) -> float:
@@ -262,7 +267,7 @@ def reference_gradient(
     """``(1 / B) sum_b g_b`` at one site, by parameter name; arguments as in ``likelihood_ratio.reference_gradient``."""
     total = torch.zeros_like(flat([*site.parameters.values()]))
     for b, count in enumerate(counts):
-        clean = _loss(module.eval(), strategy.loss, x[b : b + 1], y[b : b + 1], {}, 0.0)
+        clean = _loss(module.eval(), strategy.loss, one(x, b), one(y, b), {}, 0.0)
         rows = queries_of_sample(module, strategy, site, x, y, b, pilots + count, draw=draw)
         gradient = _gradient_of_sample(rows[pilots:], clean, strategy, site)
         if pilots:
@@ -270,7 +275,7 @@ def reference_gradient(
             share = pilots / site.queries_per_sample if pilot_weight is None else pilot_weight[b]
             gradient = mixed(early, gradient, share)
         if gradient is not None:
-            total += gradient / len(x)
+            total += gradient / len(counts)
     parts = total.split([p.numel() for p in site.parameters.values()])
     return {name: part.view(p.shape) for (name, p), part in zip(site.parameters.items(), parts, strict=True)}
 
@@ -285,7 +290,7 @@ def reference_traces(
     """
     unit, traces = unit_of(strategy), []
     for b, count in enumerate(counts):
-        clean = _loss(module.eval(), strategy.loss, x[b : b + 1], y[b : b + 1], {}, 0.0)
+        clean = _loss(module.eval(), strategy.loss, one(x, b), one(y, b), {}, 0.0)
         alive = _survivors(queries_of_sample(module, strategy, site, x, y, b, count), clean, strategy)
         terms = []
         for rows in (alive[i : i + unit] for i in range(0, len(alive), unit)):
@@ -302,7 +307,7 @@ def surviving_queries(
     """How many queries of each sample count, in a strategy's first draw."""
     found = []
     for b, count in enumerate(counts):
-        clean = _loss(module.eval(), strategy.loss, x[b : b + 1], y[b : b + 1], {}, 0.0)
+        clean = _loss(module.eval(), strategy.loss, one(x, b), one(y, b), {}, 0.0)
         found.append(len(_survivors(queries_of_sample(module, strategy, site, x, y, b, count), clean, strategy)))
     return found
 
