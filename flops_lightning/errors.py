@@ -1,7 +1,9 @@
 """Errors that a user can act on: each names the setting, its value, what is wrong, and what to write instead."""
 
 import math
+import os
 from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
 
 
@@ -35,6 +37,24 @@ def check_at_least(setting: str, value: float, least: float, remedy: str = "") -
     """Raise a :class:`SettingError` unless ``value`` is a finite number, ``least`` or more."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < math.inf:
         raise SettingError(setting, value, f"must be {least} or more.", remedy or f"Write {least} or more.")
+
+
+def check_whole(setting: str, value: int, least: int, remedy: str) -> None:
+    """Raise a :class:`SettingError` unless ``value`` is a whole number, ``least`` or more."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise SettingError(setting, value, f"must be a whole number, {least} or more.", remedy)
+
+
+def check_flag(setting: str, value: bool) -> None:
+    """Raise a :class:`SettingError` unless ``value`` is true or false: most other things would count as true."""
+    if not isinstance(value, bool):
+        raise SettingError(setting, value, "must be true or false.", "Write one of the two.")
+
+
+def check_path(setting: str, value: str | os.PathLike[str], remedy: str) -> None:
+    """Raise a :class:`SettingError` unless ``value`` is a path."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise SettingError(setting, value, "must be a path.", remedy)
 
 
 def check_positive(setting: str, value: float, remedy: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flops_lightning.errors import SettingError, check_at_least
+from flops_lightning.errors import SettingError, check_whole
 
 Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]
 """Mean and standard deviation of red, green and blue, scaled to 0..1."""
@@ -57,8 +57,9 @@ class RandAugmentSettings:
 
     def check(self) -> None:
         """Raise a :class:`SettingError` for a number outside its range."""
-        check_at_least("data.rand_augment.num_ops", self.num_ops, 1, "Use for example 2.")
-        if not 0 <= self.magnitude < MAGNITUDES:
+        check_whole("data.rand_augment.num_ops", self.num_ops, 1, "Use for example 2.")
+        check_whole("data.rand_augment.magnitude", self.magnitude, 0, "Use for example 9.")
+        if self.magnitude >= MAGNITUDES:
             problem = f"is not in 0 to {MAGNITUDES - 1}."
             raise SettingError("data.rand_augment.magnitude", self.magnitude, problem, "Use for example 9.")
 

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, default_convert
 
 from flops_lightning.datamodules.augmentation import RandAugmentSettings, mixing
 from flops_lightning.datamodules.loading import GlobalBatches, KeyedBatches, TrainingLoader, local_batch_size
-from flops_lightning.errors import check_at_least
+from flops_lightning.errors import SettingError, check_at_least, check_whole
 
 ImageDataset = Dataset[tuple[Tensor, ...]]  # an item is (image, label); the type is that of torch's TensorDataset
 
@@ -78,14 +78,18 @@ class ImageDataModule(LightningDataModule):
     ) -> None:  # fmt: skip
         """Check the settings that all data modules share."""
         super().__init__()
-        check_at_least("data.batch_size", batch_size, 1, "Give the number of images per batch.")
-        check_at_least("data.num_workers", num_workers, 0, "Use 0 to load in the main process.")
+        check_whole("data.batch_size", batch_size, 1, "Give the number of images per batch.")
+        check_whole("data.num_workers", num_workers, 0, "Use 0 to load in the main process.")
         if rand_augment is not None:
+            if not isinstance(rand_augment, RandAugmentSettings):
+                remedy = "Write, for example, RandAugmentSettings(num_ops=2, magnitude=9)."
+                raise SettingError("data.rand_augment", rand_augment, "is no RandAugmentSettings.", remedy)
             rand_augment.check()
         for name, alpha in (("mixup_alpha", mixup_alpha), ("cutmix_alpha", cutmix_alpha)):
             check_at_least(f"data.{name}", alpha, 0, "Use for example 0.2 or 1.0, or 0 for none.")
         self.batch_size, self.num_workers = batch_size, num_workers
-        self.rand_augment, self.mixup_alpha, self.cutmix_alpha = rand_augment, mixup_alpha, cutmix_alpha
+        self.rand_augment = rand_augment
+        self.mixup_alpha, self.cutmix_alpha = float(mixup_alpha), float(cutmix_alpha)  # torch draws with no integers
 
     @property
     def num_classes(self) -> int:

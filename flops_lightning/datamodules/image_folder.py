@@ -20,7 +20,7 @@ from flops_lightning.datamodules.files import (
 from flops_lightning.datamodules.photos import PhotoDataModule
 from flops_lightning.datamodules.sources import ImageSource
 from flops_lightning.datamodules.splits import TEST_SHARE, VAL_SHARE, split_by_shares
-from flops_lightning.errors import SettingError
+from flops_lightning.errors import SettingError, check_path, check_whole
 
 LAYOUT = (
     "Lay it out as train/CLASS/*, val/CLASS/* and test/CLASS/*, or as CLASS/* alone, from which val_share and "
@@ -118,7 +118,9 @@ class ImageFolderDataModule(PhotoDataModule):
         predict_root: str | None = None, **settings: Any,
     ) -> None:  # fmt: skip
         """Check the settings and that the folders are there."""
-        self.size_of_model = image_size == 0
+        check_path("data.root", root, LAYOUT)
+        check_whole("data.image_size", image_size, 0, "Give pixels, for example 32, or 0 for the model's.")
+        root, self.size_of_model = str(root), image_size == 0
         self.source.check_folder(root)
         folders, shares = self.source.parts(root), {"val": val_share, "test": test_share}
         for part, share in shares.items():
@@ -127,8 +129,10 @@ class ImageFolderDataModule(PhotoDataModule):
                 raise SettingError(f"data.{part}_share", share, f"has no effect: {given}.", "Leave it out.")
         usual = {"val": VAL_SHARE, "test": TEST_SHARE}
         split_off = {p: usual[p] if share is None else share for p, share in shares.items()}
-        if predict_root is not None and not Path(predict_root).expanduser().is_dir():
-            raise SettingError("data.predict_root", predict_root, "is not a folder.", "Give a folder of images.")
+        if predict_root is not None:
+            check_path("data.predict_root", predict_root, "Give a folder of images.")
+            if not Path(predict_root).expanduser().is_dir():
+                raise SettingError("data.predict_root", predict_root, "is not a folder.", "Give a folder of images.")
         self.predict_root = predict_root
         super().__init__(
             root=root, image_size=image_size or SIZE, val_images=0, test_images=0, download=False,

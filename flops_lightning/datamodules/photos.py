@@ -12,7 +12,7 @@ from flops_lightning.datamodules.base import ImageDataModule
 from flops_lightning.datamodules.files import PARTS, ImageSubset, Listing, Part, present, read_some
 from flops_lightning.datamodules.sources import ImageSource
 from flops_lightning.datamodules.splits import TEST_SHARE, VAL_SHARE
-from flops_lightning.errors import SettingError, check_at_least, check_choice
+from flops_lightning.errors import SettingError, check_choice, check_flag, check_path, check_whole
 
 NEEDED: dict[str, tuple[Part, str]] = {
     "fit": ("train", "train"), "validate": ("val", "validate"), "test": ("test", "test"), "predict": ("test", "test"),
@@ -68,14 +68,19 @@ class PhotoDataModule(ImageDataModule):
     ) -> None:  # fmt: skip
         """Check the settings and that the data set is there; images are read when they are asked for."""
         super().__init__(batch_size=batch_size, **loading)
-        check_at_least("data.image_size", image_size, 1, "Give pixels, for example 32 or 224.")
+        check_path("data.root", root, "Give the folder that holds the images.")
+        if split_file is not None:
+            check_path("data.split_file", split_file, "Give a JSON file of CoOp's form, or leave it out.")
+        check_whole("data.image_size", image_size, 1, "Give pixels, for example 32 or 224.")
+        for name, flag in {"allow_missing": allow_missing, "augment": augment, "download": download}.items():
+            check_flag(f"data.{name}", flag)
         numbers = {"images_per_class": images_per_class, "val_images": val_images, "test_images": test_images}
         for name, number in numbers.items():
-            check_at_least(f"data.{name}", number, 0, "Give a number of images, or 0.")
+            check_whole(f"data.{name}", number, 0, "Give a number of images, or 0.")
         splits.check_shares(val_share, test_share)
         splits.check_split_seed(split_seed)
         check_choice("data.normalization", normalization, [*self.normalizations, BACKBONE])
-        self.root, self.download, self.allow_missing = root, download, allow_missing
+        self.root, self.download, self.allow_missing = str(root), download, allow_missing
         self.image_size, self.augment, self.normalization = image_size, augment, normalization
         self.images_per_class, self.val_images, self.test_images = images_per_class, val_images, test_images
         self.val_share, self.test_share = val_share, test_share

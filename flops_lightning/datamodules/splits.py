@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 
 import torch
@@ -19,14 +20,14 @@ Source: K. Zhou et al., Learning to Prompt for Vision-Language Models, 2022, app
 
 def check_split_seed(split_seed: int) -> None:
     """Raise a :class:`SettingError` unless scikit-learn accepts the seed."""
-    if not 0 <= split_seed < 2**32:
+    if isinstance(split_seed, bool) or not isinstance(split_seed, Integral) or not 0 <= split_seed < 2**32:
         raise SettingError("data.split_seed", split_seed, "is not a seed.", "Use a number from 0 to 2**32 - 1.")
 
 
 def check_shares(val_share: float, test_share: float) -> None:
     """Raise a :class:`SettingError` if a share is negative, or both together leave no image to train on."""
     for name, share in (("val_share", val_share), ("test_share", test_share)):
-        if not 0 <= share < 1:
+        if isinstance(share, bool) or not isinstance(share, Real) or not 0 <= share < 1:
             raise SettingError(f"data.{name}", share, "is not in 0 to 1.", "Give a share of the images, as 0.2.")
     if val_share + test_share >= 1:
         problem = f"leaves no images to train on beside val_share = {val_share}."

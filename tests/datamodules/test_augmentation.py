@@ -141,7 +141,10 @@ def test_rand_augment_is_torchvisions_by_the_key_of_the_image():
     [
         ({"mixup_alpha": -0.1}, "data.mixup_alpha = -0.1: must be 0 or more. Use for example 0.2 or 1.0, or 0 for"),
         ({"cutmix_alpha": math.inf}, "data.cutmix_alpha = inf: must be 0 or more."),
-        ({"rand_augment": RandAugmentSettings(num_ops=0)}, "data.rand_augment.num_ops = 0: must be 1 or more."),
+        (
+            {"rand_augment": RandAugmentSettings(num_ops=0)},
+            "data.rand_augment.num_ops = 0: must be a whole number, 1 or more.",
+        ),
         ({"rand_augment": RandAugmentSettings(magnitude=31)}, "data.rand_augment.magnitude = 31: is not in 0 to 30."),
     ],
 )

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -19,7 +20,9 @@ NAMES = ("ant", "bee", "cat")
 
 
 def prepared(root: Path, stage: str = "fit", **settings: Any) -> ImageFolderDataModule:
-    data = ImageFolderDataModule(root=str(root), **{"normalization": "inception", "image_size": 8, **settings})
+    data = ImageFolderDataModule(
+        root=root if isinstance(root, int) else str(root), **{"normalization": "inception", "image_size": 8, **settings}
+    )
     data.setup(stage)
     return data
 
@@ -122,6 +125,40 @@ def test_what_cannot_be_read_is_named_with_its_remedy(tree, settings, message, t
         write(tmp_path / tree / name, photo(0, 0))
     with pytest.raises(SettingError, match=message):
         prepared(tmp_path / tree, **settings)
+
+
+WRONG = {
+    "must be a path": {"root": 3, "split_file": 0.5, "predict_root": True},
+    "must be a whole number": {
+        "image_size": 2.5, "batch_size": "8", "num_workers": 0.5, "images_per_class": None,
+    },
+    "must be 0 or more": {"mixup_alpha": "a", "cutmix_alpha": -1},
+    "is not in 0 to 1": {"val_share": "a", "test_share": float("nan")},
+    "is not a seed": {"split_seed": 1.5},
+    "must be true or false": {"allow_missing": "no", "augment": 1},
+    "is no RandAugmentSettings": {"rand_augment": "strong"},
+    "is not one of the choices": {"normalization": 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "problem"), [(n, v, problem) for problem, given in WRONG.items() for n, v in given.items()]
+)
+def test_values_of_other_types_are_named(name, value, problem, tmp_path):
+    write_class_folders(tmp_path, NAMES, range(4))
+    with pytest.raises(SettingError, match=re.escape(f"data.{name} = {value!r}: {problem}")):
+        prepared(**{"root": tmp_path, name: value} if name != "root" else {"root": value})
+
+
+def test_a_path_and_a_whole_number_are_as_good(tmp_path):
+    write_class_folders(tmp_path, NAMES, range(4))
+    data = ImageFolderDataModule(
+        root=tmp_path, image_size=8, normalization="inception", mixup_alpha=1, val_share=0.25, test_share=0.25,
+    )  # type: ignore[arg-type]  # fmt: skip
+    data.setup("fit")
+    _, targets = next(iter(data.train_dataloader()))
+    assert targets.sum(1).allclose(torch.ones(6))
+    assert data.root == str(tmp_path)
 
 
 @pytest.mark.parametrize(
