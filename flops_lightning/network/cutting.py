@@ -7,16 +7,18 @@ import torch
 from torch import Tensor, nn
 
 from flops_lightning.errors import SettingError
-from flops_lightning.network.replay import Boundary, ReplayedNetwork, RowAxis, Unit, result_of
-from flops_lightning.network.rows import Key, Rows
-from flops_lightning.network.trace import Trace, call, find_units, trace
+from flops_lightning.network.calls import uncompiled
+from flops_lightning.network.example import check_rows, close, coarsest, two_rows
+from flops_lightning.network.replay import Boundary, Facts, ReplayedNetwork, RowAxis, result_of
+from flops_lightning.network.rows import Key, Rows, has_derivative
+from flops_lightning.network.trace import Trace, find_units, trace
 
 WHOLE = RowAxis(0, 1)
 
 
 def stage_whole(module: nn.Module) -> ReplayedNetwork:
     """Any network as a single stage."""
-    return ReplayedNetwork(module, (), (), {}, {name: {0} for name, _ in module.named_parameters()})
+    return ReplayedNetwork(module, (), (), Facts(users={name: {0} for name, _ in module.named_parameters()}))
 
 
 def stage_by_replay(module: nn.Module, example: Any) -> ReplayedNetwork:
@@ -27,38 +29,29 @@ def stage_by_replay(module: nn.Module, example: Any) -> ReplayedNetwork:
     stage in which they are used. Places at which no query could start (a module is called again later, hands over
     tensors in another way than by returning them, or mixes the rows of a batch) lie within a stage.
     """
-    rows = Rows.of(example)
-    few = [rows.index_select(0, torch.tensor(i, device=rows.device) % len(rows)) for i in ([0, 1], [0, 1, 0], [0, 0])]
     modes = [(each, each.training) for each in module.modules()]
     module.eval()
     try:
-        with torch.no_grad():
-            units = find_units(module, few[0].clone())  # copies: a network may write to its inputs
-            two, three = (trace(module, units, each.clone(), result_of) for each in few[:2])
-            _check_rows(module, two.result, three.result, result_of(call(module, few[2].clone().tree())))
-            return _faithful(_network(module, units, two, three), few[1])
+        with torch.no_grad(), uncompiled(module):
+            pair = two_rows(module, example)
+            unfit = check_rows(module, pair)
+            turned = pair.index_select(0, torch.tensor([0, 1, 0], device=pair.device))
+            units = find_units(module, pair.clone())  # copies: a network may write to its inputs
+            two, three = (trace(module, units, each.clone(), result_of) for each in (pair, turned))
+            return _faithful(_network(module, units, two, three, unfit), turned)
     finally:
         for each, training in modes:
             each.training = training
 
 
-def _check_rows(module: nn.Module, two: Tensor, three: Tensor, same: Tensor) -> None:
-    """Refuse a network whose output of a row depends on its company: two rows, three, and the first one twice."""
-    if two.dim() and len(two) == 2 and len(three) == 3 and _close(three[:2], two) and _close(same[:1], two[:1]):
-        return
-    raise SettingError(
-        "network", type(module).__name__, f"returned the shapes {tuple(two.shape)} and {tuple(three.shape)} for two "
-        "rows and the same two with one of them repeated, or other values for the same rows.",
-        "Make the output of a row independent of the other rows, with the row as its first dimension.",
-    )  # fmt: skip
-
-
-def _network(module: nn.Module, units: Sequence[str], two: Trace, three: Trace) -> ReplayedNetwork:
+def _network(
+    module: nn.Module, units: Sequence[str], two: Trace, three: Trace, unfit: Mapping[str, str]
+) -> ReplayedNetwork:
     axes = {key: _axis(two.outputs[key], three.outputs[key]) for key in three.outputs}
     users = _users(module, units, three)
     trained = [each for name, each in users.items() if module.get_parameter(name).requires_grad]
     # Words, masks and lengths: code may look at their values in ways that no trace shows, and they are small.
-    counts = frozenset(k for k, t in three.outputs.items() if unit_of(k) < 0 and not _has_derivative(t) and t.dim())
+    counts = frozenset(k for k, t in three.outputs.items() if unit_of(k) < 0 and not has_derivative(t) and t.dim())
     learns = _trained(three, trained)
     boundaries: list[Boundary] = []
     for first in range(1, len(units)):
@@ -67,16 +60,15 @@ def _network(module: nn.Module, units: Sequence[str], two: Trace, three: Trace) 
         main = min((k for k in below if _carries_noise(three.outputs[k], axes[k])), default=None)
         crossed = any(u < first <= v for u, v in three.hidden) or any(min(u) < first <= max(u) for u in trained)
         # Noise enters the main tensor alone: no gradient may pass beside it.
-        beside = any(unit_of(k) in learns and _has_derivative(three.outputs[k]) for k in needed if k != main)
+        beside = any(unit_of(k) in learns and has_derivative(three.outputs[k]) for k in needed if k != main)
         owns = next(module.get_submodule(units[first - 1]).parameters(), None) is not None
         left = any(max(u) >= first for u in users.values())
         mixed = any((axes[k] or WHOLE).each != 1 for k in needed)
         if main is not None and owns and left and not (crossed or beside or mixed):
             boundaries.append(Boundary(first, needed, main))
     entries = Rows({}, skeletons={"inputs": three.inputs}).entries
-    written = [frozenset(k for k in three.written if unit_of(k) == i) for i in range(len(units))]
     return ReplayedNetwork(
-        module, [Unit(*each) for each in zip(units, written, strict=True)], boundaries, axes, users, entries
+        module, units, boundaries, Facts(users, axes, frozenset(three.written), entries, dict(unfit))
     )
 
 
@@ -104,10 +96,6 @@ def _axis(two: Tensor, three: Tensor) -> RowAxis | None:
     (axis, *more), shape = grown, two.shape
     fits = not more and shape[axis] % 2 == 0 and 3 * shape[axis] == 2 * three.shape[axis]
     return RowAxis(axis, shape[axis] // 2 if fits else 0)
-
-
-def _has_derivative(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _carries_noise(tensor: Tensor, axis: RowAxis | None) -> bool:
@@ -146,10 +134,5 @@ def _agrees(network: ReplayedNetwork, stage: int, clean: Mapping[int, Any]) -> b
         return False
     expected = clean[stage + 1].index_select(0, turned)
     found, expected = ([h] if isinstance(h, Tensor) else h.tensors.values() for h in (output, expected))
-    return all(_close(a, b) for a, b in zip(found, expected, strict=True))
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    if not _has_derivative(b):
-        return torch.equal(a, b)
-    return torch.allclose(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()), equal_nan=True)
+    eps = coarsest(network.module)
+    return all(close(a, b, eps) for a, b in zip(found, expected, strict=True))

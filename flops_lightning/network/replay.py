@@ -7,16 +7,16 @@ any more is not kept; zeros of the same shape stand in for it.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from lightning_utilities.core.apply_func import apply_to_collection
+import torch
 from torch import Tensor, nn
 
 from flops_lightning.errors import SettingError
-from flops_lightning.network.rows import Key, Leaf, Rows, take_apart, value_of
+from flops_lightning.network.calls import checkpointed, replaced, uncompiled
+from flops_lightning.network.rows import Key, Leaf, Rows, map_tree, take_apart, value_of
 from flops_lightning.network.staging import Stage, StagedNetwork
 from flops_lightning.network.trace import call
 
@@ -33,11 +33,22 @@ class RowAxis(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Unit:
-    """A module that runs once in a forward pass."""
+class Facts:
+    """What runs of the network showed.
 
-    name: str
-    written: frozenset[Key]  # outputs that glue writes to
+    Attributes:
+        users: The units that use each parameter, by name.
+        axes: Along which axis the rows of each tensor lie; None: all share it.
+        written: Tensors that glue writes to.
+        entries: What inputs have, see :attr:`Rows.entries`; None: no example was given.
+        unfit: See :class:`StagedNetwork`.
+    """
+
+    users: dict[str, set[int]]
+    axes: dict[Key, RowAxis | None] = field(default_factory=dict)
+    written: frozenset[Key] = frozenset()
+    entries: Any = None
+    unfit: dict[str, str] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,40 +72,36 @@ class _RunStage:
 class ReplayedNetwork(StagedNetwork):
     """A network whose stages are cut by replay; activations between them are :class:`Rows`, or tensors in a chain."""
 
-    def __init__(
-        self,
-        module: nn.Module,
-        units: Sequence[Unit],
-        boundaries: Sequence[Boundary],
-        axes: dict[Key, RowAxis | None],
-        users: dict[str, set[int]],
-        entries: Any = None,
-    ) -> None:
-        """``boundaries[i]`` is before stage ``i + 1``.
-
-        ``users`` are the units that use each parameter, ``entries`` what inputs have.
-        """
-        self._units, self._boundaries, self._axes, self._users = tuple(units), tuple(boundaries), axes, users
-        self._entries, self._cut_for = entries, {name for name, p in module.named_parameters() if p.requires_grad}
+    def __init__(self, module: nn.Module, units: Sequence[str], boundaries: Sequence[Boundary], facts: Facts) -> None:
+        """``units`` are names of modules that run once, in their order; ``boundaries[i]`` is before stage ``i + 1``."""
+        self._units, self._boundaries, self._facts = tuple(units), tuple(boundaries), facts
+        self._cut_for = {name for name, p in module.named_parameters() if p.requires_grad}
         cuts = [0, *(boundary.first for boundary in boundaries), len(units)]
-        prefixes = tuple(f"{unit.name}." for unit in units)
+        prefixes = tuple(f"{unit}." for unit in units)
         stages = []
         for i, (first, end) in enumerate(pairwise(cuts)):
             inside = range(first, end if i < len(boundaries) else end + 1)
-            names = [unit.name for unit in units[first:end]]
-            loose = [name for name, used in users.items() if min(used) in inside and not name.startswith(prefixes)]
+            names = units[first:end]
+            loose = [n for n, used in facts.users.items() if min(used) in inside and not n.startswith(prefixes)]
             owning = [n for n in names if next(module.get_submodule(n).parameters(), None) is not None]
-            stages.append(Stage(["network", *names, *owning][-1], _RunStage(self, i), (*owning, *loose)))
+            name = ["network", *names, *owning][-1] if boundaries else "network"
+            stages.append(Stage(name.replace("._orig_mod", ""), _RunStage(self, i), (*owning, *loose)))
         super().__init__(module, tuple(stages))
+        self.unfit = facts.unfit
 
     def without(self, boundaries: Collection[int]) -> "ReplayedNetwork":
         """The same network with the stages before and after these boundaries in one."""
         left = [each for i, each in enumerate(self._boundaries, 1) if i not in boundaries]
-        return (
-            ReplayedNetwork(self.module, self._units, left, self._axes, self._users, self._entries)
-            if boundaries
-            else self
-        )
+        return ReplayedNetwork(self.module, self._units, left, self._facts) if boundaries else self
+
+    @property
+    def uncut(self) -> str:
+        """See :attr:`StagedNetwork.uncut`."""
+        if len(self) > 1:
+            return ""
+        if self._facts.entries is None:
+            return "Pass an example batch to stage_network (in a task: set example_input_array), so that it can be cut."
+        return "No query could start within it (see the page on networks): put skip connections inside of blocks."
 
     @property
     def head(self) -> int:
@@ -139,19 +146,21 @@ class ReplayedNetwork(StagedNetwork):
     def _unlike_the_example(self, unit: int) -> SettingError:
         problem = "did not run once, in the order in which it ran for the example."
         remedy = "Cut the network with an example that takes the same way through it, or use MeZO without an example."
-        return SettingError("network", self._units[unit].name, problem, remedy)
+        return SettingError("network", self._units[unit], problem, remedy)
 
     def _replay(
         self, x: Any, start: int, keep: Collection[int], visit: Callable[[int, Rows], None], *, last: int
     ) -> Tensor:
         known = x if isinstance(x, Rows) else Rows.of(x)
-        if not start and self._entries not in (None, known.entries):
-            problem = f"is not built as the example was that the network was cut with: {self._entries}."
+        entries = self._facts.entries
+        if not start and entries not in (None, known.entries):
+            problem = f"is not built as the example was that the network was cut with: {entries}."
             raise SettingError("data", known.entries, problem, "Cut it with an example that has the same entries.")
         session = _Session(self, known, start, keep, visit, last)
-        with session.patched():
+        given = known.clone() if any(key[0] == "inputs" for key in self._facts.written) else known
+        with replaced(session.forwards()), uncompiled(self.module):
             try:
-                output = call(self.module, known.tree())
+                output = call(self.module, given.tree())
             except _Stop:
                 return value_of(known)
         if session.turn < len(self._units):
@@ -178,26 +187,16 @@ class _Session:
         self._first = boundaries[self.start - 1].first if self.start else 0
         # By the unit after whose end it lies.
         self._ends = {boundaries[i - 1].first - 1: i for i in self.keep if self.start < i <= len(boundaries)}
+        # A module that is checkpointed runs again in the derivative, when replays and recorders are gone.
+        self._refuses_checkpoints = torch.is_grad_enabled() and (self._first > 0 or bool(self._ends))
         self._wanted = frozenset[Key]().union(*(boundaries[i - 1].needed for i in self._ends.values()))
 
-    @contextmanager
-    def patched(self) -> Iterator[None]:
-        """Put replays and recorders in the place of the units' ``forward``, and take them away again."""
-        last_end, forwards = max(self._ends, default=-1), []
+    def forwards(self) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
+        """Replays and recorders in the place of the units' ``forward``."""
+        last_end = max(self._ends, default=-1)
         for i, unit in enumerate(self.network._units):
-            module = self.network.module.get_submodule(unit.name)
-            forwards.append((module, module.__dict__.get("forward")))
-            module.__dict__["forward"] = (
-                self._replayed(i) if i < self._first else self._recorded(i, module.forward, last_end)
-            )
-        try:
-            yield
-        finally:
-            for module, forward in forwards:
-                if forward is None:
-                    del module.__dict__["forward"]
-                else:
-                    module.__dict__["forward"] = forward
+            module = self.network.module.get_submodule(unit)
+            yield module, self._replayed(i) if i < self._first else self._recorded(i, module.forward, last_end)
 
     def _replayed(self, unit: int) -> Callable[..., Any]:
         def run(*_: Any, **__: Any) -> Any:
@@ -209,6 +208,11 @@ class _Session:
     def _take_turn(self, unit: int) -> None:
         if unit != self.turn:
             raise self.network._unlike_the_example(unit)
+        if self._refuses_checkpoints and checkpointed():
+            raise SettingError(
+                "network", self.network._units[unit], "runs inside of torch.utils.checkpoint, which would run it again "
+                "for the derivative of a stage.", "Turn gradient checkpointing off: graphs reach over one site.",
+            )  # fmt: skip
         self.turn += 1
 
     def _recorded(self, unit: int, forward: Callable[..., Any], last: int) -> Callable[..., Any]:
@@ -228,32 +232,33 @@ class _Session:
 
     def _record(self, unit: int, output: Any) -> None:
         skeleton, tensors = take_apart(output, unit)
-        self.skeletons[unit] = self._described(skeleton, self.network._units[unit].written)
+        self.skeletons[unit] = self._described(skeleton)
         for key, tensor in tensors.items():
             if key in self._wanted:
-                self.new[key] = tensor.clone() if key in self.network._units[unit].written else tensor
+                self.new[key] = tensor.clone() if key in self.network._facts.written else tensor
 
-    def _described(self, skeleton: Any, written: Collection[Key]) -> Any:
+    def _described(self, skeleton: Any) -> Any:
+        facts = self.network._facts
+
         def describe(leaf: Leaf) -> Leaf:
-            rows = self.network._axes.get(leaf.key)
+            rows = facts.axes.get(leaf.key)
             axis, each = (None, 1) if rows is None else rows
-            return leaf._replace(axis=axis, each=each, writable=leaf.key in written)
+            return leaf._replace(axis=axis, each=each, writable=leaf.key in facts.written)
 
-        return apply_to_collection(skeleton, Leaf, describe)
+        return map_tree(skeleton, Leaf, describe)
 
     def _rows(self, boundary: int) -> Rows:
         """All that a query needs that starts at this boundary."""
         place = self.network._boundaries[boundary - 1]
-        axes = self.network._axes
         tensors = {key: value for key, value in self.known.tensors.items() if key in place.needed}
         shared = {key: value for key, value in self.known.shared.items() if key in place.needed}
         for key, value in self.new.items():
             if key in place.needed:
-                rows = axes[key]
+                rows = self.network._facts.axes[key]
                 (shared if rows is None else tensors)[key] = value if rows is None else value.movedim(rows.axis, 0)
         skeletons = {**self.known.skeletons, **self.skeletons}
         if self.start == 0:
-            skeletons["inputs"] = self._described(skeletons["inputs"], ())
+            skeletons["inputs"] = self._described(skeletons["inputs"])
         return Rows(tensors, shared, skeletons, place.main)
 
 

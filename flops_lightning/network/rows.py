@@ -1,11 +1,12 @@
 """Tensors of the same rows that are gathered, split and copied as one: nested inputs, and what a query starts from."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from copy import copy
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
+from lightning_utilities.core.apply_func import apply_to_collection, is_dataclass_instance
 from torch import Tensor
 from torch.utils._pytree import register_pytree_node
 
@@ -13,6 +14,30 @@ from flops_lightning.errors import SettingError
 
 Key = tuple[Any, int]
 """Name of a nested structure and the number of a tensor in it."""
+
+
+class _OfFrozen(type):
+    def __instancecheck__(cls, value: Any) -> bool:
+        return is_dataclass_instance(value) and value.__dataclass_params__.frozen
+
+
+class _Frozen(metaclass=_OfFrozen):
+    """Frozen dataclasses, which ``apply_to_collection`` refuses."""
+
+
+def map_tree(tree: Any, kind: Any, function: Callable[[Any], Any]) -> Any:
+    """Nested sequences, mappings and dataclasses with a function applied to the values of a class (or several)."""
+
+    def apply(value: Any) -> Any:
+        if isinstance(value, kind):
+            return function(value)
+        mapped = copy(value)
+        for each in fields(value):
+            object.__setattr__(mapped, each.name, map_tree(getattr(value, each.name), kind, function))
+        return mapped
+
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    return apply_to_collection(tree, (*kinds, _Frozen), apply)
 
 
 class Leaf(NamedTuple):
@@ -60,23 +85,26 @@ class Rows:
     main: Key | None = None
 
     @classmethod
-    def of(cls, tree: Any, name: Any = "inputs") -> "Rows":
+    def of(cls, tree: Any, setting: str = "data") -> "Rows":
         """Take apart nested mappings, sequences and dataclasses of tensors whose first dimension is the row."""
         if isinstance(tree, Mapping):
             tree = {key: tree[key] for key in sorted(tree)}  # tensors are told apart by their numbers
-        skeleton, tensors = take_apart(tree, name)
+        skeleton, tensors = take_apart(tree, "inputs")
         rows = {key: value for key, value in tensors.items() if value.dim()}
         lengths = {len(value) for value in rows.values()}
         if not lengths:
             raise SettingError(
-                "data", type(tree).__name__, "has no tensor with samples.", "Return tensors from collate_fn."
+                setting,
+                type(tree).__name__,
+                "has no tensor with samples.",
+                "Give tensors whose first axis is the sample.",
             )
         if len(lengths) != 1:
             raise SettingError(
-                "data", sorted(lengths), "the tensors of a batch must have one length, its number of samples.",
-                "Return tensors whose first dimension is the sample from the dataset or collate_fn.",
+                setting, sorted(lengths), "the tensors of a batch must have one length, its number of samples.",
+                "Give tensors whose first axis is the sample.",
             )  # fmt: skip
-        return cls(rows, {key: value for key, value in tensors.items() if not value.dim()}, {name: skeleton})
+        return cls(rows, {key: value for key, value in tensors.items() if not value.dim()}, {"inputs": skeleton})
 
     def tree(self, name: Any = "inputs") -> Any:
         """The structure of this name with its tensors; those that are not here are stand-ins of zeros."""
@@ -88,7 +116,7 @@ class Rows:
             # A copy: the network may write to it.
             return self.shared[leaf.key].clone() if leaf.key in self.shared else leaf.stand_in(len(self))
 
-        return apply_to_collection(self.skeletons[name], Leaf, put)
+        return map_tree(self.skeletons[name], Leaf, put)
 
     @property
     def entries(self) -> Any:
@@ -174,7 +202,12 @@ def take_apart(tree: Any, name: Any) -> tuple[Any, dict[Key, Tensor]]:
         tensors[key] = tensor
         return Leaf(key, tuple(tensor.shape), 0 if tensor.dim() else None, tensor.dtype, tensor.device)
 
-    return apply_to_collection(tree, Tensor, take), tensors
+    return map_tree(tree, Tensor, take), tensors
+
+
+def has_derivative(tensor: Tensor) -> bool:
+    """Whether its numbers are floats or complex."""
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def value_of(h: Tensor | Rows) -> Tensor:
@@ -219,7 +252,7 @@ def write_rows(into: Any, first: int, h: Tensor | Rows) -> None:
 
 def gather(tree: Any, index: Tensor) -> Any:
     """The rows ``index`` of a tensor or of nested tensors."""
-    return apply_to_collection(tree, (Tensor, Rows), lambda value: value.index_select(0, index))
+    return map_tree(tree, (Tensor, Rows), lambda value: value.index_select(0, index))
 
 
 def joined(parts: Sequence[Tensor | Rows]) -> Tensor | Rows:

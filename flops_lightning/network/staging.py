@@ -4,7 +4,7 @@ Stages reference the modules of the network they were made from: nothing is copi
 """
 
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -54,6 +54,9 @@ class StagedNetwork:
     ``run(x, 0)`` equals ``module(x)``. An activation with index ``i`` is the input of stage ``i``; the one with index
     ``len(stages)`` is the network's output.
 
+    Attributes:
+        unfit: What is wrong with layers whose output is not one line a row, by name; None: it is not known.
+
     Example:
         >>> import torch
         >>> network = stage_network(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)))
@@ -63,6 +66,8 @@ class StagedNetwork:
         >>> list(network.parameters_of(0, 1))
         ['0.weight', '0.bias']
     """
+
+    unfit: Mapping[str, str] | None = None
 
     def __init__(self, module: nn.Module, stages: tuple[Stage, ...]) -> None:
         self.module, self.stages = module, stages
@@ -91,6 +96,11 @@ class StagedNetwork:
         """Index of the first of the trailing stages that are the head: the final norm and pooling belong to it."""
         names = [stage.name for stage in self.stages]
         return len(names) - 2 if names[-2:] == ["pool", "head"] else len(names) - 1
+
+    @property
+    def uncut(self) -> str:
+        """What to do about a network that is a single stage and could have more."""
+        return ""
 
     def with_all_tokens(self) -> "StagedNetwork":
         """The same network, where every stage computes all tokens of its output, whether they are read or not."""
@@ -185,6 +195,9 @@ def stage_network(module: nn.Module, example: Any = None, *, batch_norm: BatchNo
         ['layers.0', 'layers.1', 'layers.2']
     """
     check_choice("batch_norm", batch_norm, get_args(BatchNormSetting))
+    if not isinstance(module, nn.Module):
+        raise SettingError("network", module, "is not a torch.nn.Module.", "Pass a module, for example nn.Tanh().")
+    module = getattr(module, "_orig_mod", module)  # a compiled module: queries run its parts
     if batch_norm == "refuse":
         _refuse_batch_norm(module)
     if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:

@@ -12,13 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from flops_lightning.network.rows import Key, Rows, take_apart
+from flops_lightning.network.rows import Key, Rows, map_tree, take_apart
 
 ALWAYS = 10**9
 Sources = frozenset[Key]
@@ -190,7 +189,7 @@ class _Flow(TorchDispatchMode):
                 # A module such as Identity returns the tensor that it was given: it reads it, and has one of its own.
                 for tensor in take_apart(output, unit)[1].values():
                     self.read(self.sources.get(tensor, NONE), unit)
-                output = apply_to_collection(output, Tensor, Tensor.detach)
+                output = map_tree(output, Tensor, Tensor.detach)
                 self._unit += 1
                 for key, tensor in take_apart(output, unit)[1].items():
                     self.made_in.pop(tensor, None)

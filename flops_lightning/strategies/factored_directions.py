@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from flops_lightning.errors import SettingError
+from flops_lightning.network.calls import replaced
 from flops_lightning.network.rows import gather
 from flops_lightning.noise.activation_guided import input_basis
 from flops_lightning.noise.keys import row_seeds, standard_normal
@@ -37,7 +38,7 @@ Directions = dict[str, RowDirection]
 
 @dataclass(eq=False)
 class _Move:
-    """What the hooks of the layers read while a stage runs."""
+    """What the layers read while a stage runs."""
 
     directions: Directions = field(default_factory=dict)
     sigma: Tensor = field(default_factory=lambda: torch.zeros(()))
@@ -88,7 +89,7 @@ class FactoredDirections(DirectionLayout):
     def _moved(self, site: Site, h: Tensor, directions: Directions, sigma: Tensor) -> Tensor:
         """Output of the site at the rows' own parameters, ``sigma`` ``(r,)``."""
         others = self.parts[site.name].others
-        with self._hooks(site) as move:
+        with self._moving(site) as move:
             for i in range(site.first, site.last + 1):
                 if i in others:
                     h = self._row_by_row(i, h, directions, sigma, others[i], move)
@@ -115,24 +116,25 @@ class FactoredDirections(DirectionLayout):
         return output
 
     @contextmanager
-    def _hooks(self, site: Site) -> Iterator[_Move]:
-        """Layers answer with their moved outputs while the context lasts; each must run exactly once."""
+    def _moving(self, site: Site) -> Iterator[_Move]:
+        """Layers return their moved outputs while the context lasts; each must run exactly once."""
         layers = self.parts[site.name].layers
         runs = dict.fromkeys((layer.name for layer in layers), 0)
         move = _Move()
 
-        def hook_of(layer: RowLayer) -> Any:
-            def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        def moved_forward(layer: RowLayer) -> Any:
+            forward = layer.module.forward
+
+            def run(*args: Any, **kwargs: Any) -> Tensor:
+                output = forward(*args, **kwargs)
                 runs[layer.name] += 1
                 x = _layer_input(layer.name, args, len(move.sigma))
                 direction = move.directions[layer.name]
-                return moved_output(module, x, output, direction, move.sigma, overwrite=move.overwrite)
+                return moved_output(layer.module, x, output, direction, move.sigma, overwrite=move.overwrite)
 
-            return hook
+            return run
 
-        with ExitStack() as handles:
-            for layer in layers:
-                handles.callback(layer.module.register_forward_hook(hook_of(layer)).remove)
+        with replaced((layer.module, moved_forward(layer)) for layer in layers):
             yield move
         for name, number in runs.items():
             if number != 1:

@@ -75,6 +75,7 @@ class ParameterPerturbation(QueryStrategy[ParameterQueryResult]):
         self._stages = FunctionalStages(network)
         if self.layout == "factored":
             self._parts = {site.name: site_parts(network, site) for site in self.sites}
+            self.check_layers(network.unfit or {})
             for layer in (layer for parts in self._parts.values() for layer in parts.layers if self.activation_guided):
                 if layer.has_matrix and getattr(layer.module, "groups", 1) > 1:
                     raise SettingError(
@@ -82,6 +83,19 @@ class ParameterPerturbation(QueryStrategy[ParameterQueryResult]):
                         f"{layer.name} is a convolution of several groups, each "
                         "with inputs of its own.", f"Freeze {layer.name!r}, or write activation_guided: false.",
                     )  # fmt: skip
+
+    @property
+    def moved_layers(self) -> list[str]:
+        """See :attr:`SiteStrategy.moved_layers`: those of the factored layout."""
+        return [layer.name for parts in self._parts.values() for layer in parts.layers]
+
+    def check_layers(self, unfit: Mapping[str, str]) -> None:
+        """See :meth:`SiteStrategy.check_layers`."""
+        for name in self.moved_layers:
+            if name in unfit:
+                raise SettingError(
+                    "model.strategy.layout", self.layout, f"{name} {unfit[name]}", "Freeze it, or write layout: shared."
+                )
 
     def resolve_sites(self, network: StagedNetwork) -> tuple[Site, ...]:
         """Blocks and groups of stages, whose parameters are perturbed."""

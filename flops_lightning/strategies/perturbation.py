@@ -78,7 +78,7 @@ def perturbed_losses(
         for target in site.layers:
             if sum(p.layer is target for p in perturbations) != 1:
                 raise SettingError(
-                    "model.strategy.sites", target.name, "must run exactly once in a forward pass, but did not.",
+                    "model.strategy.sites", target.name, "did not run exactly once in the forward pass.",
                     "Train its stage with kind: block or group.",
                 )  # fmt: skip
     else:

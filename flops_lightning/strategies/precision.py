@@ -100,7 +100,7 @@ def warn_unresolved_sigma(sites: Sequence[Site], clean: CleanPass) -> None:
         above = [p for other in sites if other.last >= site.start for p in other.parameters.values()]
         found = resolution(moved[0], convolutions=any(p.dim() > 3 for p in above))
         least = 0.0 if found is None else found.least_width(*moved)
-        if found is not None and site.sigma < least:
+        if found is not None and site.sigma < least < math.inf:  # logits may be masked with -inf
             warnings.warn(
                 f"model.strategy.sites: sigma = {site.sigma:g} at site {site.name!r} is below what {found.name} "
                 f"resolves there. Write {rounded_up(least):g} or more, or use a higher precision.",

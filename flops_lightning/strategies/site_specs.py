@@ -67,8 +67,7 @@ def default_specs(network: StagedNetwork, groups: int = 3, *, in_parameters: boo
     if len(names) < 2 or head == 0:
         raise SettingError(
             "sites", [], "a network of one stage, or with all its parameters in one, has no default sites.",
-            "Pass an example batch to stage_network (in a task: set example_input_array), so that it can be cut into "
-            "stages; name the sites; or use MeZO, which needs none.",
+            f"{network.uncut} Otherwise name the sites, or use MeZO, which needs none.".strip(),
         )  # fmt: skip
     groups = min(groups, head)
     cuts = [round(i * head / groups) for i in range(groups + 1)]

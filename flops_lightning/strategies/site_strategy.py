@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 from flops_lightning.errors import SettingError, check_choice
 from flops_lightning.meter import CLEAN
 from flops_lightning.network.compilation import CompiledNetwork, check_compiler
+from flops_lightning.network.layers import layers_unlike_rows
 from flops_lightning.network.rows import as_rows
 from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.protocol import QueryBudget
@@ -75,6 +76,7 @@ class SiteStrategy(ChunkedStrategy):
         self.sites = self.resolve_sites(network)
         self.network, self.loss = self._compiled(network) if self.compile_suffixes else network, loss
         self._costs, self._statistics = None, OptionalStatistics()
+        self.check_layers(network.unfit or {})
         for site in self.sites:
             if site.queries_per_sample % self.unit:
                 raise SettingError(
@@ -89,6 +91,18 @@ class SiteStrategy(ChunkedStrategy):
                 )  # fmt: skip
         if self.pilots.queries:
             check_pilots(self.pilots, self.sites, unit=self.unit, one_update=self.update == "simultaneous")
+
+    @property
+    def moved_layers(self) -> list[str]:
+        """Names of the layers whose outputs move, each row of them by noise of its own."""
+        return [layer.name for site in self.sites for layer in site.layers]
+
+    def check_layers(self, unfit: Mapping[str, str]) -> None:
+        """Refuse layers whose outputs are not one line a row: the noise of one row would enter another."""
+        for name in self.moved_layers:
+            if name in unfit:
+                remedy = "Train its stage with kind: block or group."
+                raise SettingError("model.strategy.sites", name, unfit[name], remedy)
 
     def _compiled(self, network: StagedNetwork) -> CompiledNetwork:
         compiled = CompiledNetwork(network)
@@ -132,6 +146,8 @@ class SiteStrategy(ChunkedStrategy):
         if self.compile_suffixes and self._costs is None:
             check_compiler(inputs.device)
         inputs = as_rows(inputs)
+        if self._costs is None and self.network.unfit is None and self.moved_layers:
+            self.check_layers(layers_unlike_rows(self.network, inputs))
         self._chunks.settle(self.network, inputs)
         clean = clean_pass(
             self.network, self.loss, inputs, targets, keep=self._kept, draw=self.draw, rows=self.chunk_rows

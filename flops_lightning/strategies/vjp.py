@@ -8,11 +8,14 @@ gradient of the loss with respect to the output; all functions sum over rows and
 have the dtype of ``delta``, under autocast too: half precision would round them, and float16 overflows.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_weight
 
+from flops_lightning.errors import SettingError
 from flops_lightning.network.rows import value_of
 from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.queries import CleanPass, at_least_float32, full_precision
@@ -92,11 +95,23 @@ def local_vjp(network: StagedNetwork, site: Site, clean: CleanPass, delta: Tenso
                 output = value_of(network.run(entering, site.first, site.last + 1))
                 output = output if site.tokens is None else output[:, site.tokens]
             with full_precision(d):  # each derivative has the dtype of its function, no lower
-                gradients = torch.autograd.grad(output, parameters, d.to(output.dtype), allow_unused=True)
+                gradients = _gradients(network.module, output, parameters, d.to(output.dtype))
             for name, gradient in zip(total, gradients, strict=True):
                 if gradient is not None:
                     total[name] += gradient
     return total
+
+
+def _gradients(module: nn.Module, output: Tensor, parameters: list[nn.Parameter], d: Tensor) -> tuple[Any, ...]:
+    try:
+        return torch.autograd.grad(output, parameters, d, allow_unused=True)
+    except RuntimeError as error:
+        if "inplace operation" not in str(error):
+            raise
+        raise SettingError(
+            "network", type(module).__name__, "writes to a tensor, perhaps its input, that its derivative needs.",
+            "Write y = 2 * x instead of x *= 2, or a copy: x = x.clone().",
+        ) from error  # fmt: skip
 
 
 def graph_rows(site: Site, chunk_rows: int) -> int:

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from flops_lightning.distributed import present_communicator
 from flops_lightning.errors import LostQueriesError, SettingError, check_at_least
 from flops_lightning.network.replay import result_of
-from flops_lightning.network.staging import BatchNormSetting, StagedNetwork, stage_network
+from flops_lightning.network.staging import BatchNormSetting, stage_network
 from flops_lightning.network.trace import call
 from flops_lightning.objectives import naming_the_loss
 from flops_lightning.optim import optimizers
@@ -28,7 +28,7 @@ from flops_lightning.settings import read_settings
 from flops_lightning.strategies.base import Estimate, ForwardGradientStrategy
 from flops_lightning.tasks import trainer_setup
 from flops_lightning.tasks.mean_gradient import MeanGradient
-from flops_lightning.tasks.step import QueryLog, StepState
+from flops_lightning.tasks.step import QueryLog, StepState, Unstaged
 from flops_lightning.tensorboard import write_page
 
 Batch = Any
@@ -58,7 +58,7 @@ class ForwardModule(pl.LightningModule, ABC):
     """
 
     automatic_optimization = False
-    network: StagedNetwork
+    network = Unstaged()
     loss_path = ""  # by which error messages name the loss
 
     def __init__(

@@ -9,10 +9,23 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
+from flops_lightning.errors import SettingError
 from flops_lightning.meter import QueryMeter
+from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.protocol import TraceObservation
 from flops_lightning.queries import CleanPass
 from flops_lightning.strategies.base import ForwardGradientStrategy
+
+
+class Unstaged:
+    """The network of a task before ``stage`` was called."""
+
+    def __get__(self, task: Any, kind: Any) -> StagedNetwork:
+        """Refuse to give one."""
+        raise SettingError(
+            "network", None, "the task has not staged its network.",
+            "Call self.stage(network, example) in its __init__.",
+        )  # fmt: skip
 
 
 @dataclass

@@ -52,7 +52,7 @@ def test_a_network_of_one_stage_has_a_group_but_no_default():
     net = nn.Sequential(nn.Linear(3, 2))
     (site,) = resolved(net, {"stages": ["0"]})
     assert (site.first, site.last, site.start) == (0, 0, 1)
-    with pytest.raises(SettingError, match=r"one stage.*Pass an example batch"):
+    with pytest.raises(SettingError, match=r"one stage.*name the sites, or use MeZO"):
         resolved(net)
 
 

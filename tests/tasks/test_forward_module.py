@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
@@ -9,6 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from flops_lightning.errors import SettingError
 from flops_lightning.strategies import LikelihoodRatio
 from flops_lightning.tasks import ForwardModule
 from flops_lightning.tasks.trainer_setup import ForwardDDPStrategy, check_trainer, remove_reducer_and_scaler
@@ -42,6 +44,20 @@ def test_another_task_learns_and_resumes_bit_by_bit(make_trainer, tmp_path):
     pairs = zip(resumed.parameters(), whole.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
     assert resumed.strategy.meter.total() == whole.strategy.meter.total()
+
+
+class Forgetful(Regression):
+    def stage(self, *_, **__):
+        """Forgets to."""
+
+
+def test_a_network_that_was_not_staged_is_one_line(make_trainer):
+    with pytest.raises(SettingError, match=r"has not staged its network. Call self.stage\(network, example\)"):
+        Forgetful()(INPUTS)
+    with pytest.raises(SettingError, match="has not staged its network"):
+        make_trainer(limit_val_batches=0).fit(Forgetful(), DataLoader(DATA))
+    with pytest.raises(SettingError, match=r"network = .*tanh.* is not a torch.nn.Module"):
+        super(Forgetful, Forgetful()).stage(torch.tanh)
 
 
 def test_checking_a_trainer_changes_nothing_of_it():
