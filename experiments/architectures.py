@@ -22,12 +22,15 @@ from flops_lightning.tasks.backbone import example_images
 
 SMALL = (
     "test", "atto", "femto", "pico", "nano", "zepto", "micro", "xxs", "xxt", "tiny", "xs", "_t_", "_s", "small", "mini",
-    "050", "a0", "b0", "10", "14", "18", "26", "s12", "base",
+    "050", "a0", "b0", "34", "68", "121", "10", "14", "18", "26", "s12", "base",
 )  # fmt: skip
 COLUMNS = ("family", "model", "stages", "seconds", "result")
 CLASSES = 5
 # The smallest of these families take minutes as they are.
-SETTINGS = {"deepseek_vit_412m": {"img_size": 84, "depth": 4}}
+SETTINGS = {
+    "deepseek_vit_412m": {"depth": 4, "embed_dim": 64, "num_heads": 2},
+    "samvit_base_patch16": {"img_size": 256, "depth": 4, "embed_dim": 64, "num_heads": 2},
+}
 
 
 def smallest(family: str) -> str:
