@@ -110,8 +110,17 @@ class ForwardOnly(pl.Callback):
             self._query = lambda: _call(step, copied(given))
             self._bind(trainer)
             self._before = PassState(pl_module, self._moved)
-            with torch.no_grad():
-                return step(*args, **kwargs)
+            try:
+                with torch.no_grad():
+                    return step(*args, **kwargs)
+            except RuntimeError as error:
+                if "does not require grad" not in str(error):
+                    raise
+                problem, remedy = (
+                    "differentiates on its own, and autograd is off.",
+                    "Write `with torch.enable_grad():`.",
+                )
+                raise SettingError("training_step", type(pl_module).__name__, problem, remedy) from error
 
         def backward(loss: Tensor, *_: Any, **__: Any) -> None:
             assert self._before is not None

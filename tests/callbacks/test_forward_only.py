@@ -1,5 +1,6 @@
 """``ForwardOnly`` trains as the task does, and leaves everything but the gradient as backprop leaves it."""
 
+import copy
 import csv
 import random
 import re
@@ -126,6 +127,19 @@ def test_a_compiled_module_and_a_compiled_network_learn_alike(compiled):
 # -- queries leave no trace --------------------------------------------------------------------------------------------
 
 
+class Average:
+    """As in many training scripts."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.weights, self.updates = {name: p.detach().clone() for name, p in module.named_parameters()}, 0
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        self.updates += 1
+        for name, parameter in module.named_parameters():
+            self.weights[name].lerp_(parameter, 0.1)
+
+
 class Busy(pl.LightningModule):
     """Everything that a step may do beside its loss: metrics, running statistics, dropout, lists, mixup, pops."""
 
@@ -138,17 +152,22 @@ class Busy(pl.LightningModule):
         self.register_buffer("queue", torch.zeros(3))
         self.seen: dict[str, Tensor] = {"total": torch.zeros(1)}
         self.drawn = drawn.append  # what is outside of the module stays
+        self.teacher, self.average = copy.deepcopy(self.net).requires_grad_(False), Average(self.net)
+        self.others = iter(torch.utils.data.DataLoader(torch.arange(100.0), shuffle=True))
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         x, y = batch.pop("x"), batch.pop("y")
         x += 0.1 * self.queue.sum()
         numbers = [torch.rand(1), torch.rand(1, generator=self.generator), random.random(), self.rng.random()]
-        numbers += [np.random.rand(), self.queue.sum(), self.steps]  # noqa: NPY002
+        numbers += [np.random.rand(), self.queue.sum(), self.steps, next(self.others)]  # noqa: NPY002
         self.drawn([float(n) for n in numbers])
         loss = F.cross_entropy(self.net(x), y)
         self.steps += 1
         self.queue = torch.cat([loss.detach().view(1), self.queue[:-1]])
         self.seen["total"] += loss.detach()
+        self.average.update(self.net)
+        for old, new in zip(self.teacher.parameters(), self.net.parameters(), strict=True):
+            old.data = 0.9 * old.data + 0.1 * new.data + 0.01 * loss.detach()
         self.outputs.append(loss.detach())
         self.accuracy(torch.randn(8, 3), y)
         self.mean.update(loss)
@@ -159,7 +178,7 @@ class Busy(pl.LightningModule):
         return {"loss": loss, "extra": loss.detach()}
 
     def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=self.lr)
+        return torch.optim.SGD(self.net.parameters(), lr=self.lr)
 
 
 class Recorder(pl.loggers.logger.DummyLogger):
@@ -196,6 +215,8 @@ def test_all_but_the_gradient_is_as_after_backprop(monkeypatch):
     assert module.outputs == other.outputs
     assert (module.steps, len(module.outputs), module.seen) == (2 * BATCHES, 2 * BATCHES, other.seen)
     assert torch.equal(module.accuracy.tp, other.accuracy.tp)
+    assert module.average.updates == 2 * BATCHES
+    assert all(torch.equal(weights, other.average.weights[name]) for name, weights in module.average.weights.items())
     # The clean pass of a step and its two queries draw alike, from the same state.
     assert drawn == [row for row in drawn_once for _ in range(3)]
     assert len({tuple(row) for row in drawn}) == 2 * BATCHES
@@ -408,6 +429,13 @@ class Vector(Plain):
         return F.cross_entropy(self.net(batch[0]), batch[1], reduction="none")
 
 
+class Differentiates(Plain):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x = batch[0].requires_grad_()
+        (slope,) = torch.autograd.grad(self.net(x).sum(), x)
+        return slope.square().mean()
+
+
 class Frozen(Plain):
     def __init__(self) -> None:
         super().__init__()
@@ -443,6 +471,7 @@ NOTHING = "has no parameter of the module that requires a gradient: there is not
         (Searches, {}, "configure_optimizers = 'LBFGS': searches along lines"),
         (Vector, {}, "training_step = 'a tensor of shape (8,)': must return one number"),
         (Lazy, {}, "model = 'lazy.weight': is a lazy parameter without a shape. Run one forward pass"),
+        (Differentiates, {}, "training_step = 'Differentiates': differentiates on its own, and autograd is off"),
         (Frozen, {}, f"configure_optimizers = ['SGD']: {NOTHING}"),
         (Stepless, {}, f"configure_optimizers = ['_MockOptimizer']: {NOTHING}"),
         (Hides, {}, "configure_optimizers = '1 tensors': are no parameters of the module, and queries could not move"),

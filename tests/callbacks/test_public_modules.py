@@ -56,6 +56,9 @@ def hugging_face() -> tuple[pl.LightningModule, Any]:
     return Classifier(), [{"input_ids": w, "attention_mask": torch.ones_like(w), "labels": y} for w, y in given]
 
 
+DIRECTIONS = 100
+
+
 class Losses(pl.Callback):
     def __init__(self) -> None:
         self.seen: list[float] = []
@@ -90,6 +93,37 @@ def trained(make: Callable[[], Any], *callbacks: pl.Callback, epochs: int) -> fl
 def test_the_loss_falls_as_it_does_with_backprop(make, queries, epochs, highest):
     assert trained(make, ForwardOnly(MeZO(queries=queries, sigma=1e-2, seed=0)), epochs=epochs) < highest
     assert trained(make, epochs=epochs) < highest
+
+
+class Gradient(pl.Callback):
+    def on_before_optimizer_step(self, trainer: Any, pl_module: pl.LightningModule, optimizer: Any) -> None:
+        self.seen = torch.cat([p.grad.flatten() for p in pl_module.parameters()]).double()
+
+
+def convnet() -> tuple[pl.LightningModule, Any]:
+    generator = torch.Generator().manual_seed(0)
+    batch = torch.randn(16, 3, 32, 32, generator=generator), torch.randint(10, (16,), generator=generator)
+    return forward_only_convnet.Digits(), [batch]
+
+
+@pytest.mark.parametrize("make", [boring, demo, hugging_face, convnet])
+def test_the_gradient_is_that_of_backprop_through_dropout_and_batch_normalisation(make):
+    found = []
+    for callbacks in ([ForwardOnly(MeZO(queries=2 * DIRECTIONS, sigma=1e-3, seed=0))], []):
+        pl.seed_everything(0, verbose=False)
+        module, data = make()
+        gradient = Gradient()
+        settings = {"max_steps": 1, "limit_val_batches": 0, "precision": "64-true"}
+        loader = torch.utils.data.DataLoader(data, batch_size=None)
+        quiet_trainer(*callbacks, gradient, **settings).fit(module, loader)
+        found.append(gradient.seen)
+    estimate, exact = found
+    size = exact.norm()
+    # Along the gradient the estimate is the mean of squares of normal numbers: 1, with a variance of 2 / directions.
+    assert abs(estimate @ exact / size**2 - 1) < 3 * (2 / DIRECTIONS) ** 0.5
+    # Across it, as long as that many numbers of this variance.
+    across = (estimate - exact * (estimate @ exact) / size**2).norm()
+    assert across / size == pytest.approx((len(exact) / DIRECTIONS) ** 0.5, rel=0.2)
 
 
 def test_one_line_of_the_example_is_about_this_project():
