@@ -16,7 +16,7 @@ LAYERS = [
     {"errors", "objectives", "phases", "settings"},
     {"distributed", "meter", "network", "noise", "protocol", "queries"},
     {"allocators", "strategies"},
-    {"callbacks", "datamodules", "optim", "plan", "resume", "tasks", "tensorboard"},
+    {"callbacks", "datamodules", "optim", "plan", "resume", "tasks", "tensorboard", "tune"},
     {"cli"},
     {"benchmarks", "experiments"},
 ]

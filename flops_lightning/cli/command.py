@@ -1,4 +1,4 @@
-"""The command line: ``fit``, ``plan``, ``validate``, ``test`` and ``predict`` from YAML files, by Lightning's CLI.
+"""The command line: ``fit``, ``plan``, ``tune``, ``validate``, ``test`` and ``predict``, by Lightning's CLI.
 
 The only place that knows arguments. A mistake ends in one short message on stderr and exit code 2; set the environment
 variable ``FLOPS_TRACEBACK=1`` to see where it was raised.
@@ -9,6 +9,7 @@ import inspect
 import logging
 import os
 import re
+import shlex
 import sys
 import time
 import warnings
@@ -33,9 +34,10 @@ from flops_lightning.cli.checkpoints import RUNS, WHERE, check_checkpoint
 from flops_lightning.cli.given import Given
 from flops_lightning.cli.messages import explain
 from flops_lightning.errors import CheckpointError, DamagedImageError, LostQueriesError, SettingError
-from flops_lightning.plan.trainer import PlanningTrainer, callbacks_of, refuse_checkpoint
+from flops_lightning.plan.trainer import callbacks_of, refuse_checkpoint
 from flops_lightning.resume import last
 from flops_lightning.settings import constructor_parameters
+from flops_lightning.tune.trainer import TuningTrainer, check_tune
 
 USAGE_ERROR = 2
 
@@ -66,7 +68,7 @@ class FlopsCLI(LightningCLI):
     def __init__(self, **settings: Any) -> None:
         try:
             super().__init__(
-                LightningModule, LightningDataModule, trainer_class=PlanningTrainer, seed_everything_default=0,
+                LightningModule, LightningDataModule, trainer_class=TuningTrainer, seed_everything_default=0,
                 subclass_mode_model=True, subclass_mode_data=True, trainer_defaults={"default_root_dir": RUNS},
                 auto_configure_optimizers=False,  # the task configures its optimiser; a second way would override it
                 **settings,
@@ -81,9 +83,10 @@ class FlopsCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's commands with the arguments that no user gives, and ``plan`` after ``fit``."""
+        """Lightning's commands with the arguments that no user gives, and ``plan`` and ``tune`` after ``fit``."""
         fit, *others = LightningCLI.subcommands().items()
-        return dict([fit, ("plan", {"model", "datamodule"}), *others])
+        own = [(name, {"model", "datamodule"}) for name in ("plan", "tune")]
+        return dict([fit, *own, *others])
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Let the data decide how many classes the model tells apart, and check them before the model is built."""
@@ -92,12 +95,12 @@ class FlopsCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, and explain what was refused."""
-        given = cast("list[str]", args)
+        self._given = given = cast("list[str]", args)
         try:
             self.config = parser.parse_args(given)
         except argparse.ArgumentError as error:
             command = next((arg for arg in given if arg in self.subcommands()), "")
-            own = inspect.signature(getattr(PlanningTrainer, command)).parameters.keys() if command else set()
+            own = inspect.signature(getattr(TuningTrainer, command)).parameters.keys() if command else set()
             own = own - {"self", *self.subcommands().get(command, ())}
             top = {**dict.fromkeys(["config", "seed_everything", "model", "data", *own]), "trainer": Trainer}
             raise UsageError(explain(str(error), Given(given, command, top))) from error
@@ -111,6 +114,8 @@ class FlopsCLI(LightningCLI):
         path = self._settings.get("ckpt_path")
         if self.subcommand == "plan":
             refuse_checkpoint(path)
+        if self.subcommand == "tune":
+            check_tune(path, self._settings["output"], overwrite=self._settings["overwrite"])
         untrained = path is None and not self._settings["model"].get("init_args.checkpoint")
         if untrained and self.subcommand in ("validate", "test", "predict"):
             rank_zero_warn(
@@ -160,8 +165,9 @@ class FlopsCLI(LightningCLI):
         except (ValueError, MisconfigurationException) as error:
             cause = _cause(error)
             raise cause if isinstance(cause, SettingError) else UsageError(f"trainer: {cause}") from error
-        if self.subcommand == "plan":
-            cast("PlanningTrainer", trainer).settings = given
+        if self.subcommand in ("plan", "tune"):
+            cast("TuningTrainer", trainer).settings = given
+            cast("TuningTrainer", trainer).command = shlex.join(["python", "main.py", *self._given])
         return trainer
 
     def _parse_ckpt_path(self) -> None:

@@ -97,6 +97,7 @@ def quiet() -> Iterator[None]:
     before = logging.root.manager.disable
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PossibleUserWarning)
+        warnings.filterwarnings("ignore", message=".*LeafSpec")  # lightning 2.6 calls torch by a name of the past
         logging.disable(logging.WARNING)
         try:
             yield

@@ -3,7 +3,7 @@
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -135,6 +135,15 @@ class ForwardGradientStrategy(KeepsSettings, ABC):
     @abstractmethod
     def update_groups(self) -> tuple[tuple[str, ...], ...]:
         """Names of the sites, exact ones included, to be estimated before each optimiser step, in order."""
+
+    @property
+    def sigmas(self) -> dict[str, float]:
+        """Width of the noise at each site as it is set; empty without noise and where derivatives are exact."""
+        return {site.name: site.sigma for site in self.sites if site.sigma}
+
+    def set_sigmas(self, sigmas: Mapping[str, float]) -> None:
+        """Set the width of the noise at sites by name; widths that are learned start from there."""
+        self.sites = tuple(replace(site, sigma=sigmas.get(site.name, site.sigma)) for site in self.sites)
 
     @abstractmethod
     def clean_pass(self, inputs: Any, targets: Any) -> CleanPass:

@@ -86,8 +86,11 @@ class LikelihoodRatio(QueryStrategy[OutputQueryResult]):
         self.noise = read_settings(NoiseSpec, noise, "model.strategy.noise")
         self.token_sigma, self.learn_sigma, self.exact_head = token_sigma, learn_sigma, exact_head
         self._check_settings()
-        self._tokens = TokenSigma() if token_sigma else None
-        self._sigmas = LearnedSigma(learn_sigma) if learn_sigma else None
+        self._learn_anew()
+
+    def _learn_anew(self) -> None:
+        self._tokens = TokenSigma() if self.token_sigma else None
+        self._sigmas = LearnedSigma(self.learn_sigma) if self.learn_sigma else None
         self._widths: dict[str, SiteWidth] = {}
 
     def _check_settings(self) -> None:
@@ -139,6 +142,11 @@ class LikelihoodRatio(QueryStrategy[OutputQueryResult]):
         """The sites of a network that spend queries."""
         exact = [site.name for site in self.exact_sites]
         return tuple(site for site in super().resolve_sites(network) if site.name not in exact)
+
+    def set_sigmas(self, sigmas: Mapping[str, float]) -> None:
+        """See :meth:`ForwardGradientStrategy.set_sigmas`."""
+        super().set_sigmas(sigmas)
+        self._learn_anew()
 
     @property
     def widths(self) -> Mapping[str, SiteWidth]:

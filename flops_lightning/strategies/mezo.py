@@ -8,6 +8,7 @@ One scalar a step; with ``queries = n`` the mean over ``n / 2`` directions (n-SP
 :class:`SPSA` with shared noise on one site that is the whole network, without a clean pass and without an allocator.
 """
 
+from collections.abc import Mapping
 from typing import Any, get_args
 
 import numpy as np
@@ -84,6 +85,11 @@ class MeZO(WholeBatchStrategy, ChunkedStrategy):
         self.sites = resolve_sites(network, [spec], in_parameters=True)
         self._stages = FunctionalStages(network)
         self._warned, self._query_cost = False, 1.0
+
+    def set_sigmas(self, sigmas: Mapping[str, float]) -> None:
+        """Set the one width of all parameters."""
+        super().set_sigmas(sigmas)
+        self.sigma = self.sites[0].sigma
 
     def clean_pass(self, inputs: Any, targets: Any) -> CleanPass:
         """Run the frozen stages below the lowest trainable one; the clean losses stay unknown (NaN)."""

@@ -87,6 +87,14 @@ def perturbed_values(site: Site, clean: CleanPass) -> list[Tensor]:
     return list(site.parameters.values()) if site.in_parameters else [value_of(clean.activations[site.start])]
 
 
+def least_sigma(site: Site, sites: Sequence[Site], clean: CleanPass) -> tuple[Resolution | None, float]:
+    """How finely the network computes at one of the sites, and the least sigma that this resolves there."""
+    moved = perturbed_values(site, clean)
+    above = [p for other in sites if other.last >= site.start for p in other.parameters.values()]
+    found = resolution(moved[0], convolutions=any(p.dim() > 3 for p in above))
+    return found, 0.0 if found is None else found.least_width(*moved)
+
+
 def warn_unresolved_sigma(sites: Sequence[Site], clean: CleanPass) -> None:
     """Warn at every site whose sigma is below what the precision resolves, and name a workable value.
 
@@ -96,10 +104,7 @@ def warn_unresolved_sigma(sites: Sequence[Site], clean: CleanPass) -> None:
     for site in sites:
         if not site.sigma:  # exact derivatives
             continue
-        moved = perturbed_values(site, clean)
-        above = [p for other in sites if other.last >= site.start for p in other.parameters.values()]
-        found = resolution(moved[0], convolutions=any(p.dim() > 3 for p in above))
-        least = 0.0 if found is None else found.least_width(*moved)
+        found, least = least_sigma(site, sites, clean)
         if found is not None and site.sigma < least < math.inf:  # logits may be masked with -inf
             warnings.warn(
                 f"model.strategy.sites: sigma = {site.sigma:g} at site {site.name!r} is below what {found.name} "

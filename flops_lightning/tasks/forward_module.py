@@ -83,11 +83,13 @@ class ForwardModule(pl.LightningModule, ABC):
         grouped = {"optimizer": asdict(self.optimizer_settings), "clip": asdict(self.clip_settings)}
         self.save_hyperparameters({**grouped, "max_skipped_steps": max_skipped_steps})
         self.start_weights: dict[str, Any] = {}  # settings that only chose where the weights started
+        self.start_anew()
+
+    def start_anew(self) -> None:
+        """Forget an accumulated gradient, the step at hand, and what an allocator asked for."""
         self._gradient = MeanGradient(self.optimizer_settings.accumulate_grad_batches)
-        self._state = StepState()
+        self._state, self._query_log, self._skipped = StepState(), QueryLog(), 0
         self._requested: frozenset[str] = frozenset()
-        self._skipped = 0
-        self._query_log = QueryLog()
 
     @abstractmethod
     def loss(self, outputs: Tensor, targets: Any) -> Tensor:

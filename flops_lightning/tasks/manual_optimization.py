@@ -21,7 +21,7 @@ CALLBACKS = {
     ),
     "LearningRateFinder": (
         "tries steps without the other callbacks, the allocator among them.",
-        "Remove it and set model.init_args.optimizer.lr.",
+        "Remove it and run `python main.py tune`, which finds model.init_args.optimizer.lr.",
     ),
     "ModelPruning": (
         "replaces the parameters that the strategy's sites hold.",

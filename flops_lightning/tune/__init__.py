@@ -1,0 +1,1 @@
+"""Finding settings: the width of the noise at each site, and the learning rate."""
