@@ -129,10 +129,8 @@ class _Gram:
     """Inner products of a site's estimates of all widths, with those that were given as the last."""
 
     def __init__(self, site: Site, sites: Sequence[Site], clean: CleanPass, widths: int) -> None:
-        (values, *more), self.given = perturbed_values(site, clean), site.sigma
-        count = values.numel() + sum(v.numel() for v in more)
-        norm = math.hypot(*(float(torch.linalg.vector_norm(v.float())) for v in (values, *more)))
-        size = norm / math.sqrt(count) or 1.0  # a layer that starts at zero
+        values, self.given = perturbed_values(site, clean), site.sigma
+        size = _root_mean_square(values) or 1.0  # of a layer that starts at zero
         self.least = least_sigma(site, sites, clean)[1]
         low = min(max(self.least, size * 10**-DECADES), size / 10)
         steps = (low * (size / low) ** (i / (widths - 1)) for i in range(widths))
@@ -152,12 +150,12 @@ class _Gram:
     def add(self, column: int, first: Tensor, second: Tensor) -> None:
         """Take the estimates of both halves at a width."""
         assert len(self._rows) == column
-        self._rows.append(torch.stack((first, second)).double())
+        self._rows.append(torch.stack((first, second)).cpu().double())
 
     def complete(self) -> None:
         """A batch is done."""
         rows = torch.stack(self._rows, dim=1)
-        self._products.append(torch.einsum("akn,bln->akbl", rows, rows).cpu())
+        self._products.append(torch.einsum("akn,bln->akbl", rows, rows))
         self._rows = []
 
     def result(self) -> SigmaSearch:
@@ -172,6 +170,12 @@ class _Gram:
             self.given, self.column[place], self.least, self.column[:width], tuple(halves[:width].tolist()),
             tuple(agreement.tolist()), float(halves[width]), float(same[place, width]),
         )  # fmt: skip
+
+
+def _root_mean_square(values: Sequence[Tensor]) -> float:
+    """0 of integers, which an embedding below the noise reads."""
+    known = [torch.linalg.vector_norm(v.float()) for v in values if v.is_floating_point()]
+    return math.hypot(*map(float, known)) / math.sqrt(sum(v.numel() for v in values))
 
 
 def chosen(halves: Tensor, agreement: Tensor, error: Tensor) -> int:

@@ -157,7 +157,7 @@ def changed(key: str, value: object, settings: dict = SETTINGS) -> str:
     [
         ([], "no command was given. Write one of fit, plan, validate, test, predict first"),
         (["fitt"], "fitt is not a command. Did you mean `fit`?"),
-        (["frobnicate"], "frobnicate is not a command. Choose one of: fit, plan, predict, test, validate."),
+        (["frobnicate"], "frobnicate is not a command. Choose one of: fit, plan, predict, test, tune, validate."),
         (["--trainer.max_epochs", "3", "fit"], "--trainer.max_epochs stands before the command. Write `fit` first."),
         (["fit"], "data and model not given. Add --config FILE, a YAML file with `data:` and `model:`."),
         (["fit", "given.yaml"], "given.yaml is not expected here."),

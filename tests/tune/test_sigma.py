@@ -142,6 +142,18 @@ def test_widths_that_agree_because_noise_drowns_everything_are_out():
     assert chosen(rising, agreement / 2, small) == 6
 
 
+def test_noise_above_an_embedding_is_not_measured_in_token_ids():
+    torch.manual_seed(0)
+    lowest = nn.Sequential(nn.Embedding(9000, 6).requires_grad_(False), nn.Flatten(), nn.Linear(12, 6))
+    staged = stage_network(nn.Sequential(lowest, nn.Tanh(), nn.Linear(6, 5)))
+    strategy = LikelihoodRatio(sites=[SiteSpec(["0", "2"], kind="linear")], seed=0)
+    batch = (torch.randint(8000, 9000, (16, 2)), torch.randint(5, (16,)))
+    found = find_sigmas(bound(strategy, staged), [batch], widths=5)
+    assert list(found) == ["0.2", "2"]
+    assert all(1e-5 <= search.found < 1 for search in found.values())
+    assert found["0.2"].least == 0  # nothing is known of what enters the layer itself
+
+
 def test_two_widths_and_no_batch_are_refused():
     staged, batches = problem()
     strategy = bound(MeZO(seed=0), staged)
