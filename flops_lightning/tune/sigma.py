@@ -131,7 +131,8 @@ class _Gram:
     def __init__(self, site: Site, sites: Sequence[Site], clean: CleanPass, widths: int) -> None:
         values, self.given = perturbed_values(site, clean), site.sigma
         size = _root_mean_square(values) or 1.0  # of a layer that starts at zero
-        self.least = least_sigma(site, sites, clean)[1]
+        least = least_sigma(site, sites, clean)[1]
+        self.least = least if math.isfinite(least) else 0.0
         low = min(max(self.least, size * 10**-DECADES), size / 10)
         steps = (low * (size / low) ** (i / (widths - 1)) for i in range(widths))
         self.column = (*(float(f"{rounded_up(step):.2g}") for step in steps), self.given)
@@ -174,8 +175,8 @@ class _Gram:
 
 def _root_mean_square(values: Sequence[Tensor]) -> float:
     """0 of integers, which an embedding below the noise reads."""
-    known = [torch.linalg.vector_norm(v.float()) for v in values if v.is_floating_point()]
-    return math.hypot(*map(float, known)) / math.sqrt(sum(v.numel() for v in values))
+    known = [v[v.isfinite()].float() for v in values if v.is_floating_point()]  # logits may be masked with -inf
+    return math.hypot(*(float(v.norm()) for v in known)) / math.sqrt(max(1, sum(v.numel() for v in known)))
 
 
 def chosen(halves: Tensor, agreement: Tensor, error: Tensor) -> int:

@@ -598,7 +598,7 @@ def test_help_appears_fast():
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     # Time of the processor, 4 s: time on the wall would tell how busy the machine is.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 15
-    for command in ("fit", "plan", "validate", "test", "predict"):
+    for command in ("fit", "plan", "tune", "validate", "test", "predict"):
         assert re.search(rf"^\s+{command}\s", answer.stdout, re.MULTILINE)
 
 

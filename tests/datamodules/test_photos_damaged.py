@@ -321,7 +321,7 @@ def last_line(capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("name", ["fit", "plan", "validate", "test", "predict"])
+@pytest.mark.parametrize("name", ["fit", "plan", "tune", "validate", "test", "predict"])
 def test_the_command_line_looks_at_the_folder_before_it_begins(name, tmp_path, monkeypatch, capsys):
     file = KINDS["imagenet"].write(tmp_path / "data") / IMAGENET_FILE
     file.write_bytes(b"")
