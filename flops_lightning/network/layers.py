@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flops_lightning.network.calls import uncompiled
 from flops_lightning.network.rows import Rows, has_derivative
 from flops_lightning.network.staging import StagedNetwork
 
@@ -18,7 +19,7 @@ def layers_unlike_rows(network: StagedNetwork, inputs: Tensor | Rows) -> dict[st
     Layers are modules with parameters of their own.
     """
     ends = inputs.index_select(0, torch.tensor([0, len(inputs) - 1], device=inputs.device))
-    with torch.no_grad(), network.evaluating():
+    with torch.no_grad(), network.evaluating(), uncompiled(network.module):
         two, three = (
             outputs_of_layers(network.module, lambda rows: network.run(rows.clone(), 0), rows)[1]
             for rows in (ends, ends.index_select(0, torch.tensor(TURNED, device=inputs.device)))
@@ -76,7 +77,8 @@ def coarsest(module: nn.Module) -> float:
     device = next((p.device.type for p in module.parameters()), "cpu")
     if torch.is_autocast_enabled(device):
         dtypes.add(torch.get_autocast_dtype(device))
-    return max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
+    tf32 = 2.0**-10 if device == "cuda" and torch.float32 in dtypes else 0.0  # kernels may take it, or not
+    return max([tf32, *(torch.finfo(dtype).eps for dtype in dtypes)])
 
 
 def close(a: Tensor, b: Tensor, eps: float) -> bool:

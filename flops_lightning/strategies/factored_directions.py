@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from flops_lightning.errors import SettingError
-from flops_lightning.network.calls import replaced
+from flops_lightning.network.calls import replaced, uncompiled
 from flops_lightning.network.rows import gather
 from flops_lightning.noise.activation_guided import input_basis
 from flops_lightning.noise.keys import row_seeds, standard_normal
@@ -134,7 +134,8 @@ class FactoredDirections(DirectionLayout):
 
             return run
 
-        with replaced((layer.module, moved_forward(layer)) for layer in layers):
+        forwards = ((layer.module, moved_forward(layer)) for layer in layers)
+        with replaced(forwards), uncompiled(self.network.module):
             yield move
         for name, number in runs.items():
             if number != 1:
@@ -200,6 +201,7 @@ class FactoredDirections(DirectionLayout):
             return hook
 
         with ExitStack() as handles:
+            handles.enter_context(uncompiled(self.network.module))
             for layer in self.parts[site.name].layers:
                 if layer.has_matrix:
                     handles.callback(layer.module.register_forward_pre_hook(hook_of(layer)).remove)

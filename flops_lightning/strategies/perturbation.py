@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flops_lightning.errors import SettingError
+from flops_lightning.network.calls import uncompiled
 from flops_lightning.network.rows import Rows, gather, value_of, with_value
 from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.noise.keys import NoiseKey
@@ -73,7 +74,7 @@ def perturbed_losses(
     Call it in eval mode and without autograd. The width's ``sigma`` may be a tensor that carries a tangent.
     """
     if site.layers:
-        with phase("suffix"), injected(site.layers, width, draw) as perturbations:
+        with phase("suffix"), uncompiled(network.module), injected(site.layers, width, draw) as perturbations:
             output = network.run(clean.activations[site.start].index_select(0, index), site.start)
         for target in site.layers:
             if sum(p.layer is target for p in perturbations) != 1:
@@ -172,7 +173,7 @@ def clean_layer_input(network: StagedNetwork, site: Site, clean: CleanPass, *, r
 
     handle = target.module.register_forward_pre_hook(keep)
     try:
-        with network.evaluating():
+        with network.evaluating(), uncompiled(network.module):
             for index in clean.stand_ins().split(rows):
                 network.run(clean.activations[site.first].index_select(0, index), site.first, site.first + 1)
     finally:

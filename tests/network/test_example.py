@@ -206,6 +206,36 @@ def test_checkpoints_within_a_module_and_compiled_modules_are_exact(make: Callab
     assert names == ["embed", "layers.0", "layers.1", "layers.2", "head"]
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: LikelihoodRatio(seed=0, sites=[{"stages": ["0", "2"], "kind": "linear"}]),
+        lambda: SPSA(seed=0, layout="factored", activation_guided=True),
+        lambda: SPSA(seed=0, layout="factored"),
+    ],
+)
+def test_compiled_modules_of_a_sequential_have_layers(make: Callable[[], Any], in_place: bool) -> None:
+    found = []
+    for wrapped in (False, True):
+        torch.manual_seed(0)
+        net: Any = problem_of(
+            nn.Sequential(nn.Linear(4, 6), nn.Sequential(nn.Tanh(), nn.Linear(6, 6)), nn.Linear(6, 3))
+        )
+        module = net.module
+        if wrapped and in_place:
+            module[1].compile(backend="eager")
+        elif wrapped:
+            module[1] = torch.compile(module[1], backend="eager")
+        strategy = make()
+        strategy.bind(stage_network(module), cross_entropy)
+        strategy.estimate(strategy.clean_pass(net.inputs, net.targets))
+        found.append({name.replace("_orig_mod.", ""): gradient for name, gradient in gradients(module).items()})
+    if in_place:  # noise is keyed by the name of the layer
+        torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-14)
+    assert all(gradient.any() for gradient in found[1].values())
+
+
 def test_a_compiled_network_is_cut_like_its_module() -> None:
     network = stage_network(torch.compile(Blocks().double(), backend="eager"), X)  # type: ignore[arg-type]
     assert isinstance(network.module, Blocks)
