@@ -36,9 +36,16 @@ def stage_by_replay(module: nn.Module, example: Any) -> ReplayedNetwork:
             pair = two_rows(module, example)
             unfit = check_rows(module, pair)
             turned = pair.index_select(0, torch.tensor([0, 1, 0], device=pair.device))
+
+            def cut(units: Sequence[str]) -> ReplayedNetwork:
+                two, three = (trace(module, units, each.clone(), result_of) for each in (pair, turned))
+                return _faithful(_network(module, units, two, three, unfit), turned)
+
             units = find_units(module, pair.clone())  # copies: a network may write to its inputs
-            two, three = (trace(module, units, each.clone(), result_of) for each in (pair, turned))
-            return _faithful(_network(module, units, two, three, unfit), turned)
+            network = cut(units)
+            if 3 * len(network) < len(units):  # blocks of several branches were taken apart
+                network = max(network, cut(find_units(module, pair.clone(), nn.Sequential)), key=len)
+            return network
     finally:
         for each, training in modes:
             each.training = training

@@ -58,8 +58,10 @@ def call(network: nn.Module, inputs: Any) -> Any:
     return network(*inputs) if isinstance(inputs, (tuple, list)) else network(inputs)
 
 
-def find_units(network: nn.Module, inputs: Rows) -> list[str]:
-    """Names of the units in the order in which they start.
+def find_units(
+    network: nn.Module, inputs: Rows, taken_apart: type[nn.Module] | tuple[type[nn.Module], ...] = nn.Module
+) -> list[str]:
+    """Names of the units in the order in which they start; modules of the class ``taken_apart`` may be taken apart.
 
     Called once each, and as large as possible, but containers of repeated blocks (``layers``, ``stages``) are taken
     apart into their blocks, and the head into its layers.
@@ -90,7 +92,8 @@ def find_units(network: nn.Module, inputs: Rows) -> list[str]:
         for child in children.get(name, []):
             if counts[child] > 1:
                 continue
-            if child in children and _holds_blocks(network.get_submodule(child)):
+            module = network.get_submodule(child)
+            if child in children and isinstance(module, taken_apart) and _holds_blocks(module):
                 yield from units(child)
             else:
                 yield child

@@ -193,6 +193,27 @@ class Spectrum(nn.Module):
         return self.c(torch.tanh(self.b(h)) + torch.fft.irfft(torch.fft.rfft(h), n=6))
 
 
+class Branches(nn.Module):
+    """A block of two branches, each of which looks like a block of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.paths = nn.ModuleList(Pair() for _ in range(2))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.paths[0](h, None)[0] * self.paths[1](h, None)[0]
+
+
+class Branched(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.layers = nn.Sequential(*(Branches() for _ in range(6)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layers(self.embed(x)))
+
+
 class Sorting(nn.Module):
     """Rows are sorted inside."""
 
@@ -238,6 +259,10 @@ SEQUENCE = {"x": normal(4, 5, 2), "mask": torch.ones(4, 5, dtype=torch.float64).
         (lambda: problem_of(Hooked()), ["a", "b", "c"]),
         (lambda: problem_of(Spectrum()), ["a", "c"]),
         (lambda: problem_of(Sorting()), ["network"]),
+        (
+            lambda: problem_of(Branched()),
+            ["embed", *(f"layers.{i}" for i in range(6)), "head"],
+        ),
         (lambda: problem_of(Masked(), {"x": normal(4, 5, 2), "mask": torch.eye(4, 5).bool()}), ["a", "b", "c"]),
     ],
 )
