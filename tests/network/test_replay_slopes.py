@@ -24,7 +24,7 @@ from tests.reference.smoothed import LARGEST_ERROR, Sampled, assert_unbiased, fl
 HEAVY = [pytest.mark.statistical_heavy, pytest.mark.timeout(3000)]
 SAMPLES, PAIRS = 4, 128  # of each sample in a round
 LEAST_ROUNDS, MOST_ROUNDS = 12, 2000
-PLACES = 3  # sites of one block or layer, of the many in a network
+BLOCKS, LAYERS = 3, 4  # sites of one block or layer, of the many in a network
 
 
 def sites_of(problem: Problem, kind: str) -> list[SiteSpec]:
@@ -38,12 +38,12 @@ def sites_of(problem: Problem, kind: str) -> list[SiteSpec]:
     if kind == "group":
         return [SiteSpec(stages=spec.stages, **settings) for spec in default_specs(network)]
     if kind == "block":
-        trained = [i for i in range(len(stages)) if network.parameters_of(i, i)][-PLACES:]
+        trained = [i for i in range(len(stages)) if network.parameters_of(i, i)][-BLOCKS:]
         owned = {name for i in trained for name in network.parameters_of(i, i)}
         keep_training(problem, owned)
         return [SiteSpec(stages=[stages[i]], **settings) for i in trained]
     layers = layers_by_rows(problem)
-    layers = layers[:: math.ceil(len(layers) / PLACES)]
+    layers = layers[:: math.ceil(len(layers) / LAYERS)]
     owned = {name for name, _ in problem.module.named_parameters() if name.rpartition(".")[0] in layers}
     keep_training(problem, owned)
     return [SiteSpec(stages=[stages[0], stages[-1]], modules=layers, **settings)]

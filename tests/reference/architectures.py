@@ -73,7 +73,10 @@ def group_norm(channels: int, **_: Any) -> nn.Module:
 SIZES = {"vocab_size": 50, "num_hidden_layers": 3, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 16}
 GPT2 = {"vocab_size": 50, "n_embd": 16, "n_layer": 3, "n_head": 2, "bos_token_id": 1, "eos_token_id": 1}
 ARCHITECTURES: dict[str, Callable[[], Problem]] = {
-    "ConvNeXt": lambda: classifier("convnext_atto", 32, depths=(1, 1, 2, 1), dims=(4, 8, 8, 8)),
+    "ConvNeXt": lambda: classifier(
+        "convnext_atto", 32, depths=(1, 1, 2, 1), dims=(4, 8, 8, 8),
+        ls_init_value=0.5,  # with the usual 1e-6 a block's noise hides its gradient
+    ),
     "Swin": lambda: classifier(
         "swin_tiny_patch4_window7_224", 32, img_size=32, window_size=2, depths=(1, 1, 2, 1), embed_dim=8,
         num_heads=(1, 1, 2, 2),
