@@ -86,12 +86,13 @@ def tune(
         check_at_least("batches", batches, 1)
         say(f"noise: {widths} widths at {', '.join(given)}")
         found = _find_sigmas(task, datamodule, run, settings, widths=widths, batches=batches)
-    try:
-        task.strategy.set_sigmas({name: search.found for name, search in found.items()})
-        if rates:
-            rate = find_rate(task, datamodule, run, settings, rates=rates, steps=steps, say=say)
-    finally:
-        task.strategy.set_sigmas(given)
+    with returning(task, task.strategy):  # and to widths that were learned, which the others replace
+        try:
+            task.strategy.set_sigmas({name: search.found for name, search in found.items()})
+            if rates:
+                rate = find_rate(task, datamodule, run, settings, rates=rates, steps=steps, say=say)
+        finally:
+            task.strategy.set_sigmas(given)
     return Tuned(found, rate)
 
 

@@ -92,6 +92,8 @@ def test_a_tuned_task_trains_as_one_that_was_not(make_task, make_trainer, digits
     for tuned in (False, True):
         task = make_task(strategy=two_sites(learn_sigma=0.1))
         callback = QueryAllocatorCallback(allocator=OptimalAllocator())
+        task.strategy.estimate(task.strategy.clean_pass(torch.randn(8, 1, 8, 8), torch.arange(8)))  # learns widths
+        task.zero_grad()
         if tuned:
             random, state = torch.get_rng_state(), task.strategy.state_dict()
             found = tune(task, digits, {**QUIET, "callbacks": [callback]}, **FEW)
