@@ -28,7 +28,8 @@ from flops_lightning.tasks import ForwardModule
 
 COARSE, FINE = 0.5, 0.25
 """Steps of the two grids, in decades."""
-NEAR = 3.0
+NEAR = 1.5
+"""Losses up to this factor above the lowest tell where between the rates it is."""
 BEYOND = 4
 """Rates that may be added to a grid whose best is at its edge."""
 
