@@ -14,8 +14,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from flops_lightning.errors import SettingError, check_at_least, check_choice, check_positive
+from flops_lightning.optim.muon import Muon, hidden_matrices
 
-OPTIMIZERS: dict[str, type[Optimizer]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+OPTIMIZERS: dict[str, type[Optimizer]] = {
+    "adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "muon": Muon, "sgd": torch.optim.SGD
+}  # fmt: skip
 ScheduleName = Literal["constant", "cosine"]
 
 
@@ -24,12 +27,13 @@ class OptimizerSettings:
     """How gradients become steps; the defaults are the paper's (Adam, 1e-4, constant).
 
     Attributes:
-        name: ``adam``, ``adamw`` or ``sgd``, or the dotted path of another ``torch.optim.Optimizer`` such as
+        name: ``adam``, ``adamw``, ``sgd``, or ``muon`` (:class:`flops_lightning.optim.muon.Muon`: hidden matrices, and
+            AdamW for all else), or the dotted path of another ``torch.optim.Optimizer`` such as
             ``torch.optim.RMSprop``.
         arguments: Further arguments of the optimiser, by name.
         lr: Learning rate (its peak, under a schedule).
         weight_decay: Weight decay, not applied to biases, norms and other parameters of one dimension.
-        momentum: Momentum of ``sgd``.
+        momentum: Momentum of ``sgd`` and ``muon``.
         schedule: ``constant``, or ``cosine`` down to zero at the last step.
         warmup_steps: Steps of linear warm-up from zero.
         layer_decay: Factor of the learning rate from each block to the one below it, counted by timm from the head
@@ -70,9 +74,9 @@ class OptimizerSettings:
         if not 0 < self.layer_decay <= 1:
             problem = "must be in (0, 1]."
             raise SettingError("optimizer.layer_decay", self.layer_decay, problem, "Write 0.75, say, or 1.")
-        if self.momentum and self.name != "sgd":
+        if self.momentum and self.name not in ("sgd", "muon"):
             problem = f"{self.name} has no momentum setting."
-            raise SettingError("optimizer.momentum", self.momentum, problem, "Write 0, or name: sgd.")
+            raise SettingError("optimizer.momentum", self.momentum, problem, "Write 0, or name: sgd or muon.")
 
 
 @dataclass
@@ -118,6 +122,8 @@ def build_optimizer(module: nn.Module, settings: OptimizerSettings) -> Optimizer
 
         groups = param_groups_layer_decay(module, settings.weight_decay, layer_decay=settings.layer_decay)
         groups = [{**group, "lr": settings.lr * float(str(group.pop("lr_scale")))} for group in groups]
+    if settings.name == "muon":
+        groups = _matrices_apart(module, groups)
     groups = [group for group in groups if group["params"]]
     arguments = {"lr": settings.lr, **settings.arguments}
     for name in ("weight_decay", "momentum"):  # some optimisers have neither
@@ -127,8 +133,21 @@ def build_optimizer(module: nn.Module, settings: OptimizerSettings) -> Optimizer
     try:
         return cast("Optimizer", family(groups, **arguments))
     except (TypeError, ValueError) as error:
-        remedy = "Give arguments that it takes, for parameters of any shape."
+        remedy = "Give arguments that it takes, for parameters of any shape (torch.optim.Muon: write name: muon)."
         raise SettingError("optimizer.arguments", arguments, f"{settings.name}: {error}.", remedy) from error
+
+
+def _matrices_apart(module: nn.Module, groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each group in two: the hidden matrices, and what is not for Muon."""
+    chosen = {id(p) for p in hidden_matrices(module)}
+    if not chosen:
+        problem = "finds no matrix to train but embeddings and the last one, the head."
+        raise SettingError("optimizer.name", "muon", problem, "Freeze less, or write name: adamw.")
+    return [
+        {**group, "params": [p for p in group["params"] if (id(p) in chosen) is matrices], "matrices": matrices}
+        for group in groups
+        for matrices in (True, False)
+    ]
 
 
 def optimizer_class(name: str) -> type[Optimizer]:

@@ -196,7 +196,7 @@ def test_copies_and_pickles_keep_their_stages(make_task, kind):
         ({"optimizer": OptimizerSettings(name="adam", momentum=0.9)}, "optimizer.momentum = 0.9: adam has no"),
         (
             {"optimizer": OptimizerSettings(name="lion")},
-            "optimizer.name = 'lion': is neither one of adam, adamw, sgd nor",
+            "optimizer.name = 'lion': is neither one of adam, adamw, muon, sgd nor",
         ),
         ({"clip": ClipSettings(norm=-1.0)}, "clip.norm = -1.0: must be 0 or more. Write 0 for none"),
         ({"optimizer": {"betas": (0.9, 0.99)}}, "optimizer = .*has no setting 'betas'.*Choose from name"),
