@@ -100,7 +100,7 @@ class Method:
                 embedding = strategy.network.run(inputs[:1], 0, len(strategy.network) - 1)
             gathered = (1 + min(embedding.numel(), EMBEDDING_FEATURES), 2 * len(sites))
         return StepLoad(
-            sum(p.numel() for p in parameters), len(parameters), len(sites), sites[0].queries_per_sample,
+            sum(p.numel() for p in parameters), len(parameters), len(sites), int(sites[0].queries_per_sample),
             forward_equivalents(strategy, inputs), self.drawn, self.exchange, gathered, strategy.chunk_rows,
         )  # fmt: skip
 

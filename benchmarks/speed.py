@@ -121,14 +121,14 @@ def infer(network: StagedNetwork, rows: Rows) -> None:
 
 def full_rows(sites: Iterable[Site], inputs: Tensor, chunk_rows: int) -> Rows:
     """Every query of every site as one row through the whole network."""
-    chunks = {queries: _repeated(inputs, queries, chunk_rows) for queries in {s.queries_per_sample for s in sites}}
+    chunks = {queries: _repeated(inputs, int(queries), chunk_rows) for queries in {s.queries_per_sample for s in sites}}
     return [(0, chunks[site.queries_per_sample]) for site in sites]
 
 
 def suffix_rows(sites: Iterable[Site], clean: CleanPass, chunk_rows: int) -> Rows:
     """Every query of every ``block`` or ``group`` site as one row through what is above the noise."""
     begins = [(s, clean.activations[s.start] if s.in_parameters else boundary_activation(s, clean)) for s in sites]
-    return [(site.start, _repeated(h, site.queries_per_sample, chunk_rows)) for site, h in begins]
+    return [(site.start, _repeated(h, int(site.queries_per_sample), chunk_rows)) for site, h in begins]
 
 
 def _repeated(h: Any, queries: int, chunk_rows: int) -> Sequence[Tensor]:

@@ -7,8 +7,10 @@
 ``sample_statistics(batch)``        Required. Before the training step: what is known of the samples.
 ``set_query_counts(counts)``        Required. The ``(s, b)`` queries to spend in the training step on this batch.
 ``set_pilot_weights(weights)``      Optional (:class:`SupportsPilotWeights`). Weights of pilots that are reused.
+``set_inclusion(probabilities)``    Optional (:class:`SupportsInclusion`). The probability that a sample has queries.
 ``training_step(batch)``            Lightning's own: spend the queries and update the parameters.
 ``trace_observation()``             Optional (:class:`SupportsTraceFeedback`). What the queries showed.
+``gradient_observation()``          Optional (:class:`SupportsGradientFeedback`). What the whole gradient showed.
 ==================================  ====================================================================================
 
 and once, before training, optionally ``request_statistics(names)`` (:class:`SupportsStatisticsRequests`).
@@ -20,14 +22,22 @@ top, with one entry per sample. Where both are allowed, ``(b,)`` holds at every 
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from flops_lightning.errors import SettingError, check_at_least
 
-PER_SITE = ("counted_costs", "measured_costs", "scale", "preconditioned_scale")  # one number for each site
+Metric = Literal["parameters", "preconditioned"]
+"""Units in which the parameters' gradients are compared."""
+PER_SITE = (
+    "counted_costs",
+    "fixed_costs",
+    "measured_costs",
+    "scale",
+    "preconditioned_scale",
+)  # one number for each site
 FIELDS = ("loss", "embedding", "trace", "trace_queries", *PER_SITE)  # tensors
 
 
@@ -43,7 +53,8 @@ class QueryBudget:
         flops_lightning.errors.SettingError: queries_per_sample = 7: must be a positive multiple of 2. ...
     """
 
-    queries_per_sample: tuple[int, ...]  # average of a sample, one entry for each of the s sites
+    # Average of a sample, one entry for each of the s sites: an int is a multiple of `multiple`, a float any number.
+    queries_per_sample: tuple[float, ...]
     multiple: int = 1  # counts are multiples of this (2 if queries come in antithetic pairs)
     minimum: int = 0  # fewest that the estimator can use (2 for leave-one-out); an allocator may set a higher floor
     sites: tuple[str, ...] = field(default=(), compare=False)  # names in logs; by default their numbers
@@ -53,13 +64,23 @@ class QueryBudget:
         if not self.queries_per_sample:
             raise SettingError("queries_per_sample", (), "no site has a budget.", "Give at least one number.")
         for queries in self.queries_per_sample:
-            if queries < self.multiple or queries % self.multiple:
+            if not queries > 0 or (isinstance(queries, int) and queries % self.multiple):
                 problem = f"must be a positive multiple of {self.multiple}."
                 remedy = f"Write, for example, {self.multiple * max(1, round(20 / self.multiple))}."
                 raise SettingError("queries_per_sample", queries, problem, remedy)
         if self.sites and len(self.sites) != len(self.queries_per_sample):
             problem = f"must name each of {len(self.queries_per_sample)} sites."
             raise SettingError("budget.sites", self.sites, problem, "Give a name for each site, or none.")
+
+    def totals(self, samples: int) -> list[int]:
+        """Queries of a batch at each site: the multiple closest to the average of its samples, but not none."""
+        units = [round(queries * samples / self.multiple) for queries in self.queries_per_sample]
+        return [max(1, n) * self.multiple for n in units]
+
+    @property
+    def unit(self) -> int:
+        """Fewest queries of a sample that has any: a multiple that the estimator can use."""
+        return -(-max(1, self.minimum) // self.multiple) * self.multiple
 
     @property
     def site_names(self) -> tuple[str, ...]:
@@ -90,6 +111,7 @@ class SampleStatistics:
     # (b,) or (s, b) nonnegative numbers from the clean pass that predict the trace (by their logarithms), by name
     predictors: Mapping[str, Tensor] | None = None
     counted_costs: Tensor | None = None  # (s,) cost of one query at each site, counted in forward-equivalents
+    fixed_costs: Tensor | None = None  # (s,) what a step costs a sample without any query, each site's share
     measured_costs: Tensor | None = None  # (s,) the same, measured
     scale: Tensor | None = None  # (s,) factors that convert traces to squared units of each site's parameters
     preconditioned_scale: Tensor | None = None  # (s,) the same, in the metric of the optimiser's steps
@@ -138,11 +160,15 @@ class Allocation:
         tensor([8])
     """
 
-    counts: Tensor  # (s, b) int64 on the CPU; row s sums exactly to queries_per_sample[s] * b
+    counts: Tensor  # (s, b) int64 on the CPU; row s sums exactly to budget.totals(b)[s]
     diagnostics: dict[str, float] = field(default_factory=dict)  # numbers to log, by name
     # (s, b) weight of reused pilots in each sample's gradient, chosen before they are seen; None: their budget share
     pilot_weight: Tensor | None = None
     most: Tensor | None = None  # (s,) upper bound of a sample's counts at each site
+    # (s, b) probability with which the sample has queries at the site: where it has some, its gradient is divided by
+    # this; None: 1 for all
+    inclusion: Tensor | None = None
+    expected: Tensor | None = None  # (s, b) float64 expectation of the counts, where samples are drawn
 
 
 @dataclass(frozen=True)
@@ -156,10 +182,16 @@ class TraceObservation:
     """
 
     # (s, b) unbiased estimates of the trace of the covariance of one query's gradient (the sum of the variances of its
-    # entries); NaN if fewer than two queries survived
+    # entries); NaN if none is known
     trace: Tensor
     queries: Tensor  # (s, b) surviving queries behind each
     unit: int = 1  # queries that are independent of others only as a group (2 in antithetic pairs)
+
+    @property
+    def freedom(self) -> Tensor:
+        """``(s, b)`` degrees of freedom of each trace: queries (or pairs) less one; 1 of a single one, 0 of none."""
+        known = self.trace.isfinite() & (self.queries > 0)
+        return torch.where(known, (self.queries / self.unit - 1.0).clamp_min(1.0), 0.0)
 
     def joined(self, other: "TraceObservation") -> "TraceObservation":
         """All known traces of both; those of ``other`` where both have one."""
@@ -171,6 +203,30 @@ class TraceObservation:
         """A copy in float64 on the CPU; takes one transfer."""
         trace, queries = torch.stack([self.trace.detach(), self.queries.to(self.trace)]).cpu().double()
         return TraceObservation(trace, queries, self.unit)
+
+
+@dataclass(frozen=True)
+class GradientObservation:
+    """What the gradient estimate of a step showed about signal and noise, over the samples of all ranks.
+
+    ``along`` is the derivative of the mean clean loss in the direction of the estimate. The queries are independent of
+    the clean loss, so its expectation is the squared norm of the exact gradient of the batch.
+
+    Example:
+        >>> exact, noise = torch.tensor([1.0, 2.0]), torch.tensor([3.0, -1.0])
+        >>> estimate = exact + noise
+        >>> GradientObservation(float(exact @ estimate), sq_norms=estimate.square().sum()[None]).along
+        6.0
+    """
+
+    along: float
+    sq_norms: Tensor  # (s,) squared norm of the estimate at each site that spends queries
+    exact_sq_norm: float = 0.0  # and of what is exact: an exact head
+
+    def plus(self, other: "GradientObservation") -> "GradientObservation":
+        """Both together, where sites are updated one after the other."""
+        exact = self.exact_sq_norm + other.exact_sq_norm
+        return GradientObservation(self.along + other.along, self.sq_norms + other.sq_norms, exact)
 
 
 @runtime_checkable
@@ -229,6 +285,21 @@ class SupportsPilotWeights(Protocol):
 
 
 @runtime_checkable
+class SupportsInclusion(Protocol):
+    """Optional: takes averages of less than one query a sample, or of fewer than one for some.
+
+    Example:
+        >>> class Sampling:
+        ...     def set_inclusion(self, probabilities): self.probabilities = probabilities
+        >>> isinstance(Sampling(), SupportsInclusion)
+        True
+    """
+
+    def set_inclusion(self, probabilities: Tensor) -> None:
+        """Keep ``(s, b)`` probabilities for the step, by which the gradients of samples with queries are divided."""
+
+
+@runtime_checkable
 class SupportsTraceFeedback(Protocol):
     """Optional: reports the traces that each step's queries showed; required by allocators that predict traces.
 
@@ -241,3 +312,25 @@ class SupportsTraceFeedback(Protocol):
 
     def trace_observation(self) -> TraceObservation | None:
         """What the queries of the training step just made showed, or None."""
+
+
+@runtime_checkable
+class SupportsGradientFeedback(Protocol):
+    """Optional: measures signal and noise of a step's gradient; required by budgets that are chosen at every step.
+
+    Example:
+        >>> class Measuring:
+        ...     def watch_gradient(self, metric): self.watched = metric
+        ...     def gradient_observation(self): return GradientObservation(1.0, torch.ones(1))
+        >>> isinstance(Measuring(), SupportsGradientFeedback)
+        True
+    """
+
+    def watch_gradient(self, metric: Metric) -> None:
+        """Measure the gradient of the training step that follows.
+
+        ``preconditioned``: each squared derivative counts by the squared step that the optimiser makes of it.
+        """
+
+    def gradient_observation(self) -> GradientObservation | None:
+        """What was measured in the step just made; None if it had no gradient."""

@@ -1,12 +1,14 @@
 """The base class of allocators."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 
+from flops_lightning.allocators.inclusion import InclusionDraws
 from flops_lightning.errors import SettingError
 from flops_lightning.protocol import Allocation, QueryBudget, SampleStatistics, TraceObservation
 from flops_lightning.settings import KeepsSettings
@@ -27,6 +29,10 @@ class QueryAllocator(KeepsSettings, ABC):
 
     requires: ClassVar[frozenset[str]] = frozenset()
     """Fields of :class:`SampleStatistics` that must not be None."""
+
+    @cached_property
+    def _inclusion(self) -> InclusionDraws:
+        return InclusionDraws()
 
     @property
     def requests(self) -> frozenset[str]:
@@ -51,12 +57,11 @@ class QueryAllocator(KeepsSettings, ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and tensors that a resumed run needs."""
-        return {}
+        return self._inclusion.state_dict()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
-        if state:
-            raise ValueError(f"{type(self).__name__} keeps no state, the checkpoint has {sorted(state)}.")
+        self._inclusion.load_state_dict(state)
 
     def check(self, statistics: SampleStatistics) -> None:
         """Raise a :class:`SettingError` if ``statistics`` lacks a field named in :attr:`requires`."""

@@ -10,7 +10,6 @@ from torch import Tensor
 from flops_lightning.allocators.base import check_unused, one_thread
 from flops_lightning.allocators.gaussian_search import Optimum, minimise
 from flops_lightning.allocators.objective import objective
-from flops_lightning.allocators.rounding import next_multiple, round_at_sites
 from flops_lightning.allocators.trace_allocator import SearchAllocator, count_diagnostics
 from flops_lightning.errors import SettingError
 from flops_lightning.protocol import Allocation, QueryBudget, SampleStatistics
@@ -91,7 +90,7 @@ class BernoulliAllocator(SearchAllocator):
     @one_thread()
     def allocate(self, statistics: SampleStatistics, budget: QueryBudget) -> Allocation:
         """Optimise p on this batch (unless it is fixed) and draw the allocation."""
-        totals, minimum = self._totals(statistics, budget)
+        minima, totals = self._least(statistics, budget), budget.totals(len(statistics.loss))
         trace: Tensor | None = None
         if self.optimise:
             statistics = replace(statistics, embedding=None).on_cpu()
@@ -99,19 +98,21 @@ class BernoulliAllocator(SearchAllocator):
         else:
             statistics = SampleStatistics(loss=statistics.loss).on_cpu()
             usable = statistics.loss.isfinite()
-        batch_size, least = len(usable), next_multiple(minimum, budget.multiple)
-        left = [total - least * int((~usable).sum()) for total in totals]
-        pruned, optimum = self._draw(statistics.loss[usable], None if trace is None else trace[usable], left[0], least)
+        batch_size, lost = len(usable), int((~usable).sum())
+        left = [total - least * lost for total, least in zip(totals, minima, strict=True)]
+        of_usable = None if trace is None else trace[usable]
+        pruned, optimum = self._draw(statistics.loss[usable], of_usable, left[0], minima[0])
         shares = torch.zeros(len(totals), batch_size, dtype=torch.float64)
         if len(pruned):
-            shares[:, usable] = torch.stack([pruned_allocation(pruned, queries, floor=least) for queries in left])
-        counts = round_at_sites(shares, totals, minimum=minimum, multiple=budget.multiple)
+            lines = zip(left, minima, strict=True)
+            shares[:, usable] = torch.stack([pruned_allocation(pruned, n, floor=least) for n, least in lines])
+        counts, inclusion, expected = self._inclusion.split(shares, budget, minima)
         values = {"p": self._last_p, "pruned": int(pruned.sum()) / batch_size} | count_diagnostics(counts)
         if trace is not None:
-            values |= self._search_diagnostics(trace, counts[0], optimum)
-        return Allocation(counts, values)
+            values |= self._search_diagnostics(trace, expected[0], optimum)
+        return Allocation(counts, values, inclusion=inclusion, expected=expected)
 
-    def _draw(self, loss: Tensor, trace: Tensor | None, total: float, least: int) -> tuple[Tensor, Optimum | None]:
+    def _draw(self, loss: Tensor, trace: Tensor | None, total: float, least: float) -> tuple[Tensor, Optimum | None]:
         """Which usable samples are pruned, and the optimum of p for the first site's total, if it is optimised."""
         generator = self._generator()
         below, optimum = below_mean(loss), None

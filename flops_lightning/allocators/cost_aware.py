@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from flops_lightning.allocators.base import one_thread
+from flops_lightning.allocators.inclusion import least_expected
 from flops_lightning.allocators.objective import optimal_shares
 from flops_lightning.allocators.rounding import next_multiple
 from flops_lightning.allocators.trace_allocator import TraceAllocator, count_diagnostics
 from flops_lightning.allocators.trace_estimator import TraceEstimate
 from flops_lightning.errors import SettingError, check_at_least, check_choice, check_positive
-from flops_lightning.protocol import Allocation, QueryBudget, SampleStatistics
+from flops_lightning.protocol import Allocation, Metric, QueryBudget, SampleStatistics
 
 Costs = Literal["flops", "measured", "given"]
-Metric = Literal["parameters", "preconditioned"]
 
 LEAST_COST = 1e-4  # relative to the dearest query: counted FLOPs can be none where only a loss is computed
 MOST_QUERIES = 10  # default of `max_queries`, in multiples of a site's own budget
@@ -107,31 +107,42 @@ class CostAwareAllocator(TraceAllocator):
             self._check_pilots(estimate.pilots)
         scales = self._scales(statistics, sites)[:, None]
         multiple = budget.multiple
-        least = next_multiple(max(self.min_queries, budget.minimum), multiple)
+        drawn = 0 < self.min_queries < 1 or any(isinstance(n, float) for n in budget.queries_per_sample)
+        least = (
+            min(least_expected(budget, batch_size, self.min_queries))
+            if drawn
+            else float(next_multiple(max(int(self.min_queries), budget.minimum), multiple))
+        )
         if 0 < self.max_queries < least:
-            problem = f"is below the least count, {least}."
-            raise SettingError("max_queries", self.max_queries, problem, f"Write {least} or more.")
+            problem = f"is below the least count, {least:g}."
+            raise SettingError("max_queries", self.max_queries, problem, f"Write {least:g} or more.")
         most = torch.full_like(own, self.max_queries) if self.max_queries else own * MOST_QUERIES
-        most = (most.div(multiple).floor() * multiple).clamp_min(least)
+        if not drawn:
+            most = (most.div(multiple).floor() * multiple).clamp_min(least)
         total = (self.compute or float((costs * own).sum())) * batch_size
         if total * (1.0 + 1e-9) < float(costs.sum()) * least * batch_size:
-            problem = f"does not pay for {least} queries of every sample at each of {sites} sites."
+            problem = f"does not pay for {least:g} queries of every sample at each of {sites} sites."
             enough = 1.0005 * float(costs.sum()) * least  # four digits may round down by half a thousandth
             remedy = f"Lower min_queries, or write at least {enough:.4g}."
             raise SettingError("compute", self.compute, problem, remedy)
-        cheapest = partial(cheapest_counts, costs=costs, total=total, least=least, most=most, multiple=multiple)
+        unit = 0 if drawn else multiple
+        cheapest = partial(cheapest_counts, costs=costs, total=total, least=least, most=most, multiple=unit)
         weight = estimate.pilot_weight(lambda p: cheapest(self._variance(p, estimate, scales, own, costs)))
         variance = self._variance(estimate.trace, estimate, scales, own, costs)
         if weight is not None:
             variance = variance * (1.0 - weight).square()
-        counts = cheapest(variance)
+        used, inclusion = cheapest(variance), None
+        counts = used
+        if drawn:
+            counts, inclusion, used = self._inclusion.draw(used, unit=budget.unit)
+            self._check_drawn(inclusion, weight)
         equal = float((variance.sum(dim=1) / own).sum())
         values = count_diagnostics(counts, estimate)
-        values["J_over_J_own"] = float((variance / counts).sum()) / equal if equal > 0 else 1.0
+        values["J_over_J_own"] = float((variance / used).sum()) / equal if equal > 0 else 1.0
         values["compute_used"] = float((costs[:, None] * counts).sum()) / total
         averages = zip(budget.site_names, counts.double().mean(dim=1).tolist(), strict=True)
         values |= {f"queries/{name}": average for name, average in averages}
-        return Allocation(counts, values, weight, most.long())
+        return Allocation(counts, values, weight, most.long(), inclusion, used)
 
     def _variance(self, trace: Tensor, estimate: TraceEstimate, scales: Tensor, own: Tensor, costs: Tensor) -> Tensor:
         """``(s, b)`` V of :func:`cheapest_counts`: traces in units of the parameters.
@@ -180,7 +191,7 @@ class CostAwareAllocator(TraceAllocator):
 
 
 def cheapest_counts(
-    variance: Tensor, costs: Tensor, total: float, *, least: int, most: Tensor, multiple: int
+    variance: Tensor, costs: Tensor, total: float, *, least: float, most: Tensor, multiple: int
 ) -> Tensor:
     """Integer counts that make ``sum_sb V_sb / A_sb`` small at a cost of at most ``total``.
 
@@ -189,7 +200,8 @@ def cheapest_counts(
     costs less by one multiple at the dearest site.
 
     For ``(s, b)`` nonnegative V and ``(s,)`` positive costs; ``least`` and the ``(s,)`` ``most`` are multiples of
-    ``multiple``, and ``total`` pays for ``least`` everywhere. Returns ``(s, b)`` int64.
+    ``multiple``, and ``total`` pays for ``least`` everywhere. Returns ``(s, b)`` int64; with ``multiple`` 0 the
+    continuous optimum, float64.
     """
     price = costs[:, None]
     share = optimal_shares(variance / price)
@@ -202,6 +214,8 @@ def cheapest_counts(
     for _ in range(50):
         middle = 0.5 * (low + high)
         low, high = (middle, high) if float((price * at(middle)).sum()) <= total else (low, middle)
+    if not multiple:
+        return at(low)
     counts = (at(low) / multiple).floor().mul(multiple).clamp_min(least)
     left = total * (1.0 + 1e-12) - float((price * counts).sum())
     flat, value = counts.flatten().tolist(), variance.flatten().tolist()

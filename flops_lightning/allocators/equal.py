@@ -17,6 +17,14 @@ class EqualAllocator(QueryAllocator):
     """
 
     def allocate(self, statistics: SampleStatistics, budget: QueryBudget) -> Allocation:
-        """Repeat the budget for every sample; only the number of losses is read."""
-        queries = torch.tensor(budget.queries_per_sample, dtype=torch.int64)
-        return Allocation(counts=queries[:, None].repeat(1, len(statistics.loss)))
+        """Repeat the budget for every sample; only the number of losses is read.
+
+        Samples in turn get the one query more or less that an average between two whole numbers takes.
+        """
+        samples = len(statistics.loss)
+        if all(isinstance(queries, int) for queries in budget.queries_per_sample):
+            queries = torch.tensor(budget.queries_per_sample, dtype=torch.int64)
+            return Allocation(counts=queries[:, None].repeat(1, samples))
+        averages = torch.tensor(budget.totals(samples)).double() / samples
+        drawn = self._inclusion.draw(averages[:, None].repeat(1, samples), unit=budget.unit)
+        return Allocation(drawn.counts, inclusion=drawn.inclusion, expected=drawn.expected)

@@ -11,7 +11,6 @@ from torch import Tensor
 from flops_lightning.allocators import gaussian_search
 from flops_lightning.allocators.base import one_thread
 from flops_lightning.allocators.gaussian_search import AllocationProblem, Covariance, Optimum, make_draws
-from flops_lightning.allocators.rounding import next_multiple, round_at_sites
 from flops_lightning.allocators.trace_allocator import SearchAllocator, count_diagnostics
 from flops_lightning.errors import SettingError, check_choice
 from flops_lightning.protocol import Allocation, QueryBudget, SampleStatistics
@@ -104,30 +103,30 @@ class GaussianAllocator(SearchAllocator):
         if self.covariance == "diagonal":
             statistics = replace(statistics, embedding=None)
         statistics = statistics.on_cpu()
-        totals, minimum = self._totals(statistics, budget)
+        least = self._least(statistics, budget)
         usable, trace = self._usable_traces(statistics, budget)
         shares, optimum, generator = usable.double(), None, self._generator()
         if bool((trace > 0).any()):
-            shares[usable], optimum = self._draw(statistics, usable, trace[usable], budget, generator)
-        counts = round_at_sites(shares.expand(len(totals), -1), totals, minimum=minimum, multiple=budget.multiple)
-        values = self._search_diagnostics(trace, counts[0], optimum) | count_diagnostics(counts[0])
+            shares[usable], optimum = self._draw(statistics, usable, trace[usable], budget, least[0], generator)
+        counts, inclusion, expected = self._inclusion.split(shares.expand(len(least), -1), budget, least)
+        values = self._search_diagnostics(trace, expected[0], optimum) | count_diagnostics(counts[0])
         if self.parameters is not None:
             values |= {name: float(value) for name, value in vars(self.parameters).items()}
-        return Allocation(counts, values)
+        return Allocation(counts, values, inclusion=inclusion, expected=expected)
 
     def _draw(
-        self, statistics: SampleStatistics, usable: Tensor, trace: Tensor, budget: QueryBudget,
+        self, statistics: SampleStatistics, usable: Tensor, trace: Tensor, budget: QueryBudget, least: float,
         generator: torch.Generator,
     ) -> tuple[Tensor, Optimum | None]:  # fmt: skip
         queries = budget.queries_per_sample[0]
-        least = next_multiple(max(self.min_queries, budget.minimum), budget.multiple)
         feature = statistics.loss[usable].tanh()
         centre, spread = float(feature.mean()), float(feature.std(correction=0))
         if spread < CONSTANT_FEATURE:  # equal or saturated losses: there is no slope to learn, and none is remembered
             return torch.ones_like(feature), None
         embedding = statistics.embedding
         distance = None if embedding is None else gaussian_search.embedding_distance(embedding[usable], self.covariance)
-        total, floor = queries * len(usable) - least * int((~usable).sum()), max(least, budget.multiple)
+        total = queries * len(usable) - least * int((~usable).sum())
+        floor = least if least < budget.unit else max(least, budget.multiple)
         project = self.covariance == "cosine_similarity"
         problem = AllocationProblem((feature - centre) / spread, trace, distance, project, total, floor)
         normal = torch.randn(1, len(feature), dtype=torch.float64, generator=generator)

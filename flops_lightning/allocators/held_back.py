@@ -29,7 +29,7 @@ def held_back_ratios(
 ) -> HeldBackRatios:  # fmt: skip
     """J of the counts relative to equal counts and to the optimum, at each site, for the same number of queries.
 
-    Samples with fewer than two independent queries show no trace and are excluded from the sums; equal counts are those
+    Samples without queries show no trace and are excluded from the sums; equal counts are those
     of the whole batch. The optimum is that of the remaining samples with the queries they had, corrected for the noise
     in the traces (:func:`estimated_gain_optimal`).
 
@@ -50,8 +50,7 @@ def held_back_ratios(
     of_counts = torch.stack([objective(t, n) for t, n in zip(trace, used, strict=True)])
     total = trace.sum(dim=1)
     number, queries = seen.sum(dim=1), torch.where(seen, counts + paid, 0.0).sum(dim=1)
-    freedom = (observation.queries / observation.unit - 1.0).clamp_min(0.0)
-    least = number * total / queries / estimated_gain_optimal(observation.trace, freedom)
+    least = number * total / queries / estimated_gain_optimal(observation.trace, observation.freedom)
     ratios = (of_counts * mean[:, 0] / total, of_counts / least)
     return HeldBackRatios(*(torch.where(total > 0, ratio, torch.nan) for ratio in ratios))
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from flops_lightning.allocators.base import one_thread
 from flops_lightning.allocators.objective import optimal_shares
-from flops_lightning.allocators.rounding import round_at_sites, water_fill
+from flops_lightning.allocators.rounding import water_fill
 from flops_lightning.allocators.trace_allocator import TraceAllocator, count_diagnostics, over_equal
 from flops_lightning.protocol import Allocation, QueryBudget, SampleStatistics
 
@@ -16,6 +16,7 @@ class OptimalAllocator(TraceAllocator):
     With exact traces this minimises ``J = sum_b Tr_b / A_b`` (eq. 9) and attains the bound of Theorem 2. By default a
     regression on the clean pass predicts the traces (:class:`TraceSettings`). If no trace is positive, the allocation
     is equal. ``min_queries: 0`` allows samples without queries, which biases the batch gradient towards zero.
+    ``min_queries: 0.25`` allows averages of a quarter of a query without bias (:mod:`.inclusion`).
 
     With reused pilots and a prediction, a sample's pilots enter its gradient with the weight ``n / (n + A)``, where
     ``A`` is the number of queries for the prediction alone. The weight does not depend on the pilots' losses, so the
@@ -38,19 +39,22 @@ class OptimalAllocator(TraceAllocator):
     def allocate(self, statistics: SampleStatistics, budget: QueryBudget) -> Allocation:
         """Estimate the traces and split each site's budget in proportion to their roots."""
         statistics = statistics.on_cpu()
-        totals, minimum = self._totals(statistics, budget)
+        least, totals = self._least(statistics, budget), budget.totals(len(statistics.loss))
         estimate = self._traces.estimate(statistics, sites=len(totals), unit=budget.multiple)
-        floor = max(minimum, budget.multiple)
 
         def expected(prediction: Tensor) -> Tensor:
-            lines = zip(optimal_shares(prediction), totals, strict=True)
-            return torch.stack([water_fill(s, total, floor=min(floor, total / len(s))) for s, total in lines])
+            lines = zip(optimal_shares(prediction), totals, least, strict=True)
+            return torch.stack(
+                [water_fill(s, total, floor=min(n or budget.multiple, total / len(s))) for s, total, n in lines]
+            )
 
         weight = estimate.pilot_weight(expected)
         shares = optimal_shares(estimate.trace)
         if weight is not None:
             shares = shares * (1.0 - weight)
-        counts = round_at_sites(shares, totals, minimum=minimum, multiple=budget.multiple)
-        pairs = [(t, n) for t, n in zip(estimate.trace, counts, strict=True) if float(t.sum()) > 0 and int(n.sum()) > 0]
+        counts, inclusion, used = self._inclusion.split(shares, budget, least)
+        self._check_drawn(inclusion, weight)
+        pairs = [(t, n) for t, n in zip(estimate.trace, used, strict=True) if float(t.sum()) > 0 and float(n.sum()) > 0]
         mean = sum(over_equal(trace, count) for trace, count in pairs) / len(pairs) if pairs else 1.0
-        return Allocation(counts, {"J_over_J_equal": mean} | count_diagnostics(counts, estimate), weight)
+        values = {"J_over_J_equal": mean} | count_diagnostics(counts, estimate)
+        return Allocation(counts, values, weight, inclusion=inclusion, expected=used)

@@ -63,9 +63,10 @@ def with_fixed_totals(allocation: Allocation, sizes: Sequence[int], *, multiple:
     """Rescale the counts so that each rank's total at each site is in proportion to its number of samples, ``sizes``.
 
     Within a rank the relative counts are preserved, between the site's least count and ``allocation.most``; a rank
-    whose samples all reach the latter spends less.
+    whose samples all reach the latter spends less. Where samples are drawn the counts stay: to change them would change
+    the probabilities.
     """
-    if len(sizes) == 1:
+    if len(sizes) == 1 or allocation.inclusion is not None:
         return allocation
     lines = []
     for i, line in enumerate(allocation.counts):

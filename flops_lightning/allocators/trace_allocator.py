@@ -9,10 +9,10 @@ from torch import Tensor
 
 from flops_lightning.allocators.base import QueryAllocator, check_unused
 from flops_lightning.allocators.gaussian_search import Optimum
+from flops_lightning.allocators.inclusion import least_expected
 from flops_lightning.allocators.objective import equal_objective, objective
-from flops_lightning.allocators.rounding import check_budget
 from flops_lightning.allocators.trace_estimator import TraceEstimate, TraceEstimator, TraceSettings, mean_over_sites
-from flops_lightning.errors import check_at_least
+from flops_lightning.errors import SettingError, check_at_least
 from flops_lightning.protocol import QueryBudget, SampleStatistics, TraceObservation
 
 DRAWS = 32
@@ -25,14 +25,21 @@ class TraceAllocator(QueryAllocator):
     default_traces: ClassVar[TraceSettings] = TraceSettings()
     least_min_queries: ClassVar[int] = 1
 
-    def __init__(self, *, traces: TraceSettings | None = None, min_queries: int = 1) -> None:
+    def __init__(self, *, traces: TraceSettings | None = None, min_queries: float = 1) -> None:
         """Check the settings.
 
         Args:
             traces: Where the traces come from.
-            min_queries: Least queries of a sample, raised to the next multiple of the budget's ``multiple``.
+            min_queries: Least queries of a sample, raised to the next multiple of the budget's ``multiple``. A fraction
+                below 1: least expected queries of a sample; those who expect less than one are drawn, and weighted by
+                the inverse of their probability (:mod:`~flops_lightning.allocators.inclusion`). Where a budget chosen
+                at every step cannot pay for it, it is a quarter of the average.
         """
-        check_at_least("min_queries", min_queries, self.least_min_queries)
+        if not 0 < min_queries < 1:
+            check_at_least("min_queries", min_queries, self.least_min_queries)
+            if min_queries != int(min_queries):
+                raise SettingError("min_queries", min_queries, "is between two numbers of queries.", "Write an int.")
+            min_queries = int(min_queries)
         self.traces, self.min_queries = traces, min_queries
         self._traces = TraceEstimator(traces or self.default_traces)
 
@@ -51,20 +58,25 @@ class TraceAllocator(QueryAllocator):
         self._traces.observe(observation)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the trace estimator remembers."""
-        return self._traces.state_dict()
+        """What the trace estimator remembers, and the batches drawn."""
+        return super().state_dict() | self._traces.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
+        super().load_state_dict(state)
         self._traces.load_state_dict(state)
 
-    def _totals(self, statistics: SampleStatistics, budget: QueryBudget) -> tuple[list[int], int]:
-        """Queries of the batch at each site, and the least of a sample."""
-        batch_size, minimum = len(statistics.loss), max(self.min_queries, budget.minimum)
-        totals = [queries * batch_size for queries in budget.queries_per_sample]
-        for total in totals:
-            check_budget(total, batch_size, minimum=minimum, multiple=budget.multiple)
-        return totals, minimum
+    def _least(self, statistics: SampleStatistics, budget: QueryBudget) -> list[float]:
+        """Least expected queries of a sample at each site."""
+        return least_expected(budget, len(statistics.loss), self.min_queries)
+
+    def _check_drawn(self, inclusion: Tensor | None, pilot_weight: Tensor | None) -> None:
+        if inclusion is not None and pilot_weight is not None:
+            problem = "leaves samples without queries, and reused pilots would speak for these alone."
+            remedy = (
+                "Write 1 or more queries for every sample, pilots: {reuse: false}, or traces: {source: prediction}."
+            )
+            raise SettingError("min_queries", self.min_queries, problem, remedy)
 
 
 class SearchAllocator(TraceAllocator):
@@ -137,7 +149,7 @@ class SearchAllocator(TraceAllocator):
 
 def over_equal(trace: Tensor, counts: Tensor) -> float:
     """J of ``(b,)`` counts over J of equal counts with the same sum."""
-    return float(objective(trace, counts) / equal_objective(trace, int(counts.sum())))
+    return float(objective(trace, counts) / equal_objective(trace, float(counts.sum())))
 
 
 def count_diagnostics(counts: Tensor, estimate: TraceEstimate | None = None) -> dict[str, float]:

@@ -156,7 +156,7 @@ class TraceEstimator:
             return
         features, trace = self._features.float(), observation.trace.float()
         known = trace.isfinite() & features.isfinite().all(dim=2)
-        freedom = torch.where(known, observation.queries / observation.unit - 1.0, 0.0).clamp_min(0.0).float()
+        freedom = torch.where(known, observation.freedom, 0.0).float()
         if bool((freedom > 0).any()):
             features, trace = torch.where(known[..., None], features, 0.0), torch.where(known, trace, 0.0)
             self._history.append((features, trace, freedom))

@@ -10,8 +10,8 @@ The queries of a step show traces that were unknown when its counts were chosen 
 ``J_over_J_equal_seen/<site>``      The same at each site, if there are 2 to 8.
 ``J_over_J_optimal_seen``           J of the counts used over the least possible with as many queries, mean over the
                                     sites: 1 is perfect. Corrected for the noise in the traces.
-``seen_share``                      Share of the traces that were seen. A sample shows none with fewer than two queries
-                                    (or pairs) at a site: :func:`held_back_ratios` says what this hides.
+``seen_share``                      Share of the traces that were seen. A sample without queries at a site shows none:
+                                    :func:`held_back_ratios` says what this hides.
 ``loss_trace_correlation``          Spearman's rank correlation over the batch of clean loss and trace seen, mean over
                                     the sites: how far the loss alone (as in the Gaussian and the Bernoulli allocator)
                                     can tell noisy samples. Noise in the traces lowers this and the next two.
@@ -30,6 +30,7 @@ and, every tenth time, the images of the batch with the most and the fewest quer
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -90,7 +91,11 @@ def allocation_figures(
     if observation is not None:
         seen = TraceObservation(tables["seen"], tables["queries"], observation.unit)
         given = {"pilots": tables.get("pilots"), "pilot_weight": allocation.pilot_weight}
-        ratios = held_back_ratios(seen, allocation.counts, pilots_reused=statistics.pilots_reused, **given)
+        used = allocation.counts
+        if allocation.inclusion is not None and allocation.expected is not None:
+            # Those that were drawn speak for the others.
+            seen, used = replace(seen, trace=seen.trace / allocation.inclusion), allocation.expected
+        ratios = held_back_ratios(seen, used, pilots_reused=statistics.pilots_reused, **given)
         values["J_over_J_equal_seen"] = ratios.over_equal.nanmean()
         if 2 <= len(ratios.over_equal) <= SITES_SHOWN:
             named = zip(_names(sites, len(ratios.over_equal)), ratios.over_equal, strict=True)

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from flops_lightning.allocators import QueryAllocator, ranks
+from flops_lightning.allocators.budget import BudgetRule, BudgetSettings
 from flops_lightning.allocators.ranks import GatheredStatistics
 from flops_lightning.callbacks.allocation_monitor import AllocationMonitor
 from flops_lightning.distributed import Communicator, present_communicator
@@ -17,11 +18,14 @@ from flops_lightning.protocol import (
     Allocation,
     QueryBudget,
     SampleStatistics,
+    SupportsGradientFeedback,
+    SupportsInclusion,
     SupportsPilotWeights,
     SupportsQueryAllocation,
     SupportsStatisticsRequests,
     SupportsTraceFeedback,
 )
+from flops_lightning.settings import read_settings
 
 SIGNATURES = {
     "sample_statistics": "def sample_statistics(self, batch) -> SampleStatistics",
@@ -75,6 +79,7 @@ class QueryAllocatorCallback(Callback):
             ``SampleStatistics.budget``.
         multiple: Counts are multiples of this (2 if queries come in antithetic pairs). 1: the module's own.
         log: Whether to log the allocator's diagnostics and to watch the allocation.
+        budget: Whether the average number of queries is chosen at every step; None: it is fixed.
 
     Example:
         >>> from flops_lightning import EqualAllocator
@@ -84,14 +89,18 @@ class QueryAllocatorCallback(Callback):
     """
 
     def __init__(
-        self, *, allocator: QueryAllocator, queries_per_sample: int = 0, multiple: int = 1, log: bool = True
-    ) -> None:
+        self, *, allocator: QueryAllocator, queries_per_sample: int = 0, multiple: int = 1, log: bool = True,
+        budget: BudgetSettings | None = None,
+    ) -> None:  # fmt: skip
         if not isinstance(allocator, QueryAllocator):
             remedy = "Write, for example, EqualAllocator()."
             raise SettingError("allocator", allocator, "is not a QueryAllocator.", remedy)
         if queries_per_sample or multiple != 1:
             QueryBudget((queries_per_sample or multiple,), multiple)
         self.allocator, self.queries_per_sample, self.multiple = allocator, queries_per_sample, multiple
+        self.budget = read_settings(BudgetSettings, budget, "budget")
+        self.budget.check()
+        self._rule = BudgetRule(self.budget) if self.budget.rule != "fixed" else None
         self._monitor = AllocationMonitor() if log else None
         self._last: AllocatedBatch | None = None
         self._ranks: Communicator = Communicator()
@@ -102,12 +111,17 @@ class QueryAllocatorCallback(Callback):
         return f"{type(self).__qualname__}[{type(self.allocator).__qualname__}]"
 
     def state_dict(self) -> dict[str, Any]:
-        """The allocator's state."""
-        return self.allocator.state_dict()
+        """The allocator's state, and that of the budget's rule."""
+        state = self.allocator.state_dict()
+        return state if self._rule is None else state | {"budget": self._rule.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the allocator's state."""
-        self.allocator.load_state_dict(state_dict)
+        """Restore what :meth:`state_dict` returned; a rule that a checkpoint does not know starts anew."""
+        state = dict(state_dict)
+        rule = state.pop("budget", None)
+        if rule is not None and self._rule is not None:
+            self._rule.load_state_dict(rule)
+        self.allocator.load_state_dict(state)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse, before training, a module without the required methods and a second allocator."""
@@ -139,9 +153,14 @@ class QueryAllocatorCallback(Callback):
             problem = f"learns from each step's queries, which {type(pl_module).__name__} does not report."
             remedy = "Add `def trace_observation(self) -> TraceObservation | None`, or write traces: {source: pilots}."
             raise SettingError("allocator", type(self.allocator).__name__, problem, remedy)
+        if self._rule is not None and not isinstance(pl_module, SupportsGradientFeedback):
+            problem = f"needs to know signal and noise of each gradient, which {type(pl_module).__name__} cannot tell."
+            remedy = "Add watch_gradient and gradient_observation (flops_lightning.protocol), or write rule: fixed."
+            raise SettingError("budget.rule", self.budget.rule, problem, remedy)
         if isinstance(pl_module, SupportsStatisticsRequests):
+            names = self.allocator.requests | (self._rule.requests if self._rule else frozenset())
             watched = feeds_back and (self.allocator.learns or self._monitor is not None)
-            pl_module.request_statistics(self.allocator.requests | frozenset({"observation"} if watched else ()))
+            pl_module.request_statistics(names | frozenset({"observation"} if watched else ()))
 
     @phase("allocation")
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -158,6 +177,8 @@ class QueryAllocatorCallback(Callback):
             statistics = replace(statistics, embedding=None)  # by far the largest part of what ranks would exchange
         gathered = ranks.gather_statistics(self._ranks, statistics)
         budget = resolve_budget(statistics.budget, queries_per_sample=self.queries_per_sample, multiple=self.multiple)
+        if self._rule is not None:
+            budget = self._choose(self._rule, pl_module, gathered.statistics, budget)
         allocation = self.allocator.allocate(gathered.statistics, budget)
         allocation = ranks.with_fixed_totals(allocation, gathered.sizes, multiple=budget.multiple)
         module.set_query_counts(gathered.own(allocation.counts))
@@ -169,9 +190,33 @@ class QueryAllocatorCallback(Callback):
                     "return pilots_reused=False in the statistics.",
                 )  # fmt: skip
             pl_module.set_pilot_weights(gathered.own(allocation.pilot_weight))
+        if allocation.inclusion is not None:
+            if not isinstance(pl_module, SupportsInclusion):
+                raise SettingError(
+                    "queries_per_sample", budget.queries_per_sample, "leaves samples without queries, and "
+                    f"{type(pl_module).__name__} has no method to take their probabilities.",
+                    "Add `def set_inclusion(self, probabilities: Tensor) -> None`, or spend one query or more on each.",
+                )  # fmt: skip
+            pl_module.set_inclusion(gathered.own(allocation.inclusion))
         self._last = AllocatedBatch(gathered, allocation, budget.site_names)
         if self._monitor is not None and allocation.diagnostics:
             self._log(pl_module, allocation.diagnostics)
+
+    def _choose(
+        self, rule: BudgetRule, pl_module: LightningModule, statistics: SampleStatistics, own: QueryBudget
+    ) -> QueryBudget:
+        """The budget of this step, and whether its gradient is watched for those that follow."""
+        if statistics.trace is not None:
+            problem = "chooses how many queries a sample has, and pilots are a fixed part of them."
+            remedy = "Set pilots.queries: 0 and traces: {source: prediction}, or rule: fixed."
+            raise SettingError("budget.rule", self.budget.rule, problem, remedy)
+        budget = rule.choose(own, statistics)
+        if rule.due():
+            cast("SupportsGradientFeedback", pl_module).watch_gradient(self.budget.metric)
+        if self._monitor is not None:
+            figures = {f"budget/{name}": value for name, value in rule.figures(budget).items()}
+            pl_module.log_dict(figures, on_step=True, on_epoch=False, batch_size=1)
+        return budget
 
     @phase("allocation")
     def on_train_batch_end(
@@ -185,6 +230,9 @@ class QueryAllocatorCallback(Callback):
         if observation is not None:
             observation = ranks.gather_observation(self._ranks, observation)
             self.allocator.observe(observation)
+        measured = pl_module.gradient_observation() if isinstance(pl_module, SupportsGradientFeedback) else None
+        if measured is not None and self._rule is not None:
+            self._rule.observe(measured, last.allocation.counts.double().mean(dim=1))
         # Counted over epochs, as the loggers count.
         every: int = cast("Any", trainer).log_every_n_steps
         if self._monitor is not None and every and (trainer.fit_loop.total_batch_idx + 1) % every == 0:

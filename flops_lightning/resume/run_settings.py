@@ -57,7 +57,8 @@ def _allocator(trainer: pl.Trainer) -> dict[str, Any]:
         allocator = getattr(callback, "allocator", None)
         if isinstance(allocator, QueryAllocator):
             own = {f"allocator.{name}": value for name, value in allocator.settings.items()}
-            return {"allocator": type(allocator).__name__, **own}
+            budget = {f"budget.{name}": plain(value) for name, value in vars(getattr(callback, "budget", None)).items()}
+            return {"allocator": type(allocator).__name__, **own, **budget}
     return {"allocator": None}
 
 

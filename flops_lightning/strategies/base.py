@@ -177,7 +177,7 @@ class ForwardGradientStrategy(KeepsSettings, ABC):
     @abstractmethod
     def estimate(
         self, clean: CleanPass, counts: Tensor | None = None, sites: Sequence[str] | None = None, *,
-        pilot_weight: Tensor | None = None, traces: bool = False,
+        pilot_weight: Tensor | None = None, inclusion: Tensor | None = None, traces: bool = False,
     ) -> Estimate:  # fmt: skip
         """Add the gradient estimate to ``.grad`` of the sites' parameters.
 
@@ -188,6 +188,8 @@ class ForwardGradientStrategy(KeepsSettings, ABC):
             sites: Names of the sites to estimate; None: all.
             pilot_weight: ``(s, b)`` weights of reused pilots, chosen independently of their losses; None: their share
                 of the budget.
+            inclusion: ``(s, b)`` probabilities with which the samples were given queries, by which the gradients of
+                those that have some are divided (Horvitz and Thompson, 1952); None: 1 for all.
             traces: Also return the traces that these queries show.
 
         Raises:

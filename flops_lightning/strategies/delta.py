@@ -142,14 +142,17 @@ class DeltaSums:
         """``(b,)`` unbiased trace of the covariance of one query's gradient.
 
         ``unit * (sum_u ||g_u||^2 - ||sum_u g_u||^2 / n) / (n - 1)`` over ``n`` independent units with mean gradient
-        ``g_u``.
+        ``g_u``. A single unit has no scatter, and gives ``unit ||g||^2 (d + 1) / (d + 2)``: for a loss that is linear
+        within sigma, the mean square of ``w z`` is ``d + 2`` times ``||E w z||^2`` for Gaussian ``z`` in ``d``
+        dimensions.
 
-        NaN for samples with fewer than two units. ``sum_sq_norm`` ``(b,)`` is that of the gradient that ``weighted``
-        stands for.
+        NaN for samples without a unit (leave-one-out: with one). ``sum_sq_norm`` ``(b,)`` is that of the gradient that
+        ``weighted`` stands for.
         """
-        n = self.survivors / unit
+        n, d = self.survivors / unit, self.weighted[0].numel()
         scatter = self.squares - sum_sq_norm / unit**2 / n.clamp(min=1)
-        return torch.where(n > 1, unit * scatter / (n - 1).clamp(min=1), torch.nan)
+        single = torch.where(self.found, unit * self.squares * (d + 1) / (d + 2), torch.nan)
+        return torch.where(n > 1, unit * scatter / (n - 1).clamp(min=1), single)
 
     def token_mean_squares(self, unit: int) -> Tensor:
         """``(b, t)`` unbiased ``||E delta_t||^2``: the mean product of the ``delta`` of two different units.

@@ -131,7 +131,8 @@ class LikelihoodRatio(QueryStrategy[OutputQueryResult]):
                     f"model.strategy.{name}", value, f"cannot be learned at {together[0]!r}, where several layers are "
                     "perturbed together.", "Write together: false, or leave it out.",
                 )  # fmt: skip
-        if self.token_sigma and all(site.queries_per_sample < 2 * self.unit for site in sites):
+        single = [isinstance(n := site.queries_per_sample, int) and n < 2 * self.unit for site in sites]
+        if self.token_sigma and all(single):
             raise SettingError(
                 "model.strategy.token_sigma", True,
                 "learns from pairs of independent queries, and each site has only one.",

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flops_lightning.errors import SettingError
 from flops_lightning.meter import CLEAN
 from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.phases import phase
@@ -22,6 +23,7 @@ from flops_lightning.strategies.base import Estimate, add_gradients, warn_silent
 from flops_lightning.strategies.costs import measured_costs
 from flops_lightning.strategies.engine import Q, QueryEngine, QueryResult, SiteGradient
 from flops_lightning.strategies.pilots import pilot_share
+from flops_lightning.strategies.signal import derivative_along
 from flops_lightning.strategies.site_strategy import SiteStrategy
 from flops_lightning.strategies.sites import Site
 from flops_lightning.strategies.statistics import SCALE_EVERY, trace_predictors
@@ -54,6 +56,16 @@ class QueryStrategy(SiteStrategy, Generic[Q]):
 
     def learn(self, site: Site, result: Q) -> None:
         """Learn from a step's own queries, for later steps."""
+
+    def derivative_along(self, clean: CleanPass, directions: Mapping[str, Tensor]) -> Tensor:
+        """Derivative of the batch's mean clean loss along directions of parameters, by name; two clean passes.
+
+        See :func:`~flops_lightning.strategies.signal.derivative_along`.
+        """
+        passes = 2 * clean.batch_size
+        self.meter.add(CLEAN, clean_passes=passes, forward_equivalents=passes)
+        inputs = clean.activations[0]
+        return derivative_along(self.network, self.loss, inputs, clean.targets, directions, rows=self.chunk_rows)
 
     def run_queries(self, site: Site, clean: CleanPass, counts: NDArray[np.int64]) -> None:
         """Run ``(b,)`` queries of a site, to time them."""
@@ -143,6 +155,9 @@ class QueryStrategy(SiteStrategy, Generic[Q]):
             filled["predictors"] = trace_predictors(self.network, self.loss, self.sites, clean, known.predictors)
         if "counted_costs" in names:
             filled["counted_costs"] = clean.loss.new_tensor([costs.query[site.name] for site in self.sites])
+        if "fixed_costs" in names:
+            shared = (1.0 + sum(map(self._exact_cost, self.exact_sites))) / len(self.sites)
+            filled["fixed_costs"] = clean.loss.new_tensor([costs.gradient[site.name] + shared for site in self.sites])
         if "measured_costs" in names:
             if not known.measured_costs:
                 with self.network.evaluating():
@@ -163,16 +178,24 @@ class QueryStrategy(SiteStrategy, Generic[Q]):
     @torch.no_grad()
     def estimate(
         self, clean: CleanPass, counts: Tensor | None = None, sites: Sequence[str] | None = None, *,
-        pilot_weight: Tensor | None = None, traces: bool = False,
+        pilot_weight: Tensor | None = None, inclusion: Tensor | None = None, traces: bool = False,
     ) -> Estimate:  # fmt: skip
         """Add the estimate to ``.grad``; see :meth:`ForwardGradientStrategy.estimate`."""
         table = self._table(clean, counts)
         weights = None if pilot_weight is None else pilot_weight.to(clean.loss).expand(len(self.sites), -1)
+        drawn = None if inclusion is None else self._drawn(clean, inclusion)
         observation = self._unknown_traces(clean) if traces else None
         places, exact = self._select(sites)
         with self.network.evaluating():
             results = [
-                self.estimate_site(i, clean, table[i], None if weights is None else weights[i], observation)
+                self.estimate_site(
+                    i,
+                    clean,
+                    table[i],
+                    None if weights is None else weights[i],
+                    None if drawn is None else drawn[i],
+                    observation,
+                )
                 for i in places
             ]
         # The only transfer of the estimate, all sites at once: how many queries survived, how many count, and for which
@@ -194,8 +217,7 @@ class QueryStrategy(SiteStrategy, Generic[Q]):
                 add_gradients(site.parameters, result.gradients())
         for site in exact if known.any() else ():
             add_gradients(site.parameters, self.exact_gradient(site, clean))
-            rows = clean.batch_size * (1 if site.layers else 3)
-            self.meter.add(site.name, forward_equivalents=rows * costs.from_stage[site.first])
+            self.meter.add(site.name, forward_equivalents=clean.batch_size * self._exact_cost(site))
         silent = int(((counting == 0) & (table[places] > 0)).sum())
         if silent:
             warn_silent(silent, "(sample, site) pairs")
@@ -205,17 +227,37 @@ class QueryStrategy(SiteStrategy, Generic[Q]):
             lost_batch=not any(of_any) and not (exact and known.any()), observation=observation,
         )  # fmt: skip
 
+    def _exact_cost(self, site: Site) -> float:
+        return (1 if site.layers else 3) * self._known_costs.from_stage[site.first]
+
     def _table(self, clean: CleanPass, counts: Tensor | None) -> NDArray[np.int64]:
         """``(s, b)`` counts on the host; None: each site's budget in equal parts, less the pilots that were spent."""
         if counts is not None:
             return check_counts(counts, len(self.sites), clean.batch_size, multiple=self.unit, least=self._least)
+        for site in self.sites:
+            if not isinstance(site.queries_per_sample, int):
+                problem = f"is no number of queries that each sample could have at {site.name!r}."
+                remedy = "Add QueryAllocatorCallback, which draws the samples, or write an int."
+                raise SettingError("model.strategy.sites.queries_per_sample", site.queries_per_sample, problem, remedy)
         spent = [self.pilots.queries if self._pilots_of(site, clean) else 0 for site in self.sites]
-        rest = [[site.queries_per_sample - n] for site, n in zip(self.sites, spent, strict=True)]
+        rest = [[int(site.queries_per_sample) - n] for site, n in zip(self.sites, spent, strict=True)]
         return np.repeat(np.array(rest, dtype=np.int64), clean.batch_size, axis=1)
+
+    def _drawn(self, clean: CleanPass, inclusion: Tensor) -> Tensor:
+        """``(s, b)`` probabilities, checked."""
+        for site in self.sites:
+            reused = self._pilots_of(site, clean) is not None and self.pilots.reuse
+            if site.together or reused:
+                problem = "perturbs its layers together" if site.together else "reuses pilots of all samples"
+                raise SettingError(
+                    "inclusion", site.name, f"{problem}, and only some samples have queries.",
+                    "Give every sample a query (min_queries: 1), or write together: false, pilots: {reuse: false}.",
+                )  # fmt: skip
+        return inclusion.to(clean.loss).expand(len(self.sites), -1)
 
     def estimate_site(
         self, place: int, clean: CleanPass, counts: NDArray[np.int64], pilot_weight: Tensor | None,
-        traces: TraceObservation | None,
+        inclusion: Tensor | None, traces: TraceObservation | None,
     ) -> SiteGradient:  # fmt: skip
         """Gradient of one site from its queries and the pilots that are reused; writes its traces to ``traces``."""
         site, engine = self.sites[place], self.engine
@@ -229,7 +271,7 @@ class QueryStrategy(SiteStrategy, Generic[Q]):
         if rest is not None and traces is not None:
             _record(traces, place, rest)
         reused = pilots if self.pilots.reuse else None
-        one = torch.ones_like(clean.loss)
+        one = torch.ones_like(clean.loss) if inclusion is None else 1 / inclusion
         parts = [(result, one) for result in (reused, rest) if result is not None]
         if reused is not None and rest is not None:
             weight = self.pilots.queries / site.queries_per_sample if pilot_weight is None else pilot_weight

@@ -20,7 +20,8 @@ class SiteSpec:
             each stage of the range. ``linear``: noise at the output of linear, convolution and layer-norm modules,
             closed form, no autograd anywhere.
         sigma: Standard deviation of the noise.
-        queries_per_sample: Average queries of a sample at each site of this range.
+        queries_per_sample: Average queries of a sample at each site of this range. A float such as 0.5 or 2.5 needs an
+            allocator: below 1 it draws the samples that have a query.
         name: Name of the site (or the prefix of the names, where the range makes several).
         modules: ``linear`` only: patterns (as in a shell) of the full names of the modules to perturb.
         together: ``linear`` only: perturb all modules in one query (the paper's group) instead of one at a time.
@@ -40,7 +41,7 @@ class SiteSpec:
     stages: list[str]
     kind: SiteKind = "group"
     sigma: float = 0.01
-    queries_per_sample: int = 20
+    queries_per_sample: int | float = 20
     name: str = ""
     modules: list[str] = field(default_factory=lambda: ["*"])
     together: bool = False

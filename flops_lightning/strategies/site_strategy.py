@@ -78,11 +78,13 @@ class SiteStrategy(ChunkedStrategy):
         self._costs, self._statistics = None, OptionalStatistics()
         self.check_layers(network.unfit or {})
         for site in self.sites:
-            if site.queries_per_sample % self.unit:
-                raise SettingError(
-                    "model.strategy.sites.queries_per_sample", site.queries_per_sample,
-                    f"is odd at site {site.name!r}, and antithetic queries come in pairs.", "Write an even number.",
-                )  # fmt: skip
+            queries = site.queries_per_sample
+            if isinstance(queries, int) and (queries % self.unit or queries < self._least):
+                problem = f"is odd at site {site.name!r}, and antithetic queries come in pairs."
+                if self.variant == "leave_one_out":
+                    problem = f"leaves no other query to compare with at site {site.name!r} (leave_one_out)."
+                remedy = "Write an even number."
+                raise SettingError("model.strategy.sites.queries_per_sample", queries, problem, remedy)
             if self.variant == "leave_one_out" and site.together:
                 raise SettingError(
                     "model.strategy.variant", self.variant,

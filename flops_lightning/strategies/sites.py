@@ -55,7 +55,7 @@ class Site:
     first: int
     last: int
     sigma: float
-    queries_per_sample: int
+    queries_per_sample: float
     parameters: dict[str, nn.Parameter]
     tokens: slice | None = None
     narrow: bool = False
@@ -119,11 +119,7 @@ def _check_parameter_spec(spec: SiteSpec, setting: str) -> None:
 
 def _resolve(network: StagedNetwork, spec: SiteSpec, setting: str, *, in_parameters: bool) -> list[Site]:
     check_positive(f"{setting}.sigma", spec.sigma, "Write, for example, 0.01.")
-    if not isinstance(spec.queries_per_sample, int) or spec.queries_per_sample < 2:
-        raise SettingError(
-            f"{setting}.queries_per_sample", spec.queries_per_sample, "must be 2 or more for an estimate.",
-            "Write 2 or more, for example 20.",
-        )  # fmt: skip
+    check_positive(f"{setting}.queries_per_sample", spec.queries_per_sample, "Write, for example, 4.")
     check_choice(f"{setting}.kind", spec.kind, get_args(SiteKind))
     if spec.kind != "linear" and (spec.modules != ["*"] or spec.together):
         raise SettingError(

@@ -61,10 +61,10 @@ class WholeBatchStrategy(ForwardGradientStrategy):
 
     def estimate(
         self, clean: CleanPass, counts: Tensor | None = None, sites: Sequence[str] | None = None, *,
-        pilot_weight: Tensor | None = None, traces: bool = False,
+        pilot_weight: Tensor | None = None, inclusion: Tensor | None = None, traces: bool = False,
     ) -> Estimate:  # fmt: skip
-        """Add the gradient to ``.grad``; counts, pilot weights and traces are refused."""
-        if counts is not None or pilot_weight is not None or traces:
+        """Add the gradient to ``.grad``; counts, weights and traces are refused."""
+        if counts is not None or pilot_weight is not None or inclusion is not None or traces:
             given = None if counts is None else tuple(counts.shape)
             raise SettingError("counts", given, f"{type(self).__name__} {self.why}.", "Remove the allocator.")
         names = [site.name for site in self.sites]

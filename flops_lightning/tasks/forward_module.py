@@ -21,14 +21,15 @@ from flops_lightning.objectives import naming_the_loss
 from flops_lightning.optim import optimizers
 from flops_lightning.optim.optimizers import ClipSettings, OptimizerSettings, squared_step_sizes
 from flops_lightning.phases import phase
-from flops_lightning.protocol import SampleStatistics, TraceObservation
+from flops_lightning.protocol import GradientObservation, Metric, SampleStatistics, TraceObservation
 from flops_lightning.queries import CleanPass
 from flops_lightning.resume.restore import restore_run, save_run, settings_of
 from flops_lightning.settings import read_settings
 from flops_lightning.strategies.base import Estimate, ForwardGradientStrategy
+from flops_lightning.strategies.query_strategy import QueryStrategy
 from flops_lightning.tasks import trainer_setup
 from flops_lightning.tasks.mean_gradient import MeanGradient
-from flops_lightning.tasks.step import QueryLog, StepState, Unstaged
+from flops_lightning.tasks.step import QueryLog, StepState, Unstaged, measure_gradient
 from flops_lightning.tensorboard import write_page
 
 Batch = Any
@@ -132,7 +133,7 @@ class ForwardModule(pl.LightningModule, ABC):
         """Run the clean pass and the pilots; ``training_step`` reuses both."""
         strategy, metric = self._training_strategy(), None
         if "preconditioned_scale" in self._requested:
-            metric = squared_step_sizes(self._optimizer(), dict(self.network.module.named_parameters())) or None
+            metric = self._squared_steps()
         return strategy.sample_statistics(self._clean_pass(batch), self._requested, metric)
 
     def set_query_counts(self, counts: Tensor) -> None:
@@ -142,6 +143,22 @@ class ForwardModule(pl.LightningModule, ABC):
     def set_pilot_weights(self, weights: Tensor) -> None:
         """Take the ``(s, b)`` weights of that batch's pilots."""
         self._state.pilot_weights = weights
+
+    def set_inclusion(self, probabilities: Tensor) -> None:
+        """Take the ``(s, b)`` probabilities with which that batch's samples have queries."""
+        self._state.inclusion = probabilities
+
+    def watch_gradient(self, metric: Metric) -> None:
+        """Measure signal and noise of the next step's gradient."""
+        if self._gradient.batches > 1:
+            problem = "makes one step of several batches, and a budget is chosen for the gradient of one."
+            remedy = "Write 1 and a larger batch_size, or budget: {rule: fixed}."
+            raise SettingError("optimizer.accumulate_grad_batches", self._gradient.batches, problem, remedy)
+        self._state.watched = metric
+
+    def gradient_observation(self) -> GradientObservation | None:
+        """Signal and noise of the last step's gradient, if it was watched."""
+        return self._state.gradient
 
     def request_statistics(self, names: frozenset[str]) -> None:
         """Take the names of the statistics that the allocator reads; refuse pilots that it does not."""
@@ -218,7 +235,8 @@ class ForwardModule(pl.LightningModule, ABC):
             The mean clean loss of the batch.
         """
         strategy, clean = self._training_strategy(), self._clean_pass(batch)
-        counts, weights = self._state.counts, self._state.pilot_weights
+        counts, watched_in = self._state.counts, self._state.watched
+        weights = {"pilot_weight": self._state.pilot_weights, "inclusion": self._state.inclusion}
         self._state = StepState()
         if counts is None:
             self._refuse_pilots("no allocator asks for pilots.", "Add QueryAllocatorCallback to trainer.callbacks.")
@@ -230,7 +248,7 @@ class ForwardModule(pl.LightningModule, ABC):
             if i:
                 clean = strategy.refresh(clean, groups[i - 1])
             with self._gradient.adding(strategy, self.network.trainable().values(), samples=clean.batch_size):
-                estimate = strategy.estimate(clean, counts, sites or None, pilot_weight=weights, traces=watched)
+                estimate = strategy.estimate(clean, counts, sites or None, **weights, traces=watched)
             self._state.observe(estimate.observation)
             if i == 0:
                 loss = estimate.loss.mean()
@@ -240,6 +258,10 @@ class ForwardModule(pl.LightningModule, ABC):
                 return loss
             has_gradient = self._gradient.reduce(strategy, self.network.trainable(), sites)
             if has_gradient:
+                if watched_in and isinstance(strategy, QueryStrategy):
+                    metric = self._squared_steps() if watched_in == "preconditioned" else None
+                    measured = measure_gradient(strategy, clean, self.network.trainable(), sites, metric)
+                    self._state.observe_gradient(measured)
                 norm = optimizers.clip_gradients(self.network.module.named_parameters(), self.clip_settings)
                 self.log(f"grad_norm/{sites[0] if len(groups) > 1 else 'all'}", norm)
                 with phase("optimiser"):
@@ -253,6 +275,9 @@ class ForwardModule(pl.LightningModule, ABC):
         if stepped:
             cast("LambdaLR", self.lr_schedulers()).step()
         return loss
+
+    def _squared_steps(self) -> dict[str, Tensor] | None:
+        return squared_step_sizes(self._optimizer(), dict(self.network.module.named_parameters())) or None
 
     def _optimizer(self) -> Optimizer:
         return cast("Optimizer", self.optimizers(use_pl_optimizer=False))

@@ -6,15 +6,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 
+from flops_lightning.distributed import mean_over_ranks
 from flops_lightning.errors import SettingError
 from flops_lightning.meter import QueryMeter
 from flops_lightning.network.staging import StagedNetwork
-from flops_lightning.protocol import TraceObservation
+from flops_lightning.protocol import GradientObservation, Metric, TraceObservation
 from flops_lightning.queries import CleanPass
 from flops_lightning.strategies.base import ForwardGradientStrategy
+from flops_lightning.strategies.query_strategy import QueryStrategy
+from flops_lightning.strategies.sites import Site
 
 
 class Unstaged:
@@ -36,7 +40,10 @@ class StepState:
     clean: CleanPass | None = None
     counts: Tensor | None = None  # (s, b) queries that an allocator chose
     pilot_weights: Tensor | None = None  # (s, b), of reused pilots
+    inclusion: Tensor | None = None  # (s, b) probabilities with which the allocator gave samples queries
+    watched: Metric | None = None  # in which the step's gradient is to be measured
     observation: TraceObservation | None = None  # traces that the step's queries showed
+    gradient: GradientObservation | None = None  # what its gradient showed
 
     def run_clean_pass(self, strategy: ForwardGradientStrategy, batch: Any, inputs: Any, targets: Any) -> None:
         """Run the clean pass of a batch; the log names a number of rows that the strategy chose by itself."""
@@ -50,6 +57,37 @@ class StepState:
         """Add the traces of one estimate; where sites are updated one by one, each fills its own lines."""
         before = self.observation
         self.observation = new if before is None or new is None else before.joined(new)
+
+    def observe_gradient(self, new: GradientObservation) -> None:
+        """Add what the gradient of some sites showed."""
+        before = self.gradient
+        self.gradient = new if before is None else before.plus(new)
+
+
+def measure_gradient(
+    strategy: QueryStrategy[Any], clean: CleanPass, parameters: Mapping[str, nn.Parameter], sites: Sequence[str],
+    weights: Mapping[str, Tensor] | None,
+) -> GradientObservation:  # fmt: skip
+    """Signal and noise of the ``.grad`` of some sites, which is that of all ranks.
+
+    ``clean`` is this rank's clean pass at the present parameters, ``weights`` those of the squared derivatives in the
+    metric (None: 1, as before the optimiser's first step).
+    """
+    gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+    weights = weights if weights and gradients.keys() <= weights.keys() else None
+    weighted = {name: g * weights[name] if weights else g for name, g in gradients.items()}
+
+    def sq_norm(site: Site) -> Tensor:
+        parts = [(gradients[n] * weighted[n]).sum().double() for n in site.parameters if n in gradients]
+        return torch.stack(parts).sum() if parts and site.name in sites else clean.loss.new_zeros(()).double()
+
+    owned = {n for s in (*strategy.sites, *strategy.exact_sites) if s.name in sites for n in s.parameters}
+    along = strategy.derivative_along(clean, {name: d for name, d in weighted.items() if name in owned})
+    along = mean_over_ranks(strategy.communicator, along, clean.batch_size)
+    squares = torch.stack([sq_norm(site) for site in strategy.sites])
+    exact = sum((sq_norm(site) for site in strategy.exact_sites), torch.zeros_like(squares[0]))
+    numbers = torch.cat([squares, exact[None], along.to(squares)[None]]).cpu()
+    return GradientObservation(float(numbers[-1]), numbers[:-2], float(numbers[-2]))
 
 
 class QueryLog:

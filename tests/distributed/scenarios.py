@@ -59,6 +59,7 @@ class Scenario:
     accumulate: int = 1  # batches of a step
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     spoil: tuple[int, ...] = ()  # ranks whose second batch holds NaN
+    budget: dict[str, Any] = field(default_factory=dict)
 
 
 PREDICTION, BOTH = TraceSettings(source="prediction"), TraceSettings(source="both")
@@ -87,6 +88,12 @@ SCENARIOS = {
         lr(8, pilots=PilotSpec(sites=["body", "head"], queries=2)), lambda: OptimalAllocator(traces=BOTH)
     ),
     "lr_learned_widths": Scenario(lr(sites=three_sites(), token_sigma=True, learn_sigma=0.05)),
+    "lr_drawn": Scenario(lr(), lambda: OptimalAllocator(min_queries=0.25)),
+    "lr_budget": Scenario(
+        lr(exact_head=True),
+        lambda: OptimalAllocator(min_queries=0.25),
+        budget={"rule": "improvement", "price": "queries", "least": 0.25},
+    ),
     "lr_site_by_site": Scenario(lr(update="site_by_site")),
     "accumulated": Scenario(lr(), steps=5, accumulate=2),
     "one_rank_lost": Scenario(lr(), spoil=(1,)),
@@ -155,17 +162,19 @@ def simulate(name: str, world_size: int) -> tuple[dict[str, Tensor], list[Tensor
         cleans = [s.clean_pass(*batch) for s, batch in zip(strategies, ranks, strict=True)]
         own: list[Tensor | None] = [None] * world_size
         weights: list[Tensor | None] = [None] * world_size
+        drawn: list[Tensor | None] = [None] * world_size
         if allocator is not None:
             names = frozenset(allocator.requests)
             stats = [s.sample_statistics(c, names) for s, c in zip(strategies, cleans, strict=True)]
             budget = stats[0].budget
             assert budget is not None
             allocation = allocator.allocate(_joined(stats), budget)
-            fixed = _in_equal_parts(allocation.counts, sizes, budget.multiple)
+            drawn = _split(allocation.inclusion, sizes)
+            equal_parts = allocation.inclusion is None
+            fixed = _in_equal_parts(allocation.counts, sizes, budget.multiple) if equal_parts else allocation.counts
             counts.append(fixed)
             own = list(fixed.split(sizes, dim=1))
-            if allocation.pilot_weight is not None:
-                weights = list(allocation.pilot_weight.split(sizes, dim=1))
+            weights = _split(allocation.pilot_weight, sizes)
         before: tuple[str, ...] = ()
         for group in strategies[0].update_groups:
             observed = []
@@ -176,7 +185,12 @@ def simulate(name: str, world_size: int) -> tuple[dict[str, Tensor], list[Tensor
                 network.zero_grad()
                 watched = allocator is not None
                 estimate = strategy.estimate(
-                    clean, own[rank], group or None, pilot_weight=weights[rank], traces=watched
+                    clean,
+                    own[rank],
+                    group or None,
+                    pilot_weight=weights[rank],
+                    inclusion=drawn[rank],
+                    traces=watched,
                 )
                 observed.append(estimate.observation)
                 found = {n: p.grad.clone() for n, p in network.named_parameters() if p.grad is not None}
@@ -195,6 +209,10 @@ def simulate(name: str, world_size: int) -> tuple[dict[str, Tensor], list[Tensor
             optimizer.step()
             gathered = []
     return {key: p.detach().clone() for key, p in network.named_parameters()}, counts
+
+
+def _split(table: Tensor | None, sizes: list[int]) -> list[Tensor | None]:
+    return [None] * len(sizes) if table is None else list(table.split(sizes, dim=1))
 
 
 def _joined(stats: Sequence[SampleStatistics]) -> SampleStatistics:

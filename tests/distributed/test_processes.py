@@ -14,7 +14,7 @@ pytestmark = pytest.mark.timeout(900)  # the first test waits for all processes
 QUICK = ["lr_gaussian", "spsa_losses", "accumulated", "backprop"]
 """Run by two processes also where slow tests are left out."""
 OF_FOUR = ["lr_gaussian", "spsa_losses", "one_rank_lost"]
-LEARNED_TOGETHER = ("lr_learned_widths", "coordinates")
+LEARNED_TOGETHER = ("lr_learned_widths", "coordinates", "lr_budget")
 """Here ranks share what they learn, which ranks one after the other would not."""
 STEPS = {"accumulated": 3, "all_ranks_lost": 5}  # of others 6: a batch that only one rank loses is a step of all
 GROUPS = [(2, QUICK), (2, [name for name in SCENARIOS if name not in QUICK]), (4, OF_FOUR)]
@@ -79,7 +79,14 @@ def flat(state: Any, path: str = "") -> dict[str, Any]:
     return {path: state.tolist() if isinstance(state, torch.Tensor) else state}
 
 
-@pytest.mark.parametrize(("world_size", "name"), [run for run in RUNS if SCENARIOS[run.values[1]].allocator])
+DRAWN = ("lr_drawn", "lr_budget")
+"""Here chance decides how many samples of a rank have queries."""
+
+
+@pytest.mark.parametrize(
+    ("world_size", "name"),
+    [run for run in RUNS if SCENARIOS[run.values[1]].allocator and run.values[1] not in DRAWN],
+)
 def test_every_rank_spends_the_share_of_its_samples(runs, world_size, name):
     uneven = any(len(table.unique()) > 2 for table in runs[world_size, name][0]["counts"])
     assert uneven is (SCENARIOS[name].allocator is not EqualAllocator)

@@ -37,7 +37,7 @@ def run(name: str, folder: Path) -> None:
     task = make_task(name)
     callbacks: list[pl.Callback] = [watcher]
     if scenario.allocator is not None:
-        callbacks.insert(0, QueryAllocatorCallback(allocator=scenario.allocator()))
+        callbacks.insert(0, QueryAllocatorCallback(allocator=scenario.allocator(), budget=scenario.budget))
     if name == SUMMARISED:
         callbacks.append(RunSummary(export_weights=False))
     trainer = quiet_trainer(
@@ -50,6 +50,8 @@ def run(name: str, folder: Path) -> None:
     parameters = {key: p.detach().clone() for key, p in task.backbone.named_parameters()}
     sent = [after - before for before, after in zip([0, *watcher.sent], watcher.sent, strict=False)]
     learned = {k: v for k, v in task.strategy.state_dict().items() if k in ("token_sigma", "learned_sigma", "ratios")}
+    if scenario.budget:
+        learned["budget"] = callbacks[0].state_dict()["budget"]
     found = {"parameters": parameters, "counts": watcher.counts, "sent": sent, "learned": learned}
     torch.save({**found, "steps": trainer.global_step}, folder / f"{name}-{trainer.global_rank}.pt")
 

@@ -92,10 +92,11 @@ def reference_traces(
     module: nn.Module, strategy: LikelihoodRatio, site: Site, x: Tensor, y: Tensor, counts: Sequence[int], *,
     in_parameters: bool, draw: int = 0, pilots: int = 0,
 ) -> Tensor:  # fmt: skip
-    """``(b,)`` traces of the covariance of one query's gradient at one site, NaN where there is no variance.
+    """``(b,)`` traces of the covariance of one query's gradient at one site, NaN without queries.
 
     The gradient of every query (under antithetic: of every pair, whose trace counts twice) is built, and the sample
-    variance of each of its entries summed (``in_parameters``: of the site, else in its activation). Leave-one-out
+    variance of each of its entries summed (``in_parameters``: of the site, else in its activation). A single one has
+    none, and counts by its square, ``d + 2`` parts of which ``d + 1`` are noise in ``d`` dimensions. Leave-one-out
     queries are centred by the clean loss here: with each other they would not be independent.
     """
     (place,) = places_of(module, strategy, site)
@@ -109,12 +110,15 @@ def reference_traces(
         units = []
         for i in range(0, len(alive), unit):
             gradient = _delta(alive[i : i + unit], clean, place, strategy.widths[site.name].sigma, variant)
+            d = gradient.numel()
             if in_parameters:
                 total = {name: torch.zeros_like(p) for name, p in site.parameters.items()}
                 _add_vjp(total, module, place, site.parameters, x[b : b + 1], gradient)
                 gradient = torch.cat([g.flatten() for g in total.values()])
             units.append(gradient.flatten())
         spread = unit * torch.stack(units).var(0).sum() if len(units) > 1 else torch.tensor(math.nan)
+        if len(units) == 1 and strategy.variant != "leave_one_out":
+            spread = unit * units[0].square().sum() * (d + 1) / (d + 2)
         found.append(spread.to(x))
     return torch.stack(found)
 
@@ -168,8 +172,8 @@ def assert_seen(module: nn.Module, strategy: LikelihoodRatio, x: Tensor, y: Tens
             module, strategy, site, x, y, counts, in_parameters=in_parameter_space(site),
             draw=clean.draw, pilots=strategy.pilots.queries if site.name in piloted else 0,
         )  # fmt: skip
-        few = torch.tensor(counts) < 2 * seen.unit
-        assert torch.equal(seen.trace[s].isnan(), few), "known where there are two units or more"
+        few = torch.tensor(counts) < (2 if strategy.variant == "leave_one_out" else 1)
+        assert torch.equal(seen.trace[s].isnan(), few), "known where there are queries"
         torch.testing.assert_close(seen.trace[s], expected, rtol=1e-9, atol=1e-9, equal_nan=True)
         assert seen.queries[s].tolist() == counts
     return seen

@@ -14,8 +14,8 @@ from flops_lightning.cli.command import build
 from tests.digits import QUIET, TINY
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-METHODS = sorted(file.stem for file in (CONFIGS / "method").glob("*.yaml"))
-QUICK = ("ops_lr", "mezo")
+METHODS = [*sorted(file.stem for file in (CONFIGS / "method").glob("*.yaml")), "../allocators/few_queries"]
+QUICK = ("ops_lr", "mezo", "../allocators/few_queries")
 FAILS_AT = 3
 
 SMALL = {

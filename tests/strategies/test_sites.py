@@ -95,8 +95,8 @@ def test_noise_is_put_where_it_is_read():
             for sigma in (0, -1e-3, math.nan, math.inf)
         ),
         *(
-            ([REST, {"stages": ["0"], "queries_per_sample": n}], "[1].queries_per_sample", "must be 2 or more")
-            for n in (1, -4)
+            ([REST, {"stages": ["0"], "queries_per_sample": n}], "[1].queries_per_sample", "above 0")
+            for n in (0, -4, math.nan)
         ),
         ([{"stages": ["0"], "kind": "blocks"}, REST], "[0].kind", "Choose from linear, block, group"),
         ([{"stages": ["0"], "modules": ["0"]}, REST], "[0].kind", "neither `modules` nor"),
