@@ -1,7 +1,7 @@
 """Optimiser, learning-rate schedule and gradient clipping by plain settings, for manual optimisation."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
@@ -172,16 +172,31 @@ def lr_factor(step: int, *, schedule: ScheduleName, warmup_steps: int, total_ste
         return (step + 1) / (warmup_steps + 1)
     if schedule == "constant":
         return 1.0
-    progress = (step - warmup_steps) / max(1.0, total_steps - warmup_steps)
+    return cosine((step - warmup_steps) / max(1.0, total_steps - warmup_steps))
+
+
+def cosine(progress: float) -> float:
+    """Half a cosine from 1 down to 0 as ``progress`` goes from 0 to 1."""
     return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def build_schedule(optimizer: Optimizer, settings: OptimizerSettings, total_steps: float) -> LambdaLR:
-    """The learning-rate schedule, to be stepped after each optimiser step; a cosine needs a known end."""
-    if settings.schedule == "cosine" and not math.isfinite(total_steps):
+def build_schedule(
+    optimizer: Optimizer, settings: OptimizerSettings, total_steps: float, spent: Callable[[], float] | None = None
+) -> LambdaLR:
+    """The learning-rate schedule, to be stepped after each optimiser step; a cosine needs a known end.
+
+    ``spent`` tells the share of the run so far where steps do not measure it.
+    """
+    if settings.schedule == "cosine" and spent is None and not math.isfinite(total_steps):
         problem = "needs to know the number of steps."
-        raise SettingError("optimizer.schedule", "cosine", problem, "Set trainer.max_epochs or max_steps.")
-    factor = partial(lr_factor, schedule=settings.schedule, warmup_steps=settings.warmup_steps, total_steps=total_steps)
+        raise SettingError("optimizer.schedule", "cosine", problem, "Set trainer.max_epochs or max_steps, or `spend`.")
+    of_steps = partial(lr_factor, schedule=settings.schedule, warmup_steps=settings.warmup_steps)
+
+    def factor(step: int) -> float:
+        if spent is None or step < settings.warmup_steps:
+            return of_steps(step, total_steps=total_steps)
+        return cosine(spent()) if settings.schedule == "cosine" else 1.0
+
     return LambdaLR(optimizer, factor)
 
 

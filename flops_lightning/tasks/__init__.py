@@ -4,5 +4,8 @@ from flops_lightning.optim.optimizers import ClipSettings, OptimizerSettings
 from flops_lightning.tasks.forward_module import ForwardModule
 from flops_lightning.tasks.image_classification import ForwardImageClassifier
 from flops_lightning.tasks.parameter_efficient import TargetSettings
+from flops_lightning.tasks.spending import SpendSettings
 
-__all__ = ["ClipSettings", "ForwardImageClassifier", "ForwardModule", "OptimizerSettings", "TargetSettings"]
+__all__ = [
+    "ClipSettings", "ForwardImageClassifier", "ForwardModule", "OptimizerSettings", "SpendSettings", "TargetSettings",
+]  # fmt: skip

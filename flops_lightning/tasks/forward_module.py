@@ -29,6 +29,7 @@ from flops_lightning.strategies.base import Estimate, ForwardGradientStrategy
 from flops_lightning.strategies.query_strategy import QueryStrategy
 from flops_lightning.tasks import trainer_setup
 from flops_lightning.tasks.mean_gradient import MeanGradient
+from flops_lightning.tasks.spending import SpendSettings
 from flops_lightning.tasks.step import QueryLog, StepState, Unstaged, measure_gradient
 from flops_lightning.tensorboard import write_page
 
@@ -64,7 +65,7 @@ class ForwardModule(pl.LightningModule, ABC):
 
     def __init__(
         self, *, strategy: ForwardGradientStrategy | None = None, optimizer: OptimizerSettings | None = None,
-        clip: ClipSettings | None = None, max_skipped_steps: int = 10,
+        clip: ClipSettings | None = None, max_skipped_steps: int = 10, spend: SpendSettings | None = None,
     ) -> None:  # fmt: skip
         """Check the settings.
 
@@ -73,15 +74,21 @@ class ForwardModule(pl.LightningModule, ABC):
             optimizer: Optimiser and learning-rate schedule.
             clip: Gradient clipping.
             max_skipped_steps: Consecutive steps that may lose all their queries before the run stops.
+            spend: Queries or compute at which the run ends.
         """
         super().__init__()
         check_at_least("max_skipped_steps", max_skipped_steps, 0)
         self.strategy = strategy
         self.optimizer_settings = read_settings(OptimizerSettings, optimizer, "optimizer")
         self.clip_settings = read_settings(ClipSettings, clip, "clip")
+        self.spend_settings = read_settings(SpendSettings, spend, "spend")
+        self.spend_settings.check()
         self.max_skipped_steps = max_skipped_steps
         # Plain values only, so that checkpoints load with weights_only=True.
-        grouped = {"optimizer": asdict(self.optimizer_settings), "clip": asdict(self.clip_settings)}
+        grouped = {
+            "optimizer": asdict(self.optimizer_settings), "clip": asdict(self.clip_settings),
+            "spend": asdict(self.spend_settings),
+        }  # fmt: skip
         self.save_hyperparameters({**grouped, "max_skipped_steps": max_skipped_steps})
         self.start_weights: dict[str, Any] = {}  # settings that only chose where the weights started
         self.start_anew()
@@ -91,6 +98,8 @@ class ForwardModule(pl.LightningModule, ABC):
         self._gradient = MeanGradient(self.optimizer_settings.accumulate_grad_batches)
         self._state, self._query_log, self._skipped = StepState(), QueryLog(), 0
         self._requested: frozenset[str] = frozenset()
+from flops_lightning.tasks.spending import SpendSettings
+from flops_lightning.tasks.step import QueryLog, StepState, Unstaged, measure_gradient
 
     @abstractmethod
     def loss(self, outputs: Tensor, targets: Any) -> Tensor:
@@ -203,7 +212,8 @@ class ForwardModule(pl.LightningModule, ABC):
         """The optimiser of the trainable parameters, and its schedule by step."""
         optimizer = optimizers.build_optimizer(self.network.module, self.optimizer_settings)
         steps = trainer_setup.optimizer_steps(self.trainer, self._gradient.batches)
-        schedule = optimizers.build_schedule(optimizer, self.optimizer_settings, steps)
+        spent = (lambda: self._spent) if self.spend_settings.limited else None
+        schedule = optimizers.build_schedule(optimizer, self.optimizer_settings, steps, spent)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr"}}
 
     def on_fit_start(self) -> None:
@@ -225,6 +235,7 @@ class ForwardModule(pl.LightningModule, ABC):
         """Continue with the gradient and the learning rate that a checkpoint stopped at; write TensorBoard's page."""
         strategy = self._training_strategy()
         self._gradient.restore(strategy, self.network.trainable())
+        self._spent = self.spend_settings.share(strategy)
         optimizers.set_scheduled_rates(cast("LambdaLR", self.lr_schedulers()))
         write_page(self.trainer, settings_of(self, self.trainer, strategy), strategy.budget)
 
@@ -271,6 +282,8 @@ class ForwardModule(pl.LightningModule, ABC):
             counted.zero_grad()
             counted.step()  # changes nothing without gradients; the trainer counts it
         self._query_log.step(self, strategy.meter)
+        self._spent = self.spend_settings.share(strategy)
+        self.trainer.should_stop |= self._spent >= 1
         self._count_skipped(stepped)
         if stepped:
             cast("LambdaLR", self.lr_schedulers()).step()

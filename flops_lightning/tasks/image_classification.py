@@ -68,7 +68,8 @@ class ForwardImageClassifier(ForwardModule):
                 ``flops_lightning.objectives.zero_one_error``; None: cross-entropy. It needs no derivative.
             label_smoothing: Label smoothing of that cross-entropy, 0 to below 1.
             batch_norm: ``frozen`` trains networks with batch normalisation: their running statistics are constants.
-            **settings: Those of :class:`ForwardModule`: ``strategy``, ``optimizer``, ``clip``, ``max_skipped_steps``.
+            **settings: Those of :class:`ForwardModule`: ``strategy``, ``optimizer``, ``clip``, ``max_skipped_steps``,
+                ``spend``.
         """
         super().__init__(**settings)
         if not 0 <= label_smoothing < 1:
