@@ -31,8 +31,8 @@ class RunSummary(pl.Callback):
     """Test before and after training; print the comparison and write it to ``summary.json`` in the run's folder.
 
     Keys: ``start_accuracy``, ``test_accuracy``, ``steps``, ``samples`` (trained on, once each epoch), ``queries``,
-    ``queries_per_sample`` (``queries / samples``), ``queries_by_site``, ``forward_equivalents``, ``lost_queries``,
-    ``train_seconds`` (validation included, the two tests left out), ``peak_memory_mb`` and ``peak_memory_of`` (see
+    ``queries_per_sample`` (``queries / samples``), ``queries_by_site``, ``clean_passes``, ``forward_equivalents``,
+    ``lost_queries``,     ``train_seconds`` (validation included, the two tests left out), ``peak_memory_mb`` and ``peak_memory_of`` (see
     :func:`peak_memory`), ``strategy``, ``allocator``, ``seed``. Counts are those of all processes together, which share
     the test images; memory and time are those of the first. A trial run (``fast_dev_run``) writes nothing.
 
@@ -98,6 +98,7 @@ class RunSummary(pl.Callback):
             "samples": samples, "queries": total.queries,
             "queries_per_sample": round(total.queries / max(1, samples), 3),
             "queries_by_site": _queries_by_site(strategy, meter),
+            "clean_passes": total.clean_passes,
             "forward_equivalents": round(total.forward_equivalents, 1), "lost_queries": total.lost,
             "train_seconds": round(self._seconds, 2), "peak_memory_mb": peak, "peak_memory_of": where,
             "strategy": type(strategy).__name__,

@@ -1,0 +1,188 @@
+"""``python -m experiments.budget --problem NAME --output DIR``: what a budget that is chosen at every step saves.
+
+The reference trains with 20 queries for every sample and site, equal counts, for all epochs of the configuration. The
+others choose the budget (``flops_lightning.allocators.budget``) and split it by an allocator. They end, and their
+learning rate falls to zero, when they have spent a share of what the reference spends: ``--queries`` of its queries and
+clean passes under ``price: queries``, ``--compute`` of its forward-equivalents under ``price: compute``. Noise widths by
+token and the exact head are on. Each has a learning rate of its own, the best by the late training loss of a run with a seed
+that is not used again, and not at the edge of its grid: that is extended until it is not.
+
+Accuracies are compared with the reference's seed by seed; non-inferiority by a point is what the lower bound of the
+difference (Student's t, one-sided, 95 %) says. Finished runs are not repeated. Writes ``budget.md`` and ``budget.csv``.
+"""
+
+import argparse
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from scipy.stats import t
+
+from experiments.command_line import StudyParser, arguments, fit
+from experiments.fewer_queries import TUNING_SEED
+from experiments.harness import Cell, run_all
+from experiments.tables import markdown, spread, write_csv, write_report
+
+ALLOCATORS = {
+    "equal": "EqualAllocator", "gaussian": "GaussianAllocator", "optimal": "OptimalAllocator",
+    "bernoulli": "BernoulliAllocator",
+}  # fmt: skip
+EXTENSIONS = 3  # of a grid of rates
+
+
+@dataclass(frozen=True)
+class Problem:
+    config: str
+    rates: tuple[float, ...]
+    settings: Mapping[str, Any]
+
+
+CIFAR = {"batch_size": 32, "val_images": 300, "test_images": 2000}
+PROBLEMS = {
+    "digits": Problem("configs/vit_tiny_digits.yaml", (1e-3, 2e-3, 4e-3), {}),
+    "cifar10": Problem(
+        "configs/vit_micro_cifar10.yaml", (1e-3, 2e-3, 4e-3),
+        {"trainer.max_epochs": 1, **{f"data.init_args.{n}": v for n, v in {**CIFAR, "images_per_class": 200}.items()}},
+    ),
+    "cifar100": Problem(
+        "configs/vit_micro_cifar10.yaml", (1e-3, 2e-3, 4e-3),
+        {
+            "data.class_path": "flops_lightning.datamodules.CIFAR100DataModule", "trainer.max_epochs": 1,
+            **{f"data.init_args.{n}": v for n, v in {**CIFAR, "images_per_class": 40}.items()},
+        },
+    ),
+}  # fmt: skip
+
+
+def chosen(allocator: str, price: str) -> list[dict[str, Any]]:
+    """Callbacks of a run that chooses its budget."""
+    least = {} if allocator == "equal" else {"min_queries": 0.25 if allocator == "optimal" else 1}
+    traces = {} if allocator == "equal" else {"traces": {"source": "prediction"}}
+    split = {"class_path": f"flops_lightning.allocators.{ALLOCATORS[allocator]}", "init_args": {**least, **traces}}
+    rule = {"rule": "improvement", "price": price, "least": 0.25}
+    return [
+        {
+            "class_path": "flops_lightning.callbacks.QueryAllocatorCallback",
+            "init_args": {"allocator": split, "budget": rule},
+        },
+        {"class_path": "flops_lightning.callbacks.RunSummary"},
+    ]
+
+
+def spent(cell: Cell, price: str) -> float:
+    """What a run has spent: queries and clean passes, or forward-equivalents."""
+    summary = cell.summary
+    return summary["queries"] + summary["clean_passes"] if price == "queries" else summary["forward_equivalents"]
+
+
+def tuned(cell_of: Any, rates: Sequence[float], run: Any) -> float | None:
+    """The rate with the least late training loss, which is not at the edge of the grid if that can be extended."""
+    grid = sorted(rates)
+    for _ in range(EXTENSIONS + 1):
+        if not run([cell_of(rate) for rate in grid]):
+            return None
+        best = min(grid, key=lambda rate: cell_of(rate).late_loss)
+        if best == grid[0]:
+            grid.insert(0, grid[0] / 2)
+        elif best == grid[-1]:
+            grid.append(grid[-1] * 2)
+        else:
+            break
+    return best
+
+
+def lower_bound(differences: Sequence[float]) -> float:
+    """One-sided 95 % bound of the mean; minus infinity for a single value."""
+    if len(differences) < 2:
+        return -math.inf
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    return statistics.fmean(differences) - float(t.ppf(0.95, len(differences) - 1)) * error
+
+
+def report(runs: Mapping[str, Sequence[Cell]], rates: Mapping[str, float]) -> str:
+    """Markdown: every arm against the reference."""
+    reference, rows = runs["fixed"], []
+    base = {price: statistics.fmean(spent(cell, price) for cell in reference) for price in ("queries", "compute")}
+    for name, cells in runs.items():
+        accuracies = [cell.summary["test_accuracy"] for cell in cells]
+        row = [name, f"{rates[name]:g}", f"{statistics.fmean(cell.summary['steps'] for cell in cells):,.0f}"]
+        for price in ("queries", "compute"):
+            mean = statistics.fmean(spent(cell, price) for cell in cells)
+            row.append(f"{mean / 1000:,.1f} k ({100 * (mean / base[price] - 1):+.0f} %)")
+        points = [100 * (a - b.summary["test_accuracy"]) for a, b in zip(accuracies, reference, strict=True)]
+        difference = "-" if name == "fixed" else f"{statistics.fmean(points):+.2f} (>= {lower_bound(points):+.2f})"
+        rows.append([*row, spread(accuracies), difference])
+    columns = ["budget / allocator", "learning rate", "steps", "queries and clean passes", "forward-equivalents",
+               "test accuracy, mean (min - max)", "difference in points (95 % bound)"]  # fmt: skip
+    return markdown(columns, rows)
+
+
+def study(options: argparse.Namespace) -> None:
+    problem = PROBLEMS[options.problem]
+    common = (*arguments(problem.settings), *options.extra)
+
+    def run(cells: Sequence[Cell]) -> bool:
+        return run_all(list(cells), **options.launch)
+
+    def fixed(rate: float, seed: int) -> Cell:
+        files = (problem.config, "configs/allocators/equal.yaml")
+        own = {"seed_everything": seed, "trainer.log_every_n_steps": 1, "model.init_args.optimizer.lr": rate}
+        return fit(options.output, f"fixed/lr_{rate:g}/seed_{seed}", files, common, own)
+
+    def choosing(allocator: str, price: str, limit: float, rate: float, seed: int) -> Cell:
+        files = (problem.config, f"configs/allocators/{'few_queries' if price == 'queries' else 'least_compute'}.yaml")
+        spend = (
+            {"queries": round(limit), "clean_passes": True} if price == "queries" else {"forward_equivalents": limit}
+        )
+        own = {
+            "seed_everything": seed, "trainer.log_every_n_steps": 1, "trainer.max_epochs": -1,
+            "trainer.callbacks": chosen(allocator, price), "model.init_args.optimizer.lr": rate,
+            **{f"model.init_args.spend.{name}": str(value).lower() for name, value in spend.items()},
+        }  # fmt: skip
+        return fit(options.output, f"{price}_{allocator}/lr_{rate:g}/seed_{seed}", files, common, own)
+
+    rates, runs = dict[str, float](), dict[str, list[Cell]]()
+    best = tuned(lambda rate: fixed(rate, TUNING_SEED), problem.rates, run)
+    if best is None or not run(cells := [fixed(best, seed) for seed in range(options.seeds)]):
+        return
+    rates["fixed"], runs["fixed"] = best, cells
+    for arm in options.arms:
+        price, _, allocator = arm.partition("_")
+        limit = statistics.fmean(spent(cell, price) for cell in cells) * getattr(options, price) / 100
+
+        def cell(rate: float, seed: int, arm: tuple[str, str, float] = (allocator, price, limit)) -> Cell:
+            return choosing(*arm, rate, seed)
+
+        best = tuned(lambda rate, cell=cell: cell(rate, TUNING_SEED), problem.rates, run)
+        if best is None or not run(own := [cell(best, seed) for seed in range(options.seeds)]):
+            return
+        rates[arm], runs[arm] = best, own
+    rows = [
+        (name, rates[name], seed, one.summary["steps"], *(spent(one, price) for price in ("queries", "compute")),
+         one.summary["test_accuracy"], one.late_loss)
+        for name, own in runs.items() for seed, one in enumerate(own)
+    ]  # fmt: skip
+    columns = ["arm", "lr", "seed", "steps", "queries_and_clean", "forward_equivalents", "test_accuracy", "late_loss"]
+    write_csv(options.output / "budget.csv", columns, rows)
+    write_report(options.output / "budget.md", report(runs, rates))
+
+
+ARMS = [f"{price}_{allocator}" for price in ("queries", "compute") for allocator in ALLOCATORS]
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    parser = StudyParser(
+        __doc__, seeds=(15, "seeds 0 to N-1"), queries=(15, "per cent of the reference's queries"),
+        compute=(40, "per cent of the reference's forward-equivalents"),
+    )  # fmt: skip
+    parser.add_argument("--problem", choices=list(PROBLEMS), required=True)
+    parser.add_argument(
+        "--arms", nargs="+", default=["queries_optimal", "queries_equal", "compute_optimal"], choices=ARMS
+    )
+    parser.run(study, args)
+
+
+if __name__ == "__main__":
+    main()
