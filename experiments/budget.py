@@ -3,9 +3,9 @@
 The reference trains with 20 queries for every sample and site, equal counts, for all epochs of the configuration. The
 others choose the budget (``flops_lightning.allocators.budget``) and split it by an allocator. They end, and their
 learning rate falls to zero, when they have spent a share of what the reference spends: ``--queries`` of its queries and
-clean passes under ``price: queries``, ``--compute`` of its forward-equivalents under ``price: compute``. Noise widths by
-token and the exact head are on. Each has a learning rate of its own, the best by the late training loss of a run with a seed
-that is not used again, and not at the edge of its grid: that is extended until it is not.
+clean passes under ``price: queries``, ``--compute`` of its forward-equivalents under ``price: compute``. Noise widths
+by token and the exact head are on. Each has a learning rate of its own, the best by the late training loss of a run
+with a seed that is not used again, and not at the edge of its grid: that is extended until it is not.
 
 Accuracies are compared with the reference's seed by seed; non-inferiority by a point is what the lower bound of the
 difference (Student's t, one-sided, 95 %) says. Finished runs are not repeated. Writes ``budget.md`` and ``budget.csv``.

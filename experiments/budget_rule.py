@@ -1,10 +1,10 @@
 """``python -m experiments.budget_rule --config FILE --output DIR``: whether the budget's rule finds the best budget.
 
-A run chooses its budgets by ``rule: improvement`` with equal counts. At some of its steps the weights, and what the rule
-thinks there, are kept. Afterwards, from the same weights:
+A run chooses its budgets by ``rule: improvement`` with equal counts. At some of its steps the weights, and what the
+rule thinks there, are kept. Afterwards, from the same weights:
 
-- ``T`` of each site and ``S`` from autograd's gradients of many batches and the difference of estimates to them, and the
-  averages ``A*`` that follow (``exact``), beside those of the rule;
+- ``T`` of each site and ``S`` from autograd's gradients of many batches and the difference of estimates to them, and
+  the averages ``A*`` that follow (``exact``), beside those of the rule;
 - the decrease of the loss on training images by one step along each batch's estimate, for many batches and step sizes:
   the largest mean decrease over the step sizes, for its cost, at the rule's averages and at equal ones from 1 to 64,
   relative to the best of these. The interval is a bootstrap over the batches.
@@ -185,7 +185,8 @@ def study(options: argparse.Namespace) -> None:
     table = [
         [
             str(row["step"]), f"{row['T_over_S']:.0f}", f"{row['exact_total']:.1f}", f"{row['rule_total']:.1f}",
-            f"{row['rule_total'] / row['exact_total']:.2f}", *(f"{a:.1f} / {b:.1f}" for a, b in zip(row["rule"], row["exact"], strict=True)),
+            f"{row['rule_total'] / row['exact_total']:.2f}",
+            *(f"{a:.1f} / {b:.1f}" for a, b in zip(row["rule"], row["exact"], strict=True)),
             f"{row['ratio']:.2f} ({row['low']:.2f} - {row['high']:.2f})", row["best"],
         ]
         for row in rows

@@ -98,8 +98,7 @@ class ForwardModule(pl.LightningModule, ABC):
         self._gradient = MeanGradient(self.optimizer_settings.accumulate_grad_batches)
         self._state, self._query_log, self._skipped = StepState(), QueryLog(), 0
         self._requested: frozenset[str] = frozenset()
-from flops_lightning.tasks.spending import SpendSettings
-from flops_lightning.tasks.step import QueryLog, StepState, Unstaged, measure_gradient
+        self._spent = 0.0  # share of what the run may spend
 
     @abstractmethod
     def loss(self, outputs: Tensor, targets: Any) -> Tensor:
