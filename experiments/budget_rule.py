@@ -103,7 +103,9 @@ class Network:
         return (losses[0] - torch.stack(losses[1:])).nan_to_num(nan=-1e9, neginf=-1e9)
 
 
-def measured(network: Network, rule: BudgetRule, options: argparse.Namespace, generator: torch.Generator) -> dict:
+def measured(
+    network: Network, rule: BudgetRule, options: argparse.Namespace, generator: torch.Generator
+) -> dict[str, Any]:
     """What is true at the weights of the moment, and what the rule says."""
     strategy, number = network.strategy, len(network.data.train_set)
     order = torch.randperm(number, generator=generator)
@@ -116,9 +118,11 @@ def measured(network: Network, rule: BudgetRule, options: argparse.Namespace, ge
         exact, clean = network.exact(batch), strategy.clean_pass(*batch)
         cleans.append(clean)
         found = network.estimate(clean, [probe] * len(strategy.sites), allocator)
-        signals.append(sum(g.square().sum() for g in exact.values()))
+        signals.append(torch.cat(list(exact.values())).square().sum())
         noises.append(torch.stack([(found[s.name] - exact[s.name]).square().sum() for s in strategy.sites]))
     statistics = strategy.sample_statistics(clean, {"counted_costs", "fixed_costs"})
+    assert statistics.counted_costs is not None
+    assert statistics.fixed_costs is not None
     costs, fixed = statistics.counted_costs.double(), float(statistics.fixed_costs.sum())
     signal = float(torch.stack(signals).mean())
     noise = torch.stack(noises).mean(0).double() * probe
@@ -127,8 +131,8 @@ def measured(network: Network, rule: BudgetRule, options: argparse.Namespace, ge
     own = rule.choose(strategy.budget, statistics).queries_per_sample
     own_total = float((rule._noise.sum() * fixed / (costs.sum() * rule._signal)).sqrt())
     # One step from here.
-    arms = {"rule": list(own), **{str(n): [n] * len(strategy.sites) for n in GRID}}
-    norm = float(torch.stack([p.square().sum() for p in network.task.parameters()]).sum().sqrt())
+    arms: dict[str, list[float]] = {"rule": list(own), **{str(n): [n] * len(strategy.sites) for n in GRID}}
+    norm = float(torch.stack([p.square().sum() for p in network.task.parameters()]).sum().sqrt().detach())
     largest = 0.3 * norm / float((signal + noise.sum() / 8) ** 0.5)
     sizes = largest * 0.5 ** torch.arange(STEP_SIZES)
     tables = {}

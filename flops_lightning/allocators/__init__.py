@@ -2,6 +2,7 @@
 
 from flops_lightning.allocators.base import QueryAllocator
 from flops_lightning.allocators.bernoulli import BernoulliAllocator
+from flops_lightning.allocators.budget import BudgetRule, BudgetSettings
 from flops_lightning.allocators.cost_aware import CostAwareAllocator
 from flops_lightning.allocators.equal import EqualAllocator
 from flops_lightning.allocators.gaussian import GaussianAllocator, GaussianParameters
@@ -21,9 +22,9 @@ from flops_lightning.protocol import (
 )
 
 __all__ = [
-    "Allocation", "BernoulliAllocator", "CostAwareAllocator", "EqualAllocator", "GaussianAllocator",
-    "GaussianParameters", "OptimalAllocator", "QueryAllocator", "QueryBudget", "SampleStatistics",
-    "SupportsPilotWeights", "SupportsQueryAllocation", "SupportsStatisticsRequests", "SupportsTraceFeedback",
-    "TraceObservation", "TraceSettings", "equal_objective", "gain_optimal", "largest_remainder", "objective",
-    "optimal_shares", "water_fill",
+    "Allocation", "BernoulliAllocator", "BudgetRule", "BudgetSettings", "CostAwareAllocator", "EqualAllocator",
+    "GaussianAllocator", "GaussianParameters", "OptimalAllocator", "QueryAllocator", "QueryBudget",
+    "SampleStatistics", "SupportsPilotWeights", "SupportsQueryAllocation", "SupportsStatisticsRequests",
+    "SupportsTraceFeedback", "TraceObservation", "TraceSettings", "equal_objective", "gain_optimal",
+    "largest_remainder", "objective", "optimal_shares", "water_fill",
 ]  # fmt: skip

@@ -47,8 +47,8 @@ class BudgetSettings:
 
     Attributes:
         rule: ``fixed``: the module's own budget. ``improvement``: at each site the number with the largest guaranteed
-            decrease of the loss for its cost (see :mod:`~flops_lightning.allocators.budget`), and the module's own
-            until a gradient has been measured.
+            decrease of the loss for its cost (``allocators/budget.py``), and the module's own until a gradient has
+            been measured.
         price: What a step should be cheap in. ``compute``: counted forward-equivalents. ``queries``: a query costs as
             much as a clean pass, whatever the site, and local derivatives cost nothing (a paid API). ``given``:
             ``given_costs``.

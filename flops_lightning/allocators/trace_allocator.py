@@ -32,7 +32,7 @@ class TraceAllocator(QueryAllocator):
             traces: Where the traces come from.
             min_queries: Least queries of a sample, raised to the next multiple of the budget's ``multiple``. A fraction
                 below 1: least expected queries of a sample; those who expect less than one are drawn, and weighted by
-                the inverse of their probability (:mod:`~flops_lightning.allocators.inclusion`). Where a budget chosen
+                the inverse of their probability (Horvitz and Thompson, 1952). Where a budget chosen
                 at every step cannot pay for it, it is a quarter of the average.
         """
         if not 0 < min_queries < 1:

@@ -32,9 +32,10 @@ class RunSummary(pl.Callback):
 
     Keys: ``start_accuracy``, ``test_accuracy``, ``steps``, ``samples`` (trained on, once each epoch), ``queries``,
     ``queries_per_sample`` (``queries / samples``), ``queries_by_site``, ``clean_passes``, ``forward_equivalents``,
-    ``lost_queries``,     ``train_seconds`` (validation included, the two tests left out), ``peak_memory_mb`` and ``peak_memory_of`` (see
-    :func:`peak_memory`), ``strategy``, ``allocator``, ``seed``. Counts are those of all processes together, which share
-    the test images; memory and time are those of the first. A trial run (``fast_dev_run``) writes nothing.
+    ``lost_queries``, ``train_seconds`` (validation included, the two tests left out), ``peak_memory_mb`` and
+    ``peak_memory_of`` (see :func:`peak_memory`), ``strategy``, ``allocator``, ``seed``. Counts are those of all
+    processes together, which share the test images; memory and time are those of the first. A trial run
+    (``fast_dev_run``) writes nothing.
 
     Example:
         >>> from flops_lightning.callbacks import RunSummary
