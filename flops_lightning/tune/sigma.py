@@ -213,7 +213,7 @@ def _mean_estimate(
     probe: ForwardGradientStrategy, clean: CleanPass, searches: Mapping[str, _Gram], half: int
 ) -> dict[str, Tensor]:
     """The mean estimate of a half of the queries, by site; the same noise for each width."""
-    directions = min(site.queries_per_sample for site in probe.sites) // 2
+    directions = int(min(site.queries_per_sample for site in probe.sites)) // 2
     draws = max(1, -(-DIRECTIONS // max(1, directions)))
     _forget_gradients(probe)
     for draw in range(draws):
