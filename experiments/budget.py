@@ -5,7 +5,8 @@ others choose the budget (``flops_lightning.allocators.budget``) and split it by
 learning rate falls to zero, when they have spent a share of what the reference spends: ``--queries`` of its queries and
 clean passes under ``price: queries``, ``--compute`` of its forward-equivalents under ``price: compute``. Noise widths
 by token and the exact head are on. Each has a learning rate of its own, the best by the late training loss of a run
-with a seed that is not used again, and not at the edge of its grid: that is extended until it is not.
+with a seed that is not used again, and not at the edge of its grid: that is extended until it is not. Arms such as
+``4_optimal`` spend the same share of queries with a fixed average, here 4 at each site.
 
 Accuracies are compared with the reference's seed by seed; non-inferiority by a point is what the lower bound of the
 difference (Student's t, one-sided, 95 %) says. Finished runs are not repeated. Writes ``budget.md`` and ``budget.csv``.
@@ -16,8 +17,11 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import yaml
 from scipy.stats import t
 
 from experiments.command_line import StudyParser, arguments, fit
@@ -56,8 +60,14 @@ PROBLEMS = {
 }  # fmt: skip
 
 
-def chosen(allocator: str, price: str) -> list[dict[str, Any]]:
-    """Callbacks of a run that chooses its budget."""
+def sites_with(config: str, average: int) -> list[dict[str, Any]]:
+    """The sites of a configuration with another average."""
+    strategy = yaml.safe_load(Path(config).read_text())["model"]["init_args"]["strategy"]
+    return [{**site, "queries_per_sample": average} for site in strategy["init_args"]["sites"]]
+
+
+def splitting(allocator: str, price: str) -> list[dict[str, Any]]:
+    """Callbacks of a run that chooses its budget by a price, or has its own (no price)."""
     least = {} if allocator == "equal" else {"min_queries": 0.25 if allocator == "optimal" else 1}
     traces = {} if allocator == "equal" else {"traces": {"source": "prediction"}}
     split = {"class_path": f"flops_lightning.allocators.{ALLOCATORS[allocator]}", "init_args": {**least, **traces}}
@@ -65,7 +75,7 @@ def chosen(allocator: str, price: str) -> list[dict[str, Any]]:
     return [
         {
             "class_path": "flops_lightning.callbacks.QueryAllocatorCallback",
-            "init_args": {"allocator": split, "budget": rule},
+            "init_args": {"allocator": split, **({"budget": rule} if price else {})},
         },
         {"class_path": "flops_lightning.callbacks.RunSummary"},
     ]
@@ -131,17 +141,19 @@ def study(options: argparse.Namespace) -> None:
         own = {"seed_everything": seed, "trainer.log_every_n_steps": 1, "model.init_args.optimizer.lr": rate}
         return fit(options.output, f"fixed/lr_{rate:g}/seed_{seed}", files, common, own)
 
-    def choosing(allocator: str, price: str, limit: float, rate: float, seed: int) -> Cell:
-        files = (problem.config, f"configs/allocators/{'few_queries' if price == 'queries' else 'least_compute'}.yaml")
-        spend = (
-            {"queries": round(limit), "clean_passes": True} if price == "queries" else {"forward_equivalents": limit}
-        )
+    def limited(arm: str, limit: float, rate: float, seed: int) -> Cell:
+        price, _, allocator = arm.partition("_")
+        by_compute, average = price == "compute", int(price) if price.isdigit() else 0
+        files = (problem.config, f"configs/allocators/{'least_compute' if by_compute else 'few_queries'}.yaml")
+        queries: dict[str, Any] = {"queries": round(limit), "clean_passes": "true"}
         own = {
             "seed_everything": seed, "trainer.log_every_n_steps": 1, "trainer.max_epochs": -1,
-            "trainer.callbacks": chosen(allocator, price), "model.init_args.optimizer.lr": rate,
-            **{f"model.init_args.spend.{name}": str(value).lower() for name, value in spend.items()},
+            "trainer.callbacks": splitting(allocator, "" if average else price), "model.init_args.optimizer.lr": rate,
+            "model.init_args.spend": {"forward_equivalents": limit} if by_compute else queries,
         }  # fmt: skip
-        return fit(options.output, f"{price}_{allocator}/lr_{rate:g}/seed_{seed}", files, common, own)
+        if average:
+            own["model.init_args.strategy.init_args.sites"] = sites_with(problem.config, average)
+        return fit(options.output, f"{arm}/lr_{rate:g}/seed_{seed}", files, common, own)
 
     rates, runs = dict[str, float](), dict[str, list[Cell]]()
     best = tuned(lambda rate: fixed(rate, TUNING_SEED), problem.rates, run)
@@ -149,14 +161,10 @@ def study(options: argparse.Namespace) -> None:
         return
     rates["fixed"], runs["fixed"] = best, cells
     for arm in options.arms:
-        price, _, allocator = arm.partition("_")
+        price = "compute" if arm.startswith("compute") else "queries"
         limit = statistics.fmean(spent(cell, price) for cell in cells) * getattr(options, price) / 100
-
-        def cell(rate: float, seed: int, arm: tuple[str, str, float] = (allocator, price, limit)) -> Cell:
-            return choosing(*arm, rate, seed)
-
-        best = tuned(lambda rate, cell=cell: cell(rate, TUNING_SEED), problem.rates, run)
-        if best is None or not run(own := [cell(best, seed) for seed in range(options.seeds)]):
+        best = tuned(partial(limited, arm, limit, seed=TUNING_SEED), problem.rates, run)
+        if best is None or not run(own := [limited(arm, limit, best, seed) for seed in range(options.seeds)]):
             return
         rates[arm], runs[arm] = best, own
     rows = [
@@ -169,7 +177,7 @@ def study(options: argparse.Namespace) -> None:
     write_report(options.output / "budget.md", report(runs, rates))
 
 
-ARMS = [f"{price}_{allocator}" for price in ("queries", "compute") for allocator in ALLOCATORS]
+ARMS = [f"{price}_{name}" for price in ("queries", "compute", "1", "2", "4", "8", "20") for name in ALLOCATORS]
 
 
 def main(args: Sequence[str] | None = None) -> None:

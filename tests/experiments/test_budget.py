@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments import budget, budget_rule
-from experiments.budget import ALLOCATORS, PROBLEMS, chosen, lower_bound, tuned
+from experiments.budget import ALLOCATORS, PROBLEMS, lower_bound, sites_with, splitting, tuned
 from experiments.budget_rule import relative
 from experiments.tables import read_csv
 from flops_lightning import allocators
@@ -43,22 +43,24 @@ def test_bounds_and_ratios() -> None:
 def test_every_file_and_class_is_there() -> None:
     assert [each.config for each in PROBLEMS.values() if not Path(each.config).is_file()] == []
     assert all(hasattr(allocators, name) for name in ALLOCATORS.values())
-    assert chosen("equal", "queries")[0]["init_args"]["allocator"]["init_args"] == {}
+    assert splitting("equal", "queries")[0]["init_args"]["allocator"]["init_args"] == {}
+    sites = sites_with(PROBLEMS["digits"].config, 3)
+    assert [(site["name"], site["queries_per_sample"]) for site in sites[:2]] == [("lower", 3), ("middle", 3)]
 
 
 @pytest.mark.slow
 def test_short_studies(tmp_path: Path) -> None:
     short = ["--", "--data.init_args.batch_size=8", "--trainer.limit_train_batches=3", "--trainer.limit_val_batches=1"]
-    arguments = ["--problem", "digits", "--seeds", "1", "--arms", "queries_optimal", "--queries", "30"]
+    arguments = ["--problem", "digits", "--seeds", "1", "--arms", "queries_optimal", "1_equal", "--queries", "30"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(budget, "EXTENSIONS", 0)
         patch.setitem(PROBLEMS, "digits", budget.Problem(PROBLEMS["digits"].config, (1e-3,), {}))
         budget.main([*arguments, "--output", str(tmp_path / "budget"), *short, "--trainer.max_epochs=1"])
-    fixed, chosen_budget = read_csv(tmp_path / "budget" / "budget.csv")
+    fixed, chosen, single = read_csv(tmp_path / "budget" / "budget.csv")
     assert float(fixed["queries_and_clean"]) == 3 * 8 * 81
-    # The first step has 20 queries at each of three sites, and is measured by two clean passes.
-    assert float(chosen_budget["queries_and_clean"]) >= 0.3 * 3 * 8 * 81
-    assert int(chosen_budget["steps"]) == 1
+    assert float(chosen["queries_and_clean"]) >= 0.3 * 3 * 8 * 81
+    # One query at each of three sites, and a clean pass.
+    assert float(single["queries_and_clean"]) == int(single["steps"]) * 8 * 4
     files = ["configs/vit_tiny_digits.yaml", "configs/allocators/least_compute.yaml"]
     few = ["--batches", "2", "--steps", "2", "3", "--output", str(tmp_path / "rule")]
     budget_rule.main(["--config", *files, *few, "--", "--data.init_args.batch_size=8"])
