@@ -60,7 +60,10 @@ class QueryAllocator(KeepsSettings, ABC):
         return self._inclusion.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
+        """Restore what :meth:`state_dict` returned; one that keeps nothing else refuses what it does not know."""
+        unknown = sorted(set(state) - {"drawn_batches"})
+        if unknown and type(self).state_dict is QueryAllocator.state_dict:
+            raise ValueError(f"{type(self).__name__} keeps no such state, the checkpoint has {unknown}.")
         self._inclusion.load_state_dict(state)
 
     def check(self, statistics: SampleStatistics) -> None:
