@@ -4,12 +4,21 @@ With one direction ``z ~ N(0, I)`` over all trainable parameters for the whole b
 
     grad = [L(theta + sigma z) - L(theta - sigma z)] z / (2 sigma)        L = 1 / B  sum_b L_b
 
-One scalar a step; with ``queries = n`` the mean over ``n / 2`` directions (n-SPSA, the paper's "Mezo (n-SPSA)"). It is
+One scalar a step; with ``queries = n`` the mean over ``n / 2`` directions (n-SPSA, the paper's "Mezo (n-SPSA)").
+It is
 :class:`SPSA` with shared noise on one site that is the whole network, without a clean pass and without an allocator.
+
+``normalize: std`` divides by the standard deviation over the ``N = n / 2`` directions, as FZOO does (Dang et al., arXiv
+2506.09034; there of the losses of one-sided queries). With the difference quotients ``w_p`` of the batch's loss::
+
+    grad = 1 / N  sum_p w_p z_p / s        s^2 = 1 / (N - 1)  sum_p (w_p - mean_p w)^2
+
+``w_p`` has mean 0 and variance ``|g|^2``, so it is an estimate of ``g / |g|`` (biased, since ``s`` and ``w`` are
+dependent): a fixed rate takes long steps where the loss is flat. It matters to SGD, not to Adam or Muon.
 """
 
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -32,6 +41,7 @@ from flops_lightning.strategies.site_specs import SiteSpec
 from flops_lightning.strategies.sites import resolve_sites
 from flops_lightning.strategies.whole_batch import WholeBatchStrategy
 
+Normalize = Literal["none", "std"]
 SITE = "all"
 
 
@@ -57,13 +67,16 @@ class MeZO(WholeBatchStrategy, ChunkedStrategy):
     instead = "SPSA"
 
     def __init__(
-        self, *, sigma: float = 1e-3, queries: int = 2, exchange: Exchange = "gradients", **settings: Any
-    ) -> None:
+        self, *, sigma: float = 1e-3, queries: int = 2, normalize: Normalize = "none",
+        exchange: Exchange = "gradients", **settings: Any,
+    ) -> None:  # fmt: skip
         """Keep the settings; :meth:`bind` checks them against the network.
 
         Args:
             sigma: Standard deviation of the noise on every parameter.
             queries: Queries of every sample and step, in antithetic pairs; 2 in the original.
+            normalize: ``none``, or ``std``: divide by the standard deviation over the directions of this process, of
+                which there must be two or more.
             exchange: What processes send each other: ``gradients``, or ``losses``: one scalar per direction, whatever
                 the number of parameters, from which every process draws the directions of all others.
             **settings: See :class:`ChunkedStrategy`.
@@ -73,7 +86,11 @@ class MeZO(WholeBatchStrategy, ChunkedStrategy):
         if queries < 2 or queries % 2:
             raise SettingError("model.strategy.queries", queries, "must be even and 2 or more.", "Write 2, 4, ...")
         check_choice("model.strategy.exchange", exchange, get_args(Exchange))
-        self.sigma, self.queries, self.exchange = sigma, queries, exchange
+        check_choice("model.strategy.normalize", normalize, get_args(Normalize))
+        if normalize == "std" and queries < 4:
+            problem = f"needs two directions or more, and queries = {queries} is one."
+            raise SettingError("model.strategy.normalize", normalize, problem, "Write queries: 4 or more, or none.")
+        self.sigma, self.queries, self.normalize, self.exchange = sigma, queries, normalize, exchange
 
     def bind(self, network: StagedNetwork, loss: LossFunction) -> None:
         """Make one site from the lowest stage with trainable parameters on; what is below it runs once per batch."""
@@ -133,6 +150,8 @@ class MeZO(WholeBatchStrategy, ChunkedStrategy):
         alive = torch.isfinite(slopes)
         pairs = alive.sum(1, keepdim=True)
         slopes = torch.where(alive, slopes, 0.0) / pairs.clamp(min=1) / clean.batch_size
+        if self.normalize == "std":
+            slopes = slopes / (slopes.sum(0) * slopes.shape[1]).std().clamp(min=torch.finfo(slopes.dtype).tiny)
         coefficients = torch.stack((slopes, torch.zeros_like(slopes)), dim=-1).flatten()
         with phase("accumulation"):
             gradients = layout.gradient(site, clean, plan, coefficients, None)

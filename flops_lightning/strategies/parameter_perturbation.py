@@ -21,8 +21,9 @@ from flops_lightning.strategies.row_layers import SiteParts, site_parts
 from flops_lightning.strategies.shared_directions import SharedDirections
 from flops_lightning.strategies.site_specs import default_specs
 from flops_lightning.strategies.sites import Site, resolve_sites
+from flops_lightning.strategies.subspace_directions import Bases, SubspaceDirections
 
-Layout = Literal["shared", "factored"]
+Layout = Literal["shared", "factored", "subspace"]
 
 
 class ParameterPerturbation(QueryStrategy[ParameterQueryResult]):
@@ -34,18 +35,21 @@ class ParameterPerturbation(QueryStrategy[ParameterQueryResult]):
     def __init__(
         self,
         *, sigma: float = 0.0, layout: Layout = "shared", rank: int = 1, activation_guided: bool = False, span: int = 0,
-        exchange: Exchange = "gradients", **settings: Any,
+        refresh: int = 100, exchange: Exchange = "gradients", **settings: Any,
     ) -> None:  # fmt: skip
         """Keep the settings; :meth:`bind` checks them against the network.
 
         Args:
             sigma: Standard deviation of the noise at all sites, in place of their own; 0: their own.
             layout: ``shared``: one dense direction for each query index (or pair), used by all samples. ``factored``: a
-                low-rank direction for every row (or pair) of its own, on every linear and convolution.
-            rank: Rank of the factored directions.
+                low-rank direction for every row (or pair) of its own, on every linear and convolution. ``subspace``:
+                shared directions in a random subspace of each matrix, as in ZO-Muon (unbiased for the gradient's part
+                in it, see :mod:`flops_lightning.strategies.subspace_directions`).
+            rank: Rank of the factored directions; dimensions of the subspaces (64 in ZO-Muon).
             activation_guided: Draw the input factors in the span of the layer's own inputs (``factored`` only).
             span: Number of leading directions of that span to keep (biased); 0: all.
-            exchange: What processes send each other: ``gradients``, or ``losses`` (``shared`` only): one scalar per
+            refresh: Batches for which a subspace is kept (``subspace`` only).
+            exchange: What processes send each other: ``gradients``, or ``losses`` (not ``factored``): one scalar per
                 direction, whatever the number of parameters, from which every process draws the directions of all.
             **settings: See :class:`QueryStrategy`; the parameters of a site, a block or a group, move together.
         """
@@ -54,18 +58,21 @@ class ParameterPerturbation(QueryStrategy[ParameterQueryResult]):
         check_choice("model.strategy.layout", layout, get_args(Layout))
         check_choice("model.strategy.exchange", exchange, get_args(Exchange))
         for name, value, unused, used, needs in (
-            ("rank", rank, 1, layout == "factored", "layout: factored"),
+            ("rank", rank, 1, layout != "shared", "layout: factored or subspace"),
             ("activation_guided", activation_guided, False, layout == "factored", "layout: factored"),
             ("span", span, 0, activation_guided, "activation_guided: true"),
-            ("exchange", exchange, "gradients", layout == "shared", "layout: shared"),
+            ("refresh", refresh, 100, layout == "subspace", "layout: subspace"),
+            ("exchange", exchange, "gradients", layout != "factored", "layout: shared or subspace"),
         ):
             if value != unused and not used:
                 needed = f"Remove it, or write {needs}."
                 raise SettingError(f"model.strategy.{name}", value, "has no effect here.", needed)
-        check_at_least("model.strategy.rank", rank, 1)
+        for name, value in (("rank", rank), ("refresh", refresh)):
+            check_at_least(f"model.strategy.{name}", value, 1)
         check_at_least("model.strategy.span", span, 0, "Write 0 for the whole span.")
         self.sigma, self.exchange, self.rank_of_directions = sigma, exchange, rank
         self.layout, self.activation_guided, self.span = layout, activation_guided, span
+        self.refresh_every, self._bases = refresh, Bases()
         self._stages: FunctionalStages | None = None
         self._parts: dict[str, SiteParts] = {}
 
@@ -129,6 +136,9 @@ class ParameterPerturbation(QueryStrategy[ParameterQueryResult]):
             factored = (self._parts, self.rank_of_directions, self.activation_guided, self.span)
             return ParameterQueries(FactoredDirections(*shared, *factored))
         ranks = self.communicator if self.exchange == "losses" else None
+        if self.layout == "subspace":
+            subspace = (self.rank_of_directions, self.refresh_every, self._bases)
+            return ParameterQueries(SubspaceDirections(*shared, ranks, *subspace))
         return ParameterQueries(SharedDirections(*shared, ranks))
 
     def site_scales(self, clean: CleanPass, metric: Mapping[str, Tensor] | None) -> list[float]:

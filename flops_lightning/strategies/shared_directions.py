@@ -8,6 +8,7 @@ Estimates of samples with the same query index are dependent: the variance of th
 between samples, ``1/B^2 sum_{b != c} min(A_b, A_c) / (A_b A_c) Cov_bc``.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from flops_lightning.distributed import Communicator, gather_lines
 from flops_lightning.network.rows import gather
-from flops_lightning.noise.keys import drawn_at_once, row_seeds, split_like
+from flops_lightning.noise.keys import row_seeds, standard_normal
 from flops_lightning.phases import phase
 from flops_lightning.queries import CleanPass, RowPlan, row_losses
 from flops_lightning.strategies.parameter_queries import DirectionLayout, RowResponses
@@ -51,14 +52,14 @@ class SharedDirections(DirectionLayout):
                 with phase("suffix"):
                     for offset, found in enumerate(self.response.values(losses, site.sigma, signs)):
                         values[at + offset] = found.to(values.dtype)
-        return RowResponses(values, sum(p.numel() for p in site.parameters.values()) + 2)
+        return RowResponses(values, sum(math.prod(self.drawn_shape(p)) for p in site.parameters.values()) + 2)
 
     def _losses(self, site: Site, clean: CleanPass, index: Tensor, direction: int, sigmas: Tensor) -> Tensor:
         """``(unit, r)`` losses of samples at ``theta + sigma z`` for every sigma; each stage's ``z`` is drawn once."""
         # A copy for each, since a stage may work in place; nothing else holds them while the stages above run.
         streams = [clean.activations[site.first].index_select(0, index) for _ in sigmas]
         for i, own in self._by_stage(site).items():
-            noise = split_like(self._noise(site, clean.draw, i, own, direction, self.key.rank), own) if own else {}
+            noise = self._noise(site, clean.draw, i, own, direction) if own else {}
             for k, sigma in enumerate(sigmas):
                 values = {name: (p.detach() + sigma * noise[name]).to(p.dtype) for name, p in own.items()}
                 streams[k] = self.stages.run(i, streams[k], values)
@@ -70,13 +71,36 @@ class SharedDirections(DirectionLayout):
         stages = range(site.first, site.last + 1)
         return {i: {n: p for n, p in site.parameters.items() if self.network.stages[i].owns(n)} for i in stages}
 
+    def drawn_shape(self, parameter: Tensor) -> tuple[int, ...]:
+        """Shape of the normal numbers from which a parameter's direction is made: its own."""
+        return tuple(parameter.shape)
+
+    def direction(self, drawn: Mapping[str, Tensor], own: Mapping[str, nn.Parameter], draw: int) -> dict[str, Tensor]:
+        """The directions made of these numbers, a linear function of them: the numbers themselves."""
+        del own, draw
+        return dict(drawn)
+
     def _noise(
+        self, site: Site, draw: int, stage: int, own: Mapping[str, nn.Parameter], direction: int
+    ) -> dict[str, Tensor]:
+        """The ``z`` of a stage's parameters in one direction."""
+        with phase("noise"):
+            flat = self._drawn(site, draw, stage, own, direction, self.key.rank)
+            return self.direction(self._split(flat, own), own, draw)
+
+    def _drawn(
         self, site: Site, draw: int, stage: int, own: Mapping[str, nn.Parameter], direction: int, rank: int
     ) -> Tensor:
         key = replace(self.key, draw=draw, site=f"{site.name}/{self.network.stages[stage].name}", rank=rank)
-        (seed,) = row_seeds(key, np.zeros(1, dtype=np.int64), np.array([direction]))
-        with phase("noise"):
-            return drawn_at_once(seed, own)
+        seeds = row_seeds(key, np.zeros(1, dtype=np.int64), np.array([direction]))
+        # At once: seeding a generator costs as much as small tensors do.
+        first, size = next(iter(own.values())), sum(math.prod(self.drawn_shape(p)) for p in own.values())
+        return standard_normal(seeds, (size,), device=first.device, dtype=first.dtype)[0]
+
+    def _split(self, flat: Tensor, own: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+        shapes = [self.drawn_shape(p) for p in own.values()]
+        parts = flat.split([math.prod(shape) for shape in shapes])
+        return {name: part.view(shape) for name, part, shape in zip(own, parts, shapes, strict=True)}
 
     def gradient(
         self, site: Site, clean: CleanPass, plan: RowPlan, coefficients: Tensor, kept: Any
@@ -99,10 +123,11 @@ class SharedDirections(DirectionLayout):
             if own:
                 total: Tensor | None = None
                 for rank, p, scalar in terms:
-                    z = self._noise(site, clean.draw, i, own, p, rank)
+                    with phase("noise"):
+                        z = self._drawn(site, clean.draw, i, own, p, rank)
                     total = z.mul_(scalar) if total is None else total.addcmul_(z, scalar.to(z.dtype))
                 if total is not None:
-                    gradients |= split_like(total, own)
+                    gradients |= self.direction(self._split(total, own), own, clean.draw)
         return gradients
 
 

@@ -61,11 +61,26 @@ def direction_of(module: nn.Module, strategy: Any, site: Site, x: Tensor, b: int
     found = {}
     for stage in strategy.network.stages:
         own = {name: p for name, p in site.parameters.items() if stage.owns(name)}
-        size = sum(p.numel() for p in own.values())
-        flat = _normals(strategy, f"{site.name}/{stage.name}", 0, index, size, draw) if own else torch.empty(0)
-        for (name, p), part in zip(own.items(), flat.split([p.numel() for p in own.values()]), strict=True):
-            found[name] = part.view(p.shape)
+        bases = {name: basis_of(strategy, name, p, draw) for name, p in own.items()}
+        sizes = [p.numel() // len(p) * bases[name].shape[1] for name, p in own.items()]
+        flat = _normals(strategy, f"{site.name}/{stage.name}", 0, index, sum(sizes), draw) if own else torch.empty(0)
+        for (name, p), part in zip(own.items(), flat.split(sizes), strict=True):
+            found[name] = (bases[name] @ part.view(-1, p.numel() // len(p))).view(p.shape)
     return {name: found[name] for name in site.parameters}
+
+
+def basis_of(strategy: Any, name: str, p: Tensor, draw: int) -> Tensor:
+    """Orthonormal columns ``(m, rank)`` by Gram-Schmidt; the identity where the directions of a parameter are dense."""
+    rank = strategy.rank_of_directions if getattr(strategy, "layout", "") == "subspace" else len(p)
+    if p.ndim < 2 or rank >= len(p):
+        return torch.eye(len(p), dtype=torch.float64)
+    key = NoiseKey(strategy.seed, draw // strategy.refresh_every, f"{name}/basis")
+    seeds = row_seeds(key, np.array([0]), np.array([0]))
+    columns: list[Tensor] = []
+    for column in standard_normal(seeds, (len(p), rank), device=torch.device("cpu"), dtype=torch.float64)[0].mT:
+        rest = column - sum((column @ other) * other for other in columns)
+        columns.append(rest / rest.norm())
+    return torch.stack(columns, dim=1)
 
 
 def _normals(strategy: Any, site: str, sample: int, index: int, size: int, draw: int) -> Tensor:
@@ -286,7 +301,7 @@ def reference_traces(
     """``(b,)`` mean of ``w^2 (||D||^2 - 1)`` over the units that count, at least 0, times 2 for pairs; NaN without one.
 
     Leave-one-out weights are taken less the clean loss; a shared direction counts with the mean of its squared norm
-    under its weight, ``d + 2``.
+    under its weight, ``d + 2``, ``d`` the normal numbers that it is made of.
     """
     unit, traces = unit_of(strategy), []
     for b, count in enumerate(counts):
@@ -295,10 +310,16 @@ def reference_traces(
         terms = []
         for rows in (alive[i : i + unit] for i in range(0, len(alive), unit)):
             d = rows[0].direction
-            norm = len(d) + 2 if strategy.layout == "shared" else float(d.square().sum())
+            norm = float(d.square().sum()) if strategy.layout == "factored" else _numbers_drawn(strategy, site) + 2
             terms.append(unit * _weight(rows, rows, clean, strategy, site) ** 2 * (norm - 1))
         traces.append(max(sum(terms), 0.0) / len(terms) if terms else math.nan)
     return torch.tensor(traces, dtype=torch.float64)
+
+
+def _numbers_drawn(strategy: Any, site: Site) -> int:
+    """Normal numbers in a shared direction."""
+    parameters = site.parameters.items()
+    return sum(p.numel() // len(p) * basis_of(strategy, name, p, 0).shape[1] for name, p in parameters)
 
 
 def surviving_queries(

@@ -1,6 +1,7 @@
 """MeZO against the slow reference and against SPSA, what a step costs, what it leaves alone, and refusals."""
 
 import math
+import statistics
 import warnings
 from typing import Any
 
@@ -24,7 +25,7 @@ from tests.reference.networks import (
     tiny_vit,
     token_network,
 )
-from tests.reference.parameter_perturbation import assert_gradients
+from tests.reference.parameter_perturbation import assert_gradients, queries_of_sample
 
 SILENT = pytest.mark.filterwarnings("ignore:.*lost every query")
 
@@ -53,6 +54,26 @@ def test_tokens(batch, queries, chunk_rows, tokens_net, tokens):
     strategy.rank = 2
     assert_equals_reference(strategy, x[:batch], y[:batch])
     assert strategy.draw == 3
+
+
+def test_normalised_by_the_standard_deviation_over_directions(tokens_net, tokens):
+    """FZOO: whatever the scale of the loss, and no step where it is flat."""
+    strategy, samples = mezo(tokens_net, squared_error, queries=6, normalize="std"), len(tokens[0])
+    strategy.estimate(strategy.clean_pass(*tokens))
+    found = gradients(tokens_net)
+    (site,) = strategy.sites
+    rows = [queries_of_sample(tokens_net, strategy, site, *tokens, b, 6) for b in range(samples)]
+    quotients = [sum(row[q].loss - row[q + 1].loss for row in rows) / samples / (2 * 0.1) for q in (0, 2, 4)]
+    directions = [rows[0][q].direction for q in (0, 2, 4)]
+    total = sum(w * z for w, z in zip(quotients, directions, strict=True)) / 3 / statistics.stdev(quotients)
+    torch.testing.assert_close(torch.cat([g.flatten() for g in found.values()]), total, rtol=1e-9, atol=1e-9)
+    for scale in (100.0, 0.0):
+        scaled = mezo(tokens_net, lambda o, t, s=scale: s * squared_error(o, t), queries=6, normalize="std")
+        scaled.estimate(scaled.clean_pass(*tokens))
+        for name, gradient in gradients(tokens_net).items():
+            torch.testing.assert_close(gradient, found[name] * (scale > 0), rtol=1e-9, atol=1e-9)
+    with pytest.raises(SettingError, match=r"normalize = 'std': needs two directions or more, and queries = 2 is one"):
+        MeZO(normalize="std")
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"global_pool": "map", "reg_tokens": 2, "init_values": 0.5}])
