@@ -88,15 +88,19 @@ class Muon(Optimizer):
         super().__init__(groups, {"lr": lr, **of_all})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One step of all parameters that have a gradient."""
-        del closure
+    def step(self, closure: Any = None) -> Any:
+        """One step of all parameters that have a gradient; returns the loss of the closure, if there is one."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             rule = self._orthogonal_step if group["matrices"] else self._adamw_step
             for p in group["params"]:
                 if p.grad is not None:
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                     rule(p, p.grad, self.state[p], group)
+        return loss
 
     def _orthogonal_step(self, p: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
         momentum, update = group["momentum"], grad

@@ -122,14 +122,14 @@ def build_optimizer(module: nn.Module, settings: OptimizerSettings) -> Optimizer
 
         groups = param_groups_layer_decay(module, settings.weight_decay, layer_decay=settings.layer_decay)
         groups = [{**group, "lr": settings.lr * float(str(group.pop("lr_scale")))} for group in groups]
-    if settings.name == "muon":
+    family: Any = optimizer_class(settings.name)
+    if family is Muon:
         groups = _matrices_apart(module, groups)
     groups = [group for group in groups if group["params"]]
     arguments = {"lr": settings.lr, **settings.arguments}
     for name in ("weight_decay", "momentum"):  # some optimisers have neither
         if value := getattr(settings, name):
             arguments[name] = value
-    family: Any = optimizer_class(settings.name)
     try:
         return cast("Optimizer", family(groups, **arguments))
     except (TypeError, ValueError) as error:

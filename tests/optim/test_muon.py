@@ -131,6 +131,23 @@ def test_a_resumed_optimiser_goes_on_with_the_same_bits():
     assert all(a.equal(b) for a, b in zip(module.parameters(), again.parameters(), strict=True))
 
 
+def test_a_closure_makes_the_gradient_and_a_path_is_as_good_as_the_name():
+    module, by_path = convolutional(), convolutional()
+    by_path.load_state_dict(module.state_dict())
+    x = normal(2, 2, 4, 4)
+    for network, name in ((module, "muon"), (by_path, "flops_lightning.optim.muon.Muon")):
+        optimizer = build_optimizer(network, OptimizerSettings(name, lr=1e-3))
+
+        def closure(network=network):
+            loss = network(x).square().sum()
+            loss.backward()
+            return loss
+
+        before = optimizer.step(closure)
+        assert before > network(x).square().sum()
+    assert all(a.equal(b) for a, b in zip(module.parameters(), by_path.parameters(), strict=True))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
