@@ -62,9 +62,8 @@ class QueryStrategy(SiteStrategy, Generic[Q]):
 
         See :func:`~flops_lightning.strategies.signal.derivative_along`.
         """
-        passes = 2 * clean.batch_size
+        passes, inputs = 2 * clean.batch_size, clean.activations[0]
         self.meter.add(CLEAN, clean_passes=passes, forward_equivalents=passes)
-        inputs = clean.activations[0]
         return derivative_along(self.network, self.loss, inputs, clean.targets, directions, rows=self.chunk_rows)
 
     def run_queries(self, site: Site, clean: CleanPass, counts: NDArray[np.int64]) -> None:
