@@ -18,6 +18,7 @@ import torch
 from benchmarks.cases import VIT_TINY, Case, site_specs
 from benchmarks.harness import Record, Spread, command, finish, table
 from benchmarks.speed import run_queries
+from flops_lightning.network.cutting import stage_by_replay
 from flops_lightning.network.memory import held
 from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.objectives import cross_entropy
@@ -28,6 +29,7 @@ from flops_lightning.strategies.query_strategy import QueryStrategy
 INFERENCE = "inference"
 OURS = "LikelihoodRatio, groups"  # the strategy of the case, which is this one in the command of this module
 OURS_WITHOUT_VJP = f"{OURS}, without local VJP"
+OURS_BY_REPLAY = f"{OURS}, by replay"
 STEPS, QUERIES = 2, 2  # queries per sample at each site: more take longer and no more memory
 
 
@@ -51,6 +53,7 @@ CONTENDERS: Mapping[str, Callable[[Case, StagedNetwork], ForwardGradientStrategy
     "SPSA factored, groups": _perturbed(SPSA, layout="factored"),
     OURS: Case.make_strategy,
     OURS_WITHOUT_VJP: Case.make_strategy,
+    OURS_BY_REPLAY: Case.make_strategy,
     "backprop": lambda *_: Backprop(),
 }
 
@@ -62,6 +65,8 @@ def peak(name: str, case: Case, device: torch.device) -> float:
     gc.collect()
     before = held("VmRSS") or 0.0
     network, inputs, targets = case.load(device, case.chunk_rows if name == INFERENCE else case.batch)
+    if name == OURS_BY_REPLAY:
+        network = stage_by_replay(network.module, inputs[:2])
     strategy = CONTENDERS[name](case, network)
     strategy.bind(network, cross_entropy)
 
