@@ -6,7 +6,7 @@ learning rate falls to zero, when they have spent a share of what the reference 
 clean passes under ``price: queries``, ``--compute`` of its forward-equivalents under ``price: compute``. Noise widths
 by token and the exact head are on. Each has a learning rate of its own, the best by the late training loss of a run
 with a seed that is not used again, and not at the edge of its grid: that is extended until it is not. Arms such as
-``4_optimal`` spend the same share of queries with a fixed average, here 4 at each site.
+``4_optimal`` spend the same share of queries with a fixed average, here 4 at each site (1: without widths).
 
 Accuracies are compared with the reference's seed by seed; non-inferiority by a point is what the lower bound of the
 difference (Student's t, one-sided, 95 %) says. Finished runs are not repeated. Writes ``budget.md`` and ``budget.csv``.
@@ -153,6 +153,8 @@ def study(options: argparse.Namespace) -> None:
         }  # fmt: skip
         if average:
             own["model.init_args.strategy.init_args.sites"] = sites_with(problem.config, average)
+            # Widths are learned from pairs of a sample's queries.
+            own["model.init_args.strategy.init_args.token_sigma"] = str(average > 1).lower()
         return fit(options.output, f"{arm}/lr_{rate:g}/seed_{seed}", files, common, own)
 
     rates, runs = dict[str, float](), dict[str, list[Cell]]()

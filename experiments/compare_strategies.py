@@ -29,7 +29,7 @@ from flops_lightning.plan.cost import Cost, typical_seconds
 
 METHODS = (
     "bp", "lr", "ops_lr", "es", "spsa", "ops_spsa", "spsa_guided", "mezo", "mezo_nspsa", "deepzero_spsa",
-    "deepzero_cge", "forward_mode",
+    "deepzero_cge", "forward_mode", "zo_muon",
 )  # fmt: skip
 REFERENCE = "lr"
 PROBE_STEPS = 5

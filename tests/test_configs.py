@@ -47,7 +47,7 @@ def run(configs: list[str], folder: Path, *extra: str) -> dict[str, Any]:
 
 def test_there_are_configurations() -> None:
     assert {QUICKSTART, CIFAR10, "configs/vit_tiny_digits_upright.yaml"} < set(CONFIGS)
-    assert len(OVERLAYS) == 15
+    assert len(OVERLAYS) == 17
     assert {Path(path).stem for path in METHODS} == set(STRATEGIES)
 
 

@@ -51,16 +51,28 @@ def test_every_file_and_class_is_there() -> None:
 @pytest.mark.slow
 def test_short_studies(tmp_path: Path) -> None:
     short = ["--", "--data.init_args.batch_size=8", "--trainer.limit_train_batches=3", "--trainer.limit_val_batches=1"]
-    arguments = ["--problem", "digits", "--seeds", "1", "--arms", "queries_optimal", "1_equal", "--queries", "30"]
+    arguments = [
+        "--problem",
+        "digits",
+        "--seeds",
+        "1",
+        "--jobs",
+        "2",
+        "--arms",
+        "queries_optimal",
+        "2_equal",
+        "--queries",
+        "30",
+    ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(budget, "EXTENSIONS", 0)
         patch.setitem(PROBLEMS, "digits", budget.Problem(PROBLEMS["digits"].config, (1e-3,), {}))
         budget.main([*arguments, "--output", str(tmp_path / "budget"), *short, "--trainer.max_epochs=1"])
-    fixed, chosen, single = read_csv(tmp_path / "budget" / "budget.csv")
+    fixed, chosen, pairs = read_csv(tmp_path / "budget" / "budget.csv")
     assert float(fixed["queries_and_clean"]) == 3 * 8 * 81
     assert float(chosen["queries_and_clean"]) >= 0.3 * 3 * 8 * 81
-    # One query at each of three sites, and a clean pass.
-    assert float(single["queries_and_clean"]) == int(single["steps"]) * 8 * 4
+    # Two queries at each of three sites, and a clean pass.
+    assert float(pairs["queries_and_clean"]) == int(pairs["steps"]) * 8 * 7
     files = ["configs/vit_tiny_digits.yaml", "configs/allocators/least_compute.yaml"]
     few = ["--batches", "2", "--steps", "2", "3", "--output", str(tmp_path / "rule")]
     budget_rule.main(["--config", *files, *few, "--", "--data.init_args.batch_size=8"])

@@ -46,6 +46,7 @@ def test_a_short_study(tmp_path: Path) -> None:
     short = ["--", "--trainer.max_epochs=1", "--trainer.limit_train_batches=12", "--trainer.val_check_interval=6"]
     short += ["--data.init_args.batch_size=8"]
     arguments = ["--problem", "digits", "--output", str(tmp_path), "--seeds", "1", "--allocators", "cost_aware"]
+    arguments += ["--jobs", "2"]  # each on one thread: two would wait for each other beside other tests
     fewer_queries.main([*arguments, *short])
     rows = read_csv(tmp_path / "fewer_queries.csv")
     assert [(row["allocator"], row["seed"]) for row in rows] == [("equal", "0"), ("cost_aware", "0")]
