@@ -144,7 +144,8 @@ def study(options: argparse.Namespace) -> None:
     def limited(arm: str, limit: float, rate: float, seed: int) -> Cell:
         price, _, allocator = arm.partition("_")
         by_compute, average = price == "compute", int(price) if price.isdigit() else 0
-        files = (problem.config, f"configs/allocators/{'least_compute' if by_compute else 'few_queries'}.yaml")
+        overlay = "optimal" if average else "least_compute" if by_compute else "few_queries"
+        files = (problem.config, f"configs/allocators/{overlay}.yaml")
         queries: dict[str, Any] = {"queries": round(limit), "clean_passes": "true"}
         own = {
             "seed_everything": seed, "trainer.log_every_n_steps": 1, "trainer.max_epochs": -1,
@@ -155,6 +156,7 @@ def study(options: argparse.Namespace) -> None:
             own["model.init_args.strategy.init_args.sites"] = sites_with(problem.config, average)
             # Widths are learned from pairs of a sample's queries.
             own["model.init_args.strategy.init_args.token_sigma"] = str(average > 1).lower()
+            own["model.init_args.strategy.init_args.exact_head"] = "true"
         return fit(options.output, f"{arm}/lr_{rate:g}/seed_{seed}", files, common, own)
 
     rates, runs = dict[str, float](), dict[str, list[Cell]]()
