@@ -129,7 +129,6 @@ class BudgetRule:
 
     def __init__(self, settings: BudgetSettings | Mapping[str, Any] | None = None) -> None:
         self.settings = read_settings(BudgetSettings, settings, "budget")
-        self.settings.check()
         self._steps = self._next = 0
         # Running means of signal and noise, both over the mean square of one query's estimate.
         self._weight, self._signal, self._noise = 0.0, 0.0, torch.zeros(0)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flops_lightning.allocators.rounding import check_budget, largest_remainder, next_multiple, water_fill
+from flops_lightning.allocators.rounding import check_budget, next_multiple, round_at_sites, water_fill
 from flops_lightning.protocol import QueryBudget
 
 LEAST_SHARE = 0.25
@@ -98,11 +98,8 @@ class InclusionDraws:
         """
         totals = budget.totals(shares.shape[1])
         if all(n == 0 or n >= budget.unit for n in least):
-            rounded = [
-                largest_remainder(line, total, minimum=int(n), multiple=budget.multiple)
-                for line, total, n in zip(shares, totals, least, strict=True)
-            ]
-            return Split(torch.stack(rounded), None, torch.stack(rounded))
+            rounded = round_at_sites(shares, totals, least, multiple=budget.multiple)
+            return Split(rounded, None, rounded)
         lines = [water_fill(s, total, floor=n) for s, total, n in zip(shares, totals, least, strict=True)]
         return self.draw(torch.stack(lines), unit=budget.unit)
 

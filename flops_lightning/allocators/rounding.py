@@ -74,7 +74,7 @@ def largest_remainder(shares: Tensor, total: int, *, minimum: int, multiple: int
     return counts * multiple
 
 
-def round_at_sites(shares: Tensor, totals: Sequence[int], *, minimum: int, multiple: int) -> Tensor:
-    """``(s, b)`` :func:`largest_remainder` of ``(s, b)`` shares, with one total for each site."""
-    lines = zip(shares, totals, strict=True)
-    return torch.stack([largest_remainder(share, n, minimum=minimum, multiple=multiple) for share, n in lines])
+def round_at_sites(shares: Tensor, totals: Sequence[int], least: Sequence[float], *, multiple: int) -> Tensor:
+    """``(s, b)`` :func:`largest_remainder` of ``(s, b)`` shares, with a total and a minimum for each site."""
+    lines = zip(shares, totals, least, strict=True)
+    return torch.stack([largest_remainder(line, n, minimum=int(m), multiple=multiple) for line, n, m in lines])

@@ -99,7 +99,6 @@ class QueryAllocatorCallback(Callback):
             QueryBudget((queries_per_sample or multiple,), multiple)
         self.allocator, self.queries_per_sample, self.multiple = allocator, queries_per_sample, multiple
         self.budget = read_settings(BudgetSettings, budget, "budget")
-        self.budget.check()
         self._rule = BudgetRule(self.budget) if self.budget.rule != "fixed" else None
         self._monitor = AllocationMonitor() if log else None
         self._last: AllocatedBatch | None = None

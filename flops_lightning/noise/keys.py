@@ -4,8 +4,9 @@ So an estimate is the same whatever the chunk size and however rows are packed, 
 instead of being kept.
 """
 
+import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,17 +56,19 @@ def row_seeds(key: NoiseKey, samples: NDArray[np.int64], directions: NDArray[np.
     return [int(seed) for seed in state >> np.uint64(32)]
 
 
-def drawn_at_once(seed: int, like: Mapping[str, Tensor]) -> Tensor:
-    """``(n,)`` standard normals for all entries of tensors: seeding a generator costs as much as small tensors do."""
-    first = next(iter(like.values()))
-    size = sum(tensor.numel() for tensor in like.values())
-    return standard_normal([seed], (size,), device=first.device, dtype=first.dtype)[0]
+def drawn_at_once(seed: int, shapes: Iterable[Sequence[int]], like: Tensor) -> Tensor:
+    """``(n,)`` standard normals for all entries of these shapes: seeding a generator costs as much as few numbers do.
+
+    Device and dtype are those of ``like``.
+    """
+    size = sum(math.prod(shape) for shape in shapes)
+    return standard_normal([seed], (size,), device=like.device, dtype=like.dtype)[0]
 
 
-def split_like(flat: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Views of ``flat``, shaped like the tensors by name."""
-    parts = flat.split([tensor.numel() for tensor in like.values()])
-    return {name: part.view(tensor.shape) for (name, tensor), part in zip(like.items(), parts, strict=True)}
+def split_into(flat: Tensor, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    """Views of ``flat`` with these shapes, by name."""
+    parts = flat.split([math.prod(shape) for shape in shapes.values()])
+    return {name: part.view(tuple(shape)) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
 
 def standard_normal(seeds: list[int], shape: tuple[int, ...], *, device: torch.device, dtype: torch.dtype) -> Tensor:

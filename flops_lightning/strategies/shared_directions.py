@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from flops_lightning.distributed import Communicator, gather_lines
 from flops_lightning.network.rows import gather
-from flops_lightning.noise.keys import row_seeds, standard_normal
+from flops_lightning.noise.keys import drawn_at_once, row_seeds, split_into
 from flops_lightning.phases import phase
 from flops_lightning.queries import CleanPass, RowPlan, row_losses
 from flops_lightning.strategies.parameter_queries import DirectionLayout, RowResponses
@@ -86,21 +86,17 @@ class SharedDirections(DirectionLayout):
         """The ``z`` of a stage's parameters in one direction."""
         with phase("noise"):
             flat = self._drawn(site, draw, stage, own, direction, self.key.rank)
-            return self.direction(self._split(flat, own), own, draw)
+            return self.direction(split_into(flat, self._shapes(own)), own, draw)
 
     def _drawn(
         self, site: Site, draw: int, stage: int, own: Mapping[str, nn.Parameter], direction: int, rank: int
     ) -> Tensor:
         key = replace(self.key, draw=draw, site=f"{site.name}/{self.network.stages[stage].name}", rank=rank)
-        seeds = row_seeds(key, np.zeros(1, dtype=np.int64), np.array([direction]))
-        # At once: seeding a generator costs as much as small tensors do.
-        first, size = next(iter(own.values())), sum(math.prod(self.drawn_shape(p)) for p in own.values())
-        return standard_normal(seeds, (size,), device=first.device, dtype=first.dtype)[0]
+        (seed,) = row_seeds(key, np.zeros(1, dtype=np.int64), np.array([direction]))
+        return drawn_at_once(seed, self._shapes(own).values(), next(iter(own.values())))
 
-    def _split(self, flat: Tensor, own: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-        shapes = [self.drawn_shape(p) for p in own.values()]
-        parts = flat.split([math.prod(shape) for shape in shapes])
-        return {name: part.view(shape) for name, part, shape in zip(own, parts, shapes, strict=True)}
+    def _shapes(self, own: Mapping[str, nn.Parameter]) -> dict[str, tuple[int, ...]]:
+        return {name: self.drawn_shape(p) for name, p in own.items()}
 
     def gradient(
         self, site: Site, clean: CleanPass, plan: RowPlan, coefficients: Tensor, kept: Any
@@ -127,7 +123,7 @@ class SharedDirections(DirectionLayout):
                         z = self._drawn(site, clean.draw, i, own, p, rank)
                     total = z.mul_(scalar) if total is None else total.addcmul_(z, scalar.to(z.dtype))
                 if total is not None:
-                    gradients |= self.direction(self._split(total, own), own, clean.draw)
+                    gradients |= self.direction(split_into(total, self._shapes(own)), own, clean.draw)
         return gradients
 
 

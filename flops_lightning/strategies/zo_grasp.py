@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flops_lightning.noise.keys import NoiseKey, drawn_at_once, row_seeds, split_like
+from flops_lightning.noise.keys import NoiseKey, drawn_at_once, row_seeds, split_into
 
 Values = Callable[[str], Tensor]
 """The value of the parameter of a name."""
@@ -81,7 +81,8 @@ def zo_grasp_scores(
 
 
 def _direction(seed: int, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    drawn = split_like(drawn_at_once(seed, parameters), parameters)
+    shapes = {name: p.shape for name, p in parameters.items()}
+    drawn = split_into(drawn_at_once(seed, shapes.values(), next(iter(parameters.values()))), shapes)
     return {name: part.to(parameters[name].dtype) for name, part in drawn.items()}
 
 

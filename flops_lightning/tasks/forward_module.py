@@ -75,7 +75,6 @@ class ForwardModule(AllocatedModule):
         self.optimizer_settings = read_settings(OptimizerSettings, optimizer, "optimizer")
         self.clip_settings = read_settings(ClipSettings, clip, "clip")
         self.spend_settings = read_settings(SpendSettings, spend, "spend")
-        self.spend_settings.check()
         self.max_skipped_steps = max_skipped_steps
         # Plain values only, so that checkpoints load with weights_only=True.
         grouped = {
