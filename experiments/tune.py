@@ -2,15 +2,18 @@
 
 For every seed, ``tune`` searches as a user would. Then the widths it tried are compared by the cosine of the estimate
 with the gradient by backprop, on batches that it has not seen; and runs with its rate, with eight rates half a decade
-apart and with the configuration's own compare the final loss, the mean clean loss of the last quarter of a run. All
-runs of a seed have the widths that were found, the same batches and the same noise; one more has the configuration's
-rate and widths.
+apart and with the configuration's own compare the final loss, the mean clean loss of the last quarter of a run. One run
+ranks neighbouring rates by luck, so every rate has several, whose order of batches and noise are not those of the
+search; each of these is the same for all rates. The runs have the widths that were found, but for those with the
+configuration's rate, which have its widths.
 
 Interrupted, it continues with the next seed when started again. Writes ``sigma.csv``, ``rate.csv`` and ``tune.md``.
 """
 
 import argparse
 import math
+import os
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -34,7 +37,8 @@ CONFIG = "configs/vit_tiny_digits.yaml"
 GRID = [i / 2 for i in range(-4, 4)]  # decades around the rate of the configuration
 UNSEEN, DRAWS = 3, 2  # batches after those of the search, and estimates of each
 SIGMA = ("seed", "site", "kind", "sigma", "cosine")
-RATE = ("seed", "kind", "rate", "loss", "seconds")
+RATE = ("seed", "kind", "rate", "repeat", "loss", "seconds")
+ORDERS = 1000  # seed of the order of batches in the first of the runs that compare rates
 OWN, FOUND, TRIED = "configuration", "found", "grid"
 
 Row = tuple[Any, ...]
@@ -49,7 +53,7 @@ class Seed:
         cli = build([*arguments, "--seed_everything", str(seed)])
         self.seed, self.task, self.data = seed, cli.model, cli.datamodule
         self.settings, self.run = dict(cli.config_init["trainer"]), cli.trainer
-        self.steps, began = options.steps, time.monotonic()
+        self.steps, self.repeats, began = options.steps, options.repeats, time.monotonic()
         assert isinstance(self.task, ForwardModule)
         assert self.task.strategy is not None
         self.strategy: ForwardGradientStrategy = self.task.strategy
@@ -74,20 +78,27 @@ class Seed:
         """Final losses."""
         assert self.tuned.rate is not None
         own, given = self.task.optimizer_settings.lr, self.strategy.sigmas
-        rows = [(self.seed, OWN, own, self.loss(own), 0.0)]
+        rows = self.losses(OWN, own, 0.0)
         self.strategy.set_sigmas(self.tuned.widths)
-        rows.append((self.seed, FOUND, self.tuned.rate.found, self.loss(self.tuned.rate.found), self.seconds))
-        rows += [(self.seed, TRIED, rate, self.loss(rate), 0.0) for rate in (own * 10**i for i in GRID)]
+        rows += self.losses(FOUND, self.tuned.rate.found, self.seconds)
+        rows += [row for i in GRID for row in self.losses(TRIED, own * 10**i, 0.0)]
         self.strategy.set_sigmas(given)
         return rows
 
-    def loss(self, rate: float) -> float:
+    def losses(self, kind: str, rate: float, seconds: float) -> list[Row]:
+        return [(self.seed, kind, rate, i, self.loss(rate, i), seconds) for i in range(self.repeats)]
+
+    def loss(self, rate: float, repeat: int) -> float:
+        seed = os.environ["PL_GLOBAL_SEED"]
         with returning(self.task, self.strategy):
             self.task.optimizer_settings, recorder = replace(self.task.optimizer_settings, lr=rate), Recorder()
+            self.strategy.draw, os.environ["PL_GLOBAL_SEED"] = 10**6 * (1 + repeat), str(ORDERS + repeat)
             try:
                 short_fit(self.task, self.data, self.run, self.settings, steps=self.steps, callback=recorder)
             except LostQueriesError:
                 return math.inf
+            finally:
+                os.environ["PL_GLOBAL_SEED"] = seed
         return Trial(rate, self.steps, tuple(recorder.losses)).loss
 
 
@@ -154,22 +165,40 @@ def report(sigma: Sequence[Mapping[str, str]], rate: Sequence[Mapping[str, str]]
                "best cosine"]  # fmt: skip
     widths_table, lines = markdown(columns, lines), []
     for seed in dict.fromkeys(row["seed"] for row in rate):
-        own = [row for row in rate if row["seed"] == seed]
-        grid = {float(row["rate"]): float(row["loss"]) for row in own if row["kind"] == TRIED}
-        best = min(grid, key=grid.__getitem__)
-        found, before = (next(row for row in own if row["kind"] == kind) for kind in (FOUND, OWN))
-        lines.append([seed, f"{float(found['rate']):.2g}", f"{float(found['loss']):.4g}", f"{best:.2g}",
-                      f"{grid[best]:.4g}", f"{float(found['loss']) / grid[best]:.2f}", f"{float(before['loss']):.4g}",
-                      f"{float(found['seconds']):.0f}"])  # fmt: skip
+        runs: dict[tuple[str, float], list[float]] = {}
+        for row in rate:
+            if row["seed"] == seed:
+                runs.setdefault((row["kind"], float(row["rate"])), []).append(float(row["loss"]))
+        top = min((key for key in runs if key[0] == TRIED), key=lambda key: statistics.fmean(runs[key]))
+        chosen, before = (next(key for key in runs if key[0] == kind) for kind in (FOUND, OWN))
+        seconds = max(float(row["seconds"]) for row in rate if row["seed"] == seed)
+        lines.append([seed, f"{chosen[1]:.2g}", _mean(runs[chosen]), f"{top[1]:.2g}", _mean(runs[top]),
+                      _ratio(runs[chosen], runs[top]), _mean(runs[before]), f"{seconds:.0f}"])  # fmt: skip
     columns = ["seed", "rate found", "final loss", "best of 8", "its final loss", "ratio", "as configured",
                "seconds of the search"]  # fmt: skip
     return f"{widths_table}\n{markdown(columns, lines)}"
 
 
+def _mean(values: Sequence[float]) -> str:
+    return f"{statistics.fmean(values):.4g}"
+
+
+def _ratio(found: Sequence[float], best: Sequence[float]) -> str:
+    """Of the means, with the standard error of the difference over pairs."""
+    mean = statistics.fmean(best)
+    if len(best) < 2:
+        return f"{found[0] / mean:.2f}"
+    error = statistics.stdev(a - b for a, b in zip(found, best, strict=True)) / math.sqrt(len(best))
+    return f"{statistics.fmean(found) / mean:.2f} ± {error / mean:.2f}"
+
+
 def study(options: argparse.Namespace) -> None:
     arguments = [*configs(options.config or [CONFIG]), *options.extra]
     torch.set_num_threads(options.threads)
-    claim(options.output, {"arguments": arguments, "steps": options.steps, "tuning_steps": options.tuning_steps})
+    claim(
+        options.output,
+        {"arguments": arguments} | {n: getattr(options, n) for n in ("steps", "tuning_steps", "repeats")},
+    )
     files: list[Path] = [options.output / "sigma.csv", options.output / "rate.csv"]
     done = {int(row["seed"]) for row in read_csv(files[1])}
     for seed in (each for each in range(options.seeds) if each not in done):
@@ -183,7 +212,8 @@ def study(options: argparse.Namespace) -> None:
 def main(args: Sequence[str] | None = None) -> None:
     parser = StudyParser(
         __doc__, runs=False, seeds=(3, "seeds 0 to N-1"), steps=(60, "steps of the runs that are compared"),
-        tuning_steps=(40, "steps of the longer runs of tune"), threads=(1, "threads"),
+        tuning_steps=(40, "steps of the longer runs of tune"), repeats=(4, "runs of every rate that is compared"),
+        threads=(1, "threads"),
     )  # fmt: skip
     parser.add_argument("--config", action="append", help=f"configuration file; may be repeated (default {CONFIG})")
     parser.run(study, args)
