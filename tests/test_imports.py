@@ -14,7 +14,7 @@ LABORATORY = ("benchmarks", "experiments")
 # From the ground up: a module may import from its own layer and from those below.
 LAYERS = [
     {"errors", "objectives", "phases", "settings"},
-    {"distributed", "meter", "network", "noise", "protocol", "queries"},
+    {"distributed", "meter", "network", "noise", "protocol", "queries", "robustness"},
     {"allocators", "strategies"},
     {"callbacks", "datamodules", "optim", "plan", "resume", "tasks", "tensorboard", "tune"},
     {"cli"},

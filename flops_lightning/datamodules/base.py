@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, default_convert
 from flops_lightning.datamodules.augmentation import RandAugmentSettings, mixing
 from flops_lightning.datamodules.loading import GlobalBatches, KeyedBatches, TrainingLoader, local_batch_size
 from flops_lightning.errors import SettingError, check_at_least, check_whole
+from flops_lightning.robustness.pixels import denormalized
 
 ImageDataset = Dataset[tuple[Tensor, ...]]  # an item is (image, label); the type is that of torch's TensorDataset
 
@@ -119,9 +121,9 @@ class ImageDataModule(LightningDataModule):
         """Validation batches, in a fixed order."""
         return self._loader(self.val_set)
 
-    def test_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Test batches, in a fixed order."""
-        return self._loader(self.test_set)
+    def test_dataloader(self, *, raw: bool = False) -> DataLoader[tuple[Tensor, ...]]:
+        """Test batches, in a fixed order; ``raw``: of pixels in [0, 1], before normalisation (to about 1e-7)."""
+        return self._loader(RawImages(self.test_set, self.mean, self.std) if raw else self.test_set)
 
     def predict_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """The test batches again, in the same order, so that predictions line up with labels."""
@@ -143,3 +145,18 @@ class ImageDataModule(LightningDataModule):
     def _loading(self) -> dict[str, Any]:
         workers = {"num_workers": self.num_workers, "persistent_workers": self.num_workers > 0}
         return {**workers, "pin_memory": torch.cuda.is_available()}
+
+
+class RawImages(Dataset[tuple[Tensor, ...]]):
+    """The images of a normalised data set as pixels in [0, 1]."""
+
+    def __init__(self, images: ImageDataset, mean: Sequence[float], std: Sequence[float]) -> None:
+        """``mean`` and ``std``: those that the images were normalised with, one a channel."""
+        self._images, self._mean, self._std = images, mean, std
+
+    def __len__(self) -> int:
+        return len(self._images)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        image, *rest = self._images[index]
+        return denormalized(image, self._mean, self._std), *rest
