@@ -6,14 +6,15 @@ learning rate falls to zero, when they have spent a share of what the reference 
 clean passes under ``price: queries``, ``--compute`` of its forward-equivalents under ``price: compute``. Noise widths
 by token and the exact head are on. Each has a learning rate of its own, the best by the late training loss of a run
 with a seed that is not used again, and not at the edge of its grid: that is extended until it is not. Arms such as
-``4_optimal`` spend the same share of queries with a fixed average, here 4 at each site (1: without widths).
+``4_optimal`` spend the same share of queries with a fixed average, here 4 at each site (1: without widths);
+``backprop`` takes as many steps as the reference.
 
 Accuracies are compared with the reference's seed by seed; non-inferiority by a point is what the lower bound of the
-difference (Student's t, one-sided, 95 %) says. Finished runs are not repeated. Writes ``budget.md`` and ``budget.csv``.
+difference (Student's t, one-sided, 95 %) says. Where an average ran with equal counts as well, a second table has what
+the allocator adds. Finished runs are not repeated. Writes ``budget.md``, ``budget.csv`` and ``budget.png``.
 """
 
 import argparse
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,17 +23,20 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from scipy.stats import t
 
+from experiments.budget_tables import draw, report, spent
 from experiments.command_line import StudyParser, arguments, fit
 from experiments.fewer_queries import TUNING_SEED
 from experiments.harness import Cell, run_all
-from experiments.tables import markdown, spread, write_csv, write_report
+from experiments.pictures import draw_if_possible
+from experiments.tables import write_csv, write_report
 
 ALLOCATORS = {
     "equal": "EqualAllocator", "gaussian": "GaussianAllocator", "optimal": "OptimalAllocator",
     "bernoulli": "BernoulliAllocator",
 }  # fmt: skip
+WHOLE = {"fixed": "allocators/equal", "backprop": "method/bp"}
+"""Overlays of the arms that train for the epochs of the configuration."""
 EXTENSIONS = 3  # of a grid of rates
 
 
@@ -81,12 +85,6 @@ def splitting(allocator: str, price: str) -> list[dict[str, Any]]:
     ]
 
 
-def spent(cell: Cell, price: str) -> float:
-    """What a run has spent: queries and clean passes, or forward-equivalents."""
-    summary = cell.summary
-    return summary["queries"] + summary["clean_passes"] if price == "queries" else summary["forward_equivalents"]
-
-
 def tuned(cell_of: Any, rates: Sequence[float], run: Any) -> float | None:
     """The rate with the least late training loss, which is not at the edge of the grid if that can be extended."""
     grid = sorted(rates)
@@ -103,32 +101,6 @@ def tuned(cell_of: Any, rates: Sequence[float], run: Any) -> float | None:
     return best
 
 
-def lower_bound(differences: Sequence[float]) -> float:
-    """One-sided 95 % bound of the mean; minus infinity for a single value."""
-    if len(differences) < 2:
-        return -math.inf
-    error = statistics.stdev(differences) / math.sqrt(len(differences))
-    return statistics.fmean(differences) - float(t.ppf(0.95, len(differences) - 1)) * error
-
-
-def report(runs: Mapping[str, Sequence[Cell]], rates: Mapping[str, float]) -> str:
-    """Markdown: every arm against the reference."""
-    reference, rows = runs["fixed"], []
-    base = {price: statistics.fmean(spent(cell, price) for cell in reference) for price in ("queries", "compute")}
-    for name, cells in runs.items():
-        accuracies = [cell.summary["test_accuracy"] for cell in cells]
-        row = [name, f"{rates[name]:g}", f"{statistics.fmean(cell.summary['steps'] for cell in cells):,.0f}"]
-        for price in ("queries", "compute"):
-            mean = statistics.fmean(spent(cell, price) for cell in cells)
-            row.append(f"{mean / 1000:,.1f} k ({100 * (mean / base[price] - 1):+.0f} %)")
-        points = [100 * (a - b.summary["test_accuracy"]) for a, b in zip(accuracies, reference, strict=True)]
-        difference = "-" if name == "fixed" else f"{statistics.fmean(points):+.2f} (>= {lower_bound(points):+.2f})"
-        rows.append([*row, spread(accuracies), difference])
-    columns = ["budget / allocator", "learning rate", "steps", "queries and clean passes", "forward-equivalents",
-               "test accuracy, mean (min - max)", "difference in points (95 % bound)"]  # fmt: skip
-    return markdown(columns, rows)
-
-
 def study(options: argparse.Namespace) -> None:
     problem = PROBLEMS[options.problem]
     common = (*arguments(problem.settings), *options.extra)
@@ -136,10 +108,10 @@ def study(options: argparse.Namespace) -> None:
     def run(cells: Sequence[Cell]) -> bool:
         return run_all(list(cells), **options.launch)
 
-    def fixed(rate: float, seed: int) -> Cell:
-        files = (problem.config, "configs/allocators/equal.yaml")
+    def whole(arm: str, rate: float, seed: int) -> Cell:
+        files = (problem.config, f"configs/{WHOLE[arm]}.yaml")
         own = {"seed_everything": seed, "trainer.log_every_n_steps": 1, "model.init_args.optimizer.lr": rate}
-        return fit(options.output, f"fixed/lr_{rate:g}/seed_{seed}", files, common, own)
+        return fit(options.output, f"{arm}/lr_{rate:g}/seed_{seed}", files, common, own)
 
     def limited(arm: str, limit: float, rate: float, seed: int) -> Cell:
         price, _, allocator = arm.partition("_")
@@ -160,15 +132,15 @@ def study(options: argparse.Namespace) -> None:
         return fit(options.output, f"{arm}/lr_{rate:g}/seed_{seed}", files, common, own)
 
     rates, runs = dict[str, float](), dict[str, list[Cell]]()
-    best = tuned(lambda rate: fixed(rate, TUNING_SEED), problem.rates, run)
-    if best is None or not run(cells := [fixed(best, seed) for seed in range(options.seeds)]):
-        return
-    rates["fixed"], runs["fixed"] = best, cells
-    for arm in options.arms:
-        price = "compute" if arm.startswith("compute") else "queries"
-        limit = statistics.fmean(spent(cell, price) for cell in cells) * getattr(options, price) / 100
-        best = tuned(partial(limited, arm, limit, seed=TUNING_SEED), problem.rates, run)
-        if best is None or not run(own := [limited(arm, limit, best, seed) for seed in range(options.seeds)]):
+    for arm in ("fixed", *options.arms):
+        if arm in WHOLE:
+            cell_of = partial(whole, arm)
+        else:
+            price = "compute" if arm.startswith("compute") else "queries"
+            reference = statistics.fmean(spent(cell, price) for cell in runs["fixed"])
+            cell_of = partial(limited, arm, reference * getattr(options, price) / 100)
+        best = tuned(partial(cell_of, seed=TUNING_SEED), problem.rates, run)
+        if best is None or not run(own := [cell_of(best, seed=seed) for seed in range(options.seeds)]):
             return
         rates[arm], runs[arm] = best, own
     rows = [
@@ -179,9 +151,10 @@ def study(options: argparse.Namespace) -> None:
     columns = ["arm", "lr", "seed", "steps", "queries_and_clean", "forward_equivalents", "test_accuracy", "late_loss"]
     write_csv(options.output / "budget.csv", columns, rows)
     write_report(options.output / "budget.md", report(runs, rates))
+    draw_if_possible(partial(draw, runs), options.output)
 
 
-ARMS = [f"{price}_{name}" for price in ("queries", "compute", "1", "2", "4", "8", "20") for name in ALLOCATORS]
+CHOSEN = [f"{price}_{name}" for price in ("queries", "compute", "1", "2", "4", "8", "20") for name in ALLOCATORS]
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -191,7 +164,10 @@ def main(args: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     parser.add_argument("--problem", choices=list(PROBLEMS), required=True)
     parser.add_argument(
-        "--arms", nargs="+", default=["queries_optimal", "queries_equal", "compute_optimal"], choices=ARMS
+        "--arms",
+        nargs="+",
+        default=["queries_optimal", "queries_equal", "compute_optimal"],
+        choices=[*CHOSEN, "backprop"],
     )
     parser.run(study, args)
 

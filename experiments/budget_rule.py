@@ -7,13 +7,15 @@ rule thinks there, are kept. Afterwards, from the same weights:
   the averages ``A*`` that follow (``exact``), beside those of the rule;
 - the decrease of the loss on training images by one step along each batch's estimate, for many batches and step sizes:
   the largest mean decrease over the step sizes, for its cost, at the rule's averages and at equal ones from 1 to 64,
-  relative to the best of these. The interval is a bootstrap over the batches.
+  relative to the best of these. The interval is a bootstrap over the batches;
+- the batch size at which a step costs twice the least number of samples, ``(V + T / A) / |g|^2`` at the rule's ``A``.
 
 Writes ``budget_rule.md`` and ``budget_rule.csv``.
 """
 
 import argparse
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,7 +34,7 @@ from flops_lightning.queries import CleanPass
 from flops_lightning.strategies.query_strategy import QueryStrategy
 
 GRID = (1, 2, 4, 8, 16, 32, 64)
-STEP_SIZES = 12  # of a geometric grid with the factor 2
+STEP_SIZES = 10  # of a geometric grid with the factor 2
 SEEN = 600  # training images on which a decrease is measured
 RESAMPLES = 2000
 
@@ -111,24 +113,32 @@ def measured(
     order = torch.randperm(number, generator=generator)
     seen = network.images(order[:SEEN])
     allocator, probe = EqualAllocator(), 8
-    signals, noises, cleans = [], [], []
+    signals, noises, cleans, total_gradient = [], [], [], torch.zeros(())
     for _ in range(options.batches):
         chosen = torch.randperm(number, generator=generator)[: network.data.batch_size]
         batch = network.images(chosen)
         exact, clean = network.exact(batch), strategy.clean_pass(*batch)
         cleans.append(clean)
         found = network.estimate(clean, [probe] * len(strategy.sites), allocator)
-        signals.append(torch.cat(list(exact.values())).square().sum())
+        whole = torch.cat(list(exact.values()))
+        signals.append(whole.square().sum())
+        total_gradient = total_gradient + whole
         noises.append(torch.stack([(found[s.name] - exact[s.name]).square().sum() for s in strategy.sites]))
     statistics = strategy.sample_statistics(clean, {"counted_costs", "fixed_costs"})
     assert statistics.counted_costs is not None
     assert statistics.fixed_costs is not None
     costs, fixed = statistics.counted_costs.double(), float(statistics.fixed_costs.sum())
+    size = network.data.batch_size
     signal = float(torch.stack(signals).mean())
     noise = torch.stack(noises).mean(0).double() * probe
     best = best_averages(noise, signal, costs, fixed)
     total = float((noise.sum() * fixed / (costs.sum() * signal)).sqrt())
+    # Products of different batches' gradients: |g|^2 without bias. V = S - B |g|^2, with S = B |G|^2.
+    number_of = len(signals)
+    squared = float((total_gradient.square().sum() - torch.stack(signals).sum()) / (number_of * (number_of - 1)))
     own = rule.choose(strategy.budget, statistics).queries_per_sample
+    of_queries = float((noise / torch.tensor(own)).sum())
+    critical = size * (signal - squared + of_queries) / squared if squared > 0 else math.inf
     own_total = float((rule._noise.sum() * fixed / (costs.sum() * rule._signal)).sqrt())
     # One step from here.
     arms: dict[str, list[float]] = {"rule": list(own), **{str(n): [n] * len(strategy.sites) for n in GRID}}
@@ -143,7 +153,7 @@ def measured(
     ratio = relative(tables, np.random.default_rng(0))
     return {
         "exact": best.tolist(), "rule": list(own), "exact_total": total, "rule_total": own_total, **ratio,
-        "T_over_S": float(noise.sum()) / signal,
+        "T_over_S": float(noise.sum()) / signal, "batch": critical,
     }  # fmt: skip
 
 
@@ -191,12 +201,12 @@ def study(options: argparse.Namespace) -> None:
             str(row["step"]), f"{row['T_over_S']:.0f}", f"{row['exact_total']:.1f}", f"{row['rule_total']:.1f}",
             f"{row['rule_total'] / row['exact_total']:.2f}",
             *(f"{a:.1f} / {b:.1f}" for a, b in zip(row["rule"], row["exact"], strict=True)),
-            f"{row['ratio']:.2f} ({row['low']:.2f} - {row['high']:.2f})", row["best"],
+            f"{row['ratio']:.2f} ({row['low']:.2f} - {row['high']:.2f})", row["best"], f"{row['batch']:.0f}",
         ]
         for row in rows
     ]  # fmt: skip
     heads = ["step", "T / S", "A* exact", "A* by the rule", "ratio", *(f"{name}: rule / exact" for name in names),
-             "decrease for its cost, rule / best of the grid", "best of the grid"]  # fmt: skip
+             "decrease for its cost, rule / best of the grid", "best of the grid", "(V + T / A) / |g|^2"]  # fmt: skip
     write_report(options.output / "budget_rule.md", markdown(heads, table))
 
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from experiments import budget, budget_rule
-from experiments.budget import ALLOCATORS, PROBLEMS, lower_bound, sites_with, splitting, tuned
+from experiments.budget import ALLOCATORS, PROBLEMS, sites_with, splitting, tuned
 from experiments.budget_rule import relative
+from experiments.budget_tables import lower_bound
 from experiments.tables import read_csv
 from flops_lightning import allocators
 
