@@ -26,9 +26,9 @@ import yaml
 
 from experiments.budget_tables import draw, report, spent
 from experiments.command_line import StudyParser, arguments, fit
-from experiments.fewer_queries import TUNING_SEED
 from experiments.harness import Cell, run_all
 from experiments.pictures import draw_if_possible
+from experiments.rates import TUNING_SEED, choose_rates
 from experiments.tables import write_csv, write_report
 
 ALLOCATORS = {
@@ -37,7 +37,6 @@ ALLOCATORS = {
 }  # fmt: skip
 WHOLE = {"fixed": "allocators/equal", "backprop": "method/bp"}
 """Overlays of the arms that train for the epochs of the configuration."""
-EXTENSIONS = 3  # of a grid of rates
 
 
 @dataclass(frozen=True)
@@ -85,22 +84,6 @@ def splitting(allocator: str, price: str) -> list[dict[str, Any]]:
     ]
 
 
-def tuned(cell_of: Any, rates: Sequence[float], run: Any) -> float | None:
-    """The rate with the least late training loss, which is not at the edge of the grid if that can be extended."""
-    grid = sorted(rates)
-    for _ in range(EXTENSIONS + 1):
-        if not run([cell_of(rate) for rate in grid]):
-            return None
-        best = min(grid, key=lambda rate: cell_of(rate).late_loss)
-        if best == grid[0]:
-            grid.insert(0, grid[0] / 2)
-        elif best == grid[-1]:
-            grid.append(grid[-1] * 2)
-        else:
-            break
-    return best
-
-
 def study(options: argparse.Namespace) -> None:
     problem = PROBLEMS[options.problem]
     common = (*arguments(problem.settings), *options.extra)
@@ -108,10 +91,14 @@ def study(options: argparse.Namespace) -> None:
     def run(cells: Sequence[Cell]) -> bool:
         return run_all(list(cells), **options.launch)
 
+    def cell(arm: str, rate: float, seed: int, files: Sequence[str], own: Mapping[str, Any]) -> Cell:
+        name, may_diverge = f"{arm}/lr_{rate:g}/seed_{seed}", seed == TUNING_SEED
+        return fit(options.output, name, files, common, own, may_diverge=may_diverge)
+
     def whole(arm: str, rate: float, seed: int) -> Cell:
         files = (problem.config, f"configs/{WHOLE[arm]}.yaml")
         own = {"seed_everything": seed, "trainer.log_every_n_steps": 1, "model.init_args.optimizer.lr": rate}
-        return fit(options.output, f"{arm}/lr_{rate:g}/seed_{seed}", files, common, own)
+        return cell(arm, rate, seed, files, own)
 
     def limited(arm: str, limit: float, rate: float, seed: int) -> Cell:
         price, _, allocator = arm.partition("_")
@@ -129,7 +116,7 @@ def study(options: argparse.Namespace) -> None:
             # Widths are learned from pairs of a sample's queries.
             own["model.init_args.strategy.init_args.token_sigma"] = str(average > 1).lower()
             own["model.init_args.strategy.init_args.exact_head"] = "true"
-        return fit(options.output, f"{arm}/lr_{rate:g}/seed_{seed}", files, common, own)
+        return cell(arm, rate, seed, files, own)
 
     rates, runs = dict[str, float](), dict[str, list[Cell]]()
     for arm in ("fixed", *options.arms):
@@ -139,10 +126,13 @@ def study(options: argparse.Namespace) -> None:
             price = "compute" if arm.startswith("compute") else "queries"
             reference = statistics.fmean(spent(cell, price) for cell in runs["fixed"])
             cell_of = partial(limited, arm, reference * getattr(options, price) / 100)
-        best = tuned(partial(cell_of, seed=TUNING_SEED), problem.rates, run)
-        if best is None or not run(own := [cell_of(best, seed=seed) for seed in range(options.seeds)]):
+        chosen = choose_rates({arm: partial(cell_of, seed=TUNING_SEED)}, {arm: problem.rates}, run)
+        if chosen is None:
             return
-        rates[arm], runs[arm] = best, own
+        rates[arm] = chosen[arm].rate
+        runs[arm] = [cell_of(rates[arm], seed=seed) for seed in range(options.seeds)]
+        if not run(runs[arm]):
+            return
     rows = [
         (name, rates[name], seed, one.summary["steps"], *(spent(one, price) for price in ("queries", "compute")),
          one.summary["test_accuracy"], one.late_loss)

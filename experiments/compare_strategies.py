@@ -1,19 +1,20 @@
 """``python -m experiments.compare_strategies --config FILE --output DIR``: every method at equal cost.
 
 All methods of ``configs/method/`` train the network of a configuration from the same weights, once with equal total
-queries and once with equal forward-equivalents: those that ``lr`` spends in the configuration's epochs. What a step of
-a method costs is read from a run of a few steps, never computed. Learning rates are chosen for each method alike, by
-the training loss of runs with a seed that is not used again. A method that would need too many steps or minutes is
-marked and not run. Estimates are compared with the gradient apart (``strategies_cosine.py``).
+queries and once with equal forward-equivalents (``--budgets``): those that ``lr`` spends in the configuration's epochs,
+or ``--shares`` of them. What a step of a method costs is read from a run of a few steps, never computed. Learning rates
+are chosen for each method alike, by the training loss of runs with a seed that is not used again, from a grid that goes
+on until the best is not at its edge. A method that would need too many steps or minutes is marked and not run.
+Estimates are compared with the gradient apart (``strategies_cosine.py``).
 
 Everything runs as ``main.py fit`` in processes of their own. Finished runs are not repeated. Writes ``strategies.md``,
-``strategies.csv``, ``cosines.csv`` and ``strategies.png``.
+``strategies.csv``, ``cosines.csv``, ``strategies.png`` and ``pareto.png``.
 """
 
 import argparse
 import math
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,15 @@ from typing import Any
 from experiments import strategies_table
 from experiments.command_line import StudyParser, arguments, configs, fit
 from experiments.harness import Cell, run_all
-from experiments.pictures import draw_if_possible, draw_strategies
-from experiments.strategies_table import BUDGETS, TUNING_SEED, BudgetKind, Cosines, Length, Reference, Row
+from experiments.pictures import draw_if_possible, draw_pareto, draw_strategies
+from experiments.rates import TUNING_SEED, Choice, choose_rates
+from experiments.strategies_table import KINDS, Budget, Cosines, Length, Reference, Row
 from experiments.tables import write_report
-from flops_lightning.errors import SettingError
+from flops_lightning.errors import SettingError, check_positive
 from flops_lightning.plan.cost import Cost, typical_seconds
 
 METHODS = (
-    "bp", "lr", "ops_lr", "es", "spsa", "ops_spsa", "spsa_guided", "mezo", "mezo_nspsa", "deepzero_spsa",
+    "bp", "lr", "ops_lr", "lr_muon", "es", "spsa", "ops_spsa", "spsa_guided", "mezo", "mezo_nspsa", "deepzero_spsa",
     "deepzero_cge", "forward_mode", "zo_muon",
 )  # fmt: skip
 REFERENCE = "lr"
@@ -47,10 +49,14 @@ class Study:
         part = options.tuning_fraction
         if not 0 < part <= 1:
             raise SettingError("--tuning-fraction", part, "must be above 0 and at most 1.", "Write, for example, 0.25.")
+        for share in options.shares:
+            check_positive("--shares", share, "Write, for example, 25 100.")
         self.options = options
         self.output: Path = options.output
         self.methods: list[str] = list(dict.fromkeys(options.methods))
-        self.tried: list[float] = sorted(set(options.rates))
+        shares = sorted(set(options.shares), reverse=True)
+        self.budgets = [Budget(kind, share) for share in shares for kind in KINDS if kind in options.budgets]
+        self.choices: dict[str, Choice] = {}
 
     def fit(self, name: str, method: str, seed: int, *, steps: int = 0, settings: Any = (), **cell: Any) -> Cell:
         """A run of so many optimiser steps (0: as configured), without validation and checkpoints."""
@@ -108,64 +114,60 @@ class Study:
             )
         return costs
 
-    def length(self, budget: BudgetKind, method: str) -> Length:
+    def length(self, budget: Budget, method: str) -> Length:
         limits = {"max_steps_factor": self.options.max_steps_factor, "max_minutes": self.options.max_minutes}
         return strategies_table.length(budget, self.costs[method], self.reference, **limits)
 
     def tuning_steps(self, method: str) -> int:
         """Steps of a run that tries a learning rate; 0 for a method that no budget is feasible for."""
-        feasible = [found.steps for budget in BUDGETS if not (found := self.length(budget, method)).reason]
+        feasible = [found.steps for budget in self.budgets if not (found := self.length(budget, method)).reason]
         return max(1, round(self.options.tuning_fraction * feasible[0])) if feasible else 0
 
-    def tuning(self, method: str) -> dict[float, Cell]:
-        """Runs that try learning rates; none where there is no choice."""
-        steps = self.tuning_steps(method)
-        tried = self.tried if steps and len(self.tried) > 1 else []
-        return {rate: self.training(method, rate, steps, TUNING_SEED) for rate in tried}
+    def tuning(self, method: str, rate: float) -> Cell:
+        """The run that tries a learning rate."""
+        return self.training(method, rate, self.tuning_steps(method), TUNING_SEED)
 
-    @cached_property
-    def rates(self) -> dict[str, float]:
-        """The best learning rate of each method; NaN where all diverged or none was tried."""
-        if len(self.tried) == 1:
-            return dict.fromkeys(self.methods, self.tried[0])
-        best = {}
-        for method in self.methods:
-            losses = {rate: cell.late_loss for rate, cell in self.tuning(method).items()}
-            finite = [rate for rate, loss in losses.items() if math.isfinite(loss)]
-            best[method] = min(finite, key=losses.__getitem__, default=math.nan)
-        return best
+    def launch(self, cells: Sequence[Cell]) -> bool:
+        return run_all(cells, **self.options.launch)
 
-    def runs(self, budget: BudgetKind, method: str) -> dict[int, Cell]:
+    def tune(self) -> bool:
+        """Choose the learning rate of each method that a budget is feasible for; whether that is done."""
+        tuned = [method for method in self.methods if self.tuning_steps(method)]
+        cells = {method: partial(self.tuning, method) for method in tuned}
+        found = choose_rates(cells, dict.fromkeys(tuned, self.options.rates), self.launch, required=False)
+        self.choices = {**dict.fromkeys(self.methods, Choice()), **(found or {})}
+        return found is not None
+
+    def runs(self, budget: Budget, method: str) -> dict[int, Cell]:
         """The runs of a row by seed; none where it is infeasible."""
-        found, rate = self.length(budget, method), self.rates[method]
+        found, rate = self.length(budget, method), self.choices[method].rate
         seeds = range(0 if found.reason or math.isnan(rate) else self.options.seeds)
         return {seed: self.training(method, rate, found.steps, seed) for seed in seeds}
 
-    def row(self, budget: BudgetKind, method: str, cosines: Cosines) -> Row:
-        found, rate, runs = self.length(budget, method), self.rates[method], self.runs(budget, method)
+    def row(self, budget: Budget, method: str, cosines: Cosines) -> Row:
+        found, choice, runs = self.length(budget, method), self.choices[method], self.runs(budget, method)
         if not runs:
             reason = found.reason or "it diverged at every learning rate"
             return Row(method, Length(found.steps, reason), cosines=cosines)
-        edge = len(self.tried) > 1 and rate in (self.tried[0], self.tried[-1])
         summaries = {seed: None if cell.diverged else cell.summary for seed, cell in runs.items()}
-        return Row(method, found, rate, edge, summaries, cosines)
+        return Row(method, found, *choice, summaries, cosines)
 
     def finals(self) -> list[Cell]:
         """The runs of the tables; seeds change slowest."""
-        rows = [self.runs(budget, method) for budget in BUDGETS for method in self.methods]
+        rows = [self.runs(budget, method) for budget in self.budgets for method in self.methods]
         return [row[seed] for seed in range(self.options.seeds) for row in rows if row]
 
     def plan(self) -> str:
         """What is about to be run, and about how long it takes."""
         lines, total, seeds = [], 0.0, self.options.seeds
         for method in self.methods:
-            cost, found = self.costs[method], {budget: self.length(budget, method) for budget in BUDGETS}
+            cost, found = self.costs[method], {budget: self.length(budget, method) for budget in self.budgets}
             steps = {each.steps for each in found.values() if not each.reason}  # equal numbers share their runs
-            tried = len(self.tuning(method))
+            tried = len(set(self.options.rates)) if steps else 0  # at least
             made = seeds * sum(steps) + tried * self.tuning_steps(method)
             seconds = made * cost.seconds + (seeds * len(steps) + tried) * cost.seconds_once
             total += seconds
-            text = "; ".join(f"{BUDGETS[b]}: {each.reason or f'{each.steps:,} steps'}" for b, each in found.items())
+            text = "; ".join(f"{b.title}: {each.reason or f'{each.steps:,} steps'}" for b, each in found.items())
             lines.append(
                 f"{method}: {cost.queries:g} queries and {cost.forward_equivalents:.3g} forward-equivalents per "
                 f"sample, {cost.seconds:.3g} s per step; {text}; {seconds / 60:.0f} min"
@@ -175,14 +177,11 @@ class Study:
         return "\n".join(lines)
 
     def run(self) -> None:
-
-        def run(cells: Sequence[Cell]) -> bool:
-            return run_all(cells, **self.options.launch)
-
+        run = self.launch
         if not run([self.reference_run, *map(self.probe, self.methods)]):
             return
         print(self.plan(), flush=True)
-        if self.options.plan or not run([cell for m in self.methods for cell in self.tuning(m).values()]):
+        if self.options.plan or not self.tune():
             return
         if run(self.finals()):
             weights = (strategies_table.AT_START, strategies_table.AT_END)
@@ -191,9 +190,10 @@ class Study:
                 self.write({m: {w: c.summary["cosines"] for w, c in cells.items()} for m, cells in by_method.items()})
 
     def write(self, cosines: Mapping[str, Cosines]) -> None:
-        tables = {budget: [self.row(budget, method, cosines[method]) for method in self.methods] for budget in BUDGETS}
+        tables = {b: [self.row(b, method, cosines[method]) for method in self.methods] for b in self.budgets}
         strategies_table.write_tables(self.output, tables, cosines)
-        draw_if_possible(draw_strategies, self.output)
+        for draw in (draw_strategies, draw_pareto):
+            draw_if_possible(draw, self.output)
         start = self.reference_run.summary["start_accuracy"]
         text = strategies_table.report(tables, self.reference, start, self.options)
         write_report(self.output / "strategies.md", text)
@@ -205,7 +205,9 @@ def command_line() -> StudyParser:
     add = parser.add_argument
     add("--config", action="append", required=True, help="configuration file; may be repeated")
     add("--methods", nargs="+", default=list(METHODS), help="names of configs/method/*.yaml (default: all)")
-    add("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3], help="learning rates to choose from")
+    add("--budgets", nargs="+", choices=list(KINDS), default=list(KINDS), help="what runs spend alike (default: both)")
+    add("--shares", type=float, nargs="+", default=[100.0], help="per cent of what lr spends (default 100)")
+    add("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3], help="learning rates to choose from at first")
     add("--tuning-fraction", type=float, default=0.25, help="part of a run that rates are tried for (default 0.25)")
     add("--max-steps-factor", type=float, default=50.0, help="steps of a run, in those of lr, at most (default 50)")
     add("--max-minutes", type=float, default=20.0, help="foreseen minutes of a run, at most (default 20)")

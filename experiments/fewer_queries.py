@@ -2,9 +2,10 @@
 
 Every allocator trains the same network on the same batches with the same number of queries a step (``cost_aware``: the
 same compute), by ``main.py fit`` in processes of their own. The learning rate is chosen for each allocator alike, by
-the training loss of a run with a seed that is not used again. Then every allocator runs with the same seeds, and is
-compared with equal counts seed by seed: the training loss over the last quarter of the run, and the queries and
-forward-equivalents it took to a training loss and to a validation accuracy.
+the training loss of a run with a seed that is not used again, from a grid that goes on until the best is inside. Then
+every allocator runs with the same seeds, and is compared with equal counts seed by seed: the training loss over the
+last quarter of the run, and the queries and forward-equivalents it took to a training loss and to a validation
+accuracy.
 
 Finished runs are not repeated. Writes ``fewer_queries.md`` and ``fewer_queries.csv``.
 """
@@ -18,10 +19,10 @@ from functools import partial
 
 from experiments.command_line import StudyParser, arguments, fit
 from experiments.harness import Cell, late_mean, run_all
+from experiments.rates import TUNING_SEED, choose_rates
 from experiments.tables import markdown, paired_ratio, spread, write_csv, write_report
 
 ALLOCATORS = ("equal", "bernoulli", "gaussian", "optimal", "cost_aware")
-TUNING_SEED = 1000
 SMOOTHED = 10  # steps over which the training loss is averaged
 
 
@@ -117,12 +118,14 @@ def study(options: argparse.Namespace) -> None:
         files = (problem.config, f"configs/allocators/{allocator}.yaml")
         own = {"seed_everything": seed, "trainer.log_every_n_steps": 1, "model.init_args.optimizer.lr": rate}
         name = f"{allocator}/lr_{rate:g}/seed_{seed}"
-        return fit(options.output, name, files, (*arguments(problem.settings), *options.extra), own)
+        extra, may_diverge = (*arguments(problem.settings), *options.extra), seed == TUNING_SEED
+        return fit(options.output, name, files, extra, own, may_diverge=may_diverge)
 
-    tuning = {name: {rate: cell(name, rate, TUNING_SEED) for rate in problem.rates} for name in allocators}
-    if not run(each for by_rate in tuning.values() for each in by_rate.values()):
+    tried = {name: partial(cell, name, seed=TUNING_SEED) for name in allocators}
+    chosen = choose_rates(tried, dict.fromkeys(allocators, problem.rates), run)
+    if chosen is None:
         return
-    rates = {name: min(by_rate, key=lambda rate: by_rate[rate].late_loss) for name, by_rate in tuning.items()}
+    rates = {name: choice.rate for name, choice in chosen.items()}
     runs = {(name, seed): cell(name, rates[name], seed) for seed in range(options.seeds) for name in allocators}
     if not run(runs.values()):
         return

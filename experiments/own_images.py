@@ -5,25 +5,29 @@ head), backprop, backprop on the head alone, and MeZO train ``configs/image_fold
 small pretrained ViT or from a ConvNeXt with random weights, by ``main.py fit`` in processes of their own.
 
 The learning rate of each method is the best of a ladder by the validation accuracy of one run with a seed that is not
-used again; the ladder is climbed until both neighbours of the best are worse. ConvNeXt's rates are chosen by runs of
+used again; the ladder goes on until both neighbours of the best are worse. ConvNeXt's rates are chosen by runs of
 one epoch, those of the ViT on CIFAR-100 on UC Merced. Finished runs are not repeated. Writes ``own_images.md`` and
 ``own_images.csv``.
 """
 
 import argparse
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from experiments.command_line import StudyParser, fit
 from experiments.harness import Cell, run_all
+from experiments.rates import TUNING_SEED, choose_rates
 from experiments.tables import markdown, spread, write_csv, write_report
 
 BASE = "configs/image_folder.yaml"
-LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
-FIRST = {"ops_lr": 3e-3, "bp": 1e-3, "head": 1e-2, "mezo": 3e-3}  # where each method begins to climb
-TUNING_SEED = 1000
+FIRST = {
+    "ops_lr": (1e-3, 3e-3, 1e-2), "bp": (3e-4, 1e-3, 3e-3), "head": (3e-3, 1e-2, 3e-2), "mezo": (1e-3, 3e-3, 1e-2),
+}  # fmt: skip
+"""Rates with which each method begins."""
 QUERIES = 4  # of a sample at each site
 
 
@@ -88,11 +92,9 @@ def settings_of(problem: Problem, method: str, rate: float, seed: int) -> dict[s
     return {**found, **problem.settings, **(problem.tuning if seed == TUNING_SEED else {})}
 
 
-def best_rate(accuracies: Mapping[float, float], first: float) -> tuple[float, list[float]]:
-    """The best rate so far, and its neighbours on the ladder that have no accuracy yet."""
-    best = max(accuracies, key=accuracies.__getitem__, default=first)
-    i = LADDER.index(best)
-    return best, [rate for rate in LADDER[max(0, i - 1) : i + 2] if rate not in accuracies]
+def validation_error(cell: Cell) -> float:
+    """At the end; infinite where the run diverged."""
+    return math.inf if cell.diverged else 1 - float(cell.curve("val/accuracy")[-1].value)
 
 
 def study(options: argparse.Namespace) -> None:
@@ -104,17 +106,17 @@ def study(options: argparse.Namespace) -> None:
         own, name = settings_of(problem, method, rate, seed), f"{method}/lr_{rate:g}/seed_{seed}"
         return fit(options.output, name, files, options.extra, own, may_diverge=seed == TUNING_SEED)
 
-    rates = {method: problem.rates.get(method, 0.0) for method in options.methods}
-    for method in (name for name, rate in rates.items() if not rate):
-        tried: dict[float, float] = {}
-        while left := best_rate(tried, FIRST[method])[1]:
-            runs = {rate: cell(method, rate, TUNING_SEED) for rate in left}
-            if not run_all([*runs.values()], **options.launch):
-                return
-            tried |= {r: 0.0 if run.diverged else run.curve("val/accuracy")[-1].value for r, run in runs.items()}
-        rates[method] = best_rate(tried, FIRST[method])[0]
+    def run(cells: Sequence[Cell]) -> bool:
+        return run_all(cells, **options.launch)
+
+    tried = {method: partial(cell, method, seed=TUNING_SEED) for method in options.methods}
+    grids = {method: [problem.rates[method]] if method in problem.rates else FIRST[method] for method in tried}
+    chosen = choose_rates(tried, grids, run, validation_error)
+    if chosen is None:
+        return
+    rates = {method: choice.rate for method, choice in chosen.items()}
     found = {(method, seed): cell(method, rates[method], seed) for method in rates for seed in range(options.seeds)}
-    if not run_all([*found.values()], **options.launch):
+    if not run([*found.values()]):
         return
     columns = ("start_accuracy", "test_accuracy", "steps", "queries", "forward_equivalents", "train_seconds")
     rows = [

@@ -1,5 +1,6 @@
 """Pictures of the studies, drawn from their tables; matplotlib is an extra."""
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from experiments.harness import Cell
-from experiments.strategies_table import BUDGETS
+from experiments.strategies_table import KINDS
 from experiments.tables import read_csv
 from flops_lightning.allocators import GaussianAllocator, QueryBudget, SampleStatistics
 from flops_lightning.datamodules import DigitsDataModule
@@ -123,13 +124,16 @@ def draw_quickstart(runs: Mapping[tuple[str, int], Cell], output: Path) -> None:
 
 
 def draw_strategies(output: Path) -> None:
-    """Test accuracy under both budgets, and cosines, from ``strategies.csv`` and ``cosines.csv``."""
+    """Test accuracy at the largest budget of each kind, and cosines, from ``strategies.csv`` and ``cosines.csv``."""
     plt, runs, cosines = pyplot(), read_csv(output / "strategies.csv"), read_csv(output / "cosines.csv")
     methods = list(dict.fromkeys(row["method"] for row in (*runs, *cosines)))
-    size = (13, 1.5 + 0.32 * len(methods))
-    figure, axes = plt.subplots(1, 3, figsize=size, layout="constrained", sharey=True)
-    for axis, (budget, title) in zip(axes, BUDGETS.items(), strict=False):
-        values = _by_method((row for row in runs if row["budget"] == budget and row["accuracy"]), "accuracy")
+    largest = max(float(row["share"]) for row in runs)
+    kinds = [kind for kind in KINDS if any(row["budget"] == kind for row in runs)]
+    size = (4.5 * len(kinds) + 4, 1.5 + 0.32 * len(methods))
+    figure, axes = plt.subplots(1, len(kinds) + 1, figsize=size, layout="constrained", sharey=True)
+    for axis, kind in zip(axes, kinds, strict=False):
+        own = (row for row in runs if (row["budget"], float(row["share"])) == (kind, largest) and row["accuracy"])
+        values = _by_method(own, "accuracy")
         for method, accuracies in values.items():
             y = methods.index(method)
             axis.plot([min(accuracies), max(accuracies)], [y, y], color="C0", linewidth=1.5)
@@ -137,19 +141,62 @@ def draw_strategies(output: Path) -> None:
         place = {"transform": axis.get_yaxis_transform(), "va": "center", "fontsize": 7}
         for method in set(methods) - set(values):
             axis.text(0.02, methods.index(method), "no run", **place)
-        axis.set(xlabel="test accuracy, mean and range", title=title, xlim=(0, 1))
+        axis.set(xlabel="test accuracy, mean and range", title=KINDS[kind], xlim=(0, 1))
     for where, marker in (("start", "o"), ("end", "s")):
         values = _by_method((row for row in cosines if row["weights"] == where), "cosine")
         means = {method: mean for method, each in values.items() if (mean := statistics.fmean(each)) > 0}
         heights = [methods.index(method) for method in means]
-        axes[2].plot(list(means.values()), heights, marker, label=f"at the {where}", markersize=5)
-    axes[2].set(xlabel="cosine of a step's estimate with the gradient", xscale="log", title="direction")
-    axes[2].legend(fontsize=7)
+        axes[-1].plot(list(means.values()), heights, marker, label=f"at the {where}", markersize=5)
+    axes[-1].set(xlabel="cosine of a step's estimate with the gradient", xscale="log", title="direction")
+    axes[-1].legend(fontsize=7)
     axes[0].set_yticks(range(len(methods)), methods)
     axes[0].invert_yaxis()
     for axis in axes:
         axis.grid(alpha=0.3)
     figure.savefig(output / "strategies.png", dpi=110)
+    plt.close(figure)
+
+
+def pareto(points: Mapping[str, tuple[float, float]]) -> list[str]:
+    """Names of the points ``(cost, accuracy)`` that no other beats or equals at lower cost, the cheapest first."""
+    best, found = -math.inf, []
+    for name, (_, accuracy) in sorted(points.items(), key=lambda item: (item[1][0], -item[1][1])):
+        if accuracy > best:
+            best = accuracy
+            found.append(name)
+    return found
+
+
+def draw_pareto(output: Path) -> None:
+    """Accuracy (mean and range) against queries and against compute, from ``strategies.csv``; a line joins the best.
+
+    A method without queries is a level in the first picture.
+    """
+    plt, rows = pyplot(), [row for row in read_csv(output / "strategies.csv") if row["accuracy"]]
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    style = {name: {"color": f"C{i % 10}", "marker": "osD^v"[i // 10]} for i, name in enumerate(methods)}
+    figure, axes = plt.subplots(1, 2, figsize=(12, 5), layout="constrained", sharey=True)
+    for axis, cost, label in zip(axes, KINDS, ("queries", "forward-equivalents"), strict=True):
+        cells = {f"{row['method']} {row['budget']} {row['share']}": row["method"] for row in rows}
+        points = {}
+        for cell, method in cells.items():
+            own = [row for row in rows if f"{row['method']} {row['budget']} {row['share']}" == cell]
+            accuracies = [100 * float(row["accuracy"]) for row in own]
+            mean, spent = statistics.fmean(accuracies), statistics.fmean(float(row[cost]) for row in own)
+            if not spent:
+                axis.axhline(mean, color=style[method]["color"], linestyle=":", linewidth=1)
+                continue
+            points[cell] = spent, mean
+            bar = [[mean - min(accuracies)], [max(accuracies) - mean]]
+            axis.errorbar(spent, mean, bar, **style[method], markersize=5, linewidth=1)
+        best = [points[cell] for cell in pareto(points)]
+        axis.plot([x for x, _ in best], [y for _, y in best], color="0.6", linewidth=1, zorder=0)
+        axis.set(xlabel=label, xscale="log")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("test accuracy, %, mean and range")
+    handles = [plt.Line2D([], [], linestyle="", label=name, **style[name]) for name in methods]
+    figure.legend(handles=handles, loc="outside right upper", fontsize=8)
+    figure.savefig(output / "pareto.png", dpi=110)
     plt.close(figure)
 
 

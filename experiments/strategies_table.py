@@ -10,15 +10,16 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from experiments.rates import TUNING_SEED
 from experiments.tables import markdown, spread, write_csv
 from flops_lightning.plan.cost import Cost
 
 BudgetKind = Literal["queries", "forward_equivalents"]
-BUDGETS: Mapping[BudgetKind, str] = {
+KINDS: Mapping[BudgetKind, str] = {
     "queries": "equal total queries", "forward_equivalents": "equal forward-equivalents",
 }  # fmt: skip
 COLUMNS = (
-    "method", "budget", "lr", "seed", "steps", "accuracy", "queries", "forward_equivalents", "seconds",
+    "method", "budget", "share", "lr", "seed", "steps", "accuracy", "queries", "forward_equivalents", "seconds",
     "peak_memory_mb", "cosine",
 )  # fmt: skip
 SUMMARY_KEYS = ("test_accuracy", "queries", "forward_equivalents", "train_seconds", "peak_memory_mb")
@@ -27,7 +28,6 @@ HEADERS = (
     "wall time, s", "peak memory, MB", "cosine at the start", "cosine at the end",
 )  # fmt: skip
 AT_START, AT_END = "start", "end"  # weights at which cosines are measured: of all runs' start, of the reference's end
-TUNING_SEED = 1000  # of the runs that try learning rates; not used again
 EDGE = "\\*"
 ROUNDING = 1e-9  # spread below which estimates are the same
 MEMORY = {
@@ -47,6 +47,20 @@ class Reference(NamedTuple):
     forward_equivalents: float
 
 
+class Budget(NamedTuple):
+    """What the runs of a table spend alike; ``share``: per cent of what the reference spends."""
+
+    kind: BudgetKind
+    share: float = 100.0
+
+    @property
+    def title(self) -> str:
+        return KINDS[self.kind] + (f", {self.share:g} % of the reference's" if self.share != 100 else "")
+
+    def of(self, amount: float) -> float:
+        return amount * self.share / 100
+
+
 class Length(NamedTuple):
     """Optimiser steps of a method under a budget; ``reason``: why it is not run; ``note``: a remark for the table."""
 
@@ -55,16 +69,16 @@ class Length(NamedTuple):
     note: str = ""
 
 
-def length(
-    budget: BudgetKind, cost: Cost, reference: Reference, *, max_steps_factor: float, max_minutes: float
-) -> Length:
+def length(budget: Budget, cost: Cost, reference: Reference, *, max_steps_factor: float, max_minutes: float) -> Length:
     """Steps after which a method has spent what the reference spent, rounded, or why it is not run.
 
     A method that pays nothing of the kind (backprop has no queries) gets the steps of the reference.
     """
-    each, once = (getattr(cost, name) for name in (budget, f"{budget}_once"))
+    kind = budget.kind
+    each, once = (getattr(cost, name) for name in (kind, f"{kind}_once"))
     samples_per_step = reference.samples / reference.steps  # on average: the last batch of an epoch may be smaller
-    bought = (getattr(reference, budget) - once) / (each * samples_per_step) if each else reference.steps
+    paid = budget.of(getattr(reference, kind)) - once
+    bought = paid / (each * samples_per_step) if each else budget.of(reference.steps)
     steps = max(0, round(bought))
     minutes = (cost.seconds_once + steps * cost.seconds) / 60
     if not steps:
@@ -74,7 +88,7 @@ def length(
         return Length(steps, f"{steps:,} steps, {times:.0f} times those of the reference (limit {max_steps_factor:g})")
     if minutes > max_minutes:
         return Length(steps, f"{steps:,} steps would take {minutes:.0f} minutes (limit {max_minutes:g})")
-    return Length(steps, note="" if each else "no queries: as many steps as the reference")
+    return Length(steps, note="" if each else "no queries: the reference's steps")
 
 
 @dataclass(frozen=True)
@@ -128,7 +142,7 @@ def strategies_table(rows: Iterable[Row]) -> str:
     return markdown(HEADERS, map(_line, rows))
 
 
-def report(tables: Mapping[BudgetKind, Sequence[Row]], reference: Reference, start: float, options: Namespace) -> str:
+def report(tables: Mapping[Budget, Sequence[Row]], reference: Reference, start: float, options: Namespace) -> str:
     """Both tables, and how they were made; ``start`` is the test accuracy before training."""
     rates = ", ".join(f"{rate:g}" for rate in sorted(set(options.rates)))
     where = {summary["peak_memory_of"] for rows in tables.values() for row in rows for summary in row.finished}
@@ -139,24 +153,26 @@ def report(tables: Mapping[BudgetKind, Sequence[Row]], reference: Reference, sta
         f"The reference, `lr` for {reference.steps:,} steps, fixes the budgets.\n",
     ]
     for budget, rows in tables.items():
-        amount, unit = getattr(reference, budget), budget.replace("_", "-")
-        parts += [f"## {BUDGETS[budget].capitalize()}: {amount:,.0f} {unit}\n", strategies_table(rows)]
-    return "\n".join(parts) + (
-        f"\nLearning rates: {rates}; the best by the late training loss of one run with seed {TUNING_SEED}, not used "
-        f"again, over {options.tuning_fraction:g} of the method's steps (of the first table that it has any in) with a "
-        f"schedule that ends there; the same rate serves both tables. {EDGE}: at the edge of these, a better one may "
-        "lie beyond. Wall time: training alone, without the tests before and after, mean over the seeds, "
-        f"{options.jobs} at a time on {os.cpu_count()} cores. Peak memory: the largest over the seeds, {memory}. "
-        "Cosine: of one step's estimate of all trained parameters with the gradient by backprop on the same batch, "
-        f"mean ± standard deviation over {options.draws} draws on each of {options.batches} batches; at the start, and "
-        "at the weights where the reference ends.\n"
-    )
+        amount, unit = budget.of(getattr(reference, budget.kind)), budget.kind.replace("_", "-")
+        parts += [f"## {budget.title.capitalize()}: {amount:,.0f} {unit}\n", strategies_table(rows)]
+    notes = [
+        f"Learning rates: {rates}, and beyond until the best is inside, by the late training loss of one run with seed",
+        f"{TUNING_SEED}, not used again, over {options.tuning_fraction:g} of the method's steps (of the first table",
+        "that it has any in) with a schedule that ends there; the same rate serves all tables.",
+        f"{EDGE}: at the edge of those tried, a better one may lie beyond.",
+        "Wall time: training alone, without the tests before and after, mean over the seeds,",
+        f"{options.jobs} at a time on {os.cpu_count()} cores. Peak memory: the largest over the seeds, {memory}.",
+        "Cosine: of one step's estimate of all trained parameters with the gradient by backprop on the same batch,",
+        f"mean ± standard deviation over {options.draws} draws on each of {options.batches} batches; at the start, and",
+        "at the weights where the reference ends.",
+    ]
+    return "\n".join(parts) + f"\n{' '.join(notes)}\n"
 
 
-def write_tables(output: Path, tables: Mapping[BudgetKind, Sequence[Row]], cosines: Mapping[str, Cosines]) -> None:
+def write_tables(output: Path, tables: Mapping[Budget, Sequence[Row]], cosines: Mapping[str, Cosines]) -> None:
     """``strategies.csv``: a line per run, without accuracy where it diverged. ``cosines.csv``: a line per estimate."""
     runs = [
-        [row.method, budget, row.rate, seed, row.length.steps, *((summary or {}).get(key, "") for key in SUMMARY_KEYS),
+        [row.method, *budget, row.rate, seed, row.length.steps, *((summary or {}).get(key, "") for key in SUMMARY_KEYS),
          f"{row.mean_cosine:.6g}" if row.cosines else ""]
         for budget, rows in tables.items() for row in rows for seed, summary in row.summaries.items()
     ]  # fmt: skip

@@ -107,6 +107,7 @@ STRATEGIES = {
     "bp": ("Backprop", "none", 0),
     "lr": ("LikelihoodRatio", "EqualAllocator", 20),
     "ops_lr": ("LikelihoodRatio", "OptimalAllocator", 20),
+    "lr_muon": ("LikelihoodRatio", "EqualAllocator", 20),
     "es": ("EvolutionStrategies", "EqualAllocator", 20),
     "spsa": ("SPSA", "EqualAllocator", 20),
     "ops_spsa": ("SPSA", "OptimalAllocator", 20),

@@ -1,35 +1,15 @@
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from experiments import budget, budget_rule
-from experiments.budget import ALLOCATORS, PROBLEMS, sites_with, splitting, tuned
+from experiments.budget import ALLOCATORS, PROBLEMS, sites_with, splitting
 from experiments.budget_rule import relative
 from experiments.budget_tables import lower_bound
 from experiments.tables import read_csv
 from flops_lightning import allocators
-
-
-@dataclass(frozen=True)
-class Fake:
-    late_loss: float
-
-
-@pytest.mark.parametrize(("best", "tried"), [(2.0, 3), (4.0, 4), (16.0, 6), (1000.0, 6), (0.2, 6)])
-def test_a_grid_of_rates_is_extended_until_the_best_is_inside(best: float, tried: int) -> None:
-    seen = set()
-
-    def cell(rate: float) -> Fake:
-        seen.add(rate)
-        return Fake(abs(math.log(rate / best)))
-
-    rate = tuned(cell, (1.0, 2.0, 4.0), lambda cells: True)
-    assert rate == min(seen, key=lambda rate: abs(math.log(rate / best)))
-    assert len(seen) == tried
-    assert tuned(cell, (1.0, 2.0), lambda cells: False) is None
 
 
 def test_bounds_and_ratios() -> None:
@@ -66,7 +46,6 @@ def test_short_studies(tmp_path: Path) -> None:
         "30",
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(budget, "EXTENSIONS", 0)
         patch.setitem(PROBLEMS, "digits", budget.Problem(PROBLEMS["digits"].config, (1e-3,), {}))
         budget.main([*arguments, "--output", str(tmp_path / "budget"), *short, "--trainer.max_epochs=1"])
     fixed, chosen, pairs = read_csv(tmp_path / "budget" / "budget.csv")

@@ -4,16 +4,19 @@ from typing import Any
 
 import pytest
 
-from experiments import compare_strategies
+from experiments import compare_strategies, rates
 from experiments.compare_strategies import METHODS, Study, command_line
 from experiments.harness import Cell
-from experiments.strategies_table import Length, Reference, Row, length, strategies_table
+from experiments.pictures import pareto
+from experiments.rates import Choice
+from experiments.strategies_table import Budget, Length, Reference, Row, length, strategies_table
 from experiments.tables import read_csv
 from flops_lightning.plan.cost import Cost
 from tests.experiments.fakes import SUMMARY, entries, finish
 
 # 12 epochs of 19 batches of 64 and one of 41, 80 queries a sample.
 REFERENCE = Reference(240, 12 * 1257, 80.0 * 12 * 1257, 20.0 * 12 * 1257)
+RATES = (3e-4, 1e-3, 3e-3)
 LIMITS = {"max_steps_factor": 50.0, "max_minutes": 20.0}
 
 
@@ -21,7 +24,8 @@ def cost(queries: float, equivalents: float, once: float = 0.0, seconds: float =
     return Cost(queries, equivalents, once, once, seconds, seconds_once=0.0)
 
 
-FREE = "no queries: as many steps as the reference"
+EQUIVALENTS = Budget("forward_equivalents")
+FREE = "no queries: the reference's steps"
 SHORT, DEAR = {"max_steps_factor": 39, "max_minutes": 1e9}, "the first step alone costs more than the budget"
 
 
@@ -41,15 +45,23 @@ SHORT, DEAR = {"max_steps_factor": 39, "max_minutes": 1e9}, "the first step alon
 def test_steps_that_a_budget_buys_or_why_it_is_infeasible(
     costs: Cost, limits: dict[str, float], by_queries: Length, by_equivalents: Length
 ) -> None:
-    assert length("queries", costs, REFERENCE, **limits) == by_queries
-    assert length("forward_equivalents", costs, REFERENCE, **limits) == by_equivalents
+    assert length(Budget("queries"), costs, REFERENCE, **limits) == by_queries
+    assert length(EQUIVALENTS, costs, REFERENCE, **limits) == by_equivalents
+
+
+def test_a_share_of_the_budget_buys_its_share_of_the_steps() -> None:
+    half = Budget("queries", 50)
+    assert length(half, cost(80, 20), REFERENCE, **LIMITS) == Length(120)
+    assert length(half, cost(0, 3), REFERENCE, **LIMITS) == Length(120, note=FREE)
+    assert length(half, cost(80, 40, 385.0 * 64), REFERENCE, **LIMITS) == Length(115)  # what is spent once, wholly
+    assert half.title == "equal total queries, 50 % of the reference's"
 
 
 @pytest.fixture
 def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_runs: None) -> Study:
     """`lr` and `mezo`, all runs in place."""
     costs = {"lr": cost(80, 20), "mezo": cost(2, 2)}
-    losses = {"lr_0.0003": 0.5, "lr_0.001": 0.3, "lr_0.003": 0.4}
+    losses = {"lr_0.0003": 0.5, "lr_0.001": 0.3, "lr_0.003": 0.4, "lr_0.01": 0.4}
     late_loss = property(lambda c: float("inf") if c.diverged else losses[c.folder.parts[-3]])
     monkeypatch.setattr(Study, "costs", costs)
     monkeypatch.setattr(Cell, "late_loss", late_loss)
@@ -57,10 +69,11 @@ def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_runs: None) -> 
     study = Study(command_line().parse([*given, "--seeds", "3", "--max-steps-factor", "30"]))
     finish(study.reference_run.folder)
     for method in costs:
-        for cell in (study.probe(method), *study.tuning(method).values()):
+        for cell in (study.probe(method), *(study.tuning(method, rate) for rate in RATES)):
             finish(cell.folder)
         for where in ("start", "end"):
             finish(study.cosine(method, where).folder, file="cosines.json", cosines=[[0.1, 0.3], [0.2, 0.2]])
+    assert study.tune()
     for i, cell in enumerate(study.finals()):
         finish(cell.folder, test_accuracy=0.90 + 0.01 * (i // 3))
     return study
@@ -94,27 +107,39 @@ def test_a_finished_study_only_writes_its_tables(finished: Study, capsys: pytest
     assert "of the whole process" in text
     assert "max_memory_allocated" not in text
     if find_spec("matplotlib"):
-        assert (finished.output / "strategies.png").stat().st_size > 10_000
+        assert all((finished.output / f"{name}.png").stat().st_size > 10_000 for name in ("strategies", "pareto"))
     assert "training: about" in capsys.readouterr().out
 
 
 def test_rates_are_tried_at_a_part_of_the_steps_of_the_first_feasible_budget(finished: Study) -> None:
     assert (finished.tuning_steps("lr"), finished.tuning_steps("mezo")) == (60, 600)
-    assert finished.rates == {"lr": 1e-3, "mezo": 1e-3}
-    seeds = {cell.folder.name for cell in finished.tuning("lr").values()}
-    assert seeds == {"seed_1000"}
-    assert not seeds & {cell.folder.name for cell in finished.finals()}
+    assert {method: choice.rate for method, choice in finished.choices.items()} == {"lr": 1e-3, "mezo": 1e-3}
+    assert finished.tuning("lr", 1e-3).name == "runs/lr/lr_0.001/steps_60/seed_1000"
+    assert "seed_1000" not in {cell.folder.name for cell in finished.finals()}
 
 
-def test_one_rate_needs_no_tuning_and_a_method_that_diverges_at_every_rate_is_infeasible(finished: Study) -> None:
-    for cell in finished.tuning("mezo").values():
-        (cell.folder / "diverged").touch()
+def test_budgets_are_chosen_by_kind_and_share(finished: Study) -> None:
+    finished.options.budgets, finished.options.shares = ["queries"], [25.0, 100.0]
     study = Study(finished.options)
-    assert study.row("forward_equivalents", "mezo", {}).length.reason == "it diverged at every learning rate"
+    assert study.budgets == [Budget("queries"), Budget("queries", 25.0)]
+    assert study.tuning_steps("lr") == 60  # of the largest
+    assert study.length(study.budgets[1], "mezo").steps == 2400
+
+
+def test_one_rate_needs_no_tuning_and_a_method_that_diverges_at_every_rate_is_infeasible(
+    finished: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rates, "EXTENSIONS", 0)
+    for rate in RATES:
+        (finished.tuning("mezo", rate).folder / "diverged").touch()
+    study = Study(finished.options)
+    assert study.tune()
+    assert study.row(EQUIVALENTS, "mezo", {}).length.reason == "it diverged at every learning rate"
     assert all("mezo" not in cell.folder.parts for cell in study.finals())
     finished.options.rates = [2e-3]
     study = Study(finished.options)
-    assert (study.tuning("lr"), study.rates) == ({}, {"lr": 2e-3, "mezo": 2e-3})
+    assert study.tune()
+    assert study.choices == {"lr": Choice(2e-3), "mezo": Choice(2e-3)}
 
 
 def summaries(*accuracies: float | None) -> dict[int, dict[str, Any] | None]:
@@ -144,6 +169,12 @@ def test_a_line_gives_mean_and_range_what_it_cost_and_its_marks() -> None:
     assert line(slow)[3:] == ["infeasible: too slow", *"----", "0.2 ± 0.08", "0.5 ± 0"]
 
 
+def test_the_pareto_front_holds_what_nothing_cheaper_equals() -> None:
+    points = {"a": (1.0, 50.0), "b": (2.0, 50.0), "c": (3.0, 80.0), "d": (3.0, 70.0), "e": (9.0, 79.0)}
+    assert pareto(points) == ["a", "c"]
+    assert pareto({**points, "f": (9.0, 90.0)}) == ["a", "c", "f"]
+
+
 def test_every_method_has_its_overlay() -> None:
     assert {path.stem for path in Path("configs/method").glob("*.yaml")} == set(METHODS)
 
@@ -152,6 +183,7 @@ def test_every_method_has_its_overlay() -> None:
     ("given", "message"),
     [
         (["--methods", "lr", "nothing"], "--methods = 'nothing': has no configs/method/nothing.yaml."),
+        (["--shares", "100", "-1"], "--shares = -1.0: must be a number above 0."),
         (["--tuning-fraction", "0"], "--tuning-fraction = 0.0: must be above 0 and at most 1."),
     ],
 )

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import fewer_queries
+from experiments import fewer_queries, rates
 from experiments.fewer_queries import ALLOCATORS, PROBLEMS, Curve, compare
 from experiments.harness import late_mean
 from experiments.tables import read_csv
@@ -42,7 +42,8 @@ def test_every_file_is_there() -> None:
 
 
 @pytest.mark.slow
-def test_a_short_study(tmp_path: Path) -> None:
+def test_a_short_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rates, "EXTENSIONS", 0)
     short = ["--", "--trainer.max_epochs=1", "--trainer.limit_train_batches=12", "--trainer.val_check_interval=6"]
     short += ["--data.init_args.batch_size=8"]
     arguments = ["--problem", "digits", "--output", str(tmp_path), "--seeds", "1", "--allocators", "cost_aware"]

@@ -8,21 +8,10 @@ import pytest
 
 from experiments import own_images
 from experiments.harness import Cell
-from experiments.own_images import FIRST, LADDER, PROBLEMS, best_rate
+from experiments.own_images import FIRST, PROBLEMS
 from experiments.tables import read_csv
 from tests.datamodules.photo_folders import photo, write
 from tests.experiments.fakes import entries, finish
-
-
-@pytest.mark.parametrize("peak", LADDER)
-@pytest.mark.parametrize("first", [LADDER[0], 3e-3, LADDER[-1]])
-def test_the_ladder_is_climbed_until_both_neighbours_are_worse(first: float, peak: float) -> None:
-    tried: dict[float, float] = {}
-    while left := best_rate(tried, first)[1]:
-        tried |= {rate: -abs(math.log(rate / peak)) for rate in left}
-    best, i = best_rate(tried, first)[0], LADDER.index(peak)
-    assert best == peak
-    assert set(LADDER[max(0, i - 1) : i + 2]) <= set(tried)
 
 
 def test_every_file_is_there() -> None:
@@ -61,8 +50,7 @@ def test_each_method_has_the_rate_that_is_best_on_validation_images(
 def test_a_short_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for label, number in ((label, number) for label in range(3) for number in range(10)):
         write(tmp_path / "images" / f"class{label}" / f"{number}.jpg", photo(label, number))
-    monkeypatch.setattr(own_images, "LADDER", (1e-2,))
-    monkeypatch.setattr(own_images, "FIRST", dict.fromkeys(FIRST, 1e-2))
+    monkeypatch.setattr(own_images, "FIRST", dict.fromkeys(FIRST, (1e-2,)))
     arguments = ["--problem", "ucmerced_convnext", "--seeds", "1", "--output", str(tmp_path / "study")]
     own_images.main([*arguments, "--", "--data.init_args.root", str(tmp_path / "images")])
     rows = {row["method"]: row for row in read_csv(tmp_path / "study" / "own_images.csv")}
