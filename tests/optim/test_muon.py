@@ -98,6 +98,9 @@ def test_hidden_matrices_are_orthogonalised_and_the_rest_is_not():
     assert len(hidden_matrices(vit)) == 9
     text = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 9))
     assert [id(p) for p in hidden_matrices(text)] == [id(text[1].weight)]
+    ending_in_a_norm = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2), nn.LayerNorm(2))
+    assert [id(p) for p in hidden_matrices(ending_in_a_norm)] == [id(ending_in_a_norm[0].weight)]
+    assert hidden_matrices(nn.Sequential(nn.Linear(4, 1), nn.Linear(1, 4), nn.Linear(4, 2))) == [], "a vector each"
 
 
 def test_rates_of_groups_follow_ratio_layer_decay_and_schedule():
