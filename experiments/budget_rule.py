@@ -8,6 +8,8 @@ rule thinks there, are kept. Afterwards, from the same weights:
 - the decrease of the loss on training images by one step along each batch's estimate, for many batches and step sizes:
   the largest mean decrease over the step sizes, for its cost, at the rule's averages and at equal ones from 1 to 64,
   relative to the best of these. The interval is a bootstrap over the batches;
+- the curvature of the loss along the noise of the estimates over that along the gradients. The rule's bound takes it to
+  be the same in all directions; where noise meets less of it, fewer queries than ``A*`` are better;
 - the batch size at which a step costs twice the least number of samples, ``(V + T / A) / |g|^2`` at the rule's ``A``.
 
 Writes ``budget_rule.md`` and ``budget_rule.csv``.
@@ -35,6 +37,7 @@ from flops_lightning.strategies.query_strategy import QueryStrategy
 
 GRID = (1, 2, 4, 8, 16, 32, 64)
 STEP_SIZES = 10  # of a geometric grid with the factor 2
+STEP = 0.01  # of a second difference, relative to the norm of the parameters
 SEEN = 600  # training images on which a decrease is measured
 RESAMPLES = 2000
 
@@ -86,6 +89,12 @@ class Network:
         self.strategy.estimate(clean, allocation.counts, inclusion=allocation.inclusion)
         return self.gradient()
 
+    def curvature(self, direction: dict[str, Tensor], length: float, seen: tuple[Tensor, Tensor]) -> Tensor:
+        """Second derivative of that loss along a direction, over its squared norm, by a difference over ``length``."""
+        size = length / torch.stack([d.square().sum() for d in direction.values()]).sum().sqrt()
+        both = self.decreases(direction, torch.stack([size, -size]), seen)
+        return -both.sum() / length**2
+
     @torch.no_grad()
     def decreases(self, direction: dict[str, Tensor], sizes: Tensor, seen: tuple[Tensor, Tensor]) -> Tensor:
         """Decrease of the mean loss of the ``seen`` images by a step of each size down a direction."""
@@ -113,7 +122,8 @@ def measured(
     order = torch.randperm(number, generator=generator)
     seen = network.images(order[:SEEN])
     allocator, probe = EqualAllocator(), 8
-    signals, noises, cleans, total_gradient = [], [], [], torch.zeros(())
+    norm = float(torch.stack([p.square().sum() for p in network.task.parameters()]).sum().sqrt().detach())
+    signals, noises, cleans, curvatures, total_gradient = [], [], [], [], torch.zeros(())
     for _ in range(options.batches):
         chosen = torch.randperm(number, generator=generator)[: network.data.batch_size]
         batch = network.images(chosen)
@@ -123,7 +133,10 @@ def measured(
         whole = torch.cat(list(exact.values()))
         signals.append(whole.square().sum())
         total_gradient = total_gradient + whole
-        noises.append(torch.stack([(found[s.name] - exact[s.name]).square().sum() for s in strategy.sites]))
+        own_noise = {name: found[name] - exact[name] for name in exact}
+        noises.append(torch.stack([own_noise[s.name].square().sum() for s in strategy.sites]))
+        of_both = [network.curvature(direction, STEP * norm, seen) for direction in (own_noise, exact)]
+        curvatures.append(torch.stack(of_both))
     statistics = strategy.sample_statistics(clean, {"counted_costs", "fixed_costs"})
     assert statistics.counted_costs is not None
     assert statistics.fixed_costs is not None
@@ -142,7 +155,6 @@ def measured(
     own_total = float((rule._noise.sum() * fixed / (costs.sum() * rule._signal)).sqrt())
     # One step from here.
     arms: dict[str, list[float]] = {"rule": list(own), **{str(n): [n] * len(strategy.sites) for n in GRID}}
-    norm = float(torch.stack([p.square().sum() for p in network.task.parameters()]).sum().sqrt().detach())
     largest = 0.3 * norm / float((signal + noise.sum() / 8) ** 0.5)
     sizes = largest * 0.5 ** torch.arange(STEP_SIZES)
     tables = {}
@@ -154,6 +166,7 @@ def measured(
     return {
         "exact": best.tolist(), "rule": list(own), "exact_total": total, "rule_total": own_total, **ratio,
         "T_over_S": float(noise.sum()) / signal, "batch": critical,
+        "curvature": float(torch.stack(curvatures).mean(0)[0] / torch.stack(curvatures).mean(0)[1]),
     }  # fmt: skip
 
 
@@ -202,11 +215,13 @@ def study(options: argparse.Namespace) -> None:
             f"{row['rule_total'] / row['exact_total']:.2f}",
             *(f"{a:.1f} / {b:.1f}" for a, b in zip(row["rule"], row["exact"], strict=True)),
             f"{row['ratio']:.2f} ({row['low']:.2f} - {row['high']:.2f})", row["best"], f"{row['batch']:.0f}",
+            f"{row['curvature']:.2f}",
         ]
         for row in rows
     ]  # fmt: skip
     heads = ["step", "T / S", "A* exact", "A* by the rule", "ratio", *(f"{name}: rule / exact" for name in names),
-             "decrease for its cost, rule / best of the grid", "best of the grid", "(V + T / A) / |g|^2"]  # fmt: skip
+             "decrease for its cost, rule / best of the grid", "best of the grid", "(V + T / A) / |g|^2",
+             "curvature, noise / gradient"]  # fmt: skip
     write_report(options.output / "budget_rule.md", markdown(heads, table))
 
 
