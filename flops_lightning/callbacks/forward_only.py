@@ -34,8 +34,9 @@ class ForwardOnly(pl.Callback):
     schedules, checkpoints, averaged weights and several processes work as ever.
 
     The parameters of the optimiser are estimated, and no others. A step of ``MeZO(queries=n)`` takes ``n + 1`` passes
-    over its batch. It needs the memory of inference, of two copies of these parameters, and of buffers and batch.
-    ``queries/passes`` counts the queries of all processes so far, each a pass over a batch.
+    over its batch, and one more if its queries are one-sided. It needs the memory of inference, of two copies of these
+    parameters, and of buffers and batch. ``queries/passes`` counts the queries of all processes so far, each a pass
+    over a batch.
 
     A step that differentiates on its own, as physics-informed losses do, must turn autograd on with
     ``torch.enable_grad()``. One that changes something outside of the module (a file, a global variable) must do so in

@@ -10,7 +10,7 @@ between samples, ``1/B^2 sum_{b != c} min(A_b, A_c) / (A_b A_c) Cov_bc``.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from flops_lightning.distributed import Communicator, gather_lines
 from flops_lightning.network.rows import gather
-from flops_lightning.noise.keys import drawn_at_once, row_seeds, split_into
+from flops_lightning.noise.keys import split_into
+from flops_lightning.noise.kinds import NoiseSpec, draw_noise
 from flops_lightning.phases import phase
 from flops_lightning.queries import CleanPass, RowPlan, row_losses
 from flops_lightning.strategies.parameter_queries import DirectionLayout, RowResponses
@@ -34,9 +35,11 @@ class SharedDirections(DirectionLayout):
 
     Attributes:
         ranks: Ranks that exchange the scalars of their directions and each draw those of all; None: this one only.
+        noise: Kind of noise, dense.
     """
 
     ranks: Communicator | None = None
+    noise: NoiseSpec = field(default=NoiseSpec(), kw_only=True)
 
     def run(self, site: Site, clean: CleanPass, plan: RowPlan, *, traces: bool) -> RowResponses:
         """Run direction by direction, all its samples in chunks, both signs of a pair stage by stage."""
@@ -52,7 +55,9 @@ class SharedDirections(DirectionLayout):
                 with phase("suffix"):
                     for offset, found in enumerate(self.response.values(losses, site.sigma, signs)):
                         values[at + offset] = found.to(values.dtype)
-        return RowResponses(values, sum(math.prod(self.drawn_shape(p)) for p in site.parameters.values()) + 2)
+        # E w^2 ||z||^2 over E w^2: signs have one length, Gaussian directions are longer where they matter.
+        numbers = sum(math.prod(self.drawn_shape(p)) for p in site.parameters.values())
+        return RowResponses(values, numbers + (2 if self.noise.distribution == "gaussian" else 0))
 
     def _losses(self, site: Site, clean: CleanPass, index: Tensor, direction: int, sigmas: Tensor) -> Tensor:
         """``(unit, r)`` losses of samples at ``theta + sigma z`` for every sigma; each stage's ``z`` is drawn once."""
@@ -72,7 +77,7 @@ class SharedDirections(DirectionLayout):
         return {i: {n: p for n, p in site.parameters.items() if self.network.stages[i].owns(n)} for i in stages}
 
     def drawn_shape(self, parameter: Tensor) -> tuple[int, ...]:
-        """Shape of the normal numbers from which a parameter's direction is made: its own."""
+        """Shape of the random numbers from which a parameter's direction is made: its own."""
         return tuple(parameter.shape)
 
     def direction(self, drawn: Mapping[str, Tensor], own: Mapping[str, nn.Parameter], draw: int) -> dict[str, Tensor]:
@@ -92,8 +97,9 @@ class SharedDirections(DirectionLayout):
         self, site: Site, draw: int, stage: int, own: Mapping[str, nn.Parameter], direction: int, rank: int
     ) -> Tensor:
         key = replace(self.key, draw=draw, site=f"{site.name}/{self.network.stages[stage].name}", rank=rank)
-        (seed,) = row_seeds(key, np.zeros(1, dtype=np.int64), np.array([direction]))
-        return drawn_at_once(seed, self._shapes(own).values(), next(iter(own.values())))
+        row, like = (np.zeros(1, dtype=np.int64), np.array([direction])), next(iter(own.values()))
+        size = sum(map(math.prod, self._shapes(own).values()))  # at once: seeding costs as much as a few numbers do
+        return draw_noise(self.noise, key, *row, (size,), device=like.device, dtype=like.dtype)[0]
 
     def _shapes(self, own: Mapping[str, nn.Parameter]) -> dict[str, tuple[int, ...]]:
         return {name: self.drawn_shape(p) for name, p in own.items()}

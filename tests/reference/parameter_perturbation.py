@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_map
 
 from flops_lightning.network.staging import stage_network
 from flops_lightning.noise.keys import NoiseKey, row_seeds, standard_normal
-from flops_lightning.strategies import SPSA, EvolutionStrategies, Site, WeightForwardMode
+from flops_lightning.noise.kinds import NoiseSpec, draw_noise
+from flops_lightning.strategies import SPSA, EvolutionStrategies, MeZO, Site, WeightForwardMode
 from tests.reference import likelihood_ratio
 from tests.reference.likelihood_ratio import mixed
 from tests.reference.networks import Loss, call
@@ -84,8 +85,9 @@ def basis_of(strategy: Any, name: str, p: Tensor, draw: int) -> Tensor:
 
 
 def _normals(strategy: Any, site: str, sample: int, index: int, size: int, draw: int) -> Tensor:
-    seeds = row_seeds(NoiseKey(strategy.seed, draw, site, strategy.rank), np.array([sample]), np.array([index]))
-    return standard_normal(seeds, (size,), device=torch.device("cpu"), dtype=torch.float64)[0]
+    noise = NoiseSpec(getattr(strategy, "distribution", "gaussian"))
+    key, row = NoiseKey(strategy.seed, draw, site, strategy.rank), (np.array([sample]), np.array([index]))
+    return draw_noise(noise, key, *row, (size,), device=torch.device("cpu"), dtype=torch.float64)[0]
 
 
 def _factored(module: nn.Module, strategy: Any, site: Site, x: Tensor, b: int, index: int, draw: int) -> Direction:
@@ -255,8 +257,8 @@ def queries_of_sample(
 
 
 def unit_of(strategy: Any) -> int:
-    """Queries that share a direction; MeZO has nothing but pairs."""
-    return int(getattr(strategy, "unit", 2))
+    """Queries that share a direction."""
+    return int(strategy.unit)
 
 
 def _loss(module: nn.Module, loss: Loss, x: Tensor, y: Tensor, d: Direction, sigma: float) -> float:
@@ -364,7 +366,7 @@ def _variant(strategy: Any) -> str:
 
 def _survivors(rows: list[Query], clean: float, strategy: Any) -> list[Query]:
     lost = [not math.isfinite(row.loss) for row in rows]
-    if hasattr(strategy, "variant"):  # MeZO knows no clean loss
+    if not (isinstance(strategy, MeZO) and unit_of(strategy) == 2):  # its pairs know no clean loss
         lost = [gone or not math.isfinite(clean) for gone in lost]
     if unit_of(strategy) == 2:
         lost = [lost[q - q % 2] or lost[q - q % 2 + 1] for q in range(len(rows))]

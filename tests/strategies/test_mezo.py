@@ -36,6 +36,9 @@ def mezo(module: nn.Module, loss: Any, **settings: Any) -> MeZO:
     return strategy
 
 
+FZOO = {"variant": "baseline", "distribution": "rademacher"}
+
+
 def assert_equals_reference(strategy: MeZO, x: Tensor, y: Tensor) -> None:
     module, draw = strategy.network.module, strategy.draw
     estimate = strategy.estimate(strategy.clean_pass(x.clone(), y))
@@ -74,6 +77,46 @@ def test_normalised_by_the_standard_deviation_over_directions(tokens_net, tokens
             torch.testing.assert_close(gradient, found[name] * (scale > 0), rtol=1e-9, atol=1e-9)
     with pytest.raises(SettingError, match=r"normalize = 'std': needs two directions or more, and queries = 2 is one"):
         MeZO(normalize="std")
+
+
+@pytest.mark.parametrize(("distribution", "chunk_rows"), [("gaussian", 3), ("rademacher", 256)])
+def test_one_sided_queries(distribution, chunk_rows, tokens_net, tokens):
+    settings = {"variant": "baseline", "distribution": distribution, "chunk_rows": chunk_rows}
+    strategy = mezo(tokens_net, squared_error, queries=5, **settings)
+    for _ in range(2):
+        assert_equals_reference(strategy, *tokens)
+    estimate = strategy.estimate(strategy.clean_pass(*tokens))
+    torch.testing.assert_close(estimate.output, tokens_net(tokens[0]).detach())
+    torch.testing.assert_close(estimate.loss, squared_error(estimate.output, tokens[1]))
+    total = strategy.meter.total()
+    assert (total.queries, total.clean_passes, total.forward_equivalents) == (3 * 5 * 4, 3 * 4, 3 * 6 * 4)
+
+
+def test_fzoo_is_one_sided_with_signs_over_the_standard_deviation_of_the_losses(tokens_net, tokens):
+    """Its step is ``rate / sigma`` times ours: there the losses' deviation is not divided by the width."""
+    strategy, samples = mezo(tokens_net, squared_error, queries=3, normalize="std", **FZOO), len(tokens[0])
+    strategy.estimate(strategy.clean_pass(*tokens))
+    (site,) = strategy.sites
+    rows = [queries_of_sample(tokens_net, strategy, site, *tokens, b, 3) for b in range(samples)]
+    losses = [sum(row[q].loss for row in rows) / samples for q in range(3)]
+    clean = squared_error(tokens_net(tokens[0]), tokens[1]).mean().item()
+    directions = [rows[0][q].direction for q in range(3)]
+    assert set(torch.cat(directions).tolist()) == {-1.0, 1.0}
+    step = sum((loss - clean) * u for loss, u in zip(losses, directions, strict=True)) / 3 / 0.1
+    found = torch.cat([g.flatten() for g in gradients(tokens_net).values()])
+    torch.testing.assert_close(found, step / statistics.stdev(losses) * 0.1, rtol=1e-9, atol=1e-9)
+
+
+def test_one_sided_queries_above_what_is_frozen_and_of_samples_without_a_clean_loss(tokens_net, tokens):
+    for stage in tokens_net[:2]:
+        stage.requires_grad_(False)
+    strategy = mezo(tokens_net, squared_error, queries=3, **FZOO)
+    assert_equals_reference(strategy, *tokens)
+    x = tokens[0].clone()
+    x[1, 0, 0] = math.nan
+    with pytest.warns(RuntimeWarning, match="1 samples lost every query"):
+        estimate = strategy.estimate(strategy.clean_pass(x, tokens[1]))
+    assert (estimate.lost, estimate.silent_samples) == (3, 1)
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"global_pool": "map", "reg_tokens": 2, "init_values": 0.5}])
@@ -175,7 +218,10 @@ def test_a_sample_that_loses_every_query_contributes_nothing(tokens_net, tokens)
     ("settings", "problem"),
     [
         ({"queries": 3}, r"queries = 3: must be even and 2 or more"),
-        ({"queries": 0}, r"queries = 0: must be even"),
+        ({"queries": 0}, r"queries = 0: must be 1 or more"),
+        ({"variant": "plain"}, r"variant = 'plain': is not one of"),
+        ({"distribution": "signs"}, r"distribution = 'signs': is not one of"),
+        ({"queries": 1, "variant": "baseline", "normalize": "std"}, r"normalize = 'std': needs two .* queries: 2"),
         ({"sigma": 0.0}, r"sigma = 0.0: must be a number above 0"),
         ({"sigma": -1e-3}, r"sigma = -0.001: must be a number above 0"),
         ({"sigma": math.nan}, r"sigma = nan: must be a number above 0"),
