@@ -15,6 +15,10 @@ which is Cochran's two-stage sampling ("Sampling Techniques", 1977, section 10.6
 sites ``A*_s = sqrt(T_s c_0 / (c_s S))``: only ``T_s`` and ``c_s`` are a site's own. At the optimum the noise of the
 queries is to the squared norm of the batch's exact gradient as the cost of the queries is to ``c_0``.
 
+The bound takes the curvature of the loss to be ``L`` in all directions. A quadratic model with the Hessian ``H`` has
+``E[g_hat^T H g_hat]`` in place of ``L E|g_hat|^2``: if noise meets ``k`` times the curvature that the gradient meets,
+``T`` becomes ``k T``, and ``k`` is the setting ``noise_curvature``.
+
 ``S / B`` is the expected squared norm of the exact gradient ``G`` of a batch. Both it and the noise are estimated
 without bias from the gradient ``G_hat`` of a step: the derivative of the mean clean loss along it has the expectation
 ``|G|^2``, since the noise of the queries is independent of it, and what ``|G_hat|^2`` has more is noise,
@@ -61,6 +65,8 @@ class BudgetSettings:
         window: Measurements over which signal and noise are averaged, with decaying weights.
         metric: Units in which the parameters' gradients are compared: as they are (``parameters``), or
             ``preconditioned`` by the optimiser, each squared derivative divided by Adam's running mean square.
+        noise_curvature: Curvature of the loss along the noise of the queries over that along the gradient; 1 is the
+            bound's assumption. Where noise meets less of it, fewer queries are best.
 
     Example:
         >>> BudgetSettings(rule="improvement", price="queries", least=0.5).check()
@@ -78,6 +84,7 @@ class BudgetSettings:
     every: int = 50
     window: int = 8
     metric: Metric = "parameters"
+    noise_curvature: float = 1.0
 
     def check(self) -> None:
         """Raise a :class:`SettingError` for a value out of range or without effect."""
@@ -92,6 +99,7 @@ class BudgetSettings:
         check_positive("budget.least", self.least, "Write, for example, 1.")
         if not self.most >= self.least:
             raise SettingError("budget.most", self.most, f"is below least = {self.least}.", "Write, for example, 64.")
+        check_positive("budget.noise_curvature", self.noise_curvature, "Write 1, or what was measured.")
         for name in ("every", "window"):
             check_at_least(f"budget.{name}", getattr(self, name), 1)
         if (self.price == "given") != bool(self.given_costs) or (self.price == "given") != (self.given_fixed > 0):
@@ -151,7 +159,8 @@ class BudgetRule:
         if not self._weight or len(self._noise) != len(own.queries_per_sample):
             return own
         costs, fixed = self._costs(statistics, len(own.queries_per_sample))
-        best = best_averages(self._noise, self._signal, costs, fixed).nan_to_num(nan=math.inf)
+        noise = self.settings.noise_curvature * self._noise
+        best = best_averages(noise, self._signal, costs, fixed).nan_to_num(nan=math.inf)
         averages = best.clamp(self.settings.least, self.settings.most).tolist()
         return replace(own, queries_per_sample=tuple(averages))
 

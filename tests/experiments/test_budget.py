@@ -17,7 +17,7 @@ def test_bounds_and_ratios() -> None:
     assert lower_bound([-1.0, 0.0, 1.0]) == pytest.approx(-2.92 / 3**0.5, abs=1e-3)
     assert lower_bound([0.3]) == -math.inf
     tables = {"rule": np.array([[1.0, 3.0]] * 4), "2": np.array([[4.0, 1.0]] * 4), "8": np.array([[0.0, 2.0]] * 4)}
-    found = relative(tables, np.random.default_rng(0))
+    found = relative(tables, "rule", np.random.default_rng(0))
     assert (found["ratio"], found["low"], found["high"], found["best"]) == (0.75, 0.75, 0.75, "2")
 
 
