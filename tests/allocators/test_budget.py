@@ -38,16 +38,18 @@ def test_the_averages_maximise_the_guaranteed_decrease_for_its_cost() -> None:
     torch.testing.assert_close(*balance, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize(("price", "costs", "fixed"), [("compute", COSTS, 4.0), ("queries", torch.ones(2), 1.0)])
-def test_the_rule_finds_them_from_gradients_of_any_scale_and_budget(price, costs, fixed) -> None:
+@pytest.mark.parametrize(
+    ("price", "costs", "fixed", "curvature"), [("compute", COSTS, 4.0, 0.25), ("queries", torch.ones(2), 1.0, 1.0)]
+)
+def test_the_rule_finds_them_from_gradients_of_any_scale_and_budget(price, costs, fixed, curvature) -> None:
     noise, signal = torch.tensor([130.0, 50.0]), 3.0
-    rule = BudgetRule({**IMPROVEMENT, "price": price, "least": 0.01})
+    rule = BudgetRule({**IMPROVEMENT, "price": price, "least": 0.01, "noise_curvature": curvature})
     assert rule.choose(OWN, TOLD) is OWN
     for averages, scale in (([4.0, 8.0], 1.0), ([20.0, 2.0], 1e-6), ([1.0, 1.0], 1e3)):
         # Of such a scale that one query's mean square is the same.
         rule.observe(seen(noise, signal, torch.tensor(averages), scale=scale), torch.tensor(averages))
     chosen = rule.choose(OWN, TOLD)
-    expected = best_averages(noise, signal, costs, fixed)
+    expected = best_averages(curvature * noise, signal, costs, fixed)
     torch.testing.assert_close(torch.tensor(chosen.queries_per_sample), expected.float(), rtol=1e-5, atol=0)
     assert chosen.site_names == OWN.site_names
     figures = rule.figures(chosen)
@@ -107,6 +109,7 @@ def test_a_resumed_rule_goes_on_alike() -> None:
         ({**IMPROVEMENT, "every": 0}, "budget.every = 0"),
         ({**IMPROVEMENT, "given_costs": [1.0]}, "does not go with price: compute"),
         ({**IMPROVEMENT, "price": "given"}, "does not go with price: given"),
+        ({**IMPROVEMENT, "noise_curvature": 0}, "budget.noise_curvature = 0"),
         ({**IMPROVEMENT, "metric": "adam"}, "budget.metric = 'adam'"),
     ],
 )  # fmt: skip
