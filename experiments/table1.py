@@ -78,7 +78,7 @@ class Key(NamedTuple):
     seed: int
 
 
-def cells(options: argparse.Namespace) -> dict[Key, Cell]:
+def cells(options: argparse.Namespace, *, keeps_weights: bool = False) -> dict[Key, Cell]:
     """All runs; seeds change slowest, so that an interrupted table has all its cells once."""
     found = {}
     given_once = map(dict.fromkeys, (options.seeds, options.models, options.data_sets, options.methods))
@@ -90,7 +90,8 @@ def cells(options: argparse.Namespace) -> dict[Key, Cell]:
         on_top = (*configs(FILES[method]), *OWN.get((model, method), ()))
         own = {"seed_everything": seed, "trainer.default_root_dir": options.output / name, "ckpt_path": "last"}
         command = ("main.py", "fit", "--config", f"configs/{model}_{data_set}.yaml", *given, *on_top, *arguments(own))
-        found[Key(model, data_set, method, seed)] = Cell(options.output, name, command, resumes=True)
+        cell = Cell(options.output, name, command, resumes=True, keeps_weights=keeps_weights)
+        found[Key(model, data_set, method, seed)] = cell
     return found
 
 

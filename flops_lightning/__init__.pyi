@@ -10,6 +10,7 @@ from .callbacks import ClassReport as ClassReport
 from .callbacks import ForwardOnly as ForwardOnly
 from .callbacks import PredictionWriter as PredictionWriter
 from .callbacks import QueryAllocatorCallback as QueryAllocatorCallback
+from .callbacks import Robustness as Robustness
 from .callbacks import RunSummary as RunSummary
 from .callbacks import SaveOnSignal as SaveOnSignal
 from .datamodules import Caltech101DataModule as Caltech101DataModule

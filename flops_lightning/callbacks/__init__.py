@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from flops_lightning.callbacks.class_report import ClassReport
     from flops_lightning.callbacks.forward_only import ForwardOnly
     from flops_lightning.callbacks.prediction_writer import PredictionWriter
+    from flops_lightning.callbacks.robustness import Robustness
     from flops_lightning.callbacks.run_summary import RunSummary
     from flops_lightning.resume.signals import SaveOnSignal
 
@@ -16,11 +17,15 @@ _HOMES = {
     "ClassReport": "callbacks.class_report",
     "ForwardOnly": "callbacks.forward_only",
     "PredictionWriter": "callbacks.prediction_writer",
+    "Robustness": "callbacks.robustness",
     "RunSummary": "callbacks.run_summary",
     "SaveOnSignal": "resume.signals",
 }
 
-__all__ = ["ClassReport", "ForwardOnly", "PredictionWriter", "QueryAllocatorCallback", "RunSummary", "SaveOnSignal"]
+__all__ = [
+    "ClassReport", "ForwardOnly", "PredictionWriter", "QueryAllocatorCallback", "Robustness", "RunSummary",
+    "SaveOnSignal",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> object:

@@ -42,13 +42,16 @@ class _Task(Protocol):  # what is read of a ForwardModule
 
 
 def save_run(checkpoint: dict[str, Any], task: _Task, trainer: pl.Trainer | None, own: Mapping[str, Any]) -> None:
-    """Add the names of the classes, the strategy's state (draw counter, seed, meters), all settings and the task's own.
+    """Add class names, the normalisation, the strategy's state (draw counter, seed, meters), all settings and ``own``.
 
     Every process of a run must call this.
     """
     names = rules.class_names_of(trainer)
     if names is not None:
         checkpoint["class_names"] = names
+    normalization = rules.normalization_of(trainer)
+    if normalization is not None:
+        checkpoint["normalization"] = normalization
     strategy = task.strategy
     if strategy is not None:
         assert trainer is not None
@@ -73,6 +76,8 @@ def restore_run(checkpoint: dict[str, Any], task: _Task, trainer: pl.Trainer | N
     """
     rules.check_weights(task.state_dict(), checkpoint["state_dict"])
     rules.check_classes(checkpoint.get("class_names"), rules.class_names_of(trainer))
+    if trainer is not None and trainer.state.fn != TrainerFn.FITTING:  # a resumed run's settings are compared below
+        rules.check_normalization(checkpoint.get("normalization"), rules.normalization_of(trainer))
     state: dict[str, Any] | None = checkpoint.get(KEY)
     strategy = task.strategy
     if state is None or strategy is None or trainer is None or trainer.state.fn != TrainerFn.FITTING:

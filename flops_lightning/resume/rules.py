@@ -92,6 +92,22 @@ def check_classes(saved: Sequence[str] | None, present: Sequence[str] | None) ->
     raise SettingError("data", now, problem, remedy)
 
 
+def normalization_of(trainer: pl.Trainer | None) -> dict[str, list[float]] | None:
+    """Mean and standard deviation that images are normalised with; None without a data module that has them."""
+    data = getattr(trainer, "datamodule", None)
+    parts = {name: getattr(data, name, None) for name in ("mean", "std")}
+    known = all(isinstance(part, (list, tuple)) for part in parts.values())
+    return {name: [float(value) for value in part or ()] for name, part in parts.items()} if known else None
+
+
+def check_normalization(saved: Mapping[str, Any] | None, present: Mapping[str, Any] | None) -> None:
+    """Raise a :class:`SettingError` if the checkpoint was trained on images of another mean or standard deviation."""
+    if saved is not None and present is not None and dict(saved) != dict(present):
+        now, then = (f"mean {each['mean']}, std {each['std']}" for each in (present, saved))
+        problem = f"the checkpoint was trained on images normalised with {then}."
+        raise SettingError("data", now, problem, "Give data.normalization as in that run.")
+
+
 def check_optimizer(optimizer: Optimizer, checkpoint: Mapping[str, Any]) -> None:
     """Raise a :class:`SettingError` if the checkpoint trained another number of parameters."""
     states = checkpoint.get("optimizer_states", [])

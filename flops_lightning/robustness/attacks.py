@@ -74,17 +74,20 @@ class AttackSettings:
         given = MOMENTUM if self.momentum is None else self.momentum
         return given if self.name == "mi_fgsm" else 0.0
 
-    def run(self, model: Callable[[Tensor], Tensor], pixels: Tensor, labels: Tensor) -> Tensor:
+    def run(
+        self, model: Callable[[Tensor], Tensor], pixels: Tensor, labels: Tensor, *, slope: Tensor | None = None
+    ) -> Tensor:
         """The images under attack; see :func:`iterated_fgsm`."""
         self.check()
         return iterated_fgsm(
-            model, pixels, labels, eps=self.eps, steps=self._steps, step_size=self._step_size, momentum=self._momentum
-        )
+            model, pixels, labels, eps=self.eps, steps=self._steps, step_size=self._step_size, momentum=self._momentum,
+            slope=slope,
+        )  # fmt: skip
 
 
 def iterated_fgsm(
     model: Callable[[Tensor], Tensor], pixels: Tensor, labels: Tensor, *, eps: float, steps: int = 1,
-    step_size: float | None = None, momentum: float = 0.0,
+    step_size: float | None = None, momentum: float = 0.0, slope: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Move every pixel by steps along the sign of the gradient of cross-entropy, within ``eps`` and within [0, 1].
 
@@ -99,6 +102,7 @@ def iterated_fgsm(
         steps: At least 1.
         step_size: At most ``eps``; None: ``eps / steps``.
         momentum: 0 or more.
+        slope: What :func:`loss_slope` gives for these images, where several attacks share it; None: found here.
 
     Raises:
         SettingError: A setting is out of range, or the pixels do not lie in [0, 1].
@@ -111,8 +115,9 @@ def iterated_fgsm(
     start = pixels.detach()
     low, high = (start - eps).clamp(min=0), (start + eps).clamp(max=1)
     moved, direction = start, torch.zeros_like(start)
-    for _ in range(steps):
-        slope = _slope(model, moved, labels)
+    for step in range(steps):
+        if step or slope is None:
+            slope = loss_slope(model, moved, labels)
         # An image whose gradient is zero stays where it is, or follows its momentum.
         size = slope.abs().mean(dim=(1, 2, 3), keepdim=True).clamp_min(torch.finfo(slope.dtype).tiny)
         direction = momentum * direction + slope / size
@@ -120,7 +125,7 @@ def iterated_fgsm(
     return moved
 
 
-def _slope(model: Callable[[Tensor], Tensor], pixels: Tensor, labels: Tensor) -> Tensor:
+def loss_slope(model: Callable[[Tensor], Tensor], pixels: Tensor, labels: Tensor) -> Tensor:
     """Derivative ``(b, c, h, w)`` of each image's cross-entropy."""
     with torch.enable_grad():
         at = pixels.detach().requires_grad_()

@@ -5,6 +5,7 @@ from itertools import product
 
 import pytest
 
+from tests.distributed import robustness_worker
 from tests.distributed.evaluation_worker import run
 from tests.processes import run_module
 
@@ -37,3 +38,12 @@ def test_two_processes_report_and_predict_what_one_does(tmp_path):
         assert [line[1] for line in lines] == [f"{i}.jpg" for i in range(images)]
         probabilities = [float(line[4]) for line in others]
         assert [float(line[4]) for line in lines] == pytest.approx(probabilities, rel=1e-5)
+
+
+def test_two_processes_test_under_noise_and_attack_what_one_does_bit_for_bit(tmp_path):
+    together, alone = tmp_path / "together", tmp_path / "alone"
+    run_module(2, "tests.distributed.robustness_worker", "2", str(together), seconds=250)
+    robustness_worker.run(alone)
+    for name in ("robustness.csv", "robustness.json"):  # 37 images: the sampler repeats one
+        assert (together / name).read_text() == (alone / name).read_text()
+    assert json.loads((alone / "robustness.json").read_text())["images"] == 37

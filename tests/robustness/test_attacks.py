@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from flops_lightning.errors import SettingError
 from flops_lightning.robustness import AttackSettings, PixelModel, iterated_fgsm
+from flops_lightning.robustness.attacks import loss_slope
 
 EPS = 8 / 255
 
@@ -73,6 +74,11 @@ def test_one_step_of_the_iterated_attacks_is_fgsm(model, batch) -> None:
     once = AttackSettings("fgsm", eps=EPS).run(model, *batch)
     for name in ("i_fgsm", "mi_fgsm"):
         assert torch.equal(AttackSettings(name, eps=EPS, steps=1).run(model, *batch), once)
+
+
+def test_attacks_may_share_their_first_derivative(model, batch) -> None:
+    attack = AttackSettings("mi_fgsm", eps=EPS)
+    assert torch.equal(attack.run(model, *batch, slope=loss_slope(model, *batch)), attack.run(model, *batch))
 
 
 def test_an_image_whose_gradient_is_zero_stays_as_it_is(batch) -> None:

@@ -1,0 +1,184 @@
+"""Accuracy under noise and under attack, at the end of a test."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from flops_lightning.callbacks.tables import run_folder, write_table
+from flops_lightning.distributed import gather_plain, present_communicator
+from flops_lightning.errors import SettingError, check_choice, check_whole
+from flops_lightning.robustness.attacks import ATTACKS, AttackSettings, loss_slope
+from flops_lightning.robustness.corruptions import CORRUPTIONS
+from flops_lightning.robustness.pixels import PixelModel
+from flops_lightning.settings import read_settings
+from flops_lightning.tasks.evaluation import first_seen
+
+TABLE_NAME, FILE_NAME = "robustness.csv", "robustness.json"
+COLUMNS = ("image", "corruption", "severity", "label", "prediction")
+CLEAN = "clean"
+Perturbation = Callable[[Tensor, Tensor, Sequence[int], Tensor | None], Tensor]
+"""``(pixels (b, c, h, w), labels (b,), indices of the images, derivative of their loss) -> pixels``."""
+
+
+class Robustness(Callback):
+    """Test a classifier under noise and under attack, and write ``robustness.csv`` and ``robustness.json``.
+
+    Every test image is read as it is (``clean``) and once more for each strength of each noise and attack, in pixel
+    space: the data module's ``mean`` and ``std`` are undone and become a part of the network. Logged, and written to
+    ``robustness.json``, are ``robust/<name>/accuracy`` and ``robust/<name>/kept``, the share of the images read
+    correctly without noise that stay so (NaN where there are none), with names like ``gaussian_0.08``, ``poisson_25``
+    and ``mi_fgsm_8`` (eps in 255ths). ``robustness.csv`` has a line for each image and strength: ``image``, its index
+    in the data set, ``corruption``, ``severity`` (std, photons or eps), ``label`` and ``prediction``.
+
+    Noise is drawn from (seed, index of the image), and images are read in chunks of a fixed number of rows, the last
+    one filled up. On one kind of machine the results are therefore the same, bit for bit, for any batch size, order and
+    number of processes. The attacker backpropagates cross-entropy through the network, however it was trained.
+
+    The module's ``forward`` gives logits ``(b, k)`` of images; its batches are ``(images, labels)``.
+
+    Args:
+        corruptions: Strengths of each noise: ``gaussian`` and ``uniform`` by ``std``, ``poisson`` by ``photons``; None:
+            the severities of ImageNet-C, as ``{"gaussian": [0.08, 0.12, 0.18, 0.26, 0.38], ...}``; {} for none.
+        attacks: The attacks; None: the paper's three at 8/255; [] for none.
+        seed: Chooses the noise.
+        rows: Images read at a time. A batch takes the next multiple of it, so let ``data.batch_size`` be one.
+
+    Example:
+        >>> from flops_lightning.callbacks import Robustness
+        >>> from flops_lightning.robustness import AttackSettings
+        >>> Robustness(corruptions={"poisson": [60]}, attacks=[AttackSettings("fgsm", eps=2 / 255)]).names
+        ['clean', 'poisson_60', 'fgsm_2']
+    """
+
+    def __init__(
+        self, *, corruptions: dict[str, list[float]] | None = None, attacks: list[AttackSettings] | None = None,
+        seed: int = 0, rows: int = 32,
+    ) -> None:  # fmt: skip
+        check_whole("seed", seed, 0, "Write for example 0.")
+        check_whole("rows", rows, 1, "Write for example 32.")
+        if corruptions is None:
+            corruptions = {name: list(kind.severities[-5:]) for name, kind in CORRUPTIONS.items()}
+        if attacks is None:
+            attacks = [AttackSettings(name) for name in ATTACKS]
+        self._seed, self._rows_at_once = seed, rows
+        self._perturbations: dict[tuple[str, float], Perturbation] = {}
+        for name, levels in corruptions.items():
+            check_choice("corruptions", name, list(CORRUPTIONS))
+            for level in levels:
+                self._add(name, level, self._noise(CORRUPTIONS[name](level)))
+        for i, given in enumerate(attacks):
+            attack = read_settings(AttackSettings, given, f"attacks[{i}]")
+            self._add(attack.name, attack.eps, self._attack(attack))
+        if not self._perturbations:
+            raise SettingError("corruptions", corruptions, "there is neither noise nor attack.", "Give one of them.")
+        self._attacked = bool(attacks)
+
+    def _add(self, name: str, severity: float, perturbation: Perturbation) -> None:
+        if _name(name, severity) in self.names:
+            problem = "is there twice, and results go by name and strength."
+            raise SettingError("corruptions", _name(name, severity), problem, "Remove one of the two.")
+        self._perturbations[name, severity] = perturbation
+
+    def _noise(self, corruption: Any) -> Perturbation:
+        return lambda pixels, _, index, __: corruption(pixels, index, seed=self._seed)
+
+    def _attack(self, attack: AttackSettings) -> Perturbation:
+        return lambda pixels, labels, _, slope: attack.run(self._model, pixels, labels, slope=slope)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the results, ``clean`` first."""
+        return [CLEAN, *(_name(*key) for key in self._perturbations)]
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a module or data that cannot be tested like this, before an image is read."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        mean, std = getattr(data, "mean", None), getattr(data, "std", None)
+        if mean is None or std is None:
+            remedy = "Give it the attributes `mean` and `std`, one number a channel (0 and 1 where nothing is done)."
+            problem = "does not tell how it normalises images."
+            raise SettingError("data", type(data).__name__, problem, remedy)
+        narrow = {str(p.dtype) for p in pl_module.parameters() if p.is_floating_point() and p.dtype.itemsize < 4}
+        if narrow:
+            problem = f"the weights are {' and '.join(sorted(narrow))}; attacks need the gradient in float32."
+            raise SettingError("trainer.precision", trainer.precision, problem, "Write 32-true.")
+        loss: Any = getattr(pl_module, "loss_path", "")
+        if self._attacked and loss:
+            rank_zero_info(f"attacks use the derivative of cross-entropy, not of the run's loss, {loss}.")
+        with torch.inference_mode(False):  # an attack needs gradients
+            # The bound method, or the module would become a part of the model.
+            self._model = PixelModel(pl_module.__call__, mean=mean, std=std).to(pl_module.device)
+        self._order = _order(trainer.test_dataloaders)
+        self._read: list[list[int]] = []  # index, label, predictions in the order of the names
+        self._place = 0
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:  # fmt: skip
+        """Read the images of the batch that no other process has, under all noise and attacks."""
+        images, labels = batch[0], batch[1]
+        own, index = first_seen(trainer.test_dataloaders, batch_idx, len(images)), self._order[self._place :]
+        self._place += len(images)
+        with torch.inference_mode(False):
+            for start in range(0, own, self._rows_at_once):
+                part = slice(start, min(start + self._rows_at_once, own))
+                # A clone is not of inference mode.
+                predictions = self._predictions(images[part].clone(), labels[part].clone(), index[part])
+                lines = torch.stack([labels[part].long(), *predictions], dim=1).tolist()
+                self._read += [[i, *line] for i, line in zip(index[part], lines, strict=True)]
+
+    def _predictions(self, images: Tensor, labels: Tensor, index: Sequence[int]) -> list[Tensor]:
+        """Predicted classes ``(n,)`` of ``n`` images, clean and perturbed, from chunks of ``rows``."""
+        n = len(images)
+        filled = [min(i, n - 1) for i in range(self._rows_at_once)]
+        pixels, labels, index = self._model.pixels(images[filled]), labels[filled].long(), [index[i] for i in filled]
+        slope = loss_slope(self._model, pixels, labels) if self._attacked else None  # where every attack begins
+        found = [pixels, *(change(pixels, labels, index, slope) for change in self._perturbations.values())]
+        with torch.no_grad():
+            return [self._model(each).argmax(dim=1)[:n] for each in found]
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the accuracies, write both files and say where they are."""
+        shares = gather_plain(present_communicator(), self._read, device=pl_module.device)
+        read = sorted(line for share in shares for line in share)
+        keys = [(CLEAN, ""), *((name, f"{severity:.6g}") for name, severity in self._perturbations)]
+        rows = ((i, *key, label, p) for i, label, *found in read for key, p in zip(keys, found, strict=True))
+        write_table(trainer, TABLE_NAME, COLUMNS, rows, content=f"predictions of {len(read)} images under noise")
+        results = dict(zip(self.names, _results(torch.tensor(read)), strict=True)) if read else {}
+        for name, result in results.items():
+            for measure, value in result.items():
+                pl_module.log(f"robust/{name}/{measure}", value)
+        folder = run_folder(trainer)
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            written = {"images": len(read), "seed": self._seed, "results": results}
+            (folder / FILE_NAME).write_text(json.dumps(written, indent=2) + "\n")
+
+
+def _name(name: str, severity: float) -> str:
+    return f"{name}_{255 * severity:.3g}" if name in ATTACKS else f"{name}_{severity:g}"
+
+
+def _results(read: Tensor) -> list[Mapping[str, float]]:
+    """Accuracy and share kept of each perturbation, from lines ``(n, 2 + perturbations)``."""
+    right = read[:, 2:] == read[:, 1:2]
+    kept = right[right[:, 0]].double().mean(dim=0)  # NaN where nothing is right
+    return [{"accuracy": float(a), "kept": float(k)} for a, k in zip(right.double().mean(dim=0), kept, strict=True)]
+
+
+def _order(loaders: Any) -> list[int]:
+    """Indices of the images that this process reads, in order."""
+    loader = loaders[0] if isinstance(loaders, (list, tuple)) else loaders
+    batches = getattr(loader, "batch_sampler", None)
+    known = batches is not None and not isinstance(loader.dataset, IterableDataset)
+    orders = [[i for batch in batches for i in batch] for _ in range(2)] if known and batches is not None else [[], [0]]
+    if orders[0] != orders[1] or not all(isinstance(i, int) for i in orders[0]):
+        problem = "draws a new order each time (or none), and noise goes by the number of the image."
+        raise SettingError("test_dataloader", type(loader).__name__, problem, "Return a DataLoader without shuffling.")
+    return orders[0]
