@@ -112,7 +112,7 @@ def _with_noise(cell: Cell, config: str) -> Cell:
     return replace(cell, name=name, arguments=(*own, noise, *arguments({"trainer.callbacks.sigma": sigma})))
 
 
-def testing(options: argparse.Namespace, trained: Mapping[Key, Cell]) -> dict[Key, Cell]:
+def evaluation(options: argparse.Namespace, trained: Mapping[Key, Cell]) -> dict[Key, Cell]:
     """A test of each trained network; refuses finished runs whose weights are gone."""
     overlay = "configs/small/robustness.yaml" if options.small or options.quick else "configs/eval/robustness.yaml"
     files: dict[Key, Path | None] = {}
@@ -144,8 +144,9 @@ TRAINS = "(`experiments.table1` throws weights away.)"
 
 
 def last(cell: Cell) -> Path | None:
-    """The last checkpoint of a run."""
-    return newest_checkpoint([file.parent for file in cell.folder.rglob("*.ckpt")], counts=Path.is_file)
+    """The checkpoint of a run's end."""
+    folders = [file.parent for file in cell.folder.rglob("*.ckpt")]
+    return newest_checkpoint(folders, counts=lambda file: file.is_file() and not file.name.startswith("at_"))
 
 
 def nearest(cell: Cell, aim: Cell) -> Path | None:
@@ -259,8 +260,8 @@ def study(options: argparse.Namespace) -> None:
         own = {key: cell for key, cell in trained.items() if key.seed == seed}
         complete &= run_all([*own.values()], keep_going=True, **options.launch)
         if not options.dry_run:
-            complete &= run_all([*testing(options, own).values()], keep_going=True, **options.launch)
-            write(testing(options, trained), options)
+            complete &= run_all([*evaluation(options, own).values()], keep_going=True, **options.launch)
+            write(evaluation(options, trained), options)
     if not complete and not options.dry_run:
         sys.exit(1)
 

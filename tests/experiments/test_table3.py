@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from experiments.activation_noise import ActivationNoise
 from experiments.harness import Cell, Children
-from experiments.table3 import KINDS, METHODS, PAPER, Key, command_line, main, nearest, report, testing, training
+from experiments.table3 import KINDS, METHODS, PAPER, Key, command_line, evaluation, main, nearest, report, training
 from experiments.tables import read_csv
 from flops_lightning.datamodules import CIFAR10DataModule
 from flops_lightning.errors import SettingError
@@ -35,9 +35,9 @@ def value(cell: Cell, name: str) -> str:
 def test_the_papers_table_is_copied_without_a_slip() -> None:
     sums = {data_set: [round(sum(row), 1) for row in rows.values()] for data_set, rows in PAPER.items()}
     assert sums == {
-        "imagenet": [305.0, 319.8, 292.0],
-        "food101": [455.2, 437.0, 424.9],
-        "cifar100": [378.4, 356.0, 332.4],
+        "imagenet": [305.0, 320.8, 293.0],
+        "food101": [374.2, 407.1, 398.3],
+        "cifar100": [328.3, 356.0, 332.2],
     }
     assert sum(len(row) for rows in PAPER.values() for row in rows.values()) == 63
     assert PAPER["food101"]["ops_spsa"][KINDS.index("poisson")] == 70.4
@@ -82,12 +82,12 @@ def trained(folder: Path, accuracies: list[float], monkeypatch: pytest.MonkeyPat
 def test_backprop_stops_at_the_checkpoint_nearest_to_ops_lr(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = command_line().parse(["--output", str(tmp_path), "--small", "--seeds", "0", "--data_sets", "cifar10"])
     cells = training(options)
-    assert testing(options, cells) == {}
-    for accuracies, step in (([0.2, 0.37, 0.5], 10), ([0.3, 0.5, 0.6], 5), ([0.1, 0.2, 0.3], 15)):
+    assert evaluation(options, cells) == {}
+    for accuracies, step in (([0.2, 0.37, 0.5], 10), ([0.38, 0.5, 0.6], 5), ([0.1, 0.2, 0.3], 15)):
         trained(tmp_path / str(step), accuracies, monkeypatch)
         options.output = tmp_path / str(step)
         cells = training(options)
-        tests = testing(options, cells)
+        tests = evaluation(options, cells)
         assert [key.method for key in tests] == list(METHODS)
         files = {key.method: Path(value(cell, "--ckpt_path")).name for key, cell in tests.items()}
         assert files.pop("bp_stopped") == f"at_step={step}.ckpt"
@@ -109,7 +109,7 @@ def test_finished_runs_without_weights_are_named_with_what_to_do(tmp_path: Path,
         file.unlink()
     options = command_line().parse(["--output", str(tmp_path), "--small", "--seeds", "0", "--data_sets", "cifar10"])
     with pytest.raises(SettingError, match=r"holds no weights of cifar10/ops_spsa/seed_0.*Remove these folders"):
-        testing(options, training(options))
+        evaluation(options, training(options))
 
 
 def fake_results(shift: float) -> dict[str, dict[str, float]]:
@@ -140,10 +140,10 @@ def test_noise_in_the_activations_is_met_in_training_and_nowhere_else(tmp_path: 
         noise = ActivationNoise({"blocks.1": sigma, "head": sigma})
         trainer = quiet_trainer(noise, max_steps=1, limit_val_batches=0, default_root_dir=tmp_path)
         images = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-        before = task.eval()(images)
+        before = task.eval()(images).detach()
         trainer.fit(task, digits)
         assert torch.allclose(task.eval()(images), before, atol=1e-4)
-        spread.append(float((task.network.run(images) - before).std()))
+        spread.append(float((task.network.run(images) - before).detach().std()))
     assert spread[0] < 1e-3
     assert spread[1] == pytest.approx(3.0, rel=0.2)  # the head's own noise; that of the block adds to it
 
