@@ -114,7 +114,7 @@ def _run_and_keep(
     with network.evaluating():
         for first in range(0, max(1, len(inputs)), rows):
             # Not by a name here: that would hold a stage's input while the others run.
-            output = network.visit(inputs[first : first + rows].clone(), start, keep, partial(copy, first=first))
+            output = network.visit(inputs[first : first + rows], start, keep, partial(copy, first=first))
             copy(len(network), output, first)
     return kept
 

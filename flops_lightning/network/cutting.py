@@ -37,14 +37,15 @@ def stage_by_replay(module: nn.Module, example: Any) -> ReplayedNetwork:
             unfit = check_rows(module, pair)
             turned = pair.index_select(0, torch.tensor([0, 1, 0], device=pair.device))
 
-            def cut(units: Sequence[str]) -> ReplayedNetwork:
+            def cut(taken_apart: type[nn.Module]) -> tuple[ReplayedNetwork, int]:
+                units, repeated = find_units(module, pair.clone(), taken_apart)  # copies: it may write to its inputs
                 two, three = (trace(module, units, each.clone(), result_of) for each in (pair, turned))
-                return _faithful(_network(module, units, two, three, unfit), turned)
+                obstacles = dict.fromkeys(repeated, "it runs more than once")
+                return _faithful(_network(module, units, two, three, unfit, obstacles), turned), len(units)
 
-            units = find_units(module, pair.clone())  # copies: a network may write to its inputs
-            network = cut(units)
-            if 3 * len(network) < len(units):  # blocks of several branches were taken apart
-                network = max(network, cut(find_units(module, pair.clone(), nn.Sequential)), key=len)
+            network, units = cut(nn.Module)
+            if 3 * len(network) < units:  # blocks of several branches were taken apart
+                network = max(network, cut(nn.Sequential)[0], key=len)
             return network
     finally:
         for each, training in modes:
@@ -52,7 +53,12 @@ def stage_by_replay(module: nn.Module, example: Any) -> ReplayedNetwork:
 
 
 def _network(
-    module: nn.Module, units: Sequence[str], two: Trace, three: Trace, unfit: Mapping[str, str]
+    module: nn.Module,
+    units: Sequence[str],
+    two: Trace,
+    three: Trace,
+    unfit: Mapping[str, str],
+    obstacles: Mapping[str, str],
 ) -> ReplayedNetwork:
     axes = {key: _axis(two.outputs[key], three.outputs[key]) for key in three.outputs}
     users = _users(module, units, three)
@@ -61,22 +67,31 @@ def _network(
     counts = frozenset(k for k, t in three.outputs.items() if unit_of(k) < 0 and not has_derivative(t) and t.dim())
     learns = _trained(three, trained)
     boundaries: list[Boundary] = []
+    against = dict(obstacles)
     for first in range(1, len(units)):
         needed = frozenset(k for k, last in three.last_read.items() if unit_of(k) < first <= last) | counts
         below = [k for k in needed if unit_of(k) == first - 1]
         main = min((k for k in below if _carries_noise(three.outputs[k], axes[k])), default=None)
-        crossed = any(u < first <= v for u, v in three.hidden) or any(min(u) < first <= max(u) for u in trained)
         # Noise enters the main tensor alone: no gradient may pass beside it.
         beside = any(unit_of(k) in learns and has_derivative(three.outputs[k]) for k in needed if k != main)
-        owns = next(module.get_submodule(units[first - 1]).parameters(), None) is not None
-        left = any(max(u) >= first for u in users.values())
-        mixed = any((axes[k] or WHOLE).each != 1 for k in needed)
-        if main is not None and owns and left and not (crossed or beside or mixed):
+        checks = {
+            "it has no parameters": next(module.get_submodule(units[first - 1]).parameters(), None) is None,
+            "nothing above it has parameters": all(max(u) < first for u in users.values()),
+            "it, or a module below, hands over a tensor in another way than by returning it":
+                any(u < first <= v for u, v in three.hidden),
+            "a trained weight is used both below its end and above": any(min(u) < first <= max(u) for u in trained),
+            "its output has no floats that lie in one row for each sample": main is None,
+            "a tensor that depends on trained parameters passes beside its output": beside,
+            "a tensor that is needed above it has no axis of rows": any((axes[k] or WHOLE).each != 1 for k in needed),
+        }  # fmt: skip
+        obstacle = next((why for why, found in checks.items() if found), None)
+        if obstacle is not None:
+            against[units[first - 1]] = obstacle
+        elif main is not None:
             boundaries.append(Boundary(first, needed, main))
     entries = Rows({}, skeletons={"inputs": three.inputs}).entries
-    return ReplayedNetwork(
-        module, units, boundaries, Facts(users, axes, frozenset(three.written), entries, dict(unfit))
-    )
+    facts = Facts(users, axes, frozenset(three.written), three.overwrites, entries, dict(unfit), against)
+    return ReplayedNetwork(module, units, boundaries, facts)
 
 
 def _trained(seen: Trace, trained: Sequence[set[int]]) -> set[int]:
@@ -126,7 +141,7 @@ def _faithful(network: ReplayedNetwork, rows: Rows) -> ReplayedNetwork:
         clean[i] = h.clone()
 
     while True:
-        clean[len(network)] = network.visit(rows.clone(), 0, range(1, len(network)), keep)
+        clean[len(network)] = network.visit(rows, 0, range(1, len(network)), keep)
         wrong = [i for i in range(1, len(network)) if not _agrees(network, i, clean)]
         if not wrong:
             return network

@@ -7,7 +7,7 @@ any more is not kept; zeros of the same shape stand in for it.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -40,15 +40,19 @@ class Facts:
         users: The units that use each parameter, by name.
         axes: Along which axis the rows of each tensor lie; None: all share it.
         written: Tensors that glue writes to.
+        overwrites: Whether the network writes to its inputs.
         entries: What inputs have, see :attr:`Rows.entries`; None: no example was given.
         unfit: See :class:`StagedNetwork`.
+        obstacles: Why no query can start where a module ends, by the names of modules.
     """
 
     users: dict[str, set[int]]
     axes: dict[Key, RowAxis | None] = field(default_factory=dict)
     written: frozenset[Key] = frozenset()
+    overwrites: bool = True
     entries: Any = None
     unfit: dict[str, str] | None = None
+    obstacles: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +96,10 @@ class ReplayedNetwork(StagedNetwork):
     def without(self, boundaries: Collection[int]) -> "ReplayedNetwork":
         """The same network with the stages before and after these boundaries in one."""
         left = [each for i, each in enumerate(self._boundaries, 1) if i not in boundaries]
-        return ReplayedNetwork(self.module, self._units, left, self._facts) if boundaries else self
+        why = "from its end the modules above do not compute what they compute in a whole pass"
+        new = {self._units[self._boundaries[i - 1].first - 1]: why for i in boundaries}
+        facts = replace(self._facts, obstacles=self._facts.obstacles | new)
+        return ReplayedNetwork(self.module, self._units, left, facts)
 
     @property
     def uncut(self) -> str:
@@ -102,6 +109,10 @@ class ReplayedNetwork(StagedNetwork):
         if self._facts.entries is None:
             return "Pass an example batch to stage_network (in a task: set example_input_array), so that it can be cut."
         return "No query could start within it (see the page on networks): put skip connections inside of blocks."
+
+    def obstacle(self, name: str) -> str:
+        """See :meth:`StagedNetwork.obstacle`."""
+        return self._facts.obstacles.get(name, "")
 
     @property
     def head(self) -> int:
@@ -126,12 +137,18 @@ class ReplayedNetwork(StagedNetwork):
         return kept[0] if kept else output
 
     def visit(self, x: Any, start: int, keep: Collection[int], visit: Callable[[int, Any], None]) -> Tensor:
-        """Run to the end in one forward pass and show the activations in ``keep`` on the way."""
+        """Run to the end in one forward pass and show the activations in ``keep`` on the way; ``x`` stays as it is."""
         if start in keep:
             visit(start, x)
         if start == len(self):
             return value_of(x)
-        return self._replay(x, start, set(keep), visit, last=len(self))
+        return self._replay(x.clone() if start else x, start, set(keep), visit, last=len(self))
+
+    def run_suffix(self, x: Any, start: int) -> Any:
+        """Run the stages from ``start`` to the end; ``x`` is used up: each tensor is freed where its reader ends."""
+        if start == len(self) or not isinstance(x, Rows):
+            return self.run(x, start)
+        return self._replay(x.handed_over(), start, (), lambda *_: None, last=len(self), spend=True)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """All parameters that require a gradient, by name; refused if some did not when the network was cut."""
@@ -149,15 +166,16 @@ class ReplayedNetwork(StagedNetwork):
         return SettingError("network", self._units[unit], problem, remedy)
 
     def _replay(
-        self, x: Any, start: int, keep: Collection[int], visit: Callable[[int, Rows], None], *, last: int
-    ) -> Tensor:
+        self, x: Any, start: int, keep: Collection[int], visit: Callable[[int, Rows], None], *, last: int,
+        spend: bool = False,
+    ) -> Tensor:  # fmt: skip
         known = x if isinstance(x, Rows) else Rows.of(x)
         entries = self._facts.entries
         if not start and entries not in (None, known.entries):
             problem = f"is not built as the example was that the network was cut with: {entries}."
             raise SettingError("data", known.entries, problem, "Cut it with an example that has the same entries.")
-        session = _Session(self, known, start, keep, visit, last)
-        given = known.clone() if any(key[0] == "inputs" for key in self._facts.written) else known
+        session = _Session(self, known, start, keep, visit, last, spend)
+        given = known.clone() if self._facts.overwrites else known
         with replaced(session.forwards()), uncompiled(self.module):
             try:
                 output = call(self.module, given.tree())
@@ -178,6 +196,7 @@ class _Session:
     keep: Collection[int]
     visit: Callable[[int, Rows], None]
     last: int
+    spend: bool = False  # whether known tensors are let go once they are read
     new: dict[Key, Tensor] = field(default_factory=dict)
     skeletons: dict[Any, Any] = field(default_factory=dict)
     turn: int = 0  # the unit that runs next
@@ -189,7 +208,8 @@ class _Session:
         self._ends = {boundaries[i - 1].first - 1: i for i in self.keep if self.start < i <= len(boundaries)}
         # A module that is checkpointed runs again in the derivative, when replays and recorders are gone.
         self._refuses_checkpoints = torch.is_grad_enabled() and (self._first > 0 or bool(self._ends))
-        self._wanted = frozenset[Key]().union(*(boundaries[i - 1].needed for i in self._ends.values()))
+        # With the last boundary that needs it.
+        self._wanted = {key: i for i in sorted(self._ends.values()) for key in boundaries[i - 1].needed}
 
     def forwards(self) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
         """Replays and recorders in the place of the units' ``forward``."""
@@ -201,7 +221,10 @@ class _Session:
     def _replayed(self, unit: int) -> Callable[..., Any]:
         def run(*_: Any, **__: Any) -> Any:
             self._take_turn(unit)
-            return self.known.tree(unit)
+            tree = self.known.tree(unit)
+            if self.spend:
+                self.known.forget(unit)
+            return tree
 
         return run
 
@@ -226,6 +249,8 @@ class _Session:
                 self.visit(boundary, self._rows(boundary))
                 if boundary == self.last:
                     raise _Stop
+                # Shown ones were copied, and the network holds its own as long as it needs them.
+                self.new = {key: value for key, value in self.new.items() if self._wanted[key] > boundary}
             return output
 
         return run

@@ -118,6 +118,17 @@ class Rows:
 
         return map_tree(self.skeletons[name], Leaf, put)
 
+    def handed_over(self) -> "Rows":
+        """The same rows, for an owner who lets tensors go one by one; nothing is left here."""
+        tensors, self.tensors = self.tensors, {}
+        return replace(self, tensors=tensors)
+
+    def forget(self, name: Any) -> None:
+        """Let go of the tensors of this name; their number of rows stays known."""
+        for key, tensor in self.tensors.items():
+            if key[0] == name:
+                self.tensors[key] = tensor.new_zeros(()).expand(len(tensor))
+
     @property
     def entries(self) -> Any:
         """How inputs are built: whether each entry is a tensor, by name; entries that are None do not count."""

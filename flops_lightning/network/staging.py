@@ -102,6 +102,11 @@ class StagedNetwork:
         """What to do about a network that is a single stage and could have more."""
         return ""
 
+    def obstacle(self, name: str) -> str:
+        """Why the module of this name, a part of a stage, is no stage of its own; empty if it is not known."""
+        del name
+        return ""
+
     def with_all_tokens(self) -> "StagedNetwork":
         """The same network, where every stage computes all tokens of its output, whether they are read or not."""
         return StagedNetwork(self.module, tuple(replace(s, run=getattr(s.run, "whole", s.run)) for s in self.stages))
@@ -113,7 +118,11 @@ class StagedNetwork:
         return x
 
     def visit(self, x: Any, start: int, keep: Collection[int], visit: Callable[[int, Any], None]) -> Tensor:
-        """Run from stage ``start`` to the end; show the activations in ``keep`` to ``visit(index, activation)``."""
+        """Run from stage ``start`` to the end; show the activations in ``keep`` to ``visit(index, activation)``.
+
+        ``x`` stays as it is.
+        """
+        x = x.clone()
         for i, stage in enumerate(self.stages[start:], start):
             if i in keep:
                 visit(i, x)  # before the stage runs: it may work in place
@@ -121,8 +130,13 @@ class StagedNetwork:
         return x
 
     def run_suffix(self, x: Any, start: int) -> Any:
-        """The same from ``start`` to the end, for queries: their chunks have one shape, which a compiler can use."""
-        return self.run(x, start)
+        """The same from ``start`` to the end, for queries: their chunks have one shape, which a compiler can use.
+
+        ``x`` is used up.
+        """
+        for stage in self.stages[start:]:  # not `run`: a name here would hold `x` while the stages run
+            x = stage.run(x)
+        return x
 
     def parameters_of(self, first: int, last: int) -> dict[str, nn.Parameter]:
         """Trainable parameters owned by stages ``first`` to ``last`` (inclusive), by name."""

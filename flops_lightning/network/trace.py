@@ -36,6 +36,7 @@ class Trace:
         last_read: The last unit that reads it.
         reads: What each unit reads, in it or in the glue before it.
         written: Keys that glue writes to in place.
+        overwrites: Whether the network writes to its inputs, in units or in glue.
         hidden: Pairs ``(u, v)``: ``v`` reads a tensor that ``u`` made but did not return.
         parameters: The units that read each parameter, by name.
         result: What the network returned.
@@ -45,6 +46,7 @@ class Trace:
     last_read: dict[Key, int] = field(default_factory=dict)
     reads: dict[int, set[Key]] = field(default_factory=dict)
     written: set[Key] = field(default_factory=set)
+    overwrites: bool = False
     hidden: set[tuple[int, int]] = field(default_factory=set)
     parameters: dict[str, set[int]] = field(default_factory=dict)
     result: Any = None
@@ -60,11 +62,11 @@ def call(network: nn.Module, inputs: Any) -> Any:
 
 def find_units(
     network: nn.Module, inputs: Rows, taken_apart: type[nn.Module] | tuple[type[nn.Module], ...] = nn.Module
-) -> list[str]:
+) -> tuple[list[str], list[str]]:
     """Names of the units in the order in which they start; modules of the class ``taken_apart`` may be taken apart.
 
     Called once each, and as large as possible, but containers of repeated blocks (``layers``, ``stages``) are taken
-    apart into their blocks, and the head into its layers.
+    apart into their blocks, and the head into its layers. Also the names of the modules that run more than once.
     """
     names = {module: name for name, module in network.named_modules()}
     counts: Counter[str] = Counter()
@@ -106,7 +108,7 @@ def find_units(
         and max(counts[p] for p in parts) == 1
     ):
         found[-1:] = parts
-    return found
+    return found, [name for name, number in counts.items() if number > 1]
 
 
 def _is_head(network: nn.Module, name: str) -> bool:
@@ -132,6 +134,7 @@ def trace(network: nn.Module, units: Sequence[str], inputs: Rows, result_of: Cal
     flow.trace.inputs, given = take_apart(tree, "inputs")
     for key, tensor in given.items():
         flow.gave(key, tensor)
+    flow.inputs = {_place(tensor) for tensor in given.values()}
     with flow.watching(network, units), flow:
         returned = call(network, tree)
     flow.trace.result = result_of(returned)
@@ -141,12 +144,17 @@ def trace(network: nn.Module, units: Sequence[str], inputs: Rows, result_of: Cal
     return flow.trace
 
 
+def _place(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
 class _Flow(TorchDispatchMode):
     """Follows tensors from operation to operation."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.trace = Trace()
+        self.inputs: set[int] = set()  # where their memory is
         self.sources: Any = WeakIdKeyDictionary()  # of tensors that units gave or glue made of these
         self.made_in: Any = WeakIdKeyDictionary()  # the unit inside which a tensor was made, unless it returned it
         self._parameters: Any = WeakIdKeyDictionary()
@@ -220,6 +228,7 @@ class _Flow(TorchDispatchMode):
         given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
         made = [each for each in tree_leaves(result) if isinstance(each, Tensor) and each not in self._parameters]
         written = list(self._written(func, args, kwargs))
+        self.trace.overwrites |= any(_place(tensor) in self.inputs for tensor in written)
         for tensor in given:
             maker = self.made_in.get(tensor)
             if maker is not None and not (self._inside and maker == self._unit):
@@ -246,8 +255,7 @@ class _Flow(TorchDispatchMode):
 
     def _aliases(self, tensor: Tensor) -> list[Tensor]:
         """Known tensors in the same memory, itself included."""
-        storage = tensor.untyped_storage().data_ptr()
-        return [tensor, *(t for t in list(self.sources) if t.untyped_storage().data_ptr() == storage)]
+        return [tensor, *(t for t in list(self.sources) if _place(t) == _place(tensor))]
 
     @staticmethod
     def _written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:

@@ -16,7 +16,7 @@ from flops_lightning.errors import SettingError
 from flops_lightning.network.cutting import stage_by_replay
 from flops_lightning.network.staging import stage_network
 from flops_lightning.strategies import SPSA, LikelihoodRatio
-from tests.network.test_replay import SEQUENCE, Pair, SequenceFirst, Twice, assert_replays, problem_of
+from tests.network.test_replay import SEQUENCE, Pair, SequenceFirst, Twice, assert_replays, problem_of, run_clean
 from tests.reference import parameter_perturbation
 from tests.reference.architectures import ARCHITECTURES
 from tests.reference.networks import assert_entries, call, cross_entropy, gradients, normal
@@ -315,7 +315,19 @@ def test_overwritten_inputs() -> None:
             x.mul_(2)
             return self.head(self.layers[0](h))
 
-    assert len(assert_replays(problem_of(Clamping(), X.clone()))) == 5
+    class Rectifying(Blocks):
+        def __init__(self) -> None:
+            super().__init__()
+            self.act = nn.ReLU(inplace=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(self.act(x))
+
+    for module in (Clamping(), Rectifying()):
+        network, batch = assert_replays(problem_of(module, X.clone())), X.clone()
+        assert len(network) == 5
+        run_clean(network, problem_of(module, batch))
+        assert torch.equal(batch, X)
     problem = problem_of(Doubling(), X.clone())
     strategy = LikelihoodRatio(sites=[{"stages": ["embed", "layers.0"]}, {"stages": ["head"]}])
     strategy.bind(stage_by_replay(problem.module, X), problem.loss)

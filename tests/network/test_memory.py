@@ -1,12 +1,15 @@
 """Rows by memory: what a row takes is counted right, what is free is read right, and `auto` survives a resume."""
 
+from functools import partial
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from flops_lightning.errors import SettingError
 from flops_lightning.network import memory
+from flops_lightning.network.cutting import stage_by_replay
 from flops_lightning.network.memory import (
     BESIDE_INFERENCE,
     CPU_CACHE,
@@ -17,7 +20,9 @@ from flops_lightning.network.memory import (
     rows_in,
 )
 from flops_lightning.network.staging import stage_network
+from flops_lightning.queries import clean_pass
 from flops_lightning.strategies import CoordinateFiniteDifferences, LikelihoodRatio, MeZO
+from tests.reference.networks import squared_error
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -139,3 +144,33 @@ def test_other_rows_are_refused(rows):
     for make in (LikelihoodRatio, MeZO, CoordinateFiniteDifferences):
         with pytest.raises(SettingError, match=r"strategy\.chunk_rows.*must be auto or a number, \d or more.*or auto"):
             make(chunk_rows=rows)
+
+
+class Chain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Sequential(nn.Linear(200, 200), nn.Tanh()) for _ in range(8)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def test_a_chain_takes_the_same_memory_by_replay_as_by_its_own_stages():
+    module, x, few = Chain(), torch.randn(100, 200), 5_000
+    own, replayed = stage_network(module.layers), stage_by_replay(module, x)
+    runs = [
+        partial(clean_pass, network, squared_error, x, x, keep=(2, 4, 5), draw=0, rows=100)
+        for network in (own, replayed)
+    ]
+    cleans = [peak_bytes(run) for run in runs]
+    assert cleans[1] == pytest.approx(cleans[0], abs=few)
+    h, rows = (run().activations[2] for run in runs)
+    suffixes = [
+        peak_bytes(lambda: own.run_suffix(h.clone(), 2)),
+        peak_bytes(lambda: replayed.run_suffix(rows.clone(), 2)),
+    ]
+    assert suffixes[1] == pytest.approx(suffixes[0], abs=few)
+    used = rows.clone()
+    replayed.run_suffix(used, 2)
+    with pytest.raises(StopIteration):  # no zeros in its place
+        replayed.run_suffix(used, 2)
