@@ -12,7 +12,7 @@ SiteKind = Literal["linear", "block", "group"]
 
 @dataclass
 class SiteSpec:
-    """Setting: a range of stages and how its parameters are trained.
+    """Setting: a range of stages, or of modules, and how its parameters are trained.
 
     Attributes:
         stages: ``[first, last]`` stage of the range, both included, or ``[only]``.
@@ -23,7 +23,11 @@ class SiteSpec:
         queries_per_sample: Average queries of a sample at each site of this range. A float such as 0.5 or 2.5 needs an
             allocator: below 1 it draws the samples that have a query.
         name: Name of the site (or the prefix of the names, where the range makes several).
-        modules: ``linear`` only: patterns (as in a shell) of the full names of the modules to perturb.
+        modules: ``linear``: patterns (as in a shell) of the full names of the layers to perturb, by default all, in
+            ``stages`` or, without these, in the whole network. ``block`` and ``group``: in the place of ``stages``,
+            modules that are one or several stages. Plain names are a range, ``[first, last]``, both included, or
+            ``[only]``; where one of them has a ``*``, ``?`` or ``[``, all are patterns. Of modules that match, those
+            inside of another one do not count.
         together: ``linear`` only: perturb all modules in one query (the paper's group) instead of one at a time.
         active_tokens: Put noise only on the tokens that the rest of the network reads, where the staging knows them.
 
@@ -38,14 +42,29 @@ class SiteSpec:
         [('body', ['0.bias', '0.weight']), ('2', ['2.bias', '2.weight'])]
     """
 
-    stages: list[str]
+    stages: list[str] = field(default_factory=list)
     kind: SiteKind = "group"
     sigma: float = 0.01
     queries_per_sample: int | float = 20
     name: str = ""
-    modules: list[str] = field(default_factory=lambda: ["*"])
+    modules: list[str] = field(default_factory=list)
     together: bool = False
     active_tokens: bool = True
+
+    @property
+    def layers(self) -> list[str]:
+        """Patterns of the layers of a ``linear`` site."""
+        return self.modules or ["*"]
+
+    @property
+    def by(self) -> str:
+        """The setting that says where the site is."""
+        return "stages" if self.stages else "modules"
+
+    @property
+    def named(self) -> list[str]:
+        """Its value."""
+        return self.stages or self.modules
 
 
 def default_specs(network: StagedNetwork, groups: int = 3, *, in_parameters: bool = False) -> list[SiteSpec]:

@@ -15,6 +15,7 @@ from flops_lightning.errors import SettingError, check_choice, check_positive
 from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.noise.row_directions import has_row_directions
 from flops_lightning.strategies.site_specs import SiteKind, SiteSpec, default_specs
+from flops_lightning.strategies.site_stages import named_stages, range_name
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,46 +122,32 @@ def _resolve(network: StagedNetwork, spec: SiteSpec, setting: str, *, in_paramet
     check_positive(f"{setting}.sigma", spec.sigma, "Write, for example, 0.01.")
     check_positive(f"{setting}.queries_per_sample", spec.queries_per_sample, "Write, for example, 4.")
     check_choice(f"{setting}.kind", spec.kind, get_args(SiteKind))
-    if spec.kind != "linear" and (spec.modules != ["*"] or spec.together):
+    if spec.kind != "linear" and spec.together:
         raise SettingError(
-            f"{setting}.kind", spec.kind, "takes neither `modules` nor `together`.",
-            "Remove them, or write kind: linear.",
-        )  # fmt: skip
-    first, last = _range(network, spec, setting)
+            f"{setting}.kind", spec.kind, "does not take `together`.", "Remove it, or write kind: linear."
+        )
+    stages = named_stages(network, spec, setting)
+    first, last = stages[0], stages[-1]
     if spec.kind == "linear":
         return _linear_sites(network, spec, setting, first, last)
     if spec.kind == "block":
-        ranges = [(i, i) for i in range(first, last + 1) if network.parameters_of(i, i)]
+        ranges = [(i, i) for i in stages if network.parameters_of(i, i)]
         names = [f"{spec.name}.{network.stages[i].name}" if spec.name else network.stages[i].name for i, _ in ranges]
     else:
         ranges = [(first, last)] if network.parameters_of(first, last) else []
-        names = [spec.name or "..".join(dict.fromkeys(spec.stages))]
+        names = [spec.name or range_name(network, spec, first, last)]
     if not ranges:
         raise _nothing_to_train(setting, spec)
     whole = len(network) > 1 and (first, last) == (0, len(network) - 1)
     if whole and spec.kind == "group" and not in_parameters:
         raise SettingError(
-            f"{setting}.stages", spec.stages, "a group over the whole network is backpropagation by another name.",
+            f"{setting}.{spec.by}", spec.named, "a group over the whole network is backpropagation by another name.",
             "Cut it into several groups, or use strategy Backprop.",
         )  # fmt: skip
     sites = [_boundary_site(network, spec, name, a, b) for name, (a, b) in zip(names, ranges, strict=True)]
     if in_parameters:
         return [replace(site, tokens=None, narrow=False, in_parameters=True) for site in sites]
     return sites
-
-
-def _range(network: StagedNetwork, spec: SiteSpec, setting: str) -> tuple[int, int]:
-    if not 1 <= len(spec.stages) <= 2:
-        raise SettingError(f"{setting}.stages", spec.stages, "must be a range.", "Write [first, last] or [only].")
-    for name in spec.stages:
-        if name not in network.index:
-            raise SettingError(
-                f"{setting}.stages", name, "is not a stage of this network.", f"Choose from {list(network.index)}."
-            )
-    first, last = network.index[spec.stages[0]], network.index[spec.stages[-1]]
-    if first > last:
-        raise SettingError(f"{setting}.stages", spec.stages, "runs backwards.", "Write the lower stage first.")
-    return first, last
 
 
 def _boundary_site(network: StagedNetwork, spec: SiteSpec, name: str, first: int, last: int) -> Site:
@@ -174,24 +161,25 @@ def _boundary_site(network: StagedNetwork, spec: SiteSpec, name: str, first: int
 def _linear_sites(network: StagedNetwork, spec: SiteSpec, setting: str, first: int, last: int) -> list[Site]:
     trainable = network.trainable()
     layers: list[tuple[int, LayerTarget]] = []
-    unmatched = set(spec.modules)
+    unmatched = set(spec.layers)
     for i in range(first, last + 1):
         for name, module in network.modules_of(i):
-            patterns = {pattern for pattern in spec.modules if fnmatchcase(name, pattern)}
+            patterns = {pattern for pattern in spec.layers if fnmatchcase(name, pattern)}
             unmatched -= patterns
             owned = any(f"{name}.{leaf}" in trainable for leaf, _ in module.named_parameters(recurse=False))
             if owned and patterns and has_closed_form(module):
                 layers.append((i, LayerTarget(name, module, _active_tokens(network, spec, i, name))))
     if unmatched:
+        where = f"the stages {spec.stages}" if spec.stages else "the network"
         raise SettingError(
-            f"{setting}.modules", sorted(unmatched)[0], f"matches no module of the stages {spec.stages}.",
+            f"{setting}.modules", sorted(unmatched)[0], f"matches no module of {where}.",
             "Write a pattern for names like those in model.named_modules().",
         )  # fmt: skip
     if not layers:
         raise _nothing_to_train(setting, spec)
     _refuse_tied(network, [target for _, target in layers], setting)
     groups = [layers] if spec.together else [[layer] for layer in layers]
-    joint = spec.name or "..".join(dict.fromkeys(spec.stages))
+    joint = spec.name or range_name(network, spec, layers[0][0], layers[-1][0])
     prefix = f"{spec.name}." if spec.name else ""
     return [
         Site(
@@ -232,9 +220,9 @@ def _active_tokens(network: StagedNetwork, spec: SiteSpec, stage: int, module: s
 
 
 def _nothing_to_train(setting: str, spec: SiteSpec) -> SettingError:
-    what = f"modules {spec.modules} of " if spec.kind == "linear" else ""
+    what = f"modules {spec.layers} of " if spec.kind == "linear" else ""
     return SettingError(
-        f"{setting}.stages", spec.stages, f"{what}these stages have no trainable parameter for kind: {spec.kind}.",
+        f"{setting}.{spec.by}", spec.named, f"{what}these stages have no trainable parameter for kind: {spec.kind}.",
         "Remove the site, unfreeze its parameters, or choose other stages or modules"
         + (" (kind: block trains every layer)." if spec.kind == "linear" else "."),
     )  # fmt: skip

@@ -10,6 +10,7 @@ import yaml
 
 from flops_lightning.strategies import ForwardGradientStrategy, MeZO
 from flops_lightning.strategies.site_specs import SiteSpec, default_specs
+from flops_lightning.strategies.site_stages import named_stages
 from flops_lightning.strategies.site_strategy import SiteStrategy
 from flops_lightning.strategies.sites import Site
 from flops_lightning.tune.search import Tuned
@@ -58,10 +59,9 @@ def strategy_settings(strategy: ForwardGradientStrategy, sigmas: Mapping[str, fl
 
 def _made(strategy: SiteStrategy, spec: SiteSpec, site: Site) -> bool:
     """Whether the setting made the site."""
-    index = strategy.network.index
-    inside = index[spec.stages[0]] <= site.first and site.last <= index[spec.stages[-1]]
+    inside = {site.first, site.last} <= set(named_stages(strategy.network, spec, "model.strategy.sites"))
     if site.layers or spec.kind == "linear":
-        matched = all(any(fnmatchcase(layer.name, each) for each in spec.modules) for layer in site.layers)
+        matched = all(any(fnmatchcase(layer.name, each) for each in spec.layers) for layer in site.layers)
         return inside and bool(site.layers) and spec.kind == "linear" and matched
     return inside
 
@@ -69,7 +69,7 @@ def _made(strategy: SiteStrategy, spec: SiteSpec, site: Site) -> bool:
 def _narrowed(strategy: SiteStrategy, spec: SiteSpec, site: Site, sigma: float) -> SiteSpec:
     """The setting of one site alone, with the same name."""
     if spec.kind == "block":
-        return replace(spec, stages=[strategy.network.stages[site.first].name], sigma=sigma)
+        return replace(spec, stages=[strategy.network.stages[site.first].name], modules=[], sigma=sigma)
     if spec.kind == "linear" and not spec.together:
         return replace(spec, modules=[site.layers[0].name], sigma=sigma)
     return replace(spec, sigma=sigma)
@@ -77,9 +77,9 @@ def _narrowed(strategy: SiteStrategy, spec: SiteSpec, site: Site, sigma: float) 
 
 def _plain(spec: SiteSpec) -> dict[str, Any]:
     """Its values, but for defaults that say nothing."""
-    values, usual = asdict(spec), asdict(SiteSpec(stages=[]))
+    values, usual = asdict(spec), asdict(SiteSpec())
     first = ("name", "stages", "sigma", "queries_per_sample")
-    return {name: values[name] for name in (*first, *values) if name in first[1:] or values[name] != usual[name]}
+    return {name: values[name] for name in (*first, *values) if name in first[2:] or values[name] != usual[name]}
 
 
 def _flow(value: Any) -> str:

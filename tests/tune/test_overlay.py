@@ -107,7 +107,12 @@ def network() -> nn.Sequential:
 ROUND_TRIPS = {
     "default sites": (LikelihoodRatio, {}),
     "blocks": (LikelihoodRatio, {"sites": [SiteSpec(["0", "3"], kind="block", name="b"), SiteSpec(["4"])]}),
+    "modules": (
+        LikelihoodRatio,
+        {"sites": [SiteSpec(modules=["[03]", "2"], kind="block"), SiteSpec(modules=["[4]"], queries_per_sample=2)]},
+    ),
     "linear": (LikelihoodRatio, {"sites": [SiteSpec(["0", "4"], kind="linear", queries_per_sample=4)]}),
+    "linear by modules alone": (LikelihoodRatio, {"sites": [SiteSpec(modules=["?"], kind="linear")]}),
     "linear, together": (
         LikelihoodRatio,
         {"sites": [SiteSpec(["0", "2"], kind="linear", together=True), SiteSpec(["3", "4"], kind="linear")]},

@@ -1,0 +1,153 @@
+"""Sites named by modules: the stages that these are, in any network, and why others are none."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from flops_lightning.errors import SettingError
+from flops_lightning.network.staging import stage_network
+from flops_lightning.strategies import SPSA, LikelihoodRatio
+from flops_lightning.strategies.site_specs import SiteSpec
+from flops_lightning.strategies.site_stages import named_stages
+from flops_lightning.strategies.sites import resolve_sites
+from tests.network.test_example import Residual
+from tests.network.test_replay import Remembering, Twice, UNet, problem_of
+from tests.reference.architectures import Problem, exact_gradient
+from tests.reference.networks import cross_entropy, gradients, normal, tiny_vit
+
+Specs = list[dict[str, Any]]
+
+
+def vit_problem() -> Problem:
+    torch.manual_seed(0)
+    return Problem(tiny_vit(), normal(4, 1, 8, 8), torch.tensor([0, 1, 2, 0]))
+
+
+class Tower(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.layers = nn.Sequential(*(Residual() for _ in range(6)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layers(self.embed(x)))
+
+
+def tower() -> Problem:
+    return problem_of(Tower())
+
+
+def sequential() -> Problem:
+    torch.manual_seed(0)
+    blocks = (nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(3))
+    return problem_of(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), *blocks, nn.Linear(6, 3)))
+
+
+BODY = {"stages": ["layers.0", "layers.5"]}
+
+
+@pytest.mark.parametrize("strategy", [LikelihoodRatio, SPSA])
+@pytest.mark.parametrize(
+    ("make", "by_modules", "by_stages"),
+    [
+        (vit_problem, [{"modules": ["blocks.1", "blocks.2"]}], [{"stages": ["blocks.1", "blocks.2"]}]),
+        (vit_problem, [{"modules": ["blocks.[12]"]}], [{"stages": ["blocks.1", "blocks.2"]}]),
+        (
+            vit_problem,
+            [{"modules": ["blocks.*"], "kind": "block"}],
+            [{"stages": ["blocks.0", "blocks.2"], "kind": "block"}],
+        ),
+        (tower, [{"modules": ["layers.3"]}], [{"stages": ["layers.3"]}]),
+        (tower, [{"modules": ["layers.1", "layers.4"]}], [{"stages": ["layers.1", "layers.4"]}]),
+        (tower, [{"modules": ["layers"], "name": "x"}], [{**BODY, "name": "x"}]),
+        (
+            tower,
+            [{"modules": ["layers.?", "head"], "kind": "block"}],
+            [{"stages": ["layers.0", "head"], "kind": "block"}],
+        ),
+        (
+            tower,
+            [{"modules": ["layers.[024]"], "kind": "block"}],
+            [{"stages": [f"layers.{i}"], "kind": "block"} for i in (0, 2, 4)],
+        ),
+        (sequential, [{"modules": ["0", "3"]}], [{"stages": ["0", "3"]}]),
+        (sequential, [{"modules": ["[24]*"], "kind": "block"}], [{"stages": [i]} for i in "24"]),
+    ],
+)
+def test_a_site_by_modules_is_that_by_stages(
+    strategy: type[Any], make: Callable[[], Problem], by_modules: Specs, by_stages: Specs
+) -> None:
+    found = []
+    for specs in (by_modules, by_stages):
+        problem = make()
+        network = stage_network(problem.module, problem.inputs)
+        named = {i for spec in by_stages for i in named_stages(network, SiteSpec(**spec), "sites")}
+        rest = [
+            {"stages": [s.name]} for i, s in enumerate(network.stages) if i not in named and network.parameters_of(i, i)
+        ]
+        chosen = strategy(sites=[SiteSpec(**spec, queries_per_sample=2) for spec in (*specs, *rest)], seed=3)
+        chosen.bind(network, cross_entropy)
+        chosen.estimate(chosen.clean_pass(problem.inputs, problem.targets))
+        found.append(({site.name for site in chosen.sites}, gradients(problem.module)))
+    assert found[0][0] == found[1][0]
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=0, atol=0)
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in found[0][1].values())
+
+
+def test_estimates_at_modules_are_unbiased() -> None:
+    """The slope of each estimate on autograd's gradient is 1 on average; E z z^T = I."""
+    problem = tower()
+    network = stage_network(problem.module, problem.inputs)
+    specs: Specs = [{"modules": ["embed", "layers.2"]}, {"modules": ["layers.[345]"]}, {"modules": ["head"]}]
+    sites = [SiteSpec(**spec, sigma=1e-4, queries_per_sample=400) for spec in specs]
+    strategy = LikelihoodRatio(sites=sites, variant="antithetic", seed=0)
+    strategy.bind(network, problem.loss)
+    exact = exact_gradient(problem, network)
+    slopes = []
+    for _ in range(16):
+        problem.module.zero_grad()
+        strategy.estimate(strategy.clean_pass(problem.inputs, problem.targets))
+        found = gradients(problem.module)
+        slopes.append([slope(found, exact, list(site.parameters)) for site in strategy.sites])
+    mean, error = torch.tensor(slopes).mean(0), torch.tensor(slopes).std(0) / 4
+    assert error.max() < 0.05
+    assert ((mean - 1).abs() < 4 * error).all()
+
+
+def slope(found: Any, exact: dict[str, Tensor], names: list[str]) -> float:
+    flat, true = (torch.cat([g[name].flatten() for name in names]) for g in (found, exact))
+    return float(flat @ true / (true @ true))
+
+
+@pytest.mark.parametrize(
+    ("make", "spec", "message"),
+    [
+        (Twice, {"modules": ["a"]}, r"'a': is only a part of the stage 'c'.*: it runs more than once\. Name c instead"),
+        (UNet, {"modules": ["down", "up"]}, r"'down'.*the stage 'up'.*passes beside its output\. Name up instead"),
+        (Remembering, {"modules": ["c"]}, r"'c'.*the stage 'd'.*passes beside its output\. Name d"),
+        (Tower, {"modules": ["layers.0.b"]}, r"the stage 'layers.0', .*runs as a whole\. Name layers.0"),
+        (Tower, {"modules": ["layer.4"]}, r"'layer.4': is no module of this network\. Choose from \['layers.4', "),
+        (Tower, {"modules": ["zz*"]}, r"'zz\*': matches no module with parameters"),
+        (Tower, {"modules": ["layers.[024]"]}, r"leaves out \['layers.1', 'layers.3'\].*write kind: block"),
+        (Tower, {"modules": ["layers.0", "layers.1", "layers.2"]}, r"must be a range.*a pattern as in a shell"),
+        (Tower, {"modules": ["layers.4", "layers.2"]}, r"runs backwards"),
+        (Tower, {"modules": ["*"]}, r"\.modules = \['\*'\]: a group over the whole network"),
+        (Tower, {}, r"names nothing to train\. Write \[first, last\] or \[only\], or modules"),
+        (lambda: nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)), {"modules": ["1.x"]}, r"is no module"),
+        (lambda: nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Tanh())), {"modules": ["0.1"]}, r"has no parameters"),
+    ],
+)
+def test_modules_that_are_no_stages(make: Callable[[], nn.Module], spec: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        resolve_sites(stage_network(make().double(), normal(4, 4)), [SiteSpec(**spec)])
+
+
+def test_linear_sites_need_no_stages() -> None:
+    specs: Specs = [{"modules": ["layers.*"], "kind": "linear"}, {"modules": ["embed"]}, {"modules": ["head"]}]
+    sites = resolve_sites(stage_network(Tower().double(), normal(4, 4)), [SiteSpec(**spec) for spec in specs])
+    assert len(sites) == 14
+    assert [site.name for site in sites if not site.layers] == ["embed", "head"]
