@@ -30,12 +30,14 @@ class RowDirection:
         b: ``(r, K, i)`` its input factors.
         weight: ``(r, *shape)`` direction of a norm's weight.
         bias: ``(r, *shape)`` direction of the bias.
+        shared: ``(o, i)`` signs by which the matrix of every row is multiplied, elementwise (``flipout``).
     """
 
     a: Tensor | None = None
     b: Tensor | None = None
     weight: Tensor | None = None
     bias: Tensor | None = None
+    shared: Tensor | None = None
 
 
 def has_row_directions(module: nn.Module) -> bool:
@@ -98,6 +100,8 @@ def accumulate(module: nn.Module, direction: RowDirection, weights: Tensor) -> d
         a = direction.a * (weights / math.sqrt(direction.a.shape[1]))[:, None, None]
         with full_precision(a):  # one product over r and k
             sums["weight"] = (a.flatten(0, 1).mT @ direction.b.flatten(0, 1)).view(_shape(module, "weight"))
+        if direction.shared is not None:
+            sums["weight"] = sums["weight"] * direction.shared
     for name, part in (("weight", direction.weight), ("bias", direction.bias)):
         if part is not None:
             with full_precision(part):
@@ -106,7 +110,10 @@ def accumulate(module: nn.Module, direction: RowDirection, weights: Tensor) -> d
 
 
 def sq_norm(direction: RowDirection) -> Tensor:
-    """``(r,)`` squared norms over all trained entries: ``||D_r||_F^2 = sum_kl (a_rk . a_rl)(b_rk . b_rl) / K``."""
+    """``(r,)`` squared norms over all trained entries: ``||D_r||_F^2 = sum_kl (a_rk . a_rl)(b_rk . b_rl) / K``.
+
+    Shared signs change no norm of a matrix of rank one.
+    """
     norms = []
     if direction.a is not None and direction.b is not None:
         a, b = direction.a, direction.b

@@ -12,16 +12,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from flops_lightning.errors import SettingError
 from flops_lightning.network.calls import replaced, uncompiled
 from flops_lightning.network.rows import gather
 from flops_lightning.noise.activation_guided import input_basis
-from flops_lightning.noise.keys import row_seeds, standard_normal
+from flops_lightning.noise.kinds import NoiseSpec, draw_noise
 from flops_lightning.noise.row_directions import RowDirection, accumulate, direction_size, row_direction, sq_norm
 from flops_lightning.phases import phase
 from flops_lightning.queries import Chunk, CleanPass, RowPlan, full_precision, row_losses
@@ -60,12 +62,22 @@ class FactoredDirections(DirectionLayout):
     rank: int
     guided: bool
     span: int
+    name: ClassVar[str] = "factored"
+    noise: ClassVar[NoiseSpec] = NoiseSpec()
+
+    def chunks(self, plan: RowPlan) -> Iterator[tuple[NDArray[np.int64], Chunk]]:
+        """Chunks, and the places of their rows in the plan."""
+        start = 0
+        for chunk in plan:
+            yield np.arange(start, start + chunk.rows), chunk
+            start += chunk.rows
 
     def run(self, site: Site, clean: CleanPass, plan: RowPlan, *, traces: bool) -> RowResponses:
         """Run chunk by chunk."""
         bases = self._bases(site, clean) if self.guided else {}
-        values, norms = [], []
-        for chunk in plan:
+        values, norms, places = [], [], []
+        for at, chunk in self.chunks(plan):
+            places.append(torch.from_numpy(at).to(clean.loss.device))
             index = torch.from_numpy(chunk.samples).to(clean.loss.device)
             with phase("noise"):
                 directions = self._directions(site, clean, chunk, index, bases)
@@ -75,7 +87,13 @@ class FactoredDirections(DirectionLayout):
             with phase("suffix"):
                 signs = self.signs(chunk.queries, clean.loss)
                 values.append(self.response.values(losses, site.sigma, signs)[: chunk.rows])
-        return RowResponses(torch.cat(values), torch.cat(norms) if norms else 1.0, bases)
+        order = torch.cat(places)
+
+        def in_order(parts: list[Tensor]) -> Tensor:
+            found = torch.cat(parts)
+            return torch.empty_like(found).index_copy_(0, order, found)
+
+        return RowResponses(in_order(values), in_order(norms) if norms else 1.0, bases)
 
     def _losses(self, site: Site, clean: CleanPass, index: Tensor, directions: Directions, sigma: Tensor) -> Tensor:
         """``(r,)`` losses of rows at their sigmas ``(r,)``; ``directions`` are used up."""
@@ -104,14 +122,16 @@ class FactoredDirections(DirectionLayout):
     ) -> Tensor:
         def run(one: Tensor, own: dict[str, dict[str, Tensor]], width: Tensor) -> Tensor:
             move.directions = {
-                name: RowDirection(**{leaf: part[None] for leaf, part in parts.items()}) for name, parts in own.items()
+                name: RowDirection(**{leaf: part[None] for leaf, part in parts.items()}, shared=directions[name].shared)
+                for name, parts in own.items()
             }
             move.sigma, move.overwrite = width[None], False
             clean = {name: self.network.module.get_parameter(name) for name in names}
             values = {name: (p + width * own[name]["weight"]).to(p.dtype) for name, p in clean.items()}
             return self.stages.run(stage, one[None], values)[0]
 
-        parts = {name: {leaf: p for leaf, p in vars(d).items() if p is not None} for name, d in directions.items()}
+        of_rows = {name: replace(d, shared=None) for name, d in directions.items()}
+        parts = {name: {leaf: p for leaf, p in vars(d).items() if p is not None} for name, d in of_rows.items()}
         output: Tensor = torch.func.vmap(run)(h, parts, sigma)
         return output
 
@@ -128,7 +148,7 @@ class FactoredDirections(DirectionLayout):
             def run(*args: Any, **kwargs: Any) -> Tensor:
                 output = forward(*args, **kwargs)
                 runs[layer.name] += 1
-                x = _layer_input(layer.name, args, len(move.sigma))
+                x = self._layer_input(layer.name, args, len(move.sigma))
                 direction = move.directions[layer.name]
                 return moved_output(layer.module, x, output, direction, move.sigma, overwrite=move.overwrite)
 
@@ -139,7 +159,7 @@ class FactoredDirections(DirectionLayout):
             yield move
         for name, number in runs.items():
             if number != 1:
-                raise _unsuitable(f"{name} did not run exactly once in the forward pass.")
+                raise self._unsuitable(f"{name} did not run exactly once in the forward pass.")
 
     def _directions(self, site: Site, clean: CleanPass, chunk: Chunk, index: Tensor, bases: Bases) -> Directions:
         """One drawing a row for the whole site; the rows of an antithetic pair share it."""
@@ -150,9 +170,8 @@ class FactoredDirections(DirectionLayout):
         sizes += [site.parameters[name].numel() for name in others]
         key = replace(self.key, draw=clean.draw, site=site.name)
         first = slice(None, None, self.unit)
-        seeds = row_seeds(key, chunk.samples[first], chunk.queries[first] // self.unit)
-        like = next(iter(site.parameters.values()))
-        flat = standard_normal(seeds, (sum(sizes),), device=like.device, dtype=like.dtype)
+        rows, like = (chunk.samples[first], chunk.queries[first] // self.unit), next(iter(site.parameters.values()))
+        flat = draw_noise(self.noise, key, *rows, (sum(sizes),), device=like.device, dtype=like.dtype)
         flat = flat.repeat_interleave(self.unit, 0) if self.unit > 1 else flat
         parts = flat.split(sizes, 1)
         directions = {
@@ -168,10 +187,10 @@ class FactoredDirections(DirectionLayout):
     ) -> dict[str, Tensor]:
         """``sum_r c_r D_r`` by parameter name, one product a layer and chunk."""
         total: dict[str, Tensor] = {}
-        start = 0
-        for chunk in plan:
+        for at, chunk in self.chunks(plan):
             index = torch.from_numpy(chunk.samples).to(coefficients.device)
-            signed = coefficients[start : start + chunk.rows] * self.signs(chunk.queries, coefficients)[: chunk.rows]
+            signs = self.signs(chunk.queries, coefficients)[: chunk.rows]
+            signed = coefficients[torch.from_numpy(at).to(coefficients.device)] * signs
             signed = torch.nn.functional.pad(signed, (0, len(chunk.samples) - chunk.rows))
             with phase("noise"):
                 directions = self._directions(site, clean, chunk, index, kept)
@@ -185,7 +204,6 @@ class FactoredDirections(DirectionLayout):
                 with full_precision(dense):
                     sums[name] = torch.tensordot(signed.to(dense.dtype), dense, dims=1)
             total = summed([total, sums])
-            start += chunk.rows
         return total
 
     @torch.no_grad()
@@ -195,7 +213,7 @@ class FactoredDirections(DirectionLayout):
 
         def hook_of(layer: RowLayer) -> Any:
             def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-                x = _layer_input(layer.name, args, len(index))
+                x = self._layer_input(layer.name, args, len(index))
                 found.setdefault(layer.name, []).append(_oriented(input_basis(module, x, self.span)))
 
             return hook
@@ -209,17 +227,15 @@ class FactoredDirections(DirectionLayout):
                 self.network.run(clean.activations[site.first].index_select(0, index), site.first, site.last + 1)
         return {name: torch.cat(parts) for name, parts in found.items()}
 
+    def _layer_input(self, layer: str, args: tuple[Any, ...], rows: int) -> Tensor:
+        """The input of a layer, one line a row."""
+        if not args or len(args[0]) != rows:
+            raise self._unsuitable(f"{layer} is called by keyword, or its first dimension is not the batch.")
+        x: Tensor = args[0]
+        return x
 
-def _layer_input(layer: str, args: tuple[Any, ...], rows: int) -> Tensor:
-    """The input of a layer, one line a row."""
-    if not args or len(args[0]) != rows:
-        raise _unsuitable(f"{layer} is called by keyword, or its first dimension is not the batch.")
-    x: Tensor = args[0]
-    return x
-
-
-def _unsuitable(problem: str) -> SettingError:
-    return SettingError("model.strategy.layout", "factored", problem, "Freeze it, or write layout: shared.")
+    def _unsuitable(self, problem: str) -> SettingError:
+        return SettingError("model.strategy.layout", self.name, problem, "Freeze it, or write layout: shared.")
 
 
 def _oriented(basis: Tensor) -> Tensor:

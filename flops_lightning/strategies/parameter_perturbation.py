@@ -15,6 +15,7 @@ from flops_lightning.queries import CleanPass, LossFunction
 from flops_lightning.strategies.base import Exchange
 from flops_lightning.strategies.delta import Variant
 from flops_lightning.strategies.factored_directions import FactoredDirections
+from flops_lightning.strategies.flipout_directions import FlipoutDirections
 from flops_lightning.strategies.parameter_queries import ParameterQueries, ParameterQueryResult, Response
 from flops_lightning.strategies.query_strategy import QueryStrategy
 from flops_lightning.strategies.row_layers import SiteParts, site_parts
@@ -23,7 +24,8 @@ from flops_lightning.strategies.site_specs import default_specs
 from flops_lightning.strategies.sites import Site, resolve_sites
 from flops_lightning.strategies.subspace_directions import Bases, SubspaceDirections
 
-Layout = Literal["shared", "factored", "subspace"]
+Layout = Literal["shared", "factored", "subspace", "flipout"]
+BY_ROW = ("factored", "flipout")  # layouts that move layers one by one, each row its own way
 
 
 class ParameterPerturbation(QueryStrategy[ParameterQueryResult]):
@@ -42,15 +44,18 @@ class ParameterPerturbation(QueryStrategy[ParameterQueryResult]):
         Args:
             sigma: Standard deviation of the noise at all sites, in place of their own; 0: their own.
             layout: ``shared``: one dense direction for each query index (or pair), used by all samples. ``factored``: a
-                low-rank direction for every row (or pair) of its own, on every linear and convolution. ``subspace``:
+                low-rank direction for every row (or pair) of its own, on every linear and convolution. ``flipout``: one
+                dense direction for each query index, with signs of each sample's own on inputs and outputs of linears
+                (:mod:`flops_lightning.strategies.flipout_directions`). ``subspace``:
                 shared directions in a random subspace of each matrix, as in ZO-Muon (unbiased for the gradient's part
                 in it, see :mod:`flops_lightning.strategies.subspace_directions`).
             rank: Rank of the factored directions; dimensions of the subspaces (64 in ZO-Muon).
             activation_guided: Draw the input factors in the span of the layer's own inputs (``factored`` only).
             span: Number of leading directions of that span to keep (biased); 0: all.
             refresh: Batches for which a subspace is kept (``subspace`` only).
-            exchange: What processes send each other: ``gradients``, or ``losses`` (not ``factored``): one scalar per
-                direction, whatever the number of parameters, from which every process draws the directions of all.
+            exchange: What processes send each other: ``gradients``, or ``losses`` (``shared`` and ``subspace`` only):
+                one scalar per direction, whatever the number of parameters, from which every process draws the
+                directions of all.
             **settings: See :class:`QueryStrategy`; the parameters of a site, a block or a group, move together.
         """
         super().__init__(**settings)
@@ -58,11 +63,11 @@ class ParameterPerturbation(QueryStrategy[ParameterQueryResult]):
         check_choice("model.strategy.layout", layout, get_args(Layout))
         check_choice("model.strategy.exchange", exchange, get_args(Exchange))
         for name, value, unused, used, needs in (
-            ("rank", rank, 1, layout != "shared", "layout: factored or subspace"),
+            ("rank", rank, 1, layout in ("factored", "subspace"), "layout: factored or subspace"),
             ("activation_guided", activation_guided, False, layout == "factored", "layout: factored"),
             ("span", span, 0, activation_guided, "activation_guided: true"),
             ("refresh", refresh, 100, layout == "subspace", "layout: subspace"),
-            ("exchange", exchange, "gradients", layout != "factored", "layout: shared or subspace"),
+            ("exchange", exchange, "gradients", layout not in BY_ROW, "layout: shared or subspace"),
         ):
             if value != unused and not used:
                 needed = f"Remove it, or write {needs}."
@@ -77,11 +82,11 @@ class ParameterPerturbation(QueryStrategy[ParameterQueryResult]):
         self._parts: dict[str, SiteParts] = {}
 
     def bind(self, network: StagedNetwork, loss: LossFunction) -> None:
-        """Resolve sites and, in the factored layout, their layers."""
+        """Resolve sites and, in the layouts by row, their layers."""
         super().bind(network, loss)
         self._stages = FunctionalStages(network)
-        if self.layout == "factored":
-            self._parts = {site.name: site_parts(network, site) for site in self.sites}
+        if self.layout in BY_ROW:
+            self._parts = {site.name: site_parts(network, site, self.layout) for site in self.sites}
             self.check_layers(network.unfit or {})
             for layer in (layer for parts in self._parts.values() for layer in parts.layers if self.activation_guided):
                 if layer.has_matrix and getattr(layer.module, "groups", 1) > 1:
@@ -93,7 +98,7 @@ class ParameterPerturbation(QueryStrategy[ParameterQueryResult]):
 
     @property
     def moved_layers(self) -> list[str]:
-        """See :attr:`SiteStrategy.moved_layers`: those of the factored layout."""
+        """See :attr:`SiteStrategy.moved_layers`: those of the layouts by row."""
         return [layer.name for parts in self._parts.values() for layer in parts.layers]
 
     def check_layers(self, unfit: Mapping[str, str]) -> None:
@@ -111,13 +116,20 @@ class ParameterPerturbation(QueryStrategy[ParameterQueryResult]):
         return resolve_sites(network, specs, in_parameters=True)
 
     def clean_pass(self, inputs: Any, targets: Any) -> CleanPass:
-        """See :meth:`QueryStrategy.clean_pass`; activation-guided directions cost one more pass through their site."""
+        """See :meth:`QueryStrategy.clean_pass`.
+
+        Activation-guided directions cost one more pass through their site, flipout's one more for each query.
+        """
         first = self._costs is None
         clean = super().clean_pass(inputs, targets)
-        if first and self.activation_guided:
+        if first and (self.activation_guided or self.layout == "flipout"):
             costs = self._known_costs
             inside = {s.name: costs.from_stage[s.first] - costs.from_stage[s.last + 1] for s in self.sites}
-            self._costs = replace(costs, gradient=inside)
+            if self.activation_guided:
+                self._costs = replace(costs, gradient=inside)
+            else:
+                more = {name: costs.query[name] + self.passes_per_query * cost for name, cost in inside.items()}
+                self._costs = replace(costs, query=more)
         return clean
 
     @property
@@ -132,6 +144,8 @@ class ParameterPerturbation(QueryStrategy[ParameterQueryResult]):
             raise RuntimeError("bind(network, loss) must come first.")
         key = NoiseKey(self.seed, 0, "", self.rank)
         shared = (self.network, self._stages, self.loss, key, self.unit, self.chunk_rows, self.response)
+        if self.layout == "flipout":
+            return ParameterQueries(FlipoutDirections(*shared, self._parts, rank=1, guided=False, span=0))
         if self.layout == "factored":
             factored = (self._parts, self.rank_of_directions, self.activation_guided, self.span)
             return ParameterQueries(FactoredDirections(*shared, *factored))

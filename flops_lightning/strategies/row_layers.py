@@ -50,7 +50,7 @@ class SiteParts:
         return [name for names in self.others.values() for name in names]
 
 
-def site_parts(network: StagedNetwork, site: Site) -> SiteParts:
+def site_parts(network: StagedNetwork, site: Site, layout: str) -> SiteParts:
     """The layers of a site with directions by row, and its other parameters; tied parameters are refused."""
     layers: list[RowLayer] = []
     rest = list(site.parameters)
@@ -64,7 +64,7 @@ def site_parts(network: StagedNetwork, site: Site) -> SiteParts:
             tied = [full for leaf, full in mine.items() if holders[id(own[leaf])] > 1]
             if tied:
                 raise SettingError(
-                    "model.strategy.layout", "factored",
+                    "model.strategy.layout", layout,
                     f"moves layers one by one, and {tied[0]!r} belongs to two modules.",
                     f"Freeze it (freeze: {tied}), or write layout: shared.",
                 )  # fmt: skip
@@ -83,8 +83,9 @@ def moved_output(
 ) -> Tensor:  # fmt: skip
     """``(r, ...)`` output of a layer with the parameters ``theta + sigma D_r`` in row r.
 
-    A linear adds ``sigma ((x b_r) a_r / sqrt(K) + bias_r)`` to its clean output; a convolution the same with a grouped
-    convolution, one group a row (and group of the module), for ``x b_r``. Norms standardise their input once more.
+    A linear with ``shared`` signs ``Z`` adds ``sigma (a_r * Z (b_r * x) + bias_r)`` to its clean output, any other
+    ``sigma ((x b_r) a_r / sqrt(K) + bias_r)``; a convolution the same with a grouped convolution, one group a row (and
+    group of the module), for ``x b_r``. Norms standardise their input once more.
 
     Args:
         module: A module that ``has_row_directions`` knows; others raise a TypeError.
@@ -100,6 +101,8 @@ def moved_output(
         x, b = x.to(dtype), direction.b.to(dtype)
         if isinstance(module, nn.Conv2d):
             moved = _conv2d(module, x, output, a, b)
+        elif direction.shared is not None:
+            moved = _flipped(x, output, a, b, direction.shared.to(dtype), overwrite=overwrite)
         else:
             moved = _linear(x, output, a, b, overwrite=overwrite)
     if direction.weight is not None:
@@ -126,6 +129,13 @@ def _linear(x: Tensor, output: Tensor, a: Tensor, b: Tensor, *, overwrite: bool)
         return torch.baddbmm(flat, inner, a, out=flat if overwrite else None).view(output.shape)
     # With one factor the product is elementwise, where a matrix product is slower by half.
     return (flat.addcmul_(inner, a) if overwrite else torch.addcmul(flat, inner, a)).view(output.shape)
+
+
+def _flipped(x: Tensor, output: Tensor, a: Tensor, b: Tensor, shared: Tensor, *, overwrite: bool) -> Tensor:
+    """One product for all rows, with signs of each row before it (b) and after it (a, which has the width too)."""
+    inner = F.linear(x * b.view(len(b), *(1,) * (x.dim() - 2), -1), shared)
+    a = a.view(len(a), *(1,) * (x.dim() - 2), -1)
+    return output.addcmul_(inner, a) if overwrite else torch.addcmul(output, inner, a)
 
 
 def _conv2d(module: nn.Conv2d, x: Tensor, output: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from flops_lightning.allocators import (
     TraceObservation,
     TraceSettings,
 )
-from flops_lightning.optim.optimizers import OptimizerSettings
+from flops_lightning.optim.optimizers import OptimizerSettings, build_optimizer
 from flops_lightning.strategies import (
     SPSA,
     Backprop,
@@ -60,6 +60,11 @@ class Scenario:
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     spoil: tuple[int, ...] = ()  # ranks whose second batch holds NaN
     budget: dict[str, Any] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def optimizer_settings(self) -> OptimizerSettings:
+        return OptimizerSettings(lr=LR, accumulate_grad_batches=self.accumulate, **self.optimizer)
 
 
 PREDICTION, BOTH = TraceSettings(source="prediction"), TraceSettings(source="both")
@@ -75,6 +80,11 @@ def spsa(exchange: Any) -> Callable[[], SPSA]:
 
 def mezo(exchange: Any) -> Callable[[], MeZO]:
     return lambda: MeZO(queries=4, seed=0, exchange=exchange)
+
+
+def subspace() -> EvolutionStrategies:
+    """Over two refreshes and a half."""
+    return EvolutionStrategies(sites=two_sites(), seed=0, layout="subspace", rank=3, refresh=2, exchange="losses")
 
 
 def gaussian(**settings: Any) -> Callable[[], QueryAllocator]:
@@ -104,6 +114,8 @@ SCENARIOS = {
     "spsa_losses_wide": Scenario(spsa("losses"), EqualAllocator, model_kwargs=WIDE),
     "spsa_losses_one_rank_lost": Scenario(spsa("losses"), spoil=(1,)),
     "es_losses": Scenario(lambda: EvolutionStrategies(sites=two_sites(), seed=0, exchange="losses")),
+    "spsa_flipout": Scenario(lambda: SPSA(sites=two_sites(), seed=0, layout="flipout"), gaussian(traces=PREDICTION)),
+    "zo_muon": Scenario(subspace, optimizer={"name": "muon", "momentum": 0.5}),
     "mezo_gradients": Scenario(mezo("gradients")),
     "mezo_losses": Scenario(mezo("losses")),
     "mezo_losses_wide": Scenario(mezo("losses"), model_kwargs=WIDE),
@@ -136,7 +148,7 @@ def make_task(name: str) -> ForwardImageClassifier:
     return ForwardImageClassifier(
         **{**MODEL, "model_kwargs": {**MODEL["model_kwargs"], **scenario.model_kwargs}},
         strategy=scenario.strategy(),
-        optimizer=OptimizerSettings(lr=LR, accumulate_grad_batches=scenario.accumulate),
+        optimizer=scenario.optimizer_settings,
     ).double()
 
 
@@ -153,7 +165,7 @@ def simulate(name: str, world_size: int) -> tuple[dict[str, Tensor], list[Tensor
         strategy.bind(task.network, task.loss)
         strategy.rank = rank
     allocator = scenario.allocator() if scenario.allocator else None
-    optimizer = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], lr=LR)
+    optimizer = build_optimizer(network, scenario.optimizer_settings)
     gathered: list[tuple[dict[str, Tensor], int]] = []
     counts: list[Tensor] = []
     batches = rank_batches(name, world_size)

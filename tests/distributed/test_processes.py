@@ -11,7 +11,7 @@ from tests.distributed.scenarios import SCENARIOS, SUMMARISED, make_task, simula
 from tests.processes import run_module
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for all processes
-QUICK = ["lr_gaussian", "spsa_losses", "accumulated", "backprop"]
+QUICK = ["lr_gaussian", "spsa_losses", "zo_muon", "accumulated", "backprop"]
 """Run by two processes also where slow tests are left out."""
 OF_FOUR = ["lr_gaussian", "spsa_losses", "one_rank_lost"]
 LEARNED_TOGETHER = ("lr_learned_widths", "coordinates", "lr_budget")

@@ -34,6 +34,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "shared": {},
     "factored": {"layout": "factored"},
     "guided": {"layout": "factored", "activation_guided": True},
+    "flipout": {"layout": "flipout"},
 }
 RANKS: dict[str, dict[str, Any]] = {
     "factored, rank 2": {**LAYOUTS["factored"], "rank": 2},
@@ -57,7 +58,7 @@ class Query(NamedTuple):
 
 def direction_of(module: nn.Module, strategy: Any, site: Site, x: Tensor, b: int, index: int, draw: int) -> Direction:
     """The direction with an index (of a query, or of an antithetic pair) of sample ``b``."""
-    if getattr(strategy, "layout", "shared") == "factored":
+    if getattr(strategy, "layout", "shared") in ("factored", "flipout"):
         return _factored(module, strategy, site, one(x, b), b, index, draw)
     found = {}
     for stage in strategy.network.stages:
@@ -85,7 +86,8 @@ def basis_of(strategy: Any, name: str, p: Tensor, draw: int) -> Tensor:
 
 
 def _normals(strategy: Any, site: str, sample: int, index: int, size: int, draw: int) -> Tensor:
-    noise = NoiseSpec(getattr(strategy, "distribution", "gaussian"))
+    flipout = getattr(strategy, "layout", "") == "flipout"
+    noise = NoiseSpec("rademacher" if flipout else getattr(strategy, "distribution", "gaussian"))
     key, row = NoiseKey(strategy.seed, draw, site, strategy.rank), (np.array([sample]), np.array([index]))
     return draw_noise(noise, key, *row, (size,), device=torch.device("cpu"), dtype=torch.float64)[0]
 
@@ -93,7 +95,14 @@ def _normals(strategy: Any, site: str, sample: int, index: int, size: int, draw:
 def _factored(module: nn.Module, strategy: Any, site: Site, x: Tensor, b: int, index: int, draw: int) -> Direction:
     numbers = numbers_of(module, strategy, site, x)
     flat = _normals(strategy, site.name, b, index, numbers.size, draw)
-    return {name: part.matrix() for name, part in numbers.directions(flat).items()}
+    found = {name: part.matrix() for name, part in numbers.directions(flat).items()}
+    if strategy.layout == "flipout":  # signs of the outputs times those of the inputs, times a matrix of all samples
+        linears = [x for x in _layers(module, strategy, site) if type(module.get_submodule(x)) is nn.Linear]
+        names = [f"{layer}.weight" for layer in linears if f"{layer}.weight" in found]
+        sizes = [found[name].numel() for name in names]
+        shared = _normals(strategy, f"{site.name}/shared", 0, index, sum(sizes), draw).split(sizes)
+        found |= {name: found[name] * z.view(found[name].shape) for name, z in zip(names, shared, strict=True)}
+    return found
 
 
 @dataclass(frozen=True)
@@ -312,7 +321,8 @@ def reference_traces(
         terms = []
         for rows in (alive[i : i + unit] for i in range(0, len(alive), unit)):
             d = rows[0].direction
-            norm = float(d.square().sum()) if strategy.layout == "factored" else _numbers_drawn(strategy, site) + 2
+            shared = strategy.layout in ("shared", "subspace")
+            norm = _numbers_drawn(strategy, site) + 2 if shared else float(d.square().sum())
             terms.append(unit * _weight(rows, rows, clean, strategy, site) ** 2 * (norm - 1))
         traces.append(max(sum(terms), 0.0) / len(terms) if terms else math.nan)
     return torch.tensor(traces, dtype=torch.float64)

@@ -15,7 +15,7 @@ from tests.digits import QUIET, TINY
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 METHODS = [*sorted(file.stem for file in (CONFIGS / "method").glob("*.yaml")), "../allocators/few_queries"]
-QUICK = ("ops_lr", "mezo", "../allocators/few_queries")
+QUICK = ("ops_lr", "mezo", "zo_muon", "../allocators/few_queries")
 FAILS_AT = 3
 
 SMALL = {
@@ -62,8 +62,17 @@ def trained(
     return torch.cat([p.detach().flatten() for p in command.model.parameters()])
 
 
-# Quick versions of what would take long: ZO-GraSP's directions, and 80 coordinates or queries a step.
-FEWER = {"deepzero_cge": {"coordinates": "6", "grasp_queries": "4"}, "mezo_nspsa": {"queries": "4"}}
+OWN = {
+    # Quick versions of what would take long: ZO-GraSP's directions, and 80 coordinates or queries a step.
+    "deepzero_cge": {"strategy.init_args.coordinates": "6", "strategy.init_args.grasp_queries": "4"},
+    "mezo_nspsa": {"strategy.init_args.queries": "4"},
+    # Subspaces that change before and after the stop, and momentum from several of them.
+    "zo_muon": {
+        "strategy.init_args.rank": "3", "strategy.init_args.refresh": "3", "optimizer.momentum": "0.9",
+    },
+    "lr_muon": {"optimizer.momentum": "0.9"},
+    "../allocators/few_queries": {"spend.queries": "2000"},  # its schedule follows what is spent
+}  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore:.*sigma = .* has no effect", "ignore:.*is below what the precision resolves")
@@ -71,14 +80,12 @@ FEWER = {"deepzero_cge": {"coordinates": "6", "grasp_queries": "4"}, "mezo_nspsa
     "method", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in METHODS]
 )
 def test_it_goes_on_in_mid_epoch_as_if_it_had_not_stopped(tmp_path, method):
-    fewer = {f"model.init_args.strategy.init_args.{name}": value for name, value in FEWER.get(method, {}).items()}
-    if method.endswith("few_queries"):  # its schedule follows what is spent
-        fewer["model.init_args.spend.queries"] = "2000"
-    whole = trained(tmp_path, method, **fewer)
+    own = {f"model.init_args.{name}": value for name, value in OWN.get(method, {}).items()}
+    whole = trained(tmp_path, method, **own)
     saver = ModelCheckpoint(tmp_path / "saved", filename="only", every_n_train_steps=1, enable_version_counter=False)
     with pytest.raises(RuntimeError, match="stopped here"):
-        trained(tmp_path, method, Fails(), saver, **fewer)
-    resumed = trained(tmp_path, method, ckpt_path=tmp_path / "saved" / "only.ckpt", **fewer)
+        trained(tmp_path, method, Fails(), saver, **own)
+    resumed = trained(tmp_path, method, ckpt_path=tmp_path / "saved" / "only.ckpt", **own)
     saved = torch.load(tmp_path / "saved" / "only.ckpt", weights_only=True)
     assert saved["global_step"] == FAILS_AT + 1
     assert torch.equal(resumed, whole)

@@ -79,7 +79,7 @@ def test_tokens(strategy, layout, tokens_net, tokens):
     assert_equals_reference(tokens_net, chosen, *tokens, table)
 
 
-@pytest.mark.parametrize("layout", ["shared", "factored", "factored, rank 2"])
+@pytest.mark.parametrize("layout", ["shared", "factored", "factored, rank 2", "flipout"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_convolutions(strategy, layout, images):
     net = convolutional()
@@ -95,7 +95,7 @@ def test_guided_convolutions(layout, images):
     assert_equals_reference(net, chosen, *images, uneven("spsa"))
 
 
-@pytest.mark.parametrize("layout", ["factored", "guided"])
+@pytest.mark.parametrize("layout", ["factored", "guided", "flipout"])
 @pytest.mark.parametrize("kwargs", [{"init_values": 0.5, "qk_norm": True}, {"global_pool": "map", "reg_tokens": 2}])
 def test_vits_with_more_of_them(kwargs, layout, images):
     vit = tiny_vit(depth=2, **kwargs)
@@ -217,6 +217,7 @@ def test_a_query_costs_its_site_and_all_above_it(strategy, passes, layout, token
     costs = {name: count.forward_equivalents for name, count in chosen.meter.sites.items()}
     # Activation-guided directions need the inputs of the site's layers: one more pass of each sample through the site.
     once = 4 if chosen.activation_guided else 0
+    once += 8 * passes * (layout == "flipout")  # one more product a query in each layer of the site
     expected = {"0..1": 8 * passes + once * (1 - share), "2..4": (8 * passes + once) * share}
     assert costs == pytest.approx({"clean": 4, **expected})
 
