@@ -26,8 +26,8 @@ class SiteSpec:
         modules: ``linear``: patterns (as in a shell) of the full names of the layers to perturb, by default all, in
             ``stages`` or, without these, in the whole network. ``block`` and ``group``: in the place of ``stages``,
             modules that are one or several stages. Plain names are a range, ``[first, last]``, both included, or
-            ``[only]``; where one of them has a ``*``, ``?`` or ``[``, all are patterns. Of modules that match, those
-            inside of another one do not count.
+            ``[only]``; where one of them has a ``*``, ``?`` or ``[``, all are patterns: of the names of stages, or,
+            where one matches none, of those of other modules.
         together: ``linear`` only: perturb all modules in one query (the paper's group) instead of one at a time.
         active_tokens: Put noise only on the tokens that the rest of the network reads, where the staging knows them.
 

@@ -33,7 +33,9 @@ def named_stages(network: StagedNetwork, spec: SiteSpec, setting: str) -> list[i
     setting = f"{setting}.modules"
     if not has_patterns(spec):
         return _between(setting, spec.modules, [_of_module(network, name, setting) for name in spec.modules])
-    found = sorted({i for name in matching(network, spec, setting) for i in _of_module(network, name, setting)})
+    found = sorted(
+        {i for name in sorted(_matching(network, spec, setting)) for i in _of_module(network, name, setting)}
+    )
     gaps = [
         network.stages[i].name for i in range(found[0], found[-1]) if i not in found and network.parameters_of(i, i)
     ]
@@ -74,28 +76,29 @@ def _between(setting: str, names: list[str], ends: list[list[int]]) -> list[int]
     return list(range(first, last + 1))
 
 
-def matching(network: StagedNetwork, spec: SiteSpec, setting: str) -> list[str]:
-    """Names of the modules with parameters that the patterns of a site match, none of them inside another one."""
-    trained = {
+def _matching(network: StagedNetwork, spec: SiteSpec, setting: str) -> set[str]:
+    """Names of the stages that the patterns of a site match; of the outermost modules, where one matches no stage."""
+    modules = [
         name for name, module in network.module.named_modules() if name and any(True for _ in module.parameters())
-    }
+    ]
     found: set[str] = set()
     for pattern in spec.modules:
-        matches = {name for name in trained if fnmatchcase(name, pattern)}
-        if not matches:
+        stages, inner = ({n for n in names if fnmatchcase(n, pattern)} for names in (network.index, modules))
+        outermost = {n for n in inner if not any(n.startswith(f"{other}.") for other in inner)}
+        if not stages and not inner:
             raise SettingError(
                 setting, pattern, "matches no module with parameters.",
                 "Write a pattern for names like those in model.named_modules().",
             )  # fmt: skip
-        found |= matches
-    return [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
+        found |= stages or outermost
+    return found
 
 
 def _of_module(network: StagedNetwork, name: str, setting: str) -> list[int]:
     """The stages that a module is."""
     if name in network.index:
         return [network.index[name]]
-    parameters = [(n, p) for n, p in network.module.named_parameters(remove_duplicate=False)]
+    parameters = list(network.module.named_parameters(remove_duplicate=False))
     if name not in dict(network.module.named_modules()):
         known = list(dict.fromkeys([*network.index, *(n for n, _ in network.module.named_modules() if n)]))
         close = get_close_matches(name, known, cutoff=0.5) or list(network.index)
