@@ -89,9 +89,9 @@ class BatchGradients:
 
 def batch_gradients(
     network: StagedNetwork, loss: LossFunction, batch: tuple[Tensor, Tensor], components: Sequence[Component], *,
-    noise: Noise, parameters: bool,
+    noise: Noise,
 ) -> BatchGradients:  # fmt: skip
-    """Exact gradients by backpropagation; noise enters ``parameters``, or the layers' outputs."""
+    """Exact gradients by backpropagation."""
     kept: dict[str, tuple[Tensor, Tensor]] = {}
 
     def keep(name: str) -> Any:
@@ -116,7 +116,7 @@ def batch_gradients(
         if noise == "tensor":
             found[each] = RowGradients.of(x, delta[..., rows])
         else:
-            found[each] = RowGradients.of(x, delta, rows, bias=parameters and bias)
+            found[each] = RowGradients.of(x, delta, rows, bias=bias)
     return BatchGradients(losses.detach(), embedding.detach().flatten(1), found)
 
 
@@ -185,6 +185,7 @@ class Alone:
         layer = cast("nn.Linear", copied.get_submodule(name))
         for parameter in copied.parameters():
             parameter.requires_grad_(False)
+            parameter.grad = None
         layer.weight.requires_grad_()
         if noise == "module" and parameters and layer.bias is not None:
             layer.bias.requires_grad_()

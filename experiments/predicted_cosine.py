@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from flops_lightning.allocators.objective import objective
 from flops_lightning.strategies.vjp import linear_gradient_sq_norm
 
 ROUNDED = 16.0  # machine epsilons of what is added up, below which a gradient is zero
@@ -103,19 +102,17 @@ def spsa_traces(gradients: RowGradients, *, rank: float = math.inf) -> Tensor:
     return 2.0 * (_direction_square(own, gradients.shape, rank) - own.rows)
 
 
-def predicted_cosine(gradients: RowGradients, traces: Tensor, counts: Tensor) -> float:
-    """From ``(b,)`` traces and ``(b,)`` queries (or :func:`effective_counts`); the gradient must not be zero."""
-    return float((1.0 + objective(traces, counts) / gradients.batch.rows).rsqrt())
+def shared_objective(gradients: RowGradients, pairs: float) -> Tensor:
+    """J of SPSA with dense directions that all samples share, each with the same number of pairs.
 
-
-def shared_cosine(gradients: RowGradients, pairs: float) -> float:
-    """Of SPSA with dense directions that all samples share, each with the same number of pairs.
-
-    ``(n / (n + D + 1))^(1/2)`` for noise on the rows alone, whatever the layer or the batch.
+    The cosine is ``(n / (n + D + 1))^(1/2)`` for noise on the rows alone, whatever the layer or the batch.
     """
-    square = gradients.batch.rows
-    trace = _direction_square(gradients.batch, gradients.shape, math.inf) - square
-    return float((1.0 + trace / pairs / square).rsqrt())
+    return (_direction_square(gradients.batch, gradients.shape, math.inf) - gradients.batch.rows) / pairs
+
+
+def predicted_cosine(gradients: RowGradients, j: Tensor | float) -> float:
+    """From J, ``sum_b Tr_b / A_b``; the batch's gradient must not be zero."""
+    return float((1.0 + j / gradients.batch.rows).rsqrt())
 
 
 def _direction_square(norms: SquaredNorms, shape: tuple[int, int], rank: float) -> Tensor:

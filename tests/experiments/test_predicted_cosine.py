@@ -13,9 +13,10 @@ from experiments.predicted_cosine import (
     RowGradients,
     likelihood_ratio_traces,
     predicted_cosine,
-    shared_cosine,
+    shared_objective,
     spsa_traces,
 )
+from flops_lightning.allocators.objective import objective
 from flops_lightning.errors import SettingError
 from flops_lightning.network.staging import stage_network
 from tests.reference.networks import autograd_gradient, cross_entropy, normal, tiny_vit
@@ -35,15 +36,15 @@ def test_the_formulas_of_noise_on_the_rows_alone() -> None:
     torch.testing.assert_close(likelihood_ratio_traces(found), by_hand)
     torch.testing.assert_close(spsa_traces(found), 2 * (parameters + 1) * own)
     torch.testing.assert_close(spsa_traces(found, rank=1), 2 * ((6 + 2) * (3 + 2) - 1) * own)
-    assert shared_cosine(found, 10) == pytest.approx(math.sqrt(10 / (10 + parameters + 1)))
+    assert predicted_cosine(found, shared_objective(found, 10)) == pytest.approx(math.sqrt(10 / (10 + parameters + 1)))
     counts = torch.tensor([1, 2, 3, 4])
     variance = float((by_hand / counts).sum() / SAMPLES.sum(0).square().sum())
-    assert predicted_cosine(found, by_hand, counts) == pytest.approx((1 + variance) ** -0.5)
+    assert predicted_cosine(found, objective(by_hand, counts)) == pytest.approx((1 + variance) ** -0.5)
 
 
 def test_directions_of_one_sample_are_the_same_whether_shared_or_its_own() -> None:
     found = RowGradients.of(X[:1], DELTA[:1], slice(2, 4), bias=True)
-    assert predicted_cosine(found, spsa_traces(found), torch.tensor([12])) == pytest.approx(shared_cosine(found, 6))
+    assert float(spsa_traces(found)) / 12 == pytest.approx(float(shared_objective(found, 6)))
 
 
 def test_noise_in_the_whole_layer_adds_variance_at_its_rows() -> None:
@@ -66,7 +67,7 @@ def test_gradients_of_components_are_those_of_autograd(vit: nn.Module, images: t
     network, names = stage_network(vit), ["query", "key", "value", "proj", "fc1", "fc2"]
     exact = autograd_gradient(vit, cross_entropy, *images)
     components = find_components(network, [], names)
-    found = batch_gradients(network, cross_entropy, images, components, noise="tensor", parameters=False)
+    found = batch_gradients(network, cross_entropy, images, components, noise="tensor")
     assert [(each.layer, each.name) for each in components] == [(i, name) for i in (1, 2, 3) for name in names]
     for each in components:
         weight = 4 * exact[f"{each.module}.weight"]  # a sum over the samples
@@ -91,14 +92,13 @@ def test_predicted_and_drawn_cosines_agree(
 ) -> None:
     network, queries = stage_network(tiny_vit(embed_dim=8, depth=2)), 8
     batch = (images[0], torch.full_like(images[1], 3))  # one class: gradients that do not cancel need fewer draws
-    parameters = estimator != "lr"
-    gradients = batch_gradients(network, cross_entropy, batch, [component], noise=noise, parameters=parameters)
-    rows = gradients.rows[component]
+    rows = batch_gradients(network, cross_entropy, batch, [component], noise=noise).rows[component]
     if estimator == "spsa":
-        predicted = shared_cosine(rows, queries / 2)
+        j = shared_objective(rows, queries / 2)
     else:
-        traces = spsa_traces(rows, rank=1) if parameters else likelihood_ratio_traces(rows)
-        predicted = predicted_cosine(rows, traces, torch.full((4,), queries))
+        traces = likelihood_ratio_traces(rows) if estimator == "lr" else spsa_traces(rows, rank=1)
+        j = traces.sum() / queries
+    predicted = predicted_cosine(rows, j)
     drawn = draw(
         network, cross_entropy, batch, component, noise=noise, estimator=estimator, queries=queries, draws=40,
         sigma=1e-4, seed=3, chunk_rows=64,
