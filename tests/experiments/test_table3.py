@@ -154,7 +154,7 @@ def test_a_run_in_small_trains_tests_and_reports_and_goes_on_where_it_was(
 ) -> None:
     monkeypatch.chdir(ROOT)
     pixels = np.random.default_rng(0)
-    for part, number in (("train", 6), ("test", 1)):
+    for part, number in (("train", 6), ("test", 2)):
         for name in CIFAR10DataModule.class_names:
             (tmp_path / part / name).mkdir(parents=True)
             for i in range(number):
