@@ -91,7 +91,7 @@ def refresh(
 
 def _embedding(h: Tensor) -> Tensor:
     # Samples are compared by it on every batch; a flattened feature map would cost more than it tells.
-    flat = h.flatten(1) if h.is_floating_point() else h.flatten(1).float()
+    flat = h.reshape(len(h), -1) if h.is_floating_point() else h.reshape(len(h), -1).float()
     if flat.shape[1] <= EMBEDDING_FEATURES:
         return flat
     return torch.nn.functional.adaptive_avg_pool1d(flat[:, None], EMBEDDING_FEATURES)[:, 0]

@@ -71,18 +71,18 @@ class Robustness(Callback):
         for name, levels in corruptions.items():
             check_choice("corruptions", name, list(CORRUPTIONS))
             for level in levels:
-                self._add(name, level, self._noise(CORRUPTIONS[name](level)))
+                self._add(f"corruptions.{name}", name, level, self._noise(CORRUPTIONS[name](level)))
         for i, given in enumerate(attacks):
             attack = read_settings(AttackSettings, given, f"attacks[{i}]")
-            self._add(attack.name, attack.eps, self._attack(attack))
+            self._add(f"attacks[{i}]", attack.name, attack.eps, self._attack(attack))
         if not self._perturbations:
             raise SettingError("corruptions", corruptions, "there is neither noise nor attack.", "Give one of them.")
         self._attacked = bool(attacks)
 
-    def _add(self, name: str, severity: float, perturbation: Perturbation) -> None:
+    def _add(self, setting: str, name: str, severity: float, perturbation: Perturbation) -> None:
         if _name(name, severity) in self.names:
             problem = "is there twice, and results go by name and strength."
-            raise SettingError("corruptions", _name(name, severity), problem, "Remove one of the two.")
+            raise SettingError(setting, _name(name, severity), problem, "Remove one of the two.")
         self._perturbations[name, severity] = perturbation
 
     def _noise(self, corruption: Any) -> Perturbation:
@@ -105,7 +105,7 @@ class Robustness(Callback):
             problem = "does not tell how it normalises images."
             raise SettingError("data", type(data).__name__, problem, remedy)
         narrow = {str(p.dtype) for p in pl_module.parameters() if p.is_floating_point() and p.dtype.itemsize < 4}
-        if narrow:
+        if narrow and self._attacked:
             problem = f"the weights are {' and '.join(sorted(narrow))}; attacks need the gradient in float32."
             raise SettingError("trainer.precision", trainer.precision, problem, "Write 32-true.")
         loss: Any = getattr(pl_module, "loss_path", "")
@@ -130,7 +130,13 @@ class Robustness(Callback):
             for start in range(0, own, self._rows_at_once):
                 part = slice(start, min(start + self._rows_at_once, own))
                 # A clone is not of inference mode.
-                predictions = self._predictions(images[part].clone(), labels[part].clone(), index[part])
+                try:
+                    predictions = self._predictions(images[part].clone(), labels[part].clone(), index[part])
+                except RuntimeError as error:
+                    if "Inference tensors" not in str(error):
+                        raise
+                    problem = "the network keeps tensors of its first pass, and attacks need their derivative."
+                    raise SettingError("trainer.inference_mode", True, problem, "Write false.") from error
                 lines = torch.stack([labels[part].long(), *predictions], dim=1).tolist()
                 self._read += [[i, *line] for i, line in zip(index[part], lines, strict=True)]
 
@@ -174,6 +180,9 @@ def _results(read: Tensor) -> list[Mapping[str, float]]:
 
 def _order(loaders: Any) -> list[int]:
     """Indices of the images that this process reads, in order."""
+    if isinstance(loaders, (list, tuple)) and len(loaders) > 1:
+        problem = "are several loaders, and robustness is tested on one."
+        raise SettingError("test_dataloader", len(loaders), problem, "Return a single DataLoader.")
     loader = loaders[0] if isinstance(loaders, (list, tuple)) else loaders
     batches = getattr(loader, "batch_sampler", None)
     known = batches is not None and not isinstance(loader.dataset, IterableDataset)

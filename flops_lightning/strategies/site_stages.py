@@ -19,30 +19,32 @@ def named_stages(network: StagedNetwork, spec: SiteSpec, setting: str) -> list[i
         SettingError: a name is not that of a stage, or of a module that is one or several of them; the names are no
             range.
     """
-    if spec.stages and spec.modules and spec.kind != "linear":
+    # ["*"] was the default in earlier versions, and stands in configurations that these saved.
+    if spec.stages and spec.modules not in ([], ["*"]) and spec.kind != "linear":
         raise SettingError(
             f"{setting}.modules", spec.modules, f"stands beside stages: {spec.stages}.",
             "Remove one of the two, or write kind: linear.",
         )  # fmt: skip
     if spec.stages:
         return _between(f"{setting}.stages", spec.stages, [[_stage(network, n, setting)] for n in spec.stages])
-    if not spec.modules:
-        raise SettingError(f"{setting}.stages", [], "names nothing to train.", f"{WRITE[:-1]}, or modules: [...].")
     if spec.kind == "linear":
         return list(range(len(network)))
+    if not spec.modules:
+        raise SettingError(f"{setting}.stages", [], "names nothing to train.", f"{WRITE[:-1]}, or modules: [...].")
     setting = f"{setting}.modules"
-    if not has_patterns(spec):
-        return _between(setting, spec.modules, [_of_module(network, name, setting) for name in spec.modules])
-    found = sorted(
-        {i for name in sorted(_matching(network, spec, setting)) for i in _of_module(network, name, setting)}
-    )
+    if has_patterns(spec):
+        names = sorted(_matching(network, spec, setting))
+        found = sorted({i for name in names for i in _of_module(network, name, setting)})
+    else:
+        of_names = [_of_module(network, name, setting) for name in spec.modules]
+        found = of_names[0] if len(of_names) == 1 else _between(setting, spec.modules, of_names)
     gaps = [
         network.stages[i].name for i in range(found[0], found[-1]) if i not in found and network.parameters_of(i, i)
     ]
     if gaps and spec.kind == "group":
         raise SettingError(
-            setting, spec.modules, f"leaves out {gaps}, which lie between what it matches.",
-            "A group is one range: match these as well, or write kind: block or a site for each range.",
+            setting, spec.modules, f"leaves out {gaps}, which lie between what it names.",
+            "A group is one range: name these as well, or write kind: block or a site for each range.",
         )  # fmt: skip
     return found
 
@@ -71,7 +73,7 @@ def _between(setting: str, names: list[str], ends: list[list[int]]) -> list[int]
             setting, names, "must be a range.", f"{WRITE[:-1]}, a pattern as in a shell, or several sites."
         )
     first, last = ends[0][0], ends[-1][-1]
-    if first > last:
+    if ends[0] != ends[-1] and ends[0][-1] >= ends[-1][0]:
         raise SettingError(setting, names, "runs backwards.", "Write the lower one first.")
     return list(range(first, last + 1))
 
@@ -115,6 +117,7 @@ def _of_module(network: StagedNetwork, name: str, setting: str) -> list[int]:
     why = network.obstacle(name)
     raise SettingError(
         setting, name, f"is only a part of {what}, of which {sorted(beside)[0]!r} is another"
-        + (f": {why}." if why else ", and runs as a whole."),
-        f"Name {names[0] if len(names) == 1 else names} instead; layers inside train with kind: linear.",
+        + (f": {why}." if why else "."),
+        f"Name {names[0] if len(names) == 1 else [names[0], names[-1]]} instead; "
+        "layers inside train with kind: linear.",
     )  # fmt: skip

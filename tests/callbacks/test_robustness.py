@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from flops_lightning.callbacks import Robustness
@@ -107,6 +108,11 @@ class Stream(IterableDataset[Any]):
         return iter([(torch.zeros(1, 8, 8), 0)])
 
 
+class Several(Data):
+    def test_dataloader(self, **settings: Any) -> Any:
+        return [super().test_dataloader(**settings)] * 2
+
+
 class Unknown(pl.LightningDataModule):
     def test_dataloader(self) -> Any:
         return DataLoader(Stream())
@@ -118,9 +124,31 @@ def test_data_of_an_unknown_normalisation_or_order_and_half_precision_are_refuse
         trainer.test(classifier(), Unknown(), verbose=False)
     with pytest.raises(SettingError, match=r"^test_dataloader = 'DataLoader': draws a new order each time"):
         trainer.test(classifier(), Data(order=None), verbose=False)
+    with pytest.raises(SettingError, match=r"^test_dataloader = 2: are several loaders"):
+        trainer.test(classifier(), Several(), verbose=False)
     half = quiet_trainer(Robustness(**SMALL), default_root_dir=tmp_path, precision="bf16-true")
     with pytest.raises(SettingError, match=r"^trainer.precision = 'bf16-true': the weights are torch.bfloat16"):
         half.test(classifier(), Data(), verbose=False)
+
+
+def test_a_network_that_keeps_tensors_of_its_first_pass_is_told_to_leave_inference_mode(tmp_path) -> None:
+    class Caching(nn.Module):
+        kept: torch.Tensor | None = None
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.kept is None:
+                self.kept = torch.ones(())
+            return x * self.kept
+
+    for inference_mode in (True, False):
+        task = classifier()
+        task.backbone.patch_embed = nn.Sequential(Caching(), task.backbone.patch_embed)
+        trainer = quiet_trainer(Robustness(**SMALL), default_root_dir=tmp_path, inference_mode=inference_mode)
+        if not inference_mode:
+            trainer.test(task, Data(), verbose=False)
+            continue
+        with pytest.raises(SettingError, match=r"^trainer.inference_mode = True: .* Write false"):
+            trainer.test(task, Data(), verbose=False)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +156,7 @@ def test_data_of_an_unknown_normalisation_or_order_and_half_precision_are_refuse
     [
         ({"corruptions": {"fog": [1]}}, "corruptions = 'fog': is not one of the choices"),
         ({"corruptions": {"poisson": [0]}}, "photons = 0: must be a number above 0"),
-        ({"corruptions": {"uniform": [0.1, 0.1]}}, "corruptions = 'uniform_0.1': is there twice"),
+        ({"corruptions": {"uniform": [0.1, 0.1]}}, "corruptions.uniform = 'uniform_0.1': is there twice"),
         ({"corruptions": {}, "attacks": []}, "corruptions = {}: there is neither noise nor attack"),
         ({"attacks": [{"name": "fgsm", "eps": 8}]}, r"eps = 8: is read as .* Write 0.0314 \(8/255\)"),
         ({"attacks": [{"name": "fgsm", "alpha": 1}]}, r"attacks\[0\] = .*has no setting 'alpha'"),

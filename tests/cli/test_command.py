@@ -289,7 +289,6 @@ def test_a_class_that_cannot_be_imported_is_named_with_its_place_or_the_modules_
     [
         ("model.init_args.model_name", "is not given. Add `model_name:` below model.init_args (given.yaml, line "),
         ("model.class_path", "is not given. Add it above `init_args:` (given.yaml, line "),
-        (f"{SITE}[1].stages", f"is not given. Add `stages:` below {SITE}[1] (given.yaml, line "),
     ],
 )
 def test_a_missing_setting_is_named_with_the_place_where_it_belongs(key, remedy, refused):

@@ -220,8 +220,9 @@ def test_traces_are_the_variance_of_single_queries(strategy, layout):
 def closed_form_trace(strategy: Any, x: Tensor, y: Tensor) -> float:
     """``sum_p E[(G_p . D_p)^2 (||D_p||^2 + d - d_p)] - ||G||^2`` over parameters p, pairs doubled.
 
-    A dense part has ``E[(G . D)^2 ||D||^2] = ||G||^2 (d + 2)``; one of rank K ``||G||^2 [(o + 2)(m + 2) + (K - 1)(o m +
-    2)] / K``, ``m`` the dimensions in which the input factor is drawn, whose directions have ``E ||D||^2 = o m``.
+    A dense part has ``E[(G . D)^2 ||D||^2] = ||G||^2 (d + 2)``, one of signs ``||G||^2 d``, and one of rank K
+    ``||G||^2 [(o + 2)(m + 2) + (K - 1)(o m + 2)] / K`` with ``m`` the dimensions in which the input factor is drawn,
+    whose directions have ``E ||D||^2 = o m``.
     """
     (site,) = strategy.sites
     gradient = autograd_gradient(strategy.network.module, strategy.loss, x, y)
@@ -230,7 +231,7 @@ def closed_form_trace(strategy: Any, x: Tensor, y: Tensor) -> float:
     for name, p in site.parameters.items():
         norms[name] = float(gradient[name].square().sum())
         if (name, "a") not in numbers.shapes:
-            sizes[name], moments[name] = p.numel(), p.numel() + 2
+            sizes[name], moments[name] = p.numel(), p.numel() + (0 if strategy.layout == "flipout" else 2)
             continue
         k, o = numbers.shapes[name, "a"]
         m = numbers.shapes.get((name, "b"), (k, k))[1]

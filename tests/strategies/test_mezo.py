@@ -39,6 +39,12 @@ def mezo(module: nn.Module, loss: Any, **settings: Any) -> MeZO:
 FZOO = {"variant": "baseline", "distribution": "rademacher"}
 
 
+def test_one_sided_steps_take_samples_that_are_single_numbers() -> None:
+    strategy = mezo(nn.Sequential(nn.Embedding(5, 3)).double(), squared_error, queries=2, **FZOO)
+    strategy.estimate(strategy.clean_pass(torch.tensor([0, 4, 2]), torch.zeros(3, 3).double()))
+    assert all(p.grad is not None for p in strategy.network.module.parameters())
+
+
 def assert_equals_reference(strategy: MeZO, x: Tensor, y: Tensor) -> None:
     module, draw = strategy.network.module, strategy.draw
     estimate = strategy.estimate(strategy.clean_pass(x.clone(), y))

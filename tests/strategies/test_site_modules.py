@@ -47,6 +47,42 @@ def sequential() -> Problem:
     return problem_of(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), *blocks, nn.Linear(6, 3)))
 
 
+class Interleaved(nn.Module):
+    """Convolutions and norms in lists of their own, run in turn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.norms = nn.ModuleList(nn.LayerNorm(4) for _ in range(3))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = norm(layer(x))
+        return self.head(x)
+
+
+def test_a_container_stands_for_its_own_stages_and_not_for_those_between_them() -> None:
+    problem = problem_of(Interleaved())
+    network = stage_network(problem.module, problem.inputs)
+    specs = [SiteSpec(modules=["layers"], kind="block"), SiteSpec(modules=["norms"], kind="block"),
+             SiteSpec(modules=["head"])]  # fmt: skip
+    sites = resolve_sites(network, specs)
+    assert {site.name for site in sites} == {*(f"{kind}.{i}" for kind in ("layers", "norms") for i in range(3)), "head"}
+    for modules, message in (
+        (["layers"], r"leaves out \['norms.0', 'norms.1'\]"), (["norms", "layers"], "runs backwards"),
+    ):  # fmt: skip
+        with pytest.raises(SettingError, match=message):
+            named_stages(network, SiteSpec(modules=modules), "sites[0]")
+
+
+def test_the_default_of_earlier_versions_beside_stages_is_no_name_of_modules() -> None:
+    network = stage_network(tower().module, tower().inputs)
+    assert named_stages(network, SiteSpec(stages=["head"], modules=["*"]), "sites[0]") == [len(network) - 1]
+    assert named_stages(network, SiteSpec(kind="linear"), "sites[0]") == list(range(len(network)))
+
+
 BODY = {"stages": ["layers.0", "layers.5"]}
 
 
@@ -132,7 +168,7 @@ def slope(found: Any, exact: dict[str, Tensor], names: list[str]) -> float:
         (Twice, {"modules": ["a"]}, r"'a': is only a part of the stage 'c'.*: it runs more than once\. Name c instead"),
         (UNet, {"modules": ["down", "up"]}, r"'down'.*the stage 'up'.*passes beside its output\. Name up instead"),
         (Remembering, {"modules": ["c"]}, r"'c'.*the stage 'd'.*passes beside its output\. Name d"),
-        (Tower, {"modules": ["layers.0.b"]}, r"the stage 'layers.0', .*runs as a whole\. Name layers.0"),
+        (Tower, {"modules": ["layers.0.b"]}, r"the stage 'layers.0', .*another\. Name layers.0 instead"),
         (Tower, {"modules": ["layer.4"]}, r"'layer.4': is no module of this network\. Choose from \['layers.4', "),
         (Tower, {"modules": ["*.b"]}, r"'layers.\d.b': is only a part of the stage 'layers.\d'"),
         (Tower, {"modules": ["zz*"]}, r"'zz\*': matches no module with parameters"),
