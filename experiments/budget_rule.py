@@ -156,7 +156,8 @@ def measured(
     critical = size * (signal - squared + of_queries) / squared if squared > 0 else math.inf
     own_total = float((rule._noise.sum() * fixed / (costs.sum() * rule._signal)).sqrt())
     # One step from here.
-    curvature = float(torch.stack(curvatures).mean(0)[0] / torch.stack(curvatures).mean(0)[1])
+    of_noise, of_gradient = torch.stack(curvatures).mean(0)
+    curvature = float(of_noise / of_gradient)
     arms: dict[str, list[float]] = {"rule": list(own), **{str(n): [n] * len(strategy.sites) for n in GRID}}
     arms[CURVED] = [max(rule.settings.least, n * max(curvature, 0.0) ** 0.5) for n in own]
     largest = 0.3 * norm / float((signal + noise.sum() / 8) ** 0.5)

@@ -8,7 +8,7 @@ from typing import Any
 
 from scipy.stats import t
 
-from experiments.harness import Cell
+from experiments.harness import Cell, late_mean
 from experiments.pictures import pyplot
 from experiments.tables import markdown, mean_interval, spread
 
@@ -83,9 +83,8 @@ def gains(cells: Sequence[Cell]) -> tuple[float, float]:
     first, last = [], []
     for cell in cells:
         logs = [-math.log(max(event.value, 1e-12)) for event in cell.curve(GAIN)]
-        quarter = max(1, len(logs) // 4)
-        first.append(statistics.fmean(logs[:quarter]))
-        last.append(statistics.fmean(logs[-quarter:]))
+        first.append(late_mean(logs[::-1]))
+        last.append(late_mean(logs))
     return math.exp(statistics.fmean(first)), math.exp(statistics.fmean(last))
 
 
