@@ -74,8 +74,8 @@ def make_plan(
     """Measure a few steps of a run and return what all of it would cost.
 
     Nothing that it writes stays, and no process is launched. The task, a module with ``strategy``, ``network`` and
-    ``loss``, is trained meanwhile: build another for the run. ``settings`` are the arguments of the run's ``Trainer``;
-    what a fit would refuse raises a :class:`SettingError`. See :meth:`PlanningTrainer.plan`.
+    ``loss``, takes training steps at a learning rate of 0: build another for the run. ``settings`` are the arguments of
+    the run's ``Trainer``; what a fit would refuse raises a :class:`SettingError`. See :meth:`PlanningTrainer.plan`.
     """
     check_positive("seconds", seconds, "Write, for example, 10.")
     strategy = getattr(task, "strategy", None)
@@ -180,6 +180,11 @@ def _whole(plan: Plan) -> list[str]:
 def _remarks(plan: Plan) -> list[str]:
     own = plan.own
     said = [f"Timed: {own.steps:,} steps in {own.seconds:.1f} s, after those that warm up."]
+    if (best := own.noise.batch_size) is not None:
+        said.append(
+            f"Batch size: by {own.noise.steps} gradients at the start, {best:.2g} samples take twice the least number "
+            "of queries; smaller batches take fewer, in more steps (docs/budget.md)."
+        )
     if plan.no_backprop:
         said.append(f"Backprop: {plan.no_backprop}")
     if plan.processes > 1:

@@ -18,8 +18,10 @@ from torch.utils.data import DataLoader
 from flops_lightning.meter import CLEAN, QueryMeter, SiteCount
 from flops_lightning.network.memory import give_back_freed, held, restart_peak
 from flops_lightning.plan.cost import Cost, Epoch, typical_seconds
-from flops_lightning.strategies import ForwardGradientStrategy
+from flops_lightning.plan.gradient_noise import GradientNoise
+from flops_lightning.strategies import Backprop, ForwardGradientStrategy
 from flops_lightning.strategies.costs import site_costs
+from flops_lightning.strategies.parameter_perturbation import BY_ROW
 from flops_lightning.strategies.query_strategy import QueryStrategy
 
 WARM_UP = 2
@@ -53,6 +55,7 @@ class Measured:
     device: torch.device
     steps: int  # number of timed steps
     seconds: float  # time of all of them
+    noise: GradientNoise  # of the first steps; empty where it says nothing of the batch size
 
 
 class Stopwatch(Callback):
@@ -68,6 +71,7 @@ class Stopwatch(Callback):
         self._samples: list[int] = []
         self._validated: list[float] = []
         self._unspent = self._first = deepcopy(strategy.meter)
+        self._noise = GradientNoise()
         self._begun = self.clock()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -79,7 +83,12 @@ class Stopwatch(Callback):
         self._validated.append(self._now(pl_module))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note how long epochs and validations are."""
+        """Note how long epochs and validations are; from here the weights stay, as the gradients are compared."""
+        for optimizer in trainer.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = 0.0 * group["lr"]
+        for config in trainer.lr_scheduler_configs:
+            config.scheduler.base_lrs = [0.0 for _ in getattr(config.scheduler, "base_lrs", ())]
         self._started, self._device = self._now(pl_module), pl_module.device
         self._loader, self._batches = trainer.train_dataloader, trainer.num_training_batches
         self._val_batches = sum(trainer.num_val_batches) if trainer.enable_validation else 0
@@ -92,6 +101,8 @@ class Stopwatch(Callback):
         self.ends.append(self._now(pl_module))
         self._opens_epoch.append(batch_idx == 0)
         self._samples.append(len(batch[0]))
+        if independent(self.strategy, pl_module):
+            self._noise.add([p.grad for p in pl_module.parameters() if p.grad is not None], self._samples[-1])
         if len(self.ends) == 1:
             self._first = deepcopy(self.strategy.meter)
             self._query_costs = _query_costs(self.strategy, batch[0])
@@ -122,6 +133,7 @@ class Stopwatch(Callback):
             validation_batches=self._validation_batches(),
             validation_seconds=statistics.median(validated[1:] or validated) if validated else 0.0,
             peak_memory=self._memory.peak(), device=self._device, steps=len(timed), seconds=sum(timed),
+            noise=self._noise,
         )  # fmt: skip
 
     def _epoch(self) -> Epoch:
@@ -164,6 +176,14 @@ class Stopwatch(Callback):
         if module.device.type == "cuda":
             torch.cuda.synchronize(module.device)
         return self.clock()
+
+
+def independent(strategy: ForwardGradientStrategy, module: LightningModule) -> bool:
+    """Whether the gradient left behind by a step is that of one batch whose samples' noises are independent."""
+    own = isinstance(strategy, Backprop | QueryStrategy) and getattr(strategy, "layout", BY_ROW[0]) in BY_ROW
+    clip, optimizer = (getattr(module, f"{name}_settings", None) for name in ("clip", "optimizer"))
+    whole = not any(vars(clip).values()) if clip else True
+    return own and whole and getattr(optimizer, "accumulate_grad_batches", 1) == 1
 
 
 def _query_costs(strategy: ForwardGradientStrategy, inputs: Tensor) -> dict[str, float]:

@@ -53,6 +53,10 @@ def test_controls_are_backprop_with_checkpoints_and_backprop_with_the_noise_of_t
     assert "--trainer.callbacks.every_n_train_steps=5" in bp.arguments
     assert json.loads(value(noise, "--trainer.callbacks.sigma")) == {"blocks.4": 0.03, "blocks.5": 0.03, "head": 0.03}
     assert noise.folder.parent.name == "bp_noise"
+    rate = "--model.init_args.optimizer.lr"
+    assert [rate in cell.arguments for cell in cells.values()] == [False, False, False, True]
+    given = planned(tmp_path, "--small", "--seeds", "1", "--methods", "ops_spsa", "--", rate, "1")
+    assert [value(cell, rate) for cell in given.values()] == ["1"]
     assert value(noise, "--trainer.default_root_dir") == str(noise.folder)
     (alone,) = planned(tmp_path, "--methods", "bp", "--seeds", "1").values()
     assert alone.resumes
