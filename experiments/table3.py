@@ -4,8 +4,8 @@ Networks are trained by the cells of Table 1 that are missing, with their weight
 test`` with ``configs/eval/robustness.yaml``. Two controls that the paper lacks come with them: ``bp_stopped`` is
 backprop at the checkpoint whose validation accuracy is nearest to that of OPS-LR, and ``bp_noise`` is backprop with
 noise of the sites' widths in the activations of every pass. The same command continues where it was stopped. Writes
-``table3.md``, with the paper's figures, and ``table3.csv``. Arguments after ``--`` go to every run, of training and of
-testing; those of one data set alone by ``--only``, as in ``experiments.table1``.
+``table3.md``, with the paper's figures, ``table3.csv`` and ``table3.png``. Arguments after ``--`` go to every run, of
+training and of testing; those of one data set alone by ``--only``, as in ``experiments.table1``.
 """
 
 import argparse
@@ -21,6 +21,8 @@ import yaml
 from experiments import table1
 from experiments.command_line import StudyParser, arguments, configs
 from experiments.harness import Cell, run_all
+from experiments.pictures import draw_if_possible
+from experiments.pictures_robustness import draw_robustness
 from experiments.tables import markdown, mean_interval, paired_difference, write_csv, write_report
 from flops_lightning.errors import SettingError
 from flops_lightning.resume.checkpoint_files import newest_checkpoint
@@ -234,6 +236,7 @@ def write(tests: Mapping[Key, Cell], options: argparse.Namespace) -> None:
         for name, value in own.items()
     ]
     write_csv(options.output / "table3.csv", ("data_set", "method", "seed", "name", *MEASURES, "paper"), rows)
+    draw_if_possible(draw_robustness, options.output)
     write_report(options.output / "table3.md", report(results, small=options.small or options.quick))
 
 

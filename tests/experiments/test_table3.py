@@ -1,6 +1,7 @@
 """The study of the paper's Table 3: its commands, the control that stops backprop, its tables, and a run in small."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,7 @@ def test_a_run_in_small_trains_tests_and_reports_and_goes_on_where_it_was(
     assert {row["method"] for row in rows} == set(methods)
     assert len(rows) == len(methods) * 15
     assert all(0 <= float(row["accuracy"]) <= 1 for row in rows)
+    assert (tmp_path / "study/table3.png").is_file() == bool(find_spec("matplotlib"))
     text = (tmp_path / "study/table3.md").read_text()
     monkeypatch.setattr(Children, "run", lambda *_: pytest.fail("nothing is left to run"))
     main(given)
