@@ -6,7 +6,7 @@ import pytest
 
 import flops_lightning
 
-PACKAGES = ("allocators", "callbacks", "datamodules", "network", "robustness", "strategies", "tasks")
+PACKAGES = ("allocators", "callbacks", "datamodules", "network", "prompts", "robustness", "strategies", "tasks")
 
 
 def public() -> dict[str, type]:
