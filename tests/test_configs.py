@@ -7,18 +7,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import timm
 import torch
 import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Trainer
-from PIL import Image
-from safetensors.torch import save_file
 
 from flops_lightning.cli.command import build, main
-from flops_lightning.datamodules import CIFAR10DataModule
+from tests.cifar10 import noise_images, weights_argument
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml"))
@@ -55,19 +51,10 @@ def test_there_are_configurations() -> None:
 def cifar10(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Settings that give CIFAR-10's configuration images of noise, and weights of a network with another head."""
     root = tmp_path_factory.mktemp("cifar10")
-    pixels = np.random.default_rng(0)
-    for part, number in (("train", 14), ("test", 2)):
-        for name in CIFAR10DataModule.class_names:
-            (root / part / name).mkdir(parents=True)
-            for i in range(number):
-                image = Image.fromarray(pixels.integers(0, 256, (32, 32, 3), dtype=np.uint8))
-                image.save(root / part / name / f"{i}.png")
-    model = yaml.safe_load(Path(CIFAR10).read_text())["model"]["init_args"]
-    network = timm.create_model(model["model_name"], num_classes=200, **model["model_kwargs"])
-    save_file({name: value.half() for name, value in network.state_dict().items()}, root / "model.safetensors")
+    noise_images(root, train=14, test=2)
     data = {"root": root, "images_per_class": 0, "val_images": 10, "test_images": 0}
     given = [f"--data.init_args.{name}={value}" for name, value in data.items()]
-    return [f"--model.init_args.checkpoint={root / 'model.safetensors'}", *given]
+    return [weights_argument(root), *given]
 
 
 @pytest.mark.parametrize("path", RUN_HERE)

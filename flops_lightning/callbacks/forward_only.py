@@ -16,10 +16,11 @@ from flops_lightning.callbacks.pass_state import PassState, copied
 from flops_lightning.callbacks.silence import silence, silent_loggers
 from flops_lightning.callbacks.step_network import Step, StepNetwork, first_column
 from flops_lightning.distributed import present_communicator, reduce_gradients
-from flops_lightning.errors import LostQueriesError, SettingError, check_at_least
+from flops_lightning.errors import SettingError, check_at_least
 from flops_lightning.strategies.base import ForwardGradientStrategy
 from flops_lightning.strategies.mezo import MeZO
 from flops_lightning.strategies.parameter_perturbation import SPSA, EvolutionStrategies
+from flops_lightning.tasks.spending import count_skipped
 from flops_lightning.tasks.trainer_setup import check_trainer, remove_reducer_and_scaler
 
 REPLACED = ("training_step", "backward")
@@ -183,20 +184,15 @@ class ForwardOnly(pl.Callback):
         self.strategy.estimate(self.strategy.clean_pass(row, row))
         if self.strategy.exchange == "gradients":
             reduce_gradients(self.strategy.communicator, parameters, weight=1.0)  # ranks count alike, as in DDP
-        self._count_skipped(any(p.grad is not None for p in parameters))
+        self._skipped = count_skipped(
+            self._skipped, stepped=any(p.grad is not None for p in parameters), most=self.max_skipped_steps,
+            unit="batches", remedy="Lower the learning rate or the strategy's sigma, or clip gradients.",
+        )  # fmt: skip
         for p, before in zip(parameters, waiting, strict=True):
             if p.grad is not None:
                 p.grad /= trainer.accumulate_grad_batches
             if before is not None:
                 p.grad = before if p.grad is None else p.grad.add_(before)
-
-    def _count_skipped(self, found: bool) -> None:
-        self._skipped = 0 if found else self._skipped + 1
-        if self._skipped > self.max_skipped_steps:
-            raise LostQueriesError(
-                f"{self._skipped} batches in a row lost every query to non-finite losses (max_skipped_steps = "
-                f"{self.max_skipped_steps}). Lower the learning rate or the strategy's sigma, or clip gradients."
-            )
 
     def _loss(self) -> Tensor:
         assert self._query is not None

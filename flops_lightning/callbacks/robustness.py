@@ -1,7 +1,8 @@
 """Accuracy under noise and under attack, at the end of a test."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from flops_lightning.callbacks.tables import run_folder, write_table
 from flops_lightning.distributed import gather_plain, present_communicator
 from flops_lightning.errors import SettingError, check_choice, check_whole
 from flops_lightning.robustness.attacks import ATTACKS, AttackSettings, loss_slope
-from flops_lightning.robustness.corruptions import CORRUPTIONS
+from flops_lightning.robustness.corruptions import CORRUPTIONS, Corruption
 from flops_lightning.robustness.pixels import PixelModel
 from flops_lightning.settings import read_settings
 from flops_lightning.tasks.evaluation import first_seen
@@ -22,8 +23,7 @@ from flops_lightning.tasks.evaluation import first_seen
 TABLE_NAME, FILE_NAME = "robustness.csv", "robustness.json"
 COLUMNS = ("image", "corruption", "severity", "label", "prediction")
 CLEAN = "clean"
-Perturbation = Callable[[Tensor, Tensor, Sequence[int], Tensor | None], Tensor]
-"""``(pixels (b, c, h, w), labels (b,), indices of the images, derivative of their loss) -> pixels``."""
+Perturbation = Corruption | AttackSettings
 
 
 class Robustness(Callback):
@@ -70,11 +70,15 @@ class Robustness(Callback):
         self._perturbations: dict[tuple[str, float], Perturbation] = {}
         for name, levels in corruptions.items():
             check_choice("corruptions", name, list(CORRUPTIONS))
-            for level in levels:
-                self._add(f"corruptions.{name}", name, level, self._noise(CORRUPTIONS[name](level)))
+            for i, level in enumerate(levels):
+                setting = f"corruptions.{name}[{i}]"
+                with _entry(setting, is_one_number=True):
+                    noise = CORRUPTIONS[name](level)
+                self._add(setting, name, level, noise)
         for i, given in enumerate(attacks):
-            attack = read_settings(AttackSettings, given, f"attacks[{i}]")
-            self._add(f"attacks[{i}]", attack.name, attack.eps, self._attack(attack))
+            with _entry(f"attacks[{i}]"):
+                attack = read_settings(AttackSettings, given, f"attacks[{i}]")
+            self._add(f"attacks[{i}]", attack.name, attack.eps, attack)
         if not self._perturbations:
             raise SettingError("corruptions", corruptions, "there is neither noise nor attack.", "Give one of them.")
         self._attacked = bool(attacks)
@@ -85,11 +89,13 @@ class Robustness(Callback):
             raise SettingError(setting, _name(name, severity), problem, "Remove one of the two.")
         self._perturbations[name, severity] = perturbation
 
-    def _noise(self, corruption: Any) -> Perturbation:
-        return lambda pixels, _, index, __: corruption(pixels, index, seed=self._seed)
-
-    def _attack(self, attack: AttackSettings) -> Perturbation:
-        return lambda pixels, labels, _, slope: attack.run(self._model, pixels, labels, slope=slope)
+    def _perturbed(
+        self, change: Perturbation, pixels: Tensor, labels: Tensor, index: Sequence[int], slope: Tensor | None
+    ) -> Tensor:
+        """Images ``(b, c, h, w)`` under one noise or attack; ``slope``: derivative of their loss."""
+        if isinstance(change, AttackSettings):
+            return change.run(self._model, pixels, labels, slope=slope)
+        return change(pixels, index, seed=self._seed)
 
     @property
     def names(self) -> list[str]:
@@ -146,7 +152,8 @@ class Robustness(Callback):
         filled = [min(i, n - 1) for i in range(self._rows_at_once)]
         pixels, labels, index = self._model.pixels(images[filled]), labels[filled].long(), [index[i] for i in filled]
         slope = loss_slope(self._model, pixels, labels) if self._attacked else None  # where every attack begins
-        found = [pixels, *(change(pixels, labels, index, slope) for change in self._perturbations.values())]
+        changes = self._perturbations.values()
+        found = [pixels, *(self._perturbed(change, pixels, labels, index, slope) for change in changes)]
         with torch.no_grad():
             return [self._model(each).argmax(dim=1)[:n] for each in found]
 
@@ -165,6 +172,18 @@ class Robustness(Callback):
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             written = {"images": len(read), "seed": self._seed, "results": results}
             (folder / FILE_NAME).write_text(json.dumps(written, indent=2) + "\n")
+
+
+@contextmanager
+def _entry(setting: str, *, is_one_number: bool = False) -> Iterator[None]:
+    """Let a refusal name the entry of the list that it is about."""
+    try:
+        yield
+    except SettingError as error:
+        if error.setting == setting:
+            raise
+        name = setting if is_one_number else f"{setting}.{error.setting}"
+        raise SettingError(name, error.value, error.problem, error.remedy) from error
 
 
 def _name(name: str, severity: float) -> str:

@@ -175,7 +175,7 @@ class ReplayedNetwork(StagedNetwork):
             problem = f"is not built as the example was that the network was cut with: {entries}."
             raise SettingError("data", known.entries, problem, "Cut it with an example that has the same entries.")
         session = _Session(self, known, start, keep, visit, last, spend)
-        given = known.clone() if self._facts.overwrites else known
+        given = known.inputs_copied() if self._facts.overwrites and not spend else known
         with replaced(session.forwards()), uncompiled(self.module):
             try:
                 output = call(self.module, given.tree())
@@ -221,7 +221,7 @@ class _Session:
     def _replayed(self, unit: int) -> Callable[..., Any]:
         def run(*_: Any, **__: Any) -> Any:
             self._take_turn(unit)
-            tree = self.known.tree(unit)
+            tree = self.known.tree(unit, copied=not self.spend)
             if self.spend:
                 self.known.forget(unit)
             return tree

@@ -106,12 +106,16 @@ class Rows:
             )  # fmt: skip
         return cls(rows, {key: value for key, value in tensors.items() if not value.dim()}, {"inputs": skeleton})
 
-    def tree(self, name: Any = "inputs") -> Any:
-        """The structure of this name with its tensors; those that are not here are stand-ins of zeros."""
+    def tree(self, name: Any = "inputs", *, copied: bool = False) -> Any:
+        """The structure of this name with its tensors; those that are not here are stand-ins of zeros.
+
+        With ``copied``, those that the network is known to write to are copies.
+        """
 
         def put(leaf: Leaf) -> Tensor:
             if leaf.key in self.tensors:
                 value = self.tensors[leaf.key]
+                value = value.clone() if copied and leaf.writable else value
                 return value if not leaf.axis else value.movedim(0, leaf.axis)
             # A copy: the network may write to it.
             return self.shared[leaf.key].clone() if leaf.key in self.shared else leaf.stand_in(len(self))
@@ -122,6 +126,10 @@ class Rows:
         """The same rows, for an owner who lets tensors go one by one; nothing is left here."""
         tensors, self.tensors = self.tensors, {}
         return replace(self, tensors=tensors)
+
+    def inputs_copied(self) -> "Rows":
+        """The same rows, with copies of the inputs that are among them."""
+        return replace(self, tensors={k: t.clone() if k[0] == "inputs" else t for k, t in self.tensors.items()})
 
     def forget(self, name: Any) -> None:
         """Let go of the tensors of this name; their number of rows stays known."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from flops_lightning.distributed import present_communicator
-from flops_lightning.errors import LostQueriesError, check_at_least
+from flops_lightning.errors import check_at_least
 from flops_lightning.network.replay import result_of
 from flops_lightning.network.staging import BatchNormSetting, stage_network
 from flops_lightning.network.trace import call
@@ -26,7 +26,7 @@ from flops_lightning.strategies.query_strategy import QueryStrategy
 from flops_lightning.tasks import trainer_setup
 from flops_lightning.tasks.allocated_module import AllocatedModule, Batch
 from flops_lightning.tasks.mean_gradient import MeanGradient
-from flops_lightning.tasks.spending import SpendSettings
+from flops_lightning.tasks.spending import SpendSettings, count_skipped
 from flops_lightning.tasks.step import QueryLog, StepState, measure_gradient
 from flops_lightning.tensorboard import write_page
 
@@ -198,18 +198,13 @@ class ForwardModule(AllocatedModule):
         self._query_log.step(self, strategy.meter)
         self._spent = self.spend_settings.share(strategy)
         self.trainer.should_stop |= self._spent >= 1
-        self._count_skipped(stepped)
+        self._skipped = count_skipped(
+            self._skipped, stepped=stepped, most=self.max_skipped_steps, unit="steps",
+            remedy="Lower optimizer.lr or the sites' sigma, or set clip.norm.",
+        )  # fmt: skip
         if stepped:
             cast("LambdaLR", self.lr_schedulers()).step()
         return loss
-
-    def _count_skipped(self, stepped: bool) -> None:
-        self._skipped = 0 if stepped else self._skipped + 1
-        if self._skipped > self.max_skipped_steps:
-            raise LostQueriesError(
-                f"{self._skipped} steps in a row lost every query to non-finite losses (max_skipped_steps = "
-                f"{self.max_skipped_steps}). Lower optimizer.lr or the sites' sigma, or set clip.norm."
-            )
 
     def log_batch(self, estimate: Estimate, targets: Any) -> None:
         """Log ``train/loss`` and ``train/lr`` of a batch; override to log more."""

@@ -1,11 +1,11 @@
-"""Runs that end by what they have spent, where steps do not cost the same."""
+"""Runs that end by what they have spent, where steps do not cost the same, or because their steps come to nothing."""
 
 import math
 from dataclasses import dataclass
 
 import torch
 
-from flops_lightning.errors import check_at_least
+from flops_lightning.errors import LostQueriesError, check_at_least
 from flops_lightning.strategies.base import ForwardGradientStrategy
 
 
@@ -49,3 +49,17 @@ class SpendSettings:
         spent = torch.tensor([queries, total.forward_equivalents], dtype=torch.float64, device=device)
         limits = (self.queries or math.inf, self.forward_equivalents or math.inf)
         return max(n / limit for n, limit in zip(strategy.communicator.sum(spent).tolist(), limits, strict=True))
+
+
+def count_skipped(before: int, *, stepped: bool, most: int, unit: str, remedy: str) -> int:
+    """Steps in a row without a gradient, after one more; ``unit`` is what the message calls them.
+
+    Raises:
+        LostQueriesError: There are more than ``most`` (``max_skipped_steps``).
+    """
+    skipped = 0 if stepped else before + 1
+    if skipped > most:
+        raise LostQueriesError(
+            f"{skipped} {unit} in a row lost every query to non-finite losses (max_skipped_steps = {most}). {remedy}"
+        )
+    return skipped

@@ -1,15 +1,9 @@
 """The study of the paper's Table 1: its commands, what it repeats and what not, and its tables."""
 
 import sys
-from itertools import product
 from pathlib import Path
 
-import numpy as np
 import pytest
-import timm
-import yaml
-from PIL import Image
-from safetensors.torch import save_file
 
 from experiments.harness import Cell, Children, run_all
 from experiments.table1 import (
@@ -28,8 +22,8 @@ from experiments.table1 import (
 from experiments.tables import read_csv
 from flops_lightning.callbacks import QueryAllocatorCallback
 from flops_lightning.cli.command import build
-from flops_lightning.datamodules import CIFAR10DataModule
-from tests.experiments.fakes import ROOT, entries, finish
+from tests.cifar10 import noise_images, weights_argument
+from tests.experiments.fakes import entries, finish
 
 QUERIES = "--model.init_args.strategy.init_args.queries=100"
 
@@ -179,17 +173,9 @@ def test_the_tables_stand_beside_the_papers_figures(
 def cifar10(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Arguments of the study that give it images of noise, and weights of a network with another head."""
     root = tmp_path_factory.mktemp("cifar10")
-    pixels = np.random.default_rng(0)
-    for part, name in product(("train", "test"), CIFAR10DataModule.class_names):
-        (root / part / name).mkdir(parents=True)
-        for i in range(4 if part == "train" else 1):
-            image = Image.fromarray(pixels.integers(0, 256, (32, 32, 3), dtype=np.uint8))
-            image.save(root / part / name / f"{i}.png")
-    model = yaml.safe_load((ROOT / SMALL).read_text())["model"]["init_args"]
-    network = timm.create_model(model["model_name"], num_classes=200, **model["model_kwargs"])
-    save_file(network.state_dict(), root / "model.safetensors")
+    noise_images(root, train=4, test=1)
     only = [f"cifar10:data.init_args.{name}={given}" for name, given in (("root", root), ("val_images", 10))]
-    return ["--small", "--only", *only, "--", f"--model.init_args.checkpoint={root / 'model.safetensors'}"]
+    return ["--small", "--only", *only, "--", weights_argument(root)]
 
 
 STRATEGIES = {

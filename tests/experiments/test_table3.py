@@ -5,21 +5,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import timm
 import torch
-import yaml
-from PIL import Image
-from safetensors.torch import save_file
 
 from experiments.activation_noise import ActivationNoise
 from experiments.harness import Cell, Children
 from experiments.table3 import KINDS, METHODS, PAPER, Key, command_line, evaluation, main, nearest, report, training
 from experiments.tables import read_csv
-from flops_lightning.datamodules import CIFAR10DataModule
 from flops_lightning.errors import SettingError
 from flops_lightning.strategies import Backprop
+from tests.cifar10 import noise_images, weights_argument
 from tests.digits import classifier, quiet_trainer
 from tests.experiments.fakes import ROOT, entries, finish
 
@@ -158,21 +153,12 @@ def test_a_run_in_small_trains_tests_and_reports_and_goes_on_where_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    pixels = np.random.default_rng(0)
-    for part, number in (("train", 6), ("test", 2)):
-        for name in CIFAR10DataModule.class_names:
-            (tmp_path / part / name).mkdir(parents=True)
-            for i in range(number):
-                image = Image.fromarray(pixels.integers(0, 256, (32, 32, 3), dtype=np.uint8))
-                image.save(tmp_path / part / name / f"{i}.png")
-    model = yaml.safe_load((ROOT / "configs/vit_micro_cifar10.yaml").read_text())["model"]["init_args"]
-    network = timm.create_model(model["model_name"], num_classes=200, **model["model_kwargs"])
-    save_file(network.state_dict(), tmp_path / "model.safetensors")
+    noise_images(tmp_path, train=6, test=2)
     methods = ["bp", "ops_lr", "bp_stopped", "bp_noise"]  # ops_spsa takes as long as all others
     given = ["--quick", "--seeds", "0", "--every", "1", "--output", str(tmp_path / "study"), "--jobs", "2", "--methods"]
     given += methods
     own = ["--only", f"cifar10:data.init_args.root={tmp_path}"]
-    given += [*own, "--", f"--model.init_args.checkpoint={tmp_path / 'model.safetensors'}"]
+    given += [*own, "--", weights_argument(tmp_path)]
     main(given)
     rows = read_csv(tmp_path / "study/table3.csv")
     assert {row["method"] for row in rows} == set(methods)

@@ -297,6 +297,42 @@ def test_rows_of_another_length_and_batches_of_one_are_replayed() -> None:
     torch.testing.assert_close(network.run(h, 2), call(problem.module, longer), rtol=0, atol=0)
 
 
+class WritingBeside(nn.Module):
+    """Glue writes to a frozen tensor that passes beside, and to the inputs, which are read at the top."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.skip, self.a, self.b, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.skip.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        skip = self.skip(x)
+        h = torch.tanh(self.a(x))
+        skip += 1
+        x *= 2
+        return self.head(self.b(h) + skip + x)
+
+
+def test_what_a_network_writes_to_stays_as_it_is_outside_of_queries_and_is_not_copied_in_them() -> None:
+    problem = problem_of(WritingBeside())
+    inputs = problem.inputs.clone()
+    network = stage_by_replay(problem.module, inputs)
+    assert [stage.name for stage in network.stages] == ["skip", "a", "b", "head"]
+    kept: dict[int, Rows] = {}
+    whole = network.visit(inputs, 0, (1, 2, 3), lambda i, h: kept.update({i: h.clone()}))
+    torch.testing.assert_close(whole, call(problem.module, inputs.clone()), rtol=0, atol=0)
+    assert torch.equal(inputs, problem.inputs)
+    for i, h in kept.items():
+        again: dict[int, Rows] = {i: h.clone()}
+        assert torch.equal(network.run(again[i], i), whole)
+        network.visit(again[i], i, range(i + 1, 4), lambda j, rows: again.update({j: rows.clone()}))  # noqa: B023
+        for j, rows in again.items():
+            assert all(torch.equal(tensor, kept[j].tensors[key]) for key, tensor in rows.tensors.items())
+        spent = again[i].tensors["inputs", 0]
+        assert torch.equal(network.run_suffix(again[i], i), whole)
+        assert torch.equal(spent, 2 * problem.inputs)
+
+
 class BatchMean(nn.Module):
     def __init__(self) -> None:
         super().__init__()
