@@ -100,6 +100,7 @@ STRATEGIES = {
     "ops_spsa": ("SPSA", "OptimalAllocator", 20),
     "spsa_guided": ("SPSA", "EqualAllocator", 20),
     "spsa_flipout": ("SPSA", "EqualAllocator", 20),
+    "grzo": ("SPSA", "EqualAllocator", 20),
     "zo_muon": ("EvolutionStrategies", "EqualAllocator", 20),
     "mezo": ("MeZO", "none", 2),
     "mezo_nspsa": ("MeZO", "none", 80),

@@ -75,7 +75,8 @@ class ForwardOnly(pl.Callback):
             raise SettingError(
                 "ForwardOnly.strategy", type(strategy).__name__, "needs the loss of each sample, and a training_step "
                 "returns that of the batch.",
-                "Use MeZO, or SPSA or EvolutionStrategies with layout: shared and no pilots, or a ForwardModule.",
+                "Use MeZO, or SPSA or EvolutionStrategies with layout: shared, no pilots and normalize: none, or a "
+                "ForwardModule.",
             )  # fmt: skip
         check_at_least("ForwardOnly.max_skipped_steps", max_skipped_steps, 0)
         self.strategy = strategy
@@ -245,6 +246,8 @@ class ForwardOnly(pl.Callback):
 
 
 def _moves_all_at_once(strategy: ForwardGradientStrategy) -> bool:
+    if isinstance(strategy, SPSA) and strategy.normalize != "none":
+        return False  # the batch is a single row here, whose weights have no spread over samples
     if isinstance(strategy, (SPSA, EvolutionStrategies)):
         return strategy.layout == "shared" and not strategy.pilots.queries
     return isinstance(strategy, MeZO)

@@ -21,6 +21,8 @@ from flops_lightning.strategies.sites import Site
 
 Exchange = Literal["gradients", "losses"]
 """What ranks exchange: their gradients, or the scalars that weigh directions which every rank can draw."""
+Normalize = Literal["none", "std"]
+"""What an estimate is divided by: nothing, or the standard deviation of its weights."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,8 +2,8 @@
 
 For the weight ``(o, i)`` of a linear, sample ``b`` moves along ``Z_b = (s_b r_b^T) * Z`` (elementwise) with the signs
 ``s_b`` on its outputs and ``r_b`` on its inputs (Flipout: Wen et al., ICLR 2018, arXiv 1803.04386; for
-zeroth-order estimates GRZO, arXiv 2606.02857, whose normalisation over the samples is not part of it). ``Z`` is that of
-all samples, so a query is one more matrix product for a whole chunk, whatever its samples::
+zeroth-order estimates GRZO, arXiv 2606.02857, which also divides by the weights' spread: ``normalize: std``). ``Z`` is
+that of all samples, so a query is one more matrix product for a whole chunk, whatever its samples::
 
     y_b = W x_b + sigma s_b * (Z (r_b * x_b))
 
@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from flops_lightning.network.compilation import CompiledNetwork
 from flops_lightning.noise.keys import split_into
 from flops_lightning.noise.kinds import NoiseSpec, draw_noise
 from flops_lightning.queries import Chunk, CleanPass, RowPlan
@@ -41,12 +42,20 @@ class FlipoutDirections(FactoredDirections):
     noise: ClassVar[NoiseSpec] = NoiseSpec("rademacher")
 
     def chunks(self, plan: RowPlan) -> Iterator[tuple[NDArray[np.int64], Chunk]]:
-        """Direction by direction, all its samples in chunks."""
+        """Direction by direction, all its samples in chunks.
+
+        A compiled network gets few shapes, which padding fills up: powers of two.
+        """
+        compiled = isinstance(self.network, CompiledNetwork)
         direction, size = plan.queries // self.unit, max(self.unit, self.chunk_rows // self.unit * self.unit)
         for p in np.unique(direction).tolist():
             rows = np.flatnonzero(direction == p)
             for some in np.split(rows, range(size, len(rows), size)):
-                yield some, Chunk(plan.samples[some], plan.queries[some], len(some))
+                whole = min(size, self.unit * 2 ** (len(some) // self.unit - 1).bit_length()) if compiled else len(some)
+                samples, queries = (
+                    np.pad(part[some], (0, whole - len(some)), "edge") for part in (plan.samples, plan.queries)
+                )
+                yield some, Chunk(samples, queries, len(some))
 
     def _directions(self, site: Site, clean: CleanPass, chunk: Chunk, index: Tensor, bases: Bases) -> Directions:
         """Signs of the rows, and on linears the matrices that they share."""

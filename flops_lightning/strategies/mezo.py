@@ -41,7 +41,7 @@ from flops_lightning.noise.keys import NoiseKey
 from flops_lightning.noise.kinds import Distribution, NoiseSpec
 from flops_lightning.phases import phase
 from flops_lightning.queries import CleanPass, LossFunction, clean_pass, plan_rows
-from flops_lightning.strategies.base import ChunkedStrategy, Estimate, Exchange, add_gradients, warn_silent
+from flops_lightning.strategies.base import ChunkedStrategy, Estimate, Exchange, Normalize, add_gradients, warn_silent
 from flops_lightning.strategies.costs import site_costs
 from flops_lightning.strategies.parameter_queries import Response
 from flops_lightning.strategies.precision import warn_unresolved_sigma
@@ -50,7 +50,6 @@ from flops_lightning.strategies.site_specs import SiteSpec
 from flops_lightning.strategies.sites import resolve_sites
 from flops_lightning.strategies.whole_batch import WholeBatchStrategy
 
-Normalize = Literal["none", "std"]
 Sides = Literal["antithetic", "baseline"]
 SITE = "all"
 

@@ -12,11 +12,11 @@ from flops_lightning.network.functional import FunctionalStages
 from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.noise.keys import NoiseKey
 from flops_lightning.queries import CleanPass, LossFunction
-from flops_lightning.strategies.base import Exchange
+from flops_lightning.strategies.base import Exchange, Normalize
 from flops_lightning.strategies.delta import Variant
 from flops_lightning.strategies.factored_directions import FactoredDirections
 from flops_lightning.strategies.flipout_directions import FlipoutDirections
-from flops_lightning.strategies.parameter_queries import ParameterQueries, ParameterQueryResult, Response
+from flops_lightning.strategies.parameter_queries import ParameterQueries, ParameterQueryResult, Response, normalized
 from flops_lightning.strategies.query_strategy import QueryStrategy
 from flops_lightning.strategies.row_layers import SiteParts, site_parts
 from flops_lightning.strategies.shared_directions import SharedDirections
@@ -211,6 +211,13 @@ class SPSA(ParameterPerturbation):
     ``z`` and ``-z`` are equally likely, ``E L(theta - sigma z) z = -E L(theta + sigma z) z``, so the expectation is
     that of the one-sided estimate (eq. 2), ``E L(theta + sigma z) z / sigma``.
 
+    ``normalize: std`` divides the estimate of each site by the standard deviation of the weights
+    ``[L_b(theta + sigma z_p) - L_b(theta - sigma z_p)] / (2 sigma)`` over the batch (that of all processes), in which
+    samples count alike, whatever their number of pairs. A fixed rate then takes long steps where samples agree or the
+    loss is flat. With ``layout: flipout``, one pair a sample and plain SGD it is GRZO (arXiv 2606.02857), which divides
+    by the spread of the difference of losses: its rate is ``2 sigma`` times ours. A batch whose weights are all alike,
+    for example of one sample with one pair, gives zero.
+
     Example:
         >>> from flops_lightning import SPSA, SiteSpec, stage_network
         >>> network = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False))
@@ -225,5 +232,27 @@ class SPSA(ParameterPerturbation):
 
     fixed = frozenset({"variant"})
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, *, normalize: Normalize = "none", **settings: Any) -> None:
+        """Keep the settings.
+
+        Args:
+            normalize: ``none``, or ``std``: divide by the standard deviation over the batch.
+            **settings: See :class:`ParameterPerturbation`.
+        """
         super().__init__(variant="antithetic", **settings)
+        check_choice("model.strategy.normalize", normalize, get_args(Normalize))
+        if normalize == "std" and self.pilots.queries:
+            problem = "divides by the spread of a step's weights, and pilots would have another one."
+            raise SettingError("model.strategy.normalize", normalize, problem, "Write pilots: {queries: 0}, or none.")
+        self.normalize = normalize
+
+    def rescaled(self, clean: CleanPass, result: ParameterQueryResult | None) -> ParameterQueryResult | None:
+        """See :func:`normalized`."""
+        return normalized(result, clean, self.communicator) if self.normalize == "std" else result
+
+    def derivative_along(self, clean: CleanPass, directions: Mapping[str, Tensor]) -> Tensor:
+        """See :meth:`QueryStrategy.derivative_along`; refused for a gradient of another length."""
+        if self.normalize == "std":
+            problem = "changes the length of the gradient, from which the number of queries would be chosen."
+            raise SettingError("model.strategy.normalize", "std", problem, "Write none, or budget: {rule: fixed}.")
+        return super().derivative_along(clean, directions)

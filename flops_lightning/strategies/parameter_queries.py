@@ -6,7 +6,7 @@ Only the losses are kept. A direction is a pure function of its key, so it is ge
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flops_lightning.distributed import Communicator
 from flops_lightning.network.functional import FunctionalStages
 from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.noise.keys import NoiseKey
@@ -152,6 +153,32 @@ class ParameterQueryResult:
             weights, divisor = torch.where(self.alive, weights - mean[self.sample], 0.0), n - 1
         per_sample = torch.where(self.found, share / divisor.clamp(min=1), 0.0) / len(n)
         return weights * per_sample[self.sample]
+
+
+def normalized(
+    result: ParameterQueryResult | None, clean: CleanPass, communicator: Communicator
+) -> ParameterQueryResult | None:
+    """Weights divided by their standard deviation over the samples of all ranks; traces stay as they are.
+
+    With ``w_bu`` the weight of the unit ``u`` of sample ``b`` and ``n_b`` units that count::
+
+        s^2 = mean_b 1/n_b sum_u (w_bu - m)^2        m = mean_b 1/n_b sum_u w_bu
+
+    so that samples count alike, whatever their queries. Zero where ``s`` is: a single unit has no scatter.
+    """
+    weight = share = clean.loss.new_zeros(0)
+    if result is not None:
+        signs = result.weights.new_tensor([1.0, -1.0])[: result.unit]
+        weight = (result.weights.view(-1, result.unit) * signs).mean(1)
+        sample = result.sample[:: result.unit]
+        share = result.alive[:: result.unit] * result.unit / result.survivors[sample].clamp(min=1)
+    samples, total = communicator.sum(torch.stack([share.sum(), (share * weight).sum()]).double())
+    mean = total / samples.clamp(min=1)
+    square = communicator.sum((share * (weight.double() - mean).square()).sum()) / samples.clamp(min=1)
+    if result is None:
+        return None
+    scaled = result.weights / square.sqrt().to(result.weights)
+    return replace(result, weights=torch.where(square > 0, scaled, 0.0))
 
 
 @dataclass(frozen=True, eq=False)

@@ -54,6 +54,11 @@ class QueryStrategy(SiteStrategy, Generic[Q]):
         del clean, counts
         raise TypeError(f"{type(self).__name__} perturbs no layers together, as {site.name} wants.")
 
+    def rescaled(self, clean: CleanPass, result: Q | None) -> Q | None:
+        """The results of a step's queries at a site, changed before the gradient is made; every rank asks."""
+        del clean
+        return result
+
     def learn(self, site: Site, result: Q) -> None:
         """Learn from a step's own queries, for later steps."""
 
@@ -265,6 +270,7 @@ class QueryStrategy(SiteStrategy, Generic[Q]):
         pilots = self._pilots_of(site, clean)
         first = self.pilots.queries if pilots else 0
         rest = engine.query(site, clean, counts, first_query=first, traces=traces is not None)
+        rest = self.rescaled(clean, rest)
         if rest is not None:
             self.learn(site, rest)
         if rest is not None and traces is not None:

@@ -52,6 +52,29 @@ def test_samples_share_a_matrix_up_to_signs_of_rows_and_columns(tokens_net, toke
 
 
 @pytest.mark.parametrize(
+    ("chunk_rows", "shapes"), [(16, [8, 8, 4, 4, 2]), (6, [6, 6, 4, 4, 2]), (5, [4, 2, 4, 2, 4, 4, 2])]
+)
+def test_a_compiled_network_gets_few_shapes(chunk_rows, shapes, tokens_net, tokens, monkeypatch):
+    """Directions of few samples are filled up to a power of two, or to a whole chunk."""
+    seen, sites, counts = (
+        [],
+        [{"stages": s, "sigma": 0.5} for s in (["0", "1"], ["2", "4"])],
+        torch.tensor([10, 4, 8, 0]),
+    )
+    settings = {"layout": "flipout", "chunk_rows": chunk_rows}
+
+    def compiled(module):
+        return lambda x: seen.append(len(x)) or module(x)
+
+    _, expected = estimated(bound_to(SPSA, tokens_net, squared_error, sites, **settings), *tokens, counts)
+    monkeypatch.setattr("flops_lightning.network.compilation._compiled", compiled)
+    strategy = bound_to(SPSA, tokens_net, squared_error, sites, compile_suffixes=True, **settings)
+    _, found = estimated(strategy, *tokens, counts)
+    assert seen == shapes  # of 6, 6, 4, 4 and 2 rows
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"rank": 2}, r"rank = 2: has no effect here. Remove it, or write layout: factored or subspace"),
