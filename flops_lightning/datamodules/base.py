@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_convert
 
 from flops_lightning.datamodules.augmentation import RandAugmentSettings, mixing
+from flops_lightning.datamodules.class_names import PHOTO, in_words
 from flops_lightning.datamodules.loading import GlobalBatches, KeyedBatches, TrainingLoader, local_batch_size
 from flops_lightning.errors import SettingError, check_at_least, check_whole
 from flops_lightning.robustness.pixels import denormalized
@@ -32,6 +33,7 @@ class ImageDataModule(LightningDataModule):
 
     Attributes:
         class_names: One name per class, in the order of the labels.
+        template: A caption with ``{}`` where a name of :attr:`display_names` stands, as CoOp and CLIP use it.
         in_chans: Channels of an image.
         image_size: Height and width of an image, in pixels.
         mean: Mean per channel, subtracted from values between 0 and 1.
@@ -64,6 +66,7 @@ class ImageDataModule(LightningDataModule):
     """
 
     in_chans: ClassVar[int]
+    template: ClassVar[str] = PHOTO
 
     class_names: tuple[str, ...]
     image_size: int
@@ -97,6 +100,16 @@ class ImageDataModule(LightningDataModule):
     def num_classes(self) -> int:
         """Number of classes; labels run from 0 to one less."""
         return len(self.class_names)
+
+    @property
+    def display_names(self) -> tuple[str, ...]:
+        """The classes as a caption would name them, for models that read the names."""
+        return in_words(self.class_names)
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """Captions whose features are averaged, as in CLIP's ensembles; :attr:`template` alone where there are none."""
+        return (self.template,)
 
     def train_dataloader(self) -> TrainingLoader:
         """Training batches, in a new order each epoch."""

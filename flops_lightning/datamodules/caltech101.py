@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from flops_lightning.datamodules.class_names import in_words
 from flops_lightning.datamodules.photos import PhotoDataModule
 from flops_lightning.datamodules.sources import ImageSource
 
@@ -20,6 +21,9 @@ CLASSES = (
     "wrench", "yin_yang",
 )  # fmt: skip
 
+RENAMED = {"Faces": "face", "Leopards": "leopard", "Motorbikes": "motorbike", "airplanes": "airplane"}
+"""CoOp's names of folders that are no words for one thing."""
+
 
 class Caltech101DataModule(PhotoDataModule):
     """Caltech101: 8,677 photos of objects in 101 classes, 31 to 800 of each.
@@ -31,7 +35,8 @@ class Caltech101DataModule(PhotoDataModule):
 
     There is no standard split. Unless ``split_file`` names one, half of each class's images train, a fifth validate and
     three tenths test: the shares of CoOp's split, on which later work on adapting pretrained networks reports. CoOp's
-    own file, ``split_zhou_Caltech101.json``, works as well; it has 100 classes, without ``Faces_easy``.
+    own file, ``split_zhou_Caltech101.json``, works as well; it has 100 classes, without ``Faces_easy``. Display names
+    are CoOp's.
 
     Source: L. Fei-Fei et al., Learning Generative Visual Models from Few Training Examples, 2004.
 
@@ -39,6 +44,8 @@ class Caltech101DataModule(PhotoDataModule):
         >>> data = Caltech101DataModule(download=True, image_size=64)
         >>> data.num_classes, data.class_names[0]
         (101, 'Faces')
+        >>> data.display_names[:6]
+        ('face', 'Faces easy', 'leopard', 'motorbike', 'accordion', 'airplane')
     """
 
     class_names = CLASSES
@@ -47,3 +54,8 @@ class Caltech101DataModule(PhotoDataModule):
     def __init__(self, **settings: Any) -> None:
         """Check the settings (:class:`PhotoDataModule`) and that the folder is there."""
         super().__init__(val_images=0, test_images=0, **settings)
+
+    @property
+    def display_names(self) -> tuple[str, ...]:
+        """See :attr:`ImageDataModule.display_names`."""
+        return in_words([RENAMED.get(name, name) for name in self.class_names])

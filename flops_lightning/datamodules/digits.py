@@ -44,6 +44,8 @@ class DigitsDataModule(ImageDataModule):
     """
 
     class_names = ("0", "1", "2", "3", "4", "5", "6", "7", "8", "9")
+    display_names = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+    template = 'a photo of the number: "{}".'
     in_chans = 1
     image_size = 8
     # Over the pixels of all 1797 upright images, scaled to 0..1.

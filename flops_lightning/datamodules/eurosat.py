@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from flops_lightning.datamodules.class_names import of_capitals
 from flops_lightning.datamodules.photos import PhotoDataModule
 from flops_lightning.datamodules.sources import ImageSource
 
@@ -32,7 +33,18 @@ class EuroSATDataModule(PhotoDataModule):
 
     class_names = CLASSES
     source = ImageSource("EuroSAT", "eurosat/2750", CLASSES)
+    template = "a centered satellite photo of {}."
 
     def __init__(self, **settings: Any) -> None:
         """Check the settings (:class:`PhotoDataModule`) and that the folder is there."""
         super().__init__(val_images=0, test_images=0, **settings)
+
+    @property
+    def display_names(self) -> tuple[str, ...]:
+        """See :attr:`ImageDataModule.display_names`; the folders' names in words, or those of the ``split_file``."""
+        return of_capitals(self.class_names)
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """CLIP's three."""
+        return tuple(self.template.replace("{}", f"{article}{{}}") for article in ("", "a ", "the "))

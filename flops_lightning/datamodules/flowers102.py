@@ -62,6 +62,7 @@ class Flowers102DataModule(PhotoDataModule):
     """
 
     source = Flowers102Source("Flowers102", "flowers-102", contents="jpg/, imagelabels.mat and setid.mat")
+    template = "a photo of a {}, a type of flower."
 
     def __init__(self, **settings: Any) -> None:
         """Check the settings (:class:`PhotoDataModule`) and that the folder is there."""

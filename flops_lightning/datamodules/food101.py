@@ -58,6 +58,7 @@ class Food101DataModule(PhotoDataModule):
     """
 
     source = Food101Source("Food101", "food-101", contents="images/ and meta/ of the data set")
+    template = "a photo of {}, a type of food."
 
     def __init__(self, *, val_images: int = 5050, **settings: Any) -> None:
         """Check the settings (:class:`PhotoDataModule`) and that the folder is there."""

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from flops_lightning.datamodules.class_names import imagenet_names, imagenet_templates
 from flops_lightning.datamodules.files import Listing, Part, class_folders, list_class_folders
 from flops_lightning.datamodules.photos import PhotoDataModule
 from flops_lightning.datamodules.sources import ImageSource
@@ -69,6 +70,16 @@ class ImageNetDataModule(PhotoDataModule):
     """
 
     source = ImageNetSource("ImageNet")
+
+    @property
+    def display_names(self) -> tuple[str, ...]:
+        """CLIP's names of the classes; see :func:`imagenet_names`."""
+        return imagenet_names(self.class_names)
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """CLIP's 80."""
+        return imagenet_templates()
 
     def __init__(self, *, root: str = "data/downloads/imagenet", val_images: int = 10000, **settings: Any) -> None:
         """Check the settings (:class:`PhotoDataModule`; ``download`` is refused) and that the folders are there."""

@@ -37,7 +37,10 @@ class PhotoDataModule(ImageDataModule):
     Args:
         root: Folder that holds the data set.
         image_size: Height and width of the images, in pixels; all are resized to this square, bicubically.
-        images_per_class: Training images of each class; 0 uses all.
+        images_per_class: Training images of each class; 0 uses all. With ``split_seed`` 1, 2 and 3 there are three
+            draws.
+        val_images_per_class: Validation images of each class; 0 uses all. CoOp takes 4 beside 16 to train. They are
+            chosen from the validation part, which is split off the training part where the data set has none.
         val_images: Images split off the training part for validation, each class keeping its share; 0 for none.
         test_images: Images of the test part to test with, each class keeping its share; 0 uses all, which is what
             published accuracies are measured on.
@@ -47,7 +50,7 @@ class PhotoDataModule(ImageDataModule):
         split_seed: Chooses the images of the settings above; independent of the seed of the run, so that runs with
             different seeds are measured on the same images. From 0 to 2**32 - 1.
         allow_missing: Leave out listed images that are not there, and classes without any, and say how many; otherwise
-            the first one is an error.
+            the first one is an error. So is, without it, a class that has fewer images than are asked for.
         augment: Augment training images: photos are cropped at random (8 % to 100 % of the area, 3:4 to 4:3), the
             images of CIFAR shifted by up to an eighth of their size, on black; half of them are mirrored.
         normalization: Mean and standard deviation of the pixels: ``backbone`` asks the task's timm model for those that
@@ -61,8 +64,9 @@ class PhotoDataModule(ImageDataModule):
 
     def __init__(
         self, *, root: str = "data/downloads", batch_size: int = 128, image_size: int = 224, images_per_class: int = 0,
-        val_images: int = 0, test_images: int = 0, val_share: float = VAL_SHARE, test_share: float = TEST_SHARE,
-        split_file: str | None = None, split_seed: int = 0, allow_missing: bool = False, augment: bool = False,
+        val_images_per_class: int = 0, val_images: int = 0, test_images: int = 0, val_share: float = VAL_SHARE,
+        test_share: float = TEST_SHARE, split_file: str | None = None, split_seed: int = 0,
+        allow_missing: bool = False, augment: bool = False,
         normalization: Literal["backbone", "imagenet", "inception"] = "backbone", download: bool = False,
         **loading: Any,
     ) -> None:  # fmt: skip
@@ -74,7 +78,10 @@ class PhotoDataModule(ImageDataModule):
         check_whole("data.image_size", image_size, 1, "Give pixels, for example 32 or 224.")
         for name, flag in {"allow_missing": allow_missing, "augment": augment, "download": download}.items():
             check_flag(f"data.{name}", flag)
-        numbers = {"images_per_class": images_per_class, "val_images": val_images, "test_images": test_images}
+        numbers = {
+            "images_per_class": images_per_class, "val_images_per_class": val_images_per_class,
+            "val_images": val_images, "test_images": test_images,
+        }  # fmt: skip
         for name, number in numbers.items():
             check_whole(f"data.{name}", number, 0, "Give a number of images, or 0.")
         splits.check_shares(val_share, test_share)
@@ -82,7 +89,8 @@ class PhotoDataModule(ImageDataModule):
         check_choice("data.normalization", normalization, [*self.normalizations, BACKBONE])
         self.root, self.download, self.allow_missing = str(root), download, allow_missing
         self.image_size, self.augment, self.normalization = image_size, augment, normalization
-        self.images_per_class, self.val_images, self.test_images = images_per_class, val_images, test_images
+        self.images_per_class, self.val_images_per_class = images_per_class, val_images_per_class
+        self.val_images, self.test_images = val_images, test_images
         self.val_share, self.test_share = val_share, test_share
         self.split_file, self.split_seed = split_file, split_seed
         if normalization != BACKBONE:
@@ -139,8 +147,11 @@ class PhotoDataModule(ImageDataModule):
                 allow_missing=self.allow_missing if self.source.may_lack_images else None,
             )  # fmt: skip
             read_some(parts)
-            parts["train"] = splits.choose_per_class(
-                parts["train"], self.images_per_class, seed=self.split_seed, class_names=self.class_names
+            by: dict[str, Any] = {"seed": self.split_seed, "class_names": self.class_names, "fewer": self.allow_missing}
+            parts["train"] = splits.choose_per_class(parts["train"], self.images_per_class, **by)
+            few = self.val_images_per_class if parts["train"].files else 0  # there is a test part alone
+            parts["val"] = splits.choose_per_class(
+                parts["val"], few, kind="validation", setting="data.val_images_per_class", **by
             )
             self._parts = parts
             counts = ", ".join(f"{len(parts[part].files):,} {part}" for part in PARTS)

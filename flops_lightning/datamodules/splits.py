@@ -1,6 +1,7 @@
 """Which images train, validate and test: splits that keep every class's share, and small training sets."""
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
@@ -117,20 +118,32 @@ def read_split_file(file: str) -> tuple[tuple[str, ...], Mapping[Part, Listing]]
     return tuple(names[label] for label in range(len(names))), parts
 
 
-def choose_per_class(listing: Listing, per_class: int, *, seed: int, class_names: Sequence[str]) -> Listing:
+def choose_per_class(
+    listing: Listing, per_class: int, *, seed: int, class_names: Sequence[str], kind: str = "training",
+    setting: str = "data.images_per_class", fewer: bool = False,
+) -> Listing:  # fmt: skip
     """Choose the same number of images of every class, in their order; a smaller choice is part of every larger one.
 
-    0 chooses all.
+    0 chooses all. A class that has fewer is refused, or with ``fewer`` keeps all of its images, and a warning tells
+    how many there are.
     """
-    if per_class == 0 or not len(listing.files):
+    if per_class == 0 or (kind == "training" and not len(listing.files)):
         return listing
-    labels = torch.tensor(listing.labels)
+    labels = torch.tensor(listing.labels, dtype=torch.long)
     counts = labels.bincount(minlength=len(class_names))
-    fewest = int(counts.min())
+    fewest, lacking = int(counts.min()), class_names[int(counts.argmin())]
     if per_class > fewest:
-        lacking = class_names[int(counts.argmin())]
-        problem = f"{lacking} has {fewest} training images, not counting those for validation."
-        raise SettingError("data.images_per_class", per_class, problem, f"Use at most {fewest}, or 0 for all.")
+        has = f"{lacking} has {fewest} {kind} images"
+        if not fewer:
+            others = ", not counting those for validation" if kind == "training" else ""
+            less = f"at most {fewest}, or 0 for all" if fewest else "0, or split some off with val_images or val_share"
+            raise SettingError(setting, per_class, f"{has}{others}.", f"Use {less}.")
+        found = int(counts.clamp(max=per_class).sum())
+        warnings.warn(
+            f"{setting} = {per_class}: {int((counts < per_class).sum())} of {len(class_names)} classes have fewer "
+            f"images, {has}. {found} {kind} images are used in the place of {per_class * len(class_names)}.",
+            stacklevel=2,
+        )
     shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     of_class = [shuffled[labels[shuffled] == label][:per_class] for label in range(len(class_names))]
     return listing.at(torch.cat(of_class).sort().values)

@@ -83,6 +83,57 @@ def test_fewer_images_of_each_class_are_part_of_more_and_leave_the_other_parts_a
         kind.prepared(roots[name], images_per_class=most + 1)
 
 
+@pytest.mark.parametrize(("name", "shots", "val"), [("imagenet", 2, 1), ("eurosat", 4, 1), ("flowers102", 1, 1)])
+def test_a_few_validation_images_of_each_class_are_none_that_train_or_test_and_seeds_draw_others(
+    name, shots, val, roots
+):
+    kind, few = KINDS[name], {"images_per_class": shots, "val_images_per_class": val}
+    drawn = []
+    for seed in (1, 2, 3):
+        whole, data = (kind.prepared(roots[name], split_seed=seed, **settings) for settings in ({}, few))
+        assert data.train_set.labels.bincount().tolist() == [shots] * kind.classes
+        assert data.val_set.labels.bincount().tolist() == [val] * kind.classes
+        for part in PARTS:
+            assert set(contents(data, part)) <= set(contents(whole, part))
+        assert contents(data, "test") == contents(whole, "test")
+        drawn.append((contents(data, "train"), contents(data, "val")))
+    assert (drawn[0] != drawn[1] != drawn[2]) == (name != "flowers102")  # it has one image of each
+    most = kind.of_each[1]
+    with pytest.raises(
+        SettingError, match=rf"data.val_images_per_class = {most + 1}: .* has {most} validation images\. Use"
+    ):
+        kind.prepared(roots[name], val_images_per_class=most + 1)
+
+
+def test_without_a_validation_part_none_can_be_chosen_from_it(roots, tmp_path):
+    with pytest.raises(
+        SettingError, match=r"data.val_images_per_class = 1: n\d+ has 0 validation images\. .*val_images"
+    ):
+        KINDS["imagenet"].prepared(roots["imagenet"], val_images=0, val_images_per_class=1)
+    (tmp_path / "val").symlink_to(roots["imagenet"] / "val")  # nothing but images to test
+    data = KINDS["imagenet"].prepared(tmp_path, "test", images_per_class=1, val_images_per_class=1)
+    assert len(data.test_set) == 2 * len(WNIDS)
+
+
+def test_classes_with_fewer_images_are_counted_where_images_may_be_missing(roots, tmp_path):
+    listed = {"train": [[f"AnnualCrop/image_000{i}.jpg", 0, "farm"] for i in (1, 2, 3)], "test": []}
+    listed["train"] += [["Forest/image_0001.jpg", 1, "wood"], ["Forest/gone.jpg", 1, "wood"]]
+    listed["val"] = [["Forest/image_0002.jpg", 1, "wood"]]
+    file = tmp_path / "split.json"
+    file.write_text(json.dumps(listed))
+    few = {"split_file": str(file), "images_per_class": 2, "val_images_per_class": 4, "allow_missing": True}
+    with pytest.warns(UserWarning, match="per_class") as warned:
+        data = KINDS["eurosat"].prepared(roots["eurosat"], **few)
+    assert [str(each.message) for each in warned if "per_class" in str(each.message)] == [
+        "data.images_per_class = 2: 1 of 2 classes have fewer images, wood has 1 training images. 3 training images "
+        "are used in the place of 4.",
+        "data.val_images_per_class = 4: 2 of 2 classes have fewer images, farm has 0 validation images. 1 validation "
+        "images are used in the place of 8.",
+    ]
+    assert data.train_set.labels.tolist() == [0, 0, 1]
+    assert data.val_set.labels.tolist() == [1]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -69,6 +69,11 @@ def test_caltech101_by_the_split_of_coop(shared_data):
     names = {label: name for image, label, name in listed["train"]}
     assert data.class_names == tuple(names[label] for label in range(100))
     check_pixels(data)
+    few = {"images_per_class": 16, "val_images_per_class": 4, "allow_missing": True}  # 8 of a class are here at most
+    with pytest.warns(UserWarning, match=r"images_per_class = 16: 100 of 100 classes .* 393 training images are used"):
+        data = prepared(Caltech101DataModule(root=str(root), split_file=str(file), **few, **ALL))
+    assert len(data.train_set) == 393
+    assert data.val_set.labels.bincount().max() == 4
 
 
 def test_flowers102(shared_data):
