@@ -56,7 +56,7 @@ PAIRS = (
 MEASURES = {
     "accuracy": "accuracy in percent",
     "kept": "share kept in percent of the images read correctly without noise",
-    "drop": "accuracy without noise less accuracy with it, in points",
+    "drop": "accuracy without noise less accuracy with it",
 }
 # In small: the two upper blocks and a new head of a ViT of 1.8 million parameters learn from 960 images in 300 steps.
 SMALL = {
