@@ -6,7 +6,17 @@ import pytest
 
 import flops_lightning
 
-PACKAGES = ("allocators", "callbacks", "datamodules", "network", "prompts", "robustness", "strategies", "tasks")
+PACKAGES = (
+    "allocators",
+    "callbacks",
+    "datamodules",
+    "network",
+    "prompts",
+    "robustness",
+    "search",
+    "strategies",
+    "tasks",
+)
 
 
 def public() -> dict[str, type]:

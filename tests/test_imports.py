@@ -15,14 +15,14 @@ LABORATORY = ("benchmarks", "experiments")
 LAYERS = [
     {"errors", "objectives", "phases", "settings"},
     {"distributed", "meter", "network", "noise", "prompts", "protocol", "queries", "robustness"},
-    {"allocators", "strategies"},
+    {"allocators", "search", "strategies"},
     {"callbacks", "datamodules", "optim", "plan", "resume", "tasks", "tensorboard", "tune"},
     {"cli"},
     {"benchmarks", "experiments"},
 ]
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
 WITHOUT_LIGHTNING = LAYERS[0] | LAYERS[1] | LAYERS[2]
-SLOW = ("jsonargparse", "lightning", "matplotlib", "open_clip", "sklearn", "tensorboard", "timm", "torchvision")
+SLOW = ("cma", "jsonargparse", "lightning", "matplotlib", "open_clip", "sklearn", "tensorboard", "timm", "torchvision")
 
 
 def imports(file: Path) -> set[str]:
