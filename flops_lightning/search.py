@@ -73,7 +73,7 @@ class CMASearch:
         >>> import numpy as np
         >>> search = CMASearch(np.zeros(5), SearchSettings(population=8, seed=1))
         >>> for _ in range(60):
-        ...     search.tell([float(((candidate - 3) ** 2).sum()) for candidate in search.ask()])
+        ...     _ = search.tell([float(((candidate - 3) ** 2).sum()) for candidate in search.ask()])
         >>> bool(abs(search.mean - 3).max() < 0.1)
         True
     """
