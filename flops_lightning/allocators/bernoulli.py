@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flops_lightning.allocators.base import check_unused, one_thread
+from flops_lightning.allocators.base import check_unused
 from flops_lightning.allocators.gaussian_search import Optimum, minimise
 from flops_lightning.allocators.objective import objective
 from flops_lightning.allocators.trace_allocator import SearchAllocator, count_diagnostics
@@ -87,8 +87,7 @@ class BernoulliAllocator(SearchAllocator):
         if self.optimise:  # a fixed p may have been out of the bounds of the optimisation
             self._last_p = min(max(float(state["p"]), LEAST_P), 1.0 - LEAST_P)
 
-    @one_thread()
-    def allocate(self, statistics: SampleStatistics, budget: QueryBudget) -> Allocation:
+    def _split(self, statistics: SampleStatistics, budget: QueryBudget) -> Allocation:
         """Optimise p on this batch (unless it is fixed) and draw the allocation."""
         minima, totals = self._least(statistics, budget), budget.totals(len(statistics.loss))
         trace: Tensor | None = None

@@ -161,7 +161,10 @@ class BudgetRule:
         costs, fixed = self._costs(statistics, len(own.queries_per_sample))
         noise = self.settings.noise_curvature * self._noise
         best = best_averages(noise, self._signal, costs, fixed).nan_to_num(nan=math.inf)
-        averages = best.clamp(self.settings.least, self.settings.most).tolist()
+        averages: list[float] = best.clamp(self.settings.least, self.settings.most).tolist()
+        for i, shared in enumerate(own.shared):
+            if shared:  # all samples have the same number
+                averages[i] = max(own.unit, own.multiple * round(averages[i] / own.multiple))
         return replace(own, queries_per_sample=tuple(averages))
 
     def observe(self, observation: GradientObservation, averages: Tensor) -> None:

@@ -34,7 +34,8 @@ class CostAwareAllocator(TraceAllocator):
 
     Traces of block and group sites are converted to squared units of the parameters by the module's estimate of the
     squared norm of their Jacobian (``SampleStatistics.scale``). Every site needs traces: a prediction, or pilots
-    everywhere. Unlike with other allocators, the sum of a site's counts is not fixed.
+    everywhere. Unlike with other allocators, the sum of a site's counts is not fixed. A site whose queries are made
+    once for all samples is one item: its count is the same for all.
 
     Diagnostics: ``J_over_J_own`` (against equal counts of the module's own budget, with the estimated traces),
     ``compute_used`` (share of C), ``queries/<site>`` (average of a sample at each site), ``count_min``, ``count_max``.
@@ -126,7 +127,10 @@ class CostAwareAllocator(TraceAllocator):
             remedy = f"Lower min_queries, or write at least {enough:.4g}."
             raise SettingError("compute", self.compute, problem, remedy)
         unit = 0 if drawn else multiple
-        cheapest = partial(cheapest_counts, costs=costs, total=total, least=least, most=most, multiple=unit)
+        shared = budget.shared
+        cheapest = partial(
+            cheapest_counts, costs=costs, total=total, least=least, most=most, multiple=unit, shared=shared
+        )
         weight = estimate.pilot_weight(lambda p: cheapest(self._variance(p, estimate, scales, own, costs)))
         variance = self._variance(estimate.trace, estimate, scales, own, costs)
         if weight is not None:
@@ -134,6 +138,8 @@ class CostAwareAllocator(TraceAllocator):
         used, inclusion = cheapest(variance), None
         counts = used
         if drawn:
+            lines = torch.tensor(shared or (False,) * sites)[:, None]
+            used = torch.where(lines, (used / budget.unit).round().clamp_min(1.0) * budget.unit, used)
             counts, inclusion, used = self._inclusion.draw(used, unit=budget.unit)
             self._check_drawn(inclusion, weight)
         equal = float((variance.sum(dim=1) / own).sum())
@@ -191,36 +197,48 @@ class CostAwareAllocator(TraceAllocator):
 
 
 def cheapest_counts(
-    variance: Tensor, costs: Tensor, total: float, *, least: float, most: Tensor, multiple: int
-) -> Tensor:
+    variance: Tensor, costs: Tensor, total: float, *, least: float, most: Tensor, multiple: int,
+    shared: Sequence[bool] = (),
+) -> Tensor:  # fmt: skip
     """Integer counts that make ``sum_sb V_sb / A_sb`` small at a cost of at most ``total``.
 
     The continuous optimum ``A = clamp(k sqrt(V / c), least, most)`` is rounded down to multiples, and what is left is
     spent one multiple at a time where it lowers the sum most for its cost. That is as good as any integer table which
     costs less by one multiple at the dearest site.
 
+    Samples of a ``shared`` site have one count, whose V and cost are the sums of theirs.
+
     For ``(s, b)`` nonnegative V and ``(s,)`` positive costs; ``least`` and the ``(s,)`` ``most`` are multiples of
     ``multiple``, and ``total`` pays for ``least`` everywhere. Returns ``(s, b)`` int64; with ``multiple`` 0 the
     continuous optimum, float64.
     """
-    price = costs[:, None]
+    lines = torch.tensor(tuple(shared) or (False,) * len(costs))[:, None]
+    first = torch.arange(variance.shape[1]) == 0
+    items = ~lines | first  # all entries, but one of a shared line
+    size = torch.where(lines, variance.shape[1], 1).double()
+    price = (costs[:, None] * size).expand_as(variance)[items]
+    bound_of = most[:, None].expand_as(variance)[items]
+    table, variance = variance, torch.where(lines, variance.sum(dim=1, keepdim=True), variance)[items]
     share = optimal_shares(variance / price)
     share = share / share.max().clamp_min(1e-300)
 
     def at(log_scale: float) -> Tensor:
-        return (share * math.exp(log_scale)).clamp_min(least).minimum(most[:, None])
+        return (share * math.exp(log_scale)).clamp_min(least).minimum(bound_of)
+
+    def of_samples(found: Tensor) -> Tensor:
+        counts = torch.zeros_like(table, dtype=found.dtype).masked_scatter(items, found)
+        return torch.where(lines, counts[:, :1], counts)
 
     low, high = -60.0, 60.0  # exp(60) queries are more than any budget
     for _ in range(50):
         middle = 0.5 * (low + high)
         low, high = (middle, high) if float((price * at(middle)).sum()) <= total else (low, middle)
     if not multiple:
-        return at(low)
+        return of_samples(at(low))
     counts = (at(low) / multiple).floor().mul(multiple).clamp_min(least)
     left = total * (1.0 + 1e-12) - float((price * counts).sum())
     flat, value = counts.flatten().tolist(), variance.flatten().tolist()
-    step = (costs * multiple).repeat_interleave(variance.shape[1]).tolist()
-    bound = most.repeat_interleave(variance.shape[1]).tolist()
+    step, bound = (price * multiple).tolist(), bound_of.tolist()
 
     def saving(i: int) -> float:
         return value[i] * (1.0 / flat[i] - 1.0 / (flat[i] + multiple)) / step[i]
@@ -237,4 +255,4 @@ def cheapest_counts(
         left -= step[i]
         if flat[i] + multiple <= bound[i]:
             heapq.heappush(heap, (-saving(i), i))
-    return torch.tensor(flat, dtype=torch.float64).view_as(counts).long()
+    return of_samples(torch.tensor(flat, dtype=torch.float64)).long()

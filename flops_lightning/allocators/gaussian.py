@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from flops_lightning.allocators import gaussian_search
-from flops_lightning.allocators.base import one_thread
 from flops_lightning.allocators.gaussian_search import AllocationProblem, Covariance, Optimum, make_draws
 from flops_lightning.allocators.trace_allocator import SearchAllocator, count_diagnostics
 from flops_lightning.errors import SettingError, check_choice
@@ -96,8 +95,7 @@ class GaussianAllocator(SearchAllocator):
             remedy = "Return `embedding` from `sample_statistics`, or set covariance = 'diagonal'."
             raise SettingError("covariance", self.covariance, problem, remedy)
 
-    @one_thread()
-    def allocate(self, statistics: SampleStatistics, budget: QueryBudget) -> Allocation:
+    def _split(self, statistics: SampleStatistics, budget: QueryBudget) -> Allocation:
         """Optimise lambda on this batch and draw the allocation."""
         self.check(statistics)
         if self.covariance == "diagonal":

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from flops_lightning.allocators.base import one_thread
 from flops_lightning.allocators.objective import optimal_shares
 from flops_lightning.allocators.rounding import water_fill
 from flops_lightning.allocators.trace_allocator import TraceAllocator, count_diagnostics, over_equal
@@ -35,8 +34,7 @@ class OptimalAllocator(TraceAllocator):
 
     least_min_queries = 0
 
-    @one_thread()
-    def allocate(self, statistics: SampleStatistics, budget: QueryBudget) -> Allocation:
+    def _split(self, statistics: SampleStatistics, budget: QueryBudget) -> Allocation:
         """Estimate the traces and split each site's budget in proportion to their roots."""
         statistics = statistics.on_cpu()
         least, totals = self._least(statistics, budget), budget.totals(len(statistics.loss))

@@ -7,13 +7,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flops_lightning.allocators.base import QueryAllocator, check_unused
+from flops_lightning.allocators.base import QueryAllocator, check_unused, one_thread
 from flops_lightning.allocators.gaussian_search import Optimum
 from flops_lightning.allocators.inclusion import least_expected
 from flops_lightning.allocators.objective import equal_objective, objective
+from flops_lightning.allocators.shared_lines import (
+    budget_of,
+    observation_of,
+    split_lines,
+    statistics_of,
+    with_shared_lines,
+)
 from flops_lightning.allocators.trace_estimator import TraceEstimate, TraceEstimator, TraceSettings, mean_over_sites
 from flops_lightning.errors import SettingError, check_at_least
-from flops_lightning.protocol import QueryBudget, SampleStatistics, TraceObservation
+from flops_lightning.protocol import Allocation, QueryBudget, SampleStatistics, TraceObservation
 
 DRAWS = 32
 MAX_ITERATIONS = 100
@@ -41,6 +48,7 @@ class TraceAllocator(QueryAllocator):
                 raise SettingError("min_queries", min_queries, "is between two numbers of queries.", "Write an int.")
             min_queries = int(min_queries)
         self.traces, self.min_queries = traces, min_queries
+        self._places: tuple[int, ...] = ()  # of the sites that were split last, if not all
         self._traces = TraceEstimator(traces or self.default_traces)
 
     @property
@@ -55,7 +63,22 @@ class TraceAllocator(QueryAllocator):
 
     def observe(self, observation: TraceObservation) -> None:
         """Add the observation to the regression's data."""
-        self._traces.observe(observation)
+        self._traces.observe(observation_of(observation, self._places) if self._places else observation)
+
+    @one_thread()
+    def allocate(self, statistics: SampleStatistics, budget: QueryBudget) -> Allocation:
+        """Estimate the traces and split each site's budget; sites that all samples share keep theirs."""
+        places = split_lines(budget)
+        if len(places) == len(budget.queries_per_sample):
+            self._places = ()
+            return self._split(statistics, budget)
+        self._places, statistics = tuple(places), statistics.on_cpu()
+        part = (statistics_of(statistics, places), budget_of(budget, places)) if places else None
+        return with_shared_lines(self._split(*part) if part else None, places, statistics, budget)
+
+    def _split(self, statistics: SampleStatistics, budget: QueryBudget) -> Allocation:
+        """The allocation at sites where samples can have different numbers of queries."""
+        raise NotImplementedError(f"{type(self).__name__} splits no budget: {budget} for {len(statistics.loss)}.")
 
     def state_dict(self) -> dict[str, Any]:
         """What the trace estimator remembers, and the batches drawn."""

@@ -18,8 +18,8 @@ class _StageModule(nn.Module):
         super().__init__()
         self.network, self.stage = network, stage
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.stage.run(x)
+    def forward(self, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        return function(*inputs)
 
 
 class FunctionalStages:
@@ -36,10 +36,19 @@ class FunctionalStages:
 
     def run(self, stage: int, x: Tensor, values: Mapping[str, Tensor]) -> Tensor:
         """Output of one stage with tensors by the name of the parameter of this stage that they replace."""
-        if not values:
-            return self._stages[stage].stage.run(x)
+        run = self._stages[stage].stage.run
+        return self._call(stage, values, run, x) if values else run(x)
+
+    def context(self, stage: int, values: Mapping[str, Tensor]) -> Tensor:
+        """Context of a stage that has one, with tensors in the place of parameters, ``(m, ...)`` for ``m`` of them."""
+        context = self._stages[stage].stage.context
+        if context is None:
+            raise TypeError(f"{self._stages[stage].stage.name} has no context.")
+        return self._call(stage, values, context.compute)
+
+    def _call(self, stage: int, values: Mapping[str, Tensor], function: Callable[..., Tensor], *inputs: Any) -> Tensor:
         aliased = {alias: value for name, value in values.items() for alias in self._aliases[name]}
-        output: Tensor = functional_call(self._stages[stage], aliased, (x,), tie_weights=False)
+        output: Tensor = functional_call(self._stages[stage], aliased, (function, *inputs), tie_weights=False)
         return output
 
 

@@ -9,12 +9,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # the common base of BatchNorm1d/2d/3d and SyncBatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
 from flops_lightning.errors import SettingError, check_choice
+
+
+@dataclass(frozen=True, eq=False)
+class StageContext:
+    """What a stage computes from its parameters alone, once for all rows: ``run(x)`` is ``apply(x, compute())``.
+
+    Attributes:
+        compute: The context. With ``(m, ...)`` in place of a parameter, a line for each of the ``m``.
+        apply: The rest of the stage.
+    """
+
+    compute: Callable[[], Tensor]
+    apply: Callable[[Any, Tensor], Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +44,9 @@ class Stage:
         tokenwise: Submodules whose output at a token reaches that same token of the stage's output and no other (where
             ``reads`` is set: that reach the output at these tokens alone).
 
+        by_row: Its parameters may have a line for each row of its input, ``(r, ...)``.
+        context: What it computes from its parameters alone, if that is most of its work.
+
     Example:
         >>> stage = Stage("double", lambda x: 2 * x, members=("scale",))
         >>> stage.run(3), stage.owns("scale.weight"), stage.owns("scales")
@@ -42,6 +59,8 @@ class Stage:
     reads: slice | None = None
     narrows: bool = False
     tokenwise: tuple[str, ...] = ()
+    by_row: bool = False
+    context: StageContext | None = None
 
     def owns(self, name: str) -> bool:
         """Whether the dotted ``name`` of a parameter or module belongs to this stage."""
@@ -157,6 +176,18 @@ class StagedNetwork:
         return ((name, module) for name, module in self.module.named_modules() if name and owner.owns(name))
 
     @contextmanager
+    def frozen_parameters(self) -> Iterator[None]:
+        """No parameter requires a gradient for the duration: derivatives are those in activations alone."""
+        trainable = list(self.trainable().values())
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in trainable:
+                parameter.requires_grad_(True)
+
+    @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Eval mode (no dropout, no drop-path) for the duration, then every module's own mode again.
 
@@ -174,8 +205,13 @@ class StagedNetwork:
 def flops(run: Callable[[Tensor], Tensor], x: Tensor) -> tuple[float, Tensor]:
     """Floating-point operations of matrix products, convolutions and attention in ``run(x)``, and its output."""
     # Fused attention is not counted on every device and by every version of torch; as plain products it is.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        output = run(x)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            output = run(x)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
     return float(counter.get_total_flops()), output
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from flops_lightning.errors import SettingError
-from flops_lightning.network.staging import Stage, StagedNetwork
+from flops_lightning.network.staging import Stage, StageContext, StagedNetwork
 from flops_lightning.prompts.class_texts import ClassTexts
 from flops_lightning.prompts.intrinsic import IntrinsicPrompt, PromptSpec
 from flops_lightning.queries import at_least_float32
@@ -149,14 +149,17 @@ def clip_stages(module: PromptedCLIP) -> tuple[Stage, ...]:
     """The stages of a CLIP with prompts."""
     members = ("texts", "text_prompt", "logit_scale", "logit_bias")
     scores = _Scores(module)
-    top = Stage("scores", scores, members)
+    context = StageContext(scores.features, scores.logits)
+    top = Stage("scores", scores, members, by_row=True, context=context)
+    if module.text_prompt is None:
+        top = Stage("scores", scores, members)
     if module.image_prompt is None:
         return Stage("features", _Features(module), ("visual",)), top
     embedding = ("conv1", "class_embedding", "positional_embedding", "ln_pre")
     tower = cast("Any", module.visual)
     return (
         Stage("patches", _Patches(module), tuple(f"visual.{part}" for part in embedding)),
-        Stage("image_prompt", _Append(module), ("image_prompt",)),
+        Stage("image_prompt", _Append(module), ("image_prompt",), by_row=True),
         *(
             Stage(f"blocks.{i}", block, (f"visual.transformer.resblocks.{i}",))
             for i, block in enumerate(tower.transformer.resblocks)

@@ -38,6 +38,8 @@ class QueryBudget:
     multiple: int = 1  # counts are multiples of this (2 if queries come in antithetic pairs)
     minimum: int = 0  # fewest that the estimator can use (2 for leave-one-out); an allocator may set a higher floor
     sites: tuple[str, ...] = field(default=(), compare=False)  # names in logs; by default their numbers
+    # Sites where a query is made once for the whole batch, so that all samples have the same number; none by default.
+    shared: tuple[bool, ...] = ()
 
     def __post_init__(self) -> None:
         check_at_least("multiple", self.multiple, 1, "Write 2 for antithetic pairs, else 1.")
@@ -48,6 +50,13 @@ class QueryBudget:
                 problem = f"must be a positive multiple of {self.multiple}."
                 remedy = f"Write, for example, {self.multiple * max(1, round(20 / self.multiple))}."
                 raise SettingError("queries_per_sample", queries, problem, remedy)
+        if self.shared and len(self.shared) != len(self.queries_per_sample):
+            problem = f"must have one entry for each of {len(self.queries_per_sample)} sites."
+            raise SettingError("budget.shared", self.shared, problem, "Give one for each site, or none.")
+        for queries, shared in zip(self.queries_per_sample, self.shared, strict=False):
+            if shared and not isinstance(queries, int):
+                problem = "is no number that all samples of a batch could have."
+                raise SettingError("queries_per_sample", queries, problem, "Write an int where directions are shared.")
         if self.sites and len(self.sites) != len(self.queries_per_sample):
             problem = f"must name each of {len(self.queries_per_sample)} sites."
             raise SettingError("budget.sites", self.sites, problem, "Give a name for each site, or none.")

@@ -2,17 +2,18 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from flops_lightning.network.staging import StagedNetwork, flops
+from flops_lightning.network.functional import FunctionalStages
+from flops_lightning.network.staging import StageContext, StagedNetwork, flops
 from flops_lightning.queries import CleanPass
 from flops_lightning.strategies.sites import Site
 
@@ -28,32 +29,53 @@ class SiteCosts:
     """Counted costs in forward-equivalents (one full forward pass of one sample).
 
     Attributes:
-        query: One query at a site: its suffix (and, where layers are perturbed together, the closed-form product of
-            each row, counted at most).
+        query: One query of a sample at a site: its suffix (and, where layers are perturbed together, the closed-form
+            product of each row, counted at most).
         gradient: Once per sample and step: the local VJP (forward and backward pass, three times the site's forward)
             or, at a single layer, the pass that fetches the layer's input.
-        from_stage: The forward pass from each stage to the end.
+        from_stage: The forward pass from each stage to the end, without contexts.
+        context: A direction at a site that pays for it once for all samples.
+        contexts: All contexts of the network's stages, once in a clean pass.
     """
 
     query: dict[str, float]
     gradient: dict[str, float]
     from_stage: tuple[float, ...]
+    context: dict[str, float] = field(default_factory=dict)
+    contexts: float = 0.0
+
+    def of(self, site: Site, queries: int, samples: int) -> float:
+        """Cost of queries at a site; of directions for all of ``samples``, where these are counted."""
+        return queries * (self.query[site.name] * (samples if site.per_batch else 1) + self.context.get(site.name, 0.0))
+
+    def each(self, site: Site, samples: int) -> float:
+        """Cost of one more query of every sample, shared by the samples."""
+        return self.of(site, 1, samples) / (samples if site.per_batch else 1)
 
 
 @torch.no_grad()
 def site_costs(network: StagedNetwork, sites: Sequence[Site], inputs: Any) -> SiteCosts:
     """Count on the first sample of ``inputs``; stages of a network without a single matrix product count as equal."""
-    with network.evaluating(), _without_gradients(network):
-        activations, by_stage = [inputs[:1]], []
-        for stage in network.stages:
-            counted, output = flops(stage.run, activations[-1].clone())  # the stage may work in place
+    # Copies of the parameters behind a context, since a stage may keep that of its own.
+    copies = [{name: p.detach() for name, p in network.parameters_of(i, i).items()} for i in range(len(network))]
+    # The counter asks every tensor that requires a gradient for its graph, and a view of a parameter has none here.
+    with network.evaluating(), network.frozen_parameters():
+        activations, by_stage, contexts = [inputs[:1]], [], []
+        functional = FunctionalStages(network)
+        for i, stage in enumerate(network.stages):
+            run, of_context = stage.run, 0.0
+            if stage.context is not None:
+                of_context, value = flops(partial(_context, functional, i, copies[i]), activations[-1])
+                run = partial(_with_context, stage.context, value)
+            counted, output = flops(run, activations[-1].clone())  # the stage may work in place
             by_stage.append(counted)
+            contexts.append(of_context)
             activations.append(output)
         if not sum(by_stage):
             by_stage = [1.0] * len(network)
         full = sum(by_stage)
         from_stage = tuple(sum(by_stage[i:]) / full for i in range(len(network) + 1))
-        query, gradient = {}, {}
+        query, gradient, context = {}, {}, {}
         for site in sites:
             inside = sum(by_stage[site.first : site.last + 1]) / full
             query[site.name] = from_stage[site.start]
@@ -64,23 +86,23 @@ def site_costs(network: StagedNetwork, sites: Sequence[Site], inputs: Any) -> Si
                 gradient[site.name] = 0.0 if joint else by_stage[site.first] / full
             elif site.in_parameters:
                 gradient[site.name] = 0.0  # directions are drawn again, nothing runs
+                of_contexts = sum(contexts[site.first : site.last + 1]) / full
+                if site.per_batch:
+                    context[site.name] = of_contexts
+                else:
+                    query[site.name] += of_contexts
             elif site.narrow:
                 rows = activations[site.start][:, site.tokens]
                 query[site.name] = flops(partial(network.run, start=site.start), rows)[0] / full
-    return SiteCosts(query, gradient, from_stage)
+    return SiteCosts(query, gradient, from_stage, context, sum(contexts) / full)
 
 
-@contextmanager
-def _without_gradients(network: StagedNetwork) -> Iterator[None]:
-    # The counter asks every tensor that requires a gradient for its graph, and a view of a parameter has none here.
-    trainable = list(network.trainable().values())
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+def _context(functional: FunctionalStages, stage: int, values: Mapping[str, Tensor], _: Any) -> Tensor:
+    return functional.context(stage, values)
+
+
+def _with_context(context: StageContext, value: Tensor, x: Any) -> Any:
+    return context.apply(x, value)
 
 
 @torch.no_grad()

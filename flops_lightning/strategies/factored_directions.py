@@ -29,7 +29,7 @@ from flops_lightning.phases import phase
 from flops_lightning.queries import Chunk, CleanPass, RowPlan, full_precision, row_losses
 from flops_lightning.strategies.base import summed
 from flops_lightning.strategies.parameter_queries import DirectionLayout, RowResponses
-from flops_lightning.strategies.row_layers import RowLayer, SiteParts, moved_output
+from flops_lightning.strategies.row_layers import RowLayer, SiteParts, moved_output, times
 from flops_lightning.strategies.sites import Site
 
 Bases = dict[str, Tensor]
@@ -120,13 +120,17 @@ class FactoredDirections(DirectionLayout):
     def _row_by_row(
         self, stage: int, h: Tensor, directions: Directions, sigma: Tensor, names: Sequence[str], move: _Move
     ) -> Tensor:
+        clean = {name: self.network.module.get_parameter(name) for name in names}
+        if self.network.stages[stage].by_row:
+            moves = {name: times(cast("Tensor", directions[name].weight), sigma) for name in names}
+            return self.stages.run(stage, h, {name: (p + moves[name]).to(p.dtype) for name, p in clean.items()})
+
         def run(one: Tensor, own: dict[str, dict[str, Tensor]], width: Tensor) -> Tensor:
             move.directions = {
                 name: RowDirection(**{leaf: part[None] for leaf, part in parts.items()}, shared=directions[name].shared)
                 for name, parts in own.items()
             }
             move.sigma, move.overwrite = width[None], False
-            clean = {name: self.network.module.get_parameter(name) for name in names}
             values = {name: (p + width * own[name]["weight"]).to(p.dtype) for name, p in clean.items()}
             return self.stages.run(stage, one[None], values)[0]
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -20,12 +20,13 @@ from flops_lightning.strategies.parameter_queries import ParameterQueries, Param
 from flops_lightning.strategies.query_strategy import QueryStrategy
 from flops_lightning.strategies.row_layers import SiteParts, site_parts
 from flops_lightning.strategies.shared_directions import SharedDirections
-from flops_lightning.strategies.site_specs import default_specs
+from flops_lightning.strategies.site_specs import Directions, default_specs
 from flops_lightning.strategies.sites import Site, resolve_sites
 from flops_lightning.strategies.subspace_directions import Bases, SubspaceDirections
 
 Layout = Literal["shared", "factored", "subspace", "flipout"]
 BY_ROW = ("factored", "flipout")  # layouts that move layers one by one, each row its own way
+BY_SITE = {"shared": "shared", "factored": "own"}  # what `directions` of sites can say otherwise
 
 
 class ParameterPerturbation(QueryStrategy[ParameterQueryResult]):
@@ -43,12 +44,13 @@ class ParameterPerturbation(QueryStrategy[ParameterQueryResult]):
 
         Args:
             sigma: Standard deviation of the noise at all sites, in place of their own; 0: their own.
-            layout: ``shared``: one dense direction for each query index (or pair), used by all samples. ``factored``: a
-                low-rank direction for every row (or pair) of its own, on every linear and convolution. ``flipout``: one
-                dense direction for each query index, with signs of each sample's own on inputs and outputs of linears
-                (:mod:`flops_lightning.strategies.flipout_directions`). ``subspace``:
-                shared directions in a random subspace of each matrix, as in ZO-Muon (unbiased for the gradient's part
-                in it, see :mod:`flops_lightning.strategies.subspace_directions`).
+            layout: Of sites that do not say otherwise by their ``directions``, where ``own`` means ``factored``.
+                ``shared``: one dense direction for each query index (or pair), used by all samples. ``factored``: for
+                every row (or pair) of its own a direction of low rank on linears and convolutions, and a dense one on
+                all other parameters. ``flipout``: one dense direction for each query index, with signs of each sample's
+                own on inputs and outputs of linears (:mod:`flops_lightning.strategies.flipout_directions`).
+                ``subspace``: shared directions in a random subspace of each matrix, as in ZO-Muon (unbiased for the
+                gradient's part in it, see :mod:`flops_lightning.strategies.subspace_directions`).
             rank: Rank of the factored directions; dimensions of the subspaces (64 in ZO-Muon).
             activation_guided: Draw the input factors in the span of the layer's own inputs (``factored`` only).
             span: Number of leading directions of that span to keep (biased); 0: all.
@@ -85,8 +87,14 @@ class ParameterPerturbation(QueryStrategy[ParameterQueryResult]):
         """Resolve sites and, in the layouts by row, their layers."""
         super().bind(network, loss)
         self._stages = FunctionalStages(network)
-        if self.layout in BY_ROW:
-            self._parts = {site.name: site_parts(network, site, self.layout) for site in self.sites}
+        moved = [site for site in self.sites if site.directions == "own" or self.layout in BY_ROW]
+        moved = [site for site in moved if site.directions != "shared"]
+        if moved and self.exchange == "losses":
+            problem = "needs directions that all samples share, and rows have their own at"
+            remedy = "Write directions: shared at this site, or exchange: gradients."
+            raise SettingError("model.strategy.exchange", self.exchange, f"{problem} {moved[0].name!r}.", remedy)
+        self._parts = {site.name: site_parts(network, site, self.layout) for site in moved}
+        if moved:
             self.check_layers(network.unfit or {})
             for layer in (layer for parts in self._parts.values() for layer in parts.layers if self.activation_guided):
                 if layer.has_matrix and getattr(layer.module, "groups", 1) > 1:
@@ -113,7 +121,24 @@ class ParameterPerturbation(QueryStrategy[ParameterQueryResult]):
         """Blocks and groups of stages, whose parameters are perturbed."""
         specs = self.specs or tuple(default_specs(network, in_parameters=True))
         specs = tuple(replace(spec, sigma=self.sigma) for spec in specs) if self.sigma else specs
-        return resolve_sites(network, specs, in_parameters=True)
+        return tuple(self._with_directions(network, s) for s in resolve_sites(network, specs, in_parameters=True))
+
+    def _with_directions(self, network: StagedNetwork, site: Site) -> Site:
+        """The site with ``directions`` filled in, where the layout leaves a choice."""
+        if self.layout not in BY_SITE:
+            if site.directions:
+                problem = f"cannot be chosen at {site.name!r} with layout: {self.layout}."
+                remedy = "Leave it out, or write layout: shared or factored."
+                raise SettingError("model.strategy.sites.directions", site.directions, problem, remedy)
+            return site
+        stages = network.stages[site.first : site.last + 1]
+        owners = [stage for stage in stages if any(map(stage.owns, site.parameters))]
+        once = len(stages) == 1 and stages[0].context is not None
+        default = BY_SITE[self.layout]
+        if self.layout == "shared" and all(stage.by_row for stage in owners):
+            default = "shared" if once else "own"
+        directions = site.directions or cast("Directions", default)
+        return replace(site, directions=directions, per_batch=once and directions == "shared")
 
     def clean_pass(self, inputs: Any, targets: Any) -> CleanPass:
         """See :meth:`QueryStrategy.clean_pass`.
@@ -145,15 +170,15 @@ class ParameterPerturbation(QueryStrategy[ParameterQueryResult]):
         key = NoiseKey(self.seed, 0, "", self.rank)
         shared = (self.network, self._stages, self.loss, key, self.unit, self.chunk_rows, self.response)
         if self.layout == "flipout":
-            return ParameterQueries(FlipoutDirections(*shared, self._parts, rank=1, guided=False, span=0))
-        if self.layout == "factored":
-            factored = (self._parts, self.rank_of_directions, self.activation_guided, self.span)
-            return ParameterQueries(FactoredDirections(*shared, *factored))
+            flipout = FlipoutDirections(*shared, self._parts, rank=1, guided=False, span=0)
+            return ParameterQueries(lambda _: flipout)
         ranks = self.communicator if self.exchange == "losses" else None
         if self.layout == "subspace":
-            subspace = (self.rank_of_directions, self.refresh_every, self._bases)
-            return ParameterQueries(SubspaceDirections(*shared, ranks, *subspace))
-        return ParameterQueries(SharedDirections(*shared, ranks))
+            subspace = SubspaceDirections(*shared, ranks, self.rank_of_directions, self.refresh_every, self._bases)
+            return ParameterQueries(lambda _: subspace)
+        factored = (self._parts, self.rank_of_directions, self.activation_guided, self.span)
+        own, together = FactoredDirections(*shared, *factored), SharedDirections(*shared, ranks)
+        return ParameterQueries(lambda site: own if site.directions == "own" else together)
 
     def site_scales(self, clean: CleanPass, metric: Mapping[str, Tensor] | None) -> list[float]:
         """Traces are those of the parameters' gradient: 1, or the mean weight, since directions are isotropic."""

@@ -183,26 +183,34 @@ def normalized(
 
 @dataclass(frozen=True, eq=False)
 class ParameterQueries:
-    """Runs the queries of a site whose parameters are perturbed; holds no state."""
+    """Runs the queries of a site whose parameters are perturbed; holds no state.
 
-    layout: DirectionLayout
+    Attributes:
+        layouts: How the directions of a site are laid over its rows.
+    """
+
+    layouts: Callable[[Site], DirectionLayout]
 
     def query(
         self, site: Site, clean: CleanPass, counts: NDArray[np.int64], *, first_query: int = 0, traces: bool = False
     ) -> ParameterQueryResult | None:
         """Run queries; see :class:`QueryEngine`."""
-        unit, response = self.layout.unit, self.layout.response
+        layout = self.layouts(site)
+        unit, response = layout.unit, layout.response
         first = -(-first_query // unit) * unit  # a pair starts at an even index
-        plan = plan_rows(counts, self.layout.chunk_rows, first_query=first, multiple=unit)
+        plan = plan_rows(counts, layout.chunk_rows, first_query=first, multiple=unit)
         if not len(plan.samples):
             return None
-        rows = self.layout.run(site, clean, plan, traces=traces)
+        rows = layout.run(site, clean, plan, traces=traces)
         sample = torch.from_numpy(plan.samples).to(clean.loss.device)
         weights, alive = response.weights(rows.values, clean.loss[sample], site.sigma)
         by_sample = torch.zeros(clean.batch_size, dtype=weights.dtype, device=weights.device)
         survivors = by_sample.index_add(0, sample, alive.to(weights.dtype))
         signs = torch.tensor([1.0, -1.0], dtype=weights.dtype, device=weights.device)[:unit]
-        per_unit = (weights.view(-1, unit) * signs).mean(1).square()
+        slopes = (weights.view(-1, unit) * signs).mean(1)
+        if site.per_batch:
+            slopes = _mean_of_direction(slopes, plan.queries[::unit], clean.batch_size) * clean.batch_size**0.5
+        per_unit = slopes.square()
         norms = rows.sq_norms.view(-1, unit)[:, 0] if isinstance(rows.sq_norms, Tensor) else rows.sq_norms
         squares = by_sample.index_add(0, sample[::unit], per_unit * (norms - 1))
         centred = response.variant == "leave_one_out"
@@ -214,6 +222,19 @@ class ParameterQueries:
         """``1/B sum_b sum_parts share_b g_b`` by parameter name, directions drawn again."""
         with phase("accumulation"):
             return summed(
-                self.layout.gradient(site, clean, part.plan, part.coefficients(share.to(part.weights)), part.kept)
+                self.layouts(site).gradient(
+                    site, clean, part.plan, part.coefficients(share.to(part.weights)), part.kept
+                )
                 for part, share in parts
             )
+
+
+def _mean_of_direction(slopes: Tensor, queries: NDArray[np.int64], samples: int) -> Tensor:
+    """The mean over the samples of the slopes along a direction that they share, in the place of each.
+
+    The batch's gradient is the mean over directions of ``w u``, ``w`` this mean; ``B Tr(w u)`` in the place of every
+    sample's trace makes ``sum_b Tr_b / A_b / B^2`` its variance.
+    """
+    place = torch.from_numpy(np.unique(queries, return_inverse=True)[1]).to(slopes.device)
+    total = slopes.new_zeros(int(place.max()) + 1).index_add_(0, place, slopes)
+    return (total / samples)[place]

@@ -122,9 +122,9 @@ class QueryStrategy(SiteStrategy, Generic[Q]):
             _record(traces, i, result)
             if keep is not None:
                 keep[site.name] = result
-            queries = int(counts[i].sum())
-            cost = queries * self._known_costs.query[site.name]
-            lost = queries - int(result.survivors.sum())
+            queries = site.number(counts[i])
+            cost = self._known_costs.of(site, queries, clean.batch_size)
+            lost = queries - site.number(result.survivors.cpu().numpy())
             self.meter.add(site.name, queries=queries, pilots=queries, lost=lost, forward_equivalents=cost)
         return traces
 
@@ -158,7 +158,7 @@ class QueryStrategy(SiteStrategy, Generic[Q]):
         if known.predictors:
             filled["predictors"] = trace_predictors(self.network, self.loss, self.sites, clean, known.predictors)
         if "counted_costs" in names:
-            filled["counted_costs"] = clean.loss.new_tensor([costs.query[site.name] for site in self.sites])
+            filled["counted_costs"] = clean.loss.new_tensor([costs.each(site, clean.batch_size) for site in self.sites])
         if "fixed_costs" in names:
             shared = (1.0 + sum(map(self._exact_cost, self.exact_sites))) / len(self.sites)
             filled["fixed_costs"] = clean.loss.new_tensor([costs.gradient[site.name] + shared for site in self.sites])
@@ -211,12 +211,12 @@ class QueryStrategy(SiteStrategy, Generic[Q]):
         ).cpu().numpy()  # fmt: skip
         survivors, counting = (np.array(lines[k::2]).reshape(len(places), clean.batch_size) for k in (0, 1))
         of_any = self.used_by_any([bool(line.any()) for line in counting])
-        costs = self._known_costs
+        costs, lost = self._known_costs, list[int]()
         for i, result, alive, used in zip(places, results, survivors, of_any, strict=True):
             site = self.sites[i]
-            cost = result.queries * costs.query[site.name] + clean.batch_size * costs.gradient[site.name]
-            lost = int(table[i].sum() - alive.sum())
-            self.meter.add(site.name, queries=result.queries, lost=lost, forward_equivalents=cost)
+            cost = costs.of(site, result.queries, clean.batch_size) + clean.batch_size * costs.gradient[site.name]
+            lost.append(site.number(table[i]) - site.number(alive))
+            self.meter.add(site.name, queries=result.queries, lost=lost[-1], forward_equivalents=cost)
             if used:
                 add_gradients(site.parameters, result.gradients())
         for site in exact if known.any() else ():
@@ -227,7 +227,7 @@ class QueryStrategy(SiteStrategy, Generic[Q]):
             warn_silent(silent, "(sample, site) pairs")
         return Estimate(
             loss=clean.loss, output=clean.output, queries=sum(result.queries for result in results),
-            lost=int(table[places].sum() - survivors.sum()), silent_samples=silent,
+            lost=sum(lost), silent_samples=silent,
             lost_batch=not any(of_any) and not (exact and known.any()), observation=observation,
         )  # fmt: skip
 
@@ -288,7 +288,7 @@ class QueryStrategy(SiteStrategy, Generic[Q]):
         if not all(result.small for result, _ in parts):
             gradients = partial(dict, gradients())
         survivors = torch.zeros_like(clean.loss) if rest is None else rest.survivors.to(clean.loss.dtype)
-        return SiteGradient(gradients, survivors, int(counts.sum()))
+        return SiteGradient(gradients, survivors, site.number(counts))
 
     def _counting(self, site: Site, clean: CleanPass, result: SiteGradient) -> Tensor:
         """``(b,)`` queries that enter the gradient: survivors and reused pilots, but no lone leave-one-out query."""

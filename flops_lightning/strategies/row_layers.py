@@ -97,7 +97,7 @@ def moved_output(
     """
     moved, dtype = output, output.dtype
     if direction.a is not None and direction.b is not None:
-        a = _times(direction.a, sigma, 1 / math.sqrt(direction.a.shape[1])).to(dtype)
+        a = times(direction.a, sigma, 1 / math.sqrt(direction.a.shape[1])).to(dtype)
         x, b = x.to(dtype), direction.b.to(dtype)
         if isinstance(module, nn.Conv2d):
             moved = _conv2d(module, x, output, a, b)
@@ -106,16 +106,17 @@ def moved_output(
         else:
             moved = _linear(x, output, a, b, overwrite=overwrite)
     if direction.weight is not None:
-        weight = _beside(module, _times(direction.weight, sigma).to(dtype), output.dim())
+        weight = _beside(module, times(direction.weight, sigma).to(dtype), output.dim())
         normalised = _normalised(module, x.to(dtype))
         moved = output.addcmul_(normalised, weight) if overwrite else torch.addcmul(output, normalised, weight)
     if direction.bias is not None:
-        bias = _beside(module, _times(direction.bias, sigma).to(dtype), output.dim())
+        bias = _beside(module, times(direction.bias, sigma).to(dtype), output.dim())
         moved = moved.add_(bias) if overwrite or moved is not output else output + bias
     return moved
 
 
-def _times(part: Tensor, sigma: float | Tensor, factor: float = 1.0) -> Tensor:
+def times(part: Tensor, sigma: float | Tensor, factor: float = 1.0) -> Tensor:
+    """``part`` ``(r, ...)`` times one number, or one for each row."""
     if isinstance(sigma, Tensor) and sigma.dim():
         sigma = sigma.to(part.dtype).view(-1, *(1,) * (part.dim() - 1))
     return part * (sigma * factor)

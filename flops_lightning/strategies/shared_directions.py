@@ -47,11 +47,13 @@ class SharedDirections(DirectionLayout):
         values = clean.loss.new_empty(len(plan.samples))
         direction, sample = plan.queries // self.unit, torch.from_numpy(plan.samples).to(clean.loss.device)
         signs = values.new_tensor([1.0, -1.0])[: self.unit]
-        for p in np.unique(direction).tolist():
+        number = np.unique(direction).tolist()
+        contexts = self._contexts(site, clean.draw, number, site.sigma * signs)
+        for p in number:
             rows = np.flatnonzero(direction == p)[:: self.unit]
             for some in np.split(rows, range(self.chunk_rows, len(rows), self.chunk_rows)):
                 at = torch.from_numpy(some).to(sample.device)
-                losses = partial(self._losses, site, clean, sample[at], p)
+                losses = partial(self._losses, site, clean, sample[at], p, contexts.get(p))
                 with phase("suffix"):
                     for offset, found in enumerate(self.response.values(losses, site.sigma, signs)):
                         values[at + offset] = found.to(values.dtype)
@@ -59,11 +61,29 @@ class SharedDirections(DirectionLayout):
         numbers = sum(math.prod(self.drawn_shape(p)) for p in site.parameters.values())
         return RowResponses(values, numbers + (2 if self.noise.distribution == "gaussian" else 0))
 
-    def _losses(self, site: Site, clean: CleanPass, index: Tensor, direction: int, sigmas: Tensor) -> Tensor:
+    def _contexts(self, site: Site, draw: int, directions: list[int], sigmas: Tensor) -> dict[int, Tensor]:
+        """``(unit, ...)`` contexts of the site's stage at ``theta + sigma z``, by direction, all in one call."""
+        if not site.per_batch or not self.response.in_place:  # a derivative must see how they come about
+            return {}
+        noise = [self._noise(site, draw, site.first, site.parameters, p) for p in directions]
+        values = {
+            name: torch.stack([(p.detach() + s * z[name]).to(p.dtype) for z in noise for s in sigmas])
+            for name, p in site.parameters.items()
+        }
+        with phase("suffix"):
+            found = self.stages.context(site.first, values).unflatten(0, (-1, len(sigmas)))
+        return dict(zip(directions, found, strict=True))
+
+    def _losses(
+        self, site: Site, clean: CleanPass, index: Tensor, direction: int, contexts: Tensor | None, sigmas: Tensor
+    ) -> Tensor:
         """``(unit, r)`` losses of samples at ``theta + sigma z`` for every sigma; each stage's ``z`` is drawn once."""
         # A copy for each, since a stage may work in place; nothing else holds them while the stages above run.
         streams = [clean.activations[site.first].index_select(0, index) for _ in sigmas]
-        for i, own in self._by_stage(site).items():
+        stage = self.network.stages[site.first].context
+        if contexts is not None and stage is not None:
+            streams = [stage.apply(h, context) for h, context in zip(streams, contexts, strict=True)]
+        for i, own in self._by_stage(site).items() if contexts is None else ():
             noise = self._noise(site, clean.draw, i, own, direction) if own else {}
             for k, sigma in enumerate(sigmas):
                 values = {name: (p.detach() + sigma * noise[name]).to(p.dtype) for name, p in own.items()}

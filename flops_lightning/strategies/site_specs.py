@@ -8,6 +8,7 @@ from flops_lightning.errors import SettingError
 from flops_lightning.network.staging import StagedNetwork
 
 SiteKind = Literal["linear", "block", "group"]
+Directions = Literal["", "shared", "own"]
 
 
 @dataclass
@@ -29,6 +30,9 @@ class SiteSpec:
             ``[only]``; where one of them has a ``*``, ``?`` or ``[``, all are patterns: of the names of stages, or,
             where one matches none, of those of other modules.
         together: ``linear`` only: perturb all modules in one query (the paper's group) instead of one at a time.
+        directions: Of strategies that perturb parameters. ``shared``: all samples move along the same directions.
+            ``own``: every row along one of its own. Empty: as the strategy's ``layout`` has it; but stages whose
+            parameters can differ by row (prompts) have their own, except where all samples share most of the work.
         active_tokens: Put noise only on the tokens that the rest of the network reads, where the staging knows them.
 
     Example:
@@ -50,6 +54,7 @@ class SiteSpec:
     modules: list[str] = field(default_factory=list)
     together: bool = False
     active_tokens: bool = True
+    directions: Directions = ""
 
     @property
     def layers(self) -> list[str]:

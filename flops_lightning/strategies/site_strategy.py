@@ -133,7 +133,10 @@ class SiteStrategy(ChunkedStrategy):
         names, minimum = self.pilots.names(self.sites), self._least if self._least > 1 else 0
         left = [site.queries_per_sample - self.pilots.queries * (site.name in names) for site in self.sites]
         sites = tuple(site.name for site in self.sites)
-        return QueryBudget(tuple(left), multiple=self.unit, minimum=minimum, sites=sites)
+        shared = tuple(site.per_batch for site in self.sites)
+        return QueryBudget(
+            tuple(left), multiple=self.unit, minimum=minimum, sites=sites, shared=shared if any(shared) else ()
+        )
 
     @property
     def update_groups(self) -> tuple[tuple[str, ...], ...]:
@@ -157,11 +160,15 @@ class SiteStrategy(ChunkedStrategy):
         clean.activations.setdefault(0, inputs)  # not a copy: from it all that was not kept can be run again
         if self._costs is None:
             counted = site_costs(self.network, self.sites, inputs)
-            scaled = {name: cost * self.passes_per_query for name, cost in counted.query.items()}
-            self._costs = replace(counted, query=scaled)
+            query, context = (
+                {name: cost * self.passes_per_query for name, cost in costs.items()}
+                for costs in (counted.query, counted.context)
+            )
+            self._costs = replace(counted, query=query, context=context)
             warn_unresolved_sigma(self.sites, clean)
         self.draw += 1
-        self.meter.add(CLEAN, clean_passes=clean.batch_size, forward_equivalents=clean.batch_size)
+        cost = clean.batch_size + self._known_costs.contexts
+        self.meter.add(CLEAN, clean_passes=clean.batch_size, forward_equivalents=cost)
         return clean
 
     def refresh(self, clean: CleanPass, updated: Sequence[str]) -> CleanPass:

@@ -7,14 +7,15 @@ must end up in exactly one.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import get_args
+from typing import Any, get_args
 
+from numpy.typing import NDArray
 from torch import nn
 
 from flops_lightning.errors import SettingError, check_choice, check_positive
 from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.noise.row_directions import has_row_directions
-from flops_lightning.strategies.site_specs import SiteKind, SiteSpec, default_specs
+from flops_lightning.strategies.site_specs import Directions, SiteKind, SiteSpec, default_specs
 from flops_lightning.strategies.site_stages import named_stages, range_name
 
 
@@ -43,6 +44,8 @@ class Site:
         layers: For ``linear`` sites the perturbed modules; empty for ``block`` and ``group`` sites, whose noise enters
             at the output of stage ``last``.
         in_parameters: Noise enters the parameters themselves instead.
+        directions: Whether rows share directions in the parameters, or each has its own.
+        per_batch: A direction is paid for once, whatever the number of samples: all have the same number of queries.
 
     Example:
         >>> from flops_lightning import SiteSpec, stage_network
@@ -62,11 +65,17 @@ class Site:
     narrow: bool = False
     layers: tuple[LayerTarget, ...] = ()
     in_parameters: bool = False
+    directions: Directions = ""
+    per_batch: bool = False
 
     @property
     def start(self) -> int:
         """Index of the stage at which a query's forward pass starts."""
         return self.first if self.layers or self.in_parameters else self.last + 1
+
+    def number(self, counts: NDArray[Any]) -> int:
+        """Queries that are paid for ``(b,)`` counts: their sum, or the directions where all samples share them."""
+        return int(counts.max(initial=0) if self.per_batch else counts.sum())
 
     @property
     def together(self) -> bool:
@@ -122,6 +131,10 @@ def _resolve(network: StagedNetwork, spec: SiteSpec, setting: str, *, in_paramet
     check_positive(f"{setting}.sigma", spec.sigma, "Write, for example, 0.01.")
     check_positive(f"{setting}.queries_per_sample", spec.queries_per_sample, "Write, for example, 4.")
     check_choice(f"{setting}.kind", spec.kind, get_args(SiteKind))
+    check_choice(f"{setting}.directions", spec.directions, get_args(Directions))
+    if spec.directions and not in_parameters:
+        problem = "has no effect where noise enters activations."
+        raise SettingError(f"{setting}.directions", spec.directions, problem, "Leave it out.")
     if spec.kind != "linear" and spec.together:
         raise SettingError(
             f"{setting}.kind", spec.kind, "does not take `together`.", "Remove it, or write kind: linear."
@@ -146,8 +159,14 @@ def _resolve(network: StagedNetwork, spec: SiteSpec, setting: str, *, in_paramet
         )  # fmt: skip
     sites = [_boundary_site(network, spec, name, a, b) for name, (a, b) in zip(names, ranges, strict=True)]
     if in_parameters:
-        return [replace(site, tokens=None, narrow=False, in_parameters=True) for site in sites]
+        return [_in_parameters(network, site, spec.directions) for site in sites]
     return sites
+
+
+def _in_parameters(network: StagedNetwork, site: Site, directions: Directions) -> Site:
+    # Frozen stages below the first trained one run in the clean pass alone.
+    first = next(i for i in range(site.first, site.last + 1) if network.parameters_of(i, i))
+    return replace(site, first=first, tokens=None, narrow=False, in_parameters=True, directions=directions)
 
 
 def _boundary_site(network: StagedNetwork, spec: SiteSpec, name: str, first: int, last: int) -> Site:

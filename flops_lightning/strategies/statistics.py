@@ -104,7 +104,7 @@ def _gradient_sq_norm(network: StagedNetwork, loss: LossFunction, clean: CleanPa
     below = clean.activations[start].detach()
     # Copies of the weights that autocast made without a graph would cut the gradient off.
     torch.clear_autocast_cache()
-    with network.evaluating(), torch.enable_grad(), differentiable(below) as entering:
+    with network.evaluating(), network.frozen_parameters(), torch.enable_grad(), differentiable(below) as entering:
         h = value_of(entering).clone().requires_grad_(True)
         try:
             # Run on a clone: a stage may work in place, and a leaf must not change.

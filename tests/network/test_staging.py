@@ -10,7 +10,7 @@ from timm.models.vision_transformer import Block, ParallelScalingBlock, Parallel
 from torch import Tensor, nn
 
 from flops_lightning.errors import SettingError
-from flops_lightning.network.staging import Stage, StagedNetwork, stage_network
+from flops_lightning.network.staging import Stage, StagedNetwork, flops, stage_network
 from flops_lightning.strategies.sites import SiteSpec, resolve_sites
 from tests.reference.networks import TokenMean, freeze, shaken, tiny_vit
 
@@ -284,3 +284,11 @@ def test_stages_made_by_hand_must_own_every_parameter_once(members, owned):
     stages = tuple(Stage(name, net[i], members[i]) for i, name in enumerate("ab"))
     with pytest.raises(SettingError, match=f"belongs to the stages {owned}"):
         StagedNetwork(net, stages)
+
+
+def test_attention_on_the_fast_path_of_torch_is_counted():
+    attention = nn.MultiheadAttention(8, 2, batch_first=True).eval().requires_grad_(False)
+    with torch.no_grad():
+        counted, _ = flops(lambda x: attention(x, x, x, need_weights=False)[0], torch.randn(1, 5, 8))
+    assert counted == 2 * 5 * 8 * (24 + 8) + 2 * 2 * 5 * 5 * 8  # four projections; scores and their sums
+    assert torch.backends.mha.get_fastpath_enabled()
