@@ -181,6 +181,7 @@ class Stopwatch(Callback):
 def independent(strategy: ForwardGradientStrategy, module: LightningModule) -> bool:
     """Whether the gradient left behind by a step is that of one batch whose samples' noises are independent."""
     own = isinstance(strategy, Backprop | QueryStrategy) and getattr(strategy, "layout", BY_ROW[0]) in BY_ROW
+    own = own and not any(site.directions == "shared" for site in strategy.sites)
     clip, optimizer = (getattr(module, f"{name}_settings", None) for name in ("clip", "optimizer"))
     whole = not any(vars(clip).values()) if clip else True
     return own and whole and getattr(optimizer, "accumulate_grad_batches", 1) == 1
@@ -191,7 +192,8 @@ def _query_costs(strategy: ForwardGradientStrategy, inputs: Tensor) -> dict[str,
     if not isinstance(strategy, QueryStrategy):
         return {}
     counted = site_costs(strategy.network, strategy.sites, inputs)
-    return {name: cost * strategy.passes_per_query for name, cost in counted.query.items()}
+    costs = {site.name: counted.of(site, 1, len(inputs)) for site in strategy.sites}
+    return {name: cost * strategy.passes_per_query for name, cost in costs.items()}
 
 
 class StepMemory:

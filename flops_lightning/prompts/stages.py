@@ -16,7 +16,7 @@ from flops_lightning.errors import SettingError
 from flops_lightning.network.staging import Stage, StageContext, StagedNetwork
 from flops_lightning.prompts.class_texts import ClassTexts
 from flops_lightning.prompts.intrinsic import IntrinsicPrompt, PromptSpec
-from flops_lightning.queries import at_least_float32
+from flops_lightning.queries import at_least_float32, full_precision
 
 
 class PromptedCLIP(nn.Module):
@@ -237,8 +237,9 @@ class _Scores:
 
     def logits(self, x: Tensor, features: Tensor) -> Tensor:
         """``(r, c)`` logits for text features ``(c, e)``, or ``(r, c, e)`` with those of each row."""
-        cosines = (features @ x.unsqueeze(-1)).squeeze(-1) if features.dim() == 3 else x @ features.T
-        bias = self.clip.logit_bias
+        bias, x = self.clip.logit_bias, x.to(features.dtype)
+        with full_precision(x):  # queries differ from the clean pass by little
+            cosines = (features @ x.unsqueeze(-1)).squeeze(-1) if features.dim() == 3 else x @ features.T
         logits: Tensor = self.clip.logit_scale.exp() * cosines
         return logits if bias is None else logits + bias
 

@@ -48,6 +48,8 @@ def _strategy(strategy: ForwardGradientStrategy) -> dict[str, Any]:
     for site in strategy.sites:
         described[f"strategy.sites.{site.name}.sigma"] = site.sigma
         described[f"strategy.sites.{site.name}.queries_per_sample"] = site.queries_per_sample
+        if site.directions:
+            described[f"strategy.sites.{site.name}.directions"] = site.directions
     return described
 
 

@@ -14,6 +14,8 @@ from flops_lightning.errors import SettingError
 from flops_lightning.meter import CLEAN
 from flops_lightning.noise.keys import NoiseKey
 from flops_lightning.noise.kinds import NoiseSpec, draw_noise
+from flops_lightning.plan.stopwatch import _query_costs, independent
+from flops_lightning.resume.run_settings import _strategy
 from flops_lightning.strategies import SPSA, EvolutionStrategies, LikelihoodRatio, WeightForwardMode
 from tests.reference.clip import prompted
 from tests.reference.networks import cross_entropy
@@ -275,3 +277,15 @@ def test_directions_that_cannot_be_had_are_refused():
     ):
         with pytest.raises(SettingError, match=message):
             tuner(kind, specs=sites, **settings)
+
+
+def test_plans_and_checkpoints_know_that_draws_are_shared():
+    strategy, images, targets = tuner(layout="factored", specs=[{"stages": ["image_prompt"]}, {"stages": ["scores"]}])
+    assert independent(strategy, strategy.network.module)
+    specs = [{"stages": ["image_prompt"]}, {"stages": ["scores"], "directions": "shared"}]
+    strategy, images, targets = tuner(layout="factored", specs=specs)
+    assert not independent(strategy, strategy.network.module)
+    assert _strategy(strategy)["strategy.sites.scores.directions"] == "shared"
+    strategy.clean_pass(images, targets)
+    paid = strategy._known_costs.of(strategy.sites[1], 1, 3)
+    assert _query_costs(strategy, images)["scores"] == pytest.approx(paid)

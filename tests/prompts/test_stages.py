@@ -124,6 +124,17 @@ def test_rows_may_have_prompts_of_their_own():
         torch.testing.assert_close(rows[row : row + 1], alone)
 
 
+@torch.no_grad()
+def test_scores_are_products_in_float32_under_autocast_too():
+    network, images, _ = prompted()
+    network.module.float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        features = network.run(images.float(), stop=5)
+        logits, texts = network.run(features, 5), network.stages[5].context.compute()
+    assert features.dtype == texts.dtype == logits.dtype == torch.float32
+    torch.testing.assert_close(logits, network.module.logit_scale.exp() * features @ texts.T)
+
+
 def test_the_start_of_an_image_prompt_is_the_mean_patch_and_its_spread_theirs():
     clip, images = tiny_clip(), torch.randn(5, 3, 8, 8)
     found = []
