@@ -248,7 +248,7 @@ def main(args: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
     told = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     told.addFilter(lambda record: "Tip: For seamless cloud" not in record.getMessage())
-    about = "Train networks with forward passes only. Start: python main.py fit --config configs/vit_tiny_digits.yaml"
+    about = "Train networks with forward passes only. Start: python main.py fit --config configs/quickstart.yaml"
     parsers = {"description": about, **_PARSER, **{command: dict(_PARSER) for command in FlopsCLI.subcommands()}}
     given = list(sys.argv[1:] if args is None else args)
     try:

@@ -61,7 +61,7 @@ def explain(report: str, given: Given) -> str:
 
 def _about_command(report: str, given: Given) -> str:
     if 'expected "subcommand"' in report:
-        example = "fit --config configs/vit_tiny_digits.yaml"
+        example = "fit --config configs/quickstart.yaml"
         return f"no command was given. Write one of fit, plan, validate, test, predict first, for example: {example}"
     choice = re.search(r"argument subcommand: invalid choice: '(.+?)' \(choose from (.+)\)", report)
     if choice and given.command:

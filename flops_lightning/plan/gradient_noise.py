@@ -11,6 +11,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+STEPS = 32
+"""Gradients that are read, at most."""
 ENTRIES = 2**20
 """Entries of the gradient that are read, about: every n-th of each parameter."""
 
@@ -30,12 +32,13 @@ class GradientNoise:
         self.steps, self._samples, self._squares, self._sum = 0, 0, 0.0, torch.zeros(0)
 
     def add(self, gradients: Iterable[Tensor], samples: int) -> None:
-        """Read the gradient of a batch, if it has as many samples as the first one."""
-        if samples != (self._samples or samples):
-            return
+        """Read the gradient of a batch, if it is whole: as many samples and entries as the first one has."""
         parts = [gradient.detach().flatten() for gradient in gradients]
         stride = max(1, sum(part.numel() for part in parts) // ENTRIES)
-        some = torch.cat([part[::stride] for part in parts]).double().cpu()
+        some = torch.cat([part[::stride] for part in parts]).double().cpu() if parts else torch.zeros(0)
+        whole = not self.steps or (samples, len(some)) == (self._samples, len(self._sum))
+        if not len(some) or not whole or self.steps == STEPS:
+            return
         self._samples, self.steps = samples, self.steps + 1
         self._squares += float(some.square().sum())
         self._sum = some if self.steps == 1 else self._sum + some
@@ -45,6 +48,5 @@ class GradientNoise:
         """``B*`` in samples; None where the gradients do not tell (fewer than four, or products that cancel)."""
         pairs = self.steps * (self.steps - 1)
         signal = (float(self._sum.square().sum()) - self._squares) / pairs if pairs else 0.0
-        if self.steps < 4 or signal <= 0:
-            return None
-        return max(0.0, self._samples * (self._squares / self.steps / signal - 1.0))
+        noise = self._squares / max(1, self.steps) - signal
+        return self._samples * noise / signal if self.steps >= 4 and signal > 0 and noise > 0 else None

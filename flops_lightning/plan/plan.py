@@ -182,8 +182,8 @@ def _remarks(plan: Plan) -> list[str]:
     said = [f"Timed: {own.steps:,} steps in {own.seconds:.1f} s, after those that warm up."]
     if (best := own.noise.batch_size) is not None:
         said.append(
-            f"Batch size: by {own.noise.steps} gradients at the start, {best:.2g} samples take twice the least number "
-            "of queries; smaller batches take fewer, in more steps (docs/budget.md)."
+            f"Batch size: by {own.noise.steps} gradients at the start, {_number(best)} samples take about twice the "
+            "least number of queries; smaller batches take fewer, in more steps (docs/budget.md)."
         )
     if plan.no_backprop:
         said.append(f"Backprop: {plan.no_backprop}")

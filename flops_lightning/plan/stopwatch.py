@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from flops_lightning.allocators.budget import DENSE
+from flops_lightning.callbacks import QueryAllocatorCallback
 from flops_lightning.meter import CLEAN, QueryMeter, SiteCount
 from flops_lightning.network.memory import give_back_freed, held, restart_peak
 from flops_lightning.plan.cost import Cost, Epoch, typical_seconds
 from flops_lightning.plan.gradient_noise import GradientNoise
-from flops_lightning.strategies import Backprop, ForwardGradientStrategy
+from flops_lightning.strategies import ForwardGradientStrategy
 from flops_lightning.strategies.costs import site_costs
 from flops_lightning.strategies.parameter_perturbation import BY_ROW
 from flops_lightning.strategies.query_strategy import QueryStrategy
@@ -55,7 +57,7 @@ class Measured:
     device: torch.device
     steps: int  # number of timed steps
     seconds: float  # time of all of them
-    noise: GradientNoise  # of the first steps; empty where it says nothing of the batch size
+    noise: GradientNoise  # of the first gradients; empty where they say nothing of the batch size
 
 
 class Stopwatch(Callback):
@@ -83,16 +85,17 @@ class Stopwatch(Callback):
         self._validated.append(self._now(pl_module))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note how long epochs and validations are; from here the weights stay, as the gradients are compared."""
-        for optimizer in trainer.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = 0.0 * group["lr"]
-        for config in trainer.lr_scheduler_configs:
-            config.scheduler.base_lrs = [0.0 for _ in getattr(config.scheduler, "base_lrs", ())]
+        """Note how long epochs and validations are."""
         self._started, self._device = self._now(pl_module), pl_module.device
         self._loader, self._batches = trainer.train_dataloader, trainer.num_training_batches
         self._val_batches = sum(trainer.num_val_batches) if trainer.enable_validation else 0
         self._period = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Keep the weights where they are, as the gradients of the steps are compared; schedules change the rate."""
+        for optimizer in trainer.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = 0.0 * group["lr"]
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -101,7 +104,7 @@ class Stopwatch(Callback):
         self.ends.append(self._now(pl_module))
         self._opens_epoch.append(batch_idx == 0)
         self._samples.append(len(batch[0]))
-        if independent(self.strategy, pl_module):
+        if len(self.ends) > settling_steps(trainer) and independent(self.strategy, pl_module):
             self._noise.add([p.grad for p in pl_module.parameters() if p.grad is not None], self._samples[-1])
         if len(self.ends) == 1:
             self._first = deepcopy(self.strategy.meter)
@@ -180,11 +183,21 @@ class Stopwatch(Callback):
 
 def independent(strategy: ForwardGradientStrategy, module: LightningModule) -> bool:
     """Whether the gradient left behind by a step is that of one batch whose samples' noises are independent."""
-    own = isinstance(strategy, Backprop | QueryStrategy) and getattr(strategy, "layout", BY_ROW[0]) in BY_ROW
+    if not isinstance(strategy, QueryStrategy) or getattr(strategy, "normalize", "none") != "none":
+        return False
+    own = getattr(strategy, "layout", BY_ROW[0]) in BY_ROW
     own = own and not any(site.directions == "shared" for site in strategy.sites)
     clip, optimizer = (getattr(module, f"{name}_settings", None) for name in ("clip", "optimizer"))
     whole = not any(vars(clip).values()) if clip else True
-    return own and whole and getattr(optimizer, "accumulate_grad_batches", 1) == 1
+    whole = whole and getattr(optimizer, "accumulate_grad_batches", 1) == 1
+    return own and whole and len(strategy.update_groups) == 1
+
+
+def settling_steps(trainer: Trainer) -> int:
+    """Steps until a budget that is chosen hardly changes at the same weights."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    rules = (c.budget.rule for c in callbacks if isinstance(c, QueryAllocatorCallback))
+    return DENSE if any(rule != "fixed" for rule in rules) else 0
 
 
 def _query_costs(strategy: ForwardGradientStrategy, inputs: Tensor) -> dict[str, float]:

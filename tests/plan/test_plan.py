@@ -19,7 +19,7 @@ from flops_lightning.datamodules.loading import GlobalBatches
 from flops_lightning.errors import SettingError
 from flops_lightning.network.memory import held, restart_peak
 from flops_lightning.plan.cost import Cost, Epoch, typical_seconds
-from flops_lightning.plan.gradient_noise import GradientNoise
+from flops_lightning.plan.gradient_noise import STEPS, GradientNoise
 from flops_lightning.plan.plan import Plan, make_plan, text
 from flops_lightning.plan.stopwatch import StepMemory, lasting_bytes
 from flops_lightning.strategies import SPSA, Backprop, CoordinateFiniteDifferences, LikelihoodRatio, MeZO, SiteSpec
@@ -347,12 +347,14 @@ def test_what_cannot_be_planned_is_refused():
 
 
 def test_the_batch_size_is_noise_over_signal_and_the_planned_steps_keep_the_weights():
-    generator, dims, size, steps = torch.Generator().manual_seed(0), 100, 8, 64
+    generator, dims, size, steps = torch.Generator().manual_seed(0), 100, 8, STEPS
     gradient, noise = torch.full((dims,), 0.1), GradientNoise()  # |g|^2 = 1
     for _ in range(steps):
         drawn = torch.randn(dims, generator=generator) * (500 / size / dims) ** 0.5  # N = 500
         noise.add([(gradient + drawn)[:30], (gradient + drawn)[30:]], size)
-    noise.add([torch.full((dims,), 1e9)], size - 1)  # the last batch of an epoch
+        noise.add([torch.full((dims,), 1e9)], size - 1)  # the last batch of an epoch
+        noise.add([drawn[:30]], size)  # a site lost its queries
+        noise.add([], size)  # all did
     # Standard error of |g|^2: 4 g^T C g / n + 2 tr C^2 / n^2, with C = N / (B d) times the identity.
     spread = 500 / size
     error = (4 * spread / dims / steps + 2 * spread**2 / dims / steps**2) ** 0.5
@@ -364,7 +366,8 @@ def test_the_batch_size_is_noise_over_signal_and_the_planned_steps_keep_the_weig
     plan = make_plan(made, data, {**LEAN, "max_epochs": 4}, seconds=9, backprop=False, clock=clock.__next__)
     assert all(torch.equal(a, b) for a, b in zip(before, made.parameters(), strict=True))
     assert plan.own.noise.steps == 11
-    assert f"by 11 gradients at the start, {plan.own.noise.batch_size:.2g} samples" in text(plan)
-    for other in (planned("mezo", batch_size=64), planned(batch_size=64, max_steps=3)):
+    assert f"by 11 gradients at the start, {plan.own.noise.batch_size:,.0f} samples" in text(plan)
+    others = [planned(name, batch_size=64) for name in ("mezo", "site by site", "backprop")]
+    for other in (*others, planned(batch_size=64, max_steps=3)):
         assert other.own.noise.batch_size is None
         assert "Batch size" not in text(other)
