@@ -180,7 +180,7 @@ class CMASearch:
                 raise SettingError(f"search.{name}", own[name], problem, "Resume with its settings, or start anew.")
         if state["start"] != self._start.tolist():
             problem = f"begins elsewhere than the search that was saved, in {len(state['start'])} dimensions."
-            remedy = "Resume with the prompts of that run, or start anew."
+            remedy = "Resume with the same start, or start anew."
             raise SettingError("search", f"{len(self._start)} dimensions", problem, remedy)
         self.settings = SearchSettings(**state["settings"])
         self._begin()

@@ -50,7 +50,7 @@ class PhotoDataModule(ImageDataModule):
         split_seed: Chooses the images of the settings above; independent of the seed of the run, so that runs with
             different seeds are measured on the same images. From 0 to 2**32 - 1.
         allow_missing: Leave out listed images that are not there, and classes without any, and say how many; otherwise
-            the first one is an error. So is, without it, a class that has fewer images than are asked for.
+            the first one is an error. Without it, a class with fewer images than asked for is an error too.
         augment: Augment training images: photos are cropped at random (8 % to 100 % of the area, 3:4 to 4:3), the
             images of CIFAR shifted by up to an eighth of their size, on black; half of them are mirrored.
         normalization: Mean and standard deviation of the pixels: ``backbone`` asks the task's timm model for those that
@@ -150,8 +150,10 @@ class PhotoDataModule(ImageDataModule):
             by: dict[str, Any] = {"seed": self.split_seed, "class_names": self.class_names, "fewer": self.allow_missing}
             parts["train"] = splits.choose_per_class(parts["train"], self.images_per_class, **by)
             few = self.val_images_per_class if parts["train"].files else 0  # there is a test part alone
+            share = self._split_off.get("val", "split_file")
+            beside = "" if share == "split_file" else f", or split some off with {share}"
             parts["val"] = splits.choose_per_class(
-                parts["val"], few, kind="validation", setting="data.val_images_per_class", **by
+                parts["val"], few, kind="validation", setting="data.val_images_per_class", beside=beside, **by
             )
             self._parts = parts
             counts = ", ".join(f"{len(parts[part].files):,} {part}" for part in PARTS)

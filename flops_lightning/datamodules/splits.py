@@ -120,12 +120,12 @@ def read_split_file(file: str) -> tuple[tuple[str, ...], Mapping[Part, Listing]]
 
 def choose_per_class(
     listing: Listing, per_class: int, *, seed: int, class_names: Sequence[str], kind: str = "training",
-    setting: str = "data.images_per_class", fewer: bool = False,
+    setting: str = "data.images_per_class", fewer: bool = False, beside: str = "",
 ) -> Listing:  # fmt: skip
     """Choose the same number of images of every class, in their order; a smaller choice is part of every larger one.
 
     0 chooses all. A class that has fewer is refused, or with ``fewer`` keeps all of its images, and a warning tells
-    how many there are.
+    how many there are. ``beside``: what can be done about a class without any, beside choosing 0.
     """
     if per_class == 0 or (kind == "training" and not len(listing.files)):
         return listing
@@ -136,7 +136,7 @@ def choose_per_class(
         has = f"{lacking} has {fewest} {kind} images"
         if not fewer:
             others = ", not counting those for validation" if kind == "training" else ""
-            less = f"at most {fewest}, or 0 for all" if fewest else "0, or split some off with val_images or val_share"
+            less = f"at most {fewest}, or 0 for all" if fewest else f"0{beside}"
             raise SettingError(setting, per_class, f"{has}{others}.", f"Use {less}.")
         found = int(counts.clamp(max=per_class).sum())
         warnings.warn(

@@ -218,8 +218,10 @@ def flops(run: Callable[[Tensor], Tensor], x: Tensor) -> tuple[float, Tensor]:
 BatchNormSetting = Literal["refuse", "frozen"]
 
 
-def stage_network(module: nn.Module, example: Any = None, *, batch_norm: BatchNormSetting = "refuse") -> StagedNetwork:
-    """Cut a network into stages.
+def stage_network(
+    module: nn.Module | StagedNetwork, example: Any = None, *, batch_norm: BatchNormSetting = "refuse"
+) -> StagedNetwork:
+    """Cut a network into stages; one that is cut already is returned as it is.
 
     A timm ``VisionTransformer`` becomes ``embed``, ``blocks.0`` ... ``blocks.N``, ``pool`` (final norm and pooling) and
     ``head``; an ``nn.Sequential`` becomes its children under their own names. Every other network is run on a few rows
@@ -245,6 +247,10 @@ def stage_network(module: nn.Module, example: Any = None, *, batch_norm: BatchNo
         ['layers.0', 'layers.1', 'layers.2']
     """
     check_choice("batch_norm", batch_norm, get_args(BatchNormSetting))
+    if isinstance(module, StagedNetwork):
+        if batch_norm == "refuse":
+            _refuse_batch_norm(module.module)
+        return module
     if not isinstance(module, nn.Module):
         raise SettingError("network", module, "is not a torch.nn.Module.", "Pass a module, for example nn.Tanh().")
     module = getattr(module, "_orig_mod", module)  # a compiled module: queries run its parts

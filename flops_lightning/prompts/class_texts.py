@@ -179,7 +179,8 @@ def check_class_names(names: Sequence[str], *, doubled: bool = False) -> None:
             else "is the name of two classes, whose texts would be the same." if plain in seen and not doubled else ""
         )  # fmt: skip
         if problem:
-            raise SettingError("class_names", name, problem, remedy)
+            either = f"{remedy[:-1]}, or doubled_names=True." if "two classes" in problem else remedy
+            raise SettingError("class_names", name, problem, either)
         seen.add(plain)
 
 

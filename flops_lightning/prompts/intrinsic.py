@@ -22,7 +22,7 @@ class PromptSpec:
             ``z in R^(m x d)`` of the paper.
         init: Where the prompt starts, ``p0``. ``data``: at the words of the template before the class name, or, of an
             image prompt, at the mean patch token. ``zeros``.
-        seed: Seed of ``W``.
+        seed: Seed of ``W``, from 0 to 2**31 - 1. A text and an image prompt with the same seed draw other numbers.
 
     Example:
         >>> PromptSpec(tokens=4, dim=8).coordinates
@@ -43,6 +43,9 @@ class PromptSpec:
         check_whole("prompt.dim", self.dim, 1, "Write, for example, 500.")
         check_choice("prompt.coordinates", self.coordinates, get_args(Coordinates))
         check_choice("prompt.init", self.init, ("data", "zeros"))
+        check_whole("prompt.seed", self.seed, 0, "Write, for example, 0.")
+        if self.seed >= 2**31:
+            raise SettingError("prompt.seed", self.seed, "is 2**31 or more.", "Write a smaller one.")
 
 
 class IntrinsicPrompt(nn.Module):
@@ -62,13 +65,14 @@ class IntrinsicPrompt(nn.Module):
         (torch.Size([4, 16]), 8)
     """
 
-    def __init__(self, start: Tensor, spec: PromptSpec, *, std: float) -> None:
+    def __init__(self, start: Tensor, spec: PromptSpec, *, std: float, seed_offset: int = 0) -> None:
         """Draw ``W``.
 
         Args:
             start: ``(n, w)`` tokens at ``z = 0``.
             spec: Numbers, coordinates and seed; its ``tokens`` are those of ``start``.
             std: Standard deviation of the tokens beside which the prompt stands.
+            seed_offset: Added to the seed, so that several prompts of one seed have a ``W`` of their own.
 
         Raises:
             SettingError: more numbers than the tokens have, or tokens without any spread.
@@ -87,7 +91,7 @@ class IntrinsicPrompt(nn.Module):
             )  # fmt: skip
         check_positive("prompt.std", std, "Give the spread of the tokens beside which the prompt stands.")
         self.flat = whole
-        generator = torch.Generator().manual_seed(spec.seed)
+        generator = torch.Generator().manual_seed(spec.seed + seed_offset)
         drawn = torch.randn(spec.dim, most, generator=generator) * (std / spec.dim**0.5)
         self.z = nn.Parameter(start.new_zeros(spec.dim if whole else (tokens, spec.dim), dtype=torch.float32))
         self.start: Tensor

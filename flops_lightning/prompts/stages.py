@@ -18,6 +18,9 @@ from flops_lightning.prompts.class_texts import ClassTexts
 from flops_lightning.prompts.intrinsic import IntrinsicPrompt, PromptSpec
 from flops_lightning.queries import at_least_float32, full_precision
 
+IMAGE_SEED = 2**31  # generators of the CPU read 32 bits, and seeds have 31
+"""Added to the seed of an image prompt: the text prompt of the same seed draws other numbers."""
+
 
 class PromptedCLIP(nn.Module):
     """A CLIP with a text prompt, an image prompt or both; made by :func:`stage_clip`.
@@ -126,7 +129,8 @@ def image_start(clip: nn.Module, images: Tensor, spec: PromptSpec) -> IntrinsicP
     """
     patches = _embedded(token_tower(clip), images)[:, 1:].flatten(0, 1)
     start = patches.mean(0).expand(spec.tokens, -1) if spec.init == "data" else patches.new_zeros(spec.tokens, 1)
-    return IntrinsicPrompt(start.expand(-1, patches.shape[1]), spec, std=float(patches.std()))
+    start = start.expand(-1, patches.shape[1])
+    return IntrinsicPrompt(start, spec, std=float(patches.std()), seed_offset=IMAGE_SEED)
 
 
 def token_tower(clip: Any) -> Any:

@@ -29,7 +29,7 @@ from flops_lightning.phases import phase
 from flops_lightning.queries import Chunk, CleanPass, RowPlan, full_precision, row_losses
 from flops_lightning.strategies.base import summed
 from flops_lightning.strategies.parameter_queries import DirectionLayout, RowResponses
-from flops_lightning.strategies.row_layers import RowLayer, SiteParts, moved_output, times
+from flops_lightning.strategies.row_layers import RowLayer, SiteParts, moved_output, row_remedy, times
 from flops_lightning.strategies.sites import Site
 
 Bases = dict[str, Tensor]
@@ -56,13 +56,14 @@ class FactoredDirections(DirectionLayout):
         rank: Largest rank ``K`` of a direction.
         guided: Draw input factors in the span of the layer's inputs.
         span: Number of leading directions of that span to keep (biased); 0: all.
+        layout: The setting, for errors: ``shared`` where a site alone has directions of its own.
     """
 
     parts: dict[str, SiteParts]
     rank: int
     guided: bool
     span: int
-    name: ClassVar[str] = "factored"
+    layout: str
     noise: ClassVar[NoiseSpec] = NoiseSpec()
 
     def chunks(self, plan: RowPlan) -> Iterator[tuple[NDArray[np.int64], Chunk]]:
@@ -239,7 +240,8 @@ class FactoredDirections(DirectionLayout):
         return x
 
     def _unsuitable(self, problem: str) -> SettingError:
-        return SettingError("model.strategy.layout", self.name, problem, "Freeze it, or write layout: shared.")
+        remedy = f"Freeze it, or {row_remedy(self.layout)}"
+        return SettingError("model.strategy.layout", self.layout, problem, remedy)
 
 
 def _oriented(basis: Tensor) -> Tensor:

@@ -38,7 +38,6 @@ from flops_lightning.strategies.sites import Site
 class FlipoutDirections(FactoredDirections):
     """Lays shared directions with signs by sample over rows; ``rank`` is 1 and ``guided`` false."""
 
-    name: ClassVar[str] = "flipout"
     noise: ClassVar[NoiseSpec] = NoiseSpec("rademacher")
 
     def chunks(self, plan: RowPlan) -> Iterator[tuple[NDArray[np.int64], Chunk]]:

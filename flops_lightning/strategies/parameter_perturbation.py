@@ -18,7 +18,7 @@ from flops_lightning.strategies.factored_directions import FactoredDirections
 from flops_lightning.strategies.flipout_directions import FlipoutDirections
 from flops_lightning.strategies.parameter_queries import ParameterQueries, ParameterQueryResult, Response, normalized
 from flops_lightning.strategies.query_strategy import QueryStrategy
-from flops_lightning.strategies.row_layers import SiteParts, site_parts
+from flops_lightning.strategies.row_layers import SiteParts, row_remedy, site_parts
 from flops_lightning.strategies.shared_directions import SharedDirections
 from flops_lightning.strategies.site_specs import Directions, default_specs
 from flops_lightning.strategies.sites import Site, resolve_sites
@@ -93,6 +93,11 @@ class ParameterPerturbation(QueryStrategy[ParameterQueryResult]):
             problem = "needs directions that all samples share, and rows have their own at"
             remedy = "Write directions: shared at this site, or exchange: gradients."
             raise SettingError("model.strategy.exchange", self.exchange, f"{problem} {moved[0].name!r}.", remedy)
+        if self.activation_guided and not moved:
+            problem = "has no effect: all samples share the directions of every site."
+            raise SettingError(
+                "model.strategy.activation_guided", True, problem, "Remove it, or write directions: own at a site."
+            )
         self._parts = {site.name: site_parts(network, site, self.layout) for site in moved}
         if moved:
             self.check_layers(network.unfit or {})
@@ -113,8 +118,9 @@ class ParameterPerturbation(QueryStrategy[ParameterQueryResult]):
         """See :meth:`SiteStrategy.check_layers`."""
         for name in self.moved_layers:
             if name in unfit:
+                remedy = row_remedy(self.layout)
                 raise SettingError(
-                    "model.strategy.layout", self.layout, f"{name} {unfit[name]}", "Freeze it, or write layout: shared."
+                    "model.strategy.layout", self.layout, f"{name} {unfit[name]}", f"Freeze it, or {remedy}"
                 )
 
     def resolve_sites(self, network: StagedNetwork) -> tuple[Site, ...]:
@@ -151,7 +157,8 @@ class ParameterPerturbation(QueryStrategy[ParameterQueryResult]):
             costs = self._known_costs
             inside = {s.name: costs.from_stage[s.first] - costs.from_stage[s.last + 1] for s in self.sites}
             if self.activation_guided:
-                self._costs = replace(costs, gradient=inside)
+                guided = {name: inside[name] for name in self._parts}
+                self._costs = replace(costs, gradient={**costs.gradient, **guided})
             else:
                 more = {name: costs.query[name] + self.passes_per_query * cost for name, cost in inside.items()}
                 self._costs = replace(costs, query=more)
@@ -170,13 +177,13 @@ class ParameterPerturbation(QueryStrategy[ParameterQueryResult]):
         key = NoiseKey(self.seed, 0, "", self.rank)
         shared = (self.network, self._stages, self.loss, key, self.unit, self.chunk_rows, self.response)
         if self.layout == "flipout":
-            flipout = FlipoutDirections(*shared, self._parts, rank=1, guided=False, span=0)
+            flipout = FlipoutDirections(*shared, self._parts, rank=1, guided=False, span=0, layout=self.layout)
             return ParameterQueries(lambda _: flipout)
         ranks = self.communicator if self.exchange == "losses" else None
         if self.layout == "subspace":
             subspace = SubspaceDirections(*shared, ranks, self.rank_of_directions, self.refresh_every, self._bases)
             return ParameterQueries(lambda _: subspace)
-        factored = (self._parts, self.rank_of_directions, self.activation_guided, self.span)
+        factored = (self._parts, self.rank_of_directions, self.activation_guided, self.span, self.layout)
         own, together = FactoredDirections(*shared, *factored), SharedDirections(*shared, ranks)
         return ParameterQueries(lambda site: own if site.directions == "own" else together)
 

@@ -105,7 +105,7 @@ class QueryStrategy(SiteStrategy, Generic[Q]):
             first_query: Index of their first query. Above the indices of the queries that made the counts and the
                 gradient, the traces are independent of both.
         """
-        table = check_counts(counts, len(self.sites), clean.batch_size, multiple=self.unit, least=1)
+        table = self._checked(clean, counts, least=1)
         return self._observe(clean, table, first_query=first_query)
 
     def _observe(
@@ -237,7 +237,7 @@ class QueryStrategy(SiteStrategy, Generic[Q]):
     def _table(self, clean: CleanPass, counts: Tensor | None) -> NDArray[np.int64]:
         """``(s, b)`` counts on the host; None: each site's budget in equal parts, less the pilots that were spent."""
         if counts is not None:
-            return check_counts(counts, len(self.sites), clean.batch_size, multiple=self.unit, least=self._least)
+            return self._checked(clean, counts, least=self._least)
         for site in self.sites:
             if not isinstance(site.queries_per_sample, int):
                 problem = f"is no number of queries that each sample could have at {site.name!r}."
@@ -246,6 +246,16 @@ class QueryStrategy(SiteStrategy, Generic[Q]):
         spent = [self.pilots.queries if self._pilots_of(site, clean) else 0 for site in self.sites]
         rest = [[int(site.queries_per_sample) - n] for site, n in zip(self.sites, spent, strict=True)]
         return np.repeat(np.array(rest, dtype=np.int64), clean.batch_size, axis=1)
+
+    def _checked(self, clean: CleanPass, counts: Tensor, *, least: int) -> NDArray[np.int64]:
+        """``(s, b)`` counts on the host, the same for all samples where a query is made once for the batch."""
+        table = check_counts(counts, len(self.sites), clean.batch_size, multiple=self.unit, least=least)
+        for site, line in zip(self.sites, table, strict=True):
+            if site.per_batch and (line != line[:1]).any():
+                problem = f"differ between samples at {site.name!r}, where a query is made once for the batch."
+                remedy = "Give all samples the same count there, or write directions: own at this site."
+                raise SettingError("counts", line.tolist()[:8], problem, remedy)
+        return table
 
     def _drawn(self, clean: CleanPass, inclusion: Tensor) -> Tensor:
         """``(s, b)`` probabilities, checked."""

@@ -50,6 +50,11 @@ class SiteParts:
         return [name for names in self.others.values() for name in names]
 
 
+def row_remedy(layout: str) -> str:
+    """What to write where a layer cannot move by row: a site with ``directions: own`` can be in ``layout: shared``."""
+    return "write directions: shared at this site." if layout == "shared" else "write layout: shared."
+
+
 def site_parts(network: StagedNetwork, site: Site, layout: str) -> SiteParts:
     """The layers of a site with directions by row, and its other parameters; tied parameters are refused."""
     layers: list[RowLayer] = []
@@ -66,7 +71,7 @@ def site_parts(network: StagedNetwork, site: Site, layout: str) -> SiteParts:
                 raise SettingError(
                     "model.strategy.layout", layout,
                     f"moves layers one by one, and {tied[0]!r} belongs to two modules.",
-                    f"Freeze it (freeze: {tied}), or write layout: shared.",
+                    f"Freeze it (freeze: {tied}), or {row_remedy(layout)}",
                 )  # fmt: skip
             layers.append(RowLayer(name, module, frozenset(mine)))
             rest = [full for full in rest if full not in mine.values()]

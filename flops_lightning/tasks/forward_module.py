@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from flops_lightning.distributed import present_communicator
 from flops_lightning.errors import check_at_least
 from flops_lightning.network.replay import result_of
-from flops_lightning.network.staging import BatchNormSetting, stage_network
+from flops_lightning.network.staging import BatchNormSetting, StagedNetwork, stage_network
 from flops_lightning.network.trace import call
 from flops_lightning.optim import optimizers
 from flops_lightning.optim.optimizers import ClipSettings, OptimizerSettings
@@ -96,8 +96,13 @@ class ForwardModule(AllocatedModule):
     def loss(self, outputs: Tensor, targets: Any) -> Tensor:
         """``(r,)`` losses of ``(r, ...)`` outputs, one a row; a derivative is needed by ``Backprop`` only."""
 
-    def stage(self, network: nn.Module, example: Any = None, *, batch_norm: BatchNormSetting = "refuse") -> None:
+    def stage(
+        self, network: nn.Module | StagedNetwork, example: Any = None, *, batch_norm: BatchNormSetting = "refuse"
+    ) -> None:
         """Cut the network into stages and bind the strategy to them; refuse what does not fit.
+
+        Of a network that is cut already (``stage_clip``), keep the ``module`` as an attribute too, so that Lightning
+        moves and saves it.
 
         ``example``: inputs of a few samples, from which the stages of most networks are found; None: Lightning's
         ``example_input_array``. ``batch_norm``: ``refuse`` or ``frozen``. See

@@ -107,7 +107,7 @@ def test_a_few_validation_images_of_each_class_are_none_that_train_or_test_and_s
 
 def test_without_a_validation_part_none_can_be_chosen_from_it(roots, tmp_path):
     with pytest.raises(
-        SettingError, match=r"data.val_images_per_class = 1: n\d+ has 0 validation images\. .*val_images"
+        SettingError, match=r"data.val_images_per_class = 1: n\d+ has 0 validation images\. .*off with val_images\."
     ):
         KINDS["imagenet"].prepared(roots["imagenet"], val_images=0, val_images_per_class=1)
     (tmp_path / "val").symlink_to(roots["imagenet"] / "val")  # nothing but images to test

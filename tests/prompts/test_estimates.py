@@ -268,6 +268,16 @@ def test_directions_of_a_site_can_be_chosen():
     assert (passes.texts, passes.images) == (12, 3 + 12)
 
 
+def test_a_draw_made_once_for_the_batch_is_every_samples():
+    strategy, images, targets = tuner()
+    clean = strategy.clean_pass(images, targets)
+    uneven, message = table(strategy, [4, 0, 8], [4, 4, 2]), r"counts = \[4, 4, 2\]: differ between samples at 'scores'"
+    with pytest.raises(SettingError, match=message):
+        strategy.estimate(clean, uneven)
+    with pytest.raises(SettingError, match=message):
+        strategy.observe_traces(clean, uneven, first_query=8)
+
+
 def test_directions_that_cannot_be_had_are_refused():
     sites = [{"stages": ["image_prompt"], "directions": "own"}, {"stages": ["scores"]}]
     for kind, settings, message in (

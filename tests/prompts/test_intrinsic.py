@@ -46,7 +46,8 @@ def test_sizes_that_do_not_fit_are_refused(spec, message):
 
 
 def test_settings_are_checked():
-    for settings in ({"tokens": 0}, {"dim": 0}, {"coordinates": "both"}, {"init": "ones"}):
+    seeds = ({"seed": -1}, {"seed": 0.5}, {"seed": 2**31})
+    for settings in ({"tokens": 0}, {"dim": 0}, {"coordinates": "both"}, {"init": "ones"}, *seeds):
         with pytest.raises(SettingError, match=f"prompt.{next(iter(settings))}"):
             PromptSpec(**settings)
     with pytest.raises(SettingError, match=r"prompt\.std"):

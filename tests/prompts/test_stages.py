@@ -47,6 +47,14 @@ def test_image_tokens_stand_after_the_patches_behind_the_first_norm():
     assert names == ["patches", "image_prompt", "blocks.0", "blocks.1", "pool", "scores"]
 
 
+def test_text_and_image_prompts_of_one_seed_have_a_w_of_their_own():
+    clip, spec = tiny_clip(), PromptSpec(tokens=2, dim=5)
+    of_text = start_text(ClassTexts(clip, NAMES), spec).directions
+    of_image = image_start(clip, torch.randn(3, 3, 8, 8), spec).directions
+    assert of_text.shape == of_image.shape
+    assert abs(float(torch.corrcoef(torch.stack([of_text.flatten(), of_image.flatten()]))[0, 1])) < 0.3
+
+
 @torch.no_grad()
 def test_the_pool_reads_the_class_token_alone():
     network, images, _ = prompted()

@@ -198,6 +198,8 @@ def test_a_layer_that_is_called_oddly(how, factored, linear, tokens):
         (bound_to(spsa, net, squared_error, [site], **LAYOUTS[layout]), rf"layout = 'factored': 0.inner {factored}")
         for layout in ("factored", "guided")
     ]
+    own = bound_to(spsa, net, squared_error, [{**site, "directions": "own"}])
+    refused.append((own, rf"layout = 'shared': 0.inner {factored}.*write directions: shared at this site"))
     sites = [{**site, "kind": "linear"}]
     refused.append((bound_to(LikelihoodRatio, net, squared_error, sites), rf"'0\.inner': {linear}.*kind: block"))
     for strategy, problem in refused:

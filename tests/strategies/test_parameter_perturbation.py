@@ -222,6 +222,17 @@ def test_a_query_costs_its_site_and_all_above_it(strategy, passes, layout, token
     assert costs == pytest.approx({"clean": 4, **expected})
 
 
+def test_activation_guided_directions_cost_a_pass_at_the_sites_that_have_them(tokens_net, tokens):
+    shared = [{**site, "directions": "shared"} for site in TWO]
+    chosen = perturbing("spsa", "guided", tokens_net, [shared[0], TWO[1]])
+    estimated(chosen, *tokens, torch.full((4,), 2))
+    costs = {name: count.forward_equivalents for name, count in chosen.meter.sites.items()}
+    share = (3 * 4 * 3 + 3 * 2) / (3 * 3 * 4 + 3 * 4 * 3 + 3 * 2)
+    assert costs == pytest.approx({"clean": 4, "0..1": 8, "2..4": (8 + 4) * share})
+    with pytest.raises(SettingError, match=r"activation_guided = True: has no effect: all samples share"):
+        perturbing("spsa", "guided", tokens_net, shared)
+
+
 def test_scales_are_the_mean_weights(tokens_net, tokens):
     """Traces are in the parameters' own units, and directions the same in all of them."""
     chosen = perturbing("spsa", "factored", tokens_net, TWO)
@@ -321,6 +332,8 @@ def test_tied_weights_within_a_stage(first, layout, tokens):
     name = rf"'0.{first}.weight'"
     with pytest.raises(SettingError, match=rf"{name} belongs to two modules.*freeze: \[{name}\].*layout: shared"):
         perturbing("spsa", layout, net, sites)
+    with pytest.raises(SettingError, match=rf"{name} belongs to two modules.*write directions: shared at this site"):
+        perturbing("spsa", "shared", net, [{**sites[0], "directions": "own"}])
 
 
 def test_a_guided_convolution_of_several_groups_is_refused():
