@@ -67,7 +67,6 @@ class CMASearch:
 
     Attributes:
         settings: With the seed that is used.
-        generation: Generations that were told.
 
     Example:
         >>> import numpy as np
