@@ -183,7 +183,7 @@ def moments(sites: Any, counts: list[list[int]], draws: int, **settings: Any) ->
     return [float(torch.stack(line).var(0).sum()) for line in drawn], of_samples, strategy
 
 
-@pytest.mark.slow
+@pytest.mark.statistical_heavy
 def test_the_variance_of_split_estimates_is_that_of_the_formulas():
     counts = torch.tensor([6, 2, 3])
     (image, text), (of_image, of_text), _ = moments(SPLIT, [counts.tolist(), [4, 4, 4]], 4000)
@@ -193,7 +193,7 @@ def test_the_variance_of_split_estimates_is_that_of_the_formulas():
     assert image == pytest.approx(float(expected), rel=0.05)
 
 
-@pytest.mark.slow
+@pytest.mark.statistical_heavy
 def test_the_variance_of_joint_estimates_is_that_of_the_formula():
     counts = torch.tensor([6, 2, 3])
     found, of_samples, _ = moments(JOINT, [counts.tolist()], 4000)
