@@ -30,8 +30,8 @@ from flops_lightning.errors import SettingError, check_positive
 from flops_lightning.plan.cost import Cost, typical_seconds
 
 METHODS = (
-    "bp", "lr", "ops_lr", "lr_muon", "es", "spsa", "ops_spsa", "spsa_guided", "spsa_flipout", "grzo", "mezo", "mezo_nspsa",
-    "deepzero_spsa", "deepzero_cge", "forward_mode", "zo_muon",
+    "bp", "lr", "ops_lr", "lr_muon", "es", "spsa", "ops_spsa", "spsa_guided", "spsa_flipout", "grzo", "mezo",
+    "mezo_nspsa", "deepzero_spsa", "deepzero_cge", "forward_mode", "zo_muon",
 )  # fmt: skip
 REFERENCE = "lr"
 PROBE_STEPS = 5
