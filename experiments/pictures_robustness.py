@@ -33,7 +33,7 @@ def draw_robustness(output: Path) -> None:
                     if name == kind or row["name"] == "clean":
                         found.setdefault(float(level) if name else 0.0, []).append(100 * float(row[measure]))
                 levels = sorted(found)
-                means, low, high = zip(*(_interval(found[level]) for level in levels), strict=True)
+                means, low, high = zip(*(mean_interval(found[level]) for level in levels), strict=True)
                 axis.plot(levels, means, marker="o", markersize=3, color=f"C{i}", label=method)
                 axis.fill_between(levels, low, high, alpha=0.12, color=f"C{i}", linewidth=0)
             axis.set(xlabel=strength, ylabel=label)
@@ -41,7 +41,3 @@ def draw_robustness(output: Path) -> None:
     axes[0, 0].legend(fontsize=7)
     figure.savefig(output / "table3.png", dpi=110)
     plt.close(figure)
-
-
-def _interval(values: list[float]) -> tuple[float, float, float]:
-    return mean_interval(values) if len(values) > 1 else (values[0],) * 3

@@ -162,7 +162,7 @@ class BudgetRule:
         noise = self.settings.noise_curvature * self._noise
         best = best_averages(noise, self._signal, costs, fixed).nan_to_num(nan=math.inf)
         averages: list[float] = best.clamp(self.settings.least, self.settings.most).tolist()
-        for i, shared in enumerate(own.shared):
+        for i, shared in enumerate(own.shared_sites):
             if shared:  # all samples have the same number
                 averages[i] = max(own.unit, own.multiple * round(averages[i] / own.multiple))
         return replace(own, queries_per_sample=tuple(averages))

@@ -127,7 +127,7 @@ class CostAwareAllocator(TraceAllocator):
             remedy = f"Lower min_queries, or write at least {enough:.4g}."
             raise SettingError("compute", self.compute, problem, remedy)
         unit = 0 if drawn else multiple
-        shared = budget.shared
+        shared = budget.shared_sites
         cheapest = partial(
             cheapest_counts, costs=costs, total=total, least=least, most=most, multiple=unit, shared=shared
         )
@@ -138,7 +138,7 @@ class CostAwareAllocator(TraceAllocator):
         used, inclusion = cheapest(variance), None
         counts = used
         if drawn:
-            lines = torch.tensor(shared or (False,) * sites)[:, None]
+            lines = torch.tensor(shared)[:, None]
             used = torch.where(lines, (used / budget.unit).round().clamp_min(1.0) * budget.unit, used)
             counts, inclusion, used = self._inclusion.draw(used, unit=budget.unit)
             self._check_drawn(inclusion, weight)

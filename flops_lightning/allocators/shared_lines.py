@@ -14,8 +14,7 @@ from flops_lightning.protocol import PER_SITE, Allocation, QueryBudget, SampleSt
 
 def split_lines(budget: QueryBudget) -> list[int]:
     """Places of the sites whose queries can differ from sample to sample."""
-    shared = budget.shared or (False,) * len(budget.queries_per_sample)
-    return [i for i, each in enumerate(shared) if not each]
+    return [i for i, each in enumerate(budget.shared_sites) if not each]
 
 
 def budget_of(budget: QueryBudget, places: Sequence[int]) -> QueryBudget:

@@ -33,11 +33,13 @@ class GradientNoise:
 
     def add(self, gradients: Iterable[Tensor], samples: int) -> None:
         """Read the gradient of a batch, if it is whole: as many samples and entries as the first one has."""
+        if self.steps == STEPS:
+            return
         parts = [gradient.detach().flatten() for gradient in gradients]
         stride = max(1, sum(part.numel() for part in parts) // ENTRIES)
         some = torch.cat([part[::stride] for part in parts]).double().cpu() if parts else torch.zeros(0)
         whole = not self.steps or (samples, len(some)) == (self._samples, len(self._sum))
-        if not len(some) or not whole or self.steps == STEPS:
+        if not len(some) or not whole:
             return
         self._samples, self.steps = samples, self.steps + 1
         self._squares += float(some.square().sum())

@@ -90,6 +90,7 @@ class Stopwatch(Callback):
         self._loader, self._batches = trainer.train_dataloader, trainer.num_training_batches
         self._val_batches = sum(trainer.num_val_batches) if trainer.enable_validation else 0
         self._period = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        self._compares, self._settling = independent(self.strategy, pl_module), settling_steps(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep the weights where they are, as the gradients of the steps are compared; schedules change the rate."""
@@ -104,7 +105,7 @@ class Stopwatch(Callback):
         self.ends.append(self._now(pl_module))
         self._opens_epoch.append(batch_idx == 0)
         self._samples.append(len(batch[0]))
-        if len(self.ends) > settling_steps(trainer) and independent(self.strategy, pl_module):
+        if self._compares and len(self.ends) > self._settling:
             self._noise.add([p.grad for p in pl_module.parameters() if p.grad is not None], self._samples[-1])
         if len(self.ends) == 1:
             self._first = deepcopy(self.strategy.meter)

@@ -60,11 +60,12 @@ class PromptedCLIP(nn.Module):
         else:
             fixed = texts.detach()
         self.register_buffer("text_features", fixed)
+        self.stages = clip_stages(self)  # kept, as the last one keeps the text features
 
     def forward(self, images: Tensor) -> Tensor:
         """``(b, c)`` logits of ``(b, 3, h, w)`` images."""
         x: Any = images
-        for stage in clip_stages(self):
+        for stage in self.stages:
             x = stage.run(x)
         logits: Tensor = x
         return logits
@@ -111,7 +112,7 @@ def stage_clip(
         _check_width("image_prompt", image_prompt, token_tower(clip).conv1.out_channels)
     clip.requires_grad_(False)
     module = PromptedCLIP(clip, texts, text_prompt, image_prompt)
-    return StagedNetwork(module, clip_stages(module))
+    return StagedNetwork(module, module.stages)
 
 
 def text_start(texts: ClassTexts, spec: PromptSpec) -> IntrinsicPrompt:
@@ -151,12 +152,10 @@ def token_tower(clip: Any) -> Any:
 
 def clip_stages(module: PromptedCLIP) -> tuple[Stage, ...]:
     """The stages of a CLIP with prompts."""
-    members = ("texts", "text_prompt", "logit_scale", "logit_bias")
+    members, prompted = ("texts", "text_prompt", "logit_scale", "logit_bias"), module.text_prompt is not None
     scores = _Scores(module)
-    context = StageContext(scores.features, scores.logits)
-    top = Stage("scores", scores, members, by_row=True, context=context)
-    if module.text_prompt is None:
-        top = Stage("scores", scores, members)
+    context = StageContext(scores.features, scores.logits) if prompted else None
+    top = Stage("scores", scores, members, by_row=prompted, context=context)
     if module.image_prompt is None:
         return Stage("features", _Features(module), ("visual",)), top
     embedding = ("conv1", "class_embedding", "positional_embedding", "ln_pre")

@@ -76,6 +76,11 @@ class QueryBudget:
         """Name of each site, from bottom to top."""
         return self.sites or tuple(str(i) for i in range(len(self.queries_per_sample)))
 
+    @property
+    def shared_sites(self) -> tuple[bool, ...]:
+        """Of each site, whether all samples have the same number of queries there."""
+        return self.shared or (False,) * len(self.queries_per_sample)
+
 
 @dataclass(frozen=True)
 class SampleStatistics:

@@ -168,8 +168,7 @@ def normalized(
     """
     weight = share = clean.loss.new_zeros(0)
     if result is not None:
-        signs = result.weights.new_tensor([1.0, -1.0])[: result.unit]
-        weight = (result.weights.view(-1, result.unit) * signs).mean(1)
+        weight = _slopes(result.weights, result.unit)
         sample = result.sample[:: result.unit]
         share = result.alive[:: result.unit] * result.unit / result.survivors[sample].clamp(min=1)
     samples, total = communicator.sum(torch.stack([share.sum(), (share * weight).sum()]).double())
@@ -206,8 +205,7 @@ class ParameterQueries:
         weights, alive = response.weights(rows.values, clean.loss[sample], site.sigma)
         by_sample = torch.zeros(clean.batch_size, dtype=weights.dtype, device=weights.device)
         survivors = by_sample.index_add(0, sample, alive.to(weights.dtype))
-        signs = torch.tensor([1.0, -1.0], dtype=weights.dtype, device=weights.device)[:unit]
-        slopes = (weights.view(-1, unit) * signs).mean(1)
+        slopes = _slopes(weights, unit)
         if site.per_batch:
             slopes = _mean_of_direction(slopes, plan.queries[::unit], clean.batch_size) * clean.batch_size**0.5
         per_unit = slopes.square()
@@ -227,6 +225,11 @@ class ParameterQueries:
                 )
                 for part, share in parts
             )
+
+
+def _slopes(weights: Tensor, unit: int) -> Tensor:
+    """Difference quotient of each query, or of each antithetic pair, along its direction, from the queries' weights."""
+    return (weights.view(-1, unit) * weights.new_tensor([1.0, -1.0])[:unit]).mean(1)
 
 
 def _mean_of_direction(slopes: Tensor, queries: NDArray[np.int64], samples: int) -> Tensor:

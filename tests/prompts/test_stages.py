@@ -133,6 +133,16 @@ def test_rows_may_have_prompts_of_their_own():
 
 
 @torch.no_grad()
+def test_the_module_itself_encodes_the_texts_once():
+    network, images, _ = prompted()
+    seen = text_passes(network)
+    outputs = [network.module(images), network.module(images), network.run(images)]
+    assert seen == [1]
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
+
+
+@torch.no_grad()
 def test_scores_are_products_in_float32_under_autocast_too():
     network, images, _ = prompted()
     network.module.float()
