@@ -51,6 +51,11 @@ COUNTS = torch.tensor([30, 64, 30, 6])
 COUNTS_SHARED = torch.tensor([24, 32, 24, 16])
 
 
+def case(layout: str, *strategy: str) -> Any:
+    """Flipout runs its directions one by one, and half a minute of them."""
+    return pytest.param(*strategy, layout, marks=[pytest.mark.slow] if layout == "flipout" else [])
+
+
 def problem(*, only: str = "") -> tuple[nn.Module, Tensor, Tensor]:
     """The tokens' problem with all but one layer frozen: shared directions run one by one, and many are needed."""
     net, x, y = token_problem()
@@ -124,7 +129,7 @@ def check(strategy: Any, x: Tensor, y: Tensor, truth: list[Sampled], tier: Tier,
 
 
 @pytest.mark.parametrize("tier", TIERS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [case(layout) for layout in LAYOUTS])
 @pytest.mark.parametrize("strategy", ["plain", "baseline", "leave_one_out", "spsa"])
 def test_wide_noise(strategy, layout, tier):
     check(*perturbing(strategy, layout, sigma=WIDE), wide_truth(layout, tier.times), tier)
@@ -144,7 +149,7 @@ def test_wide_noise_smooths(layout):
 
 @pytest.mark.parametrize(
     ("strategy", "layout"),
-    [*(("baseline", layout) for layout in ALL_LAYOUTS), *(("spsa", layout) for layout in LAYOUTS)],
+    [*(case(layout, "baseline") for layout in ALL_LAYOUTS), *(case(layout, "spsa") for layout in LAYOUTS)],
 )
 def test_narrow_noise(strategy, layout):
     chosen, x, y = perturbing(strategy, layout, sigma=NARROW)
@@ -152,7 +157,7 @@ def test_narrow_noise(strategy, layout):
 
 
 @pytest.mark.parametrize("tier", TIERS)
-@pytest.mark.parametrize("layout", ALL_LAYOUTS)
+@pytest.mark.parametrize("layout", [case(layout) for layout in ALL_LAYOUTS])
 def test_forward_gradients_in_the_weights(layout, tier):
     chosen, x, y = perturbing("forward", layout, sigma=0.0)
     check(chosen, x, y, exact_gradients(chosen, x, y), tier)
@@ -198,7 +203,10 @@ def queries_of_one(strategy: str, layout: str, **more: Any) -> tuple[Any, Tensor
 
 @pytest.mark.parametrize(
     ("strategy", "layout"),
-    [*(("baseline", layout) for layout in ALL_LAYOUTS), ("spsa", "shared"), ("spsa", "guided"), ("forward", "guided")],
+    [
+        *(case(layout, "baseline") for layout in ALL_LAYOUTS),
+        *(("spsa", "shared"), ("spsa", "guided"), ("forward", "guided")),
+    ],
 )
 def test_traces_are_the_variance_of_single_queries(strategy, layout):
     """Times the number of queries (pairs count twice), whatever the directions; and both are the closed form."""
