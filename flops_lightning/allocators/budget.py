@@ -41,7 +41,7 @@ from flops_lightning.settings import read_settings
 Rule = Literal["fixed", "improvement"]
 Price = Literal["compute", "queries", "given"]
 
-DENSE = 8
+DENSE = 6
 """The gradient is measured in each of the first steps; after ``t`` steps the next is ``t / DENSE`` steps later."""
 
 
@@ -61,7 +61,7 @@ class BudgetSettings:
         least: Least average of a site. Below 1 only some samples have a query.
         most: Largest average of a site.
         every: Steps from one measurement of the gradient to the next, at most; early in a run they are closer. Each
-            costs two clean passes.
+            costs two clean passes of a quarter of the batch.
         window: Measurements over which signal and noise are averaged, with decaying weights.
         metric: Units in which the parameters' gradients are compared: as they are (``parameters``), or
             ``preconditioned`` by the optimiser, each squared derivative divided by Adam's running mean square.

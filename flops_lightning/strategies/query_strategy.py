@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flops_lightning.errors import SettingError
 from flops_lightning.meter import CLEAN
+from flops_lightning.network.rows import gather
 from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.phases import phase
 from flops_lightning.protocol import SampleStatistics, TraceObservation
@@ -23,7 +24,7 @@ from flops_lightning.strategies.base import Estimate, add_gradients, warn_silent
 from flops_lightning.strategies.costs import measured_costs
 from flops_lightning.strategies.engine import Q, QueryEngine, QueryResult, SiteGradient
 from flops_lightning.strategies.pilots import pilot_share
-from flops_lightning.strategies.signal import derivative_along
+from flops_lightning.strategies.signal import derivative_along, signal_samples
 from flops_lightning.strategies.site_strategy import SiteStrategy
 from flops_lightning.strategies.sites import Site
 from flops_lightning.strategies.statistics import SCALE_EVERY, trace_predictors
@@ -63,13 +64,16 @@ class QueryStrategy(SiteStrategy, Generic[Q]):
         """Learn from a step's own queries, for later steps."""
 
     def derivative_along(self, clean: CleanPass, directions: Mapping[str, Tensor]) -> Tensor:
-        """Derivative of the batch's mean clean loss along directions of parameters, by name; two clean passes.
+        """Derivative of the mean clean loss of some samples along directions of parameters, by name.
 
-        See :func:`~flops_lightning.strategies.signal.derivative_along`.
+        Every fourth sample, 16 at least, another set for each draw: over the draws the mean is that of the batch. Two
+        clean passes of each; see :func:`~flops_lightning.strategies.signal.derivative_along`.
         """
-        passes, inputs = 2 * clean.batch_size, clean.activations[0]
+        index = signal_samples(clean.batch_size, clean.draw, device=clean.loss.device)
+        inputs, targets = gather((clean.activations[0], clean.targets), index)
+        passes = 2 * len(index)
         self.meter.add(CLEAN, clean_passes=passes, forward_equivalents=passes)
-        return derivative_along(self.network, self.loss, inputs, clean.targets, directions, rows=self.chunk_rows)
+        return derivative_along(self.network, self.loss, inputs, targets, directions, rows=self.chunk_rows)
 
     def run_queries(self, site: Site, clean: CleanPass, counts: NDArray[np.int64]) -> None:
         """Run ``(b,)`` queries of a site, to time them."""

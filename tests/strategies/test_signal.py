@@ -1,9 +1,11 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from flops_lightning.network.staging import stage_network
 from flops_lightning.strategies import LikelihoodRatio
-from flops_lightning.strategies.signal import derivative_along
+from flops_lightning.strategies.signal import SHARE, derivative_along, signal_samples
 from tests.reference.networks import (
     autograd_gradient,
     cross_entropy,
@@ -14,6 +16,8 @@ from tests.reference.networks import (
     token_network,
 )
 from tests.reference.networks import bound_to as bound
+
+SITES = [{"stages": ["0", "1"], "sigma": 1e-3}, {"stages": ["2", "4"], "sigma": 1e-3}]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -45,11 +49,28 @@ def test_lost_samples_count_as_zero_and_no_direction_is_no_derivative() -> None:
     assert float(derivative_along(network, squared_error, x, y, still)) == 0.0
 
 
+def test_parts_of_the_batch_take_turns_and_their_mean_is_the_batch() -> None:
+    net = token_network()
+    strategy = bound(LikelihoodRatio, net, squared_error, SITES)
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(64, 3, 3, generator=generator).double(), torch.zeros(64, 2).double()
+    directions = {n: torch.randn(p.shape, generator=generator).double() for n, p in net.named_parameters()}
+    parts = []
+    for draw in range(SHARE):
+        before = strategy.meter.total().clean_passes
+        parts.append(strategy.derivative_along(replace(strategy.clean_pass(x, y), draw=draw), directions))
+        assert strategy.meter.total().clean_passes - before == 64 + 2 * 64 / SHARE
+    whole = derivative_along(strategy.network, squared_error, x, y, directions)
+    assert float(torch.stack(parts).mean()) == pytest.approx(float(whole))
+    assert len({round(float(part), 9) for part in parts}) == SHARE
+    for samples, expected in ((1, 1), (31, 31), (32, 16), (50, 17), (128, 32)):
+        assert len(signal_samples(samples, 0)) == expected
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("counts", [[3, 3, 3, 3], [1, 6, 2, 3]])
 def test_its_mean_along_estimates_is_the_squared_norm_of_the_exact_gradient(tokens_net, tokens, counts) -> None:
-    site = [{"stages": ["0", "1"], "sigma": 1e-3}, {"stages": ["2", "4"], "sigma": 1e-3}]
-    strategy = bound(LikelihoodRatio, tokens_net, squared_error, site)
+    strategy = bound(LikelihoodRatio, tokens_net, squared_error, SITES)
     exact = sum(g.square().sum() for g in autograd_gradient(tokens_net, squared_error, *tokens).values())
     along, squares, clean_passes = [], [], 0
     for _ in range(100):
