@@ -1,0 +1,54 @@
+"""The small CLIP of the studies, trained on class folders of noise and on the real ones."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("open_clip", reason="prompts are for its models")
+
+from experiments.mini_clip import TEMPLATES, accuracy, augmented, captions, load, main, pixels, train
+from flops_lightning.datamodules import CIFAR10DataModule
+from flops_lightning.prompts import class_features
+from tests.cifar10 import noise_images
+
+
+def test_the_folder_it_writes_is_a_model_of_open_clip(tmp_path: Path) -> None:
+    noise_images(tmp_path / "images", train=4, test=2)
+    # The validation images are set by number, and there are 40 images in all.
+    given = ["--root", str(tmp_path / "images"), "--output", str(tmp_path / "clip"), "--val_images", "20"]
+    main([*given, "--epochs", "1", "--batch", "10"])
+    found = json.loads((tmp_path / "clip/trained.json").read_text())
+    clip = load(tmp_path / "clip")
+    beside = sum(p.numel() for p in clip.parameters()) - clip.token_embedding.weight.numel()
+    assert found["numbers_beside_the_embedding"] == beside < 360_000
+    data = CIFAR10DataModule(root=str(tmp_path / "images"), val_images=20)
+    again = accuracy(clip, *pixels(data.check()["test"]), class_features(clip, data.class_names))
+    assert again == found["zero_shot"]
+
+
+def test_captions_are_templates_with_a_name_of_the_class() -> None:
+    found = captions(("cat", "bird"), torch.Generator().manual_seed(0))
+    assert found[0] in {t.replace("{}", name) for t in TEMPLATES for name in ("cat", "kitten")}
+    assert found[1] in {t.replace("{}", "bird") for t in TEMPLATES}
+
+
+def test_augmented_images_are_shifted_and_mirrored_parts_of_the_padded_ones() -> None:
+    image = torch.arange(1, 1 + 32 * 32).view(1, 32, 32).expand(50, 3, 32, 32)
+    found = augmented(image, torch.Generator().manual_seed(0))
+    padded = torch.nn.functional.pad(image[0, 0], (4,) * 4)
+    shifted = [padded[i : i + 32, j : j + 32] for i in range(9) for j in range(9)]
+    known = {tuple(part.flatten().tolist()) for each in shifted for part in (each, each.flip(1))}
+    assert {tuple(each[c].flatten().tolist()) for each in found for c in (0, 2)} <= known
+    assert len({tuple(each[0].flatten().tolist()) for each in found}) > 30
+
+
+@pytest.mark.slow
+def test_it_learns_what_captions_say() -> None:
+    """Bright images and dark ones."""
+    images = torch.randint(0, 100, (200, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(200) % 2
+    images[labels == 1] += 100
+    clip = train(images, labels, ("cat", "bird"), epochs=20, batch=20, seed=0)
+    assert accuracy(clip, images, labels, class_features(clip, ("cat", "bird"))) > 0.9
