@@ -196,6 +196,20 @@ def test_the_readme_snippet_fills_gradients() -> None:
     assert min(norms) > 0
 
 
+def test_the_quickstart_is_the_papers_setting_with_few_queries() -> None:
+    def settings(*configs: str) -> Any:
+        loaded = build([part for path in configs for part in ("--config", path)]).config.as_dict()
+        del loaded["config"]
+        return loaded
+
+    few, paper = settings("configs/quickstart.yaml"), settings(QUICKSTART, "configs/allocators/few_queries.yaml")
+    models = few["model"]["init_args"], paper["model"]["init_args"]
+    assert [model["optimizer"].pop("lr") for model in models] == [2e-3, 1e-3]
+    pilots = [model["strategy"]["init_args"].pop("pilots") for model in models]
+    assert [(each or {"queries": 0})["queries"] for each in pilots] == [0, 0]
+    assert few == paper
+
+
 @pytest.mark.slow
 def test_the_quickstart_reaches_what_the_readme_promises(tmp_path: Path) -> None:
     before = time.process_time()

@@ -93,11 +93,15 @@ class ParameterPerturbation(QueryStrategy[ParameterQueryResult]):
             problem = "needs directions that all samples share, and rows have their own at"
             remedy = "Write directions: shared at this site, or exchange: gradients."
             raise SettingError("model.strategy.exchange", self.exchange, f"{problem} {moved[0].name!r}.", remedy)
-        if self.activation_guided and not moved:
-            problem = "has no effect: all samples share the directions of every site."
-            raise SettingError(
-                "model.strategy.activation_guided", True, problem, "Remove it, or write directions: own at a site."
-            )
+        if self.layout == "factored" and not moved:
+            for name, value, unused in (
+                ("activation_guided", self.activation_guided, False),
+                ("rank", self.rank_of_directions, 1),
+            ):
+                if value != unused:
+                    problem = "has no effect: all samples share the directions of every site."
+                    remedy = "Remove it, or write directions: own at a site."
+                    raise SettingError(f"model.strategy.{name}", value, problem, remedy)
         self._parts = {site.name: site_parts(network, site, self.layout) for site in moved}
         if moved:
             self.check_layers(network.unfit or {})

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from flops_lightning.distributed import present_communicator
-from flops_lightning.errors import check_at_least
+from flops_lightning.errors import SettingError, check_at_least
 from flops_lightning.network.replay import result_of
 from flops_lightning.network.staging import BatchNormSetting, StagedNetwork, stage_network
 from flops_lightning.network.trace import call
@@ -138,6 +138,7 @@ class ForwardModule(AllocatedModule):
     def on_fit_start(self) -> None:
         """Join the ranks, check that the strategy owns what is trained, and list what is not."""
         strategy = self._training_strategy()
+        self._check_ownership()
         trainer_setup.check_optimization(self.trainer, self._gradient.batches, len(strategy.update_groups))
         strategy.join(present_communicator())
         owned = {id(p) for site in (*strategy.sites, *strategy.exact_sites) for p in site.parameters.values()}
@@ -149,6 +150,13 @@ class ForwardModule(AllocatedModule):
             rank_zero_info(f"model.strategy.sites: none are given; the default is {', '.join(layout)}.")
         if self.network.frozen():
             rank_zero_info(f"frozen parameters: {', '.join(self.network.frozen())}")
+
+    def _check_ownership(self) -> None:
+        own = {id(p) for p in self.parameters()}
+        for name, parameter in self.network.trainable().items():
+            if id(parameter) not in own:
+                problem = "is trained and is no parameter of the task, so no checkpoint would have it."
+                raise SettingError("network", name, problem, "Keep the network's module as an attribute of the task.")
 
     def on_train_start(self) -> None:
         """Continue with the gradient and the learning rate that a checkpoint stopped at; write TensorBoard's page."""

@@ -44,6 +44,14 @@ def test_prompts_train_in_a_task_with_an_allocator_and_nothing_else_of_clip_move
     }  # fmt: skip
 
 
+def test_a_task_keeps_the_module_that_it_trains():
+    network, images, targets = prompted()
+    task = Prompts(network)
+    task.clip = None
+    with pytest.raises(SettingError, match=r"network = 'text_prompt.z': is trained and .* Keep the network's module"):
+        quiet_trainer(max_steps=1).fit(task, DataLoader(TensorDataset(images, targets), batch_size=3))
+
+
 def test_batch_normalisation_of_a_network_that_is_cut_already_is_refused():
     layers = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     network = StagedNetwork(layers, tuple(Stage(name, each, (name,)) for name, each in layers.named_children()))

@@ -231,6 +231,8 @@ def test_activation_guided_directions_cost_a_pass_at_the_sites_that_have_them(to
     assert costs == pytest.approx({"clean": 4, "0..1": 8, "2..4": (8 + 4) * share})
     with pytest.raises(SettingError, match=r"activation_guided = True: has no effect: all samples share"):
         perturbing("spsa", "guided", tokens_net, shared)
+    with pytest.raises(SettingError, match=r"rank = 2: has no effect: all samples share"):
+        bound(SPSA, tokens_net, squared_error, shared, layout="factored", rank=2)
 
 
 def test_scales_are_the_mean_weights(tokens_net, tokens):
