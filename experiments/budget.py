@@ -7,7 +7,8 @@ clean passes under ``price: queries``, ``--compute`` of its forward-equivalents 
 by token and the exact head are on. Each has a learning rate of its own, the best by the late training loss of a run
 with a seed that is not used again, and not at the edge of its grid: that is extended until it is not. Arms such as
 ``4_optimal`` spend the same share of queries with a fixed average, here 4 at each site (1: without widths);
-``backprop`` takes as many steps as the reference.
+``backprop`` and ``fixed_muon`` take as many steps as the reference, with its queries in the second. Names with ``muon``
+learn with Muon in the place of Adam, and ``queries_muon`` and ``compute_muon`` split by the optimal allocator.
 
 Accuracies are compared with the reference's seed by seed; non-inferiority by a point is what the lower bound of the
 difference (Student's t, one-sided, 95 %) says. Where an average ran with equal counts as well, a second table has what
@@ -33,9 +34,9 @@ from experiments.tables import write_csv, write_report
 
 ALLOCATORS = {
     "equal": "EqualAllocator", "gaussian": "GaussianAllocator", "optimal": "OptimalAllocator",
-    "bernoulli": "BernoulliAllocator",
+    "bernoulli": "BernoulliAllocator", "muon": "OptimalAllocator",
 }  # fmt: skip
-WHOLE = {"fixed": "allocators/equal", "backprop": "method/bp"}
+WHOLE = {"fixed": "allocators/equal", "fixed_muon": "method/lr_muon", "backprop": "method/bp"}
 """Overlays of the arms that train for the epochs of the configuration."""
 
 
@@ -71,7 +72,7 @@ def sites_with(config: str, average: int) -> list[dict[str, Any]]:
 
 def splitting(allocator: str, price: str) -> list[dict[str, Any]]:
     """Callbacks of a run that chooses its budget by a price, or has its own (no price)."""
-    least = {} if allocator == "equal" else {"min_queries": 0.25 if allocator == "optimal" else 1}
+    least = {} if allocator == "equal" else {"min_queries": 0.25 if allocator in ("optimal", "muon") else 1}
     traces = {} if allocator == "equal" else {"traces": {"source": "prediction"}}
     split = {"class_path": f"flops_lightning.allocators.{ALLOCATORS[allocator]}", "init_args": {**least, **traces}}
     rule = {"rule": "improvement", "price": price, "least": 0.25}
@@ -111,6 +112,8 @@ def study(options: argparse.Namespace) -> None:
             "trainer.callbacks": splitting(allocator, "" if average else price), "model.init_args.optimizer.lr": rate,
             "model.init_args.spend": {"forward_equivalents": limit} if by_compute else queries,
         }  # fmt: skip
+        if allocator == "muon":
+            own["model.init_args.optimizer.name"] = "muon"
         if average:
             own["model.init_args.strategy.init_args.sites"] = sites_with(problem.config, average)
             # Widths are learned from pairs of a sample's queries.
@@ -157,7 +160,7 @@ def main(args: Sequence[str] | None = None) -> None:
         "--arms",
         nargs="+",
         default=["queries_optimal", "queries_equal", "compute_optimal"],
-        choices=[*CHOSEN, "backprop"],
+        choices=[*CHOSEN, "backprop", "fixed_muon"],
     )
     parser.run(study, args)
 

@@ -18,6 +18,7 @@ SHOWN = {
     "backprop": "backprop", "fixed": "20 queries, equal counts", "20_optimal": "20, optimal, widths, exact head",
     "2_equal": "2, equal counts, widths, exact head", "2_optimal": "2, optimal, widths, exact head",
     "queries_optimal": "chosen by queries, optimal, widths, exact head",
+    "queries_muon": "chosen by queries, the same with Muon", "fixed_muon": "20 queries, equal counts, Muon",
 }  # fmt: skip
 GAIN = "allocation/J_over_J_equal"
 

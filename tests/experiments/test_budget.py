@@ -40,7 +40,7 @@ def test_short_studies(tmp_path: Path) -> None:
         "--jobs",
         "2",
         "--arms",
-        "queries_optimal",
+        "queries_muon",
         "2_equal",
         "--queries",
         "30",
