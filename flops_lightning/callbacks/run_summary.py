@@ -20,10 +20,9 @@ from flops_lightning.errors import SettingError
 from flops_lightning.meter import QueryMeter
 from flops_lightning.network.memory import peak_memory
 from flops_lightning.strategies.base import ForwardGradientStrategy
-from flops_lightning.tasks.image_classification import ForwardImageClassifier
+from flops_lightning.tasks.classifier import ClassifierModule
 
 FILE_NAME = "summary.json"
-WEIGHTS_NAME = "model.safetensors"
 SITES_SHOWN = 6
 
 
@@ -44,7 +43,7 @@ class RunSummary(pl.Callback):
     """
 
     def __init__(self, *, export_weights: bool = True) -> None:
-        """``export_weights``: also write the trained backbone as plain timm weights, ``model.safetensors``."""
+        """``export_weights``: also write what was trained, such as plain timm weights in ``model.safetensors``."""
         self.export_weights = export_weights
         self._start_accuracy: float | None = None
         self._samples_before = 0  # the run was resumed; of all ranks
@@ -79,7 +78,7 @@ class RunSummary(pl.Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count samples; the meter's clean passes do not, since some strategies make none."""
-        if isinstance(pl_module, ForwardImageClassifier):
+        if isinstance(pl_module, ClassifierModule):
             self._samples += len(batch[1])
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -87,7 +86,7 @@ class RunSummary(pl.Callback):
         self._seconds += time.monotonic() - self._since
         self._since = 0.0
         accuracy = _test_accuracy(trainer, pl_module)
-        if not isinstance(pl_module, ForwardImageClassifier) or pl_module.strategy is None:
+        if not isinstance(pl_module, ClassifierModule) or pl_module.strategy is None:
             return
         meter, strategy, device = QueryMeter(), pl_module.strategy, pl_module.device
         for state in gather_plain(present_communicator(), strategy.meter.state_dict(), device=device):
@@ -111,14 +110,14 @@ class RunSummary(pl.Callback):
         return self._samples_before + sum(gather_plain(present_communicator(), self._samples, device=device))
 
     @rank_zero_only
-    def _report(self, trainer: pl.Trainer, task: ForwardImageClassifier, summary: dict[str, Any], folder: Path) -> None:
+    def _report(self, trainer: pl.Trainer, task: ClassifierModule, summary: dict[str, Any], folder: Path) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_info(_text(summary))
             return
         folder.mkdir(parents=True, exist_ok=True)
         (folder / FILE_NAME).write_text(json.dumps(summary, indent=2) + "\n")
         if self.export_weights:
-            task.export_weights(str(folder / WEIGHTS_NAME))
+            task.export_weights(str(folder / task.weights_name))
         curves = f"\nlook at the curves   tensorboard --logdir {folder.parent}" if trainer.loggers else ""
         rank_zero_info(_text(summary) + f"\nwritten to           {folder}" + curves)
 

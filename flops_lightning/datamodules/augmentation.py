@@ -16,7 +16,9 @@ Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]
 # ImageNet's training images, as torchvision and timm round them; the second maps 0..1 to -1..1.
 IMAGENET: Statistics = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 INCEPTION: Statistics = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-NORMALIZATIONS = {"imagenet": IMAGENET, "inception": INCEPTION}
+# Of CLIP's training images, by OpenAI; most models of open_clip keep to it.
+CLIP: Statistics = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+NORMALIZATIONS = {"imagenet": IMAGENET, "inception": INCEPTION, "clip": CLIP}
 BACKBONE = "backbone"
 """The normalization that the network was trained with."""
 
@@ -27,7 +29,7 @@ def backbone_statistics(module: object) -> Statistics:
     """Mean and standard deviation that a task's timm backbone was trained with."""
     config = getattr(getattr(module, "backbone", None), "pretrained_cfg", None) or {}
     if "mean" not in config or "std" not in config:
-        remedy = "Write imagenet, or inception (0.5 each, most of timm's ViTs), as the weights were trained."
+        remedy = "Write imagenet, inception (0.5 each, most of timm's ViTs) or clip, as the weights were trained."
         raise SettingError("data.normalization", BACKBONE, "there is no timm model to ask for its own.", remedy)
     return tuple(config["mean"]), tuple(config["std"])
 

@@ -16,6 +16,8 @@ from flops_lightning.datamodules.loading import GlobalBatches, KeyedBatches, Tra
 from flops_lightning.errors import SettingError, check_at_least, check_whole
 from flops_lightning.robustness.pixels import denormalized
 
+WHOLE = 256
+"""Images of a batch outside of training where training takes all at once."""
 ImageDataset = Dataset[tuple[Tensor, ...]]  # an item is (image, label); the type is that of torch's TensorDataset
 
 
@@ -43,7 +45,7 @@ class ImageDataModule(LightningDataModule):
         test_set: Labelled images to test with; ``predict`` reads them too.
 
     Args:
-        batch_size: Images per batch, all processes together.
+        batch_size: Images per batch, all processes together; 0: all training images in every batch.
         num_workers: Processes that load beside each training process; 0 loads inside it.
         rand_augment: RandAugment of 8-bit training images, after the other augmentation; None for none.
         mixup_alpha: MixUp of training batches, with shares from ``Beta(alpha, alpha)``, for example 0.2; 0 for none.
@@ -83,7 +85,7 @@ class ImageDataModule(LightningDataModule):
     ) -> None:  # fmt: skip
         """Check the settings that all data modules share."""
         super().__init__()
-        check_whole("data.batch_size", batch_size, 1, "Give the number of images per batch.")
+        check_whole("data.batch_size", batch_size, 0, "Give the number of images per batch, or 0 for all of them.")
         check_whole("data.num_workers", num_workers, 0, "Use 0 to load in the main process.")
         if rand_augment is not None:
             if not isinstance(rand_augment, RandAugmentSettings):
@@ -118,12 +120,16 @@ class ImageDataModule(LightningDataModule):
         batches = KeyedBatches(
             self.train_set, seed=seed, mixing=mixing(self.mixup_alpha, self.cutmix_alpha, self.num_classes)
         )
+        # Of all images, processes take as many each, up to one.
+        share = local_batch_size(self.batch_size, world_size) or -(-len(batches) // world_size)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata 0.11 calls it
             loader = TrainingLoader(
                 batches,
-                batch_size=local_batch_size(self.batch_size, world_size),
-                sampler=GlobalBatches(batches, batch_size=self.batch_size, world_size=world_size, rank=rank, seed=seed),
+                batch_size=share,
+                sampler=GlobalBatches(
+                    batches, batch_size=share * world_size, world_size=world_size, rank=rank, seed=seed
+                ),
                 collate_fn=default_convert,  # the data set collates
                 **self._loading(),
             )
@@ -153,7 +159,8 @@ class ImageDataModule(LightningDataModule):
     def _loader(self, dataset: ImageDataset) -> DataLoader[tuple[Tensor, ...]]:
         # A Trainer divides the images between processes; no batch is larger than those of training.
         world_size = self.trainer.world_size if self.trainer else 1
-        return DataLoader(dataset, batch_size=max(1, self.batch_size // world_size), **self._loading())
+        size = max(1, (self.batch_size or WHOLE) // world_size)
+        return DataLoader(dataset, batch_size=size, **self._loading())
 
     def _loading(self) -> dict[str, Any]:
         workers = {"num_workers": self.num_workers, "persistent_workers": self.num_workers > 0}

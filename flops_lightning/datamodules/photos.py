@@ -54,7 +54,8 @@ class PhotoDataModule(ImageDataModule):
         augment: Augment training images: photos are cropped at random (8 % to 100 % of the area, 3:4 to 4:3), the
             images of CIFAR shifted by up to an eighth of their size, on black; half of them are mirrored.
         normalization: Mean and standard deviation of the pixels: ``backbone`` asks the task's timm model for those that
-            its weights were trained with; ``imagenet`` and ``inception`` (0.5 each, most of timm's ViTs) set them.
+            its weights were trained with; ``imagenet``, ``inception`` (0.5 each, most of timm's ViTs) and ``clip`` set
+            them.
         download: Fetch the data set into ``root`` unless it is there and whole, where torchvision can.
     """
 
@@ -67,7 +68,7 @@ class PhotoDataModule(ImageDataModule):
         val_images_per_class: int = 0, val_images: int = 0, test_images: int = 0, val_share: float = VAL_SHARE,
         test_share: float = TEST_SHARE, split_file: str | None = None, split_seed: int = 0,
         allow_missing: bool = False, augment: bool = False,
-        normalization: Literal["backbone", "imagenet", "inception"] = "backbone", download: bool = False,
+        normalization: Literal["backbone", "imagenet", "inception", "clip"] = "backbone", download: bool = False,
         **loading: Any,
     ) -> None:  # fmt: skip
         """Check the settings and that the data set is there; images are read when they are asked for."""

@@ -226,6 +226,24 @@ def class_features(
         return normalize(torch.stack([normalize(at_least_float32(x), dim=-1) for x in of_each]).mean(0), dim=-1)
 
 
+@torch.no_grad()
+def template_features(
+    clip: Any, names: Sequence[str], templates: Sequence[str], tokenizer: Tokenizer | None = None, *,
+    doubled_names: bool = False,
+) -> Tensor:  # fmt: skip
+    """The same as :func:`class_features`, each template as a tree where the text tower is one."""
+    doubled = doubled_names
+    try:
+        trees = [ClassTexts(clip, names, template, tokenizer, doubled_names=doubled) for template in templates]
+    except SettingError as error:
+        if error.setting not in ("text_prompt", "template"):
+            raise
+        return class_features(clip, names, templates, tokenizer, doubled_names=doubled)
+    words = (texts.token_embedding(texts.prefix)[None] for texts in trees)
+    of_each = [texts.encode(before)[0] for texts, before in zip(trees, words, strict=True)]
+    return normalize(torch.stack(of_each).mean(0), dim=-1)
+
+
 def _pool_type(tower: Any) -> str:
     # A `CLIP` keeps its text tower's settings under another name than the tower itself.
     return str(getattr(tower, "text_pool_type", getattr(tower, "pool_type", "")))

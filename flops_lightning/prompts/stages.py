@@ -186,6 +186,8 @@ class _Features:
     clip: PromptedCLIP
 
     def __call__(self, images: Tensor) -> Tensor:
+        if images.dim() == 2:  # features that were kept
+            return images
         features = self.clip.visual(images)
         return normalize(at_least_float32(features[0] if isinstance(features, tuple) else features), dim=-1)
 

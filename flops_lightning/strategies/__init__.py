@@ -3,6 +3,7 @@
 from flops_lightning.noise.kinds import NoiseSpec
 from flops_lightning.strategies.backprop import Backprop
 from flops_lightning.strategies.base import Estimate, ForwardGradientStrategy
+from flops_lightning.strategies.candidate_search import CandidateSearch
 from flops_lightning.strategies.coordinates import CoordinateFiniteDifferences
 from flops_lightning.strategies.forward_mode import ForwardMode, WeightForwardMode
 from flops_lightning.strategies.likelihood_ratio import LikelihoodRatio
@@ -13,6 +14,7 @@ from flops_lightning.strategies.site_specs import SiteSpec
 from flops_lightning.strategies.sites import Site
 
 __all__ = [
-    "SPSA", "Backprop", "CoordinateFiniteDifferences", "Estimate", "EvolutionStrategies", "ForwardGradientStrategy",
-    "ForwardMode", "LikelihoodRatio", "MeZO", "NoiseSpec", "PilotSpec", "Site", "SiteSpec", "WeightForwardMode",
+    "SPSA", "Backprop", "CandidateSearch", "CoordinateFiniteDifferences", "Estimate", "EvolutionStrategies",
+    "ForwardGradientStrategy", "ForwardMode", "LikelihoodRatio", "MeZO", "NoiseSpec", "PilotSpec", "Site", "SiteSpec",
+    "WeightForwardMode",
 ]  # fmt: skip

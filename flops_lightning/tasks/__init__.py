@@ -1,11 +1,14 @@
 """LightningModules that learn from forward passes."""
 
 from flops_lightning.optim.optimizers import ClipSettings, OptimizerSettings
+from flops_lightning.tasks.clip_prompts import ClipPromptTuner
 from flops_lightning.tasks.forward_module import ForwardModule
 from flops_lightning.tasks.image_classification import ForwardImageClassifier
 from flops_lightning.tasks.parameter_efficient import TargetSettings
+from flops_lightning.tasks.prompt_settings import ImagePrompt, TextPrompt
 from flops_lightning.tasks.spending import SpendSettings
 
 __all__ = [
-    "ClipSettings", "ForwardImageClassifier", "ForwardModule", "OptimizerSettings", "SpendSettings", "TargetSettings",
+    "ClipPromptTuner", "ClipSettings", "ForwardImageClassifier", "ForwardModule", "ImagePrompt", "OptimizerSettings",
+    "SpendSettings", "TargetSettings", "TextPrompt",
 ]  # fmt: skip

@@ -30,6 +30,9 @@ from flops_lightning.tasks.spending import SpendSettings, count_skipped
 from flops_lightning.tasks.step import QueryLog, StepState, measure_gradient
 from flops_lightning.tensorboard import write_page
 
+LISTED = 40
+"""Most frozen parameters that the log names one by one."""
+
 
 class ForwardModule(AllocatedModule):
     """A LightningModule trained by a :class:`~flops_lightning.strategies.ForwardGradientStrategy`.
@@ -148,8 +151,11 @@ class ForwardModule(AllocatedModule):
             names = [stage.name for stage in self.network.stages]
             layout = (f"{site.name} ({names[site.first]} to {names[site.last]})" for site in strategy.sites)
             rank_zero_info(f"model.strategy.sites: none are given; the default is {', '.join(layout)}.")
-        if self.network.frozen():
-            rank_zero_info(f"frozen parameters: {', '.join(self.network.frozen())}")
+        if frozen := self.network.frozen():
+            listed = (
+                ", ".join(frozen) if len(frozen) <= LISTED else f"{len(frozen)} of them, {frozen[0]} to {frozen[-1]}"
+            )
+            rank_zero_info(f"frozen parameters: {listed}")
 
     def _check_ownership(self) -> None:
         own = {id(p) for p in self.parameters()}

@@ -5,13 +5,13 @@ import lightning.pytorch as pl
 from flops_lightning.errors import SettingError
 
 LOGGED = ("train/loss", "train/accuracy", "train/lr", "val/loss", "val/accuracy")
-"""What a ``ForwardImageClassifier`` logs and a callback may monitor."""
+"""What a classifier logs and a callback may monitor."""
 FURTHER = ("grad_norm/", "queries/", "allocation")
 """How the names of further metrics begin."""
 
 
 def check_monitors(trainer: pl.Trainer) -> None:
-    """Raise a :class:`SettingError` for a metric to monitor that a ``ForwardImageClassifier`` never logs.
+    """Raise a :class:`SettingError` for a metric to monitor that a classifier never logs.
 
     Lightning would notice after an epoch. Callbacks of the user's own may log anything; beside them nothing is said.
     """

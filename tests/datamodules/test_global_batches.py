@@ -98,3 +98,16 @@ def test_the_batch_size_is_that_of_all_processes_together():
     for batch, shared in zip(alone, zip(*parts, strict=True), strict=True):
         assert torch.equal(torch.cat([images for images, _ in shared]), batch[0])
         assert torch.equal(torch.cat([labels for _, labels in shared]), batch[1])
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_batch_size_of_0_is_all_training_images(world_size):
+    held = []
+    for rank in range(world_size):
+        data = DigitsDataModule(batch_size=0)
+        data.trainer = SimpleNamespace(world_size=world_size, global_rank=rank, training=False)
+        data.setup("fit")
+        ((images, _),) = data.train_dataloader()
+        held.append(len(images))
+        assert sum(len(labels) for _, labels in data.val_dataloader()) == 180
+    assert sum(held) == 1257

@@ -1,0 +1,298 @@
+"""Prompt tuning of a frozen CLIP by forward passes alone (FLOPS, ICLR 2025, section 5.2)."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from flops_lightning.datamodules import ImageDataModule
+from flops_lightning.errors import SettingError, check_flag
+from flops_lightning.network.staging import StagedNetwork
+from flops_lightning.objectives import Objective
+from flops_lightning.optim.optimizers import ClipSettings, OptimizerSettings
+from flops_lightning.prompts.class_texts import ClassTexts, Tokenizer, check_class_names, template_features
+from flops_lightning.prompts.intrinsic import IntrinsicPrompt
+from flops_lightning.prompts.stages import IMAGE_SEED, PromptedCLIP, image_start, stage_clip, text_start, token_tower
+from flops_lightning.search import SearchSettings
+from flops_lightning.settings import read_settings
+from flops_lightning.strategies.base import ForwardGradientStrategy
+from flops_lightning.strategies.candidate_search import CandidateSearch
+from flops_lightning.tasks.classifier import ClassifierModule
+from flops_lightning.tasks.clip_model import check_clip_images, check_image_data, load_clip, weights_hash
+from flops_lightning.tasks.kept_features import keep_features, some_images
+from flops_lightning.tasks.prompt_files import KEY, check_same_prompts, write_prompts
+from flops_lightning.tasks.prompt_search import STEP, check_search, search_in_place_of
+from flops_lightning.tasks.prompt_settings import ImagePrompt, Pairing, TextPrompt, described, take_sites
+
+START_IMAGES = 64
+"""Training images from whose patches an image prompt starts."""
+
+
+class ClipPromptTuner(ClassifierModule):
+    """A text prompt, an image prompt or both for a frozen CLIP of open_clip, learned from losses.
+
+    A checkpoint holds the prompts with their matrices ``W``, the class names, the template and the hash of CLIP's
+    weights, but not these weights: it is small, and of use with the same model alone. Without an image prompt each
+    image of a data module of this package is encoded once a run, unless it is augmented.
+
+    Example:
+        >>> from flops_lightning.strategies import EvolutionStrategies
+        >>> from flops_lightning.tasks import ClipPromptTuner
+        >>> task = ClipPromptTuner(
+        ...     model_name="local-dir:data/assets/clip_tiny_digits", class_names=["zero", "one"],
+        ...     template='a photo of the number: "{}".', text_prompt={"tokens": 4, "dim": 20},
+        ...     strategy=EvolutionStrategies(seed=0),
+        ... )
+        >>> task(torch.zeros(3, 1, 8, 8)).shape
+        torch.Size([3, 2])
+    """
+
+    weights_name: ClassVar[str] = "prompts.safetensors"
+
+    def __init__(
+        self, *, model_name: str, class_names: Sequence[str] | None = None, checkpoint: str = "",
+        template: str | Sequence[str] | None = None, ensemble: bool = False, doubled_names: bool = False,
+        text_prompt: TextPrompt | None = None, image_prompt: ImagePrompt | None = None,
+        strategy: ForwardGradientStrategy | None = None, pairing: Pairing | None = None,
+        search: SearchSettings | None = None, loss: str | Objective | None = None, label_smoothing: float = 0.0,
+        optimizer: OptimizerSettings | None = None, clip: ClipSettings | None = None, **settings: Any,
+    ) -> None:  # fmt: skip
+        """Load the model, put the prompts into it, and bind the strategy.
+
+        Args:
+            model_name: A model of open_clip, or ``local-dir:FOLDER`` with its ``open_clip_config.json`` and weights.
+            class_names: Names of the classes in the order of the labels (the CLI takes those of the data).
+            checkpoint: A tag of open_clip's weights, such as ``openai``, or a file; empty: random ones, to plan a run.
+            template: A caption with ``{}`` where the name stands (the CLI takes the data's).
+            ensemble: Average the features of several templates, without a text prompt.
+            doubled_names: Accept the name of two classes, as CLIP's own names of ImageNet have them.
+            text_prompt: The prompt before the class names; None: the template's words.
+            image_prompt: The prompt after the image's patches; None: none.
+            strategy: How gradients are estimated. Sites that it does not name follow from the prompts.
+            pairing: ``split``: each prompt is moved against the other's clean features. ``joint``: a query moves both,
+                as a service must that returns losses alone. None: ``split``.
+            search: CMA-ES in the place of a strategy: a training step is a generation, whose fitness is the mean loss
+                of the batch (``batch_size: 0``: of all training images).
+            loss: As in :class:`ForwardImageClassifier`.
+            label_smoothing: As there.
+            optimizer: Optimiser and schedule; a search has none.
+            clip: Gradient clipping; a search has none.
+            **settings: Others of :class:`ForwardModule`.
+
+        Raises:
+            SettingError: a setting that does not work, or has no effect in this combination.
+        """
+        if search is not None:
+            search = read_settings(SearchSettings, search, "search")
+            strategy, optimizer = search_in_place_of(search, strategy, optimizer, clip), STEP
+        super().__init__(
+            loss=loss, label_smoothing=label_smoothing, strategy=strategy, optimizer=optimizer, clip=clip, **settings
+        )
+        names = tuple(class_names or ())
+        check_class_names(names, doubled=doubled_names)
+        templates = (template,) if isinstance(template, str) else tuple(template or ("a photo of a {}.",))
+        self.text_settings = None if text_prompt is None else read_settings(TextPrompt, text_prompt, "text_prompt")
+        self.image_settings = None if image_prompt is None else read_settings(ImagePrompt, image_prompt, "image_prompt")
+        check_flag("ensemble", ensemble)
+        if len(templates) > 1 and not ensemble:
+            problem = "are several, and one is used."
+            raise SettingError("template", templates[:2], problem, "Give one, or write ensemble: true.")
+        if ensemble and self.text_settings is not None and self.text_settings.on:
+            problem = "averages the features of whole texts, whose words a text prompt replaces."
+            raise SettingError("ensemble", True, problem, "Write ensemble: false, or text_prompt: null.")
+        self.save_hyperparameters(
+            {
+                "model_name": model_name, "class_names": list(names), "checkpoint": checkpoint,
+                "template": list(templates), "ensemble": ensemble, "doubled_names": doubled_names,
+                "text_prompt": self.text_settings and asdict(self.text_settings),
+                "image_prompt": self.image_settings and asdict(self.image_settings),
+                "pairing": pairing, "search": search and asdict(search),
+            }
+        )  # fmt: skip
+        file = Path(checkpoint) if checkpoint and Path(checkpoint).is_file() else None
+        self.start_weights = {"checkpoint": file.name, "checkpoint.folder": str(file.parent)} if file else {}
+        model, tokenizer = load_clip(model_name, checkpoint)
+        self.weights = weights_hash(model)
+        network = self._staged(model, tokenizer, names, templates)
+        self.clip: PromptedCLIP = network.module  # type: ignore[assignment]
+        prompts = {name: given for name, given in self._prompts().items() if given is not None}
+        if self.strategy is not None:
+            if not prompts:
+                problem = "has nothing to train: there is no text_prompt and no image_prompt."
+                raise SettingError("strategy", type(self.strategy).__name__, problem, "Give one, or strategy: null.")
+            take_sites(self.strategy, prompts, pairing)
+        self.stage(network, batch_norm="frozen")  # as all of the model
+        self.count_classes(len(names))
+        self.train()  # as any task that is new; estimates run in eval mode anyway
+
+    def _prompts(self) -> dict[str, TextPrompt | None]:
+        both = {"image_prompt": self.image_settings, "text_prompt": self.text_settings}
+        return {name: prompt if prompt is not None and prompt.on else None for name, prompt in both.items()}
+
+    def _staged(
+        self, model: Any, tokenizer: Tokenizer, names: Sequence[str], templates: Sequence[str]
+    ) -> StagedNetwork:
+        by = {"tokenizer": tokenizer, "doubled_names": self.hparams["doubled_names"]}
+        text, image = self.text_settings, self.image_settings
+        texts: ClassTexts | Tensor
+        prompts: dict[str, IntrinsicPrompt | None] = {"text_prompt": None, "image_prompt": None}
+        if text is not None and self._prompts()["text_prompt"]:
+            texts = ClassTexts(model, names, templates[0], **by)
+            text.check_for("text_prompt", texts.width)
+            prompts["text_prompt"] = text_start(texts, text.spec)
+        else:
+            texts = template_features(model, names, templates, **by)
+        if image is not None:
+            width = int(token_tower(model).conv1.out_channels) if image.on else 0
+            image.check_for("image_prompt", width)
+            if image.on:  # where it starts, and the width of W, come from images
+                zeros = torch.zeros(image.tokens, width)
+                prompts["image_prompt"] = IntrinsicPrompt(zeros, image.spec, std=1.0, seed_offset=IMAGE_SEED)
+        if text is not None and not text.on:
+            text.check_for("text_prompt", 0)
+        if any(prompts.values()):
+            return stage_clip(model, texts, **prompts)
+        model.requires_grad_(False)
+        module = PromptedCLIP(model, texts, None, None)
+        return StagedNetwork(module, module.stages)
+
+    def split(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Images, grey ones as three equal channels, or features that were kept; and labels."""
+        images, labels = super().split(batch)
+        return _coloured(images), labels
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """``(b, c)`` logits of images, grey or in colour."""
+        self.check_inputs(inputs)
+        logits: Tensor = self.clip(_coloured(inputs))
+        return logits
+
+    def check_inputs(self, inputs: Any) -> None:
+        """Refuse images of another size, and what are no images."""
+        if not (self.clip.image_prompt is None and isinstance(inputs, Tensor) and inputs.dim() == 2):  # kept features
+            check_clip_images(self.clip, inputs)
+
+    def setup(self, stage: str) -> None:
+        """Compare the data with the model, and refuse what training cannot use, before anything is computed."""
+        trainer: Any = self.trainer
+        data = trainer.datamodule
+        classes = getattr(data, "num_classes", None)
+        if isinstance(classes, int) and classes != self.num_classes:
+            problem = f"and the data has {classes} classes."
+            remedy = "Give a name for each class, in the order of the labels."
+            raise SettingError("class_names", f"{self.num_classes} names", problem, remedy)
+        if data is not None:
+            check_image_data(self.clip, data)
+        if stage == "fit" and self.strategy is None:
+            remedy = "Write a strategy, for example EvolutionStrategies(), or search (CMA-ES)."
+            raise SettingError("strategy", None, "and no search either: training needs one of the two.", remedy)
+        if stage == "fit" and isinstance(self.strategy, CandidateSearch):
+            check_search(trainer.callbacks, data)
+
+    def configure_optimizers(self) -> Any:
+        """Keep image features where no prompt moves them: the loaders are made next, and the device is known."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if self.clip.image_prompt is None and isinstance(data, ImageDataModule):
+            with self.trainer.precision_plugin.forward_context():
+                keep_features(data, self.features_of)
+        return super().configure_optimizers()
+
+    def on_fit_start(self) -> None:
+        """Start the image prompt."""
+        self._start_image_prompt(fit=True)
+        super().on_fit_start()
+
+    def on_validation_start(self) -> None:
+        """Let an image prompt that was never trained begin where training would."""
+        super().on_validation_start()
+        self._start_image_prompt()
+
+    def on_test_start(self) -> None:
+        """The same."""
+        super().on_test_start()
+        self._start_image_prompt()
+
+    def on_predict_start(self) -> None:
+        """The same."""
+        self._start_image_prompt()
+
+    @torch.no_grad()
+    def features_of(self, images: Tensor) -> Tensor:
+        """``(b, e)`` unit features of images, for a task without an image prompt."""
+        self.check_inputs(images)
+        with self.network.evaluating():
+            features: Tensor = self.network.run(_coloured(images.to(self.device)), stop=1)
+        return features.cpu()
+
+    @torch.no_grad()
+    def start_image_prompt(self, images: Tensor) -> None:
+        """Begin at the mean patch of images (or at zero), with a ``W`` as wide as their patches are.
+
+        Training does this with images of its data module.
+        """
+        settings, prompt = self.image_settings, self.clip.image_prompt
+        if prompt is None or settings is None:
+            raise SettingError("image_prompt", None, "there is none that could start.", "Give the task one.")
+        self.check_inputs(images)
+        begun = image_start(self.clip, _coloured(images.to(self.device)), settings.spec)
+        prompt.start.copy_(begun.start)
+        prompt.directions.copy_(begun.directions)
+
+    def _start_image_prompt(self, *, fit: bool = False) -> None:
+        prompt = self.clip.image_prompt
+        if prompt is None or bool(prompt.z.any()) or bool(prompt.start.any()):
+            return  # none, or it is on its way
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        images: Any = getattr(data, "train_set", None)
+        if isinstance(data, ImageDataModule) and images is not None and len(images):
+            self.start_image_prompt(some_images(images, START_IMAGES))
+        elif fit:
+            problem = "starts at patches of training images, and the data module is not one of this package."
+            remedy = "Call task.start_image_prompt(images) with a few of them before."
+            raise SettingError("image_prompt", asdict(self.image_settings or ImagePrompt()), problem, remedy)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the prompts belong to, as plain values."""
+        own = {name: self.hparams[name] for name in ("class_names", "template", "ensemble", "model_name")}
+        return {**own, "weights": self.weights, **{name: described(p) for name, p in self._prompts().items()}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave CLIP's own weights out, and say which they are."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[KEY] = self.identity
+        checkpoint["state_dict"] = {n: v for n, v in checkpoint["state_dict"].items() if not _of_clip(n)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse prompts of other classes, texts or weights; take CLIP's weights as they are."""
+        check_same_prompts(checkpoint.get(KEY), self.identity)
+        kept = {name: value for name, value in self.state_dict().items() if _of_clip(name)}
+        checkpoint["state_dict"] = {**kept, **checkpoint["state_dict"]}
+        super().on_load_checkpoint(checkpoint)
+
+    def export_prompt(self, path: str | Path) -> None:
+        """Write the tokens, class names and template as one safetensors file; docs/prompts.md shows how to read it.
+
+        Tensors ``text_prompt`` ``(n, w)`` and ``image_prompt`` ``(n, w)``, each if it was trained; metadata
+        ``class_names`` (JSON), ``template``, ``model_name`` and ``checkpoint``.
+        """
+        both = {"text_prompt": self.clip.text_prompt, "image_prompt": self.clip.image_prompt}
+        about = {**{n: self.hparams[n] for n in ("class_names", "model_name", "checkpoint")}}
+        about["template"] = self.hparams["template"][0]
+        write_prompts(path, {name: prompt() for name, prompt in both.items() if prompt is not None}, about)
+
+    def export_weights(self, path: str) -> None:
+        """See :meth:`export_prompt`."""
+        self.export_prompt(path)
+
+
+def _of_clip(name: str) -> bool:
+    """Whether a tensor of the task's state is one of the frozen model."""
+    return name.startswith("clip.") and not name.startswith(("clip.text_prompt.", "clip.image_prompt."))
+
+
+def _coloured(images: Tensor) -> Tensor:
+    return images.expand(-1, 3, -1, -1) if images.dim() == 4 and images.shape[1] == 1 else images

@@ -1,0 +1,135 @@
+"""Settings of the prompts of a task, and the sites that follow from them."""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Literal, get_args
+
+from flops_lightning.errors import SettingError, check_choice, check_positive, check_whole
+from flops_lightning.prompts.intrinsic import Coordinates, PromptSpec
+from flops_lightning.strategies.base import ForwardGradientStrategy
+from flops_lightning.strategies.site_specs import SiteSpec
+
+Pairing = Literal["split", "joint"]
+STAGES = {"text_prompt": "scores", "image_prompt": "image_prompt"}
+"""The stage of a prompted CLIP that owns each prompt."""
+
+
+@dataclass(frozen=True)
+class TextPrompt:
+    """Setting: a prompt, where it starts, and how its numbers are moved; see :class:`PromptSpec`.
+
+    Attributes:
+        tokens: Number of prompt tokens; 0 (with ``dim: 0``): no prompt.
+        dim: Numbers that are trained: of the whole prompt (``flat``), or of each token (``by_token``).
+        coordinates: ``flat``: one vector ``z`` for all tokens. ``by_token``: one for each token.
+        init: ``data``: the prompt starts at the words of the template, or at the mean patch of training images.
+            ``zeros``.
+        seed: Seed of the frozen random matrix ``W``.
+        sigma: Standard deviation of the noise on ``z``, whose coordinates travel about 1. It and ``queries`` are those
+            of strategies that name no sites; backprop and searches have no use for them.
+        queries: Queries a step: text draws, which all images share, or draws of each image.
+
+    Example:
+        >>> TextPrompt(tokens=4, dim=100).spec.dim
+        100
+    """
+
+    tokens: int = 12
+    dim: int = 500
+    coordinates: Coordinates = "flat"
+    init: Literal["data", "zeros"] = "data"
+    seed: int = 0
+    sigma: float = 0.02
+    queries: int = 10
+
+    @property
+    def on(self) -> bool:
+        """Whether there is a prompt."""
+        return self.tokens > 0
+
+    @property
+    def spec(self) -> PromptSpec:
+        """Size, start and seed alone."""
+        return PromptSpec(self.tokens, self.dim, self.coordinates, self.init, self.seed)
+
+    def check_for(self, name: str, width: int) -> None:
+        """Raise a :class:`SettingError` for values that cannot work with tokens of this width."""
+        whole = "Write, for example, {}, or 0 of tokens and dim for no prompt."
+        check_whole(f"{name}.tokens", self.tokens, 0, whole.format(12))
+        check_whole(f"{name}.dim", self.dim, 0, whole.format(500))
+        if not self.on and self.dim:
+            problem = f"has nothing to move: {name}.tokens is 0."
+            raise SettingError(f"{name}.dim", self.dim, problem, f"Write dim: 0, or {name}: null, for no prompt.")
+        check_positive(f"{name}.sigma", self.sigma, "Write, for example, 0.02.")
+        check_whole(f"{name}.queries", self.queries, 1, "Write, for example, 10.")
+        if not self.on:
+            return
+        try:
+            _ = self.spec
+        except SettingError as error:
+            where = error.setting.replace("prompt", name, 1)
+            raise SettingError(where, error.value, error.problem, error.remedy) from error
+        whole_prompt = self.coordinates == "flat"
+        most = self.tokens * width if whole_prompt else width
+        if self.dim > most:
+            of = f"{self.tokens} tokens of width {width}" if whole_prompt else f"a token of width {width}"
+            problem = f"is more than the {most} numbers of {of}."
+            raise SettingError(f"{name}.dim", self.dim, problem, f"Write {most} or less.")
+
+
+@dataclass(frozen=True)
+class ImagePrompt(TextPrompt):
+    """Setting: an image prompt; as :class:`TextPrompt`, with 10 tokens by default.
+
+    Example:
+        >>> ImagePrompt().tokens
+        10
+    """
+
+    tokens: int = 10
+
+
+def take_sites(strategy: ForwardGradientStrategy, prompts: dict[str, TextPrompt], pairing: Pairing | None) -> None:
+    """Give a strategy that names no sites those of the prompts that are on.
+
+    ``split`` (the default): one site for each prompt, moved against the other's clean features. ``joint``: one site, at
+    which a query moves both.
+
+    Raises:
+        SettingError: the pairing, or a prompt's ``sigma`` or ``queries``, has no effect here.
+    """
+    if pairing is not None:
+        check_choice("pairing", pairing, get_args(Pairing))
+        if not hasattr(strategy, "specs"):
+            problem = f"has no effect: {type(strategy).__name__} has no sites."
+            raise SettingError("pairing", pairing, problem, "Leave it out.")
+        if strategy.specs:
+            raise SettingError("pairing", pairing, "has no effect: the strategy names its sites.", "Leave out one.")
+        if len(prompts) < 2:
+            raise SettingError("pairing", pairing, "has no effect: there is one prompt.", "Leave it out.")
+    if not hasattr(strategy, "specs"):
+        return
+    if strategy.specs:
+        for name, prompt in prompts.items():
+            for field in ("sigma", "queries"):
+                if getattr(prompt, field) != getattr(TextPrompt, field):
+                    problem = "has no effect: the strategy names its sites."
+                    remedy = "Set it of the site (sigma, queries_per_sample), or leave the sites out."
+                    raise SettingError(f"{name}.{field}", getattr(prompt, field), problem, remedy)
+        return
+    sites = [
+        SiteSpec(stages=[STAGES[name]], sigma=prompt.sigma, queries_per_sample=prompt.queries)
+        for name, prompt in prompts.items()
+    ]
+    if pairing == "joint":
+        image, text = prompts["image_prompt"], prompts["text_prompt"]
+        for field in ("sigma", "queries"):
+            if getattr(text, field) != getattr(image, field):
+                problem = f"differs from image_prompt.{field} = {getattr(image, field)}, and a joint query moves both."
+                raise SettingError(f"text_prompt.{field}", getattr(text, field), problem, "Make the two agree.")
+        sites = [replace(sites[0], stages=["image_prompt", "scores"])]
+    strategy.specs = tuple(sites)
+
+
+def described(prompt: TextPrompt | None) -> dict[str, object]:
+    """What of a prompt's settings belongs to what it has learned: all but how it is moved."""
+    return {} if prompt is None else {k: v for k, v in asdict(prompt).items() if k not in ("sigma", "queries")}
