@@ -75,6 +75,27 @@ class LostQueriesError(RuntimeError):
     """Too many steps in a row lost every query to non-finite losses."""
 
 
+class SpentQueriesError(RuntimeError):
+    """The next question would ask a service for more rows than a run may (``max_queries``); it was not asked."""
+
+    def __init__(self, spent: int, more: int, most: int, saved: Path | None = None) -> None:
+        """Compose the message.
+
+        Args:
+            spent: Rows that were asked for.
+            more: Rows that the next step needs.
+            most: The limit.
+            saved: The checkpoint from which the run can go on.
+        """
+        self.spent, self.more, self.most, self.saved = spent, more, most, saved
+        go_on = f" Saved {saved}: go on with a larger max_queries and --ckpt_path {saved}." if saved else ""
+        super().__init__(f"max_queries = {most}: {spent} are spent and the next step takes {more}.{go_on}")
+
+    def __reduce__(self) -> tuple[type["SpentQueriesError"], tuple[int, int, int, Path | None]]:
+        """Rebuild from the four parts, so that the error crosses process boundaries."""
+        return type(self), (self.spent, self.more, self.most, self.saved)
+
+
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written; the files that were there before are untouched."""
 

@@ -14,6 +14,7 @@ PACKAGES = (
     "prompts",
     "robustness",
     "search",
+    "service",
     "strategies",
     "tasks",
 )

@@ -14,7 +14,7 @@ LABORATORY = ("benchmarks", "experiments")
 # From the ground up: a module may import from its own layer and from those below.
 LAYERS = [
     {"errors", "objectives", "phases", "settings"},
-    {"distributed", "meter", "network", "noise", "prompts", "protocol", "queries", "robustness"},
+    {"distributed", "meter", "network", "noise", "prompts", "protocol", "queries", "robustness", "service"},
     {"allocators", "search", "strategies"},
     {"callbacks", "datamodules", "optim", "plan", "resume", "tasks", "tensorboard", "tune"},
     {"cli"},
@@ -22,7 +22,19 @@ LAYERS = [
 ]
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}
 WITHOUT_LIGHTNING = LAYERS[0] | LAYERS[1] | LAYERS[2]
-SLOW = ("cma", "jsonargparse", "lightning", "matplotlib", "open_clip", "sklearn", "tensorboard", "timm", "torchvision")
+SLOW = (
+    "cma",
+    "httpx",
+    "jsonargparse",
+    "lightning",
+    "matplotlib",
+    "open_clip",
+    "sklearn",
+    "tenacity",
+    "tensorboard",
+    "timm",
+    "torchvision",
+)
 
 
 def imports(file: Path) -> set[str]:

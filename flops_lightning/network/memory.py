@@ -155,7 +155,7 @@ class ChunkRows:
         if not self._open or not len(inputs):
             return
         self._open = False
-        with network.evaluating():
+        with network.evaluating(), network.unpaid():
             # Two rows less one: the copies of the weights that autocast makes belong to no row.
             one, two = (peak_bytes(partial(network.run, inputs[:1].repeat_interleave(n, dim=0))) for n in (1, 2))
         row = max(1, two - one)

@@ -5,7 +5,7 @@ Stages reference the modules of the network they were made from: nothing is copi
 
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -46,6 +46,8 @@ class Stage:
 
         by_row: Its parameters may have a line for each row of its input, ``(r, ...)``.
         context: What it computes from its parameters alone, if that is most of its work.
+        flops: Floating-point operations of a row and of the context, where they run elsewhere and nothing here counts
+            them.
 
     Example:
         >>> stage = Stage("double", lambda x: 2 * x, members=("scale",))
@@ -61,6 +63,7 @@ class Stage:
     tokenwise: tuple[str, ...] = ()
     by_row: bool = False
     context: StageContext | None = None
+    flops: tuple[float, float] | None = None
 
     def owns(self, name: str) -> bool:
         """Whether the dotted ``name`` of a parameter or module belongs to this stage."""
@@ -200,6 +203,19 @@ class StagedNetwork:
         finally:
             for module, training in modes:
                 module.training = training
+
+    def rows_of(self, key: Any) -> AbstractContextManager[Any]:
+        """Tell a module whose rows run elsewhere to which :class:`NoiseKey` they belong while the context lasts.
+
+        Those of the site ``clean`` are unperturbed.
+        """
+        told = getattr(self.module, "rows_of", None)
+        return nullcontext() if told is None else told(key)
+
+    def unpaid(self) -> AbstractContextManager[Any]:
+        """A module whose rows run elsewhere returns zeros instead while the context lasts, for a look at shapes."""
+        unpaid = getattr(self.module, "unpaid", None)
+        return nullcontext() if unpaid is None else unpaid()
 
 
 def flops(run: Callable[[Tensor], Tensor], x: Tensor) -> tuple[float, Tensor]:

@@ -8,6 +8,7 @@ from the prefix. The result is that of one padded sequence a class, at a small p
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from itertools import accumulate
 from typing import Any
 
@@ -249,7 +250,8 @@ def _pool_type(tower: Any) -> str:
     return str(getattr(tower, "text_pool_type", getattr(tower, "pool_type", "")))
 
 
-def _default_tokenizer() -> Tokenizer:
+@cache
+def _default_tokenizer() -> Tokenizer:  # reading its vocabulary takes a second
     import open_clip
 
     tokenizer: Tokenizer = open_clip.SimpleTokenizer()

@@ -128,7 +128,7 @@ def image_start(clip: nn.Module, images: Tensor, spec: PromptSpec) -> IntrinsicP
     Raises:
         SettingError: an image tower that takes no tokens.
     """
-    patches = _embedded(token_tower(clip), images)[:, 1:].flatten(0, 1)
+    patches = raw_patches(token_tower(clip), images)[:, 1:].flatten(0, 1)
     start = patches.mean(0).expand(spec.tokens, -1) if spec.init == "data" else patches.new_zeros(spec.tokens, 1)
     start = start.expand(-1, patches.shape[1])
     return IntrinsicPrompt(start, spec, std=float(patches.std()), seed_offset=IMAGE_SEED)
@@ -153,7 +153,7 @@ def token_tower(clip: Any) -> Any:
 def clip_stages(module: PromptedCLIP) -> tuple[Stage, ...]:
     """The stages of a CLIP with prompts."""
     members, prompted = ("texts", "text_prompt", "logit_scale", "logit_bias"), module.text_prompt is not None
-    scores = _Scores(module)
+    scores = ClassScores(module)
     context = StageContext(scores.features, scores.logits) if prompted else None
     top = Stage("scores", scores, members, by_row=prompted, context=context)
     if module.image_prompt is None:
@@ -186,17 +186,37 @@ class _Features:
     clip: PromptedCLIP
 
     def __call__(self, images: Tensor) -> Tensor:
-        if images.dim() == 2:  # features that were kept
-            return images
-        features = self.clip.visual(images)
-        return normalize(at_least_float32(features[0] if isinstance(features, tuple) else features), dim=-1)
+        return images if images.dim() == 2 else image_features(self.clip.visual, images)  # or features that were kept
 
 
-def _embedded(tower: Any, images: Tensor) -> Tensor:
+def raw_patches(tower: Any, images: Tensor) -> Tensor:
     """``(b, t, w)`` class token and patches with their positions, before the first norm."""
     patches = tower.conv1(images).flatten(2).transpose(1, 2)
     cls = tower.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
     return torch.cat([cls, patches], 1) + tower.positional_embedding.to(patches.dtype)
+
+
+def image_features(tower: Any, images: Tensor) -> Tensor:
+    """``(b, e)`` unit features of images without a prompt."""
+    features = tower(images)
+    return normalize(at_least_float32(features[0] if isinstance(features, tuple) else features), dim=-1)
+
+
+def embedded_patches(tower: Any, images: Tensor) -> Tensor:
+    """``(b, t, w)`` tokens that enter the first block, without a prompt."""
+    tokens: Tensor = tower.ln_pre(raw_patches(tower, images))
+    return tokens
+
+
+def with_prompt(tower: Any, x: Tensor, prompt: Tensor) -> Tensor:
+    """``(r, t + n, w)`` tokens ``x`` and, after them, those of a prompt: ``(n, w)`` for all rows, or each row's own."""
+    return torch.cat([x, tower.ln_pre(prompt.to(x.dtype)).expand(len(x), -1, -1)], 1)
+
+
+def pooled(tower: Any, x: Tensor) -> Tensor:
+    """``(r, e)`` unit features of what leaves the last block."""
+    cls = tower.ln_post(x[:, 0])
+    return normalize(at_least_float32(cls if tower.proj is None else cls @ tower.proj), dim=-1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,9 +224,7 @@ class _Patches:
     clip: PromptedCLIP
 
     def __call__(self, images: Tensor) -> Tensor:
-        tower: Any = self.clip.visual
-        tokens: Tensor = tower.ln_pre(_embedded(tower, images))
-        return tokens
+        return embedded_patches(self.clip.visual, images)
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,9 +232,7 @@ class _Append:
     clip: PromptedCLIP
 
     def __call__(self, x: Tensor) -> Tensor:
-        tower, prompt = cast("Any", self.clip.visual), cast("IntrinsicPrompt", self.clip.image_prompt)
-        tokens = tower.ln_pre(prompt().to(x.dtype))  # of all rows, or one for each
-        return torch.cat([x, tokens.expand(len(x), -1, -1)], 1)
+        return with_prompt(self.clip.visual, x, cast("IntrinsicPrompt", self.clip.image_prompt)())
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,13 +240,11 @@ class _Pool:
     clip: PromptedCLIP
 
     def __call__(self, x: Tensor) -> Tensor:
-        tower: Any = self.clip.visual
-        pooled = tower.ln_post(x[:, 0])
-        return normalize(at_least_float32(pooled if tower.proj is None else pooled @ tower.proj), dim=-1)
+        return pooled(self.clip.visual, x)
 
 
 @dataclass(eq=False)
-class _Scores:
+class ClassScores:
     """Logits of unit image features ``(r, e)``; keeps the text features for as long as nothing they need changes."""
 
     clip: PromptedCLIP
@@ -238,7 +252,12 @@ class _Scores:
     _kept: Tensor | None = field(default=None, repr=False)
 
     def __call__(self, x: Tensor) -> Tensor:
+        """``(r, c)`` logits of image features ``x``."""
         return self.logits(x, self.features())
+
+    def forget(self) -> None:
+        """Encode the texts anew when they are needed next."""
+        self._key, self._kept = (), None
 
     def logits(self, x: Tensor, features: Tensor) -> Tensor:
         """``(r, c)`` logits for text features ``(c, e)``, or ``(r, c, e)`` with those of each row."""

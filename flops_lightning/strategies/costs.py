@@ -59,7 +59,7 @@ def site_costs(network: StagedNetwork, sites: Sequence[Site], inputs: Any) -> Si
     # Copies of the parameters behind a context, since a stage may keep that of its own.
     copies = [{name: p.detach() for name, p in network.parameters_of(i, i).items()} for i in range(len(network))]
     # The counter asks every tensor that requires a gradient for its graph, and a view of a parameter has none here.
-    with network.evaluating(), network.frozen_parameters():
+    with network.evaluating(), network.frozen_parameters(), network.unpaid():
         activations, by_stage, contexts = [inputs[:1]], [], []
         functional = FunctionalStages(network)
         for i, stage in enumerate(network.stages):
@@ -68,6 +68,7 @@ def site_costs(network: StagedNetwork, sites: Sequence[Site], inputs: Any) -> Si
                 of_context, value = flops(partial(_context, functional, i, copies[i]), activations[-1])
                 run = partial(_with_context, stage.context, value)
             counted, output = flops(run, activations[-1].clone())  # the stage may work in place
+            counted, of_context = stage.flops or (counted, of_context)
             by_stage.append(counted)
             contexts.append(of_context)
             activations.append(output)

@@ -200,7 +200,8 @@ class ParameterQueries:
         plan = plan_rows(counts, layout.chunk_rows, first_query=first, multiple=unit)
         if not len(plan.samples):
             return None
-        rows = layout.run(site, clean, plan, traces=traces)
+        with layout.network.rows_of(replace(layout.key, draw=clean.draw, site=site.name)):
+            rows = layout.run(site, clean, plan, traces=traces)
         sample = torch.from_numpy(plan.samples).to(clean.loss.device)
         weights, alive = response.weights(rows.values, clean.loss[sample], site.sigma)
         by_sample = torch.zeros(clean.batch_size, dtype=weights.dtype, device=weights.device)

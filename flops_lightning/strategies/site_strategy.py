@@ -10,6 +10,7 @@ from flops_lightning.network.compilation import CompiledNetwork, check_compiler
 from flops_lightning.network.layers import layers_unlike_rows
 from flops_lightning.network.rows import as_rows
 from flops_lightning.network.staging import StagedNetwork
+from flops_lightning.noise.keys import NoiseKey
 from flops_lightning.protocol import QueryBudget
 from flops_lightning.queries import CleanPass, LossFunction, clean_pass, refresh
 from flops_lightning.settings import read_settings
@@ -154,9 +155,10 @@ class SiteStrategy(ChunkedStrategy):
         if self._costs is None and self.network.unfit is None and self.moved_layers:
             self.check_layers(layers_unlike_rows(self.network, inputs))
         self._chunks.settle(self.network, inputs)
-        clean = clean_pass(
-            self.network, self.loss, inputs, targets, keep=self._kept, draw=self.draw, rows=self.chunk_rows
-        )
+        with self.network.rows_of(NoiseKey(self.seed, self.draw, CLEAN, self.rank)):
+            clean = clean_pass(
+                self.network, self.loss, inputs, targets, keep=self._kept, draw=self.draw, rows=self.chunk_rows
+            )
         clean.activations.setdefault(0, inputs)  # not a copy: from it all that was not kept can be run again
         if self._costs is None:
             counted = site_costs(self.network, self.sites, inputs)
@@ -176,7 +178,8 @@ class SiteStrategy(ChunkedStrategy):
         places, exact = self._select(updated)
         start = min(site.first for site in (*(self.sites[i] for i in places), *exact))
         self.meter.add(CLEAN, forward_equivalents=self._known_costs.from_stage[start] * clean.batch_size)
-        return refresh(self.network, self.loss, clean, start, keep=self._kept, rows=self.chunk_rows)
+        with self.network.rows_of(NoiseKey(self.seed, clean.draw, CLEAN, self.rank)):
+            return refresh(self.network, self.loss, clean, start, keep=self._kept, rows=self.chunk_rows)
 
     def _select(self, names: Sequence[str] | None) -> tuple[list[int], list[Site]]:
         """Places of the sites with these names (None: all) that spend queries, and the exact sites among them."""

@@ -94,6 +94,8 @@ def trace_predictors(
         tokens = network.stages[network.head].reads
         for i in sorted({site.start for site in sites} - {0, len(network)}):
             h, name = value_of(clean.activations[i]), f"activation.{network.stages[i].name}"
+            if not h.is_floating_point():  # names of images
+                continue
             found[name] = _mean_square(h, tokens)
             if tokens is not None and h.dim() > 2:
                 found[f"{name}.all"] = _mean_square(h, None)
