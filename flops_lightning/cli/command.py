@@ -14,10 +14,8 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from linecache import getline
 from pathlib import Path
 from pkgutil import resolve_name
-from traceback import walk_tb
 from typing import Any, cast
 
 from jsonargparse import Namespace
@@ -32,7 +30,7 @@ from flops_lightning.callbacks.class_report import ClassReport, class_counts
 from flops_lightning.callbacks.prediction_writer import PredictionWriter
 from flops_lightning.cli.checkpoints import RUNS, WHERE, check_checkpoint
 from flops_lightning.cli.given import Given
-from flops_lightning.cli.messages import explain
+from flops_lightning.cli.messages import explain, refused_by_lightning
 from flops_lightning.errors import CheckpointError, DamagedImageError, LostQueriesError, SettingError
 from flops_lightning.plan.trainer import callbacks_of, refuse_checkpoint
 from flops_lightning.resume import last
@@ -89,9 +87,10 @@ class FlopsCLI(LightningCLI):
         return dict([fit, *own, *others])
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Let the data decide how many classes the model tells apart, and check them before the model is built."""
-        classes = "model.init_args.num_classes"
-        parser.link_arguments("data", classes, compute_fn=self._checked_classes, apply_on="instantiate")
+        """Let the data decide how many classes the model tells apart and what they are called, and check them first."""
+        links = {"num_classes": self._checked_classes, "class_names": self._captions, "template": self._template}
+        for name, of_data in links.items():
+            parser.link_arguments("data", f"model.init_args.{name}", compute_fn=of_data, apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, and explain what was refused."""
@@ -116,7 +115,9 @@ class FlopsCLI(LightningCLI):
             refuse_checkpoint(path)
         if self.subcommand == "tune":
             check_tune(path, self._settings["output"], overwrite=self._settings["overwrite"])
-        untrained = path is None and not self._settings["model"].get("init_args.checkpoint")
+        given = self._settings["model"].get("init_args") or {}
+        # A model that is told the names of its classes has no head.
+        untrained = path is None and not given.get("checkpoint") and "class_names" not in given
         if untrained and self.subcommand in ("validate", "test", "predict"):
             rank_zero_warn(
                 f"{self.subcommand} without --ckpt_path: the head is as it was initialised. --ckpt_path last takes the "
@@ -186,6 +187,19 @@ class FlopsCLI(LightningCLI):
             remedy = "Write it, or give the data module a num_classes."
             raise SettingError("num_classes", None, f"{type(data).__name__} does not tell its number.", remedy)
         return has if given is None else given
+
+    def _captions(self, data: LightningDataModule) -> Any:
+        """Names of the classes: those that are given, or else the data's, if the model wants any."""
+        given = self._settings["model"].get("init_args") or {}
+        if given.get("class_names") is not None or "class_names" not in given:
+            return given.get("class_names")
+        self._checked_classes(data)
+        return getattr(data, "display_names", None)
+
+    def _template(self, data: LightningDataModule) -> Any:
+        """The caption around a name, likewise; all of the data's where the model averages several."""
+        given = self._settings["model"].get("init_args") or {}
+        return given.get("template") or getattr(data, "templates" if given.get("ensemble") else "template", None)
 
     def _last(self, word: str | None) -> str | None:
         """The newest checkpoint of the runs of this name; None where there is none yet."""
@@ -260,21 +274,12 @@ def main(args: Sequence[str] | None = None) -> None:
         raise
     except Exception as error:
         cause = _cause(error)
-        refused = _refused_by_lightning(cause)
+        refused = refused_by_lightning(cause)
         if os.environ.get("FLOPS_TRACEBACK") == "1" or not (isinstance(cause, _MISTAKES) or refused):
             raise
         if not ((refused or isinstance(cause, _SAME_ON_ALL_RANKS)) and _first_rank_has_ended()):
             sys.stderr.write(f"\nerror: {'trainer: ' + ' '.join(str(cause).split()) if refused else cause}\n")
         sys.exit(USAGE_ERROR)
-
-
-def _refused_by_lightning(error: BaseException) -> bool:
-    """Whether a line ``raise`` of Lightning raised the error: its Trainer and callbacks refuse settings like that."""
-    if type(error) not in (ValueError, RuntimeError) or error.__traceback__ is None:
-        return False
-    frame, line = list(walk_tb(error.__traceback__))[-1]
-    name = str(frame.f_globals.get("__name__"))
-    return name.startswith("lightning.") and getline(frame.f_code.co_filename, line).lstrip().startswith("raise ")
 
 
 def _first_rank_has_ended(patience: float = 60.0) -> bool:

@@ -8,7 +8,9 @@ import re
 from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
+from linecache import getline
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any, NamedTuple
 
 import yaml
@@ -249,3 +251,12 @@ def new_name(path: str) -> str:
             return f"flops_lightning.{public}.{name}"
     old = next((old for old in MOVED if f"{module}.".startswith(f"{old}.")), "")
     return f"{MOVED[old]}{module.removeprefix(old)}.{name}" if old else ""
+
+
+def refused_by_lightning(error: BaseException) -> bool:
+    """Whether a line ``raise`` of Lightning raised the error: its Trainer and callbacks refuse settings like that."""
+    if type(error) not in (ValueError, RuntimeError) or error.__traceback__ is None:
+        return False
+    frame, line = list(walk_tb(error.__traceback__))[-1]
+    name = str(frame.f_globals.get("__name__"))
+    return name.startswith("lightning.") and getline(frame.f_code.co_filename, line).lstrip().startswith("raise ")

@@ -317,7 +317,7 @@ def test_a_report_in_unknown_words_is_passed_on():
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("data.init_args.batch_size", 0, "data.batch_size = 0: "),
+        ("data.init_args.batch_size", -1, "data.batch_size = -1: "),
         ("model.init_args.num_classes", 7, "model.init_args.num_classes = 7: but the data has 10 classes. Leave it"),
         ("model.init_args.fault", "setting", "model.fault[0].name = 'setting': does not exist. Leave it out."),
         ("trainer.strategy", "x", "trainer: You selected an invalid strategy name: `strategy='x'`"),
