@@ -32,8 +32,9 @@ class RunSummary(pl.Callback):
     Keys: ``start_accuracy``, ``test_accuracy``, ``steps``, ``samples`` (trained on, once each epoch), ``queries``,
     ``queries_per_sample`` (``queries / samples``), ``queries_by_site``, ``clean_passes``, ``forward_equivalents``,
     ``lost_queries``, ``train_seconds`` (validation included, the two tests left out), ``peak_memory_mb`` and
-    ``peak_memory_of`` (see :func:`peak_memory`), ``strategy``, ``allocator``, ``seed``. Counts are those of all
-    processes together, which share the test images; memory and time are those of the first. A trial run
+    ``peak_memory_of`` (see :func:`peak_memory`), ``strategy``, ``allocator``, ``seed``; with a service
+    ``service`` (see :class:`~flops_lightning.service.Usage`). Counts are those of all processes together, which share
+    the test images; memory and time are those of the first. A trial run
     (``fast_dev_run``) writes nothing.
 
     Example:
@@ -104,6 +105,9 @@ class RunSummary(pl.Callback):
             "strategy": type(strategy).__name__,
             "allocator": type(allocators[0].allocator).__name__ if allocators else "none", "seed": torch.initial_seed(),
         }  # fmt: skip
+        scorer = getattr(pl_module, "scorer", None)
+        if scorer is not None:
+            summary["service"] = scorer.usage.state_dict()
         self._report(trainer, pl_module, summary, run_folder(trainer))
 
     def _all_samples(self, device: torch.device) -> int:

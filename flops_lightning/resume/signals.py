@@ -143,8 +143,7 @@ class SaveOnSignal(Checkpoint):
 
     def _save_and_leave(self, trainer: Trainer, received: signal.Signals) -> None:
         if not (trainer.sanity_checking or cast("Any", trainer).fast_dev_run):  # else there is nothing to save
-            path = _folder(trainer) / FILE_NAME
-            trainer.save_checkpoint(path)
+            path = save_last(trainer)
             rank_zero_info(f"{received.name}: saved {path}; --ckpt_path {path} goes on from there.")
         if received == _requeue_signal(trainer) and trainer.is_global_zero:
             _requeue()
@@ -156,6 +155,13 @@ def _requeue_signal(trainer: Trainer) -> signal.Signals | None:
     environment = getattr(trainer.strategy, "cluster_environment", None)
     requeues = isinstance(environment, SLURMEnvironment) and environment.auto_requeue
     return cast("SLURMEnvironment", environment).requeue_signal if requeues else None
+
+
+def save_last(trainer: Trainer) -> Path:
+    """Write ``last.ckpt`` where a signal would, and tell where; every process must call this."""
+    path = _folder(trainer) / FILE_NAME
+    trainer.save_checkpoint(path)
+    return path
 
 
 def _folder(trainer: Trainer) -> Path:

@@ -68,6 +68,7 @@ class ClipAnswers:
         self.images = ImageStore(2**20 * images_mb)
         self._clip, self._tokenizer, self._kinds = clip, tokenizer, answers
         self._scorers: dict[str, LocalScorer] = {}
+        self._images_alone = LocalScorer(clip, None, answers=answers, images=self.images)
 
     def __call__(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """The answer to a request.
@@ -118,13 +119,13 @@ class ClipAnswers:
             raise BadRequest(f"{len(rows)} rows in a request, and 1 to {self.info.max_rows} are taken", 413)
         images = [str(name) for name in request.get("images") or ()]
         missing = self.images.missing(images)
-        scorer = next(iter(self._scorers.values()), None)
+        scorer = None
         if kind not in TEXTLESS:
             scorer = self._scorers.get(request["classes"])
             missing += [] if scorer else [request["classes"]]
         if missing:
             return {"missing": missing}
-        scorer = scorer or self._any_scorer()
+        scorer = scorer or self._images_alone
         text = self._prompts(request.get("text"), len(rows), self.info.text_width)
         image = self._prompts(request.get("image"), len(rows), self.info.image_width)
         names = self.images.names(images)
@@ -144,11 +145,6 @@ class ClipAnswers:
         else:
             values = scorer.losses(names, torch.tensor(request["labels"]), text, image)
         return {"rows": rows, "values": packed(values)}
-
-    def _any_scorer(self) -> LocalScorer:
-        """One to encode images with, which needs no classes."""
-        texts = ClassTexts(self._clip, ["thing"], tokenizer=self._tokenizer)
-        return LocalScorer(self._clip, texts, answers=self._kinds, images=self.images)
 
     @staticmethod
     def _prompts(given: Any, rows: int, width: int) -> Tensor | None:

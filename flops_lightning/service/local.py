@@ -38,20 +38,28 @@ class LocalScorer(Scorer):
     """
 
     def __init__(
-        self, clip: nn.Module, texts: ClassTexts, *, answers: tuple[str, ...] = ANSWERS,
+        self, clip: nn.Module, texts: ClassTexts | None, *, answers: tuple[str, ...] = ANSWERS,
         images: ImageStore | None = None,
     ) -> None:  # fmt: skip
         """Keep the model.
 
         Args:
             clip: A CLIP of open_clip, on its device and in eval mode.
-            texts: Its classes.
+            texts: Its classes; None: images alone are encoded.
             answers: Which of :data:`ANSWERS` it gives.
             images: Where images are kept; None: a store of 1 GiB.
         """
-        super().__init__(clip_info(clip, answers), texts.names, ImageStore(2**30) if images is None else images)
+        names = () if texts is None else texts.names
+        super().__init__(clip_info(clip, answers), names, ImageStore(2**30) if images is None else images)
         self.clip: Any = clip
-        self.texts = texts
+        self._texts, self._like = texts, next(clip.parameters()).detach()
+
+    @property
+    def texts(self) -> ClassTexts:
+        """Its classes (TypeError without any)."""
+        if self._texts is None:
+            raise TypeError("there are no classes.")
+        return self._texts
 
     def words(self, tokens: int) -> Tensor:
         """See :meth:`Scorer.words`."""
@@ -62,7 +70,7 @@ class LocalScorer(Scorer):
         text = asked.get("text")
         passes = 0 if kind in TEXTLESS else 1 if text is None else len(text)
         self.usage.add(calls=1, rows=count, text_passes=passes)
-        device = self.texts.positional_embedding.device
+        device = self._like.device
         if kind == "patches":
             return self._patches(asked["names"]).cpu()
         if kind == "image":
@@ -79,7 +87,7 @@ class LocalScorer(Scorer):
         return cross_entropy(logits, asked["labels"].to(device), reduction="none").cpu()
 
     def _pixels(self, names: Tensor) -> Tensor:
-        return self.images.get(hex_names(names)).to(self.texts.positional_embedding)
+        return self.images.get(hex_names(names)).to(self._like)
 
     def _patches(self, names: Tensor) -> Tensor:
         patches = raw_patches(token_tower(self.clip), self._pixels(names))[:, 1:]
@@ -87,7 +95,7 @@ class LocalScorer(Scorer):
 
     def _image(self, names: Tensor, prompts: Tensor | None) -> Tensor:
         """``(r, e)``; what belongs to an image alone is computed once for all its rows."""
-        tower, like = self.clip.visual, self.texts.positional_embedding
+        tower, like = self.clip.visual, self._like
         alone, place = names.unique(dim=0, return_inverse=True)
         images, place = self._pixels(alone), place.to(like.device)
         if prompts is None:
@@ -102,19 +110,24 @@ def clip_info(clip: Any, answers: tuple[str, ...] = ANSWERS, *, model: str = "",
     """What a service with this CLIP tells of it; ``limits``: ``max_rows``, ``max_bytes``."""
     tower, visual, bias = getattr(clip, "text", clip), clip.visual, clip.logit_bias
     size = visual.image_size
-    height, width = (size, size) if isinstance(size, int) else size
-    blank = torch.zeros(1, 3, height, width).to(tower.positional_embedding)
+    image_size = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+    blank = torch.zeros(1, 3, *image_size).to(tower.positional_embedding)
     try:
         image_width = int(token_tower(clip).conv1.out_channels)
     except SettingError:  # it takes no image prompt
         image_width = 0
-    texts = ClassTexts(clip, [f"class {i}" for i in range(CLASSES_AT_ONCE)])
+    pixels = getattr(visual, "preprocess_cfg", None) or {}
+    mean, std = (tuple(pixels.get(part, ())) for part in ("mean", "std"))
+    # A tree of usual names: a dozen tokens and 64 endings of five.
+    length, width = 13 + 5 * CLASSES_AT_ONCE, int(tower.positional_embedding.shape[1])
+    tree, mask = (blank.new_zeros(*shape) for shape in ((1, length, width), (length, length)))
     with torch.no_grad():
         work, features = flops(partial(image_features, visual), blank)
-        of_classes, _ = flops(texts.encode, texts.words(len(texts.prefix))[None])
+        of_classes, _ = flops(partial(tower.transformer, attn_mask=mask), tree)
     return ServiceInfo(
-        answers=answers, model=model or type(clip).__name__, text_width=texts.width, image_width=image_width,
-        features=features.shape[1], context=texts.context, image_size=(height, width),
+        answers=answers, model=model or type(clip).__name__, text_width=width, image_width=image_width,
+        features=features.shape[1], context=int(tower.context_length), image_size=image_size,
+        mean=mean, std=std,
         text_std=float(tower.token_embedding.weight.detach().std()),
         logit_scale=float(clip.logit_scale.detach().exp()), logit_bias=0.0 if bias is None else float(bias.detach()),
         image_flops=work, class_flops=of_classes / CLASSES_AT_ONCE, **limits,

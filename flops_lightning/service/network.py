@@ -19,7 +19,7 @@ from flops_lightning.noise.keys import NoiseKey
 from flops_lightning.prompts.intrinsic import IntrinsicPrompt
 from flops_lightning.prompts.stages import ClassScores
 from flops_lightning.service.payload import WORDS, hex_names
-from flops_lightning.service.scorer import ANSWERS, Scorer
+from flops_lightning.service.scorer import ANSWERS, RemoteTower, Scorer
 
 Answer = Literal["losses", "logits", "features"]
 
@@ -62,6 +62,8 @@ class ServiceCLIP(nn.Module):
         self.texts, self.text_features = _Texts(self), None
         self.register_buffer("logit_scale", torch.tensor(scorer.info.logit_scale).log(), persistent=False)
         self.register_buffer("logit_bias", torch.tensor(scorer.info.logit_bias), persistent=False)
+        pixels = {"mean": scorer.info.mean, "std": scorer.info.std} if scorer.info.std else {}
+        self.visual = RemoteTower(scorer.info.image_size, pixels)
         self.asks = True
         self.stages = _stages(self)
 
@@ -210,6 +212,8 @@ class _Images:
             problem = "must be mappings of `images` and `labels` where a service returns losses, and else images."
             raise SettingError("inputs", type(inputs).__name__, problem, "Give them so.")
         images: Tensor = inputs
+        if images.dim() == 2:  # features that were kept
+            return images
         if self.clip.asks:
             names = self.clip.scorer.keep(images)
         else:
@@ -227,6 +231,8 @@ class _Features:
         self._kept: dict[str, Tensor] = {}
 
     def __call__(self, names: Tensor) -> Tensor:
+        if names.is_floating_point():  # features that were kept
+            return names
         prompts = self.clip.of_image()
         if prompts is not None or not self.clip.asks:
             return self.clip.ask("image", len(names), names, prompts)

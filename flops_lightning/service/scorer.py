@@ -33,6 +33,8 @@ class ServiceInfo:
         features: Length ``e`` of a feature.
         context: Most tokens of a text.
         image_size: Height and width of an image.
+        mean: What is subtracted from the channels of an image; empty where it is not known.
+        std: What they are divided by.
         text_std: Standard deviation of the word embeddings, beside which a text prompt stands.
         logit_scale: Factor of the cosines.
         logit_bias: What is added to them.
@@ -54,6 +56,8 @@ class ServiceInfo:
     features: int = 0
     context: int = 0
     image_size: tuple[int, int] = (0, 0)
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
     text_std: float = 0.0
     logit_scale: float = 1.0
     logit_bias: float = 0.0
@@ -83,7 +87,20 @@ class ServiceInfo:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, which :meth:`read` takes."""
-        return asdict(self) | {"answers": list(self.answers), "image_size": list(self.image_size)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class RemoteTower:
+    """What is known of an image tower elsewhere, as open_clip's towers tell it.
+
+    Attributes:
+        image_size: Height and width of an image.
+        preprocess_cfg: Its ``mean`` and ``std``; empty where they are not known.
+    """
+
+    image_size: tuple[int, int]
+    preprocess_cfg: Mapping[str, Any]
 
 
 class Scorer(ABC):

@@ -11,6 +11,7 @@ from flops_lightning.meter import CLEAN
 from flops_lightning.network.functional import FunctionalStages
 from flops_lightning.network.rows import as_rows, gather
 from flops_lightning.network.staging import StagedNetwork
+from flops_lightning.noise.keys import NoiseKey
 from flops_lightning.queries import CleanPass, LossFunction, clean_pass, row_losses
 from flops_lightning.search import CMASearch, SearchSettings
 from flops_lightning.settings import read_settings
@@ -73,7 +74,8 @@ class CandidateSearch(WholeBatchStrategy, ChunkedStrategy):
         inputs = as_rows(inputs)
         self._chunks.settle(self.network, inputs)
         of_batch = (self.network, self.loss, inputs, targets)
-        clean = clean_pass(*of_batch, keep={self._first} - {0}, draw=self.draw, rows=self.chunk_rows)
+        with self.network.rows_of(NoiseKey(self.seed, self.draw, CLEAN, self.rank)):
+            clean = clean_pass(*of_batch, keep={self._first} - {0}, draw=self.draw, rows=self.chunk_rows)
         clean.activations.setdefault(0, inputs)
         if self._costs is None:
             self._costs = site_costs(self.network, (), inputs)
@@ -84,7 +86,8 @@ class CandidateSearch(WholeBatchStrategy, ChunkedStrategy):
 
     def _estimate(self, clean: CleanPass) -> Estimate:
         candidates = torch.from_numpy(self.search.ask()).to(clean.loss.device)
-        with self.network.evaluating():
+        key = NoiseKey(self.seed, clean.draw, "candidates", self.rank)
+        with self.network.evaluating(), self.network.rows_of(key):
             fitness = mean_over_ranks(self.communicator, self._fitness(clean, candidates), clean.batch_size).tolist()
         lost = sum(not abs(each) < float("inf") for each in fitness)
         learned = self.search.tell(fitness)

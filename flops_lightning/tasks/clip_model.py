@@ -175,3 +175,10 @@ def check_clip_images(clip: Any, images: Any) -> None:
     if tuple(images.shape[2:]) != size:
         problem = f"the model takes images of {size[0]} x {size[1]}."
         raise SettingError("data.image_size", tuple(images.shape[2:]), problem, f"Write {size[0]}, or resize them.")
+
+
+def coloured(images: Any) -> Any:
+    """Grey images as three equal channels, also in a mapping of ``images``; everything else as it is."""
+    if isinstance(images, dict):
+        return {**images, "images": coloured(images["images"])}
+    return images.expand(-1, 3, -1, -1) if images.dim() == 4 and images.shape[1] == 1 else images

@@ -9,29 +9,27 @@ import torch
 from torch import Tensor
 
 from flops_lightning.datamodules import ImageDataModule
-from flops_lightning.errors import SettingError, check_flag
+from flops_lightning.errors import LostQueriesError, SettingError, check_flag
 from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.objectives import Objective
 from flops_lightning.optim.optimizers import ClipSettings, OptimizerSettings
 from flops_lightning.prompts.class_texts import ClassTexts, Tokenizer, check_class_names, template_features
 from flops_lightning.prompts.intrinsic import IntrinsicPrompt
-from flops_lightning.prompts.stages import IMAGE_SEED, PromptedCLIP, image_start, stage_clip, text_start, token_tower
+from flops_lightning.prompts.stages import IMAGE_SEED, PromptedCLIP, stage_clip, text_start, token_tower
 from flops_lightning.search import SearchSettings
 from flops_lightning.settings import read_settings
 from flops_lightning.strategies.base import ForwardGradientStrategy
 from flops_lightning.strategies.candidate_search import CandidateSearch
-from flops_lightning.tasks.classifier import ClassifierModule
-from flops_lightning.tasks.clip_model import check_clip_images, check_image_data, load_clip, weights_hash
-from flops_lightning.tasks.kept_features import keep_features, some_images
-from flops_lightning.tasks.prompt_files import KEY, check_same_prompts, write_prompts
+from flops_lightning.tasks.clip_model import check_clip_images, check_image_data, coloured, load_clip, weights_hash
+from flops_lightning.tasks.image_prompt_start import StartsAtImages
+from flops_lightning.tasks.kept_features import keep_features
+from flops_lightning.tasks.prompt_files import KEY, check_same_prompts, of_clip, write_prompts
 from flops_lightning.tasks.prompt_search import STEP, check_search, search_in_place_of
 from flops_lightning.tasks.prompt_settings import ImagePrompt, Pairing, TextPrompt, described, take_sites
-
-START_IMAGES = 64
-"""Training images from whose patches an image prompt starts."""
+from flops_lightning.tasks.served import check_source, served_network
 
 
-class ClipPromptTuner(ClassifierModule):
+class ClipPromptTuner(StartsAtImages):
     """A text prompt, an image prompt or both for a frozen CLIP of open_clip, learned from losses.
 
     A checkpoint holds the prompts with their matrices ``W``, the class names, the template and the hash of CLIP's
@@ -53,7 +51,7 @@ class ClipPromptTuner(ClassifierModule):
     weights_name: ClassVar[str] = "prompts.safetensors"
 
     def __init__(
-        self, *, model_name: str, class_names: Sequence[str] | None = None, checkpoint: str = "",
+        self, *, model_name: str = "", class_names: Sequence[str] | None = None, checkpoint: str = "",
         template: str | Sequence[str] | None = None, ensemble: bool = False, doubled_names: bool = False,
         text_prompt: TextPrompt | None = None, image_prompt: ImagePrompt | None = None,
         strategy: ForwardGradientStrategy | None = None, pairing: Pairing | None = None,
@@ -80,7 +78,8 @@ class ClipPromptTuner(ClassifierModule):
             label_smoothing: As there.
             optimizer: Optimiser and schedule; a search has none.
             clip: Gradient clipping; a search has none.
-            **settings: Others of :class:`ForwardModule`.
+            **settings: Those of :class:`ServedClassifier` (a ``service`` in the place of ``model_name``) and others of
+                :class:`ForwardModule`.
 
         Raises:
             SettingError: a setting that does not work, or has no effect in this combination.
@@ -103,6 +102,7 @@ class ClipPromptTuner(ClassifierModule):
         if ensemble and self.text_settings is not None and self.text_settings.on:
             problem = "averages the features of whole texts, whose words a text prompt replaces."
             raise SettingError("ensemble", True, problem, "Write ensemble: false, or text_prompt: null.")
+        check_source(model_name, checkpoint, self.service_settings)
         self.save_hyperparameters(
             {
                 "model_name": model_name, "class_names": list(names), "checkpoint": checkpoint,
@@ -114,16 +114,14 @@ class ClipPromptTuner(ClassifierModule):
         )  # fmt: skip
         file = Path(checkpoint) if checkpoint and Path(checkpoint).is_file() else None
         self.start_weights = {"checkpoint": file.name, "checkpoint.folder": str(file.parent)} if file else {}
-        model, tokenizer = load_clip(model_name, checkpoint)
-        self.weights = weights_hash(model)
-        network = self._staged(model, tokenizer, names, templates)
+        network, self.weights = self._loaded(model_name, checkpoint, names, templates, pairing)
         self.clip: PromptedCLIP = network.module  # type: ignore[assignment]
         prompts = {name: given for name, given in self._prompts().items() if given is not None}
         if self.strategy is not None:
             if not prompts:
                 problem = "has nothing to train: there is no text_prompt and no image_prompt."
                 raise SettingError("strategy", type(self.strategy).__name__, problem, "Give one, or strategy: null.")
-            take_sites(self.strategy, prompts, pairing)
+            take_sites(self.strategy, prompts, pairing, stages=[stage.name for stage in network.stages])
         self.stage(network, batch_norm="frozen")  # as all of the model
         self.count_classes(len(names))
         self.train()  # as any task that is new; estimates run in eval mode anyway
@@ -131,6 +129,20 @@ class ClipPromptTuner(ClassifierModule):
     def _prompts(self) -> dict[str, TextPrompt | None]:
         both = {"image_prompt": self.image_settings, "text_prompt": self.text_settings}
         return {name: prompt if prompt is not None and prompt.on else None for name, prompt in both.items()}
+
+    def _loaded(
+        self, model_name: str, checkpoint: str, names: Sequence[str], templates: Sequence[str], pairing: Pairing | None
+    ) -> tuple[StagedNetwork, str]:
+        """The network with its prompts, and by what a checkpoint knows the model."""
+        if self.service_settings is None:
+            model, tokenizer = load_clip(model_name, checkpoint)
+            weights = weights_hash(model)
+            return self._staged(model, tokenizer, names, templates), weights
+        doubled: bool = self.hparams["doubled_names"]
+        return served_network(
+            self.service_settings, names, templates, pairing, text=self.text_settings, image=self.image_settings,
+            doubled_names=doubled,
+        )  # fmt: skip
 
     def _staged(
         self, model: Any, tokenizer: Tokenizer, names: Sequence[str], templates: Sequence[str]
@@ -159,24 +171,26 @@ class ClipPromptTuner(ClassifierModule):
         module = PromptedCLIP(model, texts, None, None)
         return StagedNetwork(module, module.stages)
 
-    def split(self, batch: Any) -> tuple[Tensor, Tensor]:
+    def split(self, batch: Any) -> tuple[Any, Tensor]:
         """Images, grey ones as three equal channels, or features that were kept; and labels."""
         images, labels = super().split(batch)
-        return _coloured(images), labels
+        return coloured(images), labels
 
     def forward(self, inputs: Tensor) -> Tensor:
         """``(b, c)`` logits of images, grey or in colour."""
         self.check_inputs(inputs)
-        logits: Tensor = self.clip(_coloured(inputs))
+        logits: Tensor = self.clip(coloured(inputs))
         return logits
 
     def check_inputs(self, inputs: Any) -> None:
         """Refuse images of another size, and what are no images."""
+        inputs = inputs["images"] if isinstance(inputs, dict) else inputs
         if not (self.clip.image_prompt is None and isinstance(inputs, Tensor) and inputs.dim() == 2):  # kept features
             check_clip_images(self.clip, inputs)
 
     def setup(self, stage: str) -> None:
         """Compare the data with the model, and refuse what training cannot use, before anything is computed."""
+        super().setup(stage)
         trainer: Any = self.trainer
         data = trainer.datamodule
         classes = getattr(data, "num_classes", None)
@@ -195,64 +209,25 @@ class ClipPromptTuner(ClassifierModule):
     def configure_optimizers(self) -> Any:
         """Keep image features where no prompt moves them: the loaders are made next, and the device is known."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if self.clip.image_prompt is None and isinstance(data, ImageDataModule):
+        if self.keeps_features and isinstance(data, ImageDataModule):
             with self.trainer.precision_plugin.forward_context():
                 keep_features(data, self.features_of)
         return super().configure_optimizers()
 
-    def on_fit_start(self) -> None:
-        """Start the image prompt."""
-        self._start_image_prompt(fit=True)
-        super().on_fit_start()
-
-    def on_validation_start(self) -> None:
-        """Let an image prompt that was never trained begin where training would."""
-        super().on_validation_start()
-        self._start_image_prompt()
-
-    def on_test_start(self) -> None:
-        """The same."""
-        super().on_test_start()
-        self._start_image_prompt()
-
-    def on_predict_start(self) -> None:
-        """The same."""
-        self._start_image_prompt()
+    @property
+    def keeps_features(self) -> bool:
+        """Whether an image has the same features at every step, and they are known here."""
+        return self.clip.image_prompt is None and (self.scorer is None or self.clip.answer == "features")
 
     @torch.no_grad()
     def features_of(self, images: Tensor) -> Tensor:
         """``(b, e)`` unit features of images, for a task without an image prompt."""
         self.check_inputs(images)
         with self.network.evaluating():
-            features: Tensor = self.network.run(_coloured(images.to(self.device)), stop=1)
+            features: Tensor = self.network.run(coloured(images.to(self.device)), stop=len(self.network) - 1)
+        if not bool(torch.isfinite(features).all()):
+            raise LostQueriesError("The service gave no features of some images, which serve the whole run.")
         return features.cpu()
-
-    @torch.no_grad()
-    def start_image_prompt(self, images: Tensor) -> None:
-        """Begin at the mean patch of images (or at zero), with a ``W`` as wide as their patches are.
-
-        Training does this with images of its data module.
-        """
-        settings, prompt = self.image_settings, self.clip.image_prompt
-        if prompt is None or settings is None:
-            raise SettingError("image_prompt", None, "there is none that could start.", "Give the task one.")
-        self.check_inputs(images)
-        begun = image_start(self.clip, _coloured(images.to(self.device)), settings.spec)
-        prompt.start.copy_(begun.start)
-        prompt.directions.copy_(begun.directions)
-
-    def _start_image_prompt(self, *, fit: bool = False) -> None:
-        prompt = self.clip.image_prompt
-        if prompt is None or bool(prompt.z.any()) or bool(prompt.start.any()):
-            return  # none, or it is on its way
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        images: Any = getattr(data, "train_set", None)
-        if isinstance(data, ImageDataModule) and images is not None and len(images):
-            self.start_image_prompt(some_images(images, START_IMAGES))
-        elif fit:
-            problem = "starts at patches of training images, and the data module is not one of this package."
-            remedy = "Call task.start_image_prompt(images) with a few of them before."
-            raise SettingError("image_prompt", asdict(self.image_settings or ImagePrompt()), problem, remedy)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -264,12 +239,12 @@ class ClipPromptTuner(ClassifierModule):
         """Leave CLIP's own weights out, and say which they are."""
         super().on_save_checkpoint(checkpoint)
         checkpoint[KEY] = self.identity
-        checkpoint["state_dict"] = {n: v for n, v in checkpoint["state_dict"].items() if not _of_clip(n)}
+        checkpoint["state_dict"] = {n: v for n, v in checkpoint["state_dict"].items() if not of_clip(n)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse prompts of other classes, texts or weights; take CLIP's weights as they are."""
         check_same_prompts(checkpoint.get(KEY), self.identity)
-        kept = {name: value for name, value in self.state_dict().items() if _of_clip(name)}
+        kept = {name: value for name, value in self.state_dict().items() if of_clip(name)}
         checkpoint["state_dict"] = {**kept, **checkpoint["state_dict"]}
         super().on_load_checkpoint(checkpoint)
 
@@ -287,12 +262,3 @@ class ClipPromptTuner(ClassifierModule):
     def export_weights(self, path: str) -> None:
         """See :meth:`export_prompt`."""
         self.export_prompt(path)
-
-
-def _of_clip(name: str) -> bool:
-    """Whether a tensor of the task's state is one of the frozen model."""
-    return name.startswith("clip.") and not name.startswith(("clip.text_prompt.", "clip.image_prompt."))
-
-
-def _coloured(images: Tensor) -> Tensor:
-    return images.expand(-1, 3, -1, -1) if images.dim() == 4 and images.shape[1] == 1 else images

@@ -6,7 +6,7 @@ from flops_lightning.errors import SettingError
 
 LOGGED = ("train/loss", "train/accuracy", "train/lr", "val/loss", "val/accuracy")
 """What a classifier logs and a callback may monitor."""
-FURTHER = ("grad_norm/", "queries/", "allocation")
+FURTHER = ("grad_norm/", "queries/", "allocation", "service/")
 """How the names of further metrics begin."""
 
 

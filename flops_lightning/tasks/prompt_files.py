@@ -53,3 +53,8 @@ def write_prompts(path: str | Path, prompts: Mapping[str, Tensor], about: Mappin
     path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {name: value if isinstance(value, str) else json.dumps(value) for name, value in about.items()}
     save_file({name: tokens.detach().cpu().contiguous() for name, tokens in prompts.items()}, path, metadata)
+
+
+def of_clip(name: str) -> bool:
+    """Whether a tensor of the task's state is one of the frozen model."""
+    return name.startswith("clip.") and not name.startswith(("clip.text_prompt.", "clip.image_prompt."))

@@ -1,5 +1,6 @@
 """Settings of the prompts of a task, and the sites that follow from them."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Literal, get_args
 
@@ -88,11 +89,15 @@ class ImagePrompt(TextPrompt):
     tokens: int = 10
 
 
-def take_sites(strategy: ForwardGradientStrategy, prompts: dict[str, TextPrompt], pairing: Pairing | None) -> None:
+def take_sites(
+    strategy: ForwardGradientStrategy, prompts: dict[str, TextPrompt], pairing: Pairing | None,
+    stages: Sequence[str] = tuple(STAGES.values()),
+) -> None:  # fmt: skip
     """Give a strategy that names no sites those of the prompts that are on.
 
     ``split`` (the default): one site for each prompt, moved against the other's clean features. ``joint``: one site, at
-    which a query moves both.
+    which a query moves both. ``stages`` are those of the network; ``scores`` owns both prompts where there is no
+    ``image_prompt``.
 
     Raises:
         SettingError: the pairing, or a prompt's ``sigma`` or ``queries``, has no effect here.
@@ -116,8 +121,9 @@ def take_sites(strategy: ForwardGradientStrategy, prompts: dict[str, TextPrompt]
                     remedy = "Set it of the site (sigma, queries_per_sample), or leave the sites out."
                     raise SettingError(f"{name}.{field}", getattr(prompt, field), problem, remedy)
         return
+    owner = {name: stage if stage in stages else "scores" for name, stage in STAGES.items()}
     sites = [
-        SiteSpec(stages=[STAGES[name]], sigma=prompt.sigma, queries_per_sample=prompt.queries)
+        SiteSpec(stages=[owner[name]], sigma=prompt.sigma, queries_per_sample=prompt.queries)
         for name, prompt in prompts.items()
     ]
     if pairing == "joint":
@@ -126,7 +132,7 @@ def take_sites(strategy: ForwardGradientStrategy, prompts: dict[str, TextPrompt]
             if getattr(text, field) != getattr(image, field):
                 problem = f"differs from image_prompt.{field} = {getattr(image, field)}, and a joint query moves both."
                 raise SettingError(f"text_prompt.{field}", getattr(text, field), problem, "Make the two agree.")
-        sites = [replace(sites[0], stages=["image_prompt", "scores"])]
+        sites = [replace(sites[0], stages=["image_prompt", "scores"] if "image_prompt" in stages else ["scores"])]
     strategy.specs = tuple(sites)
 
 

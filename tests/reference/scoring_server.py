@@ -58,7 +58,7 @@ class ScoringServer:
         server, self._up = self, True
 
         class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
+            protocol_version, wbufsize = "HTTP/1.1", 2**16  # head and body in one packet, or they wait for each other
 
             def do_GET(self) -> None:
                 self.reply(*server.answer(self, "GET", {}))
