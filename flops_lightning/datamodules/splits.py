@@ -71,7 +71,7 @@ def split_by_numbers(
     stay, held = hold_out(
         torch.tensor(train.labels), val_images, seed=seed, setting="data.val_images", class_names=class_names
     )
-    if test_images:
+    if test_images and test_images != len(test.labels):
         labels = torch.tensor(test.labels)
         _, some = hold_out(labels, test_images, seed=seed, setting="data.test_images", class_names=class_names)
         test = test.at(some)

@@ -167,6 +167,8 @@ def test_the_choice_of_images_depends_on_its_own_seed_only(folders):
         assert contents(first, part) == contents(again, part) != contents(other, part)
     assert first.test_set.labels.bincount().tolist() == [3] * 10
     assert {*contents(first, "test")} < {*expected(range(1000, 1000 + TEST))}
+    every, whole = prepared(folders, test_images=10 * TEST), prepared(folders, test_images=0)
+    assert contents(every, "test") == contents(whole, "test")
 
 
 @pytest.mark.parametrize("image_size", [32, 48])
