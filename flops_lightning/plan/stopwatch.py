@@ -109,7 +109,8 @@ class Stopwatch(Callback):
             self._noise.add([p.grad for p in pl_module.parameters() if p.grad is not None], self._samples[-1])
         if len(self.ends) == 1:
             self._first = deepcopy(self.strategy.meter)
-            self._query_costs = _query_costs(self.strategy, batch[0])
+            inputs, _ = getattr(pl_module, "split", tuple)(batch)  # as the network takes them
+            self._query_costs = _query_costs(self.strategy, inputs)
             self._memory = StepMemory(pl_module, trainer.optimizers, self._device)
         enough = len(self.ends) > WARM_UP and self.ends[-1] - self.ends[WARM_UP - 1] >= self.seconds
         if enough and getattr(pl_module, "between_steps", True):  # no batch waits for others of its step

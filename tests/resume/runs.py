@@ -144,6 +144,7 @@ def outcome(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights and summary of the run that finished last."""
     (summary,) = (folder / "runs" / NAME).glob("*/summary.json")
     kept = json.loads(summary.read_text())
-    return load_file(summary.parent / "model.safetensors"), {
+    (weights,) = summary.parent.glob("*.safetensors")
+    return load_file(weights), {
         name: kept[name] for name in ("steps", "samples", "queries", "test_accuracy", "start_accuracy")
     }
