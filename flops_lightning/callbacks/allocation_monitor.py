@@ -18,6 +18,9 @@ The queries of a step show traces that were unknown when its counts were chosen 
 ``pilot_trace_correlation``         The same of the pilots' trace and the trace seen, at the sites that have pilots.
 ``pilot_rank_correlation``          The same of the pilots' traces at two sites, mean over all pairs of sites with
                                     pilots: whether pilots at one site speak for another.
+``sharing/<site>``                  Variance of the gradient if all samples shared their directions over that with
+                                    directions of their own, at equal queries: ``B |g|^2 / mean_b |g_b|^2``. Below 1
+                                    ``directions: shared`` is less noisy. (Strategies that perturb parameters.)
 ==================================  ====================================================================================
 
 A figure that does not exist for a batch (nothing seen, all traces zero, a constant loss) is not logged. Ratios of one
@@ -102,6 +105,9 @@ def allocation_figures(
             values |= {f"J_over_J_equal_seen/{site}": ratio for site, ratio in named}
         values["J_over_J_optimal_seen"] = ratios.over_optimal.nanmean()
         values["seen_share"] = seen.trace.isfinite().double().mean()
+        if observation.sharing is not None and len(observation.sharing) <= SITES_SHOWN:
+            named = zip(_names(sites, len(observation.sharing)), observation.sharing.double().cpu(), strict=True)
+            values |= {f"sharing/{site}": ratio for site, ratio in named}
         values["loss_trace_correlation"] = rank_correlation(tables["loss"], seen.trace).nanmean()
         if pilot is not None:
             values["pilot_trace_correlation"] = rank_correlation(pilot, seen.trace).nanmean()

@@ -23,8 +23,8 @@ from flops_lightning.plan.cost import Cost, Epoch, typical_seconds
 from flops_lightning.plan.gradient_noise import GradientNoise
 from flops_lightning.strategies import ForwardGradientStrategy
 from flops_lightning.strategies.costs import site_costs
-from flops_lightning.strategies.parameter_perturbation import BY_ROW
 from flops_lightning.strategies.query_strategy import QueryStrategy
+from flops_lightning.strategies.site_directions import BY_ROW
 
 WARM_UP = 2
 """Steps that are not timed: the first fills caches, the second takes anew what was given back between the two."""

@@ -180,6 +180,9 @@ class TraceObservation:
     trace: Tensor
     queries: Tensor  # (s, b) surviving queries behind each
     unit: int = 1  # queries that are independent of others only as a group (2 in antithetic pairs)
+    # (s,) variance of the gradient if all samples shared directions, over that with directions of their own, at equal
+    # queries; NaN where it is unknown
+    sharing: Tensor | None = None
 
     @property
     def freedom(self) -> Tensor:
@@ -191,12 +194,15 @@ class TraceObservation:
         """All known traces of both; those of ``other`` where both have one."""
         newer = other.trace.isfinite()
         newest = (torch.where(newer, other.trace, self.trace), torch.where(newer, other.queries, self.queries))
-        return TraceObservation(*newest, self.unit)
+        sharing = other.sharing
+        if sharing is not None and self.sharing is not None:
+            sharing = torch.where(sharing.isnan(), self.sharing, sharing)
+        return TraceObservation(*newest, self.unit, sharing)
 
     def on_cpu(self) -> "TraceObservation":
         """A copy in float64 on the CPU; takes one transfer."""
         trace, queries = torch.stack([self.trace.detach(), self.queries.to(self.trace)]).cpu().double()
-        return TraceObservation(trace, queries, self.unit)
+        return replace(self, trace=trace, queries=queries)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What runs the queries of one site: the part of a strategy that knows where noise enters and what gradient follows."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -21,11 +22,13 @@ class SiteGradient:
             after the queries of all sites: until then the gradients take no memory beside the activations.
         survivors: ``(b,)`` queries that count.
         queries: Queries that ran, repetitions after a loss included.
+        sharing: :meth:`QueryResult.sharing` of these gradients.
     """
 
     gradients: Callable[[], Mapping[str, Tensor]]
     survivors: Tensor
     queries: int
+    sharing: Callable[[Mapping[str, Tensor]], Tensor | float] = lambda _: math.nan
 
 
 class QueryResult(Protocol):
@@ -45,6 +48,12 @@ class QueryResult(Protocol):
 
     def trace(self) -> Tensor:
         """``(b,)`` trace of the covariance of one query's gradient; NaN where it is unknown."""
+
+    def sharing(self, gradients: Mapping[str, Tensor]) -> Tensor | float:
+        """Variance of these ``gradients`` with directions that all samples share over that with their own.
+
+        ``gradients`` are the estimate from these queries. NaN where it is unknown.
+        """
 
 
 Q = TypeVar("Q", bound=QueryResult)

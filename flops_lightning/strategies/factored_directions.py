@@ -26,7 +26,7 @@ from flops_lightning.noise.activation_guided import input_basis
 from flops_lightning.noise.kinds import NoiseSpec, draw_noise
 from flops_lightning.noise.row_directions import RowDirection, accumulate, direction_size, row_direction, sq_norm
 from flops_lightning.phases import phase
-from flops_lightning.queries import Chunk, CleanPass, RowPlan, full_precision, row_losses
+from flops_lightning.queries import Chunk, CleanPass, RowPlan, full_precision
 from flops_lightning.strategies.base import summed
 from flops_lightning.strategies.parameter_queries import DirectionLayout, RowResponses
 from flops_lightning.strategies.row_layers import RowLayer, SiteParts, moved_output, row_remedy, times
@@ -97,13 +97,12 @@ class FactoredDirections(DirectionLayout):
         return RowResponses(in_order(values), in_order(norms) if norms else 1.0, bases)
 
     def _losses(self, site: Site, clean: CleanPass, index: Tensor, directions: Directions, sigma: Tensor) -> Tensor:
-        """``(r,)`` losses of rows at their sigmas ``(r,)``; ``directions`` are used up."""
+        """``(r,)`` losses of rows at their sigmas ``(r,)``, or what else they give; ``directions`` are used up."""
         # A copy made here, since a stage may work in place, and only on what a derivative knows of.
         leaving = [self._moved(site, clean.activations[site.first].index_select(0, index), directions, sigma)]
         # Memory, while the suffix runs: directions are drawn again for the gradient, and it alone holds its input.
         directions.clear()
-        output = self.network.run_suffix(leaving.pop(), site.last + 1)
-        return row_losses(self.loss, output, gather(clean.targets, index))
+        return self.read(leaving.pop(), site.last + 1, gather(clean.targets, index))
 
     def _moved(self, site: Site, h: Tensor, directions: Directions, sigma: Tensor) -> Tensor:
         """Output of the site at the rows' own parameters, ``sigma`` ``(r,)``."""

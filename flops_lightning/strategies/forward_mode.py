@@ -117,11 +117,11 @@ class WeightForwardMode(_ExactDerivatives[ParameterQueryResult], ParameterPertur
         3
     """
 
-    fixed = frozenset({"sigma", "variant", "compile_suffixes"})
+    fixed = frozenset({"sigma", "variant", "pairing", "compile_suffixes"})
 
     def __init__(self, **settings: Any) -> None:
         """Keep the settings, those of :class:`ParameterPerturbation`; the ``sigma`` of sites has no effect."""
-        super().__init__(sigma=0.0, variant="baseline", compile_suffixes=False, **settings)
+        super().__init__(sigma=0.0, variant="baseline", pairing="split", compile_suffixes=False, **settings)
 
     @property
     def response(self) -> Response:

@@ -1,10 +1,12 @@
 """Noise in the parameters, no autograd anywhere: :class:`EvolutionStrategies` (FLOPS, eq. 2), :class:`SPSA` (eq. 3)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, cast, get_args
+from typing import Any, get_args
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from flops_lightning.errors import SettingError, check_at_least, check_choice
@@ -13,6 +15,7 @@ from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.noise.keys import NoiseKey
 from flops_lightning.queries import CleanPass, LossFunction
 from flops_lightning.strategies.base import Exchange, Normalize
+from flops_lightning.strategies.crossed import Pairing, check_crossed, crossed_results
 from flops_lightning.strategies.delta import Variant
 from flops_lightning.strategies.factored_directions import FactoredDirections
 from flops_lightning.strategies.flipout_directions import FlipoutDirections
@@ -20,13 +23,10 @@ from flops_lightning.strategies.parameter_queries import ParameterQueries, Param
 from flops_lightning.strategies.query_strategy import QueryStrategy
 from flops_lightning.strategies.row_layers import SiteParts, row_remedy, site_parts
 from flops_lightning.strategies.shared_directions import SharedDirections
-from flops_lightning.strategies.site_specs import Directions, default_specs
+from flops_lightning.strategies.site_directions import BY_ROW, Layout, with_directions
+from flops_lightning.strategies.site_specs import default_specs
 from flops_lightning.strategies.sites import Site, resolve_sites
 from flops_lightning.strategies.subspace_directions import Bases, SubspaceDirections
-
-Layout = Literal["shared", "factored", "subspace", "flipout"]
-BY_ROW = ("factored", "flipout")  # layouts that move layers one by one, each row its own way
-BY_SITE = {"shared": "shared", "factored": "own"}  # what `directions` of sites can say otherwise
 
 
 class ParameterPerturbation(QueryStrategy[ParameterQueryResult]):
@@ -38,7 +38,7 @@ class ParameterPerturbation(QueryStrategy[ParameterQueryResult]):
     def __init__(
         self,
         *, sigma: float = 0.0, layout: Layout = "shared", rank: int = 1, activation_guided: bool = False, span: int = 0,
-        refresh: int = 100, exchange: Exchange = "gradients", **settings: Any,
+        refresh: int = 100, exchange: Exchange = "gradients", pairing: Pairing = "split", **settings: Any,
     ) -> None:  # fmt: skip
         """Keep the settings; :meth:`bind` checks them against the network.
 
@@ -58,12 +58,16 @@ class ParameterPerturbation(QueryStrategy[ParameterQueryResult]):
             exchange: What processes send each other: ``gradients``, or ``losses`` (``shared`` and ``subspace`` only):
                 one scalar per direction, whatever the number of parameters, from which every process draws the
                 directions of all.
+            pairing: Of two sites, the upper with draws that are made once for the batch (text and image prompts).
+                ``split``: each is moved beside the clean other. ``crossed``: every query of one beside every query of
+                the other (:mod:`flops_lightning.strategies.crossed`), for losses that are rounded.
             **settings: See :class:`QueryStrategy`; the parameters of a site, a block or a group, move together.
         """
         super().__init__(**settings)
         check_at_least("model.strategy.sigma", sigma, 0, "Write, for example, 1.0e-3, or 0 for the sites' own.")
         check_choice("model.strategy.layout", layout, get_args(Layout))
         check_choice("model.strategy.exchange", exchange, get_args(Exchange))
+        check_choice("model.strategy.pairing", pairing, get_args(Pairing))
         for name, value, unused, used, needs in (
             ("rank", rank, 1, layout in ("factored", "subspace"), "layout: factored or subspace"),
             ("activation_guided", activation_guided, False, layout == "factored", "layout: factored"),
@@ -77,7 +81,7 @@ class ParameterPerturbation(QueryStrategy[ParameterQueryResult]):
         for name, value in (("rank", rank), ("refresh", refresh)):
             check_at_least(f"model.strategy.{name}", value, 1)
         check_at_least("model.strategy.span", span, 0, "Write 0 for the whole span.")
-        self.sigma, self.exchange, self.rank_of_directions = sigma, exchange, rank
+        self.sigma, self.exchange, self.rank_of_directions, self.pairing = sigma, exchange, rank, pairing
         self.layout, self.activation_guided, self.span = layout, activation_guided, span
         self.refresh_every, self._bases = refresh, Bases()
         self._stages: FunctionalStages | None = None
@@ -87,6 +91,9 @@ class ParameterPerturbation(QueryStrategy[ParameterQueryResult]):
         """Resolve sites and, in the layouts by row, their layers."""
         super().bind(network, loss)
         self._stages = FunctionalStages(network)
+        if self.pairing == "crossed":
+            pilots = self.pilots.queries
+            check_crossed(self.sites, variant=self.variant, update=self.update, pilots=pilots)
         moved = [site for site in self.sites if site.directions == "own" or self.layout in BY_ROW]
         moved = [site for site in moved if site.directions != "shared"]
         if moved and self.exchange == "losses":
@@ -131,24 +138,9 @@ class ParameterPerturbation(QueryStrategy[ParameterQueryResult]):
         """Blocks and groups of stages, whose parameters are perturbed."""
         specs = self.specs or tuple(default_specs(network, in_parameters=True))
         specs = tuple(replace(spec, sigma=self.sigma) for spec in specs) if self.sigma else specs
-        return tuple(self._with_directions(network, s) for s in resolve_sites(network, specs, in_parameters=True))
-
-    def _with_directions(self, network: StagedNetwork, site: Site) -> Site:
-        """The site with ``directions`` filled in, where the layout leaves a choice."""
-        if self.layout not in BY_SITE:
-            if site.directions:
-                problem = f"cannot be chosen at {site.name!r} with layout: {self.layout}."
-                remedy = "Leave it out, or write layout: shared or factored."
-                raise SettingError("model.strategy.sites.directions", site.directions, problem, remedy)
-            return site
-        stages = network.stages[site.first : site.last + 1]
-        owners = [stage for stage in stages if any(map(stage.owns, site.parameters))]
-        once = len(stages) == 1 and stages[0].context is not None
-        default = BY_SITE[self.layout]
-        if self.layout == "shared" and all(stage.by_row for stage in owners):
-            default = "shared" if once else "own"
-        directions = site.directions or cast("Directions", default)
-        return replace(site, directions=directions, per_batch=once and directions == "shared")
+        return tuple(
+            with_directions(network, s, self.layout) for s in resolve_sites(network, specs, in_parameters=True)
+        )
 
     def clean_pass(self, inputs: Any, targets: Any) -> CleanPass:
         """See :meth:`QueryStrategy.clean_pass`.
@@ -191,6 +183,20 @@ class ParameterPerturbation(QueryStrategy[ParameterQueryResult]):
         own, together = FactoredDirections(*shared, *factored), SharedDirections(*shared, ranks)
         return ParameterQueries(lambda site: own if site.directions == "own" else together)
 
+    def paired_queries(
+        self, clean: CleanPass, counts: NDArray[np.int64], places: Sequence[int], *, traces: bool
+    ) -> Mapping[str, ParameterQueryResult]:
+        """See :meth:`QueryStrategy.paired_queries`."""
+        if self.pairing == "split":
+            return {}
+        if len(places) < len(self.sites):
+            problem, names = "pairs the queries of both sites.", [self.sites[i].name for i in places]
+            raise SettingError("sites", names, f"pairing: crossed {problem}", "Name both, or write pairing: split.")
+        upper = self.sites[1]
+        rows, draws = int(counts[0].sum()), upper.number(counts[1])
+        self.meter.add(upper.name, forward_equivalents=rows * draws * self._known_costs.query[upper.name])
+        return crossed_results(self.engine, self.sites, clean, counts, traces=traces)
+
     def site_scales(self, clean: CleanPass, metric: Mapping[str, Tensor] | None) -> list[float]:
         """Traces are those of the parameters' gradient: 1, or the mean weight, since directions are isotropic."""
         del clean
@@ -208,7 +214,7 @@ class EvolutionStrategies(ParameterPerturbation):
         g_b = 1 / A_b  sum_q (L_b(theta + sigma z_q) - c_bq) z_q / sigma        grad = 1 / B  sum_b g_b
 
     ``c_bq`` is 0 (``plain``, the paper's), the clean loss (``baseline``) or the mean of the sample's other queries
-    (``leave_one_out``).
+    (``leave_one_out``, which does not need the clean loss).
 
     Example:
         >>> from flops_lightning import EvolutionStrategies, SiteSpec, stage_network

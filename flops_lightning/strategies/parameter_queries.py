@@ -5,8 +5,8 @@ Only the losses are kept. A direction is a pure function of its key, so it is ge
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,7 +19,7 @@ from flops_lightning.network.functional import FunctionalStages
 from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.noise.keys import NoiseKey
 from flops_lightning.phases import phase
-from flops_lightning.queries import CleanPass, LossFunction, RowPlan, plan_rows
+from flops_lightning.queries import CleanPass, LossFunction, RowPlan, plan_rows, row_losses
 from flops_lightning.strategies.base import summed
 from flops_lightning.strategies.delta import Variant, query_weights
 from flops_lightning.strategies.sites import Site
@@ -70,6 +70,7 @@ class DirectionLayout(ABC):
         key: Seed and rank of the noise.
         unit: With 2, rows ``2p`` and ``2p + 1`` of a sample take ``+D_p`` and ``-D_p``.
         chunk_rows: Upper bound of the rows in one forward pass.
+        stop: Stage whose input ``(r, ...)`` is what rows give in the place of their losses; None: the losses.
     """
 
     network: StagedNetwork
@@ -79,6 +80,14 @@ class DirectionLayout(ABC):
     unit: int
     chunk_rows: int
     response: Response
+    stop: int | None = field(default=None, kw_only=True)
+
+    def read(self, h: Any, start: int, targets: Any) -> Tensor:
+        """What a row gives, from the input ``h`` of stage ``start`` on: its loss ``(r,)``, or the input of ``stop``."""
+        if self.stop is not None:
+            entering: Tensor = self.network.run(h, start, self.stop)
+            return entering
+        return row_losses(self.loss, self.network.run_suffix(h, start), targets)
 
     def signs(self, queries: NDArray[np.int64], like: Tensor) -> Tensor:
         """-1 for the minus rows of antithetic pairs, else 1."""
@@ -110,6 +119,9 @@ class ParameterQueryResult:
             (||D||^2 - 1)`` is the trace of the covariance of ``w D``. Dense Gaussian directions share one number for
             ``||D||^2``: ``d + 2``, since ``E w^2 ||D||^2 = (d + 2) E w^2``.
         unit: Rows in a unit.
+        power: ``(b,)`` sum over units of ``w_u^2``, of each sample's own weights.
+        shared_power: ``(b,)`` ``B`` times the same of the mean weight of all samples, where a query is made once for
+            the batch; else None.
         centred: Weights are centred on the mean of the sample's other queries (leave-one-out).
         kept: See :class:`RowResponses`.
     """
@@ -120,6 +132,8 @@ class ParameterQueryResult:
     alive: Tensor
     survivors: Tensor
     squares: Tensor
+    power: Tensor
+    shared_power: Tensor | None
     unit: int
     centred: bool
     kept: Any = None
@@ -142,7 +156,24 @@ class ParameterQueryResult:
         directions shorter than 1, is clamped to 0.
         """
         n = self.survivors / self.unit
-        return torch.where(n > 0, self.unit * self.squares.clamp(min=0) / n.clamp(min=1), torch.nan)
+        return torch.where(self.found, self.unit * self.squares.clamp(min=0) / n.clamp(min=1), torch.nan)
+
+    def sharing(self, gradients: Mapping[str, Tensor]) -> Tensor:
+        """``B |g|^2 / mean_b |g_b|^2``: variance with directions that all samples share over that with their own.
+
+        At equal queries, of the batch's gradient; a scalar. ``g_b`` are the samples' gradients and ``g`` is their mean,
+        of which ``gradients`` are the estimate from these queries. Numerator and denominator are unbiased, as far as
+        traces are. NaN where a sample has no estimate.
+        """
+        n = self.survivors / self.unit
+        own = (self.power / n.clamp(min=1)).mean()
+        if self.shared_power is not None:
+            shared = (self.shared_power / n.clamp(min=1)).mean()
+        else:  # less what the estimate's own variance adds: the trace of a query's covariance over the queries
+            rest = n - 1 if self.centred else n
+            sq_norm = torch.stack([g.square().sum() for g in gradients.values()]).sum().to(own)
+            shared = sq_norm * len(n) - (self.squares / (n * rest).clamp(min=1)).mean()
+        return torch.where(self.found.all() & (own > 0), shared / own, torch.nan)
 
     def coefficients(self, share: Tensor) -> Tensor:
         """``(R,)`` coefficients of directions in ``1/B sum_b share_b g_b``, ``g_b`` the mean of a sample's queries."""
@@ -177,7 +208,8 @@ def normalized(
     if result is None:
         return None
     scaled = result.weights / square.sqrt().to(result.weights)
-    return replace(result, weights=torch.where(square > 0, scaled, 0.0))
+    unknown = torch.full_like(result.power, torch.nan)  # the gradient has another length than the power tells
+    return replace(result, weights=torch.where(square > 0, scaled, 0.0), power=unknown)
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,25 +227,36 @@ class ParameterQueries:
     ) -> ParameterQueryResult | None:
         """Run queries; see :class:`QueryEngine`."""
         layout = self.layouts(site)
-        unit, response = layout.unit, layout.response
-        first = -(-first_query // unit) * unit  # a pair starts at an even index
-        plan = plan_rows(counts, layout.chunk_rows, first_query=first, multiple=unit)
+        first = -(-first_query // layout.unit) * layout.unit  # a pair starts at an even index
+        plan = plan_rows(counts, layout.chunk_rows, first_query=first, multiple=layout.unit)
         if not len(plan.samples):
             return None
         with layout.network.rows_of(replace(layout.key, draw=clean.draw, site=site.name)):
             rows = layout.run(site, clean, plan, traces=traces)
-        sample = torch.from_numpy(plan.samples).to(clean.loss.device)
-        weights, alive = response.weights(rows.values, clean.loss[sample], site.sigma)
-        by_sample = torch.zeros(clean.batch_size, dtype=weights.dtype, device=weights.device)
+        return self.result(site, clean, plan, layout, rows)
+
+    def result(
+        self, site: Site, clean: CleanPass, plan: RowPlan, layout: DirectionLayout, rows: RowResponses
+    ) -> ParameterQueryResult:
+        """What the values of a site's rows show."""
+        sample, unit = torch.from_numpy(plan.samples).to(clean.loss.device), layout.unit
+        by_sample = torch.zeros(clean.batch_size, dtype=rows.values.dtype, device=clean.loss.device)
+        centred = layout.response.variant == "leave_one_out"
+        control = _means_of_samples(rows.values, sample, by_sample)[sample] if centred else clean.loss[sample]
+        weights, alive = layout.response.weights(rows.values, control, site.sigma)
         survivors = by_sample.index_add(0, sample, alive.to(weights.dtype))
-        slopes = _slopes(weights, unit)
+        of_unit, slopes = sample[::unit], _slopes(weights, unit)
+        # The sum of squares about a mean of n falls short by (n - 1) / n.
+        bessel = torch.where(survivors > 1, survivors / (survivors - 1).clamp(min=1), 0.0) if centred else by_sample + 1
+        power, shared = by_sample.index_add(0, of_unit, slopes.square()) * bessel, None
         if site.per_batch:
             slopes = _mean_of_direction(slopes, plan.queries[::unit], clean.batch_size) * clean.batch_size**0.5
-        per_unit = slopes.square()
+            shared = by_sample.index_add(0, of_unit, slopes.square()) * bessel
         norms = rows.sq_norms.view(-1, unit)[:, 0] if isinstance(rows.sq_norms, Tensor) else rows.sq_norms
-        squares = by_sample.index_add(0, sample[::unit], per_unit * (norms - 1))
-        centred = response.variant == "leave_one_out"
-        return ParameterQueryResult(plan, sample, weights, alive, survivors, squares, unit, centred, rows.kept)
+        squares = by_sample.index_add(0, of_unit, slopes.square() * (norms - 1)) * bessel
+        return ParameterQueryResult(
+            plan, sample, weights, alive, survivors, squares, power, shared, unit, centred, rows.kept
+        )
 
     def mixed_gradient(
         self, site: Site, clean: CleanPass, parts: Sequence[tuple[ParameterQueryResult, Tensor]]
@@ -226,6 +269,13 @@ class ParameterQueries:
                 )
                 for part, share in parts
             )
+
+
+def _means_of_samples(values: Tensor, sample: Tensor, by_sample: Tensor) -> Tensor:
+    """``(b,)`` mean of the finite ``(R,)`` values of each sample, ``by_sample`` zeros; 0 where there is none."""
+    finite = values.isfinite()
+    total = by_sample.index_add(0, sample, torch.where(finite, values, 0.0))
+    return total / by_sample.index_add(0, sample, finite.to(values.dtype)).clamp(min=1)
 
 
 def _slopes(weights: Tensor, unit: int) -> Tensor:

@@ -5,6 +5,7 @@ The strategy's engine (:class:`QueryEngine`) runs the queries of one site and co
 
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Generic
 
@@ -13,15 +14,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flops_lightning.errors import SettingError
 from flops_lightning.meter import CLEAN
 from flops_lightning.network.rows import gather
 from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.phases import phase
 from flops_lightning.protocol import SampleStatistics, TraceObservation
-from flops_lightning.queries import CleanPass, LossFunction, check_counts, refresh
+from flops_lightning.queries import CleanPass, LossFunction, refresh
 from flops_lightning.strategies.base import Estimate, add_gradients, warn_silent
 from flops_lightning.strategies.costs import measured_costs
+from flops_lightning.strategies.count_checks import checked_inclusion, checked_table, equal_table
 from flops_lightning.strategies.engine import Q, QueryEngine, QueryResult, SiteGradient
 from flops_lightning.strategies.pilots import pilot_share
 from flops_lightning.strategies.signal import derivative_along, signal_samples
@@ -54,6 +55,13 @@ class QueryStrategy(SiteStrategy, Generic[Q]):
         """Gradient of a site whose layers are perturbed together: it has no sums by sample, no pilots and no traces."""
         del clean, counts
         raise TypeError(f"{type(self).__name__} perturbs no layers together, as {site.name} wants.")
+
+    def paired_queries(
+        self, clean: CleanPass, counts: NDArray[np.int64], places: Sequence[int], *, traces: bool
+    ) -> Mapping[str, Q]:
+        """Results of ``(s, b)`` queries of sites, by name, where they are evaluated beside each other's; here none."""
+        del clean, counts, places, traces
+        return {}
 
     def rescaled(self, clean: CleanPass, result: Q | None) -> Q | None:
         """The results of a step's queries at a site, changed before the gradient is made; every rank asks."""
@@ -134,7 +142,8 @@ class QueryStrategy(SiteStrategy, Generic[Q]):
 
     def _unknown_traces(self, clean: CleanPass) -> TraceObservation:
         shape = (len(self.sites), clean.batch_size)
-        return TraceObservation(clean.loss.new_full(shape, torch.nan), clean.loss.new_zeros(shape), self.unit)
+        unknown = clean.loss.new_full(shape, torch.nan)
+        return TraceObservation(unknown, clean.loss.new_zeros(shape), self.unit, sharing=unknown[:, 0].clone())
 
     def sample_statistics(
         self, clean: CleanPass, names: Collection[str] = (), metric: Mapping[str, Tensor] | None = None
@@ -195,15 +204,9 @@ class QueryStrategy(SiteStrategy, Generic[Q]):
         observation = self._unknown_traces(clean) if traces else None
         places, exact = self._select(sites)
         with self.network.evaluating():
+            paired = self.paired_queries(clean, table, places, traces=traces)
             results = [
-                self.estimate_site(
-                    i,
-                    clean,
-                    table[i],
-                    None if weights is None else weights[i],
-                    None if drawn is None else drawn[i],
-                    observation,
-                )
+                self.estimate_site(i, clean, table[i], weights, drawn, observation, paired.get(self.sites[i].name))
                 for i in places
             ]
         # The only transfer of the estimate, all sites at once: how many queries survived, how many count, and for which
@@ -222,7 +225,10 @@ class QueryStrategy(SiteStrategy, Generic[Q]):
             lost.append(site.number(table[i]) - site.number(alive))
             self.meter.add(site.name, queries=result.queries, lost=lost[-1], forward_equivalents=cost)
             if used:
-                add_gradients(site.parameters, result.gradients())
+                gradients = result.gradients()
+                add_gradients(site.parameters, gradients)
+                if observation is not None and observation.sharing is not None:
+                    observation.sharing[i] = result.sharing(gradients)
         for site in exact if known.any() else ():
             add_gradients(site.parameters, self.exact_gradient(site, clean))
             self.meter.add(site.name, forward_equivalents=clean.batch_size * self._exact_cost(site))
@@ -242,58 +248,41 @@ class QueryStrategy(SiteStrategy, Generic[Q]):
         """``(s, b)`` counts on the host; None: each site's budget in equal parts, less the pilots that were spent."""
         if counts is not None:
             return self._checked(clean, counts, least=self._least)
-        for site in self.sites:
-            if not isinstance(site.queries_per_sample, int):
-                problem = f"is no number of queries that each sample could have at {site.name!r}."
-                remedy = "Add QueryAllocatorCallback, which draws the samples, or write an int."
-                raise SettingError("model.strategy.sites.queries_per_sample", site.queries_per_sample, problem, remedy)
         spent = [self.pilots.queries if self._pilots_of(site, clean) else 0 for site in self.sites]
-        rest = [[int(site.queries_per_sample) - n] for site, n in zip(self.sites, spent, strict=True)]
-        return np.repeat(np.array(rest, dtype=np.int64), clean.batch_size, axis=1)
+        return equal_table(self.sites, spent, clean.batch_size)
 
     def _checked(self, clean: CleanPass, counts: Tensor, *, least: int) -> NDArray[np.int64]:
-        """``(s, b)`` counts on the host, the same for all samples where a query is made once for the batch."""
-        table = check_counts(counts, len(self.sites), clean.batch_size, multiple=self.unit, least=least)
-        for site, line in zip(self.sites, table, strict=True):
-            if site.per_batch and (line != line[:1]).any():
-                problem = f"differ between samples at {site.name!r}, where a query is made once for the batch."
-                remedy = "Give all samples the same count there, or write directions: own at this site."
-                raise SettingError("counts", line.tolist()[:8], problem, remedy)
-        return table
+        return checked_table(counts, self.sites, clean.batch_size, multiple=self.unit, least=least)
 
     def _drawn(self, clean: CleanPass, inclusion: Tensor) -> Tensor:
         """``(s, b)`` probabilities, checked."""
-        for site in self.sites:
-            reused = self._pilots_of(site, clean) is not None and self.pilots.reuse
-            if site.together or reused:
-                problem = "perturbs its layers together" if site.together else "reuses pilots of all samples"
-                raise SettingError(
-                    "inclusion", site.name, f"{problem}, and only some samples have queries.",
-                    "Give every sample a query (min_queries: 1), or write together: false, pilots: {reuse: false}.",
-                )  # fmt: skip
-        return inclusion.to(clean.loss).expand(len(self.sites), -1)
+        reused = [self._pilots_of(site, clean) is not None and self.pilots.reuse for site in self.sites]
+        return checked_inclusion(inclusion.to(clean.loss), self.sites, reused)
 
     def estimate_site(
         self, place: int, clean: CleanPass, counts: NDArray[np.int64], pilot_weight: Tensor | None,
-        inclusion: Tensor | None, traces: TraceObservation | None,
+        inclusion: Tensor | None, traces: TraceObservation | None, done: Q | None = None,
     ) -> SiteGradient:  # fmt: skip
-        """Gradient of one site from its queries and the pilots that are reused; writes its traces to ``traces``."""
+        """Gradient of one site from its queries and the pilots that are reused; writes its traces to ``traces``.
+
+        ``pilot_weight`` and ``inclusion`` are ``(s, b)``. ``done``: its queries, where they ran beside another site's.
+        """
         site, engine = self.sites[place], self.engine
         if site.together:
             return self.joint_gradient(site, clean, counts)
         pilots = self._pilots_of(site, clean)
         first = self.pilots.queries if pilots else 0
-        rest = engine.query(site, clean, counts, first_query=first, traces=traces is not None)
+        rest = done or engine.query(site, clean, counts, first_query=first, traces=traces is not None)
         rest = self.rescaled(clean, rest)
         if rest is not None:
             self.learn(site, rest)
         if rest is not None and traces is not None:
             _record(traces, place, rest)
         reused = pilots if self.pilots.reuse else None
-        one = torch.ones_like(clean.loss) if inclusion is None else 1 / inclusion
+        one = torch.ones_like(clean.loss) if inclusion is None else 1 / inclusion[place]
         parts = [(result, one) for result in (reused, rest) if result is not None]
         if reused is not None and rest is not None:
-            weight = self.pilots.queries / site.queries_per_sample if pilot_weight is None else pilot_weight
+            weight = self.pilots.queries / site.queries_per_sample if pilot_weight is None else pilot_weight[place]
             share = pilot_share(reused, rest, weight)
             parts = [(reused, share), (rest, 1 - share)]
         gradients: Callable[[], Mapping[str, Tensor]] = dict
@@ -302,7 +291,9 @@ class QueryStrategy(SiteStrategy, Generic[Q]):
         if not all(result.small for result, _ in parts):
             gradients = partial(dict, gradients())
         survivors = torch.zeros_like(clean.loss) if rest is None else rest.survivors.to(clean.loss.dtype)
-        return SiteGradient(gradients, survivors, site.number(counts))
+        found = SiteGradient(gradients, survivors, site.number(counts))
+        alone = rest if len(parts) == 1 and inclusion is None else None
+        return found if alone is None else replace(found, sharing=alone.sharing)
 
     def _counting(self, site: Site, clean: CleanPass, result: SiteGradient) -> Tensor:
         """``(b,)`` queries that enter the gradient: survivors and reused pilots, but no lone leave-one-out query."""

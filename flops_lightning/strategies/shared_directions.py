@@ -24,7 +24,7 @@ from flops_lightning.network.rows import gather
 from flops_lightning.noise.keys import split_into
 from flops_lightning.noise.kinds import NoiseSpec, draw_noise
 from flops_lightning.phases import phase
-from flops_lightning.queries import CleanPass, RowPlan, row_losses
+from flops_lightning.queries import CleanPass, RowPlan
 from flops_lightning.strategies.parameter_queries import DirectionLayout, RowResponses
 from flops_lightning.strategies.sites import Site
 
@@ -44,9 +44,9 @@ class SharedDirections(DirectionLayout):
     def run(self, site: Site, clean: CleanPass, plan: RowPlan, *, traces: bool) -> RowResponses:
         """Run direction by direction, all its samples in chunks, both signs of a pair stage by stage."""
         del traces  # the norms they take are known without a look at the directions
-        values = clean.loss.new_empty(len(plan.samples))
+        values = clean.loss.new_empty(0)
         direction, sample = plan.queries // self.unit, torch.from_numpy(plan.samples).to(clean.loss.device)
-        signs = values.new_tensor([1.0, -1.0])[: self.unit]
+        signs = clean.loss.new_tensor([1.0, -1.0])[: self.unit]
         number = np.unique(direction).tolist()
         contexts = self._contexts(site, clean.draw, number, site.sigma * signs)
         for p in number:
@@ -56,7 +56,9 @@ class SharedDirections(DirectionLayout):
                 losses = partial(self._losses, site, clean, sample[at], p, contexts.get(p))
                 with phase("suffix"):
                     for offset, found in enumerate(self.response.values(losses, site.sigma, signs)):
-                        values[at + offset] = found.to(values.dtype)
+                        if not len(values):
+                            values = found.new_empty(len(plan.samples), *found.shape[1:])
+                        values[at + offset] = found
         # E w^2 ||z||^2 over E w^2: signs have one length, Gaussian directions are longer where they matter.
         numbers = sum(math.prod(self.drawn_shape(p)) for p in site.parameters.values())
         return RowResponses(values, numbers + (2 if self.noise.distribution == "gaussian" else 0))
@@ -88,9 +90,8 @@ class SharedDirections(DirectionLayout):
             for k, sigma in enumerate(sigmas):
                 values = {name: (p.detach() + sigma * noise[name]).to(p.dtype) for name, p in own.items()}
                 streams[k] = self.stages.run(i, streams[k], values)
-        outputs = (self.network.run_suffix(h, site.last + 1) for h in streams)
         targets = gather(clean.targets, index)
-        return torch.stack([row_losses(self.loss, output, targets) for output in outputs])
+        return torch.stack([self.read(h, site.last + 1, targets) for h in streams])
 
     def _by_stage(self, site: Site) -> dict[int, dict[str, nn.Parameter]]:
         stages = range(site.first, site.last + 1)

@@ -1,5 +1,6 @@
 """Run all queries of one site in a step, in chunks, and sum them per sample."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -59,6 +60,11 @@ class OutputQueryResult:
     def trace(self) -> Tensor:
         """``(b,)`` unbiased trace of the covariance of one query's gradient; NaN with fewer than two units."""
         return self.sums.trace(sq_norm(self.site, self.layer_input, self.sums.weighted), self.unit)
+
+    def sharing(self, gradients: Mapping[str, Tensor]) -> float:
+        """Unknown: noise at outputs is each row's own."""
+        del gradients
+        return math.nan
 
 
 @dataclass(frozen=True, eq=False)

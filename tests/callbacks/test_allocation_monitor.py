@@ -43,6 +43,15 @@ def case(sites: int = 3, batch: int = 7) -> tuple[SampleStatistics, Allocation, 
 # -- figures -----------------------------------------------------------------------------------------------------------
 
 
+def test_what_sharing_directions_would_do_is_logged_by_site_where_it_is_known() -> None:
+    statistics, allocation, observation = case()
+    seen = replace(observation, sharing=torch.tensor([0.5, torch.nan, 3.0]))
+    figures = allocation_figures(statistics, allocation, seen, ("low", "middle", "high"))
+    assert {name: value for name, value in figures.items() if name.startswith("sharing")} == {
+        "sharing/low": 0.5, "sharing/high": 3.0,
+    }  # fmt: skip
+
+
 def test_figures_are_means_over_the_sites() -> None:
     statistics, allocation, observation = case()
     weight = torch.rand(3, 7)

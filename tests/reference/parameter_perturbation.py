@@ -311,7 +311,8 @@ def reference_traces(
 ) -> Tensor:
     """``(b,)`` mean of ``w^2 (||D||^2 - 1)`` over the units that count, at least 0, times 2 for pairs; NaN without one.
 
-    Leave-one-out weights are taken less the clean loss; a shared direction counts with the mean of its squared norm
+    Leave-one-out weights are taken less the mean of all of the sample's, ``n`` of them, and their squares times
+    ``n / (n - 1)``; a shared direction counts with the mean of its squared norm
     under its weight, ``d + 2``, ``d`` the normal numbers that it is made of.
     """
     unit, traces = unit_of(strategy), []
@@ -323,7 +324,11 @@ def reference_traces(
             d = rows[0].direction
             shared = strategy.layout in ("shared", "subspace")
             norm = _numbers_drawn(strategy, site) + 2 if shared else float(d.square().sum())
-            terms.append(unit * _weight(rows, rows, clean, strategy, site) ** 2 * (norm - 1))
+            weight = _weight(rows, alive, clean, strategy, site)
+            if _variant(strategy) == "leave_one_out":
+                n = len(alive)
+                weight *= (1 - 1 / n) * math.sqrt(n / max(n - 1, 1)) if n > 1 else math.nan
+            terms.append(unit * weight**2 * (norm - 1))
         traces.append(max(sum(terms), 0.0) / len(terms) if terms else math.nan)
     return torch.tensor(traces, dtype=torch.float64)
 
@@ -376,7 +381,8 @@ def _variant(strategy: Any) -> str:
 
 def _survivors(rows: list[Query], clean: float, strategy: Any) -> list[Query]:
     lost = [not math.isfinite(row.loss) for row in rows]
-    if not (isinstance(strategy, MeZO) and unit_of(strategy) == 2):  # its pairs know no clean loss
+    pairs = isinstance(strategy, MeZO) and unit_of(strategy) == 2
+    if not pairs and _variant(strategy) != "leave_one_out":  # which know no clean loss
         lost = [gone or not math.isfinite(clean) for gone in lost]
     if unit_of(strategy) == 2:
         lost = [lost[q - q % 2] or lost[q - q % 2 + 1] for q in range(len(rows))]
