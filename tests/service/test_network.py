@@ -359,6 +359,31 @@ def text_start_of_width(width):
     return IntrinsicPrompt(torch.zeros(2, width), PromptSpec(2, 5), std=1.0)
 
 
+QUESTIONS = {
+    "features of texts": lambda each, names, text, image, labels: each.encode_text(text),
+    "features of images": lambda each, names, text, image, labels: each.encode_image(names, image),
+    "plain images": lambda each, names, text, image, labels: each.encode_image(names, None),
+    "logits": lambda each, names, text, image, labels: each.logits(names, text, image),
+    "one text for all": lambda each, names, text, image, labels: each.logits(names, text[:1], image),
+    "losses": lambda each, names, text, image, labels: each.losses(names, labels, text, image),
+    "losses at the template": lambda each, names, text, image, labels: each.losses(names, labels, None, image),
+}
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_answers_are_in_order_and_those_of_the_model(server, question):
+    scorer, reference = HttpScorer(server.url, NAMES, max_rows=3, connections=8, timeout=10.0), local()
+    generator = torch.Generator().manual_seed(4)
+    images = torch.randn(20, 3, 8, 8, generator=generator)
+    text, image = torch.randn(20, 4, 16, generator=generator), torch.randn(20, 2, 16, generator=generator)
+    given = (scorer.keep(images), text, image, torch.arange(20) % 4)
+    assert torch.equal(given[0], reference.keep(images))
+    found, expected = (QUESTIONS[question](each, *given) for each in (scorer, reference))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    assert scorer.usage.rows == reference.usage.rows == 20
+    scorer.client.close()
+
+
 def test_losses_are_cross_entropies():
     scorer, (images, labels) = local(), batch()
     names = scorer.keep(images)
