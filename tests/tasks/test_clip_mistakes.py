@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from flops_lightning.allocators import EqualAllocator
 from flops_lightning.callbacks import QueryAllocatorCallback
 from flops_lightning.datamodules import DigitsDataModule
+from flops_lightning.datamodules.augmentation import backbone_statistics
 from flops_lightning.errors import SettingError
 from flops_lightning.strategies import Backprop, EvolutionStrategies
 from flops_lightning.tasks import ClipPromptTuner
@@ -178,6 +179,11 @@ def test_images_of_another_size_or_normalisation_are_refused_with_both(tmp_path:
     data.std = (0.3,)
     with pytest.raises(SettingError, match=r"data.std = \(0.3,\): has the std .*Normalise the images"):
         check_image_data(grey, data)
+
+
+def test_a_clip_has_no_normalisation_that_a_data_module_could_ask_for() -> None:
+    with pytest.raises(SettingError, match=r"normalization = 'backbone'.*or clip, as the weights were trained"):
+        backbone_statistics(tuner())
 
 
 @pytest.mark.parametrize(
