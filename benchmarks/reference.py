@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flops_lightning.errors import SettingError
 from flops_lightning.network.staging import StagedNetwork
-from flops_lightning.noise.keys import NoiseKey, row_seeds, standard_normal
+from flops_lightning.noise.keys import NoiseKey, normal_rows
 from flops_lightning.queries import LossFunction
 from flops_lightning.strategies.sites import Site
 
@@ -41,8 +41,8 @@ class Reference:
 
     def noise(self, site: Site, samples: Tensor, queries: Tensor, like: Tensor) -> Tensor:
         """What the strategy draws for a site: ``(r, ...)``, for ``(r,)`` samples and queries."""
-        seeds = row_seeds(NoiseKey(self.seed, self.draw, site.name, 0), samples.numpy(), queries.numpy())
-        return standard_normal(seeds, tuple(like.shape[1:]), device=like.device, dtype=like.dtype)
+        key, shape = NoiseKey(self.seed, self.draw, site.name, 0), tuple(like.shape[1:])
+        return normal_rows(key, samples.numpy(), queries.numpy(), shape, device=like.device, dtype=like.dtype)
 
     @torch.no_grad()
     def batched(self, rows: int) -> dict[str, Tensor]:

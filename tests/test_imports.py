@@ -13,7 +13,7 @@ ROOT = PACKAGE.parent
 LABORATORY = ("benchmarks", "experiments")
 # From the ground up: a module may import from its own layer and from those below.
 LAYERS = [
-    {"errors", "objectives", "phases", "settings"},
+    {"errors", "objectives", "phases", "settings", "transfers"},
     {"distributed", "meter", "network", "noise", "prompts", "protocol", "queries", "robustness", "service"},
     {"allocators", "search", "strategies"},
     {"callbacks", "datamodules", "optim", "plan", "resume", "tasks", "tensorboard", "tune"},

@@ -1,18 +1,22 @@
 """Keyed noise: every row's direction is a pure function of its key, never of the order in which rows are drawn.
 
 So an estimate is the same whatever the chunk size and however rows are packed, and a direction can be drawn again
-instead of being kept.
+instead of being kept. A row has a key of 64 bits; torch's generator takes 32 of them as its seed, Philox all
+(:mod:`flops_lightning.noise.generators`).
 """
 
 import math
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from flops_lightning.noise.generators import GeneratorSetting, generator_on, philox_normals
+from flops_lightning.transfers import to_device
 
 
 @dataclass(frozen=True)
@@ -24,12 +28,14 @@ class NoiseKey:
         draw: The draw counter: one for each batch, skipped ones included.
         site: Name of the site (with the module's name where a site perturbs several).
         rank: Rank of the process.
+        generator: What makes numbers of the rows' keys.
     """
 
     seed: int
     draw: int
     site: str
     rank: int = 0
+    generator: GeneratorSetting = "auto"
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -39,8 +45,8 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))
 
 
-def row_seeds(key: NoiseKey, samples: NDArray[np.int64], directions: NDArray[np.int64]) -> list[int]:
-    """One seed a row, below 2^32 (what torch's CPU generator takes in).
+def row_keys(key: NoiseKey, samples: NDArray[np.int64], directions: NDArray[np.int64]) -> NDArray[np.int64]:
+    """``(r,)`` keys of the rows, 64 bits each.
 
     Args:
         key: Shared part of the key.
@@ -53,16 +59,23 @@ def row_seeds(key: NoiseKey, samples: NDArray[np.int64], directions: NDArray[np.
         for part in (key.draw, site, key.rank, samples, directions):
             word = np.asarray(part, dtype=np.uint64)
             state = _mix(state * np.uint64(0x9E3779B97F4A7C15) + word + np.uint64(1))
-    return [int(seed) for seed in state >> np.uint64(32)]
+    return state.view(np.int64)
 
 
-def drawn_at_once(seed: int, shapes: Iterable[Sequence[int]], like: Tensor) -> Tensor:
-    """``(n,)`` standard normals for all entries of these shapes: seeding a generator costs as much as few numbers do.
+def row_seeds(key: NoiseKey, samples: NDArray[np.int64], directions: NDArray[np.int64]) -> list[int]:
+    """One seed a row, below 2^32 (what torch's CPU generator takes in); see :func:`row_keys`."""
+    return [int(seed) for seed in row_keys(key, samples, directions).view(np.uint64) >> np.uint64(32)]
 
-    Device and dtype are those of ``like``.
-    """
-    size = sum(math.prod(shape) for shape in shapes)
-    return standard_normal([seed], (size,), device=like.device, dtype=like.dtype)[0]
+
+def normal_rows(
+    key: NoiseKey, samples: NDArray[np.int64], directions: NDArray[np.int64], shape: tuple[int, ...], *,
+    device: torch.device, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """``(r, *shape)`` standard normals in float32 or better, each row a function of its key alone."""
+    if generator_on(device, key.generator) == "torch":
+        return standard_normal(row_seeds(key, samples, directions), shape, device=device, dtype=dtype)
+    keys = to_device(row_keys(key, samples, directions), device)
+    return philox_normals(keys, math.prod(shape), torch.promote_types(dtype, torch.float32)).view(len(keys), *shape)
 
 
 def split_into(flat: Tensor, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:

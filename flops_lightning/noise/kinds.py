@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flops_lightning.errors import SettingError, check_choice
-from flops_lightning.noise.keys import NoiseKey, row_seeds, standard_normal
+from flops_lightning.noise.generators import generator_on, philox_normals, philox_signs
+from flops_lightning.noise.keys import NoiseKey, normal_rows, row_keys, row_seeds
+from flops_lightning.transfers import to_device
 
 Distribution = Literal["gaussian", "rademacher"]
 Layout = Literal["dense", "factored"]
@@ -85,7 +87,8 @@ def draw_noise(
     """``(r, *shape)`` noise of the rows ``(sample, direction)``, each a function of its key, whatever the other rows.
 
     A row is the same to the last bit; orthogonal noise to rounding, since it goes through a matrix factorisation.
-    Devices have different generators, hence different noise; half-precision activations get float32 noise.
+    Half-precision activations get float32 noise. With Philox (``key.generator``) devices have the same noise, to
+    rounding.
 
     Args:
         spec: Kind of noise, checked.
@@ -100,12 +103,18 @@ def draw_noise(
     if spec.orthogonal:
         noise = _orthogonal(key, samples, directions, math.prod(shape), device=device, dtype=dtype)
         return noise.view(len(samples), *shape)
-    seeds = row_seeds(key, samples, directions)
-    if spec.layout == "factored" and min(tokens_and_features(shape)) > 1:
-        return _factored(spec.distribution, seeds, shape, device=device, dtype=dtype)
-    if spec.distribution == "gaussian":
-        return standard_normal(seeds, shape, device=device, dtype=dtype)
+    factored = spec.layout == "factored" and min(tokens_and_features(shape)) > 1
+    if spec.distribution == "gaussian" and not factored:
+        return normal_rows(key, samples, directions, shape, device=device, dtype=dtype)
     size = math.prod(shape)
+    if generator_on(device, key.generator) == "philox":
+        keys = to_device(row_keys(key, samples, directions), device)
+        if factored:
+            return _factored_by_philox(spec.distribution, keys, shape, dtype)
+        return philox_signs(keys, size, dtype).view(len(keys), *shape)
+    seeds = row_seeds(key, samples, directions)
+    if factored:
+        return _factored(spec.distribution, seeds, shape, device=device, dtype=dtype)
     bits, generator = _room_for_bits(len(seeds), size, device), torch.Generator(device=device)
     for row, seed in zip(bits, seeds, strict=True):
         row.random_(generator=generator.manual_seed(seed))
@@ -140,8 +149,18 @@ def _factored(
     u = _signs(u_bits, tokens, dtype)
     if distribution == "rademacher":
         v = _signs(v_bits, features, dtype)
+    return _product(u, v, shape)
+
+
+def _factored_by_philox(distribution: Distribution, keys: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    tokens, features = tokens_and_features(shape)
+    draw = philox_normals if distribution == "gaussian" else philox_signs
+    return _product(philox_signs(keys, tokens, dtype, stream=1), draw(keys, features, dtype), shape)
+
+
+def _product(u: Tensor, v: Tensor, shape: tuple[int, ...]) -> Tensor:
     noise = u[:, :, None] * v[:, None] if len(shape) == 2 else v[:, :, None] * u[:, None]
-    return noise.view(len(seeds), *shape)
+    return noise.view(len(u), *shape)
 
 
 def _orthogonal(
@@ -163,8 +182,8 @@ def _orthogonal(
         part = blocks[first : first + step]
         drawn = np.arange(size) < needed[first : first + step, None]
         of, nth = drawn.nonzero()
-        seeds = row_seeds(key, part[of, 0], part[of, 1] * size + nth)
-        frames = _frames(standard_normal(seeds, (dim,), device=device, dtype=dtype), drawn)
+        normals = normal_rows(key, part[of, 0], part[of, 1] * size + nth, (dim,), device=device, dtype=dtype)
+        frames = _frames(normals, drawn)
         rows = np.flatnonzero((frame >= first) & (frame < first + step))
         chosen = (torch.from_numpy(index).to(device) for index in (frame[rows] - first, place[rows]))
         noise[torch.from_numpy(rows).to(device)] = frames[tuple(chosen)]

@@ -15,6 +15,7 @@ Differences marked "refused" stop the run; all others apply from the next step o
 ``trainer.max_epochs``, ``max_steps``       longer cosine continues higher up)
 ``strategy``, ``strategy.sites``            refused: another class, or other sites or parameters of a site
 ``strategy.seed``                           refused if given and different
+``strategy.generator``                      refused at the first batch if that draws other numbers
 ``strategy.sites.*.sigma``                  obeyed; a learned sigma restarts from the new value
 ``strategy.keep``, ``grasp_queries``        obeyed: ZO-GraSP runs again
 ``allocator``, ``allocator.*``              obeyed: another class starts with an empty memory, an optimised Bernoulli

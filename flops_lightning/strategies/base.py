@@ -14,6 +14,7 @@ from flops_lightning.errors import SettingError
 from flops_lightning.meter import QueryMeter
 from flops_lightning.network.memory import ChunkRows, RowsSetting
 from flops_lightning.network.staging import StagedNetwork
+from flops_lightning.noise.generators import GeneratorChoice, GeneratorSetting
 from flops_lightning.protocol import QueryBudget, SampleStatistics, TraceObservation
 from flops_lightning.queries import CleanPass, LossFunction
 from flops_lightning.settings import KeepsSettings
@@ -220,15 +221,20 @@ class ChunkedStrategy(ForwardGradientStrategy):
     draws: ClassVar[str] = "noise"
     least_rows: ClassVar[int] = 1
 
-    def __init__(self, *, chunk_rows: RowsSetting = 256, seed: int | None = None) -> None:
+    def __init__(
+        self, *, chunk_rows: RowsSetting = 256, seed: int | None = None, generator: GeneratorSetting = "auto"
+    ) -> None:
         """Keep the settings.
 
         Args:
             chunk_rows: Upper bound of the rows in one forward pass; bounds the memory, never changes the estimate.
                 ``auto``: as many as suit the device, chosen at the first batch.
             seed: Seed of all noise and masks; None: the seed of ``seed_everything``.
+            generator: What draws the noise. ``philox``: the same numbers on every device, to rounding; slow on a CPU.
+                ``torch``: others on each kind of device; slow on a GPU. ``auto``: ``torch`` on a CPU, else ``philox``.
         """
         super().__init__()
+        self._generator, self.generator = GeneratorChoice(generator), generator
         self._chunks = ChunkRows(chunk_rows, least=self.least_rows)
         self._seed_given = seed is not None
         self.seed = torch.initial_seed() & 0x7FFFFFFF if seed is None else seed
@@ -238,9 +244,15 @@ class ChunkedStrategy(ForwardGradientStrategy):
         """Upper bound of the rows in one forward pass."""
         return self._chunks.rows
 
+    def _settle(self, inputs: Any) -> None:
+        """Choose what depends on the device, at the first batch."""
+        self._generator.settle(inputs.device)
+        self._chunks.settle(self.network, inputs)
+
     def state_dict(self) -> dict[str, Any]:
-        """Draw counter, meter, seed and chosen rows."""
-        return {**super().state_dict(), "seed": self.seed, **self._chunks.state_dict()}
+        """Draw counter, meter, seed, generator and chosen rows."""
+        parts = self._generator.state_dict() | self._chunks.state_dict()
+        return {**super().state_dict(), "seed": self.seed, **parts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned; a seed that was given must be the same."""
@@ -251,6 +263,7 @@ class ChunkedStrategy(ForwardGradientStrategy):
             )  # fmt: skip
         super().load_state_dict(state)
         self._chunks.load_state_dict(state)
+        self._generator.load_state_dict(state)
         self.seed = int(state["seed"])
 
 

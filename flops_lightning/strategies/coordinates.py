@@ -64,6 +64,7 @@ class CoordinateFiniteDifferences(WholeBatchStrategy, ChunkedStrategy):
 
     why = "measures every coordinate on every sample"
     draws = "masks"
+    fixed = frozenset({"generator"})
 
     def __init__(
         self,
@@ -85,7 +86,7 @@ class CoordinateFiniteDifferences(WholeBatchStrategy, ChunkedStrategy):
             rescale: Divide each derivative by the probability of its coordinate.
             **settings: See :class:`ChunkedStrategy`.
         """
-        super().__init__(**settings)
+        super().__init__(generator="auto", **settings)
         check_choice("model.strategy.scheme", scheme, get_args(Scheme))
         check_choice("model.strategy.ratios", ratios, get_args(Ratios))
         counts = {"coordinates": coordinates, "grasp_queries": grasp_queries, "resample_every": resample_every}

@@ -46,12 +46,12 @@ def query_weights(
     return torch.where(alive, weights, 0.0), alive
 
 
-def spread(chunk: Chunk, values: Tensor) -> Tensor:
+def spread(lines: Tensor, chunk: Chunk, values: Tensor) -> Tensor:
     """``(n, r)`` matrix with each row's value in the line of its sample, ``n`` the samples that the chunk touches.
 
-    Multiplied with ``(r, ...)`` it sums rows by sample, in one product and in a fixed order.
+    Multiplied with ``(r, ...)`` it sums rows by sample, in one product and in a fixed order. ``lines`` ``(r,)``: places
+    of the rows' samples among these.
     """
-    lines = torch.from_numpy(chunk.samples - chunk.samples[0]).to(values.device, non_blocking=True)
     matrix = values.new_zeros(chunk.span.stop - chunk.span.start, values.shape[0])
     matrix[lines, torch.arange(values.shape[0], device=values.device)] = values
     return matrix
@@ -96,30 +96,29 @@ class DeltaSums:
         return sums
 
     def add(
-        self, chunk: Chunk, z: Tensor, weights: Tensor, alive: Tensor, sq_norms: Tensor | None, unit: int,
-        slopes: Tensor | None = None,
+        self, chunk: Chunk, lines: Tensor, z: Tensor, weights: Tensor, alive: Tensor, sq_norms: Tensor | None,
+        unit: int, slopes: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Add one chunk.
 
-        ``z`` is ``(r, ...)``, all else ``(r,)``: ``weights`` and ``slopes`` zero on rows that do not count, and
-        ``sq_norms`` of the gradient that each row's ``z`` stands for, if traces are wanted. ``unit`` rows are
-        independent only together.
+        ``z`` is ``(r, ...)``, all else ``(r,)``: ``lines`` of :func:`spread`, ``weights`` and ``slopes`` zero on rows
+        that do not count, and ``sq_norms`` of the gradient that each row's ``z`` stands for, if traces are wanted.
+        ``unit`` rows are independent only together.
         """
         weights, alive = weights.to(z.dtype), alive.to(z.dtype)
-        by_sample = spread(chunk, weights)
+        by_sample = spread(lines, chunk, weights)
         self.weighted[chunk.span].flatten(1).addmm_(by_sample, z.flatten(1))
-        by_life = spread(chunk, alive)
+        by_life = spread(lines, chunk, alive)
         self.survivors[chunk.span] += by_life.sum(1)
         if sq_norms is not None or self.token_squares is not None:
-            signs = torch.tensor([1.0, -1.0], dtype=z.dtype, device=z.device)[:unit]
             # Rows of a unit have the same norms, so each brings its share of the unit's square.
-            per_row = (weights.view(-1, unit) * signs).mean(1).square().repeat_interleave(unit) / unit
+            per_row = signed(weights, unit).mean(1).square().repeat_interleave(unit) / unit
             if sq_norms is not None:
-                self.squares[chunk.span] += spread(chunk, per_row * sq_norms).sum(1)
+                self.squares[chunk.span] += spread(lines, chunk, per_row * sq_norms).sum(1)
             if self.token_squares is not None:
-                self.token_squares[chunk.span].addmm_(spread(chunk, per_row), by_token(z).square().sum(2))
+                self.token_squares[chunk.span].addmm_(spread(lines, chunk, per_row), by_token(z).square().sum(2))
         if self.slopes is not None and slopes is not None:
-            self.slopes[chunk.span] += spread(chunk, slopes.to(z.dtype)).sum(1)
+            self.slopes[chunk.span] += spread(lines, chunk, slopes.to(z.dtype)).sum(1)
         if self.noise is not None and self.weights is not None:
             self.noise[chunk.span].flatten(1).addmm_(by_life, z.flatten(1))
             self.weights[chunk.span] += by_sample.sum(1)
@@ -172,6 +171,12 @@ class DeltaSums:
         if self.slopes is None:
             raise TypeError("derivatives in log sigma were not asked for.")
         return (self.slopes / self.survivors.clamp(min=1)).mean()
+
+
+def signed(weights: Tensor, unit: int) -> Tensor:
+    """``(u, unit)`` weights of the rows of each unit, those of the minus rows of antithetic pairs negated."""
+    rows = weights.view(-1, unit)
+    return torch.stack((rows[:, 0], -rows[:, 1]), dim=1) if unit > 1 else rows
 
 
 def column(vector: Tensor, like: Tensor) -> Tensor:

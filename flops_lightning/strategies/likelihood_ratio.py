@@ -160,6 +160,7 @@ class LikelihoodRatio(QueryStrategy[OutputQueryResult]):
         return SiteQueries(
             self.network, self.loss, self.variant, self.chunk_rows, self.seed, self.rank, noise=self.noise,
             widths=self._widths, token_squares=self.token_sigma, slopes=bool(self.learn_sigma),
+            generator=self.generator,
         )  # fmt: skip
 
     def clean_pass(self, inputs: Any, targets: Any) -> CleanPass:

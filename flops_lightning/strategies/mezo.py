@@ -131,7 +131,7 @@ class MeZO(WholeBatchStrategy, ChunkedStrategy):
     def clean_pass(self, inputs: Any, targets: Any) -> CleanPass:
         """Run the batch for one-sided queries; for pairs what is frozen below, and the losses stay unknown (NaN)."""
         inputs = as_rows(inputs)
-        self._chunks.settle(self.network, inputs)
+        self._settle(inputs)
         dtype = torch.promote_types(next(iter(self.sites[0].parameters.values())).dtype, torch.float32)
         unknown = torch.full((len(inputs),), torch.nan, dtype=dtype, device=inputs.device)
         clean = CleanPass(targets, {0: inputs}, unknown[:, None], unknown, unknown[:, None], self.draw)
@@ -164,7 +164,7 @@ class MeZO(WholeBatchStrategy, ChunkedStrategy):
                 first_outputs.append(output)
             return self.loss(output, targets)
 
-        key, noise = NoiseKey(self.seed, 0, "", self.rank), NoiseSpec(self.distribution)
+        key, noise = NoiseKey(self.seed, 0, "", self.rank, self.generator), NoiseSpec(self.distribution)
         ranks = self.communicator if self.exchange == "losses" else None
         shared = (self.network, self._stages, loss, key, self.unit, self.chunk_rows, Response(self.variant), ranks)
         layout = SharedDirections(*shared, noise=noise)

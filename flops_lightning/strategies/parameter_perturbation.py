@@ -170,7 +170,7 @@ class ParameterPerturbation(QueryStrategy[ParameterQueryResult]):
         """Runs the queries of a site, with these settings."""
         if self._stages is None:
             raise RuntimeError("bind(network, loss) must come first.")
-        key = NoiseKey(self.seed, 0, "", self.rank)
+        key = NoiseKey(self.seed, 0, "", self.rank, self.generator)
         shared = (self.network, self._stages, self.loss, key, self.unit, self.chunk_rows, self.response)
         if self.layout == "flipout":
             flipout = FlipoutDirections(*shared, self._parts, rank=1, guided=False, span=0, layout=self.layout)

@@ -16,6 +16,7 @@ from flops_lightning.noise.keys import NoiseKey
 from flops_lightning.noise.kinds import NoiseSpec, draw_noise
 from flops_lightning.phases import phase
 from flops_lightning.queries import Chunk, CleanPass, LossFunction, row_losses
+from flops_lightning.strategies.drawn_again import DrawnAgain, drawn_again
 from flops_lightning.strategies.sites import LayerTarget, Site
 from flops_lightning.strategies.widths import SiteWidth
 
@@ -30,11 +31,13 @@ class Perturbation:
             tokens it is the noise over ``r_t`` (the activation moved by ``sigma r_t^2 z``), so that weights times it
             estimate the gradient.
         x: ``(r, ..., i)`` each row's own input of the layer at the active tokens; None without a layer.
+        again: The noise where it is not stored: ``z`` then is one row of zeros, which tells its shape.
     """
 
     layer: LayerTarget | None
     z: Tensor
     x: Tensor | None = None
+    again: DrawnAgain | None = None
 
 
 DRAWN_AGAIN = 2**23
@@ -45,18 +48,25 @@ DrawNoise = Callable[[str, tuple[int, ...], Tensor], Tensor]
 """``(name of the layer or "", shape of a row, tensor with the device and dtype) -> (r, *shape)``."""
 
 
-def chunk_noise(key: NoiseKey, chunk: Chunk, *, antithetic: bool, spec: NoiseSpec) -> DrawNoise:
-    """Noise of a chunk's rows; antithetic: rows ``2p`` and ``2p + 1`` of a sample get ``+z_p`` and ``-z_p``."""
+@dataclass(frozen=True, eq=False)
+class ChunkNoise:
+    """Noise of a chunk's rows; ``unit`` 2: rows ``2p`` and ``2p + 1`` of a sample get ``+z_p`` and ``-z_p``."""
 
-    def draw(layer: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        placed = replace(key, site=f"{key.site}/{layer}") if layer else key
-        if not antithetic:
-            return draw_noise(spec, placed, chunk.samples, chunk.queries, shape, device=like.device, dtype=like.dtype)
-        samples, pairs = chunk.samples[::2], chunk.queries[::2] // 2
-        z = draw_noise(spec, placed, samples, pairs, shape, device=like.device, dtype=like.dtype)
-        return torch.stack((z, -z), dim=1).flatten(0, 1)
+    key: NoiseKey
+    chunk: Chunk
+    spec: NoiseSpec
+    unit: int
 
-    return draw
+    def __call__(self, layer: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """``(r, *shape)`` noise, see :data:`DrawNoise`."""
+        placed = replace(self.key, site=f"{self.key.site}/{layer}") if layer else self.key
+        samples, queries = self.chunk.samples[:: self.unit], self.chunk.queries[:: self.unit] // self.unit
+        z = draw_noise(self.spec, placed, samples, queries, shape, device=like.device, dtype=like.dtype)
+        return z if self.unit == 1 else torch.stack((z, -z), dim=1).flatten(0, 1)
+
+    def again(self, h: Tensor, tokens: slice | None, width: SiteWidth) -> DrawnAgain | None:
+        """The noise of rows of ``h`` at a boundary where it need not be stored, see :func:`drawn_again`."""
+        return drawn_again(self.key, self.chunk, self.spec, h, tokens, width, unit=self.unit)
 
 
 def boundary_activation(site: Site, clean: CleanPass) -> Tensor | Rows:
@@ -83,13 +93,17 @@ def perturbed_losses(
                     "Train its stage with kind: block or group.",
                 )  # fmt: skip
     else:
+        boundary, tokens = boundary_activation(site, clean), None if site.narrow else site.tokens
+        again = draw.again(value_of(boundary), tokens, width) if isinstance(draw, ChunkNoise) else None
+        if again is not None:
+            return _without_storing(network, loss, site, clean, index, boundary, again)
         with phase("noise"):
-            rows = boundary_activation(site, clean).index_select(0, index)
+            rows = boundary.index_select(0, index)
             h = value_of(rows)
             active = h if site.tokens is None or site.narrow else h[:, site.tokens]
             shape, like = tuple(active.shape[1:]), active.new_empty(0)
             step, z = width.scaled(draw("", shape, active))
-            entering = [with_value(rows, moved(h, step, None if site.narrow else site.tokens, width.sigma))]
+            entering = [with_value(rows, moved(h, step, tokens, width.sigma))]
         long = len(network) - site.start > 2  # more than a pool and a head, beside which drawing would take its time
         kept = None if z.device.type == "cpu" and z.nbytes >= DRAWN_AGAIN and long else z
         del rows, h, active, step, z
@@ -101,6 +115,23 @@ def perturbed_losses(
                 _, kept = width.scaled(draw("", shape, like))
         perturbations = [Perturbation(None, kept)]
     return row_losses(loss, output, gather(clean.targets, index)), perturbations
+
+
+def _without_storing(
+    network: StagedNetwork, loss: LossFunction, site: Site, clean: CleanPass, index: Tensor, boundary: Tensor | Rows,
+    again: DrawnAgain,
+) -> tuple[Tensor, list[Perturbation]]:  # fmt: skip
+    """As :func:`perturbed_losses`, where kernels draw the noise of a block or group."""
+    with phase("noise"):
+        h = value_of(boundary)
+        value = again.added_to(h, index, None if site.narrow else site.tokens)
+        # Gathered beside it: what else the rows consist of, without the activation itself.
+        others = boundary if isinstance(boundary, Tensor) else with_value(boundary, h[:, :0]).index_select(0, index)
+        entering = [with_value(others, value)]
+    del value, others
+    with phase("suffix"):
+        output = network.run_suffix(entering.pop(), site.start)
+    return row_losses(loss, output, gather(clean.targets, index)), [Perturbation(None, again.like, again=again)]
 
 
 def moved(h: Tensor, z: Tensor, tokens: slice | None, sigma: float | Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from flops_lightning.network.staging import StagedNetwork
+from flops_lightning.noise.generators import GeneratorSetting
 from flops_lightning.noise.keys import NoiseKey
 from flops_lightning.noise.kinds import NoiseSpec
 from flops_lightning.phases import phase
@@ -19,15 +20,16 @@ from flops_lightning.strategies.base import summed
 from flops_lightning.strategies.delta import DeltaSums, Variant, column, query_weights
 from flops_lightning.strategies.engine import SiteGradient
 from flops_lightning.strategies.perturbation import (
+    ChunkNoise,
     DrawNoise,
     Perturbation,
-    chunk_noise,
     clean_layer_input,
     perturbed_losses,
 )
 from flops_lightning.strategies.sites import Site
 from flops_lightning.strategies.vjp import graph_rows, layer_gradient, linear_gradient_sq_norm, local_vjp
 from flops_lightning.strategies.widths import SiteWidth
+from flops_lightning.transfers import to_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +83,7 @@ class SiteQueries:
     widths: Mapping[str, SiteWidth] = field(default_factory=dict)
     token_squares: bool = False
     slopes: bool = False
+    generator: GeneratorSetting = "auto"
 
     def width(self, site: Site) -> SiteWidth:
         """Present width of the noise at a site."""
@@ -109,21 +112,25 @@ class SiteQueries:
                     clean.batch_size, z, variant=self.variant, tokens=self.token_squares, slopes=self.slopes
                 )
             with phase("accumulation"):
+                lines = index - int(chunk.samples[0])
+                changes = self._changes(site, weights, alive, clean.loss[index]) if self.slopes else None
+                if perturbation.again is not None:
+                    perturbation.again.add_to(sums, chunk, lines, weights, alive, changes, traces=traces)
+                    continue
                 norms = None
                 if traces:
                     x = None if layer_input is None else layer_input.index_select(0, index)
                     norms = sq_norm(site, x, z)
-                slopes = self._slopes(site, z, weights, alive, clean.loss[index]) if self.slopes else None
-                sums.add(chunk, z, weights, alive, norms, self.unit, slopes)
+                if changes is not None:
+                    changes = changes * (self.width(site).unscaled(z).flatten(1).square().sum(1) - z[0].numel())
+                sums.add(chunk, lines, z, weights, alive, norms, self.unit, changes)
         return sums
 
-    def _slopes(self, site: Site, z: Tensor, weights: Tensor, alive: Tensor, clean: Tensor) -> Tensor:
-        """``(r,)`` ``(L - L_clean) (||z||^2 - d)``, zero on rows that do not count."""
-        width = self.width(site)
-        change = weights * width.sigma
-        if self.variant == "plain":  # its weights have no control variate
-            change = change - torch.where(alive, clean, 0.0)
-        return change * (width.unscaled(z).flatten(1).square().sum(1) - z[0].numel())
+    def _changes(self, site: Site, weights: Tensor, alive: Tensor, clean: Tensor) -> Tensor:
+        """``(r,)`` ``L - L_clean``, zero on rows that do not count."""
+        change = weights * self.width(site).sigma
+        # Weights of the plain variant have no control variate.
+        return change - torch.where(alive, clean, 0.0) if self.variant == "plain" else change
 
     def query(
         self, site: Site, clean: CleanPass, counts: NDArray[np.int64], *, first_query: int = 0, traces: bool = False
@@ -198,9 +205,9 @@ class SiteQueries:
         return gradients, torch.cat(alive_rows).cpu().numpy()
 
     def _run(self, site: Site, clean: CleanPass, chunk: Chunk) -> tuple[Tensor, Tensor, list[Perturbation], Tensor]:
-        key = NoiseKey(self.seed, clean.draw, site.name, self.rank)
-        draw = chunk_noise(key, chunk, antithetic=self.unit > 1, spec=self.noise)
-        index = torch.from_numpy(chunk.samples).to(clean.loss.device, non_blocking=True)
+        key = NoiseKey(self.seed, clean.draw, site.name, self.rank, self.generator)
+        draw = ChunkNoise(key, chunk, self.noise, self.unit)
+        index = to_device(chunk.samples, clean.loss.device)
         real = torch.arange(len(index), device=index.device) < chunk.rows
         weights, alive, perturbations = self.weights(site, clean, index, draw, real)
         return weights, alive, perturbations, index

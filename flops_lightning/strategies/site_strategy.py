@@ -154,7 +154,7 @@ class SiteStrategy(ChunkedStrategy):
         inputs = as_rows(inputs)
         if self._costs is None and self.network.unfit is None and self.moved_layers:
             self.check_layers(layers_unlike_rows(self.network, inputs))
-        self._chunks.settle(self.network, inputs)
+        self._settle(inputs)
         with self.network.rows_of(NoiseKey(self.seed, self.draw, CLEAN, self.rank)):
             clean = clean_pass(
                 self.network, self.loss, inputs, targets, keep=self._kept, draw=self.draw, rows=self.chunk_rows

@@ -22,7 +22,7 @@ from torch import Tensor
 from flops_lightning.errors import SettingError
 from flops_lightning.network.rows import value_of, with_value
 from flops_lightning.network.staging import StagedNetwork
-from flops_lightning.noise.keys import NoiseKey, row_seeds, standard_normal
+from flops_lightning.noise.keys import NoiseKey, normal_rows
 from flops_lightning.queries import CleanPass, LossFunction, at_least_float32, full_precision, row_losses
 from flops_lightning.strategies.perturbation import clean_layer_input
 from flops_lightning.strategies.precision import differentiable
@@ -155,7 +155,7 @@ def _probe(queries: SiteQueries, site: Site, clean: CleanPass, layer_input: Tens
     else:
         like = value_of(clean.activations[site.last + 1])
         like = like if site.tokens is None else like[:, site.tokens]
-    key = NoiseKey(queries.seed, clean.draw, f"{site.name}/scale", queries.rank)
+    key = NoiseKey(queries.seed, clean.draw, f"{site.name}/scale", queries.rank, queries.generator)
     samples = np.arange(clean.batch_size)
-    seeds = row_seeds(key, samples, np.zeros_like(samples))
-    return standard_normal(seeds, tuple(like.shape[1:]), device=like.device, dtype=like.dtype)
+    shape = tuple(like.shape[1:])
+    return normal_rows(key, samples, np.zeros_like(samples), shape, device=like.device, dtype=like.dtype)

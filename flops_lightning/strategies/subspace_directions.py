@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flops_lightning.noise.keys import NoiseKey, row_seeds, standard_normal
+from flops_lightning.noise.keys import NoiseKey, normal_rows
 from flops_lightning.queries import full_precision
 from flops_lightning.strategies.shared_directions import SharedDirections
 
@@ -55,7 +55,9 @@ class SubspaceDirections(SharedDirections):
         at = (self.key.seed, draw // self.refresh, parameter.device)
         known, basis = self.bases.get(name, (None, u))
         if known != at:
-            basis = orthonormal(NoiseKey(self.key.seed, at[1], f"{name}/basis"), parameter, self.rank)
+            basis = orthonormal(
+                NoiseKey(self.key.seed, at[1], f"{name}/basis", generator=self.key.generator), parameter, self.rank
+            )
             self.bases[name] = at, basis
         with full_precision(u):
             return (basis @ u).view(parameter.shape)
@@ -63,8 +65,8 @@ class SubspaceDirections(SharedDirections):
 
 def orthonormal(key: NoiseKey, parameter: Tensor, rank: int) -> Tensor:
     """``(m, rank)`` orthonormal columns of uniform distribution: Q of normal noise, the diagonal of R positive."""
-    seeds = row_seeds(key, np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64))
-    (normal,) = standard_normal(seeds, (len(parameter), rank), device=parameter.device, dtype=parameter.dtype)
+    first, shape = np.zeros(1, dtype=np.int64), (len(parameter), rank)
+    (normal,) = normal_rows(key, first, first, shape, device=parameter.device, dtype=parameter.dtype)
     with full_precision(normal):
         q, r = torch.linalg.qr(normal)
     return q * torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype)

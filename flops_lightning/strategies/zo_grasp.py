@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flops_lightning.noise.keys import NoiseKey, drawn_at_once, row_seeds, split_into
+from flops_lightning.noise.keys import NoiseKey, normal_rows, split_into
 
 Values = Callable[[str], Tensor]
 """The value of the parameter of a name."""
@@ -50,14 +50,14 @@ def zo_grasp_scores(
     are in memory. Losses of the batch are ``(b,)``, ``clean_loss`` those at ``parameters``; ``step`` is in units of a
     standard normal direction.
     """
-    seeds = row_seeds(NoiseKey(seed, 0, "zo_grasp"), np.zeros(queries, dtype=np.int64), np.arange(queries))
+    key = NoiseKey(seed, 0, "zo_grasp")
 
     def estimate(base: Values, at_base: Tensor, offset: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """``1/Q sum_q w_q u_q`` with the batch mean ``w`` of slopes less ``offset``, and the ``(q, b)`` slopes."""
         total = {name: torch.zeros_like(p) for name, p in parameters.items()}
         slopes = torch.empty_like(offset)
         for q in range(queries):
-            u = _direction(seeds[q], parameters)
+            u = _direction(key, q, parameters)
             slopes[q] = (losses_at(lambda name, u=u: base(name) + step * u[name]) - at_base) / step  # type: ignore[misc]
             excess = slopes[q] - offset[q]
             weight = torch.where(torch.isfinite(excess), excess, 0).mean() / queries  # a lost row has weight zero
@@ -80,9 +80,11 @@ def zo_grasp_scores(
     return GraspScores(scores, (2 * queries + 1) * len(clean_loss), lost)
 
 
-def _direction(seed: int, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    shapes = {name: p.shape for name, p in parameters.items()}
-    drawn = split_into(drawn_at_once(seed, shapes.values(), next(iter(parameters.values()))), shapes)
+def _direction(key: NoiseKey, number: int, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    row, like = (np.zeros(1, dtype=np.int64), np.array([number])), next(iter(parameters.values()))
+    size = sum(p.numel() for p in parameters.values())  # at once: seeding costs as much as a few numbers do
+    (flat,) = normal_rows(key, *row, (size,), device=like.device, dtype=like.dtype)
+    drawn = split_into(flat, {name: p.shape for name, p in parameters.items()})
     return {name: part.to(parameters[name].dtype) for name, part in drawn.items()}
 
 
