@@ -31,7 +31,7 @@ from flops_lightning.callbacks.prediction_writer import PredictionWriter
 from flops_lightning.cli.checkpoints import RUNS, WHERE, check_checkpoint
 from flops_lightning.cli.given import Given
 from flops_lightning.cli.messages import explain, refused_by_lightning
-from flops_lightning.errors import CheckpointError, DamagedImageError, LostQueriesError, SettingError
+from flops_lightning.errors import CheckpointError, DamagedImageError, LostQueriesError, SettingError, SpentQueriesError
 from flops_lightning.plan.trainer import callbacks_of, refuse_checkpoint
 from flops_lightning.resume import last
 from flops_lightning.settings import constructor_parameters
@@ -45,7 +45,7 @@ class UsageError(Exception):
 
 
 _SAME_ON_ALL_RANKS = (UsageError, SettingError, MisconfigurationException)
-_MISTAKES = (*_SAME_ON_ALL_RANKS, CheckpointError, DamagedImageError, LostQueriesError)
+_MISTAKES = (*_SAME_ON_ALL_RANKS, CheckpointError, DamagedImageError, LostQueriesError, SpentQueriesError)
 _PARSER = {"exit_on_error": False, "allow_abbrev": False}  # an abbreviation would hide a misspelt setting
 
 

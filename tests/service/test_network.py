@@ -304,6 +304,18 @@ def test_a_server_that_has_lost_everything_is_told_again(server):
     scorer.client.close()
 
 
+def test_images_that_are_no_longer_kept_are_missed_with_the_setting_to_raise(server):
+    scorer = HttpScorer(server.url, NAMES, timeout=10.0, images_mb=1)
+    many = torch.randn(1400, 3, 8, 8, generator=torch.Generator().manual_seed(8))  # 1.03 MiB, and always all of a batch
+    first = scorer.keep(many)[:2]
+    assert len(scorer.images) == 1400
+    scorer.keep(many[:10] + 1)
+    assert len(scorer.images) < 1400
+    with pytest.raises(SettingError, match=r"service.images_mb = 1: does not hold the 13\d\d images of a step"):
+        scorer.encode_image(first, None)
+    scorer.client.close()
+
+
 def test_nothing_is_asked_beyond_max_queries(scorer):
     network, (images, labels) = remote(scorer), batch()
     strategy = bound(network)

@@ -3,12 +3,14 @@
 import copy
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from flops_lightning.callbacks import RunSummary
+from flops_lightning.cli.command import main
 from flops_lightning.datamodules import DigitsDataModule
 from flops_lightning.errors import LostQueriesError, SettingError, SpentQueriesError
 from flops_lightning.service import ClipAnswers
@@ -20,6 +22,7 @@ from tests.clip_digits import tuner as local_tuner
 from tests.digits import quiet_trainer
 from tests.reference.scoring_server import ScoringServer, storm
 
+ROOT = Path(__file__).parents[2]
 SEARCH = {"population": 4, "sigma": 1.0, "seed": 1}
 SAME = {"tokens": 2, "dim": 20, "queries": 3}
 AWAY = {"model_name": ""}
@@ -250,3 +253,14 @@ def test_settings_that_do_not_go_together_are_refused(server, answers):
         fit(tuner(server, strategy=Backprop()))
     with pytest.raises(SettingError, match=r"data.image_size = .*the model takes images of 8 x 8"):
         tuner(server)(torch.zeros(2, 1, 9, 9))
+
+
+def test_the_command_line_takes_a_service_and_says_where_to_go_on(server, tmp_path, capsys):
+    service = ["--model.model_name", "", "--model.service.url", server.url, "--model.max_queries", "4000"]
+    trainer = ["--trainer.default_root_dir", str(tmp_path), "--trainer.callbacks", "[]"]
+    with pytest.raises(SystemExit) as left:
+        main(["fit", "--config", str(ROOT / "configs" / "clip_tiny_digits.yaml"), *service, *trainer])
+    assert left.value.code != 0
+    shown = " ".join(capsys.readouterr().err.split())
+    assert re.search(r"max_queries = 4000: \d+ are spent and the next step takes \d+\. Saved \S+last\.ckpt", shown)
+    assert "Traceback" not in shown
