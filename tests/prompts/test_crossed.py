@@ -172,8 +172,8 @@ def test_with_the_clean_loss_as_baseline_a_sample_without_it_is_silent():
 def test_the_sharing_ratio_of_a_step_is_right_in_the_mean(settings):
     strategy, images, targets = tuner(**settings)
     found = []
-    for _ in range(60):
-        counts = table(strategy, [8, 40, 16], [24, 24, 24])
+    for _ in range(100):
+        counts = table(strategy, [8, 12, 8], [24, 24, 24])
         clean = strategy.clean_pass(images, targets)
         found.append(strategy.estimate(clean, counts, traces=True).observation.sharing)
         take_gradients(strategy)
