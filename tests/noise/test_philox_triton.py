@@ -82,7 +82,7 @@ for name, dtype in (("_draw_kernel", "fp32"), ("_add_kernel", "%(dtype)s"), ("_a
     signature = {n: "constexpr" if n in flags else own.get(n, "*fp32") for n in names}
     source = ASTSource(kernel, signature, flags)
     made = triton.compile(source, target=GPUTarget("cuda", %(capability)d, 32))
-    assert len(made.asm["cubin"]) > 1000 and "philox" not in made.asm["ptx"], name
+    assert len(made.asm["cubin"]) > 1000, name
     print(name)
 """
 
