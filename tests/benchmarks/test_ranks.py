@@ -11,7 +11,7 @@ from benchmarks.harness import Spread
 from benchmarks.ranks import PERCEPTRON, batch_of, launch, report, run_step
 from benchmarks.ranks_model import METHODS, Machine, StepLoad, efficiency, parameters_of, step_seconds
 from flops_lightning.network.staging import stage_network
-from flops_lightning.noise import kinds
+from flops_lightning.noise import keys
 
 SAMPLES, QUERIES = 6, 4
 BY_NAME = {method.name: method for method in METHODS}
@@ -85,13 +85,13 @@ class Twin:
 @pytest.mark.parametrize("chunk_rows", [4, 128])
 def test_the_model_counts_the_numbers_that_are_drawn(monkeypatch, name, chunk_rows):
     strategy, load = made(name, chunk_rows=chunk_rows)
-    drawn, draw = [], kinds.standard_normal
+    drawn, draw = [], keys.standard_normal
 
     def counted(seeds, shape, **options):
         drawn.append(len(seeds) * int(np.prod(shape)))
         return draw(seeds, shape, **options)
 
-    monkeypatch.setattr(kinds, "standard_normal", counted)
+    monkeypatch.setattr(keys, "standard_normal", counted)
     strategy.join(Twin())
     run_step(BY_NAME[name], strategy, *batch_of(PERCEPTRON, SAMPLES, 2, 0))
     assert sum(drawn) == load.drawn_numbers(SAMPLES, 2)

@@ -222,15 +222,15 @@ def test_a_missing_image_is_found_before_training_and_named(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "setting", "value", "message"),
     [
-        ("cifar10", "batch_size", 0, "Give the number"),
+        ("cifar10", "batch_size", -1, "Give the number"),
         ("cifar10", "num_workers", -1, "Use 0"),
         ("cifar10", "image_size", 0, "Give pixels, for example 32 or 224."),
         ("cifar10", "images_per_class", -1, "Give a number of images, or 0."),
         ("cifar10", "val_images", -1, "Give a number of images, or 0."),
         ("cifar10", "test_images", -1, "Give a number of images, or 0."),
         ("cifar10", "split_seed", 2**32, "Use a number from 0"),
-        ("cifar10", "normalization", "clip", "Choose from cifar10, imagenet, inception, backbone."),
-        ("cifar100", "normalization", "cifar10", "Choose from cifar100, imagenet, inception, backbone."),
+        ("cifar10", "normalization", "openai", "Choose from cifar10, imagenet, inception, clip, backbone."),
+        ("cifar100", "normalization", "cifar10", "Choose from cifar100, imagenet, inception, clip, backbone."),
         ("cifar10", "root", "nowhere", "Set data.download: true to fetch cifar-10-batches-py/ into it, or put"),
         ("cifar100", "root", "nowhere", "Set data.download: true to fetch cifar-100-python/ into it, or put"),
         ("cifar10", "root", str(Path(__file__).parent), "holds no CIFAR-10. Set data.download: true"),
@@ -247,7 +247,7 @@ def test_a_missing_image_is_found_before_training_and_named(tmp_path):
             "cifar10",
             "normalization",
             "backbone",
-            "there is no timm model to ask for its own. Write imagenet, or",
+            "there is no timm model to ask for its own. Write imagenet, inception",
         ),
     ],
 )

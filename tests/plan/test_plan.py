@@ -323,7 +323,7 @@ def test_a_mistake_is_named_with_its_remedy(args, message, refused):
         ["--trainer.max_epochs", "-1"],  # the schedule is a cosine
         ["--model.init_args.strategy", "null"],
         ["--trainer.callbacks", "null"],  # and nobody reads the pilots
-        ["--data.batch_size", "0"],
+        ["--data.batch_size", "-1"],
     ],
 )
 def test_what_a_fit_refuses_is_refused_in_the_same_words(args, refused):
