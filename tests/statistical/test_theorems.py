@@ -30,7 +30,7 @@ from flops_lightning.allocators import (
     optimal_shares,
     water_fill,
 )
-from flops_lightning.noise import kinds as noise_kinds
+from flops_lightning.noise import keys as noise_keys
 from flops_lightning.noise.keys import NoiseKey, row_seeds
 from flops_lightning.strategies import SPSA, EvolutionStrategies, LikelihoodRatio, PilotSpec, query_strategy
 from flops_lightning.strategies.delta import DeltaSums
@@ -108,7 +108,7 @@ def share_directions(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     def first_sample_s(key: NoiseKey, samples: np.ndarray, directions: np.ndarray) -> list[int]:
         return row_seeds(key, np.zeros_like(samples), directions)
 
-    monkeypatch.setattr(noise_kinds, "row_seeds", first_sample_s)
+    monkeypatch.setattr(noise_keys, "row_seeds", first_sample_s)
     return {"kind": "linear"}
 
 
