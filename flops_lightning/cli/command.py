@@ -115,7 +115,7 @@ class FlopsCLI(LightningCLI):
             refuse_checkpoint(path)
         if self.subcommand == "tune":
             check_tune(path, self._settings["output"], overwrite=self._settings["overwrite"])
-        given = self._settings["model"].get("init_args") or {}
+        given = self._model_settings
         # A model that is told the names of its classes has no head.
         untrained = path is None and not given.get("checkpoint") and "class_names" not in given
         if untrained and self.subcommand in ("validate", "test", "predict"):
@@ -180,7 +180,7 @@ class FlopsCLI(LightningCLI):
         if self.subcommand and callable(check) and not getattr(data, "download", False):
             check()
         given, has = self._given_classes, getattr(data, "num_classes", None)
-        arguments = self._settings["model"].get("init_args") or {}
+        arguments = self._model_settings
         if given is None and has is None and "num_classes" in arguments:
             if arguments["num_classes"] is not None:
                 return arguments["num_classes"]  # the default of the model's class
@@ -188,9 +188,14 @@ class FlopsCLI(LightningCLI):
             raise SettingError("num_classes", None, f"{type(data).__name__} does not tell its number.", remedy)
         return has if given is None else given
 
+    @property
+    def _model_settings(self) -> Any:
+        """What the model is built with, as given."""
+        return self._settings["model"].get("init_args") or {}
+
     def _captions(self, data: LightningDataModule) -> Any:
         """Names of the classes: those that are given, or else the data's, if the model wants any."""
-        given = self._settings["model"].get("init_args") or {}
+        given = self._model_settings
         if given.get("class_names") is not None or "class_names" not in given:
             return given.get("class_names")
         self._checked_classes(data)
@@ -198,7 +203,7 @@ class FlopsCLI(LightningCLI):
 
     def _template(self, data: LightningDataModule) -> Any:
         """The caption around a name, likewise; all of the data's where the model averages several."""
-        given = self._settings["model"].get("init_args") or {}
+        given = self._model_settings
         return given.get("template") or getattr(data, "templates" if given.get("ensemble") else "template", None)
 
     def _last(self, word: str | None) -> str | None:

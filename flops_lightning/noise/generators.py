@@ -45,19 +45,19 @@ def _kernels(kind: str) -> ModuleType | None:
 
 def philox_normals(keys: Tensor, size: int, dtype: torch.dtype, stream: int = 0) -> Tensor:
     """``(r, size)`` standard normals of rows with these ``(r,)`` keys, on their device."""
-    kernels = kernels_on(keys.device) if dtype == torch.float32 else None
-    if kernels is None:
-        return philox.normals(keys, size, dtype, stream)
-    drawn: Tensor = kernels.draw(keys, size, stream=stream)
-    return drawn
+    return _drawn(keys, size, dtype, stream, signs=False)
 
 
 def philox_signs(keys: Tensor, size: int, dtype: torch.dtype, stream: int = 0) -> Tensor:
     """``(r, size)`` +1 and -1 of rows with these ``(r,)`` keys, on their device."""
+    return _drawn(keys, size, dtype, stream, signs=True)
+
+
+def _drawn(keys: Tensor, size: int, dtype: torch.dtype, stream: int, *, signs: bool) -> Tensor:
     kernels = kernels_on(keys.device) if dtype == torch.float32 else None
     if kernels is None:
-        return philox.signs(keys, size, dtype, stream)
-    drawn: Tensor = kernels.draw(keys, size, signs=True, stream=stream)
+        return (philox.signs if signs else philox.normals)(keys, size, dtype, stream)
+    drawn: Tensor = kernels.draw(keys, size, signs=signs, stream=stream)
     return drawn
 
 

@@ -15,7 +15,7 @@ from flops_lightning.objectives import Objective
 from flops_lightning.optim.optimizers import ClipSettings, OptimizerSettings
 from flops_lightning.prompts.class_texts import ClassTexts, Tokenizer, check_class_names, template_features
 from flops_lightning.prompts.intrinsic import IntrinsicPrompt
-from flops_lightning.prompts.stages import IMAGE_SEED, PromptedCLIP, stage_clip, text_start, token_tower
+from flops_lightning.prompts.stages import PromptedCLIP, stage_clip, text_start, token_tower
 from flops_lightning.search import SearchSettings
 from flops_lightning.settings import read_settings
 from flops_lightning.strategies.base import ForwardGradientStrategy
@@ -160,9 +160,8 @@ class ClipPromptTuner(StartsAtImages):
         if image is not None:
             width = int(token_tower(model).conv1.out_channels) if image.on else 0
             image.check_for("image_prompt", width)
-            if image.on:  # where it starts, and the width of W, come from images
-                zeros = torch.zeros(image.tokens, width)
-                prompts["image_prompt"] = IntrinsicPrompt(zeros, image.spec, std=1.0, seed_offset=IMAGE_SEED)
+            if image.on:
+                prompts["image_prompt"] = image.unstarted(width)
         if text is not None and not text.on:
             text.check_for("text_prompt", 0)
         if any(prompts.values()):

@@ -4,8 +4,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Literal, get_args
 
+import torch
+
 from flops_lightning.errors import SettingError, check_choice, check_positive, check_whole
-from flops_lightning.prompts.intrinsic import Coordinates, PromptSpec
+from flops_lightning.prompts.intrinsic import Coordinates, IntrinsicPrompt, PromptSpec
+from flops_lightning.prompts.stages import IMAGE_SEED
 from flops_lightning.strategies.base import ForwardGradientStrategy
 from flops_lightning.strategies.site_specs import SiteSpec
 
@@ -87,6 +90,10 @@ class ImagePrompt(TextPrompt):
     """
 
     tokens: int = 10
+
+    def unstarted(self, width: int) -> IntrinsicPrompt:
+        """The prompt before it has seen images, from which its start and the width of ``W`` come."""
+        return IntrinsicPrompt(torch.zeros(self.tokens, width), self.spec, std=1.0, seed_offset=IMAGE_SEED)
 
 
 def take_sites(

@@ -12,7 +12,6 @@ from torchmetrics import MetricCollection
 from flops_lightning.errors import LostQueriesError, SettingError, SpentQueriesError, check_whole
 from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.prompts.intrinsic import IntrinsicPrompt
-from flops_lightning.prompts.stages import IMAGE_SEED
 from flops_lightning.queries import row_losses
 from flops_lightning.resume.signals import save_last
 from flops_lightning.service import HttpScorer, Scorer, ServiceCLIP, ServiceSettings, service_text_start, stage_service
@@ -215,9 +214,8 @@ def served_network(
             problem = "takes no image prompt at this service."
             raise SettingError("image_prompt", scorer.info.model, problem, "Write image_prompt: null.")
         image.check_for("image_prompt", width)
-        if image.on:  # where it starts, and the width of W, come from images
-            zeros = torch.zeros(image.tokens, width)
-            prompts["image_prompt"] = IntrinsicPrompt(zeros, image.spec, std=1.0, seed_offset=IMAGE_SEED)
+        if image.on:
+            prompts["image_prompt"] = image.unstarted(width)
     rank_zero_info(f"service: {service.url} is {scorer.info.model}, {', '.join(scorer.info.answers)}")
     answer = _answer(scorer, pairing, both=all(prompts.values()))
     if not any(prompts.values()):
