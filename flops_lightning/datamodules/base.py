@@ -1,27 +1,21 @@
-"""What every image data module shares: checked loader settings, statistics, and the five loaders."""
+"""What every image data module shares: checked loader settings, statistics, and the loaders."""
 
-import os
-import warnings
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_convert
+from torch.utils.data import DataLoader, Dataset
 
 from flops_lightning.datamodules.augmentation import RandAugmentSettings, mixing
 from flops_lightning.datamodules.class_names import PHOTO, in_words
-from flops_lightning.datamodules.loading import GlobalBatches, KeyedBatches, TrainingLoader, local_batch_size
-from flops_lightning.errors import SettingError, check_at_least, check_whole
+from flops_lightning.datamodules.loading import KeyedLoaders, Mixing
+from flops_lightning.errors import SettingError, check_at_least
 from flops_lightning.robustness.pixels import denormalized
 
-WHOLE = 256
-"""Images of a batch outside of training where training takes all at once."""
 ImageDataset = Dataset[tuple[Tensor, ...]]  # an item is (image, label); the type is that of torch's TensorDataset
 
 
-class ImageDataModule(LightningDataModule):
+class ImageDataModule(KeyedLoaders):
     """Loaders over three labelled sets of images that a subclass sets in ``setup``.
 
     A batch is ``(images (b, in_chans, image_size, image_size) float32, labels (b,) int64)``, and the last, smaller
@@ -84,9 +78,7 @@ class ImageDataModule(LightningDataModule):
         mixup_alpha: float = 0.0, cutmix_alpha: float = 0.0,
     ) -> None:  # fmt: skip
         """Check the settings that all data modules share."""
-        super().__init__()
-        check_whole("data.batch_size", batch_size, 0, "Give the number of images per batch, or 0 for all of them.")
-        check_whole("data.num_workers", num_workers, 0, "Use 0 to load in the main process.")
+        super().__init__(batch_size=batch_size, num_workers=num_workers)
         if rand_augment is not None:
             if not isinstance(rand_augment, RandAugmentSettings):
                 remedy = "Write, for example, RandAugmentSettings(num_ops=2, magnitude=9)."
@@ -94,7 +86,6 @@ class ImageDataModule(LightningDataModule):
             rand_augment.check()
         for name, alpha in (("mixup_alpha", mixup_alpha), ("cutmix_alpha", cutmix_alpha)):
             check_at_least(f"data.{name}", alpha, 0, "Use for example 0.2 or 1.0, or 0 for none.")
-        self.batch_size, self.num_workers = batch_size, num_workers
         self.rand_augment = rand_augment
         self.mixup_alpha, self.cutmix_alpha = float(mixup_alpha), float(cutmix_alpha)  # torch draws with no integers
 
@@ -113,58 +104,14 @@ class ImageDataModule(LightningDataModule):
         """Captions whose features are averaged, as in CLIP's ensembles; :attr:`template` alone where there are none."""
         return (self.template,)
 
-    def train_dataloader(self) -> TrainingLoader:
-        """Training batches, in a new order each epoch."""
-        world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
-        batches = KeyedBatches(
-            self.train_set, seed=seed, mixing=mixing(self.mixup_alpha, self.cutmix_alpha, self.num_classes)
-        )
-        # Of all images, processes take as many each, up to one.
-        share = local_batch_size(self.batch_size, world_size) or -(-len(batches) // world_size)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata 0.11 calls it
-            loader = TrainingLoader(
-                batches,
-                batch_size=share,
-                sampler=GlobalBatches(
-                    batches, batch_size=share * world_size, world_size=world_size, rank=rank, seed=seed
-                ),
-                collate_fn=default_convert,  # the data set collates
-                **self._loading(),
-            )
-        loader.batches_done = lambda: self._batches_done(loader)
-        return loader
-
-    def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Validation batches, in a fixed order."""
-        return self._loader(self.val_set)
+    @property
+    def mixing(self) -> Mixing | None:
+        """MixUp and CutMix of training batches."""
+        return mixing(self.mixup_alpha, self.cutmix_alpha, self.num_classes)
 
     def test_dataloader(self, *, raw: bool = False) -> DataLoader[tuple[Tensor, ...]]:
         """Test batches, in a fixed order; ``raw``: of pixels in [0, 1], before normalisation (to about 1e-7)."""
         return self._loader(RawImages(self.test_set, self.mean, self.std) if raw else self.test_set)
-
-    def predict_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """The test batches again, in the same order, so that predictions line up with labels."""
-        return self._loader(self.test_set)
-
-    def _batches_done(self, loader: TrainingLoader) -> int:
-        """Batches of this epoch that an interrupted run has done, if the Trainer that resumes it reads this loader."""
-        trainer = self.trainer
-        if trainer is None or not trainer.training or trainer.train_dataloader is not loader:
-            return 0
-        done = trainer.fit_loop.batch_idx + 1
-        return done if done < trainer.num_training_batches else len(loader)  # the Trainer may take a part of an epoch
-
-    def _loader(self, dataset: ImageDataset) -> DataLoader[tuple[Tensor, ...]]:
-        # A Trainer divides the images between processes; no batch is larger than those of training.
-        world_size = self.trainer.world_size if self.trainer else 1
-        size = max(1, (self.batch_size or WHOLE) // world_size)
-        return DataLoader(dataset, batch_size=size, **self._loading())
-
-    def _loading(self) -> dict[str, Any]:
-        workers = {"num_workers": self.num_workers, "persistent_workers": self.num_workers > 0}
-        return {**workers, "pin_memory": torch.cuda.is_available()}
 
 
 class RawImages(Dataset[tuple[Tensor, ...]]):

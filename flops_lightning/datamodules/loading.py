@@ -1,19 +1,24 @@
 """Training batches that are a function of seed, epoch and batch number, for any number of processes."""
 
+import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence, Sized
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
+from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import Dataset, DistributedSampler, default_collate
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate, default_convert
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from flops_lightning.errors import SettingError
+from flops_lightning.errors import SettingError, check_whole
 from flops_lightning.noise.keys import NoiseKey, row_seeds
 
 Mixing = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """``(images (b, ...), labels (b,)) -> (images (b, ...), targets (b, c))``."""
+WHOLE = 256
+"""Samples of a batch outside of training where training takes all at once."""
 
 
 class ImageKey(NamedTuple):
@@ -73,12 +78,16 @@ class KeyedBatches(Dataset[Any]):
     A resumed run therefore draws what the uninterrupted one did, whatever else was drawn.
     """
 
-    def __init__(self, images: Dataset[Any], *, seed: int, mixing: Mixing | None = None) -> None:
+    def __init__(
+        self, images: Dataset[Any], *, seed: int, mixing: Mixing | None = None,
+        collate: Callable[[list[Any]], Any] = default_collate,
+    ) -> None:  # fmt: skip
         """Wrap ``images``.
 
-        Items of ``images`` are ``(image, label)``; ``mixing`` mixes those of a batch, seeded by its first image.
+        Items of ``images`` are ``(image, label)``, or whatever ``collate`` makes a batch of; ``mixing`` mixes those of
+        a batch, seeded by its first image.
         """
-        self.images, self._seed, self._mixing = images, seed, mixing
+        self.images, self._seed, self._mixing, self._collate = images, seed, mixing, collate
 
     def __len__(self) -> int:
         return len(self.images)  # type: ignore[arg-type]
@@ -89,7 +98,7 @@ class KeyedBatches(Dataset[Any]):
 
     def __getitems__(self, keys: Sequence[ImageKey | int]) -> Any:
         with torch.random.fork_rng(devices=[]):
-            batch = default_collate(self._drawn(keys))
+            batch = self._collate(self._drawn(keys))
             if self._mixing is None:
                 return batch
             (seed,) = self._seeds("mixing", keys[:1])
@@ -138,3 +147,82 @@ class TrainingLoader(StatefulDataLoader[tuple[Tensor, ...]]):  # type: ignore[mi
                 self.next_iter_state = None
             self.sampler.first_batch = self.batches_done()
         yield from super().__iter__()
+
+
+class KeyedLoaders(LightningDataModule):
+    """The loaders over ``train_set``, ``val_set`` and ``test_set``, which a subclass sets in ``setup``.
+
+    Training batch ``i`` of an epoch is a function of the seed given to ``seed_everything`` (0 without one), the epoch
+    and ``i`` alone. Several processes share the samples of each batch (:class:`GlobalBatches`).
+    """
+
+    train_set: Any
+    val_set: Any
+    test_set: Any
+
+    def __init__(self, *, batch_size: int, num_workers: int) -> None:
+        """``batch_size``: samples of a batch, all processes together; 0: all training samples in every batch."""
+        super().__init__()
+        check_whole("data.batch_size", batch_size, 0, "Give the number of samples per batch, or 0 for all of them.")
+        check_whole("data.num_workers", num_workers, 0, "Use 0 to load in the main process.")
+        self.batch_size, self.num_workers = batch_size, num_workers
+
+    @property
+    def mixing(self) -> Mixing | None:
+        """What mixes the samples of a training batch; None: nothing."""
+        return None
+
+    def collate(self, samples: list[Any]) -> Any:
+        """A batch of samples."""
+        return default_collate(samples)
+
+    def train_dataloader(self) -> TrainingLoader:
+        """Training batches, in a new order each epoch."""
+        world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
+        batches = KeyedBatches(self.train_set, seed=seed, mixing=self.mixing, collate=self.collate)
+        # Of all samples, processes take as many each, up to one.
+        share = local_batch_size(self.batch_size, world_size) or -(-len(batches) // world_size)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata 0.11 calls it
+            loader = TrainingLoader(
+                batches,
+                batch_size=share,
+                sampler=GlobalBatches(
+                    batches, batch_size=share * world_size, world_size=world_size, rank=rank, seed=seed
+                ),
+                collate_fn=default_convert,  # the data set collates
+                **self._loading(),
+            )
+        loader.batches_done = lambda: self._batches_done(loader)
+        return loader
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Validation batches, in a fixed order."""
+        return self._loader(self.val_set)
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Test batches, in a fixed order."""
+        return self._loader(self.test_set)
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """The test batches again, in the same order, so that predictions line up with labels."""
+        return self._loader(self.test_set)
+
+    def _batches_done(self, loader: TrainingLoader) -> int:
+        """Batches of this epoch that an interrupted run has done, if the Trainer that resumes it reads this loader."""
+        trainer = self.trainer
+        if trainer is None or not trainer.training or trainer.train_dataloader is not loader:
+            return 0
+        done = trainer.fit_loop.batch_idx + 1
+        return done if done < trainer.num_training_batches else len(loader)  # the Trainer may take a part of an epoch
+
+    def _loader(self, dataset: Any) -> DataLoader[Any]:
+        # A Trainer divides the samples between processes; no batch is larger than those of training.
+        world_size = self.trainer.world_size if self.trainer else 1
+        size = max(1, (self.batch_size or WHOLE) // world_size)
+        return DataLoader(dataset, batch_size=size, collate_fn=self.collate, **self._loading())
+
+    def _loading(self) -> dict[str, Any]:
+        workers = {"num_workers": self.num_workers, "persistent_workers": self.num_workers > 0}
+        return {**workers, "pin_memory": torch.cuda.is_available()}

@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from flops_lightning.datamodules import ImageDataModule
-from flops_lightning.datamodules.base import WHOLE
-from flops_lightning.datamodules.loading import KeyedBatches
+from flops_lightning.datamodules.loading import WHOLE, KeyedBatches
 
 
 def keep_features(data: ImageDataModule, encode: Callable[[Tensor], Tensor]) -> None:
