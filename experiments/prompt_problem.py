@@ -1,7 +1,7 @@
 """The small CLIP moved to grey images of CIFAR-10, and ways to train its prompts, for :mod:`experiments.prompts`."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.prompts import ClassTexts, PromptSpec, class_features, image_start, stage_clip, text_start
 from flops_lightning.search import CMASearch
 from flops_lightning.strategies import EvolutionStrategies
+from flops_lightning.strategies.factored_directions import Directions, FactoredDirections
+from flops_lightning.strategies.parameter_queries import ParameterQueries
 
 SHOTS, TEST_IMAGES, SIGMA, RATE = 16, 2000, 0.02, 0.2
 GRAY = (0.299, 0.587, 0.114)
@@ -29,6 +31,24 @@ def losses(logits: Tensor, labels: Tensor) -> Tensor:
 def rounded(logits: Tensor, labels: Tensor) -> Tensor:
     """As a service may print them."""
     return losses(logits, labels).mul(100).round().div(100)
+
+
+class JointWithSharedText(EvolutionStrategies):
+    """A joint site at which query ``q`` of every sample moves the text by one draw, and the image by its own."""
+
+    @property
+    def engine(self) -> ParameterQueries:
+        own: Any = super().engine.layouts(self.sites[0])
+        layout = _SharedText(**{each.name: getattr(own, each.name) for each in fields(own)})
+        return ParameterQueries(lambda _: layout)
+
+
+class _SharedText(FactoredDirections):
+    def _directions(self, site: Any, clean: Any, chunk: Any, index: Tensor, bases: Any) -> Directions:
+        own = super()._directions(site, clean, chunk, index, bases)
+        of_first = replace(chunk, samples=np.zeros_like(chunk.samples))
+        shared = super()._directions(site, clean, of_first, index, bases)
+        return {name: shared[name] if name.startswith("text_prompt") else d for name, d in own.items()}
 
 
 @dataclass

@@ -23,7 +23,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.prompt_problem import Problem, backprop_step, descend, losses, query_step, rounded, search
+from experiments.prompt_problem import (
+    JointWithSharedText,
+    Problem,
+    backprop_step,
+    descend,
+    losses,
+    query_step,
+    rounded,
+    search,
+)
 from experiments.tables import markdown, mean_interval
 from flops_lightning.allocators import OptimalAllocator, TraceSettings
 from flops_lightning.allocators.cost_aware import cheapest_counts
@@ -34,6 +43,7 @@ from flops_lightning.strategies import SPSA, EvolutionStrategies
 PAIRINGS: dict[str, dict[str, Any]] = {
     "split, clean loss": {}, "split, leave-one-out": {"variant": "leave_one_out"},
     "crossed": {"variant": "leave_one_out", "pairing": "crossed"}, "joint": {"joint": True},
+    "joint, text draws shared": {"joint": True, "kind": JointWithSharedText},
 }  # fmt: skip
 
 

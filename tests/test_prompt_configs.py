@@ -20,6 +20,7 @@ METHODS = {
     "spsa": ("SPSA", "EqualAllocator"),
     "ops_lr": ("EvolutionStrategies", "OptimalAllocator"),
     "ops_spsa": ("SPSA", "OptimalAllocator"),
+    "crossed": ("EvolutionStrategies", "EqualAllocator"),
     "cma_es": ("CandidateSearch", "none"),
     "bp": ("Backprop", "none"),
 }

@@ -29,6 +29,8 @@ from flops_lightning.strategies.parameter_queries import ParameterQueries, Param
 from flops_lightning.strategies.sites import Site
 
 Pairing = Literal["split", "crossed"]
+CENTRED = ("leave_one_out", "antithetic")
+"""Variants that compare queries with each other."""
 
 
 def check_crossed(sites: Sequence[Site], *, variant: Variant, update: str, pilots: int) -> None:
@@ -37,7 +39,7 @@ def check_crossed(sites: Sequence[Site], *, variant: Variant, update: str, pilot
     def refusal(problem: str, remedy: str) -> SettingError:
         return SettingError("model.strategy.pairing", "crossed", problem, f"{remedy}, or pairing: split.")
 
-    if variant not in ("leave_one_out", "antithetic"):
+    if variant not in CENTRED:
         problem = f"compares queries with each other, not with the clean loss or nothing (variant: {variant})."
         raise refusal(problem, "Write variant: leave_one_out")
     if len(sites) != 2 or not sites[1].per_batch or sites[0].last >= sites[1].first:

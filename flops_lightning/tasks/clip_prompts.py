@@ -70,8 +70,9 @@ class ClipPromptTuner(StartsAtImages):
             text_prompt: The prompt before the class names; None: the template's words.
             image_prompt: The prompt after the image's patches; None: none.
             strategy: How gradients are estimated. Sites that it does not name follow from the prompts.
-            pairing: ``split``: each prompt is moved against the other's clean features. ``joint``: a query moves both,
-                as a service must that returns losses alone. None: ``split``.
+            pairing: ``split``: each prompt is moved against the other's clean features. ``crossed``: every query of one
+                beside every query of the other, for losses that are rounded. ``joint``: a query moves both, as a
+                service must that returns losses alone. None: ``split``, or as the strategy says.
             search: CMA-ES in the place of a strategy: a training step is a generation, whose fitness is the mean loss
                 of the batch (``batch_size: 0``: of all training images).
             loss: As in :class:`ForwardImageClassifier`.

@@ -10,9 +10,10 @@ from flops_lightning.errors import SettingError, check_choice, check_positive, c
 from flops_lightning.prompts.intrinsic import Coordinates, IntrinsicPrompt, PromptSpec
 from flops_lightning.prompts.stages import IMAGE_SEED
 from flops_lightning.strategies.base import ForwardGradientStrategy
+from flops_lightning.strategies.crossed import CENTRED
 from flops_lightning.strategies.site_specs import SiteSpec
 
-Pairing = Literal["split", "joint"]
+Pairing = Literal["split", "crossed", "joint"]
 STAGES = {"text_prompt": "scores", "image_prompt": "image_prompt"}
 """The stage of a prompted CLIP that owns each prompt."""
 
@@ -102,9 +103,10 @@ def take_sites(
 ) -> None:  # fmt: skip
     """Give a strategy that names no sites those of the prompts that are on.
 
-    ``split`` (the default): one site for each prompt, moved against the other's clean features. ``joint``: one site, at
-    which a query moves both. ``stages`` are those of the network; ``scores`` owns both prompts where there is no
-    ``image_prompt``.
+    ``split`` (the default): one site for each prompt, moved against the other's clean features. ``crossed``: the same
+    sites, every query of one beside every query of the other (:mod:`flops_lightning.strategies.crossed`). ``joint``:
+    one site, at which a query moves both. ``stages`` are those of the network; ``scores`` owns both prompts where there
+    is no ``image_prompt``.
 
     Raises:
         SettingError: the pairing, or a prompt's ``sigma`` or ``queries``, has no effect here.
@@ -118,6 +120,7 @@ def take_sites(
             raise SettingError("pairing", pairing, "has no effect: the strategy names its sites.", "Leave out one.")
         if len(prompts) < 2:
             raise SettingError("pairing", pairing, "has no effect: there is one prompt.", "Leave it out.")
+        _take_pairing(strategy, pairing)
     if not hasattr(strategy, "specs"):
         return
     if strategy.specs:
@@ -141,6 +144,24 @@ def take_sites(
                 raise SettingError(f"text_prompt.{field}", getattr(text, field), problem, "Make the two agree.")
         sites = [replace(sites[0], stages=["image_prompt", "scores"] if "image_prompt" in stages else ["scores"])]
     strategy.specs = tuple(sites)
+
+
+def _take_pairing(strategy: ForwardGradientStrategy, pairing: Pairing) -> None:
+    """Have a strategy cross its queries; refused where it cannot, or says something else itself."""
+    own, variant = getattr(strategy, "pairing", None), getattr(strategy, "variant", "")
+    if pairing != "crossed":
+        if own == "crossed":
+            problem = "is not what the strategy says, pairing: crossed."
+            raise SettingError("pairing", pairing, problem, "Leave out one of the two.")
+        return
+    usable = "Use EvolutionStrategies with variant: leave_one_out, or SPSA, or write pairing: split."
+    if "pairing" not in strategy.settings:
+        problem = f"averages losses over the queries at the other prompt, which {type(strategy).__name__} cannot."
+        raise SettingError("pairing", pairing, problem, usable)
+    if variant not in CENTRED:
+        problem = f"compares queries with each other, not with the clean loss or nothing (variant: {variant})."
+        raise SettingError("pairing", pairing, problem, usable)
+    strategy.pairing = pairing  # type: ignore[attr-defined]
 
 
 def described(prompt: TextPrompt | None) -> dict[str, object]:

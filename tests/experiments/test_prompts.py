@@ -10,7 +10,8 @@ import torch
 pytest.importorskip("open_clip", reason="prompts are for its models")
 
 from experiments import prompts
-from experiments.prompt_problem import descend, losses, query_step, rounded
+from experiments.prompt_problem import JointWithSharedText, descend, losses, query_step, rounded
+from tests.prompts.test_estimates import DIM, JOINT, drawn, exact, expected_estimate, table, take_gradients, tuner
 
 
 def test_a_result_that_is_there_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -60,3 +61,15 @@ def test_a_step_by_queries_goes_down() -> None:
 
     descend(One(), query_step(One(), Exact()), [torch.arange(4)] * 40)  # type: ignore[arg-type]
     assert abs(float(One.prompts[0].detach())) < 0.5
+
+
+def test_joint_queries_with_shared_text_draws_move_images_by_their_own() -> None:
+    strategy, images, targets = tuner(JointWithSharedText, JOINT, chunk_rows=4)
+    counts = [4, 2, 3]
+    strategy.estimate(strategy.clean_pass(images, targets), table(strategy, counts))
+    image, text = (torch.stack(each) for each in exact(strategy, images, targets))
+    (site,) = strategy.sites
+    own = [[drawn(strategy, site.name, b, q, 2 * DIM) for q in range(n)] for b, n in enumerate(counts)]
+    rows = [[torch.cat([own[0][q][:DIM], v[DIM:]]) for q, v in enumerate(of_sample)] for of_sample in own]
+    expected = expected_estimate(torch.cat([text, image], 1), rows, "baseline")
+    torch.testing.assert_close(torch.cat(take_gradients(strategy)[::-1]), expected, rtol=1e-3, atol=1e-5)

@@ -76,6 +76,11 @@ def numbers(task):
 SETTINGS = {
     "es": {},
     "spsa": {"strategy": SPSA(seed=0), **{n: {**p, "queries": 4} for n, p in BOTH.items()}},
+    "crossed": {
+        "strategy": SPSA(seed=0),
+        "pairing": "crossed",
+        **{n: {**p, "queries": 4} for n, p in BOTH.items()},
+    },
     "cma": {"search": SEARCH},
     "joint": {"pairing": "joint", "text_prompt": SAME, "image_prompt": SAME},
     "text": {"text_prompt": TEXT_PROMPT},
@@ -100,10 +105,10 @@ def test_a_run_through_a_service_is_that_of_one_process(server, name):
 
 def test_a_service_of_losses_trains_and_validates_without_predictions(answers):
     with ScoringServer(answers(answers=("losses",))) as server:
-        with pytest.raises(
-            SettingError, match=r"pairing = 'split': needs the features .* gives losses. Write pairing: jo"
-        ):
-            tuner(server)
+        for name, settings in (("split", {}), ("crossed", SETTINGS["crossed"])):
+            refusal = rf"pairing = '{name}': needs the features .* gives losses. Write pairing: joint"
+            with pytest.raises(SettingError, match=refusal):
+                tuner(server, **copy.deepcopy(settings))
         task = tuner(server, pairing="joint", text_prompt=SAME, image_prompt=SAME)
         trainer = fit(task, limit_val_batches=2, val_check_interval=2)
         assert float(trainer.callback_metrics["val/loss"]) > 0

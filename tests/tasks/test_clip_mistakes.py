@@ -13,7 +13,7 @@ from flops_lightning.callbacks import QueryAllocatorCallback
 from flops_lightning.datamodules import DigitsDataModule
 from flops_lightning.datamodules.augmentation import backbone_statistics
 from flops_lightning.errors import SettingError
-from flops_lightning.strategies import Backprop, EvolutionStrategies
+from flops_lightning.strategies import SPSA, Backprop, EvolutionStrategies, LikelihoodRatio
 from flops_lightning.tasks import ClipPromptTuner
 from flops_lightning.tasks.clip_model import check_image_data
 from tests.clip_digits import IMAGE_PROMPT, MODEL, TEXT_PROMPT, random_clip, tuner
@@ -51,6 +51,17 @@ SITES = [{"stages": ["scores"], "sigma": 0.1, "queries_per_sample": 6}]
         ({"pairing": "crosswise"}, "pairing = 'crosswise': is not one of the choices"),
         ({"pairing": "joint"}, "text_prompt.queries = 3: differs from image_prompt.queries = 4"),
         ({"pairing": "joint", "text_prompt": TEXT_PROMPT}, "pairing = 'joint': has no effect: there is one prompt"),
+        (
+            {"pairing": "crossed"},
+            r"pairing = 'crossed': compares .*\(variant: baseline\). .* variant: leave_one_out, or SPSA, or .*split",
+        ),
+        ({"pairing": "crossed", "strategy": LikelihoodRatio()}, "'crossed': averages .*which LikelihoodRatio cannot"),
+        ({"pairing": "crossed", "image_prompt": IMAGE_PROMPT}, "pairing = 'crossed': has no effect: there is one"),
+        ({"pairing": "crossed", "search": SEARCH}, "'crossed': has no effect: CandidateSearch has no sites"),
+        (
+            {"pairing": "joint", "strategy": SPSA(pairing="crossed")},
+            "pairing = 'joint': is not what the strategy says, pairing: crossed. Leave out one of the two",
+        ),
         ({"pairing": "split", "strategy": Backprop()}, "pairing = 'split': has no effect: Backprop has no sites"),
         (
             {"pairing": "split", "strategy": EvolutionStrategies(sites=SITES)},

@@ -1,5 +1,6 @@
 """Prompt tuning as a task: what it learns, pays, saves and predicts."""
 
+import copy
 import json
 from typing import Any
 
@@ -58,6 +59,18 @@ def test_pairing_joint_moves_both_prompts_in_one_query():
     (site,) = task.strategy.sites
     assert set(site.parameters) == {"text_prompt.z", "image_prompt.z"}
     assert spent(task) == {site.name: 2 * 32 * 3}
+
+
+@pytest.mark.parametrize("strategy", [EvolutionStrategies(variant="leave_one_out", seed=0), SPSA(seed=0)])
+def test_pairing_crossed_has_the_sites_of_split_and_averages_over_all_pairs(strategy):
+    prompts = {name: {**prompt, "queries": 4} for name, prompt in BOTH.items()}
+    fit(split := tuner(strategy=copy.deepcopy(strategy), pairing="split", **prompts))
+    fit(task := tuner(strategy=strategy, pairing="crossed", **prompts))
+    assert [site.name for site in task.strategy.sites] == [site.name for site in split.strategy.sites]
+    assert spent(task) == {"image_prompt": 2 * 32 * 4, "scores": 2 * 4}
+    pairs, alone = (each.strategy.meter.sites["scores"].forward_equivalents for each in (task, split))
+    assert pairs > alone  # a product for each pair
+    assert not torch.equal(numbers(task), numbers(split))
 
 
 def test_the_strategys_own_sites_win():
