@@ -37,6 +37,8 @@ from .strategies import NoiseSpec as NoiseSpec
 from .strategies import PilotSpec as PilotSpec
 from .strategies import SiteSpec as SiteSpec
 from .strategies import WeightForwardMode as WeightForwardMode
+from .suffix_loss import PaddedTargets as PaddedTargets
+from .suffix_loss import SuffixLoss as SuffixLoss
 from .tasks import ClipPromptTuner as ClipPromptTuner
 from .tasks import ForwardImageClassifier as ForwardImageClassifier
 from .tasks import ForwardModule as ForwardModule

@@ -5,6 +5,7 @@ so uneven allocation costs nothing and a suffix always sees the same shape.
 """
 
 from collections.abc import Callable, Collection, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,14 +16,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flops_lightning.errors import SettingError
-from flops_lightning.network.rows import Rows, empty_like, value_of, write_rows
+from flops_lightning.network.rows import Rows, empty_like, gather, value_of, write_rows
 from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.phases import phase
+from flops_lightning.suffix_loss import SuffixLoss
 
 EMBEDDING_FEATURES = 4096
 
 LossFunction = Callable[[Tensor, Any], Tensor]
-"""``(outputs (r, ...), targets (r, ...)) -> (r,)``: one loss a row, no reduction. Targets may be nested tensors."""
+"""``(outputs (r, ...), targets (r, ...)) -> (r,)``: one loss a row, no reduction. Targets may be nested tensors.
+
+One that is the rest of the network is a :class:`~flops_lightning.suffix_loss.SuffixLoss`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +78,32 @@ def clean_pass(
         if last not in keep:
             activations.pop(last, None)
         output = at_least_float32(activations[len(network)])
-        return CleanPass(targets, activations, output, row_losses(loss, output, targets), embedding, draw)
+        return CleanPass(targets, activations, output, _batch_losses(loss, output, targets, rows), embedding, draw)
+
+
+def _batch_losses(loss: LossFunction, output: Tensor, targets: Any, rows: int) -> Tensor:
+    """``(b,)`` losses; what is the rest of the network runs ``rows`` samples at a time, as the network does."""
+    if not isinstance(loss, SuffixLoss) or len(output) <= rows:
+        return row_losses(loss, output, targets)
+    parts = []
+    for place in torch.arange(len(output)).split(rows):
+        index = place.to(output.device)
+        parts.append(row_losses(loss, output[index], gather(targets, index, place.numpy())))
+    return torch.cat(parts)
+
+
+def longest_loss(loss: LossFunction, targets: Any) -> Callable[[Tensor], object] | None:
+    """Runs a loss that is the rest of the network for any number of outputs, at the dearest target; None for others."""
+    if not isinstance(loss, SuffixLoss):
+        return None
+    dearest = int(loss.flops(targets).argmax())
+
+    def run(output: Tensor) -> Tensor:
+        samples = np.full(len(output), dearest)
+        index = torch.from_numpy(samples).to(output.device)
+        return row_losses(loss, output, gather(targets, index, samples))
+
+    return run
 
 
 @torch.no_grad()
@@ -131,7 +160,7 @@ def full_precision(tensor: Tensor) -> torch.autocast:
 
 def row_losses(loss: LossFunction, output: Tensor, targets: Any) -> Tensor:
     """``(r,)`` losses in float32 at least, under autocast too, checked for their shape."""
-    with full_precision(output):
+    with full_precision(output), phase("suffix") if isinstance(loss, SuffixLoss) else nullcontext():
         losses = loss(at_least_float32(output), targets)
     if losses.shape != output.shape[:1]:
         raise SettingError(

@@ -14,7 +14,8 @@ LABORATORY = ("benchmarks", "experiments")
 # From the ground up: a module may import from its own layer and from those below.
 LAYERS = [
     {"errors", "objectives", "phases", "settings", "transfers"},
-    {"distributed", "meter", "network", "noise", "prompts", "protocol", "queries", "robustness", "service"},
+    {"distributed", "meter", "network", "noise", "prompts", "protocol", "queries", "robustness", "service"}
+    | {"suffix_loss"},
     {"allocators", "search", "strategies"},
     {"callbacks", "datamodules", "optim", "plan", "resume", "tasks", "tensorboard", "tune"},
     {"cli"},

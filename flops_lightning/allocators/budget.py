@@ -202,6 +202,7 @@ class BudgetRule:
                 problem = "needs `counted_costs` and `fixed_costs`, which `sample_statistics` did not return."
                 raise SettingError("budget.price", "compute", problem, "Return them, or write price: queries or given.")
             costs, fixed = statistics.counted_costs.double().cpu(), float(statistics.fixed_costs.sum())
+            costs = costs.mean(dim=1) if costs.ndim == 2 else costs
         if len(costs) != sites:
             remedy = "Write one number for each site, from bottom to top."
             raise SettingError("budget.given_costs", costs.tolist(), f"there are {sites} sites.", remedy)

@@ -25,12 +25,13 @@ MOST_QUERIES = 10  # default of `max_queries`, in multiples of a site's own budg
 
 
 class CostAwareAllocator(TraceAllocator):
-    """Splits a compute budget over samples and sites: ``A_sb ~ sqrt(Tr_sb / c_s)``.
+    """Splits a compute budget over samples and sites: ``A_sb ~ sqrt(Tr_sb / c_sb)``.
 
-    A query at site s costs its suffix, ``c_s``. With independent sites the trace of the covariance of the whole
-    gradient is ``sum_sb Tr_sb / A_sb / B^2``, least under ``sum_sb c_s A_sb <= C`` for the counts above (Neyman
-    allocation with unequal costs; not in the paper, which fixes the queries of each site). ``C`` is what the module's
-    own budgets would cost, so the compute of a step stays what it was and the number of queries changes.
+    A query at site s costs its suffix, ``c_s``; where samples differ in it, such as captions of unequal length under a
+    :class:`~flops_lightning.suffix_loss.SuffixLoss`, ``c_sb``. With independent sites the trace of the covariance of
+    the whole gradient is ``sum_sb Tr_sb / A_sb / B^2``, least under ``sum_sb c_sb A_sb <= C`` for the counts above
+    (Neyman allocation with unequal costs; not in the paper, which fixes the queries of each site). ``C`` is what the
+    module's own budgets would cost, so the compute of a step stays what it was and the number of queries changes.
 
     Traces of block and group sites are converted to squared units of the parameters by the module's estimate of the
     squared norm of their Jacobian (``SampleStatistics.scale``). Every site needs traces: a prediction, or pilots
@@ -102,7 +103,7 @@ class CostAwareAllocator(TraceAllocator):
         statistics = statistics.on_cpu()
         sites, batch_size = len(budget.queries_per_sample), len(statistics.loss)
         own = torch.tensor(budget.queries_per_sample, dtype=torch.float64)
-        costs = self._site_costs(statistics, sites)
+        costs = self._costs(statistics, sites).expand(sites, batch_size)
         estimate = self._traces.estimate(statistics, sites=sites, unit=budget.multiple)
         if estimate.prediction is None:
             self._check_pilots(estimate.pilots)
@@ -120,10 +121,10 @@ class CostAwareAllocator(TraceAllocator):
         most = torch.full_like(own, self.max_queries) if self.max_queries else own * MOST_QUERIES
         if not drawn:
             most = (most.div(multiple).floor() * multiple).clamp_min(least)
-        total = (self.compute or float((costs * own).sum())) * batch_size
-        if total * (1.0 + 1e-9) < float(costs.sum()) * least * batch_size:
+        total = self.compute * batch_size or float((costs * own[:, None]).sum())
+        if total * (1.0 + 1e-9) < float(costs.sum()) * least:
             problem = f"does not pay for {least:g} queries of every sample at each of {sites} sites."
-            enough = 1.0005 * float(costs.sum()) * least  # four digits may round down by half a thousandth
+            enough = 1.0005 * float(costs.sum()) / batch_size * least  # four digits may round down by half a thousandth
             remedy = f"Lower min_queries, or write at least {enough:.4g}."
             raise SettingError("compute", self.compute, problem, remedy)
         unit = 0 if drawn else multiple
@@ -145,7 +146,7 @@ class CostAwareAllocator(TraceAllocator):
         equal = float((variance.sum(dim=1) / own).sum())
         values = count_diagnostics(counts, estimate)
         values["J_over_J_own"] = float((variance / used).sum()) / equal if equal > 0 else 1.0
-        values["compute_used"] = float((costs[:, None] * counts).sum()) / total
+        values["compute_used"] = float((costs * counts).sum()) / total
         averages = zip(budget.site_names, counts.double().mean(dim=1).tolist(), strict=True)
         values |= {f"queries/{name}": average for name, average in averages}
         return Allocation(counts, values, weight, most.long(), inclusion, used)
@@ -161,9 +162,11 @@ class CostAwareAllocator(TraceAllocator):
             return variance
         root = trace.sqrt()
         root = torch.where(root.sum(dim=1, keepdim=True) > 0, root, 1.0)
-        return (root / root.mean(dim=1, keepdim=True)).square() * (own.square() * costs)[:, None]
+        of_site = own.square() * costs.mean(dim=1)
+        return (root / root.mean(dim=1, keepdim=True)).square() * of_site[:, None]
 
-    def _site_costs(self, statistics: SampleStatistics, sites: int) -> Tensor:
+    def _costs(self, statistics: SampleStatistics, sites: int) -> Tensor:
+        """``(s, b)`` or ``(s, 1)`` positive costs."""
         remedy = "Write costs: given and one number for each site in given_costs."
         counted = statistics.counted_costs if self.costs == "flops" else statistics.measured_costs
         costs = torch.tensor(self.given_costs, dtype=torch.float64) if self.costs == "given" else counted
@@ -173,7 +176,8 @@ class CostAwareAllocator(TraceAllocator):
         if not bool((costs.isfinite() & (costs >= 0)).all()):
             problem = f"gave {costs.tolist()}; all must be finite numbers, 0 or more."
             raise SettingError("costs", self.costs, problem, remedy)
-        return costs.clamp_min(float(costs.max()) * LEAST_COST) if float(costs.max()) > 0 else torch.ones_like(costs)
+        costs = costs.clamp_min(float(costs.max()) * LEAST_COST) if float(costs.max()) > 0 else torch.ones_like(costs)
+        return costs if costs.ndim == 2 else costs[:, None]
 
     def _scales(self, statistics: SampleStatistics, sites: int) -> Tensor:
         scale: Tensor | None = getattr(statistics, self._scale_name)
@@ -208,15 +212,17 @@ def cheapest_counts(
 
     Samples of a ``shared`` site have one count, whose V and cost are the sums of theirs.
 
-    For ``(s, b)`` nonnegative V and ``(s,)`` positive costs; ``least`` and the ``(s,)`` ``most`` are multiples of
-    ``multiple``, and ``total`` pays for ``least`` everywhere. Returns ``(s, b)`` int64; with ``multiple`` 0 the
-    continuous optimum, float64.
+    For ``(s, b)`` nonnegative V and ``(s,)`` or ``(s, b)`` positive costs; ``least`` and the ``(s,)`` ``most`` are
+    multiples of ``multiple``, and ``total`` pays for ``least`` everywhere. Returns ``(s, b)`` int64; with ``multiple``
+    0 the continuous optimum, float64.
     """
     lines = torch.tensor(tuple(shared) or (False,) * len(costs))[:, None]
     first = torch.arange(variance.shape[1]) == 0
     items = ~lines | first  # all entries, but one of a shared line
     size = torch.where(lines, variance.shape[1], 1).double()
-    price = (costs[:, None] * size).expand_as(variance)[items]
+    costs = costs if costs.ndim == 2 else costs[:, None]
+    each = torch.where(lines, costs.mean(dim=1, keepdim=True), costs)
+    price = (each * size).expand_as(variance)[items]
     bound_of = most[:, None].expand_as(variance)[items]
     table, variance = variance, torch.where(lines, variance.sum(dim=1, keepdim=True), variance)[items]
     share = optimal_shares(variance / price)

@@ -33,7 +33,8 @@ def gather_statistics(communicator: Communicator, statistics: SampleStatistics) 
     if communicator.size == 1:
         return GatheredStatistics(statistics, (len(statistics.loss),), 0)
     tensors = {name: value.detach().to(statistics.loss.device) for name, value in statistics.tensors().items()}
-    by_sample = {name: value for name, value in tensors.items() if name not in PER_SITE}
+    sites = [name for name, value in tensors.items() if name in PER_SITE and value.ndim == 1]
+    by_sample = {name: value for name, value in tensors.items() if name not in sites}
     # `(b, d)` embeddings have the sample first, `(b,)` and `(s, b)` tables have it last.
     lines = {name: v if name == "embedding" else v.reshape(-1, v.shape[-1]).T for name, v in by_sample.items()}
     ranks = gather_lines(communicator, torch.cat(list(lines.values()), dim=1))
@@ -42,7 +43,6 @@ def gather_statistics(communicator: Communicator, statistics: SampleStatistics) 
         name: part if name == "embedding" else part.T.reshape(*by_sample[name].shape[:-1], -1)
         for (name, part) in zip(lines, parts, strict=True)
     }
-    sites = [name for name in tensors if name in PER_SITE]
     if sites:
         mean = communicator.sum(torch.stack([tensors[name] for name in sites])) / communicator.size
         found |= dict(zip(sites, mean, strict=True))

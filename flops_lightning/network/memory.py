@@ -146,8 +146,10 @@ class ChunkRows:
         self._resumed: int | None = None
 
     @torch.no_grad()
-    def settle(self, network: StagedNetwork, inputs: Tensor) -> None:
+    def settle(self, network: StagedNetwork, inputs: Tensor, loss: Callable[[Tensor], object] | None = None) -> None:
         """With ``auto``, at the first batch: choose by the memory of one row's inference and the free memory.
+
+        ``loss`` runs on the network's output, where it is the rest of the network.
 
         A resumed run keeps the rows of the run that it continues, as long as they fit: other rows would round its sums
         in another order.
@@ -155,9 +157,15 @@ class ChunkRows:
         if not self._open or not len(inputs):
             return
         self._open = False
+
+        def run(rows: int) -> None:
+            output = network.run(inputs[:1].repeat_interleave(rows, dim=0))
+            if loss is not None:
+                loss(output)
+
         with network.evaluating(), network.unpaid():
             # Two rows less one: the copies of the weights that autocast makes belong to no row.
-            one, two = (peak_bytes(partial(network.run, inputs[:1].repeat_interleave(n, dim=0))) for n in (1, 2))
+            one, two = (peak_bytes(partial(run, n)) for n in (1, 2))
         row = max(1, two - one)
         free = free_bytes(inputs.device)
         self.rows = fitting_rows(row, inputs.device, free=free)

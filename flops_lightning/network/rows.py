@@ -5,12 +5,15 @@ from copy import copy
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection, is_dataclass_instance
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._pytree import register_pytree_node
 
 from flops_lightning.errors import SettingError
+from flops_lightning.suffix_loss import PaddedTargets
 
 Key = tuple[Any, int]
 """Name of a nested structure and the number of a tensor in it."""
@@ -269,9 +272,16 @@ def write_rows(into: Any, first: int, h: Tensor | Rows) -> None:
             into.tensors[key][first : first + len(h)] = tensor
 
 
-def gather(tree: Any, index: Tensor) -> Any:
-    """The rows ``index`` of a tensor or of nested tensors."""
-    return map_tree(tree, (Tensor, Rows), lambda value: value.index_select(0, index))
+def gather(tree: Any, index: Tensor, samples: NDArray[np.int64] | None = None) -> Any:
+    """The rows ``index`` of a tensor, of nested tensors or of :class:`PaddedTargets`.
+
+    ``samples`` is the index on the host, for those that have lengths there; None: it is asked of the device.
+    """
+
+    def take(value: Any) -> Any:
+        return value.take(index, samples) if isinstance(value, PaddedTargets) else value.index_select(0, index)
+
+    return map_tree(tree, (Tensor, Rows, PaddedTargets), take)
 
 
 def joined(parts: Sequence[Tensor | Rows]) -> Tensor | Rows:

@@ -22,7 +22,6 @@ from flops_lightning.network.memory import give_back_freed, held, restart_peak
 from flops_lightning.plan.cost import Cost, Epoch, typical_seconds
 from flops_lightning.plan.gradient_noise import GradientNoise
 from flops_lightning.strategies import ForwardGradientStrategy
-from flops_lightning.strategies.costs import site_costs
 from flops_lightning.strategies.query_strategy import QueryStrategy
 from flops_lightning.strategies.site_directions import BY_ROW
 
@@ -71,6 +70,7 @@ class Stopwatch(Callback):
         self.ends: list[float] = []
         self._opens_epoch: list[bool] = []
         self._samples: list[int] = []
+        self._query_costs: dict[str, float] = {}
         self._validated: list[float] = []
         self._unspent = self._first = deepcopy(strategy.meter)
         self._noise = GradientNoise()
@@ -109,8 +109,8 @@ class Stopwatch(Callback):
             self._noise.add([p.grad for p in pl_module.parameters() if p.grad is not None], self._samples[-1])
         if len(self.ends) == 1:
             self._first = deepcopy(self.strategy.meter)
-            inputs, _ = getattr(pl_module, "split", tuple)(batch)  # as the network takes them
-            self._query_costs = _query_costs(self.strategy, inputs)
+            if isinstance(self.strategy, QueryStrategy):  # they count a query's cost apart from the gradient's
+                self._query_costs = self.strategy.query_costs(self._samples[-1])
             self._memory = StepMemory(pl_module, trainer.optimizers, self._device)
         enough = len(self.ends) > WARM_UP and self.ends[-1] - self.ends[WARM_UP - 1] >= self.seconds
         if enough and getattr(pl_module, "between_steps", True):  # no batch waits for others of its step
@@ -200,15 +200,6 @@ def settling_steps(trainer: Trainer) -> int:
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     rules = (c.budget.rule for c in callbacks if isinstance(c, QueryAllocatorCallback))
     return DENSE if any(rule != "fixed" for rule in rules) else 0
-
-
-def _query_costs(strategy: ForwardGradientStrategy, inputs: Tensor) -> dict[str, float]:
-    """Forward-equivalents of a query by site, for strategies that count them apart from those of the gradient."""
-    if not isinstance(strategy, QueryStrategy):
-        return {}
-    counted = site_costs(strategy.network, strategy.sites, inputs)
-    costs = {site.name: counted.of(site, 1, len(inputs)) for site in strategy.sites}
-    return {name: cost * strategy.passes_per_query for name, cost in costs.items()}
 
 
 class StepMemory:

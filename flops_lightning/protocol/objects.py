@@ -104,7 +104,8 @@ class SampleStatistics:
     pilots_reused: bool = True
     # (b,) or (s, b) nonnegative numbers from the clean pass that predict the trace (by their logarithms), by name
     predictors: Mapping[str, Tensor] | None = None
-    counted_costs: Tensor | None = None  # (s,) cost of one query at each site, counted in forward-equivalents
+    # (s,) or (s, b) cost of one query at each site, counted in forward-equivalents; (s, b) where samples differ
+    counted_costs: Tensor | None = None
     fixed_costs: Tensor | None = None  # (s,) what a step costs a sample without any query, each site's share
     measured_costs: Tensor | None = None  # (s,) the same, measured
     scale: Tensor | None = None  # (s,) factors that convert traces to squared units of each site's parameters
@@ -120,7 +121,7 @@ class SampleStatistics:
                 shape, fits = "(b,)", value.ndim == 1
             elif name == "embedding":
                 shape, fits = "(b, d)", value.ndim == 2 and value.shape[:1] == self.loss.shape
-            elif name in PER_SITE:
+            elif name in PER_SITE and not (name == "counted_costs" and value.ndim == 2 and fits):
                 shape, fits, entries, remedy = "(s,)", value.ndim == 1, "", "Return one number for each site."
             if not fits:
                 problem = f"must have the shape {shape}{entries}."

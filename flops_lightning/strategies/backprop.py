@@ -8,9 +8,12 @@ import torch
 from flops_lightning.errors import SettingError
 from flops_lightning.meter import CLEAN
 from flops_lightning.network.rows import as_rows, gather, value_of
+from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.queries import CleanPass, LossFunction, at_least_float32, full_precision, row_losses
 from flops_lightning.strategies.base import Estimate, add_gradients
+from flops_lightning.strategies.costs import SiteCosts
 from flops_lightning.strategies.whole_batch import WholeBatchStrategy
+from flops_lightning.suffix_loss import SuffixLoss
 
 
 class Backprop(WholeBatchStrategy):
@@ -30,6 +33,14 @@ class Backprop(WholeBatchStrategy):
     """
 
     why = "spends no queries"
+    _costs: SiteCosts | None = None
+
+    def bind(self, network: StagedNetwork, loss: LossFunction) -> None:
+        """See :meth:`ForwardGradientStrategy.bind`; refuse a loss that says it has no derivative."""
+        if isinstance(loss, SuffixLoss) and not loss.differentiable:
+            raise without_derivative(loss)
+        super().bind(network, loss)
+        self._costs = None
 
     def clean_pass(self, inputs: Any, targets: Any) -> CleanPass:
         """Run the batch and keep its graph for ``estimate``."""
@@ -47,7 +58,9 @@ class Backprop(WholeBatchStrategy):
         if not loss.requires_grad:
             raise without_derivative(self.loss)
         self.draw += 1
-        self.meter.add(CLEAN, clean_passes=len(loss), forward_equivalents=len(loss))
+        if self._costs is None and isinstance(self.loss, SuffixLoss):
+            self._costs = self._loss_costs.count(self.network, (), inputs, self.loss, targets, self.communicator)
+        self.meter.add(CLEAN, clean_passes=len(loss), forward_equivalents=self._cost(len(loss), targets, 1, 1))
         return CleanPass(targets, {0: inputs}, output, loss, value_of(embedding).detach().flatten(1), self.draw - 1)
 
     @torch.enable_grad()
@@ -55,7 +68,8 @@ class Backprop(WholeBatchStrategy):
         parameters = self.network.trainable()
         finite = torch.isfinite(clean.loss.detach())
         detached = replace(clean, loss=clean.loss.detach(), output=clean.output.detach())
-        self.meter.add(CLEAN, forward_equivalents=2 * clean.batch_size)  # a backward pass costs two forward passes
+        # A backward pass costs two forward passes, one through what is frozen.
+        self.meter.add(CLEAN, forward_equivalents=self._cost(clean.batch_size, clean.targets, 2, 1))
         if not bool(finite.any()):
             return Estimate(detached.loss, detached.output, 0, lost=0, silent_samples=len(finite), lost_batch=True)
         total = clean.loss.sum() / clean.batch_size
@@ -71,6 +85,13 @@ class Backprop(WholeBatchStrategy):
         zeros = {name: torch.zeros_like(p) for name, p in parameters.items()}
         add_gradients(parameters, {n: zeros[n] if g is None else g for n, g in zip(parameters, gradients, strict=True)})
         return Estimate(detached.loss, detached.output, 0, silent_samples=int((~finite).sum()))
+
+    def _cost(self, samples: int, targets: Any, passes: int, loss_passes: int) -> float:
+        """Cost of passes through the network and, where it is the rest of the network, of passes through the loss."""
+        if self._costs is None:
+            return passes * samples
+        of_loss = self._loss_costs.of(self.loss, targets, samples)
+        return passes * samples * self._costs.from_stage[0] + loss_passes * float(of_loss.sum())
 
 
 def without_derivative(loss: LossFunction, problem: str = "") -> SettingError:

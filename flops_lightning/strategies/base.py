@@ -2,7 +2,7 @@
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -16,8 +16,9 @@ from flops_lightning.network.memory import ChunkRows, RowsSetting
 from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.noise.generators import GeneratorChoice, GeneratorSetting
 from flops_lightning.protocol import QueryBudget, SampleStatistics, TraceObservation
-from flops_lightning.queries import CleanPass, LossFunction
+from flops_lightning.queries import CleanPass, LossFunction, longest_loss
 from flops_lightning.settings import KeepsSettings
+from flops_lightning.strategies.costs import LossCosts
 from flops_lightning.strategies.sites import Site
 
 Exchange = Literal["gradients", "losses"]
@@ -85,6 +86,7 @@ class ForwardGradientStrategy(KeepsSettings, ABC):
     """
 
     network: StagedNetwork
+    loss: LossFunction
     communicator: Communicator = Communicator()
     rank: int = 0
     exchange: Exchange = "gradients"
@@ -94,6 +96,7 @@ class ForwardGradientStrategy(KeepsSettings, ABC):
 
     def __init__(self) -> None:
         self.meter = QueryMeter()
+        self._loss_costs = LossCosts()
 
     @abstractmethod
     def bind(self, network: StagedNetwork, loss: LossFunction) -> None:
@@ -202,11 +205,13 @@ class ForwardGradientStrategy(KeepsSettings, ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to draw the same noise and to continue the meter."""
-        return {"draw": self.draw, "meter": self.meter.state_dict()}
+        unit = {"unit": self._loss_costs.unit} if self._loss_costs.unit else {}
+        return {"draw": self.draw, "meter": self.meter.state_dict(), **unit}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
         self.draw = int(state["draw"])
+        self._loss_costs = LossCosts(float(state.get("unit", 0.0)))
         self.meter.load_state_dict(state["meter"])
 
 
@@ -244,10 +249,10 @@ class ChunkedStrategy(ForwardGradientStrategy):
         """Upper bound of the rows in one forward pass."""
         return self._chunks.rows
 
-    def _settle(self, inputs: Any) -> None:
+    def _settle(self, inputs: Any, targets: Any) -> None:
         """Choose what depends on the device, at the first batch."""
         self._generator.settle(inputs.device)
-        self._chunks.settle(self.network, inputs)
+        self._chunks.settle(self.network, inputs, longest_loss(self.loss, targets))
 
     def state_dict(self) -> dict[str, Any]:
         """Draw counter, meter, seed, generator and chosen rows."""
@@ -289,12 +294,3 @@ def warn_silent(number: int, what: str, *, smaller: str = "sigma or learning rat
         f"{smaller}, or a higher precision, keeps losses finite.",
         RuntimeWarning, stacklevel=4,  # past this function, the estimate and its decorator
     )  # fmt: skip
-
-
-def summed(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Sum of gradients by name, in the tensors of the first part that has them."""
-    total: dict[str, Tensor] = {}
-    for part in parts:
-        for name, gradient in part.items():
-            total[name] = total[name].add_(gradient) if name in total else gradient
-    return total

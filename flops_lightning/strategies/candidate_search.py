@@ -12,12 +12,13 @@ from flops_lightning.network.functional import FunctionalStages
 from flops_lightning.network.rows import as_rows, gather
 from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.noise.keys import NoiseKey
-from flops_lightning.queries import CleanPass, LossFunction, clean_pass, row_losses
+from flops_lightning.queries import CleanPass, LossFunction, clean_pass, longest_loss, row_losses
 from flops_lightning.search import CMASearch, SearchSettings
 from flops_lightning.settings import read_settings
 from flops_lightning.strategies.base import ChunkedStrategy, Estimate, Exchange, add_gradients
-from flops_lightning.strategies.costs import SiteCosts, site_costs
+from flops_lightning.strategies.costs import SiteCosts
 from flops_lightning.strategies.whole_batch import WholeBatchStrategy
+from flops_lightning.transfers import to_device
 
 
 class CandidateSearch(WholeBatchStrategy, ChunkedStrategy):
@@ -72,15 +73,15 @@ class CandidateSearch(WholeBatchStrategy, ChunkedStrategy):
     def clean_pass(self, inputs: Any, targets: Any) -> CleanPass:
         """Run the batch at the mean of the generation."""
         inputs = as_rows(inputs)
-        self._chunks.settle(self.network, inputs)
+        self._chunks.settle(self.network, inputs, longest_loss(self.loss, targets))
         of_batch = (self.network, self.loss, inputs, targets)
         with self.network.rows_of(NoiseKey(self.seed, self.draw, CLEAN, self.rank)):
             clean = clean_pass(*of_batch, keep={self._first} - {0}, draw=self.draw, rows=self.chunk_rows)
         clean.activations.setdefault(0, inputs)
         if self._costs is None:
-            self._costs = site_costs(self.network, (), inputs)
+            self._costs = self._loss_costs.count(self.network, (), inputs, self.loss, targets, self.communicator)
         self.draw += 1
-        cost = clean.batch_size + self._costs.contexts
+        cost = clean.batch_size * self._costs.from_stage[0] + self._loss_cost(clean) + self._costs.contexts
         self.meter.add(CLEAN, clean_passes=clean.batch_size, forward_equivalents=cost)
         return clean
 
@@ -91,7 +92,7 @@ class CandidateSearch(WholeBatchStrategy, ChunkedStrategy):
             fitness = mean_over_ranks(self.communicator, self._fitness(clean, candidates), clean.batch_size).tolist()
         lost = sum(not abs(each) < float("inf") for each in fitness)
         learned = self.search.tell(fitness)
-        self._count(clean.batch_size, len(fitness), lost)
+        self._count(clean, len(fitness), lost)
         if learned:
             parameters = self.network.trainable()
             mean = torch.from_numpy(self.search.mean).to(clean.loss.device)
@@ -111,7 +112,7 @@ class CandidateSearch(WholeBatchStrategy, ChunkedStrategy):
         found = []
         for k in range(len(candidates)):
             own = {i: {name: values[name][k] for name in owned} for i, owned in self._owned.items()}
-            parts = torch.arange(clean.batch_size, device=clean.loss.device).split(self.chunk_rows)
+            parts = torch.arange(clean.batch_size).split(self.chunk_rows)
             found.append(torch.cat([self._losses(clean, part, own, contexts, k) for part in parts]).mean())
         return torch.stack(found)
 
@@ -119,13 +120,14 @@ class CandidateSearch(WholeBatchStrategy, ChunkedStrategy):
         self, clean: CleanPass, part: Tensor, own: Mapping[int, Mapping[str, Tensor]], contexts: Mapping[int, Tensor],
         candidate: int,
     ) -> Tensor:  # fmt: skip
-        h = clean.activations[self._first].index_select(0, part)
+        index = to_device(part.numpy(), clean.loss.device)
+        h = clean.activations[self._first].index_select(0, index)
         for i, stage in enumerate(self.network.stages[self._first :], self._first):
             if i in contexts and stage.context is not None:
                 h = stage.context.apply(h, contexts[i][candidate])
             else:
                 h = self._stages.run(i, h, own.get(i, {}))
-        return row_losses(self.loss, h, gather(clean.targets, part))
+        return row_losses(self.loss, h, gather(clean.targets, index, part.numpy()))
 
     def _by_name(self, numbers: Tensor) -> dict[str, Tensor]:
         """Each parameter's part of ``(..., d)`` numbers, in its own shape and dtype."""
@@ -134,15 +136,19 @@ class CandidateSearch(WholeBatchStrategy, ChunkedStrategy):
         named = zip(parameters.items(), parts, strict=True)
         return {name: part.unflatten(-1, p.shape).to(p.dtype) for (name, p), part in named}
 
-    def _count(self, samples: int, candidates: int, lost: int) -> None:
+    def _loss_cost(self, clean: CleanPass) -> float:
+        return float(self._loss_costs.of(self.loss, clean.targets, clean.batch_size).sum())
+
+    def _count(self, clean: CleanPass, candidates: int, lost: int) -> None:
         """Meter a generation: a context once for all samples, all else for each of them."""
         assert self._costs is not None
+        samples = clean.batch_size
         by_row = [i for i in self._owned if self.network.stages[i].context is None]
         for i in self._owned:
             each = samples if i in by_row else 1
             cost = self._costs.contexts if i not in by_row else 0.0
             if i == self._first:  # what runs above it is the same in all
-                cost += samples * self._costs.from_stage[i]
+                cost += samples * self._costs.from_stage[i] + self._loss_cost(clean)
             self.meter.add(
                 self.network.stages[i].name, queries=candidates * each, lost=lost * each,
                 forward_equivalents=candidates * cost,

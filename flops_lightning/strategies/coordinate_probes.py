@@ -106,9 +106,10 @@ class CoordinateProbes:
         for start in range(0, len(probes), together):
             pack = probes[start : start + together]
             losses = []
-            everyone = torch.arange(clean.batch_size, device=clean.loss.device)
-            for index in everyone.split(self.chunk_rows):
-                x, y = clean.activations[stage].index_select(0, index), gather(clean.targets, index.repeat(len(pack)))
+            for rows in torch.arange(clean.batch_size).split(self.chunk_rows):
+                index, samples = rows.to(clean.loss.device), rows.repeat(len(pack)).numpy()
+                x = clean.activations[stage].index_select(0, index)
+                y = gather(clean.targets, index.repeat(len(pack)), samples)
                 h = joined([self._moved_output(stage, x, copies[probe.name], probe) for probe in pack])
                 output = self.network.run(h, stage + 1)
                 losses.append(row_losses(self.loss, output, y).unflatten(0, (len(pack), -1)))

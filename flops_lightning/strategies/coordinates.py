@@ -24,11 +24,10 @@ from flops_lightning.meter import CLEAN
 from flops_lightning.network.functional import FunctionalStages
 from flops_lightning.network.rows import as_rows
 from flops_lightning.network.staging import StagedNetwork
-from flops_lightning.queries import CleanPass, LossFunction, clean_pass
+from flops_lightning.queries import CleanPass, LossFunction, clean_pass, longest_loss
 from flops_lightning.strategies import coordinate_probes
 from flops_lightning.strategies.base import ChunkedStrategy, Estimate, add_gradients, warn_silent
 from flops_lightning.strategies.coordinate_probes import CoordinateProbes, Masks, Scheme, draw_masks
-from flops_lightning.strategies.costs import site_costs
 from flops_lightning.strategies.precision import resolution, rounded_up
 from flops_lightning.strategies.whole_batch import WholeBatchStrategy
 from flops_lightning.strategies.zo_grasp import kept_ratios, zo_grasp_scores
@@ -120,16 +119,18 @@ class CoordinateFiniteDifferences(WholeBatchStrategy, ChunkedStrategy):
         if not self._stage_of:
             raise RuntimeError("bind(network, loss) must come before the first clean_pass.")
         inputs = as_rows(inputs)
-        self._chunks.settle(self.network, inputs)
+        self._chunks.settle(self.network, inputs, longest_loss(self.loss, targets))
         names = self.network.trainable() if self._ratios is None else self._masks(self.draw)
         keep = {self._stage_of[name] for name in names}
         clean = clean_pass(self.network, self.loss, inputs, targets, keep=keep, draw=self.draw, rows=self.chunk_rows)
         if not self._from_stage:
-            self._from_stage = site_costs(self.network, (), inputs).from_stage
+            costs = self._loss_costs.count(self.network, (), inputs, self.loss, targets, self.communicator)
+            self._from_stage = costs.from_stage
             self._warn_unresolved_step()
         clean.activations.setdefault(0, inputs)
         self.draw += 1
-        self.meter.add(CLEAN, clean_passes=clean.batch_size, forward_equivalents=clean.batch_size)
+        cost = clean.batch_size * self._from_stage[0] + self._loss_cost(clean)
+        self.meter.add(CLEAN, clean_passes=clean.batch_size, forward_equivalents=cost)
         return clean
 
     def _estimate(self, clean: CleanPass) -> Estimate:
@@ -153,7 +154,7 @@ class CoordinateFiniteDifferences(WholeBatchStrategy, ChunkedStrategy):
         queries = used.numel() * evaluations
         lost, silent = queries - survivors * evaluations, clean.batch_size - counting
         cost = sum(len(masks[name]) * self._from_stage[self._stage_of[name]] for name in masks)
-        cost *= evaluations * clean.batch_size
+        cost = evaluations * (cost * clean.batch_size + sum(map(len, masks.values())) * self._loss_cost(clean))
         self.meter.add(COORDINATES, queries=queries, lost=lost, forward_equivalents=cost)
         if survivors:
             add_gradients(self.network.trainable(), self._gradients(masks, slopes))
@@ -190,9 +191,14 @@ class CoordinateFiniteDifferences(WholeBatchStrategy, ChunkedStrategy):
             lambda values: self._probes.losses_at(clean, values), parameters, clean.loss,
             queries=self.grasp_queries, step=self.step, seed=self.seed,
         )  # fmt: skip
-        self.meter.add(ZO_GRASP, queries=found.queries, lost=found.lost, forward_equivalents=found.queries)
+        cost = found.queries * (self._from_stage[0] + self._loss_cost(clean) / clean.batch_size)
+        self.meter.add(ZO_GRASP, queries=found.queries, lost=found.lost, forward_equivalents=cost)
         entries = sum(p.numel() for p in parameters.values())
         return kept_ratios(found.scores, max(self.coordinates, round(self.keep * entries)))
+
+    def _loss_cost(self, clean: CleanPass) -> float:
+        """What one query of each sample pays for a loss that is the rest of the network."""
+        return float(self._loss_costs.of(self.loss, clean.targets, clean.batch_size).sum())
 
     @property
     def _probes(self) -> CoordinateProbes:

@@ -23,17 +23,18 @@ from torch import Tensor
 
 from flops_lightning.errors import SettingError
 from flops_lightning.network.rows import gather
-from flops_lightning.queries import CleanPass, plan_rows
+from flops_lightning.queries import CleanPass, LossFunction, plan_rows
 from flops_lightning.strategies.delta import Variant
 from flops_lightning.strategies.parameter_queries import ParameterQueries, ParameterQueryResult, RowResponses
 from flops_lightning.strategies.sites import Site
+from flops_lightning.suffix_loss import SuffixLoss
 
 Pairing = Literal["split", "crossed"]
 CENTRED = ("leave_one_out", "antithetic")
 """Variants that compare queries with each other."""
 
 
-def check_crossed(sites: Sequence[Site], *, variant: Variant, update: str, pilots: int) -> None:
+def check_crossed(sites: Sequence[Site], loss: LossFunction, *, variant: Variant, update: str, pilots: int) -> None:
     """Raise a :class:`SettingError` where queries cannot be crossed."""
 
     def refusal(problem: str, remedy: str) -> SettingError:
@@ -42,6 +43,8 @@ def check_crossed(sites: Sequence[Site], *, variant: Variant, update: str, pilot
     if variant not in CENTRED:
         problem = f"compares queries with each other, not with the clean loss or nothing (variant: {variant})."
         raise refusal(problem, "Write variant: leave_one_out")
+    if isinstance(loss, SuffixLoss):
+        raise refusal(f"would run {loss.part} for every pair of queries.", "Train one site at a time")
     if len(sites) != 2 or not sites[1].per_batch or sites[0].last >= sites[1].first:
         problem = f"needs two sites, the upper with draws that are made once for the batch; here are {len(sites)}."
         raise refusal(problem, "Give a text and an image prompt a site each, the text's with directions: shared")
@@ -67,9 +70,10 @@ def crossed_results(
     with features.network.rows_of(replace(lower.key, draw=clean.draw, site=below.name)):
         rows = features.run(below, clean, plan, traces=traces)
     # Clean rows stand in for samples without queries.
-    sample = torch.from_numpy(np.concatenate([plan.samples, np.arange(clean.batch_size)])).to(clean.loss.device)
+    samples = np.concatenate([plan.samples, np.arange(clean.batch_size)])
+    sample = torch.from_numpy(samples).to(clean.loss.device)
     entering = torch.cat([rows.values, clean.activations[above.first]])
-    every = replace(clean, activations={above.first: entering}, targets=gather(clean.targets, sample))
+    every = replace(clean, activations={above.first: entering}, targets=gather(clean.targets, sample, samples))
     draws = np.full(len(entering), counts[1].max())
     with upper.network.rows_of(replace(upper.key, draw=clean.draw, site=above.name)):
         pairs = upper.run(above, every, plan_rows(draws, upper.chunk_rows, multiple=upper.unit), traces=False)

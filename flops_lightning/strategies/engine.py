@@ -1,7 +1,7 @@
 """What runs the queries of one site: the part of a strategy that knows where noise enters and what gradient follows."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -76,3 +76,12 @@ class QueryEngine(Protocol[Q]):
 
         ``parts`` are results of queries, each with its ``(b,)`` shares of the samples' estimates.
         """
+
+
+def summed(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Sum of gradients by name, in the tensors of the first part that has them."""
+    total: dict[str, Tensor] = {}
+    for part in parts:
+        for name, gradient in part.items():
+            total[name] = total[name].add_(gradient) if name in total else gradient
+    return total

@@ -27,7 +27,7 @@ from flops_lightning.noise.kinds import NoiseSpec, draw_noise
 from flops_lightning.noise.row_directions import RowDirection, accumulate, direction_size, row_direction, sq_norm
 from flops_lightning.phases import phase
 from flops_lightning.queries import Chunk, CleanPass, RowPlan, full_precision
-from flops_lightning.strategies.base import summed
+from flops_lightning.strategies.engine import summed
 from flops_lightning.strategies.parameter_queries import DirectionLayout, RowResponses
 from flops_lightning.strategies.row_layers import RowLayer, SiteParts, moved_output, row_remedy, times
 from flops_lightning.strategies.sites import Site
@@ -84,7 +84,7 @@ class FactoredDirections(DirectionLayout):
                 directions = self._directions(site, clean, chunk, index, bases)
             if traces:
                 norms.append(torch.stack([sq_norm(d) for d in directions.values()]).sum(0)[: chunk.rows])
-            losses = partial(self._losses, site, clean, index, directions)
+            losses = partial(self._losses, site, clean, index, chunk.samples, directions)
             with phase("suffix"):
                 signs = self.signs(chunk.queries, clean.loss)
                 values.append(self.response.values(losses, site.sigma, signs)[: chunk.rows])
@@ -96,13 +96,19 @@ class FactoredDirections(DirectionLayout):
 
         return RowResponses(in_order(values), in_order(norms) if norms else 1.0, bases)
 
-    def _losses(self, site: Site, clean: CleanPass, index: Tensor, directions: Directions, sigma: Tensor) -> Tensor:
-        """``(r,)`` losses of rows at their sigmas ``(r,)``, or what else they give; ``directions`` are used up."""
+    def _losses(
+        self, site: Site, clean: CleanPass, index: Tensor, samples: NDArray[np.int64], directions: Directions,
+        sigma: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """``(r,)`` losses of rows at their sigmas ``(r,)``, or what else they give; ``directions`` are used up.
+
+        ``index`` ``(r,)`` are the places of the rows' samples, ``samples`` the same on the host.
+        """
         # A copy made here, since a stage may work in place, and only on what a derivative knows of.
         leaving = [self._moved(site, clean.activations[site.first].index_select(0, index), directions, sigma)]
         # Memory, while the suffix runs: directions are drawn again for the gradient, and it alone holds its input.
         directions.clear()
-        return self.read(leaving.pop(), site.last + 1, gather(clean.targets, index))
+        return self.read(leaving.pop(), site.last + 1, gather(clean.targets, index, samples))
 
     def _moved(self, site: Site, h: Tensor, directions: Directions, sigma: Tensor) -> Tensor:
         """Output of the site at the rows' own parameters, ``sigma`` ``(r,)``."""

@@ -9,7 +9,9 @@ import warnings
 from dataclasses import replace
 from typing import Any, ClassVar, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from flops_lightning.network.functional import directional_derivative
@@ -26,6 +28,7 @@ from flops_lightning.strategies.site_queries import OutputQueryResult, SiteQueri
 from flops_lightning.strategies.site_specs import SiteSpec
 from flops_lightning.strategies.sites import LayerTarget, Site
 from flops_lightning.strategies.widths import SiteWidth
+from flops_lightning.suffix_loss import refuse_derivative
 
 
 class _ExactDerivatives(QueryStrategy[Q]):
@@ -34,6 +37,8 @@ class _ExactDerivatives(QueryStrategy[Q]):
     passes_per_query = 2.0
 
     def bind(self, network: StagedNetwork, loss: LossFunction) -> None:
+        instead = "Use a strategy that needs no derivative, such as LikelihoodRatio."
+        refuse_derivative(loss, "model.strategy", type(self).__name__, instead)
         for i, spec in enumerate(self.specs):
             if spec.sigma != SiteSpec.sigma:
                 what = f"model.strategy.sites[{i}].sigma = {spec.sigma:g}"
@@ -86,13 +91,14 @@ class _DerivativeQueries(SiteQueries):
     """Weights of the noise are exact derivatives of the losses along it, in sigma at 0."""
 
     def weights(
-        self, site: Site, clean: CleanPass, index: Tensor, draw: DrawNoise, real: Tensor
+        self, site: Site, clean: CleanPass, index: Tensor, draw: DrawNoise, real: Tensor, samples: NDArray[np.int64]
     ) -> tuple[Tensor, Tensor, list[Perturbation]]:
         layers: list[LayerTarget | None] = []
 
         def losses(sigma: Tensor) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
             width = SiteWidth(sigma)
-            values, perturbations = perturbed_losses(self.network, self.loss, site, clean, index, draw, width)
+            of_batch = (self.network, self.loss, site, clean)
+            values, perturbations = perturbed_losses(*of_batch, index, draw, width, samples)
             layers.extend(p.layer for p in perturbations)
             return values, [(p.z,) if p.x is None else (p.z, p.x) for p in perturbations]
 

@@ -36,6 +36,7 @@ from flops_lightning.strategies.site_queries import OutputQueryResult, SiteQueri
 from flops_lightning.strategies.sites import Site
 from flops_lightning.strategies.statistics import site_scales
 from flops_lightning.strategies.widths import LearnedSigma, SiteWidth, TokenSigma
+from flops_lightning.suffix_loss import refuse_derivative
 
 
 class LikelihoodRatio(QueryStrategy[OutputQueryResult]):
@@ -118,6 +119,7 @@ class LikelihoodRatio(QueryStrategy[OutputQueryResult]):
         one_update = self.update == "simultaneous"
         self.exact_sites = ()
         if self.exact_head:
+            refuse_derivative(loss, "model.strategy.exact_head", True, "Write exact_head: false.")
             head = find_exact_head(network, self.resolve_sites(network), self.pilots, one_update=one_update)
             self.exact_sites = (head,)
         self._check_learnable(self.resolve_sites(network))

@@ -42,13 +42,13 @@ from flops_lightning.noise.kinds import Distribution, NoiseSpec
 from flops_lightning.phases import phase
 from flops_lightning.queries import CleanPass, LossFunction, clean_pass, plan_rows
 from flops_lightning.strategies.base import ChunkedStrategy, Estimate, Exchange, Normalize, add_gradients, warn_silent
-from flops_lightning.strategies.costs import site_costs
 from flops_lightning.strategies.parameter_queries import Response
 from flops_lightning.strategies.precision import warn_unresolved_sigma
 from flops_lightning.strategies.shared_directions import SharedDirections
 from flops_lightning.strategies.site_specs import SiteSpec
 from flops_lightning.strategies.sites import resolve_sites
 from flops_lightning.strategies.whole_batch import WholeBatchStrategy
+from flops_lightning.suffix_loss import SuffixLoss
 
 Sides = Literal["antithetic", "baseline"]
 SITE = "all"
@@ -121,7 +121,8 @@ class MeZO(WholeBatchStrategy, ChunkedStrategy):
         spec = SiteSpec(stages=ends, sigma=self.sigma, queries_per_sample=self.queries, name=SITE)
         self.sites = resolve_sites(network, [spec], in_parameters=True)
         self._stages = FunctionalStages(network)
-        self._warned, self._query_cost = False, 1.0
+        self._warned = False
+        self._from_stage: tuple[float, ...] = (1.0,)
 
     def set_sigmas(self, sigmas: Mapping[str, float]) -> None:
         """Set the one width of all parameters."""
@@ -131,7 +132,7 @@ class MeZO(WholeBatchStrategy, ChunkedStrategy):
     def clean_pass(self, inputs: Any, targets: Any) -> CleanPass:
         """Run the batch for one-sided queries; for pairs what is frozen below, and the losses stay unknown (NaN)."""
         inputs = as_rows(inputs)
-        self._settle(inputs)
+        self._settle(inputs, targets)
         dtype = torch.promote_types(next(iter(self.sites[0].parameters.values())).dtype, torch.float32)
         unknown = torch.full((len(inputs),), torch.nan, dtype=dtype, device=inputs.device)
         clean = CleanPass(targets, {0: inputs}, unknown[:, None], unknown, unknown[:, None], self.draw)
@@ -139,20 +140,30 @@ class MeZO(WholeBatchStrategy, ChunkedStrategy):
         if not self._warned:
             warn_unresolved_sigma(self.sites, clean)
             self._warned = True
-            self._query_cost = site_costs(self.network, (), inputs).from_stage[site.first] if site.first else 1.0
+            if site.first or isinstance(self.loss, SuffixLoss):
+                costs = self._loss_costs.count(self.network, (), inputs, self.loss, targets, self.communicator)
+                self._from_stage = costs.from_stage
         if self.variant == "baseline":
             of_batch = (self.network, self.loss, inputs, targets)
             clean = clean_pass(*of_batch, keep={site.first} - {0}, draw=self.draw, rows=self.chunk_rows)
             clean.activations.setdefault(0, inputs)
-            self.meter.add(CLEAN, clean_passes=len(inputs), forward_equivalents=len(inputs))
+            cost = self._pass_cost(clean, 0)
+            self.meter.add(CLEAN, clean_passes=len(inputs), forward_equivalents=cost)
         elif site.first:
             with self.network.evaluating(), torch.no_grad():
                 # A copy, since a stage may work in place.
                 parts = [self.network.run(part.clone(), 0, site.first) for part in inputs.split(self.chunk_rows)]
             clean.activations[site.first] = joined(parts)
-            self.meter.add(CLEAN, forward_equivalents=len(inputs) * (1 - self._query_cost))
+            below = self._from_stage[0] - self._from_stage[site.first]
+            self.meter.add(CLEAN, forward_equivalents=len(inputs) * below)
         self.draw += 1
         return clean
+
+    def _pass_cost(self, clean: CleanPass, start: int) -> float:
+        """Cost of a forward pass of the batch from a stage to the losses."""
+        samples = clean.batch_size
+        of_loss = self._loss_costs.of(self.loss, clean.targets, samples)
+        return self._from_stage[start] * samples + float(of_loss.sum())
 
     def _estimate(self, clean: CleanPass) -> Estimate:
         (site,) = self.sites
@@ -187,7 +198,8 @@ class MeZO(WholeBatchStrategy, ChunkedStrategy):
         survivors = pairs[:, 0].cpu()
         spent = self.queries * clean.batch_size
         lost = spent - self.unit * int(survivors.sum())
-        self.meter.add(SITE, queries=spent, lost=lost, forward_equivalents=spent * self._query_cost)
+        cost = self.queries * self._pass_cost(clean, site.first)
+        self.meter.add(SITE, queries=spent, lost=lost, forward_equivalents=cost)
         silent = int((survivors == 0).sum())
         (used,) = self.used_by_any([silent < clean.batch_size])
         if used:

@@ -93,7 +93,7 @@ class ParameterPerturbation(QueryStrategy[ParameterQueryResult]):
         self._stages = FunctionalStages(network)
         if self.pairing == "crossed":
             pilots = self.pilots.queries
-            check_crossed(self.sites, variant=self.variant, update=self.update, pilots=pilots)
+            check_crossed(self.sites, loss, variant=self.variant, update=self.update, pilots=pilots)
         moved = [site for site in self.sites if site.directions == "own" or self.layout in BY_ROW]
         moved = [site for site in moved if site.directions != "shared"]
         if moved and self.exchange == "losses":

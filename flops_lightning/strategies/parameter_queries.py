@@ -20,8 +20,8 @@ from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.noise.keys import NoiseKey
 from flops_lightning.phases import phase
 from flops_lightning.queries import CleanPass, LossFunction, RowPlan, plan_rows, row_losses
-from flops_lightning.strategies.base import summed
 from flops_lightning.strategies.delta import Variant, query_weights
+from flops_lightning.strategies.engine import summed
 from flops_lightning.strategies.sites import Site
 
 Losses = Callable[[Tensor], Tensor]

@@ -5,7 +5,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from flops_lightning.errors import SettingError
@@ -77,11 +79,12 @@ def boundary_activation(site: Site, clean: CleanPass) -> Tensor | Rows:
 
 def perturbed_losses(
     network: StagedNetwork, loss: LossFunction, site: Site, clean: CleanPass, index: Tensor, draw: DrawNoise,
-    width: SiteWidth,
+    width: SiteWidth, samples: NDArray[np.int64] | None = None,
 ) -> tuple[Tensor, list[Perturbation]]:  # fmt: skip
     """``(r,)`` losses of a chunk's rows, ``index`` ``(r,)`` their samples, and the noise that made them.
 
-    Call it in eval mode and without autograd. The width's ``sigma`` may be a tensor that carries a tangent.
+    ``samples`` is the index on the host; None: it is asked of the device where it is needed. Call it in eval mode and
+    without autograd. The width's ``sigma`` may be a tensor that carries a tangent.
     """
     if site.layers:
         with phase("suffix"), uncompiled(network.module), injected(site.layers, width, draw) as perturbations:
@@ -96,7 +99,7 @@ def perturbed_losses(
         boundary, tokens = boundary_activation(site, clean), None if site.narrow else site.tokens
         again = draw.again(value_of(boundary), tokens, width) if isinstance(draw, ChunkNoise) else None
         if again is not None:
-            return _without_storing(network, loss, site, clean, index, boundary, again)
+            return _without_storing(network, loss, site, clean, index, boundary, again, samples)
         with phase("noise"):
             rows = boundary.index_select(0, index)
             h = value_of(rows)
@@ -114,12 +117,12 @@ def perturbed_losses(
             with phase("noise"):
                 _, kept = width.scaled(draw("", shape, like))
         perturbations = [Perturbation(None, kept)]
-    return row_losses(loss, output, gather(clean.targets, index)), perturbations
+    return row_losses(loss, output, gather(clean.targets, index, samples)), perturbations
 
 
 def _without_storing(
     network: StagedNetwork, loss: LossFunction, site: Site, clean: CleanPass, index: Tensor, boundary: Tensor | Rows,
-    again: DrawnAgain,
+    again: DrawnAgain, samples: NDArray[np.int64] | None,
 ) -> tuple[Tensor, list[Perturbation]]:  # fmt: skip
     """As :func:`perturbed_losses`, where kernels draw the noise of a block or group."""
     with phase("noise"):
@@ -131,7 +134,8 @@ def _without_storing(
     del value, others
     with phase("suffix"):
         output = network.run_suffix(entering.pop(), site.start)
-    return row_losses(loss, output, gather(clean.targets, index)), [Perturbation(None, again.like, again=again)]
+    losses = row_losses(loss, output, gather(clean.targets, index, samples))
+    return losses, [Perturbation(None, again.like, again=again)]
 
 
 def moved(h: Tensor, z: Tensor, tokens: slice | None, sigma: float | Tensor) -> Tensor:

@@ -53,7 +53,7 @@ class SharedDirections(DirectionLayout):
             rows = np.flatnonzero(direction == p)[:: self.unit]
             for some in np.split(rows, range(self.chunk_rows, len(rows), self.chunk_rows)):
                 at = torch.from_numpy(some).to(sample.device)
-                losses = partial(self._losses, site, clean, sample[at], p, contexts.get(p))
+                losses = partial(self._losses, site, clean, sample[at], plan.samples[some], p, contexts.get(p))
                 with phase("suffix"):
                     for offset, found in enumerate(self.response.values(losses, site.sigma, signs)):
                         if not len(values):
@@ -77,9 +77,13 @@ class SharedDirections(DirectionLayout):
         return dict(zip(directions, found, strict=True))
 
     def _losses(
-        self, site: Site, clean: CleanPass, index: Tensor, direction: int, contexts: Tensor | None, sigmas: Tensor
-    ) -> Tensor:
-        """``(unit, r)`` losses of samples at ``theta + sigma z`` for every sigma; each stage's ``z`` is drawn once."""
+        self, site: Site, clean: CleanPass, index: Tensor, samples: NDArray[np.int64], direction: int,
+        contexts: Tensor | None, sigmas: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """``(unit, r)`` losses of samples at ``theta + sigma z`` for every sigma; each stage's ``z`` is drawn once.
+
+        ``index`` ``(r,)`` are the places of the samples, ``samples`` the same on the host.
+        """
         # A copy for each, since a stage may work in place; nothing else holds them while the stages above run.
         streams = [clean.activations[site.first].index_select(0, index) for _ in sigmas]
         stage = self.network.stages[site.first].context
@@ -90,7 +94,7 @@ class SharedDirections(DirectionLayout):
             for k, sigma in enumerate(sigmas):
                 values = {name: (p.detach() + sigma * noise[name]).to(p.dtype) for name, p in own.items()}
                 streams[k] = self.stages.run(i, streams[k], values)
-        targets = gather(clean.targets, index)
+        targets = gather(clean.targets, index, samples)
         return torch.stack([self.read(h, site.last + 1, targets) for h in streams])
 
     def _by_stage(self, site: Site) -> dict[int, dict[str, nn.Parameter]]:

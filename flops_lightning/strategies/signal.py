@@ -10,7 +10,9 @@ product of their noises.
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from flops_lightning.network.rows import as_rows
@@ -25,14 +27,14 @@ LEAST_SAMPLES = 16
 """Of a small batch more samples show it, so many at least."""
 
 
-def signal_samples(samples: int, draw: int, *, device: torch.device | None = None) -> Tensor:
+def signal_samples(samples: int, draw: int) -> NDArray[np.int64]:
     """Places in a batch of the samples whose losses show its signal; over the draws, every sample is as often there.
 
     Chosen without regard to the queries, so that the derivative of their mean loss along an estimate has the same
     expectation as that of the batch's.
     """
     step = max(1, min(SHARE, samples // LEAST_SAMPLES))
-    return torch.arange(draw % step, samples, step, device=device)
+    return np.arange(draw % step, samples, step)
 
 
 @torch.no_grad()

@@ -16,9 +16,8 @@ from flops_lightning.noise.keys import NoiseKey
 from flops_lightning.noise.kinds import NoiseSpec
 from flops_lightning.phases import phase
 from flops_lightning.queries import Chunk, CleanPass, LossFunction, RowPlan, plan_rows
-from flops_lightning.strategies.base import summed
 from flops_lightning.strategies.delta import DeltaSums, Variant, column, query_weights
-from flops_lightning.strategies.engine import SiteGradient
+from flops_lightning.strategies.engine import SiteGradient, summed
 from flops_lightning.strategies.perturbation import (
     ChunkNoise,
     DrawNoise,
@@ -209,21 +208,22 @@ class SiteQueries:
         draw = ChunkNoise(key, chunk, self.noise, self.unit)
         index = to_device(chunk.samples, clean.loss.device)
         real = torch.arange(len(index), device=index.device) < chunk.rows
-        weights, alive, perturbations = self.weights(site, clean, index, draw, real)
+        weights, alive, perturbations = self.weights(site, clean, index, draw, real, chunk.samples)
         return weights, alive, perturbations, index
 
     def weights(
-        self, site: Site, clean: CleanPass, index: Tensor, draw: DrawNoise, real: Tensor
+        self, site: Site, clean: CleanPass, index: Tensor, draw: DrawNoise, real: Tensor, samples: NDArray[np.int64]
     ) -> tuple[Tensor, Tensor, list[Perturbation]]:
         """Weights of the noise that ``draw`` makes, and which rows count.
 
-        ``index`` ``(r,)`` are the places of the rows' samples; ``real`` ``(r,)`` is False on padding.
+        ``index`` ``(r,)`` are the places of the rows' samples, ``samples`` the same on the host; ``real`` ``(r,)`` is
+        False on padding.
 
         Returns:
             ``(r,)`` weights, zero on rows that do not count; the ``(r,)`` mask of rows that do; and the noise.
         """
         width = self.width(site)
-        losses, perturbations = perturbed_losses(self.network, self.loss, site, clean, index, draw, width)
+        losses, perturbations = perturbed_losses(self.network, self.loss, site, clean, index, draw, width, samples)
         return *query_weights(losses, clean.loss[index], real, sigma=width.sigma, variant=self.variant), perturbations
 
 

@@ -4,6 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
+import numpy as np
+from numpy.typing import NDArray
+
 from flops_lightning.errors import SettingError, check_choice
 from flops_lightning.meter import CLEAN
 from flops_lightning.network.compilation import CompiledNetwork, check_compiler
@@ -15,13 +18,14 @@ from flops_lightning.protocol import QueryBudget
 from flops_lightning.queries import CleanPass, LossFunction, clean_pass, refresh
 from flops_lightning.settings import read_settings
 from flops_lightning.strategies.base import ChunkedStrategy, refuse_second_network
-from flops_lightning.strategies.costs import SiteCosts, site_costs
+from flops_lightning.strategies.costs import SiteCosts
 from flops_lightning.strategies.delta import Variant
 from flops_lightning.strategies.pilots import PilotSpec, check_pilots
 from flops_lightning.strategies.precision import warn_unresolved_sigma
 from flops_lightning.strategies.site_specs import SiteSpec
 from flops_lightning.strategies.sites import Site, resolve_sites
 from flops_lightning.strategies.statistics import OptionalStatistics
+from flops_lightning.suffix_loss import SuffixLoss
 
 UpdateOrder = Literal["simultaneous", "site_by_site"]
 
@@ -75,7 +79,9 @@ class SiteStrategy(ChunkedStrategy):
         if not all(spec.active_tokens for spec in self.specs):
             network = network.with_all_tokens()
         self.sites = self.resolve_sites(network)
-        self.network, self.loss = self._compiled(network) if self.compile_suffixes else network, loss
+        self.network, self.loss = network, loss
+        if self.compile_suffixes:
+            self.network, self.loss = self._compiled(network, loss)
         self._costs, self._statistics = None, OptionalStatistics()
         self.check_layers(network.unfit or {})
         for site in self.sites:
@@ -107,8 +113,10 @@ class SiteStrategy(ChunkedStrategy):
                 remedy = "Train its stage with kind: block or group."
                 raise SettingError("model.strategy.sites", name, unfit[name], remedy)
 
-    def _compiled(self, network: StagedNetwork) -> CompiledNetwork:
+    def _compiled(self, network: StagedNetwork, loss: LossFunction) -> tuple[StagedNetwork, LossFunction]:
         compiled = CompiledNetwork(network)
+        if isinstance(loss, SuffixLoss):
+            return compiled, loss.compiled()
         if not any(compiled.compiles(site.last + 1) for site in self.sites if not site.layers):
             raise SettingError(
                 "model.strategy.compile_suffixes", True,
@@ -116,7 +124,7 @@ class SiteStrategy(ChunkedStrategy):
                 "(sites of kind: linear run uncompiled, since compiled code ignores their hooks).",
                 "Use several sites of kind: block or group, or write compile_suffixes: false.",
             )  # fmt: skip
-        return compiled
+        return compiled, loss
 
     @property
     def unit(self) -> int:
@@ -154,14 +162,14 @@ class SiteStrategy(ChunkedStrategy):
         inputs = as_rows(inputs)
         if self._costs is None and self.network.unfit is None and self.moved_layers:
             self.check_layers(layers_unlike_rows(self.network, inputs))
-        self._settle(inputs)
+        self._settle(inputs, targets)
         with self.network.rows_of(NoiseKey(self.seed, self.draw, CLEAN, self.rank)):
             clean = clean_pass(
                 self.network, self.loss, inputs, targets, keep=self._kept, draw=self.draw, rows=self.chunk_rows
             )
         clean.activations.setdefault(0, inputs)  # not a copy: from it all that was not kept can be run again
         if self._costs is None:
-            counted = site_costs(self.network, self.sites, inputs)
+            counted = self._loss_costs.count(self.network, self.sites, inputs, self.loss, targets, self.communicator)
             query, context = (
                 {name: cost * self.passes_per_query for name, cost in costs.items()}
                 for costs in (counted.query, counted.context)
@@ -169,15 +177,30 @@ class SiteStrategy(ChunkedStrategy):
             self._costs = replace(counted, query=query, context=context)
             warn_unresolved_sigma(self.sites, clean)
         self.draw += 1
-        cost = clean.batch_size + self._known_costs.contexts
+        cost = self.pass_cost(clean) + self._known_costs.contexts
         self.meter.add(CLEAN, clean_passes=clean.batch_size, forward_equivalents=cost)
         return clean
+
+    def pass_cost(self, clean: CleanPass, start: int = 0) -> float:
+        """Cost of a forward pass of the batch from a stage to the losses, without contexts."""
+        return self._known_costs.from_stage[start] * clean.batch_size + float(self.loss_costs(clean).sum())
+
+    def query_costs(self, samples: int) -> dict[str, float]:
+        """Cost of a query by site; where it is one direction for all, that of the direction for so many samples."""
+        costs, mean = self._known_costs, self._loss_costs.mean
+        return {
+            site.name: costs.of(site, 1, samples) + mean * (samples if site.per_batch else 1) for site in self.sites
+        }
+
+    def loss_costs(self, clean: CleanPass) -> NDArray[np.float64]:
+        """``(b,)`` what one query of each sample pays for a loss that is the rest of the network; zero for others."""
+        return self._loss_costs.of(self.loss, clean.targets, clean.batch_size)
 
     def refresh(self, clean: CleanPass, updated: Sequence[str]) -> CleanPass:
         """The clean pass after the parameters of ``updated`` changed: their prefix is kept, the rest runs again."""
         places, exact = self._select(updated)
         start = min(site.first for site in (*(self.sites[i] for i in places), *exact))
-        self.meter.add(CLEAN, forward_equivalents=self._known_costs.from_stage[start] * clean.batch_size)
+        self.meter.add(CLEAN, forward_equivalents=self.pass_cost(clean, start))
         with self.network.rows_of(NoiseKey(self.seed, clean.draw, CLEAN, self.rank)):
             return refresh(self.network, self.loss, clean, start, keep=self._kept, rows=self.chunk_rows)
 

@@ -28,6 +28,7 @@ from flops_lightning.strategies.perturbation import clean_layer_input
 from flops_lightning.strategies.precision import differentiable
 from flops_lightning.strategies.site_queries import SiteQueries, in_parameter_space, sq_norm
 from flops_lightning.strategies.sites import Site
+from flops_lightning.suffix_loss import SuffixLoss, refuse_derivative
 
 PREDICTORS = ("activation", "head_gradient", "output_gradient", "top_gradient")
 SCALE_EVERY = 20
@@ -50,10 +51,17 @@ class OptionalStatistics:
         self.scales: dict[str, tuple[int, list[float]]] = {}
         self.measured_costs: list[float] = []
 
-    def request(self, names: Collection[str]) -> None:
-        """Note which predictors are read, so that clean passes keep their activations."""
+    def request(self, names: Collection[str], loss: LossFunction) -> None:
+        """Note which predictors are read, so that clean passes keep their activations.
+
+        Raises:
+            SettingError: a predictor would differentiate a loss that is the rest of the network.
+        """
+        offered = {"activation"} if isinstance(loss, SuffixLoss) else set(PREDICTORS)
         wanted = {name.split(".")[1] for name in names if name.startswith("predictors.")} & set(PREDICTORS)
-        self.predictors = frozenset(wanted | (set(PREDICTORS) if "predictors" in names else set()))
+        for name in sorted(wanted - offered):
+            refuse_derivative(loss, "traces.predictors", name, "Write predictors: [loss], or [loss, activation].")
+        self.predictors = frozenset(wanted | (offered if "predictors" in names else set()))
 
     def kept(self, network: StagedNetwork) -> set[int]:
         """Indices of the activations that the predictors read."""

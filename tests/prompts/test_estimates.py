@@ -14,7 +14,7 @@ from flops_lightning.errors import SettingError
 from flops_lightning.meter import CLEAN
 from flops_lightning.noise.keys import NoiseKey
 from flops_lightning.noise.kinds import NoiseSpec, draw_noise
-from flops_lightning.plan.stopwatch import _query_costs, independent
+from flops_lightning.plan.stopwatch import independent
 from flops_lightning.resume.run_settings import _strategy
 from flops_lightning.strategies import SPSA, EvolutionStrategies, LikelihoodRatio, WeightForwardMode
 from tests.reference.clip import prompted
@@ -298,4 +298,4 @@ def test_plans_and_checkpoints_know_that_draws_are_shared():
     assert _strategy(strategy)["strategy.sites.scores.directions"] == "shared"
     strategy.clean_pass(images, targets)
     paid = strategy._known_costs.of(strategy.sites[1], 1, 3)
-    assert _query_costs(strategy, images)["scores"] == pytest.approx(paid)
+    assert strategy.query_costs(len(images))["scores"] == pytest.approx(paid)
