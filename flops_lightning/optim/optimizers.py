@@ -38,6 +38,7 @@ class OptimizerSettings:
         warmup_steps: Steps of linear warm-up from zero.
         layer_decay: Factor of the learning rate from each block to the one below it, counted by timm from the head
             down; 1: the same for all.
+        bias_lr_factor: Factor of the learning rate of biases.
         accumulate_grad_batches: Batches whose mean gradient makes one step, fewer at the end of an epoch (the trainer's
             own setting of this name has no effect under manual optimisation).
 
@@ -58,6 +59,7 @@ class OptimizerSettings:
     schedule: ScheduleName = "constant"
     warmup_steps: int = 0
     layer_decay: float = 1.0
+    bias_lr_factor: float = 1.0
     accumulate_grad_batches: int = 1
 
     def check(self) -> None:
@@ -74,6 +76,7 @@ class OptimizerSettings:
         if not 0 < self.layer_decay <= 1:
             problem = "must be in (0, 1]."
             raise SettingError("optimizer.layer_decay", self.layer_decay, problem, "Write 0.75, say, or 1.")
+        check_positive("optimizer.bias_lr_factor", self.bias_lr_factor, "Write, for example, 3.0, or 1.")
         if self.momentum and self.name not in ("sgd", "muon"):
             problem = f"{self.name} has no momentum setting."
             raise SettingError("optimizer.momentum", self.momentum, problem, "Write 0, or name: sgd or muon.")
@@ -122,6 +125,8 @@ def build_optimizer(module: nn.Module, settings: OptimizerSettings) -> Optimizer
 
         groups = param_groups_layer_decay(module, settings.weight_decay, layer_decay=settings.layer_decay)
         groups = [{**group, "lr": settings.lr * float(str(group.pop("lr_scale")))} for group in groups]
+    if settings.bias_lr_factor != 1:
+        groups = _biases_apart(module, groups, settings)
     family: Any = optimizer_class(settings.name)
     if family is Muon:
         groups = _matrices_apart(module, groups)
@@ -135,6 +140,24 @@ def build_optimizer(module: nn.Module, settings: OptimizerSettings) -> Optimizer
     except (TypeError, ValueError) as error:
         remedy = "Give arguments that it takes, for parameters of any shape (torch.optim.Muon: write name: muon)."
         raise SettingError("optimizer.arguments", arguments, f"{settings.name}: {error}.", remedy) from error
+
+
+def _biases_apart(
+    module: nn.Module, groups: Iterable[dict[str, Any]], settings: OptimizerSettings
+) -> list[dict[str, object]]:
+    """Each group in two: the biases, and all else."""
+    biases = {id(p) for name, p in module.named_parameters() if name.rpartition(".")[2] == "bias" and p.requires_grad}
+    if not biases:
+        problem = "has no effect: no bias is trained."
+        raise SettingError("optimizer.bias_lr_factor", settings.bias_lr_factor, problem, "Leave it out.")
+    return [
+        {
+            **group, "params": [p for p in group["params"] if (id(p) in biases) is of_biases],
+            "lr": group.get("lr", settings.lr) * (settings.bias_lr_factor if of_biases else 1.0),
+        }
+        for group in groups
+        for of_biases in (False, True)
+    ]  # fmt: skip
 
 
 def _matrices_apart(module: nn.Module, groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -10,7 +10,8 @@ Differences marked "refused" stop the run; all others apply from the next step o
                                             of the same name in another folder is named in the log, and not read
 ``optimizer.name``                          refused: its state does not fit
 ``optimizer.lr``, ``weight_decay``,         obeyed; moments are kept even if parameters change groups
-``momentum``, ``layer_decay``
+``momentum``, ``layer_decay``,
+``bias_lr_factor``
 ``optimizer.schedule``, ``warmup_steps``,   obeyed: the rate is that of the present schedule at the present step (a
 ``trainer.max_epochs``, ``max_steps``       longer cosine continues higher up)
 ``strategy``, ``strategy.sites``            refused: another class, or other sites or parameters of a site

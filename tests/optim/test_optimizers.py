@@ -30,7 +30,12 @@ def test_settings_that_cannot_work_are_refused():
         build_schedule(build_optimizer(layer, settings), settings, math.inf)
     with pytest.raises(SettingError, match=r"allocator.metric = 'preconditioned': SGD does not precondition"):
         squared_step_sizes(build_optimizer(layer, OptimizerSettings(name="sgd")), {})
-    for setting, value in (("layer_decay", 0.0), ("layer_decay", 1.1), ("accumulate_grad_batches", 0)):
+    for setting, value in (
+        ("layer_decay", 0.0),
+        ("layer_decay", 1.1),
+        ("accumulate_grad_batches", 0),
+        ("bias_lr_factor", 0.0),
+    ):
         with pytest.raises(SettingError, match=setting):
             OptimizerSettings(**{setting: value}).check()
 
@@ -76,6 +81,26 @@ def test_layers_decay_from_the_head_down():
     assert decays[id(vit.blocks[0].mlp.fc1.weight)] == 0.2
     schedule = build_schedule(optimizer, OptimizerSettings(lr=0.1, warmup_steps=4), 100)
     assert max(schedule.get_last_lr()) == pytest.approx(0.02), "the schedule scales every layer's own rate"
+
+
+def test_biases_have_a_rate_of_their_own():
+    vit = tiny_vit()
+    for name, plain in (
+        ("adamw", {"layer_decay": 0.5, "weight_decay": 0.2}),
+        ("muon", {"layer_decay": 0.5}),
+        ("adam", {}),
+    ):
+        found = []
+        for factor in (1.0, 3.0):
+            optimizer = build_optimizer(vit, OptimizerSettings(name, lr=0.1, bias_lr_factor=factor, **plain))
+            groups = [(p, group) for group in optimizer.param_groups for p in group["params"]]
+            found.append({id(p): (group["lr"], group["weight_decay"]) for p, group in groups})
+        for parameter, p in vit.named_parameters():
+            (before, decay), (rate, same) = (each[id(p)] for each in found)
+            assert rate / before == pytest.approx(3.0 if parameter.endswith("bias") else 1.0), parameter
+            assert decay == same
+    with pytest.raises(SettingError, match="has no effect: no bias is trained"):
+        build_optimizer(nn.Linear(2, 2, bias=False), OptimizerSettings(bias_lr_factor=3.0))
 
 
 def test_squared_step_sizes_know_the_rates_of_layers():
