@@ -14,6 +14,7 @@ from .callbacks import Robustness as Robustness
 from .callbacks import RunSummary as RunSummary
 from .callbacks import SaveOnSignal as SaveOnSignal
 from .datamodules import Caltech101DataModule as Caltech101DataModule
+from .datamodules import CaptionDataModule as CaptionDataModule
 from .datamodules import CIFAR10DataModule as CIFAR10DataModule
 from .datamodules import CIFAR100DataModule as CIFAR100DataModule
 from .datamodules import DigitsDataModule as DigitsDataModule

@@ -2,6 +2,7 @@
 
 from flops_lightning.datamodules.base import ImageDataModule
 from flops_lightning.datamodules.caltech101 import Caltech101DataModule
+from flops_lightning.datamodules.captions import CaptionDataModule
 from flops_lightning.datamodules.cifar import CIFAR10DataModule, CIFAR100DataModule
 from flops_lightning.datamodules.digits import DigitsDataModule
 from flops_lightning.datamodules.eurosat import EuroSATDataModule
@@ -11,6 +12,7 @@ from flops_lightning.datamodules.image_folder import ImageFolderDataModule
 from flops_lightning.datamodules.imagenet import ImageNetDataModule
 
 __all__ = [
-    "CIFAR10DataModule", "CIFAR100DataModule", "Caltech101DataModule", "DigitsDataModule", "EuroSATDataModule",
-    "Flowers102DataModule", "Food101DataModule", "ImageDataModule", "ImageFolderDataModule", "ImageNetDataModule",
+    "CIFAR10DataModule", "CIFAR100DataModule", "Caltech101DataModule", "CaptionDataModule", "DigitsDataModule",
+    "EuroSATDataModule", "Flowers102DataModule", "Food101DataModule", "ImageDataModule", "ImageFolderDataModule",
+    "ImageNetDataModule",
 ]  # fmt: skip

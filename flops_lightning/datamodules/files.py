@@ -187,9 +187,7 @@ def present(
     for part, listing in parts.items():
         if not listing.on_disk:
             continue
-        with ThreadPoolExecutor(THREADS) as threads:
-            chunks = [listing.files[start : start + CHUNK] for start in range(0, len(listing.files), CHUNK)]
-            sizes = [size for chunk in threads.map(_sizes, chunks) for size in chunk]
+        sizes = file_sizes(listing.files)
         if 0 in sizes:
             raise DamagedImageError(f"{listing.files[sizes.index(0)]} is empty. Put the original in its place.")
         triples = list(zip(listing.files, listing.labels, sizes, strict=True))
@@ -213,9 +211,11 @@ def present(
     return found
 
 
-def _sizes(files: Sequence[str]) -> list[int | None]:
+def file_sizes(files: Sequence[str]) -> list[int | None]:
     """Size of each file in bytes; None for a file that is missing."""
-    return [_size(file) for file in files]
+    chunks = [files[start : start + CHUNK] for start in range(0, len(files), CHUNK)]
+    with ThreadPoolExecutor(THREADS) as threads:
+        return [size for chunk in threads.map(lambda some: [_size(file) for file in some], chunks) for size in chunk]
 
 
 def _size(file: str) -> int | None:

@@ -24,7 +24,8 @@ Differences marked "refused" stop the run; all others apply from the next step o
 ``seed_everything``                         refused: the order of the data and the noise follow from it
 ``data``, ``data.split_seed``               refused: other images were held back
 ``data.mixup_alpha``, ``cutmix_alpha``,     obeyed
-``rand_augment``, ``num_workers``
+``rand_augment``, ``num_workers``,
+``cache``, ``cache_dir``
 other ``data.*`` (``batch_size``, ...)      obeyed at the end of an epoch; refused within one: its batches would differ
 ``trainer.callbacks``                       refused without a callback that averages weights where the run had one
 all others                                  obeyed
@@ -51,7 +52,9 @@ ALWAYS = (
 """Settings (patterns) that a resumed run cannot change."""
 IF_GIVEN = ("checkpoint", "pretrained")
 """Settings that it can only leave out."""
-AT_ANY_STEP = ("data.mixup_alpha", "data.cutmix_alpha", "data.rand_augment", "data.num_workers")
+AT_ANY_STEP = (
+    "data.mixup_alpha", "data.cutmix_alpha", "data.rand_augment", "data.num_workers", "data.cache", "data.cache_dir",
+)  # fmt: skip
 WITHIN_AN_EPOCH = "data.*"
 """Settings that it cannot change within an epoch, except for those above."""
 INTERNAL = "strategy.chunk_rows", "data.num_workers"
