@@ -10,6 +10,7 @@ PACKAGES = (
     "allocators",
     "callbacks",
     "datamodules",
+    "language",
     "network",
     "prompts",
     "robustness",

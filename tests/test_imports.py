@@ -15,7 +15,7 @@ LABORATORY = ("benchmarks", "experiments")
 LAYERS = [
     {"errors", "objectives", "phases", "settings", "transfers"},
     {"distributed", "meter", "network", "noise", "prompts", "protocol", "queries", "robustness", "service"}
-    | {"suffix_loss"},
+    | {"language", "suffix_loss"},
     {"allocators", "search", "strategies"},
     {"callbacks", "datamodules", "optim", "plan", "resume", "tasks", "tensorboard", "tune"},
     {"cli"},
