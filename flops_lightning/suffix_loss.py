@@ -128,6 +128,12 @@ class PaddedTargets:
         lengths = torch.from_numpy(self.lengths).to(self.values.device, non_blocking=True)
         return torch.arange(self.length(multiple), device=self.values.device) < lengths[:, None]
 
+    def followed_by(self, entry: float) -> "PaddedTargets":
+        """The sequences, one entry longer each."""
+        longer = torch.nn.functional.pad(self.values, (0, 1))
+        end = torch.from_numpy(self.lengths).to(longer.device, non_blocking=True)[:, None]
+        return PaddedTargets(longer.scatter(1, end, entry), self.lengths + 1)
+
     def to(self, *device: Any, **settings: Any) -> "PaddedTargets":
         """The same on another device; the lengths stay on the host."""
         return replace(self, values=self.values.to(*device, **settings))
