@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flops_lightning.network.staging import StagedNetwork, stage_network
+from flops_lightning.noise.generators import GeneratorSetting
 from flops_lightning.strategies import SPSA, LikelihoodRatio, PilotSpec, SiteSpec
 from flops_lightning.strategies.site_specs import default_specs
 
@@ -43,6 +44,7 @@ class Case:
     allocation: Literal["equal", "gaussian"] = "equal"
     suffixes_only: bool = False  # time only the queries, and inference of the same suffixes
     compiled: bool = False  # compile the suffixes, and all that inference runs but the embedding
+    generator: GeneratorSetting = "auto"
 
     def load(self, device: torch.device, rows: int = 0) -> tuple[StagedNetwork, Tensor, Tensor]:
         """Network, inputs and targets from a fixed seed; ``rows`` samples instead of a batch."""
@@ -53,6 +55,7 @@ class Case:
     def make_strategy(self, network: StagedNetwork) -> LikelihoodRatio | SPSA:
         sites = site_specs(network, self.queries, self.kind, groups=self.groups)
         settings: dict[str, Any] = {"chunk_rows": self.chunk_rows, "compile_suffixes": self.compiled, "seed": 0}
+        settings["generator"] = self.generator
         if self.allocation == "gaussian":
             settings["pilots"] = PilotSpec(sites[-2].name, queries=PILOTS)  # the highest group
         if self.strategy == "SPSA":

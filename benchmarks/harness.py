@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tabulate import tabulate
 
 import flops_lightning
 from flops_lightning.errors import check_at_least
@@ -102,6 +101,8 @@ def table(columns: Mapping[str, str], records: Iterable[Record]) -> str:
         except TypeError:  # None has no decimals
             return "-"
 
+    from tabulate import tabulate
+
     rows = [[cell(form, record) for form in columns.values()] for record in records]
     return tabulate(rows, list(columns), tablefmt="github", disable_numparse=True)
 
@@ -125,7 +126,7 @@ def command(module: str, doc: str | None, *, device: bool = False, **numbers: in
     """
     summary = (doc or "").partition("\n")[0].partition(": ")[2]
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=summary)
-    parser.add_argument("--json", type=_writable, metavar="FILE", help="also write the records to FILE")
+    parser.add_argument("--json", type=writable, metavar="FILE", help="also write the records to FILE")
     for name, default in numbers.items():
         option, meaning = f"--{name.replace('_', '-')}", f"{NUMBERS[name]} (default {default})"
         parser.add_argument(option, type=at_least(1), default=default, help=meaning)
@@ -175,7 +176,8 @@ def positive(text: str) -> float:
     return float(text)
 
 
-def _writable(text: str) -> Path:
+def writable(text: str) -> Path:
+    """Type of an argument: a file that can be written."""
     path = Path(text)
     if path.is_dir() or not path.parent.is_dir():  # found before the measurement, not after it
         raise argparse.ArgumentTypeError(f"{text!r} cannot be written. Give a file in a folder that exists.")

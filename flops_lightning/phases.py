@@ -70,13 +70,15 @@ def phase(name: Phase) -> Iterator[None]:
 
 
 @contextmanager
-def timed_phases(synchronize: Callable[[], object] = lambda: None) -> Iterator[dict[str, float]]:
+def timed_phases(
+    synchronize: Callable[[], object] = lambda: None, *, clock: PhaseClock | None = None
+) -> Iterator[dict[str, float]]:
     """Seconds of each phase while the context lasts, by its name; those of a phase that did not occur are missing.
 
     ``synchronize`` waits for the device, as ``torch.cuda.synchronize``; without it a device's work is charged to
-    whoever waits for it.
+    whoever waits for it. ``clock`` measures in its place.
     """
-    clock = PhaseClock(synchronize=synchronize)
+    clock = clock or PhaseClock(synchronize=synchronize)
     _clocks.append(clock)
     try:
         yield clock.seconds
