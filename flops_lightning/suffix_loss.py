@@ -60,6 +60,14 @@ class SuffixLoss(ABC):
     def flops(self, targets: Any) -> NDArray[np.float64]:
         """``(b,)`` floating-point operations of one query of each sample, without padding; known without a device."""
 
+    def check_sigma(self, outputs: Tensor, targets: Any, sigma: float) -> None:
+        """Refuse noise on the outputs that it cannot resolve, at the first batch.
+
+        Raises:
+            SettingError: differences of its losses would be rounding.
+        """
+        del outputs, targets, sigma
+
     def compiled(self) -> "SuffixLoss":
         """The same loss through ``torch.compile``, for ``compile_suffixes: true``.
 

@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from flops_lightning.errors import SettingError, check_whole
 from flops_lightning.language.caption_scorer import CaptionScorer
+from flops_lightning.language.loss_noise import check_sigma
 from flops_lightning.network.compilation import LIMIT, check_compiler
 from flops_lightning.network.staging import flops
 from flops_lightning.queries import at_least_float32
@@ -114,6 +115,12 @@ class CaptionLoss(CaptionScorer):
     def _unknown(self, name: str, token: int) -> SettingError:
         problem = f"is no id of the language model, whose embedding has {self.vocabulary}."
         return SettingError(name, token, problem, "Use the tokenizer of this model.")
+
+    def check_sigma(self, outputs: Tensor, targets: PaddedTargets, sigma: float) -> None:
+        """See :meth:`SuffixLoss.check_sigma`; measured where the model runs in half precision."""
+        dtype = self._embedding.weight.dtype
+        if dtype.itemsize < torch.float32.itemsize:
+            check_sigma(self, outputs, targets, sigma, dtype)
 
     @torch.no_grad()
     def polynomial(self) -> tuple[float, ...]:

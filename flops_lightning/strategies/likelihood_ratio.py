@@ -36,7 +36,7 @@ from flops_lightning.strategies.site_queries import OutputQueryResult, SiteQueri
 from flops_lightning.strategies.sites import Site
 from flops_lightning.strategies.statistics import site_scales
 from flops_lightning.strategies.widths import LearnedSigma, SiteWidth, TokenSigma
-from flops_lightning.suffix_loss import refuse_derivative
+from flops_lightning.suffix_loss import SuffixLoss, refuse_derivative
 
 
 class LikelihoodRatio(QueryStrategy[OutputQueryResult]):
@@ -175,6 +175,9 @@ class LikelihoodRatio(QueryStrategy[OutputQueryResult]):
                 self._check_tokens(clean)
             for head in self.exact_sites:
                 check_exact_head(self.network, self.loss, head, clean)
+            if isinstance(self.loss, SuffixLoss):
+                for site in (site for site in self.sites if site.last == len(self.network) - 1):
+                    self.loss.check_sigma(clean.output, clean.targets, site.sigma)
         return clean
 
     def _check_tokens(self, clean: CleanPass) -> None:
