@@ -95,6 +95,7 @@ class PaddedTargets:
     Attributes:
         values: ``(b, t)`` entries; what lies beyond a sequence's length means nothing.
         lengths: ``(b,)`` lengths.
+        given: ``(b,)`` entries at the beginning of each that are given and not to be predicted; None: none are.
 
     Example:
         >>> targets = PaddedTargets.of([torch.tensor([5, 6, 7]), torch.tensor([8])])
@@ -106,12 +107,15 @@ class PaddedTargets:
 
     values: Tensor
     lengths: NDArray[np.int64]
+    given: NDArray[np.int64] | None = None
 
     @classmethod
-    def of(cls, sequences: Sequence[Tensor], padding: float = 0) -> "PaddedTargets":
+    def of(
+        cls, sequences: Sequence[Tensor], padding: float = 0, given: NDArray[np.int64] | None = None
+    ) -> "PaddedTargets":
         """Pad ``(t_b, ...)`` sequences."""
         padded = torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True, padding_value=padding)
-        return cls(padded, np.array([len(each) for each in sequences], dtype=np.int64))
+        return cls(padded, np.array([len(each) for each in sequences], dtype=np.int64), given)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -119,7 +123,8 @@ class PaddedTargets:
     def take(self, index: Tensor, samples: NDArray[np.int64] | None = None) -> "PaddedTargets":
         """The rows ``index``; ``samples`` is the same on the host (None: it is asked of the device)."""
         host = index.cpu().numpy() if samples is None else samples
-        return PaddedTargets(self.values.index_select(0, index), self.lengths[host])
+        given = None if self.given is None else self.given[host]
+        return PaddedTargets(self.values.index_select(0, index), self.lengths[host], given)
 
     def length(self, multiple: int = 1) -> int:
         """Length of the longest sequence, 1 at least, rounded up to a multiple."""
@@ -133,14 +138,23 @@ class PaddedTargets:
 
     def mask(self, multiple: int = 1) -> Tensor:
         """``(b, t')`` which entries of :meth:`trimmed` belong to a sequence."""
-        lengths = torch.from_numpy(self.lengths).to(self.values.device, non_blocking=True)
-        return torch.arange(self.length(multiple), device=self.values.device) < lengths[:, None]
+        return self._places(multiple) < self._moved(self.lengths)
+
+    def scored(self, multiple: int = 1) -> Tensor:
+        """``(b, t')`` which of them are to be predicted."""
+        belongs = self.mask(multiple)
+        return belongs if self.given is None else belongs & (self._places(multiple) >= self._moved(self.given))
+
+    def _places(self, multiple: int) -> Tensor:
+        return torch.arange(self.length(multiple), device=self.values.device)
+
+    def _moved(self, numbers: NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(numbers).to(self.values.device, non_blocking=True)[:, None]
 
     def followed_by(self, entry: float) -> "PaddedTargets":
         """The sequences, one entry longer each."""
         longer = torch.nn.functional.pad(self.values, (0, 1))
-        end = torch.from_numpy(self.lengths).to(longer.device, non_blocking=True)[:, None]
-        return PaddedTargets(longer.scatter(1, end, entry), self.lengths + 1)
+        return PaddedTargets(longer.scatter(1, self._moved(self.lengths), entry), self.lengths + 1, self.given)
 
     def to(self, *device: Any, **settings: Any) -> "PaddedTargets":
         """The same on another device; the lengths stay on the host."""

@@ -32,7 +32,7 @@ class CaptionLoss(CaptionScorer):
     causal model does not see it. The head runs at caption positions only, the log-softmax in float32.
 
     Captions are :class:`~flops_lightning.suffix_loss.PaddedTargets` of ids; a chunk is cut to its longest. Padded ids
-    may be anything.
+    may be anything. Ids that are ``given``, a question, stand between the vectors and the caption and are not scored.
 
     Attributes:
         llm: The model: called with ``inputs_embeds``, ``use_cache`` and ``logits_to_keep``, it returns ``logits``.
@@ -95,8 +95,8 @@ class CaptionLoss(CaptionScorer):
         rows = max(1, LARGEST_SLICE // logits[0].numel()) if len(logits) else 1
         parts = zip(logits.split(rows), tokens.split(rows), strict=True)
         lost = [cross_entropy(at_least_float32(x.flatten(0, 1)), t.flatten(), reduction="none") for x, t in parts]
-        of_token = torch.cat(lost).view_as(mask)
-        return torch.where(mask, of_token, 0.0).sum(1) / mask.sum(1)
+        of_token, scored = torch.cat(lost).view_as(mask), captions.scored(self.multiple)
+        return torch.where(scored, of_token, 0.0).sum(1) / scored.sum(1)
 
     def _inputs(self, embeddings: Tensor | None, tokens: Tensor) -> Tensor:
         parts = [self._embedding(tokens[:, :-1])]

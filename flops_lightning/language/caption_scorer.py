@@ -77,9 +77,9 @@ class CaptionScorer(SuffixLoss):
         if embeddings is None and self.bos is None:
             problem = "leaves nothing from which the first token of a caption without vectors could be predicted."
             raise SettingError("bos", None, problem, "Write bos: true.")
-        shortest, longest = captions.lengths.min(initial=1), captions.length()
-        if shortest < 1:
-            where = int(captions.lengths.argmin())
+        scored, longest = captions.lengths - (0 if captions.given is None else captions.given), captions.length()
+        if scored.min(initial=1) < 1:
+            where = int(scored.argmin())
             raise SettingError("captions", where, "this entry of the batch has no tokens.", "Remove it from the data.")
         positions = self.positions(longest, alone=embeddings is None)
         if self.context and positions > self.context:

@@ -58,6 +58,22 @@ def test_an_end_counts_as_the_captions_last_token(llm):
     torch.testing.assert_close(CaptionLoss(llm, visual_tokens=2, eos=2)(z, captions), expected, rtol=1e-10, atol=0)
 
 
+@pytest.mark.parametrize("eos", [None, 2])
+def test_a_question_stands_before_the_caption_and_is_not_scored(llm, eos):
+    z, captions, given = vectors(), caption_ids(*LENGTHS), np.array([0, 0, 5, 1, 1, 3])
+    asked = PaddedTargets(captions.values, captions.lengths, given)
+    loss = CaptionLoss(llm, visual_tokens=2, eos=eos)
+    longer, closed = CaptionLoss(llm, visual_tokens=2)(z, loss.closed(captions)), captions.lengths + (eos is not None)
+    of_question = CaptionLoss(llm, visual_tokens=2)(z, PaddedTargets(captions.values, np.maximum(given, 1)))
+    of_question = torch.where(torch.from_numpy(given) > 0, of_question * torch.from_numpy(given), 0.0)
+    expected = (longer * torch.from_numpy(closed) - of_question) / torch.from_numpy(closed - given)
+    torch.testing.assert_close(loss(z, asked), expected, rtol=1e-9, atol=0)
+    index = torch.tensor([5, 3])
+    torch.testing.assert_close(loss(z[index], asked.take(index)), expected[index], rtol=1e-9, atol=0)
+    with pytest.raises(SettingError, match="has no tokens"):
+        CaptionLoss(llm, visual_tokens=2)(z, PaddedTargets(captions.values, captions.lengths, captions.lengths))
+
+
 def test_captions_without_vectors_are_the_prior(llm):
     captions = caption_ids(*LENGTHS)
     loss = CaptionLoss(llm, bos=1)
