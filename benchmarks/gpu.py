@@ -1,8 +1,8 @@
 """``python -m benchmarks.gpu``: everything that only a GPU can show, in the minutes that there are, by order of value.
 
 The results are written as they come. When the minutes are over, whatever runs is cut off, and the last record names
-what is missing. A part that fails leaves a record of its error, and the next one begins. It takes this package and
-what it imports at its core, torch, timm, lightning and torchmetrics; no data and no connection.
+what is missing. A part that fails leaves a record of its error, and the next one begins. No data and no connection are
+needed, and of packages torch, timm, lightning and torchmetrics alone (training with Lightning: torchdata).
 """
 
 import argparse
@@ -23,12 +23,13 @@ import torch
 
 from benchmarks.gpu_memory import fits, memory
 from benchmarks.gpu_parts import Part, Plan, agreement, waiting
+from benchmarks.gpu_runs import processes, training
 from benchmarks.gpu_speed import FIRST, OTHERS, speed
 from benchmarks.harness import Record, command, plain, positive, say, writable
 
 PARTS: Mapping[str, Part] = {
-    "agreement": agreement, "waiting": waiting, "speed": partial(speed, FIRST), "memory": memory, "fits": fits,
-    "more speed": partial(speed, OTHERS),
+    "agreement": agreement, "waiting": waiting, "speed": partial(speed, FIRST), "memory": memory,
+    "training": training, "processes": processes, "fits": fits, "more speed": partial(speed, OTHERS),
 }  # fmt: skip
 """In order of value."""
 STEP_COLUMNS = (
@@ -140,15 +141,23 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def folder(text: str) -> Path:
+    """Type of an argument: CIFAR-10 as torchvision's archive or as class folders."""
+    if not any((Path(text) / name).is_dir() for name in ("cifar-10-batches-py", "train")):
+        raise argparse.ArgumentTypeError(f"{text!r} has neither cifar-10-batches-py/ nor train/ in it.")
+    return Path(text)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = command("benchmarks.gpu", __doc__, device=True)
     parser.set_defaults(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     parser.add_argument("--minutes", type=positive, default=8.0, help="time in all (default 8)")
     parser.add_argument("--markdown", type=writable, metavar="FILE", help="also write goals and figures to FILE")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure, in this order")
+    parser.add_argument("--cifar10", type=folder, metavar="FOLDER", help="images to train on for a minute")
     parser.add_argument("--quick", action="store_true", help="a tiny network, to see that the command works")
     options: argparse.Namespace = parser.parse_args(argv)
-    plan = Plan(options.device, quick=options.quick)
+    plan = Plan(options.device, quick=options.quick, cifar10=options.cifar10)
     name = torch.cuda.get_device_name(plan.device) if plan.device.type == "cuda" else platform.machine()
     place = {"device": name, "torch": torch.__version__, "cuda": torch.version.cuda, "quick": plan.quick}
 

@@ -33,10 +33,16 @@ PRECISIONS = ("bfloat16", "float32", "TF32")
 
 @dataclass(frozen=True)
 class Plan:
-    """Where to measure; ``quick``: a tiny network in the place of all others."""
+    """Where to measure.
+
+    Attributes:
+        quick: Take a tiny network in the place of all others.
+        cifar10: Folder with the images, if there are any.
+    """
 
     device: torch.device
     quick: bool
+    cifar10: Path | None = None
 
 
 Part = Callable[[Plan], Iterator[Record]]

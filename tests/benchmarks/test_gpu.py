@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_memory, gpu_parts, gpu_speed
+from benchmarks import gpu, gpu_memory, gpu_parts, gpu_runs, gpu_speed
 from flops_lightning.phases import phase, timed_phases
+from tests.cifar10 import noise_images
 
 CPU = torch.device("cpu")
 QUICK = gpu.Plan(CPU, quick=True)
@@ -24,13 +25,15 @@ def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gpu")
     files = folder / "gpu.json", folder / "gpu.md"
     given = [str(part) for pair in zip(("--json", "--markdown"), files, strict=True) for part in pair]
-    gpu.main(["--device", "cpu", "--quick", "--minutes", "20", *given])
+    parts = [part for part in gpu.PARTS if part != "processes"]  # starting them takes longest
+    gpu.main(["--device", "cpu", "--quick", "--minutes", "20", "--parts", *parts, *given])
     return json.loads(files[0].read_text()), files[1].read_text()
 
 
 def test_every_part_answers_in_the_order_of_value(found):
     records = found[0]["records"]
-    assert list(dict.fromkeys(record["part"] for record in records)) == list(gpu.PARTS)
+    parts = [part for part in gpu.PARTS if part != "processes"]
+    assert list(dict.fromkeys(record["part"] for record in records)) == parts
     assert not [record for record in records if "failed" in record]
     assert found[0]["place"]["quick"] is True
 
@@ -106,7 +109,7 @@ BLOCKED = """
 import sys
 sys.modules.update(dict.fromkeys({names}))  # importing one of them fails now
 from benchmarks import gpu
-gpu.main(["--device", "cpu", "--quick", "--parts", "agreement", "memory", "fits"])
+gpu.main(["--device", "cpu", "--quick", "--parts", "waiting", "memory", "fits"])
 """
 
 
@@ -115,8 +118,37 @@ def test_it_takes_no_command_line_parser_no_loaders_and_no_tables():
     command = [sys.executable, "-c", BLOCKED.format(names=names)]
     answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert not answer.returncode, answer.stderr
-    assert "| yes |" in answer.stdout
+    assert "- fits: largest" in answer.stdout
     assert "failed" not in answer.stdout
+
+
+@pytest.mark.slow
+def test_the_whole_command_trains_on_images_and_in_two_processes(tmp_path, capsys):
+    noise_images(tmp_path / "cifar10", train=3, test=2)
+    out = tmp_path / "gpu.json"
+    gpu.main(["--device", "cpu", "--quick", "--cifar10", str(tmp_path / "cifar10"), "--json", str(out)])
+    records = json.loads(out.read_text())["records"]
+    assert list(dict.fromkeys(record["part"] for record in records)) == list(gpu.PARTS)
+    (trained,) = (record for record in records if record["part"] == "training")
+    assert trained["steps"] >= 1
+    assert all(0 <= accuracy <= 1 for accuracy in trained["accuracy before and after"])
+    (together,) = (record for record in records if record["part"] == "processes")
+    assert len(together["step seconds of each"]) == 2
+    assert all(goal["met"] for goal in together["goals"])
+
+
+def test_images_come_from_folders_by_class_and_a_folder_without_them_is_refused(tmp_path, capsys):
+    noise_images(tmp_path, train=3, test=2)
+    x, y = gpu_runs.images(tmp_path, "train", 2)
+    assert x.shape == (20, 3, 32, 32)
+    assert y.tolist() == [label for label in range(10) for _ in range(2)]
+    whole, _ = gpu_runs.images(tmp_path, "train", 9)
+    pixels = whole * torch.tensor(gpu_runs.PIXELS[1]).view(3, 1, 1) + torch.tensor(gpu_runs.PIXELS[0]).view(3, 1, 1)
+    assert float(pixels.min()) == pytest.approx(0, abs=1e-6)
+    assert float(pixels.max()) == pytest.approx(1, abs=1e-6)
+    with pytest.raises(SystemExit):
+        gpu.main(["--cifar10", str(tmp_path / "nowhere")])
+    assert "has neither cifar-10-batches-py/ nor train/ in it" in capsys.readouterr().err
 
 
 def test_time_between_marks_is_that_of_the_innermost_phase():
