@@ -5,7 +5,7 @@ so uneven allocation costs nothing and a suffix always sees the same shape.
 """
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -93,8 +93,11 @@ def _batch_losses(loss: LossFunction, output: Tensor, targets: Any, rows: int) -
 
 
 def longest_loss(loss: LossFunction, targets: Any) -> Callable[[Tensor], object] | None:
-    """Runs a loss that is the rest of the network for any number of outputs, at the dearest target; None for others."""
-    if not isinstance(loss, SuffixLoss):
+    """Runs a loss that is the rest of the network for any number of outputs, at the dearest target.
+
+    None for other losses, and for one that runs elsewhere.
+    """
+    if not isinstance(loss, SuffixLoss) or loss.remote:
         return None
     dearest = int(loss.flops(targets).argmax())
 
@@ -104,6 +107,16 @@ def longest_loss(loss: LossFunction, targets: Any) -> Callable[[Tensor], object]
         return row_losses(loss, output, gather(targets, index, samples))
 
     return run
+
+
+@contextmanager
+def rows_of(network: StagedNetwork, loss: LossFunction, key: Any) -> Iterator[None]:
+    """Tell what runs elsewhere, network or loss, to which :class:`NoiseKey` its rows belong while the context lasts.
+
+    Those of the site ``clean`` are unperturbed.
+    """
+    with network.rows_of(key), loss.rows_of(key) if isinstance(loss, SuffixLoss) else nullcontext():
+        yield
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -26,6 +27,7 @@ class SuffixLoss(ABC):
     Attributes:
         part: What it is, in messages.
         differentiable: Whether autograd can follow it.
+        remote: Whether it runs elsewhere, so that no memory is needed for it here.
 
     Example:
         A frozen map above a trained one; each sample is compared with as many of its outputs as it has targets:
@@ -51,6 +53,7 @@ class SuffixLoss(ABC):
 
     part: ClassVar[str] = "the rest of the network"
     differentiable: bool = False
+    remote: bool = False
 
     @abstractmethod
     def __call__(self, outputs: Tensor, targets: Any) -> Tensor:
@@ -59,6 +62,11 @@ class SuffixLoss(ABC):
     @abstractmethod
     def flops(self, targets: Any) -> NDArray[np.float64]:
         """``(b,)`` floating-point operations of one query of each sample, without padding; known without a device."""
+
+    def rows_of(self, key: Any) -> AbstractContextManager[None]:
+        """Tell a loss that runs elsewhere to which :class:`NoiseKey` its rows belong while the context lasts."""
+        del key
+        return nullcontext()
 
     def check_sigma(self, outputs: Tensor, targets: Any, sigma: float) -> None:
         """Refuse noise on the outputs that it cannot resolve, at the first batch.

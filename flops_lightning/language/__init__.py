@@ -9,11 +9,24 @@ from flops_lightning.language.candidates import (
 )
 from flops_lightning.language.caption_loss import CaptionLoss
 from flops_lightning.language.caption_scorer import CaptionScorer
+from flops_lightning.language.caption_service import CaptionAnswers, RemoteCaptionLoss
 from flops_lightning.language.encoding import EncodedText, encode, pack
 from flops_lightning.language.models import load_language_model
 from flops_lightning.language.staging import stage_causal_lm
 
 __all__ = [
-    "CaptionLoss", "CaptionScorer", "EncodedText", "candidate_log_likelihoods", "choice", "completion", "encode",
-    "load_language_model", "pack", "stage_causal_lm", "targets_of_labels", "token_log_probabilities",
+    "CaptionAnswers",
+    "CaptionLoss",
+    "CaptionScorer",
+    "EncodedText",
+    "RemoteCaptionLoss",
+    "candidate_log_likelihoods",
+    "choice",
+    "completion",
+    "encode",
+    "load_language_model",
+    "pack",
+    "stage_causal_lm",
+    "targets_of_labels",
+    "token_log_probabilities",
 ]  # fmt: skip

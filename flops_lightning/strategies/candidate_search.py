@@ -12,7 +12,7 @@ from flops_lightning.network.functional import FunctionalStages
 from flops_lightning.network.rows import as_rows, gather
 from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.noise.keys import NoiseKey
-from flops_lightning.queries import CleanPass, LossFunction, clean_pass, longest_loss, row_losses
+from flops_lightning.queries import CleanPass, LossFunction, clean_pass, longest_loss, row_losses, rows_of
 from flops_lightning.search import CMASearch, SearchSettings
 from flops_lightning.settings import read_settings
 from flops_lightning.strategies.base import ChunkedStrategy, Estimate, Exchange, add_gradients
@@ -75,7 +75,7 @@ class CandidateSearch(WholeBatchStrategy, ChunkedStrategy):
         inputs = as_rows(inputs)
         self._chunks.settle(self.network, inputs, longest_loss(self.loss, targets))
         of_batch = (self.network, self.loss, inputs, targets)
-        with self.network.rows_of(NoiseKey(self.seed, self.draw, CLEAN, self.rank)):
+        with rows_of(self.network, self.loss, NoiseKey(self.seed, self.draw, CLEAN, self.rank)):
             clean = clean_pass(*of_batch, keep={self._first} - {0}, draw=self.draw, rows=self.chunk_rows)
         clean.activations.setdefault(0, inputs)
         if self._costs is None:
@@ -88,7 +88,7 @@ class CandidateSearch(WholeBatchStrategy, ChunkedStrategy):
     def _estimate(self, clean: CleanPass) -> Estimate:
         candidates = torch.from_numpy(self.search.ask()).to(clean.loss.device)
         key = NoiseKey(self.seed, clean.draw, "candidates", self.rank)
-        with self.network.evaluating(), self.network.rows_of(key):
+        with self.network.evaluating(), rows_of(self.network, self.loss, key):
             fitness = mean_over_ranks(self.communicator, self._fitness(clean, candidates), clean.batch_size).tolist()
         lost = sum(not abs(each) < float("inf") for each in fitness)
         learned = self.search.tell(fitness)

@@ -19,7 +19,7 @@ from flops_lightning.network.functional import FunctionalStages
 from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.noise.keys import NoiseKey
 from flops_lightning.phases import phase
-from flops_lightning.queries import CleanPass, LossFunction, RowPlan, plan_rows, row_losses
+from flops_lightning.queries import CleanPass, LossFunction, RowPlan, plan_rows, row_losses, rows_of
 from flops_lightning.strategies.delta import Variant, query_weights
 from flops_lightning.strategies.engine import summed
 from flops_lightning.strategies.sites import Site
@@ -231,7 +231,7 @@ class ParameterQueries:
         plan = plan_rows(counts, layout.chunk_rows, first_query=first, multiple=layout.unit)
         if not len(plan.samples):
             return None
-        with layout.network.rows_of(replace(layout.key, draw=clean.draw, site=site.name)):
+        with rows_of(layout.network, layout.loss, replace(layout.key, draw=clean.draw, site=site.name)):
             rows = layout.run(site, clean, plan, traces=traces)
         return self.result(site, clean, plan, layout, rows)
 

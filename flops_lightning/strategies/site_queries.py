@@ -15,7 +15,7 @@ from flops_lightning.noise.generators import GeneratorSetting
 from flops_lightning.noise.keys import NoiseKey
 from flops_lightning.noise.kinds import NoiseSpec
 from flops_lightning.phases import phase
-from flops_lightning.queries import Chunk, CleanPass, LossFunction, RowPlan, plan_rows
+from flops_lightning.queries import Chunk, CleanPass, LossFunction, RowPlan, plan_rows, rows_of
 from flops_lightning.strategies.delta import DeltaSums, Variant, column, query_weights
 from flops_lightning.strategies.engine import SiteGradient, summed
 from flops_lightning.strategies.perturbation import (
@@ -102,6 +102,13 @@ class SiteQueries:
         None where no sample has a query. With ``layer_input`` ``(b, ..., i)`` norms for traces are taken in parameter
         space.
         """
+        with rows_of(self.network, self.loss, self._key(site, clean)):
+            return self._sums(site, clean, counts, first_query=first_query, traces=traces, layer_input=layer_input)
+
+    def _sums(
+        self, site: Site, clean: CleanPass, counts: NDArray[np.int64], *, first_query: int, traces: bool,
+        layer_input: Tensor | None,
+    ) -> DeltaSums | None:  # fmt: skip
         sums: DeltaSums | None = None
         for chunk in plan_rows(counts, self.chunk_rows, first_query=first_query, multiple=self.unit):
             weights, alive, (perturbation,), index = self._run(site, clean, chunk)
@@ -181,7 +188,8 @@ class SiteQueries:
         plan, spent = plan_rows(counts, self.chunk_rows, multiple=self.unit), 0
         while len(plan.samples):
             spent += len(plan.samples)
-            gradients, alive = self._joint_pass(site, clean, plan, counts)
+            with rows_of(self.network, self.loss, self._key(site, clean)):
+                gradients, alive = self._joint_pass(site, clean, plan, counts)
             if alive.all():
                 return SiteGradient(partial(dict, gradients), torch.from_numpy(counts).to(clean.loss), spent)
             plan = replace(plan, samples=plan.samples[alive], queries=plan.queries[alive])
@@ -204,12 +212,14 @@ class SiteQueries:
         return gradients, torch.cat(alive_rows).cpu().numpy()
 
     def _run(self, site: Site, clean: CleanPass, chunk: Chunk) -> tuple[Tensor, Tensor, list[Perturbation], Tensor]:
-        key = NoiseKey(self.seed, clean.draw, site.name, self.rank, self.generator)
-        draw = ChunkNoise(key, chunk, self.noise, self.unit)
+        draw = ChunkNoise(self._key(site, clean), chunk, self.noise, self.unit)
         index = to_device(chunk.samples, clean.loss.device)
         real = torch.arange(len(index), device=index.device) < chunk.rows
         weights, alive, perturbations = self.weights(site, clean, index, draw, real, chunk.samples)
         return weights, alive, perturbations, index
+
+    def _key(self, site: Site, clean: CleanPass) -> NoiseKey:
+        return NoiseKey(self.seed, clean.draw, site.name, self.rank, self.generator)
 
     def weights(
         self, site: Site, clean: CleanPass, index: Tensor, draw: DrawNoise, real: Tensor, samples: NDArray[np.int64]

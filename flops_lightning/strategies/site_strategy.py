@@ -15,7 +15,7 @@ from flops_lightning.network.rows import as_rows
 from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.noise.keys import NoiseKey
 from flops_lightning.protocol import QueryBudget
-from flops_lightning.queries import CleanPass, LossFunction, clean_pass, refresh
+from flops_lightning.queries import CleanPass, LossFunction, clean_pass, refresh, rows_of
 from flops_lightning.settings import read_settings
 from flops_lightning.strategies.base import ChunkedStrategy, refuse_second_network
 from flops_lightning.strategies.costs import SiteCosts
@@ -163,7 +163,7 @@ class SiteStrategy(ChunkedStrategy):
         if self._costs is None and self.network.unfit is None and self.moved_layers:
             self.check_layers(layers_unlike_rows(self.network, inputs))
         self._settle(inputs, targets)
-        with self.network.rows_of(NoiseKey(self.seed, self.draw, CLEAN, self.rank)):
+        with rows_of(self.network, self.loss, NoiseKey(self.seed, self.draw, CLEAN, self.rank)):
             clean = clean_pass(
                 self.network, self.loss, inputs, targets, keep=self._kept, draw=self.draw, rows=self.chunk_rows
             )
@@ -201,7 +201,7 @@ class SiteStrategy(ChunkedStrategy):
         places, exact = self._select(updated)
         start = min(site.first for site in (*(self.sites[i] for i in places), *exact))
         self.meter.add(CLEAN, forward_equivalents=self.pass_cost(clean, start))
-        with self.network.rows_of(NoiseKey(self.seed, clean.draw, CLEAN, self.rank)):
+        with rows_of(self.network, self.loss, NoiseKey(self.seed, clean.draw, CLEAN, self.rank)):
             return refresh(self.network, self.loss, clean, start, keep=self._kept, rows=self.chunk_rows)
 
     def _select(self, names: Sequence[str] | None) -> tuple[list[int], list[Site]]:
