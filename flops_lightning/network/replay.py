@@ -82,11 +82,13 @@ class ReplayedNetwork(StagedNetwork):
         self._cut_for = {name for name, p in module.named_parameters() if p.requires_grad}
         cuts = [0, *(boundary.first for boundary in boundaries), len(units)]
         prefixes = tuple(f"{unit}." for unit in units)
+        known = {id(p): name for name, p in module.named_parameters()}
+        users = {n: facts.users[known[id(p)]] for n, p in module.named_parameters(remove_duplicate=False)}
         stages = []
         for i, (first, end) in enumerate(pairwise(cuts)):
             inside = range(first, end if i < len(boundaries) else end + 1)
             names = units[first:end]
-            loose = [n for n, used in facts.users.items() if min(used) in inside and not n.startswith(prefixes)]
+            loose = [n for n, used in users.items() if min(used) in inside and not n.startswith(prefixes)]
             owning = [n for n in names if next(module.get_submodule(n).parameters(), None) is not None]
             name = ["network", *names, *owning][-1] if boundaries else "network"
             stages.append(Stage(name.replace("._orig_mod", ""), _RunStage(self, i), (*owning, *loose)))

@@ -9,7 +9,8 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 
-def _mean_loss() -> MeanMetric:
+def mean_loss() -> MeanMetric:
+    """A mean that keeps a NaN visible."""
     # By default it drops losses that are NaN. "disable" drops weights instead (torchmetrics#3434): update without any.
     return MeanMetric(nan_strategy="disable")
 
@@ -17,7 +18,7 @@ def _mean_loss() -> MeanMetric:
 def metrics_of_validation(num_classes: int) -> MetricCollection:
     """``val/loss`` and ``val/accuracy``, see :func:`metrics_of_test`."""
     accuracy = MulticlassAccuracy(num_classes, average="micro")
-    return MetricCollection({"loss": _mean_loss(), "accuracy": accuracy}, prefix="val/", compute_groups=False)
+    return MetricCollection({"loss": mean_loss(), "accuracy": accuracy}, prefix="val/", compute_groups=False)
 
 
 def metrics_of_test(num_classes: int) -> MetricCollection:
@@ -28,7 +29,7 @@ def metrics_of_test(num_classes: int) -> MetricCollection:
     """
     return MetricCollection(
         {
-            "loss": _mean_loss(),
+            "loss": mean_loss(),
             "accuracy": MulticlassAccuracy(num_classes, average="micro"),
             "accuracy_top5": MulticlassAccuracy(num_classes, average="micro", top_k=min(5, num_classes)),
             "accuracy_class_mean": ClassMeanAccuracy(num_classes),

@@ -1,0 +1,269 @@
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader
+
+from flops_lightning import LikelihoodRatio, MeZO
+from flops_lightning.errors import SettingError
+from flops_lightning.language import EncodedText, pack
+from flops_lightning.strategies import Backprop
+from flops_lightning.tasks import ForwardCausalLM
+from tests.language.models import tiny, transformers
+
+peft = pytest.importorskip("peft", reason="adapters need the extra llm")
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
+    "enable_checkpointing": False,
+}  # fmt: skip
+TEXTS = [
+    EncodedText([1, 5, 9], [[7, 8, 9], [7, 4]], 1), EncodedText([1, 6], [[3, 3], [4, 5, 6, 7]], 0),
+    EncodedText([1, 2, 3, 4, 5], [[9, 9], [9, 11]], 0),
+]  # fmt: skip
+KINDS = {"full": 0, "lora": 1344, "prompt": 128, "prefix": 384, "norm": 112, "head": 800}
+"""Kinds of targets and the numbers that they train in the tiny model; all of it has more."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("model")
+    tiny(tie_word_embeddings=False).save_pretrained(path)
+    return str(path)
+
+
+def labelled(rows: int = 4) -> dict[str, torch.Tensor]:
+    ids = torch.arange(rows * 9).reshape(rows, 9) * 7 % 50
+    labels = ids.masked_fill(torch.arange(9) < 3, -100)
+    labels[0, 7:] = -100
+    mask = torch.ones_like(ids)
+    mask[0, 7:] = 0
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def loader(*batches: Any) -> DataLoader[Any]:
+    return DataLoader(list(batches), batch_size=None)
+
+
+def made(folder: str, kind: str = "full", strategy: Any = None, **settings: Any) -> ForwardCausalLM:
+    torch.manual_seed(0)
+    optimizer = {"name": "sgd", "lr": 1e-2}
+    return ForwardCausalLM(
+        model_name=folder, **{"target": {"kind": kind}, "strategy": strategy, "optimizer": optimizer, **settings}
+    )
+
+
+@pytest.mark.parametrize("strategy", [MeZO, LikelihoodRatio, Backprop])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_target_learns_by_every_kind_of_strategy_and_nothing_else_moves(kind, strategy, folder):
+    task = made(folder, kind, strategy() if strategy is Backprop else strategy(seed=0))
+    trained = {name for name, p in task.named_parameters() if p.requires_grad}
+    if KINDS[kind]:
+        assert sum(task.get_parameter(name).numel() for name in trained) == KINDS[kind]
+    before = {name: p.clone() for name, p in task.named_parameters()}
+    Trainer(max_steps=2, **QUIET).fit(task, loader(labelled(), labelled()))
+    moved = {name for name, p in task.named_parameters() if not torch.equal(p, before[name])}
+    assert moved <= trained
+    unmoved = {name for name in trained - moved if "lora_A" not in name}  # its gradient is 0 where B is
+    assert not unmoved
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gradient_of_backprop_is_that_of_each_texts_own_mean(kind, folder):
+    task, batch = made(folder, kind, Backprop()), labelled()
+    inputs, targets = task.split(batch)
+    task.strategy.estimate(task.strategy.clean_pass(inputs, targets))
+    found = {name: p.grad.clone() for name, p in task.named_parameters() if p.grad is not None}
+    task.zero_grad()
+    own = [
+        task.model(input_ids=batch["input_ids"][i : i + 1], labels=batch["labels"][i : i + 1]).loss for i in range(4)
+    ]
+    torch.stack(own).mean().backward()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, task.get_parameter(name).grad, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("kind", "site"), [("lora", ["model.layers.0", "model.layers.2"]), ("prompt", ["prompt"]), ("head", ["lm_head"])]
+)
+def test_queries_at_the_adapter_point_along_the_exact_gradient(kind, site, folder):
+    task = made(folder, kind, LikelihoodRatio(sites=[{"stages": site, "sigma": 1e-3, "queries_per_sample": 3000}]))
+    inputs, targets = task.split(labelled())
+    task.strategy.estimate(task.strategy.clean_pass(inputs, targets))
+    own = [p for site in task.strategy.sites for p in site.parameters.values()]
+    found = torch.cat([p.grad.flatten() for p in own])
+    exact = torch.autograd.grad(task.loss(task(inputs), targets).mean(), own)
+    exact = torch.cat([g.flatten() for g in exact])
+    dimension = {"lora": 9 * 16, "prompt": 8 * 16, "head": 9 * 50}[kind]
+    of_a_sample = (3000 / (3000 + dimension)) ** 0.5
+    assert float(torch.cosine_similarity(found, exact, dim=0)) > of_a_sample - 0.04
+    slope = float(found @ exact / (exact @ exact))
+    assert slope == pytest.approx(1, abs=4 / 3000**0.5)
+
+
+@torch.no_grad()
+def test_a_prompt_of_each_text_is_pefts_prompt_and_serves_candidates_too(folder):
+    task = made(folder, "prompt")
+    ids = labelled()["input_ids"]
+    torch.testing.assert_close(task({"input_ids": ids}), task.model(input_ids=ids).logits[:, 8:])
+    task._stage_for(branching=True)
+    inputs, targets = pack(TEXTS[:1], branching=True)
+    likelihood = task.predict_step((inputs, targets), 0)["probability"]
+    alone = []
+    for candidate in TEXTS[0].candidates:
+        one, other = pack([EncodedText(TEXTS[0].prompt, [candidate])], branching=False)
+        logits = task.model(**one).logits[:, 8:].log_softmax(2)
+        alone.append(sum(float(logits[0, p, t]) for p, t in zip(other["positions"][0, 0], candidate, strict=True)))
+    torch.testing.assert_close(likelihood, torch.tensor([alone]).softmax(1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("strategy", [MeZO(seed=0), LikelihoodRatio(seed=0)], ids=["MeZO", "LR"])
+def test_choices_learn_with_their_branches_in_one_row(strategy, folder):
+    task = made(folder, "lora", strategy, objective="choice")
+    task._stage_for(branching=True)
+    assert len(task.network) == 6
+    batch = pack(TEXTS, branching=True)
+    trainer = Trainer(max_steps=1, **QUIET)
+    task.setup = lambda stage: None  # type: ignore[method-assign]
+    trainer.fit(task, loader(batch))
+    assert trainer.callback_metrics["queries/lost"] == 0
+
+
+def test_validation_and_test_report_loss_perplexity_and_accuracy(folder):
+    task = made(folder, objective="choice")
+    task._stage_for(branching=True)
+    task.setup = lambda stage: None  # type: ignore[method-assign]
+    batches = [pack(TEXTS[:2], branching=True), pack(TEXTS[2:], branching=True)]
+    trainer = Trainer(**QUIET)
+    (found,) = trainer.test(task, loader(*batches), verbose=False)
+    likelihoods, losses, tokens, nll = [], [], 0, 0.0
+    with torch.no_grad():
+        for text in TEXTS:
+            own = []
+            for candidate in text.candidates:
+                ids = torch.tensor([text.prompt + candidate])
+                log = task.model(ids).logits.log_softmax(2)[0, len(text.prompt) - 1 : -1]
+                own.append(log.gather(1, torch.tensor(candidate)[:, None]).sum())
+            likelihoods.append(torch.stack(own))
+            losses.append(torch.nn.functional.cross_entropy(likelihoods[-1][None], torch.tensor([text.label])))
+            tokens += len(text.candidates[text.label])
+            nll -= float(own[text.label])
+    right = [int(own.argmax()) == text.label for own, text in zip(likelihoods, TEXTS, strict=True)]
+    assert found["test/loss"] == pytest.approx(float(torch.stack(losses).mean()), rel=1e-4)
+    assert found["test/perplexity"] == pytest.approx(float(torch.tensor(nll / tokens).exp()), rel=1e-4)
+    assert found["test/accuracy"] == pytest.approx(sum(right) / 3)
+    (plain,) = trainer.validate(made(folder), loader(labelled()), verbose=False)
+    assert set(plain) == {"val/loss", "val/perplexity"}
+
+
+def test_a_checkpoint_holds_what_learned_and_refuses_other_weights(folder, tmp_path: Path):
+    task = made(folder, "lora", MeZO(seed=0))
+    trainer = Trainer(max_steps=2, **{**QUIET, "default_root_dir": tmp_path})
+    trainer.fit(task, loader(labelled(), labelled()))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert all("lora_" in name for name in saved["state_dict"])
+    again = ForwardCausalLM.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+    ids = labelled()["input_ids"]
+    assert torch.equal(again({"input_ids": ids}), task({"input_ids": ids}))
+    torch.manual_seed(5)
+    model = transformers.LlamaForCausalLM(tiny(tie_word_embeddings=False).config)
+    model.save_pretrained(tmp_path / "other")
+    with pytest.raises(SettingError, match="belongs to other weights"):
+        ForwardCausalLM.load_from_checkpoint(
+            tmp_path / "a.ckpt", weights_only=True, model_name=str(tmp_path / "other")
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["lora", "prompt", "prefix", "full"])
+def test_what_was_trained_is_saved_as_transformers_and_peft_save_it(kind, folder, tmp_path: Path):
+    task = made(folder, kind, MeZO(seed=0))
+    Trainer(max_steps=1, **QUIET).fit(task, loader(labelled()))
+    task._tokenizer = Saves()
+    task.export_weights(str(tmp_path / "out"))
+    ids = labelled()["input_ids"]
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    adapter = kind != "full"
+    again = peft.PeftModel.from_pretrained(load(folder), tmp_path / "out") if adapter else load(tmp_path / "out")
+    logits = again.eval()(input_ids=ids).logits
+    torch.testing.assert_close(logits[:, -ids.shape[1] :], task({"input_ids": ids}))
+    assert (tmp_path / "out/adapter_config.json").exists() == adapter
+
+
+class Saves:
+    def save_pretrained(self, path: str) -> None:
+        assert Path(path).is_dir()
+
+
+def test_a_shared_weight_is_kept_apart_from_its_copy_only_where_that_is_asked_for(tmp_path: Path):
+    tiny(tie_word_embeddings=True).save_pretrained(tmp_path)
+    with pytest.raises(SettingError, match=r"target\.untie.*no query can start between them.*untie: true"):
+        made(str(tmp_path), strategy=LikelihoodRatio())
+    with pytest.raises(SettingError, match=r"target\.kind = 'head'.*untie: true"):
+        made(str(tmp_path), "head")
+    task = made(str(tmp_path), strategy=LikelihoodRatio(), target={"untie": True})
+    model = task.causal_lm
+    assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    assert len(made(str(tmp_path), strategy=MeZO()).network) == 1  # it needs no cut
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model_name": "nowhere/at all"}, r"model_name = 'nowhere/at all': cannot be loaded"),
+        ({"model_name": ""}, "is no name of a language model"),
+        ({"target": {"kind": "bias"}}, "LlamaForCausalLM has no such parameters"),
+        ({"target": {"kind": "lora", "tokens": 3}}, r"target\.tokens = 3: has no effect with kind: lora"),
+        ({"target": {"kind": "lora", "modules": ["no_such"]}}, r"target\.modules = .* peft refuses LlamaForCausalLM"),
+        ({"target": {"kind": "full", "untie": True}}, r"target\.untie = True: has no effect"),
+        ({"freeze": ["*"]}, "leaves nothing to train"),
+        ({"freeze": ["layers.*"]}, "matches no parameter"),
+        ({"objective": "chocie"}, r"objective = 'chocie'.*Write completion, choice, or the dotted path"),
+    ],
+)
+def test_a_mistake_is_named(settings, message, folder):
+    with pytest.raises(SettingError, match=message):
+        made(folder, **settings) if "model_name" not in settings else ForwardCausalLM(**settings)
+
+
+def test_a_quantised_model_says_what_is_trainable_there(folder, monkeypatch):
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "is_quantized", True, raising=False)
+    with pytest.raises(SettingError, match=r"quantised .* Train lora, prompt, prefix, norm or bias there"):
+        made(folder)
+    assert made(folder, "norm").target_settings.kind == "norm"
+
+
+@pytest.mark.parametrize("package", ["transformers", "peft"])
+def test_a_package_that_is_missing_is_named_with_its_extra(package, folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SettingError, match=rf'needs the package {package} .* -e "\.\[llm\]"'):
+        made(folder, "lora")
+
+
+def test_batches_that_cannot_be_used_are_refused(folder):
+    task = made(folder)
+    batch = labelled()
+    with pytest.raises(SettingError, match="needs input_ids and labels"):
+        task.split({"input_ids": batch["input_ids"]})
+    batch["attention_mask"] = batch["attention_mask"].flip(1)
+    with pytest.raises(SettingError, match="padded at the left"):
+        task.split(batch)
+    prefixed = made(folder, "prefix")
+    with pytest.raises(SettingError, match=r"target\.kind = 'prefix'.*one token"):
+        prefixed._stage_for(branching=True)
+
+
+def wrong_share(logits: torch.Tensor, targets: Any) -> torch.Tensor:
+    """An objective without a derivative."""
+    first = logits.gather(1, targets["positions"][:, 0, :1, None].expand(-1, -1, logits.shape[2]))
+    return (first[:, 0].argmax(1) != targets["tokens"][:, 0, 0]).float()
+
+
+def test_an_objective_is_a_function_by_its_dotted_path(folder):
+    task = made(folder, objective=f"{__name__}.wrong_share")
+    inputs, targets = task.split(labelled())
+    assert set(task.loss(task(inputs), targets).tolist()) <= {0.0, 1.0}
+    assert task.hparams["objective"] == f"{__name__}.wrong_share"
