@@ -23,6 +23,7 @@ from .datamodules import Flowers102DataModule as Flowers102DataModule
 from .datamodules import Food101DataModule as Food101DataModule
 from .datamodules import ImageFolderDataModule as ImageFolderDataModule
 from .datamodules import ImageNetDataModule as ImageNetDataModule
+from .datamodules import JsonlTextDataModule as JsonlTextDataModule
 from .network import Stage as Stage
 from .network import StagedNetwork as StagedNetwork
 from .network import stage_network as stage_network

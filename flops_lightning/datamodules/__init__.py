@@ -10,9 +10,10 @@ from flops_lightning.datamodules.flowers102 import Flowers102DataModule
 from flops_lightning.datamodules.food101 import Food101DataModule
 from flops_lightning.datamodules.image_folder import ImageFolderDataModule
 from flops_lightning.datamodules.imagenet import ImageNetDataModule
+from flops_lightning.datamodules.jsonl_text import JsonlTextDataModule
 
 __all__ = [
     "CIFAR10DataModule", "CIFAR100DataModule", "Caltech101DataModule", "CaptionDataModule", "DigitsDataModule",
     "EuroSATDataModule", "Flowers102DataModule", "Food101DataModule", "ImageDataModule", "ImageFolderDataModule",
-    "ImageNetDataModule",
+    "ImageNetDataModule", "JsonlTextDataModule",
 ]  # fmt: skip

@@ -62,15 +62,16 @@ def encode(
     False where a chat template has put them in.
 
     Raises:
-        ValueError: there is nothing before a completion that could predict its first token, or a completion is empty.
+        ValueError: nothing is before a completion that could predict its first token, or a completion is empty. The
+            message begins with "has", for callers that know which text it is.
     """
     alone = list(tokenizer(prompt, add_special_tokens=special)["input_ids"])
     whole = [list(tokenizer(prompt + text, add_special_tokens=special)["input_ids"]) for text in candidates]
     start = sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, zip(alone, *whole, strict=False)))
     if not start:
-        raise ValueError("nothing comes before the completion, and the tokenizer has no token for the beginning")
+        raise ValueError("has nothing before the completion, and the tokenizer no token for the beginning")
     if min(map(len, whole)) <= start:
-        raise ValueError("the completion has no tokens")
+        raise ValueError("has a completion without tokens")
     return EncodedText(alone[:start], [ids[start:] for ids in whole], label)
 
 

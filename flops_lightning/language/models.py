@@ -29,12 +29,26 @@ def load_language_model(name: str, *, setting: str = "llm", **settings: Any) -> 
         Traceback (most recent call last):
         flops_lightning.errors.SettingError: llm = 'no/such/model': cannot be loaded: ...
     """
+    return load_model(name, setting=setting, **settings), load_tokenizer(name, setting=setting)
+
+
+def load_model(name: str, *, setting: str, **settings: Any) -> Any:
+    """The model alone; see :func:`load_language_model`."""
+    return _loaded("AutoModelForCausalLM", "causal language model", name, setting, settings)
+
+
+def load_tokenizer(name: str, *, setting: str) -> Any:
+    """The tokenizer alone; see :func:`load_language_model`."""
+    return _loaded("AutoTokenizer", "tokenizer", name, setting, {})
+
+
+def _loaded(kind: str, what: str, name: str, setting: str, settings: dict[str, Any]) -> Any:
     package = transformers(setting, name)
+    remedy = f"Write the name of a {what} on the hub, or a folder with its files."
+    if not isinstance(name, str) or not name:
+        raise SettingError(setting, name, f"is no name of a {what}.", remedy)
     try:
-        model = package.AutoModelForCausalLM.from_pretrained(name, **settings)
-        tokenizer = package.AutoTokenizer.from_pretrained(name)
+        return getattr(package, kind).from_pretrained(name, **settings)
     except (OSError, ValueError) as error:
         said = str(error).strip().splitlines()[0].rstrip(".")
-        remedy = "Write the name of a causal language model on the hub, or a folder with its files."
         raise SettingError(setting, name, f"cannot be loaded: {said}.", remedy) from error
-    return model, tokenizer

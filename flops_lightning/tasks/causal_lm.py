@@ -11,6 +11,7 @@ from torchmetrics import MeanMetric
 from flops_lightning.errors import SettingError
 from flops_lightning.language import candidates
 from flops_lightning.language.candidates import IGNORED, candidate_log_likelihoods, targets_of_labels
+from flops_lightning.language.models import load_tokenizer
 from flops_lightning.language.prompted import PromptedText
 from flops_lightning.language.targets import LanguageTarget, apply_target, tied
 from flops_lightning.objectives import Objective, dotted_path, find_objective, naming_the_loss
@@ -19,7 +20,7 @@ from flops_lightning.settings import read_settings
 from flops_lightning.tasks.backbone import freeze as freeze_parameters
 from flops_lightning.tasks.evaluation import first_seen, mean_loss
 from flops_lightning.tasks.forward_module import ForwardModule
-from flops_lightning.tasks.language_model import example_inputs, fingerprint, load_language_model, load_tokenizer
+from flops_lightning.tasks.language_model import example_inputs, fingerprint, load
 
 KEY = "language_model"
 OBJECTIVES = {"completion": candidates.completion, "choice": candidates.choice}
@@ -99,7 +100,7 @@ class ForwardCausalLM(ForwardModule):
                 "target": asdict(self.target_settings), "freeze": patterns, "objective": named,
             }
         )  # fmt: skip
-        model = load_language_model(model_name, model_kwargs or {})
+        model = load(model_name, model_kwargs or {})
         self.model = apply_target(model, self.target_settings)
         freeze_parameters(model, patterns)
         if not any(p.requires_grad for p in self.model.parameters()):
@@ -119,7 +120,7 @@ class ForwardCausalLM(ForwardModule):
         """The tokenizer, loaded when it is first used."""
         if self._tokenizer is None:
             own = "tokenizer" if self.hparams["tokenizer"] else "model_name"
-            self._tokenizer = load_tokenizer(own, self.hparams[own])
+            self._tokenizer = load_tokenizer(self.hparams[own], setting=own)
         return self._tokenizer
 
     @property

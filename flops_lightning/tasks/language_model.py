@@ -1,4 +1,4 @@
-"""Language models of transformers and their tokenizers, by name or folder."""
+"""What a task needs of a language model: its weights, an example of its inputs, and by what it is known again."""
 
 import hashlib
 import json
@@ -8,46 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flops_lightning.errors import SettingError
 from flops_lightning.language.encoding import EncodedText, pack
-from flops_lightning.language.targets import INSTALL
+from flops_lightning.language.models import load_model
 
 OWN = ("_name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype", "tie_word_embeddings")
 """Entries of a config that do not say which model it is."""
 
 
-def _transformers(setting: str, value: str) -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise SettingError(setting, value, f"needs the package transformers ({error}).", INSTALL) from error
-    return transformers
-
-
-def load_language_model(name: str, settings: Mapping[str, Any]) -> Any:
+def load(name: str, settings: Mapping[str, Any]) -> Any:
     """A causal language model in eval mode, in float32 unless ``settings`` name a dtype, and without a cache."""
-    if not isinstance(name, str) or not name:
-        remedy = "Write a folder or a name of the Hugging Face hub, for example HuggingFaceTB/SmolLM2-135M."
-        raise SettingError("model_name", name, "is no name of a language model.", remedy)
-    library = _transformers("model_name", name)
-    try:
-        model = library.AutoModelForCausalLM.from_pretrained(name, **{"dtype": "float32", **settings})
-    except (OSError, ValueError) as error:
-        problem = f"cannot be loaded ({str(error).strip().splitlines()[0]})."
-        remedy = "Give a folder with config.json and weights, or a name of the Hugging Face hub."
-        raise SettingError("model_name", name, problem, remedy) from error
+    model = load_model(name, setting="model_name", **{"dtype": "float32", **settings})
     model.config.use_cache = False  # keys and values of every layer: memory that one pass does not need
     return model.eval()
-
-
-def load_tokenizer(setting: str, name: str) -> Any:
-    """The tokenizer in a folder or of a name of the hub."""
-    library = _transformers(setting, name)
-    try:
-        return library.AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        problem = f"has no tokenizer that could be loaded ({str(error).strip().splitlines()[0]})."
-        raise SettingError(setting, name, problem, "Give a folder with tokenizer.json, or a name.") from error
 
 
 def example_inputs(model: Any, *, branching: bool) -> dict[str, Tensor]:

@@ -96,7 +96,7 @@ def test_a_token_across_the_end_of_the_prompt_belongs_to_the_completion():
     assert encode(Letters(), "", ["t"]).prompt == [1]
     with pytest.raises(ValueError, match="no token for the beginning"):
         encode(Letters(bos=False), "", ["t"])
-    with pytest.raises(ValueError, match="completion has no tokens"):
+    with pytest.raises(ValueError, match="completion without tokens"):
         encode(Letters(), "c", [""])
 
 

@@ -214,7 +214,7 @@ def test_a_shared_weight_is_kept_apart_from_its_copy_only_where_that_is_asked_fo
     ("settings", "message"),
     [
         ({"model_name": "nowhere/at all"}, r"model_name = 'nowhere/at all': cannot be loaded"),
-        ({"model_name": ""}, "is no name of a language model"),
+        ({"model_name": ""}, "is no name of a causal language model"),
         ({"target": {"kind": "bias"}}, "LlamaForCausalLM has no such parameters"),
         ({"target": {"kind": "lora", "tokens": 3}}, r"target\.tokens = 3: has no effect with kind: lora"),
         ({"target": {"kind": "lora", "modules": ["no_such"]}}, r"target\.modules = .* peft refuses LlamaForCausalLM"),
@@ -239,7 +239,7 @@ def test_a_quantised_model_says_what_is_trainable_there(folder, monkeypatch):
 @pytest.mark.parametrize("package", ["transformers", "peft"])
 def test_a_package_that_is_missing_is_named_with_its_extra(package, folder, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(SettingError, match=rf'needs the package {package} .* -e "\.\[llm\]"'):
+    with pytest.raises(SettingError, match=rf'needs the package {package}.*-e "\.\[llm\]"'):
         made(folder, "lora")
 
 
