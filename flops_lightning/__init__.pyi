@@ -41,6 +41,7 @@ from .strategies import SiteSpec as SiteSpec
 from .strategies import WeightForwardMode as WeightForwardMode
 from .suffix_loss import PaddedTargets as PaddedTargets
 from .suffix_loss import SuffixLoss as SuffixLoss
+from .tasks import AdapterAlignment as AdapterAlignment
 from .tasks import ClipPromptTuner as ClipPromptTuner
 from .tasks import ForwardCausalLM as ForwardCausalLM
 from .tasks import ForwardImageClassifier as ForwardImageClassifier

@@ -15,10 +15,12 @@ class ReadsCaptions(Protocol):
     """What turns captions into tokens: a task, or an object in its place.
 
     Attributes:
-        caption_context: Tokens that there is room for in a caption; 0: it is not known.
+        caption_context: Tokens that there is room for in a caption, with its question; 0: it is not known.
+        reads_instructions: Whether the question stands before a caption.
     """
 
     caption_context: int
+    reads_instructions: bool
 
     def caption_ids(self, captions: Sequence[str]) -> Sequence[Sequence[int]]:
         """The tokens of each caption."""
@@ -27,16 +29,20 @@ class ReadsCaptions(Protocol):
 class CaptionTokens:
     """Captions as tokens, by number."""
 
-    def __init__(self, ids: Sequence[Sequence[int]]) -> None:
-        """Keep ids in one tensor: half a million small ones would take as many objects."""
+    def __init__(self, ids: Sequence[Sequence[int]], given: Sequence[int] | None = None) -> None:
+        """Keep ids in one tensor: half a million small ones would take as many objects.
+
+        ``given``: how many at the beginning of each are its question; None: there are none.
+        """
         self.lengths = np.array([len(each) for each in ids], dtype=np.int64)
+        self._given = None if given is None else np.array(given, dtype=np.int64)
         self._flat = torch.tensor([token for each in ids for token in each], dtype=torch.int32)
         self._ends = self.lengths.cumsum()
 
     def targets(self, index: Tensor) -> PaddedTargets:
         """Those of the captions ``index (b,)``."""
         parts = [self._flat[self._ends[i] - self.lengths[i] : self._ends[i]].long() for i in index.tolist()]
-        return PaddedTargets.of(parts)
+        return PaddedTargets.of(parts, given=None if self._given is None else self._given[index.numpy()])
 
     def batch(self, items: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, PaddedTargets]:
         """Items in their order."""

@@ -152,12 +152,20 @@ class CaptionDataModule(ImageFolderDataModule):
             remedy = "Train an AdapterAlignment, or set the data module's tokenizer."
             raise SettingError("data", type(reader).__name__, problem, remedy)
         ids, most = reader.caption_ids(self.texts), self.max_tokens
-        cut = caption_lengths([len(each) for each in ids], most, reader.caption_context, names)
+        questions: Sequence[Sequence[int]] = [()] * len(ids)
+        if reader.reads_instructions:
+            if not any(self.instructions):
+                problem = "wants questions, and the captions have none."
+                raise SettingError("prompt", "instruction", problem, "Write prompt: plain.")
+            questions = reader.caption_ids(self.instructions)
+        context = reader.caption_context and reader.caption_context - max(map(len, questions), default=0)
+        cut = caption_lengths([len(each) for each in ids], most, context, names)
         if cut:
             rank_zero_info(
                 f"data.max_tokens: {cut:,} of {len(ids):,} captions have more than {most} tokens and are cut"
             )
-        return CaptionTokens([each[:most] for each in ids] if most else ids)
+        whole = [[*question, *(each[:most] if most else each)] for question, each in zip(questions, ids, strict=True)]
+        return CaptionTokens(whole, [len(each) for each in questions] if reader.reads_instructions else None)
 
     def keep_features(
         self, stage: str, encode: Callable[[Tensor], Tensor] | None, *, encoder: str, feature: str

@@ -62,7 +62,7 @@ def load_clip(model_name: str, checkpoint: str) -> tuple[nn.Module, Tokenizer]:
     Raises:
         SettingError: an unknown name, weights that are not there or were trained with another activation.
     """
-    open_clip = _open_clip()
+    open_clip = import_open_clip()
     if model_name.startswith(FOLDER):
         tokens = _folder_tokens(Path(model_name.removeprefix(FOLDER)), model_name, checkpoint)
     else:
@@ -78,7 +78,8 @@ def load_clip(model_name: str, checkpoint: str) -> tuple[nn.Module, Tokenizer]:
     return clip.eval(), tokenizer if tokens is None else FewTokens(tokenizer, tokens)
 
 
-def _open_clip() -> Any:
+def import_open_clip() -> Any:
+    """The package; a SettingError where it is not installed."""
     try:
         import open_clip
     except ImportError as error:

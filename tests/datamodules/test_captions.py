@@ -20,8 +20,8 @@ WORDS = ["a", "small", "dog", "runs", "over", "the", "very", "green", "grass", "
 class ByWord:
     """One token a word, the word's length."""
 
-    def __init__(self, caption_context: int = 0) -> None:
-        self.caption_context = caption_context
+    def __init__(self, caption_context: int = 0, *, reads_instructions: bool = False) -> None:
+        self.caption_context, self.reads_instructions = caption_context, reads_instructions
 
     def caption_ids(self, captions: Sequence[str]) -> list[list[int]]:
         return [[len(word) for word in caption.split()] for caption in captions]
@@ -162,6 +162,20 @@ def test_a_long_caption_is_refused_or_cut_and_the_cut_ones_are_counted(tmp_path,
     longer = sum(2 + n % 9 > 7 for n in range(20))
     assert f"{longer} of 20 captions have more than 7 tokens and are cut" in caplog.text
     assert data.tokens.lengths.max() == 7
+
+
+def test_questions_stand_before_captions_where_the_task_reads_them(tmp_path):
+    data = prepared(write_photos(tmp_path), reader=ByWord(10, reads_instructions=True), max_tokens=3)
+    _, captions = next(iter(data.train_dataloader()))
+    assert set(captions.given) == {3}
+    assert captions.values[:, :3].tolist() == [[4, 2, 3]] * 6
+    assert captions.lengths.max() == 6
+    with pytest.raises(SettingError, match=r"max_tokens = 8: .*room for 7"):
+        prepared(tmp_path, reader=ByWord(10, reads_instructions=True), max_tokens=8)
+    silent = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "A dog."}]
+    root = write_photos(tmp_path, [entry(n, conversations=silent) for n in range(20)])
+    with pytest.raises(SettingError, match="wants questions, and the captions have none"):
+        prepared(root, reader=ByWord(reads_instructions=True))
 
 
 def test_a_caption_without_a_token_is_refused(tmp_path):

@@ -1,0 +1,302 @@
+"""A frozen language model learns to see: an adapter from image features to its embeddings (FLOPS, section 5.3)."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar, Literal, cast, get_args
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor, nn
+
+from flops_lightning.datamodules import CaptionDataModule
+from flops_lightning.distributed import mean_over_ranks
+from flops_lightning.errors import SettingError, check_at_least, check_choice, check_flag, check_whole
+from flops_lightning.language import CaptionScorer
+from flops_lightning.queries import CleanPass, row_losses
+from flops_lightning.strategies.site_specs import SiteSpec
+from flops_lightning.tasks.adapters import AdapterKind, Start, make_adapter, start_adapter
+from flops_lightning.tasks.alignment_models import KEY, check_same_models, load_scorer, mean_embedding
+from flops_lightning.tasks.caption_answers import greedy_captions, likeliest
+from flops_lightning.tasks.evaluation import first_seen, mean_loss
+from flops_lightning.tasks.forward_module import Batch, ForwardModule
+from flops_lightning.tasks.language_model import fingerprint
+from flops_lightning.tasks.vision_encoder import Feature, VisionEncoder
+
+Prompt = Literal["plain", "instruction"]
+
+
+class AdapterAlignment(ForwardModule):
+    """An adapter between a frozen image encoder and a frozen language model, learned from losses of captions.
+
+    A caption's loss is the mean negative log-likelihood of its tokens after the adapter's vectors, and these are where
+    a query's noise enters: nothing behind the adapter is differentiated. Encoder and language model are no modules of
+    the task: no ``state_dict``, checkpoint or optimiser has them, no process sends them to others, and ``.to()`` leaves
+    them where they are; a run moves them to its device. A checkpoint keeps their names with a hash and refuses others.
+
+    Batches are those of :class:`~flops_lightning.datamodules.CaptionDataModule`, whose photos are encoded once, before
+    training; or pairs of features ``(b, f)`` or images ``(b, 3, h, w)`` and captions as
+    :class:`~flops_lightning.suffix_loss.PaddedTargets` of tokens.
+
+    Attributes:
+        loss: Scores captions.
+        tokenizer: Makes tokens of captions; None where ``llm`` is a scorer, until it is set.
+        encoder: Makes features of images; None: the data has features.
+        adapter: What learns.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from flops_lightning.language import CaptionLoss
+        >>> from flops_lightning.strategies import LikelihoodRatio
+        >>> from flops_lightning.suffix_loss import PaddedTargets
+        >>> from flops_lightning.tasks import AdapterAlignment
+        >>> sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> scorer = CaptionLoss(LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes)), visual_tokens=2)
+        >>> task = AdapterAlignment(llm=scorer, feature_width=8, visual_tokens=2, strategy=LikelihoodRatio(seed=0))
+        >>> captions = PaddedTargets.of([torch.tensor([5, 6, 7]), torch.tensor([8])])
+        >>> task.sample_statistics((torch.randn(2, 8), captions)).loss.shape
+        torch.Size([2])
+    """
+
+    weights_name: ClassVar[str] = "adapter.safetensors"
+    loss: Any = None  # a SuffixLoss in the place of the method
+    tokenizer: Any = None
+    sigma: float | None = None
+
+    def __init__(
+        self, *, llm: str | CaptionScorer, llm_kwargs: Mapping[str, Any] | None = None, encoder: str = "",
+        encoder_kwargs: Mapping[str, Any] | None = None, feature: Feature = "cls_pre_norm", feature_width: int = 0,
+        adapter: AdapterKind = "linear", visual_tokens: int = 1, bos: bool = False, eos: bool = False,
+        prompt: Prompt = "plain", normalize_features: bool = True, init: Start = "embedding",
+        relative_sigma: float = 0.0, **settings: Any,
+    ) -> None:  # fmt: skip
+        """Load what is frozen, make the adapter and bind the strategy.
+
+        Args:
+            llm: A causal language model of transformers, by name or folder; or what scores captions in its place.
+            llm_kwargs: Further arguments of ``from_pretrained``: ``dtype``, ``attn_implementation``,
+                ``quantization_config``.
+            encoder: A vision transformer of timm or open_clip; empty: the data has features, or a cache of them.
+            encoder_kwargs: ``checkpoint`` (a file; a tag of open_clip's weights; ``pretrained``: timm's; without it
+                random ones, to plan a run), and further arguments of ``timm.create_model``.
+            feature: Which of the encoder's outputs; see :class:`VisionEncoder`. ``patches``: each becomes one vector.
+            feature_width: Width of the features where no encoder tells it.
+            adapter: ``linear``, or ``mlp2x_gelu`` as in LLaVA-1.5.
+            visual_tokens: Vectors that a feature becomes; with ``patches`` and no encoder, the number of patches.
+            bos: Put the model's token of the beginning before the vectors, as LLaVA does. The paper's sequence has
+                none.
+            eos: Put that of the end after each caption.
+            prompt: ``plain``: the caption follows the vectors, as in the paper. ``instruction``: the question of the
+                data stands between them, and is not scored.
+            normalize_features: Divide features by their norm. With norms of 10 or more, a step of Adam moves the
+                vectors by as much more, and hardly any learning rate works.
+            init: ``embedding``: the vectors begin at the mean embedding of all tokens, whatever the image. ``default``:
+                torch's.
+            relative_sigma: Width of the noise in the root mean square of the first batch's vectors, in the place of
+                the site's sigma; it is fixed then. 0: the site's.
+            **settings: Those of :class:`ForwardModule`. A strategy that names no sites has one, ``adapter``.
+
+        Raises:
+            SettingError: a model that cannot be loaded, or a setting that does not work or has no effect.
+        """
+        super().__init__(**settings)
+        check_choice("prompt", prompt, get_args(Prompt))
+        check_at_least("relative_sigma", relative_sigma, 0.0, "Write, for example, 0.1, or 0.")
+        check_whole("visual_tokens", visual_tokens, 1, "Write 1, or 4 for example.")
+        for name, flag in {"bos": bos, "eos": eos, "normalize_features": normalize_features}.items():
+            check_flag(name, flag)
+        made, extra = dict(encoder_kwargs or {}), dict(llm_kwargs or {})
+        checkpoint = str(made.pop("checkpoint", ""))
+        self.encoder = VisionEncoder(encoder, checkpoint, made, feature) if encoder else None
+        if self.encoder is None and encoder_kwargs:
+            raise SettingError("encoder_kwargs", encoder_kwargs, "has no effect without an encoder.", "Leave it out.")
+        if (self.encoder is None) is not bool(feature_width):
+            problem = "the encoder tells it." if self.encoder else "is needed where no encoder tells it."
+            raise SettingError("feature_width", feature_width, problem, "Leave it out." if encoder else "Write it.")
+        if self.encoder is not None and self.encoder.places > 1:
+            if visual_tokens not in (1, self.encoder.places):
+                problem = f"each of the {self.encoder.places} patches becomes one vector."
+                raise SettingError("visual_tokens", visual_tokens, problem, "Leave it out.")
+            visual_tokens = self.encoder.places
+        self.feature_width = self.encoder.width if self.encoder else feature_width
+        self.save_hyperparameters(
+            {
+                "llm": llm if isinstance(llm, str) else type(llm).__name__, "llm_kwargs": extra, "encoder": encoder,
+                "encoder_kwargs": dict(encoder_kwargs or {}), "feature": feature, "feature_width": feature_width,
+                "adapter": adapter, "visual_tokens": visual_tokens, "bos": bos, "eos": eos, "prompt": prompt,
+                "normalize_features": normalize_features, "init": init, "relative_sigma": relative_sigma,
+            }
+        )  # fmt: skip
+        self.loss, self.tokenizer = load_scorer(llm, extra, visual_tokens=visual_tokens, bos=bos, eos=eos)
+        patches = feature == "patches"
+        sizes = (self.feature_width, self.loss.width)
+        self.adapter = make_adapter(adapter, *sizes, visual_tokens=visual_tokens, patches=patches)
+        start_adapter(self.adapter, init, mean_embedding(self.loss))
+        self._take_site(relative_sigma)
+        self.stage(self.adapter, torch.zeros(1, *([visual_tokens] if patches else []), self.feature_width))
+        names = [f"{part}_{metric}" for part in ("val", "test") for metric in ("loss", "right")]
+        self.metrics = nn.ModuleDict({name: mean_loss() for name in names})
+        self._class_captions: list[list[int]] = []
+        self._longest = 0
+
+    def _take_site(self, relative_sigma: float) -> None:
+        specs = getattr(self.strategy, "specs", None)
+        if specs is not None and not specs:
+            self.strategy.specs = (SiteSpec(stages=["adapter"], name="adapter"),)  # type: ignore[union-attr]
+        if relative_sigma and self.strategy is not None:
+            own = [spec.sigma for spec in specs or () if spec.sigma != SiteSpec.sigma]
+            if specs is None or own:
+                problem = f"has no effect: {'the sites have a sigma' if own else 'the strategy has no sites'}."
+                raise SettingError("relative_sigma", relative_sigma, problem, "Leave out one of the two.")
+
+    @property
+    def caption_context(self) -> int:
+        """Tokens of a caption, with its question, that the language model has room for; 0: it is not known."""
+        taken = self.loss.positions(0) + (self.loss.eos is not None)
+        return max(0, self.loss.context - taken) if self.loss.context else 0
+
+    @property
+    def reads_instructions(self) -> bool:
+        """Whether the data's questions are wanted."""
+        return bool(self.hparams["prompt"] == "instruction")
+
+    def caption_ids(self, captions: Sequence[str]) -> list[list[int]]:
+        """The tokens of each caption, without those of beginning and end.
+
+        Raises:
+            SettingError: there is no tokenizer, or it is one of another model.
+        """
+        if self.tokenizer is None:
+            problem = "makes no tokens: it was given as a scorer."
+            raise SettingError("llm", self.hparams["llm"], problem, "Set the task's tokenizer, or data.tokenizer.")
+        ids: list[list[int]] = self.tokenizer(list(captions), add_special_tokens=False)["input_ids"] if captions else []
+        vocabulary = getattr(self.loss, "vocabulary", 0)
+        largest = max((max(each) for each in ids if each), default=0)
+        if vocabulary and largest >= vocabulary:
+            problem = f"gives the id {largest}, and the language model's embedding has {vocabulary}."
+            raise SettingError("tokenizer", type(self.tokenizer).__name__, problem, "Use the one of this model.")
+        return ids
+
+    def setup(self, stage: str) -> None:
+        """Move what is frozen to the run's device, and put features in the place of the data's photos."""
+        super().setup(stage)
+        trainer: Any = self.trainer
+        self.place(trainer.strategy.root_device)
+        data = trainer.datamodule
+        if isinstance(data, CaptionDataModule):
+            name = self.encoder.name if self.encoder else ""
+            encode = None if self.encoder is None else lambda images: self.features_of(images).cpu()
+            data.keep_features(stage, encode, encoder=name, feature=self.hparams["feature"])
+            self._class_captions = self.caption_ids(data.class_captions)
+            self._longest = int(data.tokens.lengths.max(initial=0))
+
+    def place(self, device: torch.device) -> None:
+        """Move encoder and language model to a device; one that is quantised or spread over devices stays."""
+        if self.encoder is not None:
+            self.encoder.to(device)
+        llm = getattr(self.loss, "llm", None)
+        if llm is not None and not getattr(llm, "is_quantized", False) and not hasattr(llm, "hf_device_map"):
+            llm.to(device)
+
+    @property
+    def backbone(self) -> Any:
+        """Size, mean and standard deviation of the encoder's images; any serve where there is no encoder."""
+        unread = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "input_size": (3, 1, 1)}
+        return SimpleNamespace(pretrained_cfg=unread) if self.encoder is None else self.encoder.backbone
+
+    def features_of(self, images: Tensor) -> Tensor:
+        """``(b, f)`` or ``(b, p, f)`` features of images, as the encoder gives them."""
+        if self.encoder is None:
+            problem = "makes no features of images."
+            raise SettingError("encoder", "", problem, "Write one, or give features (b, feature_width).")
+        return self.encoder(images)
+
+    def split(self, batch: Any) -> tuple[Any, Any]:
+        """Features, of norm 1 if that is asked for, and captions; images are encoded here."""
+        inputs, captions = super().split(batch)
+        if isinstance(inputs, Tensor) and inputs.dim() == 4:
+            inputs = self.features_of(inputs)
+        self.check_inputs(inputs)
+        inputs = inputs.to(self.device)
+        if self.hparams["normalize_features"]:
+            inputs = nn.functional.normalize(inputs, dim=-1)
+        return inputs, captions
+
+    def check_inputs(self, inputs: Any) -> None:
+        """Refuse features of another width than the adapter's."""
+        places = [self.loss.visual_tokens] if self.hparams["feature"] == "patches" else []
+        if not isinstance(inputs, Tensor) or [*inputs.shape[1:]] != [*places, self.feature_width]:
+            given = tuple(inputs.shape[1:]) if isinstance(inputs, Tensor) else type(inputs).__name__
+            problem = f"the adapter takes features {(*places, self.feature_width)} of a sample."
+            raise SettingError("data", given, problem, "Give such features, or correct feature_width or encoder.")
+
+    def _clean_pass(self, batch: Batch) -> CleanPass:
+        if self.sigma is None and self.hparams["relative_sigma"]:
+            inputs, _ = self.split(batch)
+            with torch.no_grad():
+                square = self(inputs).square().mean()
+            ranks = self._training_strategy().communicator
+            root = float(mean_over_ranks(ranks, square, len(inputs)).sqrt())
+            self._set_sigma(self.hparams["relative_sigma"] * root)
+            rank_zero_info(f"relative_sigma: sigma is {self.sigma:.4g}, the vectors' root mean square {root:.4g}")
+        return super()._clean_pass(batch)
+
+    def _set_sigma(self, sigma: float) -> None:
+        strategy = self._training_strategy()
+        self.sigma = sigma
+        strategy.set_sigmas({site.name: sigma for site in strategy.sites})
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Log ``val/loss``; where captions are of classes also ``val/accuracy``, whether the likeliest is the own."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Log ``test/loss`` and ``test/accuracy``, every caption once whatever the number of processes."""
+        self._evaluate(batch, "test", first_seen(self.trainer.test_dataloaders, batch_idx, len(batch[1])))
+
+    def _evaluate(self, batch: Batch, part: str, own: int | None = None) -> None:
+        inputs, captions = self.split(batch)
+        vectors, metrics = self(inputs), cast("Any", self.metrics)
+        found = {"loss": row_losses(self.loss, vectors, captions)}
+        if self._class_captions:
+            found["right"] = likeliest(self.loss, vectors, captions, self._class_captions)
+        for name, values in found.items():
+            if own != 0:
+                metrics[f"{part}_{name}"].update(values[:own])
+            logged = "accuracy" if name == "right" else name
+            self.log(f"{part}/{logged}", metrics[f"{part}_{name}"], prog_bar=True, batch_size=len(captions))
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, list[str]]:
+        """``caption``: of each image what the language model writes, taking the likeliest token each time."""
+        inputs, captions = self.split(batch)
+        given = captions.trimmed() if captions.given is not None else None
+        return {
+            "caption": greedy_captions(self.loss, self.tokenizer, self(inputs), given, captions.given, self._longest)
+        }
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the adapter belongs to, as plain values."""
+        names = ("feature", "adapter", "visual_tokens", "bos", "eos", "prompt", "normalize_features")
+        model = getattr(self.loss, "llm", None)
+        llm = {"llm": Path(self.hparams["llm"]).name, "llm_config": fingerprint(model, {}) if model is not None else ""}
+        return {**llm, "encoder": self.encoder.name if self.encoder else "", **{n: self.hparams[n] for n in names}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say what the adapter belongs to, and the width that was found."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[KEY] = {**self.identity, "sigma": self.sigma}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse an adapter of other models."""
+        saved = check_same_models(checkpoint.get(KEY), self.identity)
+        if saved["sigma"] is not None and self.hparams["relative_sigma"] and self.strategy is not None:
+            self._set_sigma(saved["sigma"])
+        super().on_load_checkpoint(checkpoint)
+
+    def export_weights(self, path: str) -> None:
+        """Write the adapter's weights as safetensors, with what they belong to as metadata."""
+        from safetensors.torch import save_file
+
+        about = {name: str(value) for name, value in self.identity.items()}
+        save_file({n: v.detach().cpu().contiguous() for n, v in self.adapter.state_dict().items()}, path, about)

@@ -1,0 +1,59 @@
+"""The language model behind an adapter, and which models a checkpoint's adapter belongs to."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from flops_lightning.errors import SettingError
+from flops_lightning.language import CaptionLoss, CaptionScorer, load_language_model
+
+KEY = "adapter_alignment"
+"""Where a checkpoint says what its adapter belongs to."""
+
+
+def load_scorer(
+    llm: str | CaptionScorer, kwargs: Mapping[str, Any], *, visual_tokens: int, bos: bool, eos: bool
+) -> tuple[CaptionScorer, Any]:
+    """What scores captions, and its tokenizer (None where ``llm`` is a scorer).
+
+    Raises:
+        SettingError: the model cannot be loaded or has no such tokens, or a setting has no effect on a scorer.
+    """
+    if isinstance(llm, CaptionScorer):
+        for name, value in {"llm_kwargs": dict(kwargs), "bos": bos, "eos": eos}.items():
+            if value:
+                raise SettingError(name, value, "has no effect: llm is given as a scorer.", "Set it of the scorer.")
+        if llm.visual_tokens != visual_tokens:
+            problem = f"the scorer takes {llm.visual_tokens} vectors."
+            raise SettingError("visual_tokens", visual_tokens, problem, f"Write {llm.visual_tokens}.")
+        return llm, None
+    model, tokenizer = load_language_model(llm, **kwargs)
+
+    def end(name: str, *, wanted: bool) -> int | None:
+        token = getattr(tokenizer, f"{name}_token_id") if wanted else None
+        if wanted and token is None:
+            raise SettingError(name, True, "the tokenizer has no such token.", f"Write {name}: false.")
+        return token
+
+    ends = {"bos": end("bos", wanted=bos), "eos": end("eos", wanted=eos)}
+    return CaptionLoss(model, visual_tokens=visual_tokens, bos=ends["bos"], eos=ends["eos"]), tokenizer
+
+
+def mean_embedding(loss: CaptionScorer) -> Tensor | None:
+    """``(d,)`` the mean of all tokens' embeddings; None where the language model runs elsewhere."""
+    llm = getattr(loss, "llm", None)
+    return None if llm is None else llm.get_input_embeddings().weight.detach().float().mean(0)
+
+
+def check_same_models(saved: Mapping[str, Any] | None, own: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a checkpoint says; a :class:`SettingError` if its adapter belongs to another model or another input."""
+    if saved is None:
+        problem = "holds no adapter of an AdapterAlignment."
+        raise SettingError("ckpt_path", KEY, problem, "Give a checkpoint of such a run.")
+    for name, value in own.items():
+        if saved[name] != value:
+            problem = f"the checkpoint's adapter was learned with {saved[name]!r}."
+            remedy = "Give the settings of that run, or start anew without the checkpoint."
+            raise SettingError(name, value, problem, remedy)
+    return saved
