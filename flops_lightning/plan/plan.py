@@ -12,7 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from flops_lightning.errors import SettingError, check_positive
 from flops_lightning.network.memory import give_back_freed
 from flops_lightning.plan.measurement import Settings, allocators_of, measure, quiet, validates_by_the_clock
-from flops_lightning.plan.stopwatch import Clock, Measured
+from flops_lightning.plan.stopwatch import Clock, Measured, SiteShare
 from flops_lightning.plan.trainer import callbacks_of
 from flops_lightning.protocol import SupportsStatisticsRequests
 from flops_lightning.strategies import Backprop, ForwardGradientStrategy
@@ -44,8 +44,15 @@ class Plan:
     @property
     def queries(self) -> int | None:
         """Queries of the whole run."""
-        cost = self.own.cost
-        return None if self.samples is None else round(cost.queries_once + cost.queries * self.samples)
+        of_sites = [self.queries_of(site) or 0.0 for site in self.own.sites]
+        return None if self.samples is None else round(self.own.cost.queries_once + sum(of_sites))
+
+    def queries_of(self, site: SiteShare) -> float | None:
+        """Queries of a site in the whole run, beyond those at its start."""
+        if self.steps is None or self.samples is None:
+            return None
+        each = site.queries_of_step
+        return site.queries * self.samples if each is None else each * self.steps
 
     @property
     def forward_equivalents(self) -> float | None:
@@ -153,14 +160,15 @@ def _length(plan: Plan) -> list[str]:
 
 def _step(plan: Plan) -> list[str]:
     batch, cost = plan.own.epoch.batch_size, plan.own.cost
-    rows = [("a full batch", "queries", "cost of a query", "forward-equivalents")]
+    rows = [("a full batch", "queries", "cost of a query", "forward-equivalents", "queries of the run")]
     for site in plan.own.sites:
         each = "" if site.query_cost is None else f"{site.query_cost:.2g}"
-        rows.append((site.name, _number(site.queries * batch), each, _number(site.forward_equivalents * batch)))
-    rows.append(("all", _number(cost.queries * batch), "", _number(cost.forward_equivalents * batch)))
+        spent = (_number(site.queries * batch), each, _number(site.forward_equivalents * batch))
+        rows.append((site.name, *spent, _number(plan.queries_of(site))))
+    rows.append(("all", _number(cost.queries * batch), "", _number(cost.forward_equivalents * batch), ""))
     if cost.queries_once or cost.forward_equivalents_once >= 0.5:
-        rows.append(("once, at the start", _number(cost.queries_once), "", _number(cost.forward_equivalents_once)))
-    rows.append(("the whole run", _number(plan.queries), "", _number(plan.forward_equivalents)))
+        rows.append(("once, at the start", _number(cost.queries_once), "", _number(cost.forward_equivalents_once), ""))
+    rows.append(("the whole run", _number(plan.queries), "", _number(plan.forward_equivalents), ""))
     return _aligned(rows)
 
 

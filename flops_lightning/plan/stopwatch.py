@@ -39,6 +39,7 @@ class SiteShare:
     queries: float
     query_cost: float | None  # forward-equivalents per query; None without queries
     forward_equivalents: float  # of the queries and of the gradient after them
+    queries_of_step: float | None = None  # where all samples share them, however many there are
 
 
 @dataclass(frozen=True)
@@ -164,18 +165,20 @@ class Stopwatch(Callback):
             for name in ("queries", "forward_equivalents")
         }
         before, later = (self._first, samples[1]) if samples[1] else (self._unspent, samples[0])
+        steps = max(1, len(self._samples) - 1)
         sites = [site.name for site in (*self.strategy.sites, *self.strategy.exact_sites)]
         names = dict.fromkeys([CLEAN, *sites, *meter.sites])
-        shares = tuple(self._share(name, before, meter, later) for name in names)
+        shares = tuple(self._share(name, before, meter, later, steps) for name in names)
         cost = Cost.of(curves, samples, seconds=seconds, seconds_once=seconds_once)
         return cost, tuple(each for each in shares if each.queries or each.forward_equivalents)
 
-    def _share(self, name: str, before: QueryMeter, after: QueryMeter, samples: int) -> SiteShare:
+    def _share(self, name: str, before: QueryMeter, after: QueryMeter, samples: int, steps: int) -> SiteShare:
         old, new = before.sites.get(name, SiteCount()), after.sites.get(name, SiteCount())
         queries, spent = new.queries - old.queries, new.forward_equivalents - old.forward_equivalents
         # Where a query's cost is not counted apart from the gradient's, all that was spent is the queries'.
         each = self._query_costs.get(name, spent / queries) if queries else None
-        return SiteShare(name, queries / samples, each, spent / samples)
+        shared = any(site.name == name and site.per_batch for site in self.strategy.sites)
+        return SiteShare(name, queries / samples, each, spent / samples, queries / steps if shared else None)
 
     def _now(self, module: LightningModule) -> float:
         if module.device.type == "cuda":
