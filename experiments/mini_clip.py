@@ -3,7 +3,8 @@
 For studies of prompts without a download: 0.35 million numbers beside the embedding of words, images of 32 pixels. An
 image's caption is one of :data:`TEMPLATES` with one of its class's :data:`NAMES`. As a batch holds many images of a
 class, the loss is CLIP's for images alone: the cross-entropy over one caption of each class, drawn anew at every step.
-Fifteen epochs take about ten minutes of one core. ``DIR`` is then a folder for open_clip: ``local-dir:DIR``.
+Fifteen epochs take about ten minutes of one core. ``DIR`` is then a folder for open_clip: ``local-dir:DIR``. It knows
+ten names, and with ``--cifar100 CIFAR100`` the hundred of that data set too.
 """
 
 import json
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from experiments.command_line import StudyParser
-from flops_lightning.datamodules import CIFAR10DataModule
+from flops_lightning.datamodules import CIFAR10DataModule, CIFAR100DataModule
 from flops_lightning.datamodules.files import Listing
 from flops_lightning.prompts import class_features
 
@@ -134,7 +135,8 @@ def load(folder: Path | str) -> Any:
 def main(args: Sequence[str] | None = None) -> None:
     parser = StudyParser(__doc__, runs=False, epochs=(15, "passes over the images"), batch=(250, "images of a step"))
     parser.add_argument("--root", required=True, help="folder of CIFAR-10: torchvision's archive, or class folders")
-    parser.add_argument("--images_per_class", type=int, default=0, help="training images of each class (default all)")
+    parser.add_argument("--cifar100", help="folder of CIFAR-100, whose training images and names are learned as well")
+    parser.add_argument("--images_per_class", type=int, default=0, help="of CIFAR-10, to train on (default all)")
     parser.add_argument("--val_images", type=int, default=5000, help="that are not trained on (default 5000)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, order and captions (default 0)")
     parser.run(study, args)
@@ -147,8 +149,14 @@ def study(options: Any) -> None:
         root=options.root, images_per_class=options.images_per_class, val_images=options.val_images
     )
     parts = data.check()
-    clip = train(*pixels(parts["train"]), data.class_names, epochs=options.epochs, batch=options.batch,
-                 seed=options.seed)  # fmt: skip
+    images, labels = pixels(parts["train"])
+    names, more = data.display_names, None
+    if options.cifar100:
+        more = CIFAR100DataModule(root=options.cifar100, val_images=0)
+        others, theirs = pixels(more.check()["train"])
+        images, labels = torch.cat([images, others]), torch.cat([labels, theirs + len(names)])
+        names = (*names, *more.display_names)
+    clip = train(images, labels, names, epochs=options.epochs, batch=options.batch, seed=options.seed)
     options.output.mkdir(parents=True, exist_ok=True)
     save_file({name: value.contiguous() for name, value in clip.state_dict().items()}, options.output / WEIGHTS)
     test = pixels(parts["test"])
@@ -158,6 +166,9 @@ def study(options: Any) -> None:
         "zero_shot": accuracy(clip, *test, class_features(clip, data.class_names)),
         "zero_shot_ensembled": accuracy(clip, *test, class_features(clip, data.class_names, TEMPLATES)),
     }
+    if more is not None:
+        features = class_features(clip, more.display_names, TEMPLATES)
+        found["zero_shot_cifar100_ensembled"] = accuracy(clip, *pixels(more.check()["test"]), features)
     (options.output / SETTINGS).write_text(json.dumps({"model_cfg": CONFIG, "preprocess_cfg": {}}, indent=2) + "\n")
     (options.output / "trained.json").write_text(json.dumps(found, indent=2) + "\n")
     print(json.dumps(found))

@@ -8,7 +8,6 @@ after ``--`` go to every run, as in ``-- --config configs/hardware/8xgpu.yaml``;
 """
 
 import argparse
-import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from itertools import product
@@ -17,7 +16,7 @@ from typing import NamedTuple
 
 from experiments.command_line import StudyParser, arguments, configs
 from experiments.harness import Cell, run_all
-from experiments.tables import markdown, write_csv
+from experiments.tables import markdown, mean_deviation, write_csv
 from flops_lightning.errors import SettingError
 
 DATA_SETS = ("imagenet", "caltech101", "food101", "flowers102", "cifar10", "cifar100", "eurosat")
@@ -84,7 +83,7 @@ def cells(options: argparse.Namespace, *, keeps_weights: bool = False) -> dict[K
     given_once = map(dict.fromkeys, (options.seeds, options.models, options.data_sets, options.methods))
     for seed, model, data_set, method in product(*given_once):
         name = f"{model}/{data_set}/{method}/seed_{seed}"
-        only = [f"--{setting}" for where, setting in map(_only, options.only) if where == data_set]
+        only = [f"--{setting}" for where, setting in map(setting_of, options.only) if where == data_set]
         given = (*(["--config", SMALL] if options.small else ()), *options.extra, *only)
         # The method's files come last: they replace what an overlay of the user's says of the strategy.
         on_top = (*configs(FILES[method]), *OWN.get((model, method), ()))
@@ -95,9 +94,10 @@ def cells(options: argparse.Namespace, *, keeps_weights: bool = False) -> dict[K
     return found
 
 
-def _only(given: str) -> tuple[str, str]:
+def setting_of(given: str, data_sets: Sequence[str] = DATA_SETS) -> tuple[str, str]:
+    """Data set and setting of ``DATA_SET:NAME=VALUE``."""
     data_set, _, setting = given.partition(":")
-    if data_set not in DATA_SETS or setting.find("=") < 1:
+    if data_set not in data_sets or setting.find("=") < 1:
         remedy = "Write, for example, cifar10:data.init_args.download=true."
         raise SettingError("--only", given, "is not DATA_SET:NAME=VALUE.", remedy)
     return data_set, setting
@@ -105,10 +105,7 @@ def _only(given: str) -> tuple[str, str]:
 
 def entry(runs: Sequence[Cell]) -> str:
     """Mean and standard deviation over the seeds that are finished, in percent."""
-    done = [100 * cell.summary["test_accuracy"] for cell in runs if cell.finished]
-    deviation = f" ± {statistics.stdev(done):.1f}" if len(done) > 1 else ""
-    missing = f" ({len(done)} of {len(runs)} seeds)" if len(done) < len(runs) else ""
-    return f"{statistics.fmean(done):.1f}{deviation}{missing}" if done else "-"
+    return mean_deviation([cell.summary["test_accuracy"] for cell in runs if cell.finished], len(runs))
 
 
 def report(runs: Mapping[Key, Cell], *, small: bool) -> str:

@@ -37,6 +37,14 @@ def spread(values: Sequence[float], middle: Callable[[Sequence[float]], float] =
     return f"{middle(values):.1%} ({min(values):.1%} - {max(values):.1%})"
 
 
+def mean_deviation(shares: Sequence[float], expected: int) -> str:
+    """Mean and standard deviation of shares in percent; how many there are where others are ``expected``."""
+    done = [100 * share for share in shares]
+    deviation = f" ± {statistics.stdev(done):.1f}" if len(done) > 1 else ""
+    missing = f" ({len(done)} of {expected} seeds)" if len(done) < expected else ""
+    return f"{statistics.fmean(done):.1f}{deviation}{missing}" if done else "-"
+
+
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
     """Mean and the bounds of its confidence interval; NaN bounds for a single value."""
     mean, number, half = statistics.fmean(values), len(values), math.nan

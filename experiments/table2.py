@@ -1,0 +1,273 @@
+"""``python -m experiments.table2 --data_sets caltech101 --output DIR``: the paper's Table 2, prompts for CLIP.
+
+A cell is a CLIP on a data set by a method, once for each seed: ``configs/clip_vit_b32_DATASET.yaml`` with the method's
+file on top, trained by ``main.py fit`` and tested by ``main.py test`` with the checkpoint of the lowest validation
+loss, each in a process and a folder of its own. The rows ``manual`` are tests alone. A seed draws images, ``W``, noise
+and batches. A finished run is not repeated, and one that was interrupted continues from its last checkpoint. Arguments
+after ``--`` go to every run; those of one data set alone by ``--only caltech101:data.init_args.download=true``.
+``--small --clip DIR`` takes a CLIP of ``experiments.mini_clip`` and the parts of two data sets that two cores can bear.
+Writes ``table2.md``, beside the figures of the paper and of others, ``table2.csv`` and ``table2.png``.
+"""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from experiments.command_line import StudyParser, arguments, configs
+from experiments.harness import Cell, run_all
+from experiments.mini_clip import TEMPLATES
+from experiments.pictures import draw_if_possible
+from experiments.pictures_prompts import draw_table2
+from experiments.table1 import setting_of
+from experiments.tables import markdown, mean_deviation, write_csv, write_report
+from experiments.written_metrics import FILE_NAME
+from flops_lightning.errors import SettingError
+
+DATA_SETS = ("imagenet", "caltech101", "food101")
+MANUAL = {"manual": "manual, one template", "manual_ensembled": "manual, templates ensembled"}
+START = "at the start"
+TRAINED = {
+    "lr": "LR", "spsa": "SPSA", "ops_lr": "OPS-LR", "ops_spsa": "OPS-SPSA", "cma_es": "CMA-ES",
+    "bp": "BP (upper bound)",
+}  # fmt: skip
+METHODS = {**MANUAL, **TRAINED}
+"""Titles by the name of the method's file in ``configs/prompt_method``."""
+PAPER: dict[str, tuple[float, ...]] = {
+    "manual": (57.9, 83.3, 76.4),
+    "lr": (62.5, 87.4, 79.2),
+    "spsa": (60.7, 85.3, 77.6),
+    "ops_lr": (65.1, 90.5, 82.7),
+    "ops_spsa": (64.2, 89.3, 81.5),
+}
+"""Test accuracies in percent by data set, Table 2 of the paper, which names ViT-B/32."""
+OTHERS: dict[tuple[str, str], tuple[float, ...]] = {
+    ("BPT-VLM, CMA-ES, best test accuracy seen on the way", "ViT-B/32"): (65.08, 94.16, 81.31),
+    ("OpenAI's zero-shot, ensembled", "ViT-B/32"): (63.3, 87.6, 84.0),
+    ("OpenAI's zero-shot, ensembled", "RN50"): (59.8, 83.3, 80.8),
+}
+"""By who and backbone: BPT-VLM's README, and open_clip's table of zero-shot results."""
+
+BACKBONES: dict[str, dict[str, Any]] = {  # settings on top of a configuration
+    "vit_b32": {},
+    "vit_b16": {"model.init_args.model_name": "ViT-B-16-quickgelu"},
+    "rn50": {"model.init_args.model_name": "RN50-quickgelu"},  # its image tower takes no prompt
+}
+SMALL = "configs/small/clip_mini.yaml"
+# About 36,000 image passes for every method, in about 100 steps, and too few validations to end most runs early.
+SMALL_DATA: dict[str, dict[str, Any]] = {
+    "caltech101": {
+        "trainer.max_epochs": 8, "trainer.check_val_every_n_epoch": 2, "data.init_args.images_per_class": 4,
+        "data.init_args.val_images_per_class": 1, "data.init_args.val_share": 0.125,
+        "data.init_args.test_share": 0.375,
+    },
+    "food101": {
+        "trainer.max_epochs": 20, "trainer.check_val_every_n_epoch": 4, "data.init_args.val_images": 40,
+    },
+}  # fmt: skip
+SMALL_SEARCH = {
+    "caltech101": {"trainer.max_epochs": 3, "trainer.check_val_every_n_epoch": 1, "data.init_args.batch_size": 32},
+    "food101": {"trainer.max_epochs": 7, "trainer.check_val_every_n_epoch": 1, "data.init_args.batch_size": 32},
+}
+SPENT = ("image_passes", "text_passes", "calls")
+QUICK = {"trainer.max_epochs": 1, "trainer.limit_train_batches": 2, "trainer.check_val_every_n_epoch": 1}
+
+
+class Key(NamedTuple):
+    backbone: str
+    data_set: str
+    method: str
+    seed: int
+
+
+def planned(options: argparse.Namespace) -> tuple[dict[Key, Cell], dict[Key, Cell]]:
+    """The runs that train, and the tests of what is not trained; seeds change slowest."""
+    fits, tests = {}, {}
+    small, only = options.small or options.quick, [setting_of(given, DATA_SETS) for given in options.only]
+    once = map(dict.fromkeys, (options.seeds, options.backbones, options.data_sets, options.methods))
+    for seed, backbone, data_set, method in product(*once):
+        key, own = Key(backbone, data_set, method, seed), {"data.init_args.split_seed": seed}
+        # Training and validation images are drawn anew for each seed, test images of Caltech101 alone.
+        if method in MANUAL and data_set != "caltech101" and seed != options.seeds[0]:
+            continue
+        own |= {f"model.init_args.{prompt}.seed": seed for prompt in ("text_prompt", "image_prompt")}
+        own |= {"model.init_args.model_name": f"local-dir:{options.clip}"} if small else BACKBONES[backbone]
+        given = [*configs([f"configs/clip_vit_b32_{data_set}.yaml", *([SMALL] if small else [])]), *arguments(own)]
+        given += [*arguments(SMALL_DATA[data_set] if small else {}), *options.extra]
+        given += [f"--{setting}" for where, setting in only if where == data_set]
+        # The method's file comes last: it replaces what an overlay of the user's says of the strategy.
+        given += configs([f"configs/prompt_method/{method}.yaml"])
+        if small:
+            given += arguments(SMALL_SEARCH[data_set] if method == "cma_es" else {})
+            # Words that its captions did not have mean nothing to a small CLIP.
+            given += arguments({"model.init_args.template": list(TEMPLATES)} if method == "manual_ensembled" else {})
+            given += arguments(QUICK if options.quick and method in TRAINED else {})
+        if method in MANUAL:
+            tests[key] = evaluation(options.output, key, given)
+        else:
+            name = "/".join((*key[:3], f"seed_{seed}"))
+            run = {"seed_everything": seed, "trainer.default_root_dir": options.output / name, "ckpt_path": "last"}
+            command = ("main.py", "fit", *given, *arguments(run))
+            fits[key] = Cell(options.output, name, command, resumes=True, keeps_weights=True)
+    return fits, tests
+
+
+def evaluation(output: Path, key: Key, given: Sequence[str], checkpoint: Path | None = None) -> Cell:
+    name = "/".join(("test", *key[:3], f"seed_{key.seed}"))
+    run = {"seed_everything": key.seed, "trainer.default_root_dir": output / name}
+    run |= {"ckpt_path": checkpoint} if checkpoint else {}
+    writes = "--trainer.callbacks+=experiments.written_metrics.WriteMetrics"
+    return Cell(output, name, ("main.py", "test", *given, writes, *arguments(run)), result=FILE_NAME)
+
+
+def tests_of(fits: Mapping[Key, Cell], output: Path) -> dict[Key, Cell]:
+    """Tests of the runs that are finished; refuses those whose weights are gone."""
+    found = {}
+    for key, cell in fits.items():
+        if cell.finished:
+            file = best(cell)
+            if file is None:
+                problem, remedy = f"holds no weights of {cell.name}, which is finished.", "Remove that folder."
+                raise SettingError("--output", str(output), problem, f"{remedy} The same command trains it again.")
+            given = cell.arguments[2 : cell.arguments.index("--seed_everything")]
+            found[key] = evaluation(output, key, given, file)
+    return found
+
+
+def best(cell: Cell) -> Path | None:
+    """The checkpoint of the lowest validation loss, also where a run was continued in another folder."""
+    scores: dict[Path, float] = {}
+    for file in cell.folder.rglob("epoch=*.ckpt"):
+        states = torch.load(file, map_location="cpu", weights_only=True)["callbacks"].values()
+        found = [s["current_score"] for s in states if isinstance(s, dict) and s.get("monitor") == "val/loss"]
+        scores |= {file: float(found[0])} if found else {}
+    return min(scores, key=scores.__getitem__, default=None)
+
+
+def spent(summary: Mapping[str, Any]) -> dict[str, float]:
+    """Image passes and text passes of a run, the clean ones included, and calls of a service; none of backprop."""
+    by_site = summary["queries_by_site"]
+    if not by_site:
+        return {}
+    # A query of a joint site is both.
+    image = sum(n for site, n in by_site.items() if site != "scores") + summary["clean_passes"]
+    text = sum(n for site, n in by_site.items() if site != "image_prompt") + summary["steps"]
+    calls = {"calls": summary["service"]["calls"]} if "service" in summary else {}
+    return {"image_passes": image, "text_passes": text, **calls}
+
+
+def report(fits: Mapping[Key, Cell], tests: Mapping[Key, Cell], keys: Sequence[Key], *, small: bool) -> str:
+    """Markdown: of each data set a row for each backbone and method, then what others have published."""
+    parts = []
+    for data_set in dict.fromkeys(key.data_set for key in keys):
+        place, rows = DATA_SETS.index(data_set), list[list[str]]()
+        for backbone, method in dict.fromkeys(key[0:3:2] for key in keys if key.data_set == data_set):
+            own = [key for key in keys if key[:3] == (backbone, data_set, method)]
+            if method in TRAINED and [START, backbone] not in [row[:2] for row in rows]:
+                rows.append([START, backbone, _at_start(fits, backbone, data_set), *"----"])
+            accuracies = [tests[key].summary["test_accuracy"] for key in own if key in tests and tests[key].finished]
+            paid = [spent(fits[key].summary) for key in own if key in fits and fits[key].finished]
+            amounts = [
+                f"{statistics.fmean(each[name] for each in paid):,.0f}" if paid and name in paid[0] else "-"
+                for name in SPENT
+            ]
+            paper = f"{PAPER[method][place]:.1f}" if method in PAPER else "-"
+            rows.append([METHODS[method], backbone, mean_deviation(accuracies, len(own)), *amounts, paper])
+        rows += [[who, backbone, *"----", f"{values[place]:g}"] for (who, backbone), values in OTHERS.items()]
+        title = f"{data_set}{' in small' if small else ''}, test accuracy in percent, mean ± sd over seeds:"
+        columns = ["method", "backbone", "test accuracy", *(name.replace("_", " ") for name in SPENT), "published"]
+        parts.append(f"{title}\n\n{markdown(columns, rows)}")
+    return "\n".join(parts)
+
+
+def _at_start(fits: Mapping[Key, Cell], backbone: str, data_set: str) -> str:
+    """Before the first step: the same for all methods of a seed, of which one is asked."""
+    known: dict[int, float | None] = {}
+    for key, cell in fits.items():
+        if key[:2] == (backbone, data_set) and known.get(key.seed) is None:
+            known[key.seed] = cell.summary["start_accuracy"] if cell.finished else None
+    return mean_deviation([value for value in known.values() if value is not None], len(known))
+
+
+def write(
+    fits: Mapping[Key, Cell], tests: Mapping[Key, Cell], keys: Sequence[Key], options: argparse.Namespace
+) -> None:
+    rows = []
+    for key in keys:
+        trained = fits[key].summary if key in fits and fits[key].finished else {}
+        result = tests[key].summary if key in tests and tests[key].finished else {}
+        paid, paper = spent(trained) if trained else {}, PAPER.get(key.method)
+        last = [trained.get(name) for name in ("start_accuracy", "test_accuracy", "steps", "train_seconds")]
+        found = [result.get(name) for name in ("test_accuracy", "test_loss")]
+        rows.append((*key, *found, *last, *map(paid.get, SPENT), paper and paper[DATA_SETS.index(key.data_set)]))
+    columns = ("test_accuracy", "test_loss", "start_accuracy", "end_accuracy", "steps", "train_seconds")
+    write_csv(options.output / "table2.csv", (*Key._fields, *columns, *SPENT, "paper"), rows)
+    (options.output / "table2.md").write_text(report(fits, tests, keys, small=options.small or options.quick))
+
+
+def command_line() -> StudyParser:
+    parser = StudyParser(__doc__)
+    add = parser.add_argument
+    add("--methods", nargs="+", choices=METHODS, help="default all")
+    add("--data_sets", nargs="+", choices=DATA_SETS, help="default all; in small caltech101 and food101")
+    add("--backbones", nargs="+", choices=BACKBONES, help="default vit_b32; rn50 for the manual rows")
+    add("--seeds", nargs="+", type=int, default=[1, 2, 3], help="default 1 2 3, three draws of the images")
+    add("--small", action="store_true", help=f"with {SMALL}, for CPU cores; needs --clip")
+    add("--quick", action="store_true", help="the same with two steps a run, to see that it works")
+    add("--clip", type=Path, help="folder of the small CLIP, as experiments.mini_clip writes it")
+    add("--only", nargs="+", default=[], metavar="DATA_SET:NAME=VALUE", help="settings of the runs on one data set")
+    return parser
+
+
+def complete(options: argparse.Namespace) -> None:
+    """Fill in what depends on other options, and refuse what cannot be or has no effect."""
+    small = options.small or options.quick
+    if small != (options.clip is not None):
+        problem = "is the small model." if options.clip else "names no small model."
+        remedy = "Write --small as well." if options.clip else "Give the folder that experiments.mini_clip writes."
+        raise SettingError("--clip", options.clip and str(options.clip), problem, remedy)
+    if small and options.backbones:
+        raise SettingError("--backbones", options.backbones, "has no effect in small.", "Leave it out.")
+    options.backbones = ["mini"] if small else options.backbones or ["vit_b32"]
+    options.data_sets = options.data_sets or (list(SMALL_DATA) if small else list(DATA_SETS))
+    if small and not {*options.data_sets} <= {*SMALL_DATA}:
+        problem = f"in small there are {', '.join(SMALL_DATA)}."
+        raise SettingError("--data_sets", options.data_sets, problem, "Take these.")
+    options.methods = options.methods or list(MANUAL if options.backbones == ["rn50"] else METHODS)
+    if "rn50" in options.backbones and not {*options.methods} <= {*MANUAL}:
+        remedy = f"Write --methods {' '.join(MANUAL)}."
+        raise SettingError("--backbones", "rn50", "is a ResNet, which takes no image prompt.", remedy)
+
+
+def study(options: argparse.Namespace) -> None:
+    """Train and test what is missing, and write the table after every seed; exits with code 1 if a run failed."""
+    complete(options)
+    fits, tests = planned(options)
+    keys, whole = [*tests, *fits], True
+    for seed in dict.fromkeys(options.seeds):
+        own = {key: cell for key, cell in fits.items() if key.seed == seed}
+        first = [cell for key, cell in tests.items() if key.seed == seed and key.method in MANUAL]
+        whole &= run_all([*first, *own.values()], keep_going=True, **options.launch)
+        if not options.dry_run:
+            whole &= run_all([*tests_of(own, options.output).values()], keep_going=True, **options.launch)
+            tests |= tests_of(own, options.output)
+            write(fits, tests, keys, options)
+    if options.dry_run:
+        return
+    draw_if_possible(draw_table2, options.output)
+    write_report(options.output / "table2.md", report(fits, tests, keys, small=options.small or options.quick))
+    if not whole:
+        sys.exit(1)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    command_line().run(study, args)
+
+
+if __name__ == "__main__":
+    main()
