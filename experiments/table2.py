@@ -125,7 +125,7 @@ def evaluation(output: Path, key: Key, given: Sequence[str], checkpoint: Path | 
     return Cell(output, name, ("main.py", "test", *given, writes, *arguments(run)), result=FILE_NAME)
 
 
-def tests_of(fits: Mapping[Key, Cell], output: Path) -> dict[Key, Cell]:
+def evaluations(fits: Mapping[Key, Cell], output: Path) -> dict[Key, Cell]:
     """Tests of the runs that are finished; refuses those whose weights are gone."""
     found = {}
     for key, cell in fits.items():
@@ -254,8 +254,8 @@ def study(options: argparse.Namespace) -> None:
         first = [cell for key, cell in tests.items() if key.seed == seed and key.method in MANUAL]
         whole &= run_all([*first, *own.values()], keep_going=True, **options.launch)
         if not options.dry_run:
-            whole &= run_all([*tests_of(own, options.output).values()], keep_going=True, **options.launch)
-            tests |= tests_of(own, options.output)
+            whole &= run_all([*evaluations(own, options.output).values()], keep_going=True, **options.launch)
+            tests |= evaluations(own, options.output)
             write(fits, tests, keys, options)
     if options.dry_run:
         return
