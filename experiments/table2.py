@@ -211,7 +211,7 @@ def write(
 
 
 def command_line() -> StudyParser:
-    parser = StudyParser(__doc__)
+    parser = StudyParser(__doc__, threads=(1, "threads of a run"))
     add = parser.add_argument
     add("--methods", nargs="+", choices=METHODS, help="default all")
     add("--data_sets", nargs="+", choices=DATA_SETS, help="default all; in small caltech101 and food101")

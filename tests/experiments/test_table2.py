@@ -205,7 +205,8 @@ def test_two_steps_are_trained_tested_and_reported_and_nothing_is_made_again(
     clip = random_clip(tmp_path / "clip", text={"context_length": 77, "vocab_size": 49408}, image_size=32)
     given = ["--quick", "--clip", clip.partition(":")[2], "--seeds", "1", "--output", str(tmp_path / "study")]
     given += ["--data_sets", "food101", "--methods", "manual", "lr", "cma_es"]
-    given += ["--only", f"food101:data.init_args.root={shared_data('food-101').parent}", "--"]
+    root = shared_data("data/food-101").parent
+    given += ["--only", f"food101:data.init_args.root={root}", "--"]
     given += [f"--model.init_args.{prompt}.dim=20" for prompt in ("text_prompt", "image_prompt")]
     main(given)
     rows = {row["method"]: row for row in read_csv(tmp_path / "study/table2.csv")}
