@@ -5,7 +5,8 @@ file on top, trained by ``main.py fit`` and tested by ``main.py test`` with the 
 loss, each in a process and a folder of its own. The rows ``manual`` are tests alone. A seed draws images, ``W``, noise
 and batches. A finished run is not repeated, and one that was interrupted continues from its last checkpoint. Arguments
 after ``--`` go to every run; those of one data set alone by ``--only caltech101:data.init_args.download=true``.
-``--small --clip DIR`` takes a CLIP of ``experiments.mini_clip`` and the parts of two data sets that two cores can bear.
+``--small --clip DIR --root DIR`` takes a CLIP of ``experiments.mini_clip`` with ``--cifar100``: of Caltech101 the
+classes whose names its captions had, and of Food-101 what is there, for a core and minutes a run.
 Writes ``table2.md``, beside the figures of the paper and of others, ``table2.csv`` and ``table2.png``.
 """
 
@@ -21,6 +22,7 @@ import torch
 
 from experiments.command_line import StudyParser, arguments, configs
 from experiments.harness import Cell, run_all
+from experiments.known_classes import write_split
 from experiments.mini_clip import TEMPLATES
 from experiments.pictures import draw_if_possible
 from experiments.pictures_prompts import draw_table2
@@ -59,19 +61,18 @@ BACKBONES: dict[str, dict[str, Any]] = {  # settings on top of a configuration
     "rn50": {"model.init_args.model_name": "RN50-quickgelu"},  # its image tower takes no prompt
 }
 SMALL = "configs/small/clip_mini.yaml"
-# About 36,000 image passes for every method, in about 100 steps, and too few validations to end most runs early.
+# About 36,000 image passes for every method, in about 110 steps, and too few validations to end most runs early.
 SMALL_DATA: dict[str, dict[str, Any]] = {
-    "caltech101": {
-        "trainer.max_epochs": 8, "trainer.check_val_every_n_epoch": 2, "data.init_args.images_per_class": 4,
-        "data.init_args.val_images_per_class": 1, "data.init_args.val_share": 0.125,
-        "data.init_args.test_share": 0.375,
+    "caltech101": {  # 4 images to train and 1 to validate of each class whose name the CLIP has read
+        "trainer.max_epochs": 60, "trainer.check_val_every_n_epoch": 12, "data.init_args.images_per_class": 0,
+        "data.init_args.val_images_per_class": 0,
     },
     "food101": {
         "trainer.max_epochs": 20, "trainer.check_val_every_n_epoch": 4, "data.init_args.val_images": 40,
     },
 }  # fmt: skip
 SMALL_SEARCH = {
-    "caltech101": {"trainer.max_epochs": 3, "trainer.check_val_every_n_epoch": 1, "data.init_args.batch_size": 32},
+    "caltech101": {"trainer.max_epochs": 21, "trainer.check_val_every_n_epoch": 3, "data.init_args.batch_size": 32},
     "food101": {"trainer.max_epochs": 7, "trainer.check_val_every_n_epoch": 1, "data.init_args.batch_size": 32},
 }
 SPENT = ("image_passes", "text_passes", "calls")
@@ -96,7 +97,11 @@ def planned(options: argparse.Namespace) -> tuple[dict[Key, Cell], dict[Key, Cel
         if method in MANUAL and data_set != "caltech101" and seed != options.seeds[0]:
             continue
         own |= {f"model.init_args.{prompt}.seed": seed for prompt in ("text_prompt", "image_prompt")}
-        own |= {"model.init_args.model_name": f"local-dir:{options.clip}"} if small else BACKBONES[backbone]
+        own |= BACKBONES.get(backbone, {})
+        if small:
+            own |= {"model.init_args.model_name": f"local-dir:{options.clip}", "data.init_args.root": options.root}
+        if small and data_set == "caltech101":
+            own["data.init_args.split_file"] = options.output / "splits" / f"seed_{seed}.json"
         given = [*configs([f"configs/clip_vit_b32_{data_set}.yaml", *([SMALL] if small else [])]), *arguments(own)]
         given += [*arguments(SMALL_DATA[data_set] if small else {}), *options.extra]
         given += [f"--{setting}" for where, setting in only if where == data_set]
@@ -169,18 +174,27 @@ def report(fits: Mapping[Key, Cell], tests: Mapping[Key, Cell], keys: Sequence[K
         for backbone, method in dict.fromkeys(key[0:3:2] for key in keys if key.data_set == data_set):
             own = [key for key in keys if key[:3] == (backbone, data_set, method)]
             if method in TRAINED and [START, backbone] not in [row[:2] for row in rows]:
-                rows.append([START, backbone, _at_start(fits, backbone, data_set), *"----"])
-            accuracies = [tests[key].summary["test_accuracy"] for key in own if key in tests and tests[key].finished]
+                rows.append([START, backbone, _at_start(fits, backbone, data_set), *"-----"])
+            done = [tests[key].summary for key in own if key in tests and tests[key].finished]
+            accuracy = mean_deviation([each["test_accuracy"] for each in done], len(own))
+            loss = f"{statistics.fmean(each['test_loss'] for each in done):.3f}" if done else "-"
             paid = [spent(fits[key].summary) for key in own if key in fits and fits[key].finished]
             amounts = [
                 f"{statistics.fmean(each[name] for each in paid):,.0f}" if paid and name in paid[0] else "-"
                 for name in SPENT
             ]
             paper = f"{PAPER[method][place]:.1f}" if method in PAPER else "-"
-            rows.append([METHODS[method], backbone, mean_deviation(accuracies, len(own)), *amounts, paper])
-        rows += [[who, backbone, *"----", f"{values[place]:g}"] for (who, backbone), values in OTHERS.items()]
+            rows.append([METHODS[method], backbone, accuracy, loss, *amounts, paper])
+        rows += [[who, backbone, *"-----", f"{values[place]:g}"] for (who, backbone), values in OTHERS.items()]
         title = f"{data_set}{' in small' if small else ''}, test accuracy in percent, mean ± sd over seeds:"
-        columns = ["method", "backbone", "test accuracy", *(name.replace("_", " ") for name in SPENT), "published"]
+        columns = [
+            "method",
+            "backbone",
+            "test accuracy",
+            "test loss",
+            *(name.replace("_", " ") for name in SPENT),
+            "published",
+        ]
         parts.append(f"{title}\n\n{markdown(columns, rows)}")
     return "\n".join(parts)
 
@@ -217,9 +231,10 @@ def command_line() -> StudyParser:
     add("--data_sets", nargs="+", choices=DATA_SETS, help="default all; in small caltech101 and food101")
     add("--backbones", nargs="+", choices=BACKBONES, help="default vit_b32; rn50 for the manual rows")
     add("--seeds", nargs="+", type=int, default=[1, 2, 3], help="default 1 2 3, three draws of the images")
-    add("--small", action="store_true", help=f"with {SMALL}, for CPU cores; needs --clip")
+    add("--small", action="store_true", help=f"with {SMALL}, for CPU cores; needs --clip and --root")
     add("--quick", action="store_true", help="the same with two steps a run, to see that it works")
-    add("--clip", type=Path, help="folder of the small CLIP, as experiments.mini_clip writes it")
+    add("--clip", default="", help="folder of the small CLIP, as experiments.mini_clip writes it with --cifar100")
+    add("--root", default="", help="folder of caltech101/ and food-101/ in small")
     add("--only", nargs="+", default=[], metavar="DATA_SET:NAME=VALUE", help="settings of the runs on one data set")
     return parser
 
@@ -227,10 +242,10 @@ def command_line() -> StudyParser:
 def complete(options: argparse.Namespace) -> None:
     """Fill in what depends on other options, and refuse what cannot be or has no effect."""
     small = options.small or options.quick
-    if small != (options.clip is not None):
-        problem = "is the small model." if options.clip else "names no small model."
-        remedy = "Write --small as well." if options.clip else "Give the folder that experiments.mini_clip writes."
-        raise SettingError("--clip", options.clip and str(options.clip), problem, remedy)
+    for name, folder, what in (("--clip", options.clip, "the small CLIP"), ("--root", options.root, "its images")):
+        if small != bool(folder):
+            problem = f"is where {what} lies, and the table is not in small." if folder else "is missing."
+            raise SettingError(name, folder, problem, "Write --small too." if folder else f"Give the folder of {what}.")
     if small and options.backbones:
         raise SettingError("--backbones", options.backbones, "has no effect in small.", "Leave it out.")
     options.backbones = ["mini"] if small else options.backbones or ["vit_b32"]
@@ -248,6 +263,9 @@ def study(options: argparse.Namespace) -> None:
     """Train and test what is missing, and write the table after every seed; exits with code 1 if a run failed."""
     complete(options)
     fits, tests = planned(options)
+    if (options.small or options.quick) and "caltech101" in options.data_sets and not options.dry_run:
+        for seed in options.seeds:
+            write_split(options.root, options.output / "splits" / f"seed_{seed}.json", seed=seed)
     keys, whole = [*tests, *fits], True
     for seed in dict.fromkeys(options.seeds):
         own = {key: cell for key, cell in fits.items() if key.seed == seed}

@@ -14,6 +14,7 @@ import torch
 pytest.importorskip("open_clip", reason="prompts are for its models")
 
 from experiments.harness import Cell, Children
+from experiments.known_classes import READ, write_split
 from experiments.mini_clip import TEMPLATES
 from experiments.table2 import (
     BACKBONES,
@@ -35,6 +36,8 @@ from experiments.table2 import (
     spent,
 )
 from experiments.tables import read_csv
+from flops_lightning.datamodules import Caltech101DataModule
+from flops_lightning.datamodules.splits import read_split_file
 from flops_lightning.errors import SettingError
 from tests.clip_digits import random_clip
 from tests.experiments.fakes import entries, finish
@@ -96,13 +99,16 @@ def test_all_cells_come_once_before_the_second_seed_and_manual_ones_where_test_i
 
 
 def test_in_small_searches_have_as_many_image_passes_and_words_are_those_of_the_small_clip(tmp_path: Path) -> None:
-    fits, tests = planned(options(tmp_path, "--small", "--clip", "DIR", "--seeds", "1"))
+    fits, tests = planned(options(tmp_path, "--small", "--clip", "DIR", "--root", "DATA", "--seeds", "1"))
     assert {key[:2] for key in fits} == {("mini", "caltech101"), ("mini", "food101")}
     passes = {}
     for key, cell in fits.items():
         assert value(cell, "--model.init_args.model_name") == "local-dir:DIR"
         assert SMALL in cell.arguments
-        images = {"caltech101": 4 * 101, "food101": 16 * 10}[key.data_set]
+        assert value(cell, "--data.init_args.root") == "DATA"
+        split = "--data.init_args.split_file"
+        assert (split in cell.arguments) == (key.data_set == "caltech101")
+        images = {"caltech101": 4 * 14, "food101": 16 * 10}[key.data_set]
         epochs = int(cell.arguments[-1 - cell.arguments[::-1].index("--trainer.max_epochs") + 1])
         passes[key.data_set, key.method == "cma_es"] = epochs * images * (31 if key.method == "cma_es" else 11)
     assert max(passes.values()) < 1.1 * min(passes.values())
@@ -113,10 +119,17 @@ def test_in_small_searches_have_as_many_image_passes_and_words_are_those_of_the_
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["--small"], r"--clip = None: names no small model. Give the folder that experiments.mini_clip"),
-        (["--clip", "DIR"], r"--clip = 'DIR': is the small model. Write --small"),
-        (["--small", "--clip", "DIR", "--backbones", "vit_b16"], r"--backbones = .*has no effect in small"),
-        (["--small", "--clip", "DIR", "--data_sets", "imagenet"], r"in small there are caltech101, food101"),
+        (["--small"], r"--clip = '': is missing. Give the folder of the small CLIP"),
+        (["--small", "--clip", "DIR"], r"--root = '': is missing. Give the folder of its images"),
+        (["--clip", "DIR"], r"--clip = 'DIR': is where the small CLIP lies, .* not in small. Write --small"),
+        (
+            ["--small", "--clip", "DIR", "--root", "DATA", "--backbones", "vit_b16"],
+            r"--backbones = .*has no effect in small",
+        ),
+        (
+            ["--small", "--clip", "DIR", "--root", "DATA", "--data_sets", "imagenet"],
+            r"in small there are caltech101, food101",
+        ),
         (["--backbones", "rn50", "--methods", "lr"], r"--backbones = 'rn50': is a ResNet.*--methods manual manual_ens"),
         (["--only", "cifar10:a=b"], r"--only = 'cifar10:a=b': is not DATA_SET:NAME=VALUE"),
     ],
@@ -175,7 +188,7 @@ def test_the_report_gives_means_and_deviations_with_passes_and_what_is_missing(t
     given = options(tmp_path, "--data_sets", "caltech101", "--methods", "manual", "lr", "bp", "--seeds", "1", "2")
     fits, tests = planned(given)
     keys = [*tests, *fits]
-    finish(tests[Key("vit_b32", "caltech101", "manual", 1)].folder, file="test.json", test_accuracy=0.8)
+    finish(tests[Key("vit_b32", "caltech101", "manual", 1)].folder, file="test.json", test_accuracy=0.8, test_loss=2.0)
     for seed in (1, 2):
         sites = {"image_prompt": 1000 * seed, "scores": 10}
         cell = fits[Key("vit_b32", "caltech101", "lr", seed)]
@@ -184,18 +197,47 @@ def test_the_report_gives_means_and_deviations_with_passes_and_what_is_missing(t
     tests |= evaluations(fits, tmp_path)
     for seed in (1, 2):
         finish(
-            tests[Key("vit_b32", "caltech101", "lr", seed)].folder, file="test.json", test_accuracy=0.88 + 0.02 * seed
+            tests[Key("vit_b32", "caltech101", "lr", seed)].folder,
+            file="test.json",
+            test_accuracy=0.88 + 0.02 * seed,
+            test_loss=seed / 2,
         )
     assert entries(report(fits, tests, keys, small=False)) == [
-        ["method", "backbone", "test accuracy", "image passes", "text passes", "calls", "published"],
-        ["manual, one template", "vit_b32", "80.0 (1 of 2 seeds)", "-", "-", "-", "83.3"],
-        ["at the start", "vit_b32", "75.0 ± 7.1", "-", "-", "-", "-"],
-        ["LR", "vit_b32", "91.0 ± 1.4", "1,600", "14", "-", "87.4"],
-        ["BP (upper bound)", "vit_b32", "-", "-", "-", "-", "-"],
-        ["BPT-VLM, CMA-ES, best test accuracy seen on the way", "ViT-B/32", "-", "-", "-", "-", "94.16"],
-        ["OpenAI's zero-shot, ensembled", "ViT-B/32", "-", "-", "-", "-", "87.6"],
-        ["OpenAI's zero-shot, ensembled", "RN50", "-", "-", "-", "-", "83.3"],
+        ["method", "backbone", "test accuracy", "test loss", "image passes", "text passes", "calls", "published"],
+        ["manual, one template", "vit_b32", "80.0 (1 of 2 seeds)", "2.000", "-", "-", "-", "83.3"],
+        ["at the start", "vit_b32", "75.0 ± 7.1", "-", "-", "-", "-", "-"],
+        ["LR", "vit_b32", "91.0 ± 1.4", "0.750", "1,600", "14", "-", "87.4"],
+        ["BP (upper bound)", "vit_b32", "-", "-", "-", "-", "-", "-"],
+        ["BPT-VLM, CMA-ES, best test accuracy seen on the way", "ViT-B/32", "-", "-", "-", "-", "-", "94.16"],
+        ["OpenAI's zero-shot, ensembled", "ViT-B/32", "-", "-", "-", "-", "-", "87.6"],
+        ["OpenAI's zero-shot, ensembled", "RN50", "-", "-", "-", "-", "-", "83.3"],
     ]
+
+
+def test_a_split_of_known_classes_has_eight_images_of_each_that_the_seed_draws(tmp_path: Path) -> None:
+    folder = Caltech101DataModule.source.folder(str(tmp_path))
+    for name in Caltech101DataModule.class_names:
+        (folder / name).mkdir(parents=True)
+        for number in range(9):
+            (folder / name / f"{number}.jpg").touch()
+    assert "leopard" in READ
+    splits = []
+    for seed in (1, 2):
+        write_split(str(tmp_path), tmp_path / "split.json", seed=seed, read={"leopard", "crab", "car"})
+        names, parts = read_split_file(str(tmp_path / "split.json"))
+        assert names == ("Leopards", "crab")
+        assert {part: sorted(each.labels) for part, each in parts.items()} == {
+            "train": [0] * 4 + [1] * 4, "val": [0, 1], "test": [0] * 3 + [1] * 3,
+        }  # fmt: skip
+        files = [file for each in parts.values() for file in each.files]
+        assert len({*files}) == 16
+        assert all((folder / file).is_file() for file in files)
+        splits.append(files)
+    assert splits[0] != splits[1]
+    for number in range(2):
+        (folder / "crab" / f"{number}.jpg").unlink()
+    with pytest.raises(SettingError, match=r"--root = .*has 7 images of crab, and a class needs 8"):
+        write_split(str(tmp_path), tmp_path / "split.json", seed=1)
 
 
 @pytest.mark.slow
@@ -205,8 +247,7 @@ def test_two_steps_are_trained_tested_and_reported_and_nothing_is_made_again(
     clip = random_clip(tmp_path / "clip", text={"context_length": 77, "vocab_size": 49408}, image_size=32)
     given = ["--quick", "--clip", clip.partition(":")[2], "--seeds", "1", "--output", str(tmp_path / "study")]
     given += ["--data_sets", "food101", "--methods", "manual", "lr", "cma_es"]
-    root = shared_data("data/food-101").parent
-    given += ["--only", f"food101:data.init_args.root={root}", "--"]
+    given += ["--root", str(shared_data("data/food-101").parent), "--"]
     given += [f"--model.init_args.{prompt}.dim=20" for prompt in ("text_prompt", "image_prompt")]
     main(given)
     rows = {row["method"]: row for row in read_csv(tmp_path / "study/table2.csv")}
