@@ -134,13 +134,13 @@ class ClassTexts(nn.Module):
         """
         self.check(prompts.shape[1])
         parts = []
-        for tokens, classes in self._groups():
+        for tokens, classes in self.sequences():
             length = 1 + prompts.shape[1] + tokens.stop - tokens.start
             some = prompts.split(max(1, TOKENS_AT_ONCE // length))
             parts.append(torch.cat([self._encode_group(each, tokens, classes) for each in some]))
         return torch.cat(parts, 1).index_select(1, self.order.argsort())
 
-    def _groups(self) -> Iterator[tuple[slice, slice]]:
+    def sequences(self) -> Iterator[tuple[slice, slice]]:
         """Tokens and classes, by place in their order, of each sequence."""
         first = 0
         for start in range(0, len(self.lengths), CLASSES_AT_ONCE):
@@ -156,7 +156,8 @@ class ClassTexts(nn.Module):
         place = torch.cat([torch.arange(1 + n, device=owner.device), 1 + n + self.offset[tokens]])
         seen = ((owner[:, None] == owner) | (owner == -1)).tril()
         mask = torch.zeros(seen.shape, dtype=dtype, device=x.device).masked_fill_(~seen, -torch.inf)
-        x = self.transformer(x + self.positional_embedding[place].to(dtype), attn_mask=mask)
+        x = x + self.positional_embedding[place].to(dtype)  # under one name: one of the two is kept while layers run
+        x = self.transformer(x, attn_mask=mask)
         x = self.ln_final(x.index_select(1, 1 + n + self.last[classes] - tokens.start))
         if isinstance(self.text_projection, nn.Linear):
             x = self.text_projection(x)

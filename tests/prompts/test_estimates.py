@@ -155,53 +155,6 @@ def test_joint_estimates_move_both_prompts_of_a_row_at_once(variant):
     torch.testing.assert_close(torch.cat(take_gradients(strategy)[::-1]), expected, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("sites", [SPLIT, JOINT])
-def test_estimates_with_uneven_counts_are_unbiased(sites):
-    strategy, images, targets = tuner(sites=sites, chunk_rows=1000)
-    lines = []
-    for _ in range(10):
-        strategy.estimate(strategy.clean_pass(images, targets), table(strategy, [120, 30, 60], [60, 60, 60]))
-        lines.append(torch.cat(take_gradients(strategy)))
-    found, expected = (
-        torch.stack(lines),
-        torch.cat([torch.stack(of).mean(0) for of in exact(strategy, images, targets)]),
-    )
-    error = found.std(0) / len(lines) ** 0.5
-    assert float(error.norm()) < 0.3 * float(expected.norm())  # or the next line could not fail
-    assert float(((found.mean(0) - expected) / error).abs().max()) < 4.8  # t with 9 degrees of freedom: 1e-3
-
-
-def moments(sites: Any, counts: list[list[int]], draws: int, **settings: Any) -> tuple[list[float], list[Tensor], Any]:
-    """Traces of the covariance of both estimates over many steps, and each sample's exact gradients."""
-    strategy, images, targets = tuner(sites=sites, **settings)
-    drawn: list[list[Tensor]] = [[], []]
-    for _ in range(draws):
-        strategy.estimate(strategy.clean_pass(images, targets), table(strategy, *counts))
-        for line, gradient in zip(drawn, take_gradients(strategy), strict=True):
-            line.append(gradient)
-    of_samples = [torch.stack(each) for each in exact(strategy, images, targets)]
-    return [float(torch.stack(line).var(0).sum()) for line in drawn], of_samples, strategy
-
-
-@pytest.mark.statistical_heavy
-def test_the_variance_of_split_estimates_is_that_of_the_formulas():
-    counts = torch.tensor([6, 2, 3])
-    (image, text), (of_image, of_text), _ = moments(SPLIT, [counts.tolist(), [4, 4, 4]], 4000)
-    expected = (DIM + 1) * of_text.mean(0).square().sum() / 4
-    assert text == pytest.approx(float(expected), rel=0.05)
-    expected = (DIM + 1) / 9 * (of_image.square().sum(1) / counts).sum()
-    assert image == pytest.approx(float(expected), rel=0.05)
-
-
-@pytest.mark.statistical_heavy
-def test_the_variance_of_joint_estimates_is_that_of_the_formula():
-    counts = torch.tensor([6, 2, 3])
-    found, of_samples, _ = moments(JOINT, [counts.tolist()], 4000)
-    sq_norms = sum(of.square().sum(1) for of in of_samples)
-    expected = (2 * DIM + 1) / 9 * (sq_norms / counts).sum()
-    assert sum(found) == pytest.approx(float(expected), rel=0.05)
-
-
 def test_traces_are_those_of_the_formulas_and_the_same_for_all_samples_where_draws_are_shared():
     strategy, images, targets = tuner(chunk_rows=1000)
     counts = table(strategy, [1200, 1200, 1200], [400, 400, 400])

@@ -210,34 +210,6 @@ def test_starts_are_those_of_the_model(scorer):
     assert not service_image_start(scorer, images, PromptSpec(tokens=2, dim=3, init="zeros")).start.any()
 
 
-def chi_square(lines, expected):
-    """``n (mean - expected)^2 / variance``, summed over coordinates."""
-    found = torch.stack(lines)
-    return float(((found.mean(0) - expected).square() * len(lines) / found.var(0)).sum())
-
-
-@pytest.mark.parametrize("answer", ["features", "logits", "losses"])
-def test_estimates_through_a_scorer_are_unbiased(scorer, answer):
-    images, labels = batch()
-    reference = in_process()
-    losses = cross_entropy(reference.run(images), labels)
-    gradients = dict(zip(z := reference.trainable(), torch.autograd.grad(losses.mean(), list(z.values())), strict=True))
-    network = remote(scorer, answer)
-    strategy = bound(network, SPLIT if answer == "features" else [["scores"]], sigma=5e-3, chunk_rows=1000)
-    counts = torch.tensor([[60, 20, 40], [40, 40, 40]])[: len(strategy.sites)]
-    inputs = {"images": images, "labels": labels} if answer == "losses" else images
-    lines = []
-    for _ in range(8):
-        strategy.estimate(strategy.clean_pass(inputs, labels), counts)
-        found = taken(network)
-        lines.append(torch.cat([found[name] for name in gradients]))
-    expected = torch.cat(list(gradients.values()))
-    error = torch.stack(lines).std(0).norm() / 8**0.5
-    assert float(error) < 0.35 * float(expected.norm())  # or the next line could not fail
-    # 10 coordinates of t^2 with 7 degrees of freedom: mean 1.4, variance 5.9 each; 1e-3 of 20,000 draws are above 40.
-    assert chi_square(lines, expected) < 40
-
-
 def test_a_lost_text_draw_is_lost_for_all_samples_and_counts_once(server):
     scorer = HttpScorer(server.url, NAMES, timeout=10.0, wait=0.001, attempts=1, max_rows=1)
     network = remote(scorer)
