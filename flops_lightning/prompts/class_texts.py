@@ -101,16 +101,21 @@ class ClassTexts(nn.Module):
             self.register_buffer(name, on_device, persistent=False)
         self.check(0)
 
-    def check(self, tokens: int) -> None:
-        """Raise a :class:`SettingError` if a prompt of so many tokens leaves no room for a class."""
-        room = self.context - 1 - self.lengths[-1]
-        if tokens > room:
-            longest = self.names[int(self.order[-1])]
-            raise SettingError(
-                "text_prompt.tokens", tokens, f"the text of the class {longest!r} takes {self.lengths[-1]} tokens "
-                f"after the prompt, and the context of the text tower has {self.context}.",
-                f"Write {room} or less, or shorten the name." if room > 0 else "Shorten the name or the template.",
-            )  # fmt: skip
+    def check(self, tokens: int, *, prompt: bool = True) -> None:
+        """Raise a :class:`SettingError` if so many tokens, of a prompt or the template, leave no room for a class."""
+        room, longest = self.context - 1 - self.lengths[-1], self.names[int(self.order[-1])]
+        if tokens <= room:
+            return
+        if not prompt or room <= 0:
+            problem = (
+                f"takes {tokens + 1 + self.lengths[-1]} tokens in its caption, and the context has {self.context}."
+            )
+            raise SettingError("class_names", longest, problem, "Shorten the name or the template.")
+        raise SettingError(
+            "text_prompt.tokens", tokens, f"the text of the class {longest!r} takes {self.lengths[-1]} tokens "
+            f"after the prompt, and the context of the text tower has {self.context}.",
+            f"Write {room} or less, or shorten the name.",
+        )  # fmt: skip
 
     def words(self, tokens: int) -> Tensor:
         """``(tokens, w)`` embeddings of the words before the name; repeated, so that they end right before it."""
@@ -217,13 +222,20 @@ def class_features(
     With several templates the mean of their unit features, as in CLIP's own ensembles.
 
     Raises:
-        SettingError: names that are missing, doubled or no words.
+        SettingError: names that are missing, doubled or no words; a text that is longer than the context.
     """
     check_class_names(names, doubled=doubled_names)
     tokenizer, device = tokenizer or _default_tokenizer(), next(clip.parameters()).device
     context = int(clip.context_length)
     with torch.no_grad():
-        rows = ([t.replace("{}", name) for name in names] for t in templates)
+        rows = [[t.replace("{}", name) for name in names] for t in templates]
+        for texts in rows:  # tokenizers cut what is too long without a word
+            longer = tokenizer(texts, context_length=2 * context)
+            cut = (longer[:, context:] != longer[:, -1:]).any(1)
+            if bool(cut.any()):
+                problem = f"takes more tokens in its caption than the {context} of the context."
+                remedy = "Shorten the name or the template."
+                raise SettingError("class_names", names[int(cut.int().argmax())], problem, remedy)
         of_each = [clip.encode_text(tokenizer(texts, context_length=context).to(device)) for texts in rows]
         return normalize(torch.stack([normalize(at_least_float32(x), dim=-1) for x in of_each]).mean(0), dim=-1)
 
@@ -241,6 +253,8 @@ def template_features(
         if error.setting not in ("text_prompt", "template"):
             raise
         return class_features(clip, names, templates, tokenizer, doubled_names=doubled)
+    for texts in trees:
+        texts.check(len(texts.prefix), prompt=False)
     words = (texts.token_embedding(texts.prefix)[None] for texts in trees)
     of_each = [texts.encode(before)[0] for texts, before in zip(trees, words, strict=True)]
     return normalize(torch.stack(of_each).mean(0), dim=-1)

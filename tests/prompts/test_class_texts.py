@@ -3,6 +3,7 @@ import torch
 
 from flops_lightning.errors import SettingError
 from flops_lightning.prompts import ClassTexts, class_features
+from flops_lightning.prompts.class_texts import template_features
 from tests.reference.clip import NAMES, open_clip, padded_features, tiny_clip
 
 WORDS = 4  # "a photo of a"
@@ -100,8 +101,16 @@ def test_a_prompt_too_long_for_the_context_is_refused_with_the_room_there_is():
     texts.check(room)
     with pytest.raises(SettingError, match=f"'black-and-white colobus monkey'.*Write {room} or less"):
         texts.encode(torch.zeros(1, room + 1, 16))
-    with pytest.raises(SettingError, match="Shorten the name"):
+    with pytest.raises(SettingError, match=r"class_names = 'dog .* takes 43 tokens .* context has 32. Shorten the"):
         ClassTexts(tiny_clip(), ["dog " * 40], TEMPLATE)
+
+
+@pytest.mark.parametrize("features", [class_features, template_features])
+def test_captions_without_a_prompt_are_not_cut_without_a_word(features):
+    fits = ["dog", "cat " * (32 - 7)]  # start, a photo of a, the full stop, end
+    features(tiny_clip(), fits, ["a photo of a {}."])
+    with pytest.raises(SettingError, match=r"class_names = 'cat .* tokens in its caption.*Shorten the name or"):
+        features(tiny_clip(), [fits[0], fits[1] + "cat"], ["a photo of a {}."])
 
 
 def test_a_template_needs_one_place_for_the_name_apart_from_its_words():
