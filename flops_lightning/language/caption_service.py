@@ -4,8 +4,9 @@
 
     {"kind": "captions", "rows": [0, 1], "ids": [[5, 6, 7], [8]], "vectors": {"shape": [2, k, d], "data": ...}}
 
-with ``vectors`` in base64 of little-endian float32, left out for captions alone, and is answered with ``rows``, the
-same, and ``values``, ``(r,)`` losses packed in the same way.
+with ``vectors`` in base64 of little-endian float32, left out for captions alone, and ``given``, the number of each
+one's first ids that are not scored, left out where all are. The answer has ``rows``, the same, and ``values``, ``(r,)``
+losses packed in the same way.
 """
 
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -104,16 +106,18 @@ class CaptionAnswers:
         try:
             rows, ids = list(request["rows"]), [torch.tensor(each, dtype=torch.long) for each in request["ids"]]
             vectors = unpacked(request["vectors"]) if "vectors" in request else None
+            given = np.array(request["given"], dtype=np.int64) if "given" in request else None
         except (KeyError, TypeError, ValueError) as error:
             raise BadRequest(f"{type(error).__name__}: {error}") from error
         if not 0 < len(rows) <= self.info.max_rows:
             raise BadRequest(f"{len(rows)} rows in a request, and 1 to {self.info.max_rows} are taken", 413)
         shape = (len(rows), self.info.visual_tokens, self.info.width)
-        if len(ids) != len(rows) or (vectors is not None and tuple(vectors.shape) != shape):
-            given = None if vectors is None else tuple(vectors.shape)
-            raise BadRequest(f"{len(ids)} captions and vectors of the shape {given}, not {shape}")
+        if len(ids) != len(rows) or (given is not None and given.shape != (len(rows),)):
+            raise BadRequest(f"{len(ids)} captions or their given ids do not fit {len(rows)} rows")
+        if vectors is not None and tuple(vectors.shape) != shape:
+            raise BadRequest(f"vectors have the shape {tuple(vectors.shape)}, not {shape}")
         try:
-            losses = self.scorer.score(vectors, PaddedTargets.of(ids))
+            losses = self.scorer.score(vectors, PaddedTargets.of(ids, given=given))
         except (SettingError, IndexError) as error:
             raise BadRequest(str(error)) from error
         return {"rows": rows, "values": packed(losses)}
@@ -162,14 +166,18 @@ class RemoteCaptionLoss(CaptionScorer):
         self.check_captions(embeddings, self.closed(ids))
         tokens = torch.where(ids.mask(), ids.trimmed(), -1).cpu()
         vectors = None if embeddings is None else embeddings.detach().float().cpu()
-        keep = changed(tokens) if vectors is None else changed(tokens, vectors)
+        starts = torch.zeros(len(ids)) if ids.given is None else torch.from_numpy(ids.given)
+        keep = changed(tokens, starts) if vectors is None else changed(tokens, starts, vectors)
         place = keep.long().cumsum(0) - 1
         asked, lengths = tokens[keep].tolist(), ids.lengths[keep.numpy()]
+        given = None if ids.given is None else ids.given[keep.numpy()].tolist()
         captions = [line[:n] for line, n in zip(asked, lengths, strict=True)]
         sent = None if vectors is None else vectors[keep]
 
         def payload(rows: slice) -> dict[str, Any]:
             made: dict[str, Any] = {"kind": "captions", "ids": captions[rows]}
+            if given is not None:
+                made["given"] = given[rows]
             return made if sent is None else made | {"vectors": packed(sent[rows])}
 
         numbers = 0 if sent is None else sent[:1].numel()

@@ -3,7 +3,9 @@
 import threading
 import time
 import zlib
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -71,6 +73,9 @@ def test_losses_are_those_of_the_model_here(settings):
         assert other.flops(captions).tolist() == loss.flops(captions).tolist()
         if loss.bos is not None:
             torch.testing.assert_close(other.score(None, captions), loss.score(None, captions))
+        asked = replace(captions, given=np.array([1, 0, 4, 2, 0, 1]))
+        torch.testing.assert_close(other(z, asked), loss(z, asked))
+        assert not torch.allclose(loss(z, asked), loss(z, captions))
         twice = torch.tensor([3, 3, 3, 0])  # as a chunk is filled up
         before = other.client.usage.rows
         found = other(z[twice], captions.take(twice))
@@ -147,7 +152,8 @@ def test_automatic_rows_make_no_room_for_it(server):
     [
         ({"kind": "losses"}, "kind = 'losses'"),
         ({"rows": list(range(17)), "ids": [[1]] * 17}, "17 rows in a request"),
-        ({"ids": [[1], [2]]}, r"2 captions and vectors of the shape \(1, 2, 16\)"),
+        ({"ids": [[1], [2]]}, "2 captions or their given ids do not fit 1 rows"),
+        ({"given": [0, 1]}, "1 captions or their given ids do not fit 1 rows"),
         ({"vectors": packed(torch.zeros(1, 3, WIDTH))}, r"shape \(1, 3, 16\), not \(1, 2, 16\)"),
         ({"ids": [[]]}, "has no tokens"),
         ({"ids": [[77]]}, "is no id of the language model"),
