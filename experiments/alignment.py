@@ -1,0 +1,147 @@
+"""``python -m experiments.alignment TABLE --llm DIR --encoder FILE --root DIR --output DIR``: a frozen LLM that sees.
+
+A linear adapter between the small ViT and ``stories260k`` (section 5.3 in small), four vectors a photo:
+
+- ``rates``: learning rates, on photos that no other table measures.
+- ``sees``: 3,000 photos of CIFAR-10 with captions "a ship ."; every method from the mean embedding, 200 steps of 32.
+- ``prompt``: the same from a prompt that was learned without photos, by backprop.
+- ``photos``: captioned photos (``--captions FILE``), 240 to learn from; whether the right photo helps.
+
+``loss``, ``accuracy`` (likeliest caption) and ``shuffled`` (the loss with another photo) are of 600 held-out photos.
+Each seed draws batches and noise. A result is a line of ``TABLE.jsonl``; those that are there are not made again.
+Prints the table.
+"""
+
+import argparse
+import json
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.alignment_problem import Problem
+from experiments.tables import markdown, mean_interval
+
+STEPS, PROMPT_STEPS, PHOTO_STEPS = 200, 200, 60
+RATES: dict[str, tuple[float, float]] = {"bp": (0.02, 3.0), "lr": (0.01, 10.0), "ops": (0.01, 10.0)}
+"""Learning rate and its factor for the bias, by method: the best of ``rates``."""
+FROM_PROMPT: dict[str, tuple[float, float]] = {"bp": (0.02, 1.0), "lr": (0.02, 1.0), "ops": (0.02, 1.0)}
+"""The same where the bias has been learned."""
+
+
+def trained(
+    problem: Problem, adapter: Any, name: str, *, rates: tuple[float, float], steps: int, part: str = "test"
+) -> dict[str, float]:
+    """Train by a method (``bp``, ``lr 60``, ``ops 60``, ``prompt``), and measure."""
+    method, _, queries = name.partition(" ")
+    ratios: list[dict[str, float]] = []
+    if method in ("bp", "prompt"):
+        step = problem.backprop_step(adapter)
+    else:
+        step = problem.query_step(adapter, int(queries), allocated=method == "ops", ratios=ratios)
+    lr, bias = rates
+    seconds = problem.train(adapter, step, steps=steps, lr=lr, bias=bias, images=method != "prompt")
+    found = problem.held_out(adapter, problem.part(part))
+    of_photos = {name: float(values.mean()) for name, values in found.items()}
+    difference = (found["shuffled"] - found["loss"]).tolist()
+    mean, low, _ = mean_interval(difference)
+    result = {"loss": of_photos["loss"]}
+    result |= {"accuracy": of_photos["right"]} if "right" in of_photos else {}
+    result |= {"shuffled": of_photos["shuffled"], "shuffled - loss": mean, "its half interval": mean - low}
+    result["seconds of a step"] = seconds
+    return result | {name: statistics.fmean(each[name] for each in ratios) for name in (ratios or [{}])[0]}
+
+
+def rates(problem: Problem, name: str) -> dict[str, float]:
+    method, lr, bias = name.split(", ")
+    return trained(problem, problem.adapter(), method, rates=(float(lr), float(bias)), steps=STEPS, part="val")
+
+
+def sees(problem: Problem, name: str) -> dict[str, float]:
+    own = RATES["bp" if name == "prompt" else name.partition(" ")[0]]
+    return trained(problem, problem.adapter(), name, rates=own, steps=STEPS)
+
+
+def prompt(problem: Problem, name: str) -> dict[str, float]:
+    adapter = problem.adapter()
+    first = trained(problem, adapter, "prompt", rates=RATES["bp"], steps=PROMPT_STEPS)
+    own = FROM_PROMPT[name.partition(" ")[0]] if name != "prompt" else None
+    return first if own is None else trained(problem, adapter, name, rates=own, steps=STEPS)
+
+
+def photos(problem: Problem, name: str) -> dict[str, float]:
+    own = RATES["bp" if name == "prompt" else name.partition(" ")[0]]
+    return trained(problem, problem.adapter(), name, rates=own, steps=PHOTO_STEPS, part="val")
+
+
+TABLES: dict[str, tuple[Callable[[Problem, str], dict[str, float]], tuple[str, ...]]] = {
+    "rates": (
+        rates, (
+            *(f"bp, {lr}, {bias}" for bias in (3, 10) for lr in (0.01, 0.02)),
+            *(f"lr 20, {lr}, {bias}" for lr, bias in ((0.02, 3), (0.01, 10), (0.02, 10))),
+        ),
+    ),
+    "sees": (sees, ("prompt", "bp", "lr 60", "ops 60", "lr 20", "ops 20", "lr 2", "lr 1")),
+    "prompt": (prompt, ("prompt", "bp", "lr 60", "ops 60")),
+    "photos": (photos, ("prompt", "bp", "lr 20")),
+}  # fmt: skip
+
+
+def report(lines: Sequence[dict[str, Any]]) -> str:
+    """Means over the seeds with their 95 % intervals; accuracies also as shares of backprop's, seed by seed."""
+    rows, columns = dict[str, dict[int, dict[str, float]]](), list[str]()
+    for line in lines:
+        rows.setdefault(line["name"], {})[line["seed"]] = line["found"]
+        columns += [name for name in line["found"] if name not in columns]
+
+    def entry(values: Sequence[float]) -> str:
+        if not values:
+            return ""
+        mean, low, _ = mean_interval(values)
+        return f"{mean:.3f}" + ("" if math.isnan(low) else f" ± {mean - low:.3f}")
+
+    beside = rows.get("bp", {})
+    cells = []
+    for name, seeds in rows.items():
+        own = [entry([found[column] for found in seeds.values() if column in found]) for column in columns]
+        both = [(found, beside[seed]) for seed, found in seeds.items() if "accuracy" in found and seed in beside]
+        cells.append([name, str(len(seeds)), *own, entry([a["accuracy"] / b["accuracy"] for a, b in both])])
+    return markdown(["", "seeds", *columns, "accuracy of bp's"], cells)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.alignment", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("table", choices=TABLES)
+    parser.add_argument("--llm", required=True, help="folder of stories260k")
+    parser.add_argument("--encoder", required=True, help="weights of the small ViT")
+    parser.add_argument("--root", required=True, help="class folders of CIFAR-10, or the folder of captioned photos")
+    parser.add_argument("--captions", help="JSON of LLaVA's form, for the table of photos")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--names", nargs="+", help="rows to make; all of the table by default")
+    options = parser.parse_args(args)
+    make, names = TABLES[options.table]
+    if (options.captions is None) is (options.table == "photos"):
+        parser.error("--captions is for the table of photos, which needs it")
+    file = options.output / f"{options.table}.jsonl"
+    options.output.mkdir(parents=True, exist_ok=True)
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    features = options.output / ("features" if options.captions is None else "photo_features")
+    problem = Problem(options.llm, options.encoder, options.root, features, captions=options.captions)
+    for seed in options.seeds:
+        problem.seed = seed
+        for name in options.names or names:
+            if any((line["name"], line["seed"]) == (name, seed) for line in lines):
+                continue
+            lines.append({"name": name, "seed": seed, "found": make(problem, name)})
+            with file.open("a") as results:
+                results.write(json.dumps(lines[-1]) + "\n")
+            print(lines[-1], flush=True)
+    print(report(lines))
+
+
+if __name__ == "__main__":
+    main()
