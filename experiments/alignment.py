@@ -23,17 +23,18 @@ from typing import Any
 from experiments.alignment_problem import Problem
 from experiments.tables import markdown, mean_interval
 
+Found = tuple[dict[str, float], list[float]]
 STEPS, PROMPT_STEPS, PHOTO_STEPS = 200, 200, 60
-RATES: dict[str, tuple[float, float]] = {"bp": (0.02, 3.0), "lr": (0.01, 10.0), "ops": (0.01, 10.0)}
-"""Learning rate and its factor for the bias, by method: the best of ``rates``."""
-FROM_PROMPT: dict[str, tuple[float, float]] = {"bp": (0.02, 1.0), "lr": (0.02, 1.0), "ops": (0.02, 1.0)}
+RATES = (0.01, 10.0)
+"""Learning rate and its factor for the bias: the best of ``rates``, for backprop as for likelihood ratios."""
+FROM_PROMPT = (0.02, 1.0)
 """The same where the bias has been learned."""
 
 
 def trained(
     problem: Problem, adapter: Any, name: str, *, rates: tuple[float, float], steps: int, part: str = "test"
-) -> dict[str, float]:
-    """Train by a method (``bp``, ``lr 60``, ``ops 60``, ``prompt``), and measure."""
+) -> Found:
+    """Train by a method (``bp``, ``lr 60``, ``ops 60``, ``prompt``); what was measured, and the loss of each photo."""
     method, _, queries = name.partition(" ")
     ratios: list[dict[str, float]] = []
     if method in ("bp", "prompt"):
@@ -50,32 +51,32 @@ def trained(
     result |= {"accuracy": of_photos["right"]} if "right" in of_photos else {}
     result |= {"shuffled": of_photos["shuffled"], "shuffled - loss": mean, "its half interval": mean - low}
     result["seconds of a step"] = seconds
-    return result | {name: statistics.fmean(each[name] for each in ratios) for name in (ratios or [{}])[0]}
+    result |= {name: statistics.fmean(each[name] for each in ratios) for name in (ratios or [{}])[0]}
+    return result, [round(value, 5) for value in found["loss"].tolist()]
 
 
-def rates(problem: Problem, name: str) -> dict[str, float]:
+def rates(problem: Problem, name: str) -> Found:
     method, lr, bias = name.split(", ")
     return trained(problem, problem.adapter(), method, rates=(float(lr), float(bias)), steps=STEPS, part="val")
 
 
-def sees(problem: Problem, name: str) -> dict[str, float]:
-    own = RATES["bp" if name == "prompt" else name.partition(" ")[0]]
-    return trained(problem, problem.adapter(), name, rates=own, steps=STEPS)
+def sees(problem: Problem, name: str) -> Found:
+    return trained(problem, problem.adapter(), name, rates=RATES, steps=STEPS)
 
 
-def prompt(problem: Problem, name: str) -> dict[str, float]:
+def prompt(problem: Problem, name: str) -> Found:
     adapter = problem.adapter()
-    first = trained(problem, adapter, "prompt", rates=RATES["bp"], steps=PROMPT_STEPS)
-    own = FROM_PROMPT[name.partition(" ")[0]] if name != "prompt" else None
-    return first if own is None else trained(problem, adapter, name, rates=own, steps=STEPS)
+    first = trained(problem, adapter, "prompt", rates=RATES, steps=PROMPT_STEPS)
+    if name == "prompt":
+        return first
+    return trained(problem, adapter, name, rates=FROM_PROMPT, steps=STEPS)
 
 
-def photos(problem: Problem, name: str) -> dict[str, float]:
-    own = RATES["bp" if name == "prompt" else name.partition(" ")[0]]
-    return trained(problem, problem.adapter(), name, rates=own, steps=PHOTO_STEPS, part="val")
+def photos(problem: Problem, name: str) -> Found:
+    return trained(problem, problem.adapter(), name, rates=RATES, steps=PHOTO_STEPS, part="val")
 
 
-TABLES: dict[str, tuple[Callable[[Problem, str], dict[str, float]], tuple[str, ...]]] = {
+TABLES: dict[str, tuple[Callable[[Problem, str], Found], tuple[str, ...]]] = {
     "rates": (
         rates, (
             *(f"bp, {lr}, {bias}" for bias in (3, 10) for lr in (0.01, 0.02)),
@@ -89,10 +90,13 @@ TABLES: dict[str, tuple[Callable[[Problem, str], dict[str, float]], tuple[str, .
 
 
 def report(lines: Sequence[dict[str, Any]]) -> str:
-    """Means over the seeds with their 95 % intervals; accuracies also as shares of backprop's, seed by seed."""
-    rows, columns = dict[str, dict[int, dict[str, float]]](), list[str]()
+    """Means over the seeds with their 95 % intervals; accuracy as a share of backprop's, seed by seed.
+
+    The loss less that of the prompt without photos has its interval over the photos, seeds averaged first.
+    """
+    rows, columns = dict[str, dict[int, dict[str, Any]]](), list[str]()
     for line in lines:
-        rows.setdefault(line["name"], {})[line["seed"]] = line["found"]
+        rows.setdefault(line["name"], {})[line["seed"]] = line
         columns += [name for name in line["found"] if name not in columns]
 
     def entry(values: Sequence[float]) -> str:
@@ -101,13 +105,22 @@ def report(lines: Sequence[dict[str, Any]]) -> str:
         mean, low, _ = mean_interval(values)
         return f"{mean:.3f}" + ("" if math.isnan(low) else f" ± {mean - low:.3f}")
 
-    beside = rows.get("bp", {})
+    def paired(seeds: dict[int, dict[str, Any]], beside: dict[int, dict[str, Any]]) -> list[float]:
+        both = [seed for seed in seeds if seed in beside]
+        pairs = [zip(seeds[seed]["losses"], beside[seed]["losses"], strict=True) for seed in both]
+        return [statistics.fmean(a - b for a, b in photo) for photo in zip(*pairs, strict=True)]
+
     cells = []
     for name, seeds in rows.items():
-        own = [entry([found[column] for found in seeds.values() if column in found]) for column in columns]
-        both = [(found, beside[seed]) for seed, found in seeds.items() if "accuracy" in found and seed in beside]
-        cells.append([name, str(len(seeds)), *own, entry([a["accuracy"] / b["accuracy"] for a, b in both])])
-    return markdown(["", "seeds", *columns, "accuracy of bp's"], cells)
+        own = [entry([s["found"][column] for s in seeds.values() if column in s["found"]]) for column in columns]
+        exact = {seed: line["found"] for seed, line in rows.get("bp", {}).items()}
+        shares = [
+            line["found"]["accuracy"] / exact[seed]["accuracy"]
+            for seed, line in seeds.items()
+            if seed in exact and "accuracy" in line["found"]
+        ]
+        cells.append([name, str(len(seeds)), *own, entry(shares), entry(paired(seeds, rows.get("prompt", {})))])
+    return markdown(["", "seeds", *columns, "accuracy of bp's", "loss - that of the prompt"], cells)
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -136,10 +149,11 @@ def main(args: Sequence[str] | None = None) -> None:
         for name in options.names or names:
             if any((line["name"], line["seed"]) == (name, seed) for line in lines):
                 continue
-            lines.append({"name": name, "seed": seed, "found": make(problem, name)})
+            found, losses = make(problem, name)
+            lines.append({"name": name, "seed": seed, "found": found, "losses": losses})
             with file.open("a") as results:
                 results.write(json.dumps(lines[-1]) + "\n")
-            print(lines[-1], flush=True)
+            print(name, seed, found, flush=True)
     print(report(lines))
 
 
