@@ -24,6 +24,10 @@ CLASSES = (
 RENAMED = {"Faces": "face", "Leopards": "leopard", "Motorbikes": "motorbike", "airplanes": "airplane"}
 """CoOp's names of folders that are no words for one thing."""
 
+DEPICTIONS = ("photo", "painting", "sculpture", "sketch", "tattoo", "rendition", "drawing", "doodle")
+KINDS = ("plastic", "toy", "embroidered", "cartoon", "plushie", "origami")
+"""Of what CLIP's templates for this data set speak, each once with "a" and once with "the"."""
+
 
 class Caltech101DataModule(PhotoDataModule):
     """Caltech101: 8,677 photos of objects in 101 classes, 31 to 800 of each.
@@ -59,3 +63,17 @@ class Caltech101DataModule(PhotoDataModule):
     def display_names(self) -> tuple[str, ...]:
         """See :attr:`ImageDataModule.display_names`."""
         return in_words([RENAMED.get(name, name) for name in self.class_names])
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """CLIP's 34 for this data set."""
+        return tuple(
+            template
+            for article in ("a", "the")
+            for template in (
+                *(f"a {depiction} of {article} {{}}." for depiction in DEPICTIONS),
+                *(f"{art} of {article} {{}}." for art in ("art", "graffiti")),
+                *(f"{article} {kind} {{}}." for kind in KINDS),
+                f"{article} {{}} in a video game.",
+            )
+        )

@@ -47,7 +47,7 @@ class Food101DataModule(PhotoDataModule):
     """Food101: 101,000 photos of dishes in 101 classes, 750 of each to train and 250 to test.
 
     torchvision fetches it with ``download`` (5 GB). The split is the standard one; ``val_images`` are split off the
-    training part.
+    training part. The template is CLIP's only one for it.
 
     Source: L. Bossard et al., Food-101 - Mining Discriminative Components with Random Forests, 2014.
 

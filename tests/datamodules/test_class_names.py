@@ -83,3 +83,15 @@ def test_templates_take_a_name_once(tmp_path):
     data = ImageNetDataModule(root=str(tmp_path))
     assert (len(data.templates), data.templates[0], data.template) == (80, "a bad photo of a {}.", "a photo of a {}.")
     assert all(template.count("{}") == 1 for template in data.templates)
+
+
+def test_caltech101_has_clips_templates(tmp_path):
+    data = Caltech101DataModule(root=str(tmp_path), download=True)
+    assert len({*data.templates}) == len(data.templates) == 34
+    assert data.template in data.templates
+    assert all(template.count("{}") == 1 for template in data.templates)
+    # Those of ImageNet have them all.
+    open_clip = pytest.importorskip("open_clip")
+    assert {*data.templates} <= {template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES}
+    for template in ("the {} in a video game.", "a embroidered {}.", "graffiti of the {}.", "a doodle of the {}."):
+        assert template in data.templates
