@@ -70,3 +70,9 @@ def targets_of_labels(labels: Tensor) -> dict[str, Tensor]:
         "tokens": shifted[:, None], "positions": torch.where(here, places, 0)[:, None],
         "label": torch.zeros(len(labels), dtype=torch.long, device=labels.device),
     }  # fmt: skip
+
+
+def live_tokens(targets: Targets, tokens: int) -> Tensor:
+    """``(b, tokens)`` whether a token of a sequence can reach the losses: none after the last prediction can."""
+    last = targets["positions"].flatten(1).amax(1)
+    return torch.arange(tokens, device=last.device) <= last[:, None]

@@ -78,6 +78,8 @@ class StagedNetwork:
 
     Attributes:
         unfit: What is wrong with layers whose output is not one line a row, by name; None: it is not known.
+        live: ``(targets, t) -> (b, t)``: which tokens of activations ``(b, t, d)`` the losses depend on; None: all.
+            Estimates leave the others out, whose derivative is zero.
 
     Example:
         >>> import torch
@@ -90,6 +92,7 @@ class StagedNetwork:
     """
 
     unfit: Mapping[str, str] | None = None
+    live: Callable[[Any, int], Tensor] | None = None
 
     def __init__(self, module: nn.Module, stages: tuple[Stage, ...]) -> None:
         self.module, self.stages = module, stages

@@ -160,6 +160,8 @@ class SiteQueries:
             )
             for other in others:
                 total += other
+            if self.network.live is not None and total.dim() == 3:  # padding would add noise and no gradient
+                total *= self.network.live(clean.targets, total.shape[1])[..., None]
         return self.gradient(site, clean, total, layer_input)
 
     def gradient(

@@ -154,6 +154,8 @@ class ForwardCausalLM(ForwardModule):
             problem = f"the output layer's weight is the embedding's, so no query can start between them ({error})"
             remedy = 'Write untie: true, or freeze: ["model.embed_tokens.*"], or take MeZO.'
             raise SettingError("target.untie", False, problem, remedy) from error
+        if kind not in ("prompt", "prefix"):  # these shift the places of the text
+            self.network.live = candidates.live_tokens
 
     def loss(self, outputs: Tensor, targets: Any) -> Tensor:
         """``(r,)`` losses of ``(r, t, v)`` logits."""

@@ -267,3 +267,19 @@ def test_an_objective_is_a_function_by_its_dotted_path(folder):
     inputs, targets = task.split(labelled())
     assert set(task.loss(task(inputs), targets).tolist()) <= {0.0, 1.0}
     assert task.hparams["objective"] == f"{__name__}.wrong_share"
+
+
+def test_padding_has_no_gradient_at_all(folder):
+    task = made(folder)
+    below = LikelihoodRatio(sites=[{"stages": ["model.embed_tokens"]}, {"stages": ["model.layers.0", "lm_head"]}])
+    inputs, targets = pack([EncodedText([1, 5], [[7, 8, 9, 6]]), EncodedText([1], [[3, 4]])], branching=False)
+    inputs["input_ids"][1, 2:] = 49  # padding, by a token that no text has
+    below.bind(task.network, task.loss)
+    below.estimate(below.clean_pass(inputs, targets))
+    gradient = task.model.model.embed_tokens.weight.grad
+    assert not gradient[49].any()
+    assert gradient[[1, 5, 7, 8, 3]].abs().sum(1).min() > 0
+    task.network.live = None
+    task.zero_grad()
+    below.estimate(below.clean_pass(inputs, targets))
+    assert task.model.model.embed_tokens.weight.grad[49].any()  # noise alone

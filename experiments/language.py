@@ -1,0 +1,212 @@
+"""``python -m experiments.language TABLE --model DIR --captions FILE --output DIR``: a language model learns captions.
+
+``ForwardCausalLM`` learns the captions of photos: 240 photos to learn from, 60 held out. 60 steps of 16 captions.
+
+- ``targets``: held-out loss and what a step costs, by target and method.
+- ``cosines``: of estimates with the exact gradient, at the start.
+- ``rates``: the learning rate of each, chosen on 40 of the 240 photos after a third of the steps.
+
+Likelihood ratios take 20 queries at two groups of layers, the top layer and the head (LoRA: at the three groups of
+layers; a prompt: at the prompt). Each seed draws batches and noise. A result is a line of ``TABLE.jsonl``; those that
+are there are not made again. Prints the table.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from experiments.tables import markdown, mean_interval
+from flops_lightning.datamodules.caption_files import read_entries
+from flops_lightning.language import encode, pack
+from flops_lightning.strategies import SPSA, Backprop, LikelihoodRatio, MeZO
+from flops_lightning.tasks import ForwardCausalLM
+
+STEPS, SIZE, POOL, HELD_OUT, CHOSEN_ON, BATCHES = 60, 16, 128, 60, 40, 4
+TARGETS: dict[str, dict[str, Any]] = {
+    "full": {"target": {"untie": True}, "freeze": ["model.embed_tokens.*"]},
+    "lora": {"target": {"kind": "lora", "rank": 8, "alpha": 16.0, "modules": ["q_proj", "v_proj", "up_proj"]}},
+    "prompt": {"target": {"kind": "prompt", "tokens": 8}},
+}
+SITES = {
+    "full": [["model.embed_tokens", "model.layers.1"], ["model.layers.2", "model.layers.3"], ["model.layers.4"],
+             ["model.norm", "lm_head"]],
+    "lora": [["model.layers.0", "model.layers.1"], ["model.layers.2", "model.layers.3"], ["model.layers.4"]],
+    "prompt": [["prompt"]],
+}  # fmt: skip
+RATES = {
+    "full": {"backprop": 1e-3, "lr": 1e-3, "spsa": 1e-3, "mezo": 1e-3, "mezo_equal": 1e-3},
+    "lora": {"backprop": 1e-2, "lr": 1e-2, "mezo_equal": 1e-2},
+    "prompt": {"backprop": 1e-1, "lr": 1e-1, "mezo_equal": 1e-1},
+}
+"""Of Adam, chosen by the table ``rates``."""
+COSINES = ("full: lr", "full: spsa", "full: spsa_sites", "full: mezo", "full: mezo_20", "lora: lr", "prompt: lr")
+GRID = (0.3, 1.0, 3.0)
+
+
+class Problem:
+    """A model with a target, and captions as token ids; ``choosing``: measure on photos of the training part."""
+
+    def __init__(self, options: argparse.Namespace, target: str, seed: int, *, choosing: bool = False) -> None:
+        torch.manual_seed(seed)
+        self.options, self.target, self.seed, self.choosing = options, target, seed, choosing
+        self.task = ForwardCausalLM(model_name=str(options.model), **TARGETS[target])
+
+    @cached_property
+    def captions(self) -> tuple[list[Any], list[Any]]:
+        entries = read_entries(self.options.captions, all_captions=True)
+        order = torch.randperm(len(entries), generator=torch.Generator().manual_seed(0)).tolist()
+        held, rest = order[:HELD_OUT], order[HELD_OUT:]
+        if self.choosing:
+            held, rest = rest[:CHOSEN_ON], rest[CHOSEN_ON:]
+
+        def encoded(places: Sequence[int]) -> list[Any]:
+            return [encode(self.task.tokenizer, "", [text]) for i in places for text in entries[i].captions]
+
+        return encoded(rest), encoded(held)
+
+    def batches(self, steps: int) -> Any:
+        """Captions in a new order each epoch, those of a batch of about one length."""
+        generator, texts, rows = torch.Generator().manual_seed(self.seed), self.captions[0], list[list[int]]()
+        for _ in range(steps):
+            if not rows:
+                order = torch.randperm(len(texts), generator=generator).tolist()
+                for first in range(0, len(order) - POOL + 1, POOL):
+                    pool = sorted(order[first : first + POOL], key=lambda i: texts[i].tokens)
+                    rows += [pool[i : i + SIZE] for i in range(0, POOL, SIZE)]
+                rows = [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
+            yield pack([texts[i] for i in rows.pop()], branching=False)
+
+    @torch.no_grad()
+    def held_out(self) -> float:
+        texts = self.captions[1]
+        parts = (pack(texts[i : i + 50], branching=False) for i in range(0, len(texts), 50))
+        return float(torch.cat([self.task.loss(self.task(inputs), targets) for inputs, targets in parts]).mean())
+
+    def strategy(self, method: str) -> Any:
+        own: dict[str, Any] = {"seed": self.seed, "chunk_rows": 320}
+        if method == "backprop":
+            return Backprop()
+        if method.startswith("mezo"):
+            return MeZO(sigma=1e-3, queries=20 if method == "mezo_20" else 2, **own)
+
+        def sites(sigma: float) -> list[dict[str, Any]]:
+            places = [["model.embed_tokens", "lm_head"]] if method == "spsa" else SITES[self.target]
+            return [{"stages": stages, "sigma": sigma, "queries_per_sample": 20} for stages in places]
+
+        if method.startswith("spsa"):
+            return SPSA(sites=sites(1e-3), layout="factored", **own)
+        return LikelihoodRatio(sites=sites(0.01 if self.target == "prompt" else 0.03), **own)
+
+    def gradient(self, strategy: Any, batch: Any) -> Tensor:
+        """``(d,)`` of one batch, by ``strategy``."""
+        self.task.zero_grad()
+        strategy.estimate(strategy.clean_pass(*batch))
+        own = self.task.network.trainable().values()
+        return torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in own])
+
+    def cosine(self, method: str) -> dict[str, float]:
+        """Mean over the first batches, at the start."""
+        strategy, exact = self.strategy(method), Backprop()
+        for each in (strategy, exact):
+            each.bind(self.task.network, self.task.loss)
+        seen = [
+            torch.cosine_similarity(self.gradient(strategy, batch), self.gradient(exact, batch), dim=0)
+            for batch in self.batches(BATCHES)
+        ]
+        passes = strategy.meter.total().forward_equivalents / SIZE / BATCHES
+        return {"cosine": float(torch.stack(seen).mean()), "passes": passes}
+
+    def run(self, method: str, rate: float) -> dict[str, float]:
+        """Train; ``passes`` are forward-equivalents of a sample and step, ``seconds`` those of the processor."""
+        strategy, steps = self.strategy(method), STEPS // (3 if self.choosing else 1)
+        if method == "mezo_equal":
+            steps = round(steps * self.cosine("lr")["passes"] / 2)
+        strategy.bind(self.task.network, self.task.loss)
+        optimizer = torch.optim.Adam(self.task.network.trainable().values(), lr=rate)
+        start = time.process_time()
+        for batch in self.batches(steps):
+            self.gradient(strategy, batch)
+            optimizer.step()
+        seconds, passes = time.process_time() - start, strategy.meter.total().forward_equivalents / SIZE / steps
+        return {"loss": self.held_out(), "steps": steps, "passes": passes, "seconds": seconds / steps}
+
+
+def targets(options: argparse.Namespace, name: str, seed: int) -> dict[str, float]:
+    target, method = name.split(": ")
+    problem = Problem(options, target, seed)
+    return {"loss": problem.held_out()} if method == "start" else problem.run(method, RATES[target][method])
+
+
+def cosines(options: argparse.Namespace, name: str, seed: int) -> dict[str, float]:
+    target, method = name.split(": ")
+    return Problem(options, target, seed).cosine(method)
+
+
+def rates(options: argparse.Namespace, name: str, seed: int) -> dict[str, float]:
+    """Held-out losses after a third of the steps, by rate."""
+    (target, method), found = name.split(": "), {}
+    for factor in GRID:
+        rate = RATES[target][method] * factor
+        found[f"{factor:g} times"] = Problem(options, target, seed, choosing=True).run(method, rate)["loss"]
+    return found
+
+
+NAMES = [f"{target}: {method}" for target, methods in RATES.items() for method in methods]
+TABLES = {
+    "targets": (targets, ["full: start", *NAMES, "prompt: start"]), "cosines": (cosines, list(COSINES)),
+    "rates": (rates, NAMES),
+}  # fmt: skip
+
+
+def report(lines: Sequence[dict[str, Any]]) -> str:
+    """Means with their 95 % intervals over the seeds."""
+    names, columns = dict.fromkeys(line["name"] for line in lines), dict.fromkeys(c for x in lines for c in x["found"])
+    cells = []
+    for name in names:
+        own = [line["found"] for line in lines if line["name"] == name]
+        row = [name, str(len(own))]
+        for column in columns:
+            values = [found[column] for found in own if column in found]
+            mean = statistics.fmean(values) if values else 0.0
+            half = mean - mean_interval(values)[1] if len(values) > 1 else 0.0
+            row.append(f"{mean:.4g}" + (f" ± {half:.2g}" if half else "") if values else "-")
+        cells.append(row)
+    return markdown(["", "seeds", *columns], cells)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.language", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("table", choices=TABLES)
+    parser.add_argument("--model", type=Path, required=True, help="folder of the language model")
+    parser.add_argument("--captions", type=Path, required=True, help="JSON file of captioned photos")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--names", nargs="+", help="rows to make; all by default")
+    options = parser.parse_args(args)
+    make, names = TABLES[options.table]
+    file = options.output / f"{options.table}.jsonl"
+    options.output.mkdir(parents=True, exist_ok=True)
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    for seed in options.seeds:
+        for name in options.names or names:
+            if any((line["name"], line["seed"]) == (name, seed) for line in lines):
+                continue
+            lines.append({"name": name, "seed": seed, "found": make(options, name, seed)})
+            with file.open("a") as results:
+                results.write(json.dumps(lines[-1]) + "\n")
+            print(lines[-1], flush=True)
+    print(report(lines))
+
+
+if __name__ == "__main__":
+    main()
