@@ -105,9 +105,9 @@ class RunSummary(pl.Callback):
             "strategy": type(strategy).__name__,
             "allocator": type(allocators[0].allocator).__name__ if allocators else "none", "seed": torch.initial_seed(),
         }  # fmt: skip
-        scorer = getattr(pl_module, "scorer", None)
-        if scorer is not None:
-            summary["service"] = scorer.usage.state_dict()
+        asked: Any = getattr(pl_module, "asked", dict)
+        if of_service := asked():
+            summary["service"] = of_service
         self._report(trainer, pl_module, summary, run_folder(trainer))
 
     def _all_samples(self, device: torch.device) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor
 from flops_lightning.errors import SettingError, SpentQueriesError
 from flops_lightning.noise.keys import NoiseKey
 from flops_lightning.service.payload import ImageStore, changed
+from flops_lightning.service.rounding import RoundingWatch
 from flops_lightning.service.usage import Usage
 
 ANSWERS = ("losses", "logits", "features")
@@ -132,7 +133,7 @@ class Scorer(ABC):
     def __init__(self, info: ServiceInfo, names: Sequence[str], images: ImageStore) -> None:
         """Keep what is known of the model."""
         self.info, self.names, self.images = info, tuple(names), images
-        self.usage, self.max_queries = Usage(), 0
+        self.usage, self.max_queries, self._rounding = Usage(), 0, RoundingWatch()
 
     def __deepcopy__(self, memo: Any) -> "Scorer":
         """Itself: copies of a network ask the same model, and what they spend is counted once."""
@@ -198,7 +199,9 @@ class Scorer(ABC):
         rows = int(keep.sum())
         if self.max_queries and self.usage.rows + rows > self.max_queries:
             raise SpentQueriesError(self.usage.rows, rows, self.max_queries)
-        return self._answers(kind, rows, asked)[place].to(device)
+        answers = self._answers(kind, rows, asked)
+        self._rounding.see(kind, asked.get("names"), answers)
+        return answers[place].to(device)
 
     @abstractmethod
     def _answers(self, kind: str, count: int, asked: Mapping[str, Tensor]) -> Tensor:

@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torchmetrics import MetricCollection
 
+from flops_lightning.distributed import gather_plain, present_communicator
 from flops_lightning.errors import LostQueriesError, SettingError, SpentQueriesError, check_whole
 from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.prompts.intrinsic import IntrinsicPrompt
@@ -40,8 +41,8 @@ class ServedClassifier(ClassifierModule):
 
         Args:
             service: A service that scores in the place of a model here; see docs/service.md.
-            max_queries: Rows of the service, those of validation included, before which the run stops with a checkpoint
-                to go on from; 0: no limit.
+            max_queries: Rows of the service, those of validation and of all processes included, before which the run
+                stops with a checkpoint to go on from; 0: no limit.
             **settings: See :class:`ClassifierModule`.
         """
         super().__init__(**settings)
@@ -49,7 +50,7 @@ class ServedClassifier(ClassifierModule):
         given = None if service is None else read_settings(ServiceSettings, service, "service")
         self.service_settings = given
         self.save_hyperparameters({"service": given and asdict(given), "max_queries": max_queries})
-        self.max_queries, self._most = max_queries, 0
+        self.max_queries, self._last, self._most = max_queries, 0, 0
         self._given_up: LostQueriesError | None = None
 
     @property
@@ -63,6 +64,12 @@ class ServedClassifier(ClassifierModule):
         """Whether the service returns losses alone, which leaves no predictions to count."""
         module = self.network.module
         return isinstance(module, ServiceCLIP) and module.answer == "losses"
+
+    def asked(self) -> dict[str, Any]:
+        """What all processes have asked for together, by the names of :class:`Usage`; every process must call this."""
+        own = {} if self.scorer is None else self.scorer.usage.state_dict()
+        of_each = gather_plain(present_communicator(), own, device=self.device)
+        return {name: sum(each[name] for each in of_each) for name in own}
 
     def split(self, batch: Any) -> tuple[Any, Tensor]:
         """Images and labels; where losses are asked for, the images with their labels."""
@@ -86,7 +93,9 @@ class ServedClassifier(ClassifierModule):
                 raise SettingError(name, value, "has no effect: the service returns its own losses.", "Leave it out.")
         if stage == "fit" and self.max_queries and self.strategy is not None:
             samples = int(getattr(self.trainer.datamodule, "batch_size", 0) or 1)  # type: ignore[attr-defined]
-            if (rows := self.step_rows(self.strategy, samples)) > self.max_queries:
+            ranks = self.trainer.world_size
+            rows = self.step_rows(self.strategy, max(1, samples // ranks)) * ranks
+            if rows > self.max_queries:
                 problem = f"is below one step, which takes {rows}."
                 raise SettingError("max_queries", self.max_queries, problem, f"Write {rows} or more.")
 
@@ -111,14 +120,15 @@ class ServedClassifier(ClassifierModule):
         scorer = self.scorer
         if scorer is None:
             return super().training_step(batch, batch_idx)
-        before, scorer.max_queries = scorer.usage.rows, self.max_queries
+        # One of several processes would stop by itself, and the others wait for it: they agree after the step.
+        before, scorer.max_queries = scorer.usage.rows, self.max_queries if self.trainer.world_size == 1 else 0
         try:
             loss = super().training_step(batch, batch_idx)
         except LostQueriesError as error:
             self._given_up, loss = error, torch.tensor(torch.nan)
         finally:
             scorer.max_queries = 0
-        self._most = max(self._most, scorer.usage.rows - before)
+        self._last = scorer.usage.rows - before
         named = {f"service/{name}": float(value) for name, value in scorer.usage.state_dict().items()}
         self.log_dict(named, sync_dist=self.trainer.world_size > 1, reduce_fx="sum")
         return loss
@@ -133,26 +143,33 @@ class ServedClassifier(ClassifierModule):
             given_up, self._given_up = self._given_up, None
             path = save_last(self.trainer)
             raise LostQueriesError(f"{given_up} Saved {path}: --ckpt_path {path} goes on when the service answers.")
-        needed = max(self._most, self.step_rows(strategy, len(batch[1])))
-        if not self._finished():
-            self._stop_before(scorer, needed)
+        if self.max_queries and not self._finished():
+            usual = self.step_rows(strategy, len(batch[1]))
+            spent, last, usual = self._sums(scorer.usage.rows, self._last, usual)
+            self._most = max(self._most, last)
+            self._stop_before(spent, max(self._most, usual))
 
     def on_validation_start(self) -> None:
         """Do not begin a validation that would ask for too much; the run that goes on makes it up."""
         super().on_validation_start()
         scorer, trainer = self.scorer, cast("Any", self.trainer)
         module = self.network.module
-        if scorer is None or trainer.state.fn != "fit" or trainer.sanity_checking:
+        if scorer is None or not self.max_queries or trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         if module.answer != "features" or module.image_prompt is not None:
             loaders = trainer.val_dataloaders
             text = module.answer == "features" and module.text_prompt is not None  # it has moved
-            self._stop_before(scorer, len(getattr(loaders, "dataset", ())) + text)
+            images = -(-len(getattr(loaders, "dataset", ())) // trainer.world_size)
+            self._stop_before(*self._sums(scorer.usage.rows, images + text))
 
-    def _stop_before(self, scorer: Scorer, rows: int) -> None:
-        if self.max_queries and scorer.usage.rows + rows > self.max_queries:
-            path = save_last(self.trainer)
-            raise SpentQueriesError(scorer.usage.rows, rows, self.max_queries, path)
+    def _sums(self, *numbers: int) -> list[int]:
+        """Over all processes, each of which must call this."""
+        found: list[int] = present_communicator().sum(torch.tensor(numbers, device=self.device)).tolist()
+        return found
+
+    def _stop_before(self, spent: int, rows: int) -> None:
+        if spent + rows > self.max_queries:
+            raise SpentQueriesError(spent, rows, self.max_queries, save_last(self.trainer))
 
     def _finished(self) -> bool:
         """Whether the step that ends was the run's last."""
@@ -177,16 +194,17 @@ class ServedClassifier(ClassifierModule):
         self.log(name, row_losses(self.loss, self(inputs), labels).mean(), batch_size=len(labels))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what was asked of the service."""
+        """Add what all processes have asked of the service."""
         super().on_save_checkpoint(checkpoint)
         if self.scorer is not None:
-            checkpoint[KEY] = self.scorer.usage.state_dict()
+            checkpoint[KEY] = self.asked()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Count on from there, where training is resumed."""
         super().on_load_checkpoint(checkpoint)
         trainer = self._trainer
-        if self.scorer is not None and trainer is not None and trainer.state.fn == "fit":
+        first = present_communicator().rank == 0  # of several processes one goes on with the count of all
+        if self.scorer is not None and trainer is not None and trainer.state.fn == "fit" and first:
             self.scorer.usage.add(**checkpoint.get(KEY, {}))  # beside the calls of this process, such as /info
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.prompts.test_estimates import JOINT, SPLIT, exact, table, take_gradients, tuner
-from tests.reference.moments import COUNTS, PAIRED, VARIANTS, chi_square, formulas, trace
+from tests.reference.moments import COUNTS, MANY, PAIRED, VARIANTS, chi_square, formulas, trace
 
 
 def estimates(pairing: str, variant: str, number: int, counts: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -41,8 +41,8 @@ def test_estimates_are_unbiased_with_the_variance_of_the_formulas(pairing, varia
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize(("pairing", "variant"), PAIRED)
 def test_the_variance_is_within_five_percent_of_the_formulas(pairing, variant):
-    lines, gradients = estimates(pairing, variant, 2000, 4 * COUNTS)
-    for line, expected in zip(lines, formulas(pairing, variant, 4 * COUNTS, *gradients), strict=True):
+    lines, gradients = estimates(pairing, variant, 1600, MANY)
+    for line, expected in zip(lines, formulas(pairing, variant, MANY, *gradients), strict=True):
         found, error = trace(line)
-        assert error < 0.02 * expected  # or the next line would fail by chance
+        assert error < 0.03 * expected  # or the next line would fail by chance
         assert found == pytest.approx(expected, rel=0.05)

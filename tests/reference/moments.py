@@ -19,6 +19,8 @@ PAIRED = [
 ]
 COUNTS = torch.tensor([[24, 8, 16], [16, 16, 16]])
 """Queries of three images, and text draws."""
+MANY = torch.tensor([[96, 32, 64], [24, 24, 24]])
+"""So many that estimates are nearly normal, and their variance has a small standard error."""
 
 
 def formulas(pairing: str, variant: str, counts: Tensor, of_image: Tensor, of_text: Tensor) -> list[float]:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from flops_lightning.service import ClipAnswers, HttpScorer
 from tests.reference.clip import NAMES, tiny_clip
-from tests.reference.moments import COUNTS, PAIRED, VARIANTS, chi_square, formulas, trace
+from tests.reference.moments import COUNTS, MANY, PAIRED, VARIANTS, chi_square, formulas, trace
 from tests.reference.networks import cross_entropy
 from tests.reference.scoring_server import ScoringServer
 from tests.service.test_network import SPLIT, batch, bound, in_process, local, remote, taken
@@ -62,8 +62,8 @@ def test_estimates_through_a_scorer_are_unbiased(scorer, pairing, variant, answe
     [("split", "leave_one_out", "features"), ("crossed", "antithetic", "features"), ("joint", "baseline", "losses")],
 )
 def test_the_variance_through_a_scorer_is_within_five_percent_of_the_formulas(scorer, pairing, variant, answer):
-    lines, gradients = estimates(scorer, pairing, variant, answer, 1500, 4 * COUNTS)
-    for line, expected in zip(lines, formulas(pairing, variant, 4 * COUNTS, *gradients), strict=True):
+    lines, gradients = estimates(scorer, pairing, variant, answer, 1000, MANY)
+    for line, expected in zip(lines, formulas(pairing, variant, MANY, *gradients), strict=True):
         found, error = trace(line)
-        assert error < 0.025 * expected  # or the next line would fail by chance
+        assert error < 0.035 * expected  # or the next line would fail by chance
         assert found == pytest.approx(expected, rel=0.05)
