@@ -42,12 +42,12 @@ class Photos:
 
     def shuffled(self, seed: int) -> "Photos":
         """Every photo with the features of another."""
-        photos = self.photo.unique()
+        photos, own = self.photo.unique(return_inverse=True)
         draw = torch.randperm(len(photos), generator=torch.Generator().manual_seed(seed))
-        other = torch.empty(int(photos.max()) + 1, dtype=torch.long)
-        other[photos[draw]] = photos[draw.roll(1)]  # one cycle: none keeps its own
-        first = torch.tensor([int((self.photo == p).nonzero()[0]) for p in range(int(photos.max()) + 1)])
-        return Photos(self.features[first[other[self.photo]]], self.captions, self.photo)
+        other = torch.empty_like(draw)
+        other[draw] = draw.roll(1)  # one cycle: none keeps its own
+        first = torch.tensor([int((own == place).nonzero()[0]) for place in range(len(photos))])
+        return Photos(self.features[first[other[own]]], self.captions, self.photo)
 
 
 @dataclass

@@ -81,6 +81,45 @@ def test_prompts_end_with_the_same_bits_after_kills(learns, tmp_path):
     assert outcome(whole)[1]["steps"] == 8 * BATCHES
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_an_adapter_with_features_on_disk_ends_with_the_same_bits_after_kills(tmp_path):
+    pytest.importorskip("transformers", reason="language models need the extra llm")
+    from tests.aligned import MODEL, llm_folder, photo_folder
+
+    llm, photos = llm_folder(tmp_path / "llm"), photo_folder(tmp_path / "photos")
+    data = {"root": str(photos), "captions": str(photos / "captions.json"), "val_share": 0.25, "test_share": 0.25}
+    strategy = {"class_path": "flops_lightning.strategies.LikelihoodRatio"}
+    model = {**MODEL, "llm": llm, "strategy": strategy, "optimizer": {"lr": 0.05, "schedule": "cosine"}}
+    folders = whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in folders:
+        write_config(folder, max_epochs=30)
+        settings = yaml.safe_load((folder / f"{NAME}.yaml").read_text())
+        settings["model"] = {"class_path": "flops_lightning.tasks.AdapterAlignment", "init_args": model}
+        cached = {**data, "batch_size": 6, "cache_dir": str(folder / "features")}
+        settings["data"] = {"class_path": "flops_lightning.datamodules.CaptionDataModule", "init_args": cached}
+        kept = settings["trainer"]["callbacks"]
+        settings["trainer"]["callbacks"] = kept[2:]  # the summary is of classifiers, the allocator wants pilots
+        (folder / f"{NAME}.yaml").write_text(yaml.safe_dump(settings))
+    finish(start(whole), whole)
+    kills = 0
+    for pause in (0.0, 0.1, 0.3):
+        before = files(killed, "*.ckpt")
+        process = start(killed, "--ckpt_path", "last")
+        assert wait_until(lambda known=before: bool(files(killed, "*.ckpt") - known), process)
+        time.sleep(pause)
+        process.kill()
+        process.join()
+        kills += process.exitcode == -signal.SIGKILL
+    assert kills >= 2
+    finish(start(killed, "--ckpt_path", "last"), killed)
+    newest = [max(files(folder, "*.ckpt"), key=lambda file: file.stat().st_mtime) for folder in folders]
+    ends, others = (torch.load(file, weights_only=True) for file in newest)
+    assert ends["global_step"] == others["global_step"] == 60
+    assert ends["state_dict"].keys() == {"adapter.adapter.0.weight", "adapter.adapter.0.bias"}
+    assert all(torch.equal(value, others["state_dict"][name]) for name, value in ends["state_dict"].items())
+
+
 def _killed_while_it_writes(folder: Path) -> None:
     class Killed(AtomicCheckpointIO):
         def write(self, checkpoint: dict[str, Any], partial: Path) -> None:
