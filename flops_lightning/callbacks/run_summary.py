@@ -20,10 +20,13 @@ from flops_lightning.errors import SettingError
 from flops_lightning.meter import QueryMeter
 from flops_lightning.network.memory import peak_memory
 from flops_lightning.strategies.base import ForwardGradientStrategy
+from flops_lightning.tasks.causal_lm import ForwardCausalLM
 from flops_lightning.tasks.classifier import ClassifierModule
 
 FILE_NAME = "summary.json"
 SITES_SHOWN = 6
+SUMMARISED = (ClassifierModule, ForwardCausalLM)
+"""Tasks of which a summary is written."""
 
 
 class RunSummary(pl.Callback):
@@ -33,7 +36,8 @@ class RunSummary(pl.Callback):
     ``queries_per_sample`` (``queries / samples``), ``queries_by_site``, ``clean_passes``, ``forward_equivalents``,
     ``lost_queries``, ``train_seconds`` (validation included, the two tests left out), ``peak_memory_mb`` and
     ``peak_memory_of`` (see :func:`peak_memory`), ``strategy``, ``allocator``, ``seed``; with a service
-    ``service`` (see :class:`~flops_lightning.service.Usage`). Counts are those of all processes together, which share
+    ``service`` (see :class:`~flops_lightning.service.Usage`). Of a language model nothing is tested, and ``validation``
+    has what it logged last. Counts are those of all processes together, which share
     the test images; memory and time are those of the first. A trial run
     (``fast_dev_run``) writes nothing.
 
@@ -74,27 +78,30 @@ class RunSummary(pl.Callback):
         """Test before the first step, then start the clock."""
         if self._start_accuracy is None:
             self._start_accuracy = _test_accuracy(trainer, pl_module)
-            rank_zero_info(f"test accuracy at the start: {_percent(self._start_accuracy)}")
+            if not isinstance(pl_module, ForwardCausalLM):
+                rank_zero_info(f"test accuracy at the start: {_percent(self._start_accuracy)}")
         self._since = time.monotonic()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count samples; the meter's clean passes do not, since some strategies make none."""
         if isinstance(pl_module, ClassifierModule):
             self._samples += len(batch[1])
+        elif isinstance(pl_module, ForwardCausalLM):
+            self._samples += len(pl_module.split(batch)[0]["input_ids"])
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop the clock, test, print and write."""
         self._seconds += time.monotonic() - self._since
         self._since = 0.0
         accuracy = _test_accuracy(trainer, pl_module)
-        if not isinstance(pl_module, ClassifierModule) or pl_module.strategy is None:
+        if not isinstance(pl_module, SUMMARISED) or pl_module.strategy is None:
             return
         meter, strategy, device = QueryMeter(), pl_module.strategy, pl_module.device
         for state in gather_plain(present_communicator(), strategy.meter.state_dict(), device=device):
             meter.add_state(state)
         total, samples, (peak, where) = meter.total(), self._all_samples(device), peak_memory(device)
         allocators = [c for c in trainer.callbacks if isinstance(c, QueryAllocatorCallback)]  # type: ignore[attr-defined]
-        summary = {
+        summary: dict[str, Any] = {
             "start_accuracy": self._start_accuracy, "test_accuracy": accuracy, "steps": trainer.global_step,
             "samples": samples, "queries": total.queries,
             "queries_per_sample": round(total.queries / max(1, samples), 3),
@@ -108,13 +115,17 @@ class RunSummary(pl.Callback):
         asked: Any = getattr(pl_module, "asked", dict)
         if of_service := asked():
             summary["service"] = of_service
+        if isinstance(pl_module, ForwardCausalLM):
+            logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+            own = {name.removeprefix("val/"): v for name, v in logged.items() if name.startswith("val/")}
+            summary["validation"] = own
         self._report(trainer, pl_module, summary, run_folder(trainer))
 
     def _all_samples(self, device: torch.device) -> int:
         return self._samples_before + sum(gather_plain(present_communicator(), self._samples, device=device))
 
     @rank_zero_only
-    def _report(self, trainer: pl.Trainer, task: ClassifierModule, summary: dict[str, Any], folder: Path) -> None:
+    def _report(self, trainer: pl.Trainer, task: Any, summary: dict[str, Any], folder: Path) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_info(_text(summary))
             return
@@ -137,8 +148,13 @@ def _text(summary: dict[str, Any]) -> str:
     sites = ", ".join(f"{site} {queries:,}" for site, queries in by_site.items()) or "none"
     if len(by_site) > SITES_SHOWN:
         sites = f"{len(by_site)} sites, see {FILE_NAME}"
+    before, after = _percent(summary["start_accuracy"]), _percent(summary["test_accuracy"])
+    first = f"test accuracy        {after} (at the start {before})"
+    if "validation" in summary:
+        seen = ", ".join(f"{name} {value:.4g}" for name, value in summary["validation"].items())
+        first = f"validation           {seen or 'none'}"
     return f"""
-test accuracy        {_percent(summary["test_accuracy"])} (at the start {_percent(summary["start_accuracy"])})
+{first}
 queries              {summary["queries"]:,} ({summary["queries_per_sample"]:g} a sample; {sites})
 forward-equivalents  {summary["forward_equivalents"]:,.0f}
 lost queries         {summary["lost_queries"]:,}
@@ -157,7 +173,7 @@ def _test_accuracy(trainer: pl.Trainer, pl_module: pl.LightningModule) -> float 
     The trainer's own test would run the hooks of all callbacks and loggers in the middle of a training run.
     """
     datamodule = trainer.datamodule  # type: ignore[attr-defined]
-    if datamodule is None:
+    if datamodule is None or isinstance(pl_module, ForwardCausalLM):
         return None
     try:
         datamodule.setup("test")

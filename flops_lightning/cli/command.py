@@ -116,8 +116,9 @@ class FlopsCLI(LightningCLI):
         if self.subcommand == "tune":
             check_tune(path, self._settings["output"], overwrite=self._settings["overwrite"])
         given = self._model_settings
-        # A model that is told the names of its classes has no head.
-        untrained = path is None and not given.get("checkpoint") and "class_names" not in given
+        # A model that is told the names of its classes has no head, and a language model comes with its own.
+        whole = "class_names" in given or "objective" in given
+        untrained = path is None and not given.get("checkpoint") and not whole
         if untrained and self.subcommand in ("validate", "test", "predict"):
             rank_zero_warn(
                 f"{self.subcommand} without --ckpt_path: the head is as it was initialised. --ckpt_path last takes the "
