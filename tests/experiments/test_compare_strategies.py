@@ -197,6 +197,7 @@ def test_wrong_settings_are_refused(
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)  # a dozen processes, each of which imports everything
+@pytest.mark.usefixtures("forked_runs")
 def test_a_short_study(tmp_path: Path) -> None:
     study = ["--config", "configs/vit_tiny_digits.yaml", "--output", str(tmp_path), "--methods", "bp", "lr"]
     few = ["--seeds", "1", "--jobs", "2", "--rates", "1e-3", "--batches", "1", "--draws", "2"]

@@ -42,6 +42,7 @@ def test_every_file_is_there() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_runs")
 def test_a_short_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rates, "EXTENSIONS", 0)
     short = ["--", "--trainer.max_epochs=1", "--trainer.limit_train_batches=12", "--trainer.val_check_interval=6"]

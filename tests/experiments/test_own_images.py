@@ -47,6 +47,7 @@ def test_each_method_has_the_rate_that_is_best_on_validation_images(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_runs")
 def test_a_short_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for label, number in ((label, number) for label in range(3) for number in range(10)):
         write(tmp_path / "images" / f"class{label}" / f"{number}.jpg", photo(label, number))

@@ -149,6 +149,7 @@ def test_noise_in_the_activations_is_met_in_training_and_nowhere_else(tmp_path: 
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_runs")
 def test_a_run_in_small_trains_tests_and_reports_and_goes_on_where_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
