@@ -57,7 +57,9 @@ def cifar10(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [weights_argument(root), *given]
 
 
-@pytest.mark.parametrize("path", RUN_HERE)
+@pytest.mark.parametrize(
+    "path", [each if each == QUICKSTART else pytest.param(each, marks=pytest.mark.slow) for each in RUN_HERE]
+)
 def test_every_configuration_runs(path: str, tmp_path: Path, cifar10: list[str]) -> None:
     if path.endswith("lora.yaml"):
         pytest.importorskip("peft")
@@ -117,7 +119,13 @@ SMALL = ("--data.init_args.batch_size=4", "--trainer.limit_train_batches=2", "--
 @pytest.mark.filterwarnings("ignore:.*has no effect. derivatives are exact:UserWarning")
 @pytest.mark.parametrize(
     ("method", "base"),
-    [*((method, QUICKSTART) for method in STRATEGIES), pytest.param("ops_spsa", CIFAR10, marks=pytest.mark.slow)],
+    [
+        *(
+            (method, QUICKSTART) if method == "ops_lr" else pytest.param(method, QUICKSTART, marks=pytest.mark.slow)
+            for method in STRATEGIES
+        ),
+        pytest.param("ops_spsa", CIFAR10, marks=pytest.mark.slow),
+    ],
 )
 def test_every_method_runs(method: str, base: str, tmp_path: Path, cifar10: list[str]) -> None:
     grasp = ("--model.init_args.strategy.init_args.grasp_queries=3",) if method == "deepzero_cge" else ()

@@ -91,6 +91,7 @@ def test_spsa_learns_with_equal_queries() -> None:
     assert result["test_accuracy"] > 0.8
 
 
+@pytest.mark.slow
 def test_spsa_learns_with_allocated_queries_and_less_variance(monkeypatch: pytest.MonkeyPatch) -> None:
     model_class = spsa_with_allocator.DigitClassifier
     statistics, traces = model_class.sample_statistics, []

@@ -105,6 +105,7 @@ def test_strategies_and_allocators_work_without_lightning_and_timm():
     assert not loaded & set(SLOW)
 
 
+@pytest.mark.slow
 def test_tasks_and_data_load_no_command_line_before_it_is_used():
     # Lightning itself loads torchvision and matplotlib, through torchmetrics.
     loaded = loaded_by(

@@ -91,6 +91,7 @@ def test_the_error_rate_itself_is_learned():
     assert max(errors[-5:]) < 0.1  # 0 with seeds 0 to 7 of the network
 
 
+@pytest.mark.slow
 def test_the_gradient_is_that_of_the_smoothed_error_rate():
     # Two logits with noise of width sigma at each: the error rate is a normal tail, its gradient a normal density.
     margin, sigma, queries = torch.tensor([0.7, -0.4, 1.9]), 0.8, 200_000

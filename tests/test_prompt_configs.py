@@ -41,6 +41,7 @@ def test_every_method_has_a_test() -> None:
     assert {path.stem for path in Path("configs/prompt_method").glob("*.yaml")} == {*METHODS, *MANUAL}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["", *METHODS])
 def test_every_method_runs(method: str, tmp_path: Path) -> None:
     search = method == "cma_es"
@@ -113,6 +114,7 @@ def arguments(name: str, photos: dict[str, Path], tmp_path: Path) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LARGE)
 def test_a_configuration_of_vit_b32_runs_with_a_small_model(name: str, photos: dict[str, Path], tmp_path: Path) -> None:
     trial = ["--trainer.fast_dev_run=2", "--trainer.accelerator=cpu", f"--trainer.default_root_dir={tmp_path}"]

@@ -77,6 +77,7 @@ def test_there_is_a_file_for_every_cell() -> None:
     assert len(CELLS) == 14
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cell", CELLS)
 def test_a_cell_has_the_papers_settings_on_the_real_network(cell: str, roots: dict[str, Path]) -> None:
     model, _, data_set = cell.rpartition("_")

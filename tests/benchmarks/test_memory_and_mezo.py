@@ -34,6 +34,7 @@ def test_the_overhead_of_a_step_is_a_ratio_of_times() -> None:
     assert ratio.median > 0.5, "a step makes two passes"
 
 
+@pytest.mark.slow
 def test_replay_is_timed_beside_whole_passes_and_a_vits_own_stages() -> None:
     record = replay.measure("ViT-Tiny/16, 224 px", rows=1, rounds=1, device=CPU)
     assert record["sites"] == 3  # the head's noise enters the output, above which nothing runs

@@ -74,6 +74,7 @@ def test_small_budgets_pay_for_fewer_pilots_and_every_case_names_one_that_is_the
     assert {case.best_linear for case in CASES} <= names
 
 
+@pytest.mark.slow
 def test_tables_of_a_short_run(whole: tuple[Path, Tables]) -> None:
     output, tables = whole
     rows = tables["allocation"]
@@ -90,6 +91,7 @@ def test_tables_of_a_short_run(whole: tuple[Path, Tables]) -> None:
         assert (output / "allocation.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_interrupted_and_without_matplotlib_it_ends_with_the_same_tables(
     whole: tuple[Path, Tables], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -79,6 +79,7 @@ def test_gradients_of_components_are_those_of_autograd(vit: nn.Module, images: t
 KEY, VALUE, FC1 = Component(1, "key"), Component(1, "value"), Component(2, "fc1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("noise", "estimator", "component"),
     [

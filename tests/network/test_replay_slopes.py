@@ -68,6 +68,7 @@ def keep_training(problem: Problem, owned: set[str]) -> None:
         parameter.requires_grad_(parameter.requires_grad and name in owned)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kind", "largest_error"),
     [

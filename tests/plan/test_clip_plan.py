@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 pytest.importorskip("open_clip", reason="prompts are for its models")
 
 
+@pytest.mark.slow
 def test_a_plan_names_the_image_and_text_passes_of_a_step_and_of_the_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

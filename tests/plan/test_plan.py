@@ -147,6 +147,7 @@ def test_steps_and_validations_are_those_of_the_trainer(settings):
     assert plan.validations * plan.own.validation_batches == seen["batches"]
 
 
+@pytest.mark.slow
 def test_a_run_of_one_step_is_its_own_measurement_and_of_one_without_an_end_the_whole_is_unknown():
     plan = planned(max_steps=1, max_epochs=-1)
     assert plan.queries == 500 * 12
@@ -259,6 +260,7 @@ def files(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
+@pytest.mark.slow
 def test_nothing_is_left_behind(tmp_path):
     callbacks = [ModelCheckpoint(dirpath="weights", every_n_train_steps=1), *allocation("equal")]
     kept = list(callbacks)
@@ -316,6 +318,7 @@ def test_a_mistake_is_named_with_its_remedy(args, message, refused):
     assert message in refused(*QUICKSTART, *args)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "args",
     [
@@ -331,6 +334,7 @@ def test_what_a_fit_refuses_is_refused_in_the_same_words(args, refused):
     assert planned == fitted != ""
 
 
+@pytest.mark.slow
 def test_without_a_derivative_there_is_no_backprop():
     made = task(STRATEGIES["likelihood ratio"](), loss="flops_lightning.objectives.zero_one_error")
     plan = make_plan(made, DigitsDataModule(batch_size=500), {**LEAN, "max_epochs": 1}, seconds=0.01)
@@ -346,6 +350,7 @@ def test_what_cannot_be_planned_is_refused():
         planned("backprop", val_check_interval=4)
 
 
+@pytest.mark.slow
 def test_the_batch_size_is_noise_over_signal_and_the_planned_steps_keep_the_weights():
     generator, dims, size, steps = torch.Generator().manual_seed(0), 100, 8, STEPS
     gradient, noise = torch.full((dims,), 0.1), GradientNoise()  # |g|^2 = 1

@@ -129,6 +129,7 @@ def _killed_while_it_writes(folder: Path) -> None:
     Killed().save_checkpoint({"step": 2}, folder / "last.ckpt")
 
 
+@pytest.mark.slow
 def test_a_kill_leaves_the_last_good_checkpoint(tmp_path):
     AtomicCheckpointIO().save_checkpoint({"step": 1}, tmp_path / "last.ckpt")
     process = FORKS.Process(target=_killed_while_it_writes, args=(tmp_path,))

@@ -64,6 +64,7 @@ def test_of_a_quadratic(token_sigma, variant):
     assert_slope(slopes(strategy, x, torch.zeros_like(x), draws=60), 6 * 0.5**2)
 
 
+@pytest.mark.slow
 @every_variant
 def test_of_a_loss_that_takes_steps(variant):
     """``d/dlog(sigma) Phi(u) = -u phi(u)`` at ``u = (y - h) / sigma``, mean over the batch."""

@@ -246,8 +246,9 @@ def test_scales_are_the_mean_weights(tokens_net, tokens):
     torch.testing.assert_close(statistics.preconditioned_scale, torch.stack(means).detach())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("strategy", ["baseline", "spsa", pytest.param("forward", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("strategy", ["baseline", "spsa", "forward"])
 def test_weights_of_bfloat16(strategy, layout, tokens):
     """Parameters that belong to no layer stay in their own precision when they are moved."""
     net = shaken(nn.Sequential(nn.Linear(3, 3), Prompted(), TokenMean(), nn.Linear(3, 2))).float()

@@ -121,6 +121,7 @@ def check(
         assert abs(float(found[:, s].mean()) - exact) < 4 * error, f"{site.name}: {found[:, s].mean()} for {exact}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("layout", ["group", "block", "linear"])
 def test_scales(layout, weighted, tokens_net, tokens):

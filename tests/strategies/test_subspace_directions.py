@@ -22,6 +22,7 @@ def counts(strategy):
     return torch.tensor([4, 0, 6, 2] if strategy == "spsa" else [3, 0, 5, 2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_vit_over_a_refresh(strategy, vit, images):
     kind, settings = STRATEGIES[strategy]

@@ -167,6 +167,7 @@ class TestLearning:
             assert_unbiased(estimate, truth[site])
         return {name for site in strategy.sites for name in site.parameters}
 
+    @pytest.mark.slow
     @needs_peft
     @pytest.mark.parametrize("layout", LAYOUTS)
     def test_both_kinds_of_site_train_low_rank_additions(self, layout, tokens_net, tokens):
@@ -175,6 +176,7 @@ class TestLearning:
         owned = self.check(tokens_net, LAYOUTS[layout], tokens)
         assert owned == {"2.lora_A.default.weight", "2.lora_B.default.weight"}
 
+    @pytest.mark.slow
     def test_a_block_site_trains_prompts(self, tokens_net, tokens):
         prompt = VisualPrompt(nn.Identity(), tokens=2, prefix=1, width=3, std=1.0)
         net = shaken(nn.Sequential(prompt, *tokens_net))

@@ -41,6 +41,7 @@ def given(tmp_path, monkeypatch) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_fit_takes_the_overlay_that_tune_writes(capsys):
     main(["tune", "--config", "given.yaml", *QUIET, *FEW])
     said, written = capsys.readouterr().out, Path("tuned.yaml").read_text()

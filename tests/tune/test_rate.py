@@ -87,6 +87,7 @@ def test_a_run_that_loses_its_loss_scores_infinite():
     assert Trial(0.1, 8, (3.0, 2.0, 1.0, math.nan)).loss == math.inf
 
 
+@pytest.mark.slow
 def test_a_tuned_task_trains_as_one_that_was_not(make_task, make_trainer, digits):
     weights = []
     for tuned in (False, True):
