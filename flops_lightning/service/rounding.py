@@ -12,6 +12,7 @@ LOOKS = 8
 LEAST = 16
 """Numbers from which rounding can be told."""
 MOST = 4096
+"""Numbers that are looked at; of a row, for its spread."""
 DECIMALS = (0, 1, 2, 3, 4)
 HALF = (torch.bfloat16, torch.float16)
 
@@ -43,7 +44,7 @@ def spread(names: Tensor | None, values: Tensor) -> float:
 
     Without names all rows are of the same.
     """
-    rows = values.flatten(1).double() if values.dim() > 1 else values.double()[:, None]
+    rows = (values.flatten(1)[:, :MOST] if values.dim() > 1 else values[:, None]).double()
     of = torch.zeros(len(rows), dtype=torch.long)
     if names is not None:
         of = names.unique(dim=0, return_inverse=True)[1]

@@ -19,7 +19,7 @@ PAIRED = [
 ]
 COUNTS = torch.tensor([[24, 8, 16], [16, 16, 16]])
 """Queries of three images, and text draws."""
-MANY = torch.tensor([[96, 32, 64], [24, 24, 24]])
+MANY = torch.tensor([[96, 32, 64], [12, 12, 12]])
 """So many that estimates are nearly normal, and their variance has a small standard error."""
 
 
