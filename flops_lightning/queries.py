@@ -20,6 +20,7 @@ from flops_lightning.network.rows import Rows, empty_like, gather, value_of, wri
 from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.phases import phase
 from flops_lightning.suffix_loss import SuffixLoss
+from flops_lightning.transfers import to_device
 
 EMBEDDING_FEATURES = 4096
 
@@ -103,7 +104,7 @@ def longest_loss(loss: LossFunction, targets: Any) -> Callable[[Tensor], object]
 
     def run(output: Tensor) -> Tensor:
         samples = np.full(len(output), dearest)
-        index = torch.from_numpy(samples).to(output.device)
+        index = to_device(samples, output.device)
         return row_losses(loss, output, gather(targets, index, samples))
 
     return run

@@ -9,13 +9,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 
-def to_device(values: NDArray[Any] | Sequence[float], like: torch.device | Tensor, dtype: Any = None) -> Tensor:
+def to_device(
+    values: NDArray[Any] | Sequence[float] | Tensor, like: torch.device | Tensor, dtype: Any = None
+) -> Tensor:
     """The values on a device; a GPU copies them from pinned memory when it comes to it, and the host goes on.
 
     ``like``: the device, or a tensor whose device and, unless given, dtype the values get.
     """
     device = like.device if isinstance(like, Tensor) else like
-    host = torch.from_numpy(np.asarray(values)).to(dtype or (like.dtype if isinstance(like, Tensor) else None))
-    if device.type == "cuda":
+    given = values if isinstance(values, Tensor) else torch.from_numpy(np.asarray(values))
+    host = given.to(dtype or (like.dtype if isinstance(like, Tensor) else None))
+    if device.type == "cuda" and host.device.type == "cpu":
         host = host.pin_memory()
     return host.to(device, non_blocking=True)

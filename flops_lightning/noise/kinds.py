@@ -185,8 +185,8 @@ def _orthogonal(
         normals = normal_rows(key, part[of, 0], part[of, 1] * size + nth, (dim,), device=device, dtype=dtype)
         frames = _frames(normals, drawn)
         rows = np.flatnonzero((frame >= first) & (frame < first + step))
-        chosen = (torch.from_numpy(index).to(device) for index in (frame[rows] - first, place[rows]))
-        noise[torch.from_numpy(rows).to(device)] = frames[tuple(chosen)]
+        chosen = (to_device(index, device) for index in (frame[rows] - first, place[rows]))
+        noise[to_device(rows, device)] = frames[tuple(chosen)]
     return noise
 
 
@@ -197,7 +197,7 @@ def _frames(gaussians: Tensor, drawn: NDArray[np.bool_]) -> Tensor:
     """
     dim = gaussians.shape[1]
     raw = gaussians.new_zeros(*drawn.shape, dim)
-    raw[torch.from_numpy(drawn).to(raw.device)] = gaussians
+    raw.flatten(0, 1).index_copy_(0, to_device(np.flatnonzero(drawn), raw.device), gaussians)
     q, r = torch.linalg.qr(raw[:, : int(drawn.sum(1).max())].mT)
     # With the diagonal of r positive the frame is uniform, Haar distributed (Mezzadri 2007); LAPACK's signs are not.
     signs = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(raw.dtype)

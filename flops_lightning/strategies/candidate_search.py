@@ -86,7 +86,7 @@ class CandidateSearch(WholeBatchStrategy, ChunkedStrategy):
         return clean
 
     def _estimate(self, clean: CleanPass) -> Estimate:
-        candidates = torch.from_numpy(self.search.ask()).to(clean.loss.device)
+        candidates = to_device(self.search.ask(), clean.loss.device)
         key = NoiseKey(self.seed, clean.draw, "candidates", self.rank)
         with self.network.evaluating(), rows_of(self.network, self.loss, key):
             fitness = mean_over_ranks(self.communicator, self._fitness(clean, candidates), clean.batch_size).tolist()
@@ -95,7 +95,7 @@ class CandidateSearch(WholeBatchStrategy, ChunkedStrategy):
         self._count(clean, len(fitness), lost)
         if learned:
             parameters = self.network.trainable()
-            mean = torch.from_numpy(self.search.mean).to(clean.loss.device)
+            mean = to_device(self.search.mean, clean.loss.device)
             there = self._by_name(mean)
             add_gradients(parameters, {name: p.detach() - there[name] for name, p in parameters.items()})
         spent = clean.batch_size * len(fitness)

@@ -28,6 +28,7 @@ from flops_lightning.strategies.delta import Variant
 from flops_lightning.strategies.parameter_queries import ParameterQueries, ParameterQueryResult, RowResponses
 from flops_lightning.strategies.sites import Site
 from flops_lightning.suffix_loss import SuffixLoss
+from flops_lightning.transfers import to_device
 
 Pairing = Literal["split", "crossed"]
 CENTRED = ("leave_one_out", "antithetic")
@@ -71,7 +72,7 @@ def crossed_results(
         rows = features.run(below, clean, plan, traces=traces)
     # Clean rows stand in for samples without queries.
     samples = np.concatenate([plan.samples, np.arange(clean.batch_size)])
-    sample = torch.from_numpy(samples).to(clean.loss.device)
+    sample = to_device(samples, clean.loss.device)
     entering = torch.cat([rows.values, clean.activations[above.first]])
     every = replace(clean, activations={above.first: entering}, targets=gather(clean.targets, sample, samples))
     draws = np.full(len(entering), counts[1].max())

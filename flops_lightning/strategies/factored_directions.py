@@ -31,6 +31,7 @@ from flops_lightning.strategies.engine import summed
 from flops_lightning.strategies.parameter_queries import DirectionLayout, RowResponses
 from flops_lightning.strategies.row_layers import RowLayer, SiteParts, moved_output, row_remedy, times
 from flops_lightning.strategies.sites import Site
+from flops_lightning.transfers import to_device
 
 Bases = dict[str, Tensor]
 """``(b, m, i)`` by name of the layer."""
@@ -78,8 +79,8 @@ class FactoredDirections(DirectionLayout):
         bases = self._bases(site, clean) if self.guided else {}
         values, norms, places = [], [], []
         for at, chunk in self.chunks(plan):
-            places.append(torch.from_numpy(at).to(clean.loss.device))
-            index = torch.from_numpy(chunk.samples).to(clean.loss.device)
+            places.append(to_device(at, clean.loss.device))
+            index = to_device(chunk.samples, clean.loss.device)
             with phase("noise"):
                 directions = self._directions(site, clean, chunk, index, bases)
             if traces:
@@ -198,9 +199,9 @@ class FactoredDirections(DirectionLayout):
         """``sum_r c_r D_r`` by parameter name, one product a layer and chunk."""
         total: dict[str, Tensor] = {}
         for at, chunk in self.chunks(plan):
-            index = torch.from_numpy(chunk.samples).to(coefficients.device)
+            index = to_device(chunk.samples, coefficients.device)
             signs = self.signs(chunk.queries, coefficients)[: chunk.rows]
-            signed = coefficients[torch.from_numpy(at).to(coefficients.device)] * signs
+            signed = coefficients[to_device(at, coefficients.device)] * signs
             signed = torch.nn.functional.pad(signed, (0, len(chunk.samples) - chunk.rows))
             with phase("noise"):
                 directions = self._directions(site, clean, chunk, index, kept)

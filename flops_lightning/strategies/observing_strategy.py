@@ -21,6 +21,7 @@ from flops_lightning.strategies.site_strategy import SiteStrategy
 from flops_lightning.strategies.sites import Site
 from flops_lightning.strategies.statistics import SCALE_EVERY, trace_predictors
 from flops_lightning.suffix_loss import SuffixLoss
+from flops_lightning.transfers import to_device
 
 
 class ObservingStrategy(SiteStrategy, Generic[Q]):
@@ -80,7 +81,7 @@ class ObservingStrategy(SiteStrategy, Generic[Q]):
     def _observe(
         self, clean: CleanPass, counts: NDArray[np.int64], *, first_query: int = 0, keep: dict[str, Q] | None = None
     ) -> TraceObservation:
-        traces = self._unknown_traces(clean)
+        traces, survivors = self._unknown_traces(clean), dict[int, Tensor]()
         for i, site in enumerate(self.sites):
             if site.together:
                 continue
@@ -91,9 +92,13 @@ class ObservingStrategy(SiteStrategy, Generic[Q]):
             record(traces, i, result)
             if keep is not None:
                 keep[site.name] = result
-            queries = site.number(counts[i])
+            survivors[i] = result.survivors
+        # One transfer for all sites.
+        alive = torch.stack(list(survivors.values())).cpu().numpy() if survivors else ()
+        for i, line in zip(survivors, alive, strict=True):
+            site, queries = self.sites[i], self.sites[i].number(counts[i])
             cost = self._known_costs.of(site, queries, clean.batch_size) + float(counts[i] @ self.loss_costs(clean))
-            lost = queries - site.number(result.survivors.cpu().numpy())
+            lost = queries - site.number(line)
             self.meter.add(site.name, queries=queries, pilots=queries, lost=lost, forward_equivalents=cost)
         return traces
 
@@ -131,18 +136,18 @@ class ObservingStrategy(SiteStrategy, Generic[Q]):
         if "counted_costs" in names:
             each = np.array([costs.each(site, clean.batch_size) for site in self.sites])
             each = each[:, None] + of_loss if isinstance(self.loss, SuffixLoss) else each
-            filled["counted_costs"] = torch.from_numpy(each).to(clean.loss)
+            filled["counted_costs"] = to_device(each, clean.loss)
         if "fixed_costs" in names:
             shared = self.pass_cost(clean) / clean.batch_size + sum(map(self._exact_cost, self.exact_sites))
             shared = shared / len(self.sites)
-            filled["fixed_costs"] = clean.loss.new_tensor([costs.gradient[site.name] + shared for site in self.sites])
+            filled["fixed_costs"] = to_device([costs.gradient[site.name] + shared for site in self.sites], clean.loss)
         if "measured_costs" in names:
             if not known.measured_costs:
                 with self.network.evaluating():
                     most = max(costs.query.values()) + float(of_loss.mean())
                     measured = measured_costs(self.run_queries, self.sites, clean, most, unit=self.unit)
                 known.measured_costs = measured
-            filled["measured_costs"] = clean.loss.new_tensor(known.measured_costs)
+            filled["measured_costs"] = to_device(known.measured_costs, clean.loss)
         for name, weights in (("scale", None), ("preconditioned_scale", metric)):
             if name in names:
                 draw, scales = known.scales.get(name if weights else "scale", (-SCALE_EVERY, []))
@@ -151,7 +156,7 @@ class ObservingStrategy(SiteStrategy, Generic[Q]):
                     scales = self.site_scales(clean, weights)
                     known.scales[name if weights else "scale"] = (clean.draw, scales)
                     self.meter.add(CLEAN, forward_equivalents=sum(costs.gradient.values()) * clean.batch_size)
-                filled[name] = clean.loss.new_tensor(scales)
+                filled[name] = to_device(scales, clean.loss)
         return filled
 
     def _exact_cost(self, site: Site) -> float:

@@ -23,6 +23,7 @@ from flops_lightning.queries import CleanPass, LossFunction, RowPlan, plan_rows,
 from flops_lightning.strategies.delta import Variant, query_weights
 from flops_lightning.strategies.engine import summed
 from flops_lightning.strategies.sites import Site
+from flops_lightning.transfers import to_device
 
 Losses = Callable[[Tensor], Tensor]
 """``(r,)`` signed step of each row along its direction -> ``(r,)`` losses."""
@@ -91,7 +92,7 @@ class DirectionLayout(ABC):
 
     def signs(self, queries: NDArray[np.int64], like: Tensor) -> Tensor:
         """-1 for the minus rows of antithetic pairs, else 1."""
-        return torch.from_numpy(1.0 - 2.0 * (queries % self.unit)).to(like)
+        return to_device(1.0 - 2.0 * (queries % self.unit), like)
 
     @abstractmethod
     def run(self, site: Site, clean: CleanPass, plan: RowPlan, *, traces: bool) -> RowResponses:
@@ -239,7 +240,7 @@ class ParameterQueries:
         self, site: Site, clean: CleanPass, plan: RowPlan, layout: DirectionLayout, rows: RowResponses
     ) -> ParameterQueryResult:
         """What the values of a site's rows show."""
-        sample, unit = torch.from_numpy(plan.samples).to(clean.loss.device), layout.unit
+        sample, unit = to_device(plan.samples, clean.loss.device), layout.unit
         by_sample = torch.zeros(clean.batch_size, dtype=rows.values.dtype, device=clean.loss.device)
         centred = layout.response.variant == "leave_one_out"
         control = _means_of_samples(rows.values, sample, by_sample)[sample] if centred else clean.loss[sample]
@@ -280,7 +281,7 @@ def _means_of_samples(values: Tensor, sample: Tensor, by_sample: Tensor) -> Tens
 
 def _slopes(weights: Tensor, unit: int) -> Tensor:
     """Difference quotient of each query, or of each antithetic pair, along its direction, from the queries' weights."""
-    return (weights.view(-1, unit) * weights.new_tensor([1.0, -1.0])[:unit]).mean(1)
+    return (weights.view(-1, unit) * to_device([1.0, -1.0][:unit], weights)).mean(1)
 
 
 def _mean_of_direction(slopes: Tensor, queries: NDArray[np.int64], samples: int) -> Tensor:
@@ -289,6 +290,7 @@ def _mean_of_direction(slopes: Tensor, queries: NDArray[np.int64], samples: int)
     The batch's gradient is the mean over directions of ``w u``, ``w`` this mean; ``B Tr(w u)`` in the place of every
     sample's trace makes ``sum_b Tr_b / A_b / B^2`` its variance.
     """
-    place = torch.from_numpy(np.unique(queries, return_inverse=True)[1]).to(slopes.device)
-    total = slopes.new_zeros(int(place.max()) + 1).index_add_(0, place, slopes)
+    directions, index = np.unique(queries, return_inverse=True)
+    place = to_device(index, slopes.device)
+    total = slopes.new_zeros(len(directions)).index_add_(0, place, slopes)
     return (total / samples)[place]

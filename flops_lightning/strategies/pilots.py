@@ -85,6 +85,7 @@ def pilot_share(pilots: QueryResult, rest: QueryResult, weight: Tensor | float) 
     ``weight`` is ``w``, one for all samples or ``(b,)``, chosen independently of the pilots' losses. Where one of the
     two gives a sample no estimate (no query survived; leave-one-out: fewer than two), the other has all the weight.
     """
-    w = torch.as_tensor(weight, dtype=rest.survivors.dtype, device=rest.survivors.device).expand_as(rest.survivors)
+    w = weight.to(rest.survivors) if isinstance(weight, Tensor) else torch.full_like(rest.survivors, weight)
+    w = w.expand_as(rest.survivors)
     w = torch.where(pilots.found, w, 0.0)
     return torch.where(rest.found, w, 1.0)

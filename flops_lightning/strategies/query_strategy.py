@@ -72,7 +72,7 @@ class QueryStrategy(ObservingStrategy[Q]):
     ) -> Estimate:  # fmt: skip
         """Add the estimate to ``.grad``; see :meth:`ForwardGradientStrategy.estimate`."""
         table = self._table(clean, counts)
-        weights = None if pilot_weight is None else pilot_weight.to(clean.loss).expand(len(self.sites), -1)
+        weights = None if pilot_weight is None else to_device(pilot_weight, clean.loss).expand(len(self.sites), -1)
         drawn = None if inclusion is None else self._drawn(clean, inclusion)
         observation = self._unknown_traces(clean) if traces else None
         places, exact = self._select(sites)
@@ -102,8 +102,9 @@ class QueryStrategy(ObservingStrategy[Q]):
             if used:
                 gradients = result.gradients()
                 add_gradients(site.parameters, gradients)
-                if observation is not None and observation.sharing is not None:
-                    observation.sharing[i] = result.sharing(gradients)
+                sharing = result.sharing(gradients)
+                if observation is not None and observation.sharing is not None and isinstance(sharing, Tensor):
+                    observation.sharing[i] = sharing
         for site in exact if known.any() else ():
             add_gradients(site.parameters, self.exact_gradient(site, clean))
             self.meter.add(site.name, forward_equivalents=clean.batch_size * self._exact_cost(site))

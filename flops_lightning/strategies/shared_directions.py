@@ -27,6 +27,7 @@ from flops_lightning.phases import phase
 from flops_lightning.queries import CleanPass, RowPlan
 from flops_lightning.strategies.parameter_queries import DirectionLayout, RowResponses
 from flops_lightning.strategies.sites import Site
+from flops_lightning.transfers import to_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,14 +46,14 @@ class SharedDirections(DirectionLayout):
         """Run direction by direction, all its samples in chunks, both signs of a pair stage by stage."""
         del traces  # the norms they take are known without a look at the directions
         values = clean.loss.new_empty(0)
-        direction, sample = plan.queries // self.unit, torch.from_numpy(plan.samples).to(clean.loss.device)
-        signs = clean.loss.new_tensor([1.0, -1.0])[: self.unit]
+        direction, sample = plan.queries // self.unit, to_device(plan.samples, clean.loss.device)
+        signs = to_device([1.0, -1.0][: self.unit], clean.loss)
         number = np.unique(direction).tolist()
         contexts = self._contexts(site, clean.draw, number, site.sigma * signs)
         for p in number:
             rows = np.flatnonzero(direction == p)[:: self.unit]
             for some in np.split(rows, range(self.chunk_rows, len(rows), self.chunk_rows)):
-                at = torch.from_numpy(some).to(sample.device)
+                at = to_device(some, sample.device)
                 losses = partial(self._losses, site, clean, sample[at], plan.samples[some], p, contexts.get(p))
                 with phase("suffix"):
                     for offset, found in enumerate(self.response.values(losses, site.sigma, signs)):
@@ -140,7 +141,7 @@ class SharedDirections(DirectionLayout):
         del kept
         directions, place = np.unique(plan.queries // self.unit, return_inverse=True)
         signs = self.signs(plan.queries, coefficients)
-        index = torch.from_numpy(place).to(coefficients.device)
+        index = to_device(place, coefficients.device)
         by_direction = coefficients.new_zeros(len(directions)).index_add_(0, index, coefficients * signs)
         terms = [(self.key.rank, int(p), scalar) for p, scalar in zip(directions, by_direction, strict=True)]
         if self.ranks is not None and self.ranks.size > 1:
@@ -162,7 +163,7 @@ def _of_all(
     ranks: Communicator, directions: NDArray[np.int64], scalars: Tensor, samples: int
 ) -> list[tuple[int, int, Tensor]]:
     """``(rank, direction, scalar)`` of all ranks, for the mean over the samples of all; ours ``(p,)``."""
-    places = torch.from_numpy(directions).to(scalars.device, torch.float64)
+    places = to_device(directions, scalars.device, torch.float64)
     own = torch.stack([places, scalars.double(), torch.full_like(places, samples)], dim=1)
     lines = gather_lines(ranks, own)
     total = sum(float(rank[0, 2]) for rank in lines)

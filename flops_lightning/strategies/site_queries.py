@@ -193,7 +193,7 @@ class SiteQueries:
             with rows_of(self.network, self.loss, self._key(site, clean)):
                 gradients, alive = self._joint_pass(site, clean, plan, counts)
             if alive.all():
-                return SiteGradient(partial(dict, gradients), torch.from_numpy(counts).to(clean.loss), spent)
+                return SiteGradient(partial(dict, gradients), to_device(counts, clean.loss), spent)
             plan = replace(plan, samples=plan.samples[alive], queries=plan.queries[alive])
             counts = np.bincount(plan.samples, minlength=clean.batch_size)
         nothing = {name: torch.zeros_like(p) for name, p in site.parameters.items()}
@@ -202,7 +202,7 @@ class SiteQueries:
     def _joint_pass(
         self, site: Site, clean: CleanPass, plan: RowPlan, counts: NDArray[np.int64]
     ) -> tuple[dict[str, Tensor], NDArray[np.bool_]]:
-        divisor = torch.from_numpy(counts).to(clean.loss) * clean.batch_size
+        divisor = to_device(counts, clean.loss) * clean.batch_size
         gradients: dict[str, Tensor] = {}
         alive_rows: list[Tensor] = []
         for chunk in plan:
