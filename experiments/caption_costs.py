@@ -1,6 +1,7 @@
 """``python -m experiments.caption_costs``: tokens of a step whose captions are of unequal length, and where they go.
 
-Tokens run over tokens needed, padded and sorted in three ways; and the variance ``J = sum_b Tr_b / A_b`` of the batch
+The slope of estimates on autograd's gradient; tokens run over tokens needed, padded and sorted in three ways; and the
+variance ``J = sum_b Tr_b / A_b`` of the batch
 gradient at an adapter whose bias is the mean embedding, for several ways to allocate the same tokens. Traces come from
 queries of their own.
 """
@@ -32,6 +33,7 @@ TOKENS, FEATURES, BATCH, QUERIES = 4, 16, 32, 20
 WARM_UP, MEASURED = 10, 4
 FIRST_QUERY = 10**6
 """Of the queries that show the traces: above all others."""
+FOUR = ("a ship .", "a dog .", "a cat and a dog play in the park", "Lily was happy")
 Values = dict[str, list[float]]
 
 
@@ -46,6 +48,29 @@ def padding(lengths: np.ndarray, *, batch: int, queries: int, chunk_rows: int) -
         run["longest of the batch"] += batch * queries * int(some.max())
     needed = queries * int(np.concatenate(batches).sum())
     return {name: tokens / needed for name, tokens in run.items()}
+
+
+def slopes(llm: Any, ids: Sequence[Sequence[int]], *, draws: int, seed: int) -> dict[str, float]:
+    """Of estimates with 60 queries on the gradient at one vector before each caption, and cosines of the samples'."""
+    captions, width = PaddedTargets.of([torch.tensor(each) for each in ids]), llm.get_input_embeddings().weight.shape[1]
+    drawn = torch.randn(len(ids), width, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    vectors = (0.28 * drawn).float().requires_grad_(True)
+    loss, layer = CaptionLoss(llm), nn.Linear(len(ids), width, bias=False)
+    (exact,) = torch.autograd.grad(loss(vectors, captions).mean(), vectors)
+    layer.weight.data = vectors.detach().T.contiguous()
+    site = {"stages": ["0"], "kind": "linear", "sigma": 0.004 * 0.28, "queries_per_sample": 60}
+    strategy = LikelihoodRatio(sites=[site], seed=seed)
+    strategy.bind(stage_network(nn.Sequential(layer)), loss)
+    found: Values = defaultdict(list)
+    for _ in range(draws):
+        layer.weight.grad = None
+        strategy.estimate(strategy.clean_pass(torch.eye(len(ids)), captions))
+        assert layer.weight.grad is not None
+        gradient = layer.weight.grad.T
+        found["slope"].append(float((gradient * exact).sum() / exact.square().sum()))
+        found["cosine"].append(float(torch.cosine_similarity(gradient, exact, dim=1).mean()))
+    error = statistics.stdev(found["slope"]) / draws**0.5 if draws > 1 else 0.0
+    return {name: statistics.fmean(values) for name, values in found.items()} | {"standard error of the slope": error}
 
 
 class Alignment:
@@ -127,6 +152,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--llm", required=True, help="a language model, by name or folder")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default 3)")
     parser.add_argument("--truth", type=int, default=96, help="queries behind a measured trace (default 96)")
+    parser.add_argument("--draws", type=int, default=100, help="estimates behind a slope (default 100)")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     llm, tokenizer = load_language_model(options.llm)
@@ -135,12 +161,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     lengths = np.array([len(each) for each in ids])
     print(f"{len(ids)} captions of {lengths.min()} to {lengths.max()} tokens, {lengths.mean():.1f} on average")
+    four = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in FOUR]
+    seeds = range(options.seeds)
+    show(
+        "Estimates with 60 queries at sigma 0.004 of the vectors",
+        [slopes(llm, four, draws=options.draws, seed=seed) for seed in seeds],
+    )
     epochs = [
         padding(np.random.default_rng(seed).permutation(lengths) + TOKENS - 1, batch=64, queries=60, chunk_rows=256)
-        for seed in range(options.seeds)
+        for seed in seeds
     ]
     show("Tokens run / needed, batch 64, 60 queries, chunks of 256 rows", epochs)
-    found = [gains(Alignment(llm, ids, seed), options.truth) for seed in range(options.seeds)]
+    found = [gains(Alignment(llm, ids, seed), options.truth) for seed in seeds]
     show("J at equal tokens / J of equal counts", found)
 
 

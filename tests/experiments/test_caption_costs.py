@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from experiments.caption_costs import BATCH, Alignment, gains, padding
+from experiments.caption_costs import BATCH, Alignment, gains, padding, slopes
 from tests.reference.language import caption_ids, tiny_llama
 
 
@@ -22,3 +22,10 @@ def test_tokens_go_further_where_costs_are_known():
     assert found["spread of the costs"] == pytest.approx(0.5, abs=0.15)
     assert found["with costs, from measured traces"] < found["Neyman, from measured traces"] < 1.0
     assert found["with costs, from measured traces"] < found["lengths alone"]
+
+
+def test_estimates_have_slope_one():
+    ids = [[4, 5, 6], [7], [8, 9, 10, 11, 12], [13, 14]]
+    found = slopes(tiny_llama().float(), ids, draws=20, seed=0)
+    assert abs(found["slope"] - 1) < 3 * found["standard error of the slope"] < 0.3
+    assert found["cosine"] == pytest.approx((60 / (60 + 16)) ** 0.5, abs=0.05)

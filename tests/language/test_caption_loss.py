@@ -193,7 +193,8 @@ def test_compiled_it_gives_the_same_in_few_shapes(llm):
         index = torch.tensor(rows)
         some = captions.take(index)
         with torch.no_grad():
-            torch.testing.assert_close(compiled(z[index], some), loss(z[index], some), rtol=1e-8, atol=1e-10)
+            # The norms of a Llama compute in float32, compiled in another order.
+            torch.testing.assert_close(compiled(z[index], some), loss(z[index], some), rtol=1e-6, atol=1e-6)
     assert shapes == {2 + 8 - 1, 2 + 16 - 1}
 
 
