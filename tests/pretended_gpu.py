@@ -58,10 +58,10 @@ class PretendedTensor(Tensor):
         )  # fmt: skip
 
     def __init__(self, inner: Tensor) -> None:
-        self.inner = inner.detach()
+        self.held = inner.detach()
 
     def __repr__(self, **_: Any) -> str:
-        return f"{self.inner!r} on a GPU that is not there"
+        return f"{self.held!r} on a GPU that is not there"
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -72,7 +72,7 @@ class PretendedTensor(Tensor):
         if kwargs.get("device") is not None:
             kwargs["device"] = torch.device("cpu")
         leaves, form = tree_flatten((args, kwargs))
-        own_args, own_kwargs = tree_unflatten([getattr(leaf, "inner", leaf) for leaf in leaves], form)
+        own_args, own_kwargs = tree_unflatten([getattr(leaf, "held", leaf) for leaf in leaves], form)
         out = func(*own_args, **own_kwargs)
         if name in NUMBERS:
             return out
@@ -106,7 +106,7 @@ def _moved(func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
         kwargs.pop(name, None)
     if here and not there:
         note("to the host")
-    moved = func(getattr(source, "inner", source), **kwargs)
+    moved = func(getattr(source, "held", source), **kwargs)
     return PretendedTensor(moved) if there else moved
 
 
@@ -114,7 +114,7 @@ def _copied(func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
     target, source = args[:2]
     if isinstance(target, PretendedTensor) != isinstance(source, PretendedTensor):
         note("copy_ between devices")
-    func(getattr(target, "inner", target), getattr(source, "inner", source), *args[2:], **kwargs)
+    func(getattr(target, "held", target), getattr(source, "held", source), *args[2:], **kwargs)
     return target
 
 
@@ -157,10 +157,10 @@ def _of_tensor(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     first = args[0]
     if func is Tensor.tolist:
         note("tolist")
-        return first.inner.tolist()
+        return first.held.tolist()
     if func is Tensor.new_tensor:
         note("a tensor made of numbers")
-        return PretendedTensor(first.inner.new_tensor(*args[1:], **kwargs))
+        return PretendedTensor(first.held.new_tensor(*args[1:], **kwargs))
     if func is Tensor.__getitem__ and isinstance(args[1], list):
         note("index from the host")
         args = first, PretendedTensor(torch.tensor(args[1]))
@@ -186,7 +186,7 @@ def _to(func: Any, tensor: Tensor, rest: Any, kwargs: dict[str, Any]) -> Tensor:
         return tensor.to(dtype, copy=kwargs.get("copy", False)) if dtype != tensor.dtype or "copy" in kwargs else tensor
     if here:
         note("to the host")
-        return tensor.inner.to(dtype)
+        return tensor.held.to(dtype)
     if not (kwargs.get("non_blocking") and hasattr(tensor, "in_pinned_memory")):
         note("from pageable memory")
     return PretendedTensor(tensor.detach().to(dtype).clone())

@@ -188,4 +188,4 @@ def test_what_does_not_wait_is_not_noted_and_two_devices_are_refused():
         assert y.device == CUDA
         with pytest.raises(RuntimeError, match="expected all tensors on cuda:0"):
             x + torch.ones(3)
-    assert y.inner.tolist() == [3.0, 4.0, 1.0]
+    assert y.held.tolist() == [3.0, 3.0, 1.0]
