@@ -78,3 +78,13 @@ def test_mistakes_in_the_files_are_named_on_the_command_line(stories: str, tmp_p
     assert ended.value.code == 2
     assert "error: data.train_file = " in (said := capsys.readouterr().err)
     assert "line 1 has an empty completion" in said
+
+
+def test_a_plan_counts_texts(stories: str, tmp_path: Path, capsys: Any):
+    file = written(tmp_path, [{"prompt": f"The dog number {i}", "completion": " ran away."} for i in range(11)])
+    given = {"model.init_args.model_name": stories, "data.init_args.train_file": file, "trainer.accelerator": "cpu",
+             "data.init_args.val_texts": 2, "data.init_args.batch_size": 4, "trainer.max_epochs": 1}  # fmt: skip
+    main(["plan", "--config", "configs/lm/lr_lora.yaml", *(f"--{name}={value}" for name, value in given.items())])
+    said = capsys.readouterr().out
+    assert "samples of an epoch   9, in batches of 4" in said
+    assert "steps                 3 an epoch, 3 in all" in said

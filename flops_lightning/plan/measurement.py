@@ -13,8 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.warnings import PossibleUserWarning
 
 from flops_lightning.callbacks import QueryAllocatorCallback
-from flops_lightning.datamodules import ImageDataModule
-from flops_lightning.datamodules.loading import local_batch_size
+from flops_lightning.datamodules.loading import KeyedLoaders, local_batch_size
 from flops_lightning.errors import SettingError
 from flops_lightning.plan.stopwatch import Clock, Measured, Stopwatch
 from flops_lightning.plan.trainer import callbacks_of
@@ -80,7 +79,7 @@ def validates_by_the_clock(settings: Settings) -> bool:
 @contextmanager
 def share_of_batch(datamodule: LightningDataModule | None, processes: int) -> Iterator[None]:
     """Give a data module of this package the batch size of one process; others state that one anyway."""
-    if not isinstance(datamodule, ImageDataModule):
+    if not isinstance(datamodule, KeyedLoaders):
         yield
         return
     whole = datamodule.batch_size

@@ -7,7 +7,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -19,11 +19,13 @@ from flops_lightning.allocators.budget import DENSE
 from flops_lightning.callbacks import QueryAllocatorCallback
 from flops_lightning.meter import CLEAN, QueryMeter, SiteCount
 from flops_lightning.network.memory import give_back_freed, held, restart_peak
+from flops_lightning.network.rows import as_rows
 from flops_lightning.plan.cost import Cost, Epoch, typical_seconds
 from flops_lightning.plan.gradient_noise import GradientNoise
 from flops_lightning.strategies import ForwardGradientStrategy
 from flops_lightning.strategies.query_strategy import QueryStrategy
 from flops_lightning.strategies.site_directions import BY_ROW
+from flops_lightning.tasks.allocated_module import AllocatedModule
 
 WARM_UP = 2
 """Steps that are not timed: the first fills caches, the second takes anew what was given back between the two."""
@@ -105,7 +107,8 @@ class Stopwatch(Callback):
         """Note the time; stop when it is up."""
         self.ends.append(self._now(pl_module))
         self._opens_epoch.append(batch_idx == 0)
-        self._samples.append(len(batch[0]))
+        inputs = batch[0] if isinstance(batch, (tuple, list)) else cast("AllocatedModule", pl_module).split(batch)[0]
+        self._samples.append(len(as_rows(inputs)))
         if self._compares and len(self.ends) > self._settling:
             self._noise.add([p.grad for p in pl_module.parameters() if p.grad is not None], self._samples[-1])
         if len(self.ends) == 1:
