@@ -1,6 +1,6 @@
 """Numbers on their way from the host to a device, without a wait for either."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,3 +22,11 @@ def to_device(
     if device.type == "cuda" and host.device.type == "cpu":
         host = host.pin_memory()
     return host.to(device, non_blocking=True)
+
+
+def on_host(values: Mapping[str, float]) -> dict[str, Tensor]:
+    """Numbers for a log, as tensors that stay here: Lightning would take each float to the device, and wait for it.
+
+    Not for what is summed over the ranks of an NCCL group.
+    """
+    return {name: torch.tensor(float(value)) for name, value in values.items()}

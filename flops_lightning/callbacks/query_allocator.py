@@ -26,6 +26,7 @@ from flops_lightning.protocol import (
     SupportsTraceFeedback,
 )
 from flops_lightning.settings import read_settings
+from flops_lightning.transfers import on_host
 
 SIGNATURES = {
     "sample_statistics": "def sample_statistics(self, batch) -> SampleStatistics",
@@ -214,7 +215,7 @@ class QueryAllocatorCallback(Callback):
             cast("SupportsGradientFeedback", pl_module).watch_gradient(self.budget.metric)
         if self._monitor is not None:
             figures = {f"budget/{name}": value for name, value in rule.figures(budget).items()}
-            pl_module.log_dict(figures, on_step=True, on_epoch=False, batch_size=1)
+            pl_module.log_dict(on_host(figures), on_step=True, on_epoch=False, batch_size=1)
         return budget
 
     @phase("allocation")
@@ -245,4 +246,4 @@ class QueryAllocatorCallback(Callback):
         details = {name: "" if re.fullmatch(ON_FIRST_PAGE, name) else "_details" for name in values}
         named = {f"allocation{details[name]}/{name}": value for name, value in values.items()}
         # The batch size is of no consequence: nothing here is averaged over an epoch.
-        pl_module.log_dict(named, on_step=True, on_epoch=False, batch_size=1)
+        pl_module.log_dict(on_host(named), on_step=True, on_epoch=False, batch_size=1)

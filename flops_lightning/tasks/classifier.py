@@ -17,6 +17,7 @@ from flops_lightning.tasks.evaluation import first_seen, metrics_of_test, metric
 from flops_lightning.tasks.forward_module import Batch, ForwardModule
 from flops_lightning.tasks.labels import check_known_labels, checked_labels
 from flops_lightning.tasks.monitors import check_monitors
+from flops_lightning.tasks.step import shows_bar
 
 
 class ClassifierModule(ForwardModule):
@@ -96,7 +97,7 @@ class ClassifierModule(ForwardModule):
         """Log ``train/loss``, ``train/lr`` and ``train/accuracy``."""
         super().log_batch(estimate, targets)
         self.train_accuracy(estimate.output, most_probable(targets))
-        self.log("train/accuracy", self.train_accuracy, prog_bar=True)
+        self.log("train/accuracy", self.train_accuracy, prog_bar=shows_bar(self))
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Log ``val/loss`` and ``val/accuracy``."""

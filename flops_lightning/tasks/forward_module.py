@@ -27,8 +27,9 @@ from flops_lightning.tasks import trainer_setup
 from flops_lightning.tasks.allocated_module import AllocatedModule, Batch
 from flops_lightning.tasks.mean_gradient import MeanGradient
 from flops_lightning.tasks.spending import SpendSettings, count_skipped
-from flops_lightning.tasks.step import QueryLog, StepState, measure_gradient
+from flops_lightning.tasks.step import QueryLog, StepState, measure_gradient, shows_bar
 from flops_lightning.tensorboard import write_page
+from flops_lightning.transfers import on_host
 
 LISTED = 40
 """Most frozen parameters that the log names one by one."""
@@ -227,8 +228,9 @@ class ForwardModule(AllocatedModule):
 
     def log_batch(self, estimate: Estimate, targets: Any) -> None:
         """Log ``train/loss`` and ``train/lr`` of a batch; override to log more."""
-        self.log("train/loss", estimate.loss.mean(), prog_bar=True, sync_dist=self.trainer.world_size > 1)
-        self.log("train/lr", max(group["lr"] for group in self._optimizer().param_groups))
+        several = self.trainer.world_size > 1
+        self.log("train/loss", estimate.loss.mean(), prog_bar=shows_bar(self), sync_dist=several)
+        self.log_dict(on_host({"train/lr": max(group["lr"] for group in self._optimizer().param_groups)}))
 
     def on_train_epoch_end(self) -> None:
         """Log the queries of every site."""

@@ -19,6 +19,7 @@ from flops_lightning.queries import CleanPass
 from flops_lightning.strategies.base import ForwardGradientStrategy
 from flops_lightning.strategies.query_strategy import QueryStrategy
 from flops_lightning.strategies.sites import Site
+from flops_lightning.transfers import on_host
 
 
 class Unstaged:
@@ -107,7 +108,7 @@ class QueryLog:
         now, queries = time.monotonic(), meter.total().queries
         if self._last_step is not None:
             before, spent = self._last_step
-            _log_sums(module, {"per_second": (queries - spent) / max(now - before, 1e-9)}, prog_bar=True)
+            _log_sums(module, {"per_second": (queries - spent) / max(now - before, 1e-9)}, prog_bar=shows_bar(module))
         self._last_step = (now, queries)
 
     def epoch(self, module: pl.LightningModule, meter: QueryMeter, sites: Sequence[str]) -> None:
@@ -115,6 +116,12 @@ class QueryLog:
         _log_sums(module, {name: meter.sites[name].queries for name in sites})
 
 
+def shows_bar(module: pl.LightningModule) -> bool:
+    """Whether there is a progress bar: what it would show becomes a number after every batch, and waits for it."""
+    return module.trainer.progress_bar_callback is not None
+
+
 def _log_sums(module: pl.LightningModule, values: Mapping[str, float], **settings: Any) -> None:
-    named = {f"queries/{name}": float(value) for name, value in values.items()}
-    module.log_dict(named, sync_dist=module.trainer.world_size > 1, reduce_fx="sum", **settings)
+    named: dict[str, Any] = {f"queries/{name}": float(value) for name, value in values.items()}
+    several = module.trainer.world_size > 1
+    module.log_dict(named if several else on_host(named), sync_dist=several, reduce_fx="sum", **settings)
