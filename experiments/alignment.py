@@ -3,7 +3,7 @@
 A linear adapter between the small ViT and ``stories260k`` (section 5.3 in small), four vectors a photo:
 
 - ``rates``: learning rates, on photos that no other table measures.
-- ``sees``: 3,000 photos of CIFAR-10 with captions "a ship ."; every method from the mean embedding, 120 steps of 32.
+- ``sees``: 3,000 photos of CIFAR-10 with captions "a ship ."; every method from the mean embedding, 200 steps of 32.
 - ``prompt``: the same from a prompt that was learned without photos, by backprop.
 - ``photos``: captioned photos (``--captions FILE``), 240 to learn from; whether the right photo helps.
 
@@ -24,7 +24,7 @@ from experiments.alignment_problem import Problem
 from experiments.tables import markdown, mean_interval
 
 Found = tuple[dict[str, float], list[float]]
-STEPS, PHOTO_STEPS = 120, 60
+STEPS, PHOTO_STEPS = 200, 60
 RATES = (0.01, 10.0)
 """Learning rate and its factor for the bias: the best of ``rates``, for backprop as for likelihood ratios."""
 FROM_PROMPT = (0.02, 1.0)

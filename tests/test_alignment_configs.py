@@ -1,5 +1,6 @@
 """The configurations of alignment: the small one runs, and the paper's says what the paper does, on a meta device."""
 
+import csv
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +30,7 @@ def small(folder: Path) -> list[str]:
     return ["--config", str(folder / "small.yaml"), *(f"{name}={value}" for name, value in given.items())]
 
 
+@pytest.mark.slow
 def test_the_small_configuration_learns_and_writes_captions(tmp_path, capsys):
     trial = [f"--trainer.default_root_dir={tmp_path}", "--trainer.max_epochs=1", "--trainer.enable_progress_bar=false"]
     main(["fit", *small(tmp_path), *trial])
@@ -37,6 +39,12 @@ def test_the_small_configuration_learns_and_writes_captions(tmp_path, capsys):
     assert saved["forward_gradient"]["meters"][0]["adapter"]["queries"] == 2 * 4 * 60
     main(["test", *small(tmp_path), "--ckpt_path", str(checkpoint), *trial])
     assert "test/accuracy" in capsys.readouterr().out
+    main(["predict", *small(tmp_path), "--ckpt_path", str(checkpoint), *trial])
+    (file,) = tmp_path.rglob("predictions.csv")
+    rows = list(csv.DictReader(file.read_text().splitlines()))
+    assert [row["index"] for row in rows] == [str(i) for i in range(6)]
+    assert [Path(row["file"]).parent.name for row in rows] == ["big_ship"] * 3 + ["truck"] * 3
+    assert any(row["caption"] for row in rows)
     main(["plan", *small(tmp_path), "--seconds", "1", *trial])
     assert f"{8 * 60:,}" in capsys.readouterr().out  # queries of an epoch
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml"))
 METHODS = [path for path in CONFIGS if path.startswith("configs/method/")]
 OVERLAYS = [path for path in CONFIGS if path.startswith(("configs/digits/", "configs/allocators/", "configs/targets/"))]
-ELSEWHERE = re.compile(r"configs/((clip|vit_(base|large))_\w+\.yaml|(eval|lm|prompt_method|small)/.*)")
+ELSEWHERE = re.compile(r"configs/((clip|vit_(base|large))_\w+\.yaml|(alignment|eval|lm|prompt_method|small)/.*)")
 """Configurations that other tests run."""
 HARDWARE = [path for path in CONFIGS if path.startswith("configs/hardware/")]
 RUN_HERE = [path for path in CONFIGS if path not in (*METHODS, *HARDWARE) and not ELSEWHERE.fullmatch(path)]

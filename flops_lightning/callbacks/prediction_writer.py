@@ -1,4 +1,4 @@
-"""What a classifier predicts for every image, as a table."""
+"""What a classifier predicts for every image, or what a language model writes of it, as a table."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,9 +14,10 @@ from flops_lightning.errors import SettingError
 
 FILE_NAME = "predictions.csv"
 COLUMNS = ("index", "file", "label", "class", "probability")
+OF_CAPTIONS = ("index", "file", "caption")
 
 OWN_WRITER = "or put a prediction writer of your own into trainer.callbacks"
-Row = tuple[int, int, float]  # index, label, probability
+Row = tuple[int, int, float] | tuple[int, str]  # index, label, probability; or index, caption
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -27,7 +28,8 @@ class PredictionWriter(BasePredictionWriter):
     ``label``; its ``class`` from the data module's ``class_names`` (without those, the label again); and the
     ``probability`` of that class. Several processes write one file together; a trial run (``fast_dev_run``) none.
 
-    The module's ``predict_step`` returns a mapping with ``label`` ``(b,)``, integers, and ``probability`` ``(b, c)``.
+    The module's ``predict_step`` returns a mapping with ``label`` ``(b,)``, integers, and ``probability`` ``(b, c)``;
+    or with ``caption``, a list of ``b`` texts, and the columns are then ``index``, ``file`` and ``caption``.
 
     Example:
         >>> import tempfile
@@ -60,9 +62,13 @@ class PredictionWriter(BasePredictionWriter):
     def write_on_batch_end(
         self, trainer: Any, pl_module: Any, prediction: Any, batch_indices: Sequence[int] | None, *_: Any, **__: Any
     ) -> None:
-        """Add the batch to the table; refuse what is not labels and probabilities."""
-        label, probability = _checked(prediction)
+        """Add the batch to the table; refuse what is neither captions nor labels and probabilities."""
         first = len(self._rows)
+        captions = _captions(prediction)
+        if captions is not None:
+            self._rows.extend(zip(batch_indices or range(first, first + len(captions)), captions, strict=True))
+            return
+        label, probability = _checked(prediction)
         indices = batch_indices or range(first, first + len(label))
         predicted = probability.gather(1, label[:, None])[:, 0]
         self._rows.extend(zip(indices, label.tolist(), predicted.tolist(), strict=True))
@@ -70,15 +76,22 @@ class PredictionWriter(BasePredictionWriter):
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the file and say where it is."""
-        names, files = class_names(trainer, self._classes), _files(trainer)
+        files = _files(trainer)
         shares = gather_plain(present_communicator(), self._rows, device=pl_module.device)
-        rows = sorted(row for share in shares for row in share)
-        table = (
+        rows: list[Any] = sorted(row for share in shares for row in share)
+        columns: tuple[str, ...] = OF_CAPTIONS
+        table: list[tuple[Any, ...]] = [(row[0], files[row[0]] if files else "", *row[1:]) for row in rows]
+        if rows and len(rows[0]) == len(COLUMNS) - 2:
+            columns, names = COLUMNS, class_names(trainer, self._classes)
             # Nine digits are what it takes to read a float32 back as it was.
-            (index, files[index] if files else "", label, names[label], f"{probability:.9g}")
-            for index, label, probability in rows
-        )
-        write_table(trainer, FILE_NAME, COLUMNS, table, content=f"predictions of {len(rows)} images")
+            table = [(*start, label, names[label], f"{share:.9g}") for *start, label, share in table]
+        write_table(trainer, FILE_NAME, columns, table, content=f"predictions of {len(rows)} images")
+
+
+def _captions(prediction: Any) -> list[str] | None:
+    """The captions that ``predict_step`` returned, if it did."""
+    found = prediction.get("caption") if isinstance(prediction, Mapping) else None
+    return found if isinstance(found, list) and all(isinstance(text, str) for text in found) else None
 
 
 def _checked(prediction: Any) -> tuple[Tensor, Tensor]:
@@ -91,7 +104,7 @@ def _checked(prediction: Any) -> tuple[Tensor, Tensor]:
             return label.long(), probability
     given = {name: _describe(value) for name, value in parts.items()} or _describe(prediction)
     remedy = f'Return {{"label": (b,) integers, "probability": (b, c)}}, {OWN_WRITER}.'
-    raise SettingError("predict_step", given, "PredictionWriter writes labels and probabilities only.", remedy)
+    raise SettingError("predict_step", given, "PredictionWriter writes labels and probabilities, or captions.", remedy)
 
 
 def _describe(value: Any) -> str:

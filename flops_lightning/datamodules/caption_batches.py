@@ -71,6 +71,12 @@ class CaptionSet(Dataset[tuple[Tensor, ...]]):
         self.captions = torch.tensor(captions, dtype=torch.long)
         self.features: Tensor | None = None
 
+    @property
+    def files(self) -> list[str]:
+        """The path of the photo of each caption; none where photos are no files."""
+        paths = getattr(self.photos, "files", None)
+        return [] if paths is None else [paths[place] for place in self.places.tolist()]
+
     def __len__(self) -> int:
         return len(self.captions)
 

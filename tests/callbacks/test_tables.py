@@ -150,7 +150,7 @@ def test_classes_that_do_not_fit_are_refused_before_the_test(tmp_path):
         trainer.test(module, Data(), verbose=False)
 
 
-PLAIN = "writes labels and probabilities only.*"
+PLAIN = "writes labels and probabilities, or captions.*"
 
 
 @pytest.mark.parametrize(
