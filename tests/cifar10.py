@@ -1,5 +1,6 @@
 """Class folders with images of noise, and weights of the small ViT, for tests that run CIFAR-10's configuration."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,13 @@ from flops_lightning.datamodules import CIFAR10DataModule
 CONFIG = Path(__file__).parents[1] / "configs/vit_micro_cifar10.yaml"
 
 
-def noise_images(root: Path, *, train: int, test: int) -> None:
+def noise_images(
+    root: Path, *, train: int, test: int, class_names: Sequence[str] = CIFAR10DataModule.class_names
+) -> None:
     """Write this many images a class of each part below ``root``."""
     pixels = np.random.default_rng(0)
     for part, number in (("train", train), ("test", test)):
-        for name in CIFAR10DataModule.class_names:
+        for name in class_names:
             (root / part / name).mkdir(parents=True)
             for i in range(number):
                 image = Image.fromarray(pixels.integers(0, 256, (32, 32, 3), dtype=np.uint8))

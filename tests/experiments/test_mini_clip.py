@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("open_clip", reason="prompts are for its models")
 
 from experiments.mini_clip import TEMPLATES, accuracy, augmented, captions, load, main, pixels, train
-from flops_lightning.datamodules import CIFAR10DataModule
+from flops_lightning.datamodules import CIFAR10DataModule, CIFAR100DataModule
 from flops_lightning.prompts import class_features
 from tests.cifar10 import noise_images
 
@@ -26,6 +26,29 @@ def test_the_folder_it_writes_is_a_model_of_open_clip(tmp_path: Path) -> None:
     data = CIFAR10DataModule(root=str(tmp_path / "images"), val_images=20)
     again = accuracy(clip, *pixels(data.check()["test"]), class_features(clip, data.class_names))
     assert again == found["zero_shot"]
+
+
+def test_it_learns_the_names_of_cifar100_as_well_if_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise_images(tmp_path / "ten", train=4, test=2)
+    noise_images(tmp_path / "hundred", train=1, test=1, class_names=CIFAR100DataModule.class_names)
+    seen = []
+
+    def noted(images: torch.Tensor, labels: torch.Tensor, names: tuple[str, ...], **settings: int) -> torch.nn.Module:
+        seen.append((images, labels, names))
+        return train(images, labels, names, **settings)
+
+    monkeypatch.setattr("experiments.mini_clip.train", noted)
+    given = ["--root", str(tmp_path / "ten"), "--cifar100", str(tmp_path / "hundred"), "--val_images", "20"]
+    main([*given, "--output", str(tmp_path / "clip"), "--epochs", "1", "--batch", "60"])
+    ((images, labels, names),) = seen
+    assert len(images) == len(labels) == 20 + 100
+    assert labels.bincount().tolist() == [2] * 10 + [1] * 100
+    assert (names[9], names[10], names[10 + 47]) == ("truck", "apple", "maple tree")
+    data = CIFAR100DataModule(root=str(tmp_path / "hundred"), val_images=0)
+    torch.testing.assert_close(images[10 * 2 :], pixels(data.check()["train"])[0])
+    features = class_features(load(tmp_path / "clip"), data.display_names, TEMPLATES)
+    again = accuracy(load(tmp_path / "clip"), *pixels(data.check()["test"]), features)
+    assert json.loads((tmp_path / "clip/trained.json").read_text())["zero_shot_cifar100_ensembled"] == again
 
 
 def test_captions_are_templates_with_a_name_of_the_class() -> None:
