@@ -77,18 +77,17 @@ class Problem:
         strategy.bind(stage_network(self.adapter), self.loss)
         return strategy
 
-    def step(self, strategy: ForwardGradientStrategy, allocator: OptimalAllocator | None = None) -> float:
-        """``.grad`` of the batch; the allocator's ``J / J_equal``, or 1."""
+    def step(self, strategy: ForwardGradientStrategy, allocator: OptimalAllocator | None = None) -> None:
+        """``.grad`` of the batch."""
         self.adapter.zero_grad()
         clean = strategy.clean_pass(self.x, self.captions)
         if allocator is None or strategy.budget is None:
             strategy.estimate(clean)
-            return 1.0
-        allocation = allocator.allocate(strategy.sample_statistics(clean, allocator.requests), strategy.budget)
-        estimate = strategy.estimate(clean, allocation.counts, traces=True)
+            return
+        counts = allocator.allocate(strategy.sample_statistics(clean, allocator.requests), strategy.budget).counts
+        estimate = strategy.estimate(clean, counts, traces=True)
         if estimate.observation is not None:
             allocator.observe(estimate.observation)
-        return float(allocation.diagnostics["J_over_J_equal"])
 
     def rows(self, counts: np.ndarray) -> list[tuple[Tensor, Tensor, Tensor]]:
         """What inference of so many queries a sample takes: inputs, ids and mask of each chunk."""
@@ -125,16 +124,35 @@ class Problem:
             llm.eval()
 
 
-def measure(size: str, options: argparse.Namespace) -> Record:
-    made = Problem.of(
+def problem(size: str, options: argparse.Namespace) -> Problem:
+    return Problem.of(
         size, batch=options.batch, queries=options.queries, chunk_rows=options.chunk_rows, device=options.device,
         dtype=getattr(torch, options.dtype),
     )  # fmt: skip
+
+
+def timing(options: argparse.Namespace) -> dict[str, Any]:
+    # A busy machine takes the processor away, and its time does not count.
+    clock = time.perf_counter if options.device.type == "cuda" else time.process_time
+    return {"rounds": options.rounds, "synchronize": synchronizer(options.device), "clock": clock}
+
+
+def allocation(size: str, options: argparse.Namespace) -> Record:
+    """Steps with the allocator and with equal counts, these two alone, so that each follows the other as often."""
+    made = problem(size, options)
+    strategy, allocator = made.likelihood_ratio(), OptimalAllocator(traces=TraceSettings(predictors=["loss"]))
+    timed = alternate(
+        {STEP: lambda: made.step(strategy), "allocated": lambda: made.step(strategy, allocator)}, **timing(options)
+    )
+    return {"size": size, "allocated": timed.ratio("allocated", STEP)}
+
+
+def measure(size: str, options: argparse.Namespace) -> Record:
+    made = problem(size, options)
     strategy, backprop = made.likelihood_ratio(), made.bound(Backprop())
     clean = strategy.clean_pass(made.x, made.captions)
     counts = np.full(options.batch, options.queries)
     rows, once = made.rows(counts), made.rows(np.ones(options.batch, dtype=np.int64))
-    allocator, gains = OptimalAllocator(traces=TraceSettings(predictors=["loss"])), list[float]()
 
     def checkpointed() -> None:
         with made.checkpointed():
@@ -145,18 +163,14 @@ def measure(size: str, options: argparse.Namespace) -> Record:
         "queries": lambda: run_queries(strategy, clean, counts),
         "with clean": lambda: made.infer([*once, *rows]),
         STEP: lambda: made.step(strategy),
-        "allocated": lambda: gains.append(made.step(strategy, allocator)),
         BACKPROP: lambda: made.step(backprop),
         CHECKPOINTED: checkpointed,
     }
-    # A busy machine takes the processor away, and its time does not count.
-    clock = time.perf_counter if options.device.type == "cuda" else time.process_time
-    timed = alternate(runs, rounds=options.rounds, synchronize=synchronizer(options.device), clock=clock)
+    timed = alternate(runs, **timing(options))
     return {
         "size": size, "parameters": sum(p.numel() for p in made.loss.llm.parameters()) / 1e6,
         "of_queries": timed.ratio(INFERENCE, "queries"), "of_step": timed.ratio("with clean", STEP),
         "over_backprop": timed.ratio(STEP, BACKPROP), "over_checkpointed": timed.ratio(STEP, CHECKPOINTED),
-        "allocated": timed.ratio("allocated", STEP), "gain": float(np.mean(gains[len(gains) // 2 :])),
         "seconds": Spread.of(timed.seconds[STEP]),
     }  # fmt: skip
 
@@ -199,14 +213,13 @@ def peaks(size: str, options: argparse.Namespace) -> Record:
     }
     inference = Spread.of(found[INFERENCE], tails=0).median
     ratios = {f"memory {name}": Spread.of((x / inference for x in values), tails=0) for name, values in found.items()}
-    return ratios | {"mebibytes": inference}
+    return ratios | {"size": size, "mebibytes": inference}
 
 
 TIMES = {
     "model": "{size}", "parameters, M": "{parameters:.1f}", "inference / queries": "{of_queries:.3f}",
     "inference / step": "{of_step:.3f}", "step / backprop": "{over_backprop:.1f}",
-    "step / checkpointed": "{over_checkpointed:.1f}", "allocated / equal": "{allocated:.3f}",
-    "J / J_equal": "{gain:.2f}", "step, s": "{seconds:.2f}",
+    "step / checkpointed": "{over_checkpointed:.1f}", "step, s": "{seconds:.2f}",
 }  # fmt: skip
 MEMORY = {
     "model": "{size}", "inference, MiB": "{mebibytes:.0f}", "step": "{memory step:.2f}",
@@ -214,22 +227,33 @@ MEMORY = {
 }  # fmt: skip
 
 
+PARTS: dict[str, tuple[Callable[[str, argparse.Namespace], Record], dict[str, str], str]] = {
+    "time": (measure, TIMES, "Times of a step, of inference and of backprop"),
+    "allocation": (allocation, {"model": "{size}", "allocated / equal": "{allocated:.3f}"}, "Time of a step"),
+    "memory": (peaks, MEMORY, "Peak memory over inference of as many rows as the batch has samples"),
+}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = command("benchmarks.language", __doc__, device=True, rounds=5, batch=8, queries=20, chunk_rows=256)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["0.3M", "7M", "45M"], help="models")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is measured (default all)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the model")
     parser.add_argument("--one", choices=PEAKS, help=argparse.SUPPRESS)  # a child process
     options = parser.parse_args(argv)
     if options.one:
         print(peak(options.one, options.sizes[0], options))
         return
-    records = []
-    for size in options.sizes:
-        say(f"{size} ...")
-        records.append(measure(size, options) | peaks(size, options))
-    print(table(TIMES, records), "\n\nPeak memory over inference of as many rows as the batch has samples:\n")
-    print(table(MEMORY, records))
-    finish(options, records)
+    found = []
+    for part in options.parts:
+        measured, columns, title = PARTS[part]
+        records = []
+        for size in options.sizes:
+            say(f"{part}, {size} ...")
+            records.append(measured(size, options))
+        print(f"{title}:\n\n{table(columns, records)}\n")
+        found += records
+    finish(options, found)
 
 
 if __name__ == "__main__":
