@@ -138,13 +138,25 @@ def timing(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def allocation(size: str, options: argparse.Namespace) -> Record:
-    """Steps with the allocator and with equal counts, these two alone, so that each follows the other as often."""
+    """Steps with the allocator beside steps with equal counts, and the allocator's own work beside these."""
     made = problem(size, options)
     strategy, allocator = made.likelihood_ratio(), OptimalAllocator(traces=TraceSettings(predictors=["loss"]))
-    timed = alternate(
-        {STEP: lambda: made.step(strategy), "allocated": lambda: made.step(strategy, allocator)}, **timing(options)
-    )
-    return {"size": size, "allocated": timed.ratio("allocated", STEP)}
+    clean = strategy.clean_pass(made.x, made.captions)
+    observation = strategy.estimate(clean, traces=True).observation
+    assert observation is not None
+    assert strategy.budget is not None
+
+    def work() -> None:
+        allocator.allocate(strategy.sample_statistics(clean, allocator.requests), strategy.budget)
+        allocator.observe(observation)
+
+    runs = {STEP: lambda: made.step(strategy), "allocated": lambda: made.step(strategy, allocator), "work": work}
+    timed = alternate(runs, **timing(options))
+    milliseconds = Spread.of(1000 * seconds for seconds in timed.seconds["work"])
+    return {
+        "size": size, "allocated": timed.ratio("allocated", STEP), "share": timed.ratio("work", STEP),
+        "milliseconds": milliseconds,
+    }  # fmt: skip
 
 
 def measure(size: str, options: argparse.Namespace) -> Record:
@@ -227,9 +239,13 @@ MEMORY = {
 }  # fmt: skip
 
 
+SHARES = {
+    "model": "{size}", "allocated / equal": "{allocated:.3f}", "allocator / step": "{share:.4f}",
+    "allocator, ms": "{milliseconds:.1f}",
+}  # fmt: skip
 PARTS: dict[str, tuple[Callable[[str, argparse.Namespace], Record], dict[str, str], str]] = {
     "time": (measure, TIMES, "Times of a step, of inference and of backprop"),
-    "allocation": (allocation, {"model": "{size}", "allocated / equal": "{allocated:.3f}"}, "Time of a step"),
+    "allocation": (allocation, SHARES, "Time of a step"),
     "memory": (peaks, MEMORY, "Peak memory over inference of as many rows as the batch has samples"),
 }
 
