@@ -6,7 +6,6 @@ needed, and of packages torch, timm, lightning and torchmetrics alone (training 
 """
 
 import argparse
-import gc
 import json
 import platform
 import signal
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_memory import fits, memory
-from benchmarks.gpu_parts import Part, Plan, agreement, waiting
+from benchmarks.gpu_parts import Part, Plan, agreement, give_back, waiting
 from benchmarks.gpu_runs import processes, training
 from benchmarks.gpu_speed import FIRST, OTHERS, speed
 from benchmarks.harness import Record, command, plain, positive, say, writable
@@ -92,13 +91,6 @@ def measure(
     except OutOfTimeError:
         add({"part": "cut off", "left": left})
     return records
-
-
-def give_back() -> None:
-    """Free what a part has held, failed or not."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def number(value: Any) -> str:

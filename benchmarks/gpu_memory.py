@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from benchmarks.cases import Case, vit
-from benchmarks.gpu_parts import BASE, LARGE, PRECISIONS, SMALL, Plan, goal, gradient, within
+from benchmarks.gpu_parts import BASE, LARGE, PRECISIONS, SMALL, Plan, give_back, goal, within
 from benchmarks.harness import Record
-from benchmarks.speed import set_up
+from benchmarks.speed import set_up, step
 from flops_lightning.objectives import cross_entropy
 from flops_lightning.strategies import Backprop
 
@@ -40,13 +40,14 @@ def memory(plan: Plan) -> Iterator[Record]:
 
 def steps(case: Case, device: torch.device, name: str) -> dict[str, Callable[[], object]]:
     """Inference of the batch, our step and backprop, with as many rows in a forward pass as the batch has."""
-    setup = set_up(replace(case, chunk_rows=case.batch), device)
+    # More queries take longer and no more memory.
+    setup = set_up(replace(case, chunk_rows=case.batch, queries=2), device)
     backprop = Backprop()
     backprop.bind(setup.network, cross_entropy)
     runs: dict[str, Callable[[], object]] = {
         "inference": torch.no_grad()(partial(setup.network.module, setup.inputs)),
-        "step": partial(gradient, setup.strategy, setup.inputs, setup.targets),
-        "backprop": partial(gradient, backprop, setup.inputs, setup.targets),
+        "step": partial(step, setup),
+        "backprop": partial(step, setup, backprop),
     }
     return {what: within(name, device, run) for what, run in runs.items()}
 
@@ -69,10 +70,11 @@ def fits(plan: Plan) -> Iterator[Record]:
     for size in sizes:
         case = SMALL if plan.quick else replace(BASE, model=size, build=partial(on_device, size, plan.device))
         for what in tuple(left):
-            if holds(replace(case, queries=1), plan.device, what):
+            if holds(case, plan.device, what):
                 largest[what] = size
             else:
                 left.remove(what)
+            give_back()
         yield {"model": size, "fit": list(left)}
         if not left:
             break
@@ -80,15 +82,12 @@ def fits(plan: Plan) -> Iterator[Record]:
 
 
 def holds(case: Case, device: torch.device, what: str) -> bool:
-    """Whether the device has the memory for a step; what it took is free again."""
+    """Whether the device has the memory for a step."""
     try:
         steps(case, device, "TF32")[what]()
+        return True
     except torch.OutOfMemoryError:
         return False
-    finally:
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    return True
 
 
 def on_device(size: str, device: torch.device) -> nn.Module:

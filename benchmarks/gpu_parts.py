@@ -1,5 +1,6 @@
 """Parts of ``python -m benchmarks.gpu``: networks, precisions, goals; whether estimates agree; what waits."""
 
+import gc
 import math
 import sys
 import warnings
@@ -85,6 +86,13 @@ def gradient(strategy: ForwardGradientStrategy, inputs: Tensor, targets: Tensor)
     strategy.estimate(strategy.clean_pass(inputs, targets))
     parts = [p.grad for p in strategy.network.module.parameters() if p.grad is not None]
     return torch.cat([part.flatten() for part in parts]).cpu()
+
+
+def give_back() -> None:
+    """Free what was held, also by a step that failed."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def agreement(plan: Plan) -> Iterator[Record]:

@@ -71,7 +71,7 @@ def fit(plan: Plan, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor] | 
     held = None if test is None else DataLoader(TensorDataset(*test), batch_size=BATCH)
     accuracies = []
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="lightning")  # on workers and loggers
+        warnings.filterwarnings("ignore", ".*does not have many workers")
         if held is not None:
             accuracies.append(trainer.test(task, held, verbose=False)[0]["test/accuracy"])
         clock = EventClock(mark=cuda_mark if cuda else HostMark)

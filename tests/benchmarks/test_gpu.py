@@ -189,7 +189,7 @@ def test_running_out_of_memory_is_an_answer(monkeypatch):
         raise torch.OutOfMemoryError("no more")
 
     assert gpu_memory.holds(gpu_parts.SMALL, CPU, "step")
-    monkeypatch.setattr(gpu_memory, "gradient", full)
+    monkeypatch.setattr(gpu_memory, "step", full)
     assert not gpu_memory.holds(gpu_parts.SMALL, CPU, "step")
 
 

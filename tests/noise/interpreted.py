@@ -160,7 +160,8 @@ def few_estimates() -> Iterator[tuple[str, float]]:
 
 def estimates(strategies: dict[str, dict[str, Any]] = ALL) -> Iterator[tuple[str, float]]:
     """``||g - g'|| / ||g||`` of a second step's gradients and traces, with and without the kernels."""
-    x, y = torch.randn(3, 1, 8, 8), torch.arange(3)
+    philox_triton.BLOCK = 128  # several blocks are tested above; here they only take time
+    x, y = torch.randn(2, 1, 8, 8), torch.arange(2)
     for name, settings in strategies.items():
         found = []
         for without in (False, True):
