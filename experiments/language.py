@@ -1,10 +1,10 @@
 """``python -m experiments.language TABLE --model DIR --captions FILE --output DIR``: a language model learns captions.
 
-``ForwardCausalLM`` learns the captions of photos: 240 photos to learn from, 60 held out. 60 steps of 16 captions.
+``ForwardCausalLM`` learns the captions of photos: 240 photos to learn from, 60 held out. 30 steps of 16 captions.
 
 - ``targets``: held-out loss and what a step costs, by target and method.
 - ``cosines``: of estimates with the exact gradient, at the start.
-- ``rates``: the learning rate of each, chosen on 40 of the 240 photos after a third of the steps.
+- ``rates``: the learning rate of each, chosen on 40 of the 240 photos after two thirds of the steps.
 
 Likelihood ratios take 20 queries at two groups of layers, the top layer and the head (LoRA: at the three groups of
 layers; a prompt: at the prompt). Each seed draws batches and noise. A result is a line of ``TABLE.jsonl``; those that
@@ -29,7 +29,7 @@ from flops_lightning.language import encode, pack
 from flops_lightning.strategies import SPSA, Backprop, LikelihoodRatio, MeZO
 from flops_lightning.tasks import ForwardCausalLM
 
-STEPS, SIZE, POOL, HELD_OUT, CHOSEN_ON, BATCHES = 60, 16, 128, 60, 40, 4
+STEPS, SIZE, POOL, HELD_OUT, CHOSEN_ON, BATCHES = 30, 16, 128, 60, 40, 4
 TARGETS: dict[str, dict[str, Any]] = {
     "full": {"target": {"untie": True}, "freeze": ["model.embed_tokens.*"]},
     "lora": {"target": {"kind": "lora", "rank": 8, "alpha": 16.0, "modules": ["q_proj", "v_proj", "up_proj"]}},
@@ -43,8 +43,8 @@ SITES = {
 }  # fmt: skip
 RATES = {
     "full": {"backprop": 1e-3, "lr": 1e-3, "spsa": 1e-3, "mezo": 1e-3, "mezo_equal": 1e-3},
-    "lora": {"backprop": 1e-2, "lr": 1e-2, "mezo_equal": 1e-2},
-    "prompt": {"backprop": 1e-1, "lr": 1e-1, "mezo_equal": 1e-1},
+    "lora": {"backprop": 1e-2, "lr": 3e-3, "mezo_equal": 3e-3},
+    "prompt": {"backprop": 0.3, "lr": 0.1, "mezo_equal": 0.3},
 }
 """Of Adam, chosen by the table ``rates``."""
 COSINES = ("full: lr", "full: spsa", "full: spsa_sites", "full: mezo", "full: mezo_20", "lora: lr", "prompt: lr")
@@ -126,7 +126,7 @@ class Problem:
 
     def run(self, method: str, rate: float) -> dict[str, float]:
         """Train; ``passes`` are forward-equivalents of a sample and step, ``seconds`` those of the processor."""
-        strategy, steps = self.strategy(method), STEPS // (3 if self.choosing else 1)
+        strategy, steps = self.strategy(method), STEPS * 2 // (3 if self.choosing else 2)
         if method == "mezo_equal":
             steps = round(steps * self.cosine("lr")["passes"] / 2)
         strategy.bind(self.task.network, self.task.loss)
@@ -151,7 +151,7 @@ def cosines(options: argparse.Namespace, name: str, seed: int) -> dict[str, floa
 
 
 def rates(options: argparse.Namespace, name: str, seed: int) -> dict[str, float]:
-    """Held-out losses after a third of the steps, by rate."""
+    """Held-out losses after two thirds of the steps, by rate."""
     (target, method), found = name.split(": "), {}
     for factor in GRID:
         rate = RATES[target][method] * factor
