@@ -1,13 +1,15 @@
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Trainer, seed_everything
 from torch.utils.data import DataLoader
 
 from flops_lightning import LikelihoodRatio, MeZO
+from flops_lightning.datamodules import JsonlTextDataModule
 from flops_lightning.errors import SettingError
 from flops_lightning.language import EncodedText, pack
 from flops_lightning.strategies import Backprop
@@ -283,3 +285,24 @@ def test_padding_has_no_gradient_at_all(folder):
     task.zero_grad()
     below.estimate(below.clean_pass(inputs, targets))
     assert task.model.model.embed_tokens.weight.grad[49].any()  # noise alone
+
+
+def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(folder, tmp_path: Path):
+    lines = [{"prompt": "a" * (i % 3 + 1), "completion": "bc" * (i % 4 + 1)} for i in range(12)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+    def run(steps: int, ckpt: str | None = None) -> tuple[ForwardCausalLM, Trainer]:
+        seed_everything(1, verbose=False)
+        task = made(folder, "lora", LikelihoodRatio(seed=0), optimizer={"name": "adam", "lr": 1e-2})
+        task._tokenizer = lambda text, add_special_tokens: {"input_ids": [1, *(ord(c) - 90 for c in text)]}
+        data = JsonlTextDataModule(train_file=str(tmp_path / "texts.jsonl"), batch_size=4)
+        trainer = Trainer(max_steps=steps, **{**QUIET, "default_root_dir": tmp_path})
+        trainer.fit(task, datamodule=data, ckpt_path=ckpt)
+        return task, trainer
+
+    whole, _ = run(5)
+    _, trainer = run(2)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    resumed, _ = run(5, str(tmp_path / "half.ckpt"))
+    for name, parameter in whole.named_parameters():
+        assert torch.equal(resumed.get_parameter(name), parameter), name
