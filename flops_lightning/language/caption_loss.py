@@ -34,6 +34,8 @@ class CaptionLoss(CaptionScorer):
     Captions are :class:`~flops_lightning.suffix_loss.PaddedTargets` of ids; a chunk is cut to its longest. Padded ids
     may be anything. Ids that are ``given``, a question, stand between the vectors and the caption and are not scored.
 
+    transformers look at the positions where no mask is given, so that the host waits for a GPU once in each chunk.
+
     Attributes:
         llm: The model: called with ``inputs_embeds``, ``use_cache`` and ``logits_to_keep``, it returns ``logits``.
         multiple: Lengths are rounded up to a multiple of it.
@@ -129,10 +131,14 @@ class CaptionLoss(CaptionScorer):
             table = self._embedding.weight
             found = []
             for tokens in COUNTED:
-                one = torch.zeros(1, self.positions(tokens), self.width, dtype=table.dtype, device=table.device)
+                length = self.positions(tokens)
+                one = torch.zeros(1, length, self.width, dtype=table.dtype, device=table.device)
+                # Without weights transformers cannot look at the positions, as they do where no mask is given.
+                mask = one.new_zeros(1, 1, length, length) if table.is_meta else None
 
-                def run(x: Tensor, tokens: int = tokens) -> Tensor:
-                    logits: Tensor = self.llm(inputs_embeds=x, use_cache=False, logits_to_keep=tokens).logits
+                def run(x: Tensor, tokens: int = tokens, mask: Tensor | None = mask) -> Tensor:
+                    given = {"use_cache": False, "logits_to_keep": tokens, "attention_mask": mask}
+                    logits: Tensor = self.llm(inputs_embeds=x, **given).logits
                     return logits
 
                 found.append(flops(run, one)[0])

@@ -240,3 +240,13 @@ def test_a_real_model_in_float32(shared_data):
         parts = [loss(z[i : i + 2], captions.take(torch.arange(i, i + 2))) for i in (0, 2)]
         torch.testing.assert_close(torch.cat(parts), expected, rtol=0, atol=1e-5)
     assert np.all(np.diff(loss.flops(captions)[np.argsort(captions.lengths)]) > 0)
+
+
+def test_a_query_of_vicuna_is_counted_without_its_weights():
+    """Twenty tokens behind one vector run twenty positions, of twice 6.6e9 operations each."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig()  # that of Llama 7B, which Vicuna has too
+    with torch.device("meta"):
+        loss = CaptionLoss(transformers.LlamaForCausalLM(config))
+    (query,) = loss.flops(PaddedTargets.of([torch.zeros(20, dtype=torch.long)]))
+    assert query == pytest.approx(20 * 2 * 6.6e9, rel=0.02)
