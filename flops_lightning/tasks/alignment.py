@@ -14,9 +14,8 @@ from flops_lightning.distributed import mean_over_ranks
 from flops_lightning.errors import SettingError, check_at_least, check_choice, check_flag, check_whole
 from flops_lightning.language import CaptionScorer
 from flops_lightning.queries import CleanPass, row_losses
-from flops_lightning.strategies.site_specs import SiteSpec
 from flops_lightning.tasks.adapters import AdapterKind, Start, make_adapter, start_adapter
-from flops_lightning.tasks.alignment_models import KEY, check_same_models, load_scorer, mean_embedding
+from flops_lightning.tasks.alignment_models import KEY, check_same_models, load_scorer, mean_embedding, take_site
 from flops_lightning.tasks.caption_answers import greedy_captions, likeliest
 from flops_lightning.tasks.evaluation import first_seen, mean_loss
 from flops_lightning.tasks.forward_module import Batch, ForwardModule
@@ -75,7 +74,7 @@ class AdapterAlignment(ForwardModule):
         Args:
             llm: A causal language model of transformers, by name or folder; or what scores captions in its place.
             llm_kwargs: Further arguments of ``from_pretrained``: ``dtype``, ``attn_implementation``,
-                ``quantization_config``.
+                ``quantization_config``; of a scorer ``tokenizer`` alone, the name or folder of one.
             encoder: A vision transformer of timm or open_clip; empty: the data has features, or a cache of them.
             encoder_kwargs: ``checkpoint`` (a file; a tag of open_clip's weights; ``pretrained``: timm's; without it
                 random ones, to plan a run), and further arguments of ``timm.create_model``.
@@ -132,22 +131,12 @@ class AdapterAlignment(ForwardModule):
         sizes = (self.feature_width, self.loss.width)
         self.adapter = make_adapter(adapter, *sizes, visual_tokens=visual_tokens, patches=patches)
         start_adapter(self.adapter, init, mean_embedding(self.loss))
-        self._take_site(relative_sigma)
+        take_site(self.strategy, relative_sigma)
         self.stage(self.adapter, torch.zeros(1, *([visual_tokens] if patches else []), self.feature_width))
         names = [f"{part}_{metric}" for part in ("val", "test") for metric in ("loss", "right")]
         self.metrics = nn.ModuleDict({name: mean_loss() for name in names})
         self._class_captions: list[list[int]] = []
         self._longest = 0
-
-    def _take_site(self, relative_sigma: float) -> None:
-        specs = getattr(self.strategy, "specs", None)
-        if specs is not None and not specs:
-            self.strategy.specs = (SiteSpec(stages=["adapter"], name="adapter"),)  # type: ignore[union-attr]
-        if relative_sigma and self.strategy is not None:
-            own = [spec.sigma for spec in specs or () if spec.sigma != SiteSpec.sigma]
-            if specs is None or own:
-                problem = f"has no effect: {'the sites have a sigma' if own else 'the strategy has no sites'}."
-                raise SettingError("relative_sigma", relative_sigma, problem, "Leave out one of the two.")
 
     @property
     def caption_context(self) -> int:
@@ -187,7 +176,8 @@ class AdapterAlignment(ForwardModule):
             name = self.encoder.name if self.encoder else ""
             encode = None if self.encoder is None else lambda images: self.features_of(images).cpu()
             data.keep_features(stage, encode, encoder=name, feature=self.hparams["feature"])
-            self._class_captions = self.caption_ids(data.class_captions)
+            numbers = [torch.tensor([number]) for number in range(len(data.class_captions))]  # they come first
+            self._class_captions = [data.tokens.targets(number).trimmed()[0].tolist() for number in numbers]
             self._longest = int(data.tokens.lengths.max(initial=0))
 
     def place(self, device: torch.device) -> None:

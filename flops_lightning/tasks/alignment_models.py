@@ -7,6 +7,9 @@ from torch import Tensor
 
 from flops_lightning.errors import SettingError
 from flops_lightning.language import CaptionLoss, CaptionScorer, load_language_model
+from flops_lightning.language.models import load_tokenizer
+from flops_lightning.strategies.base import ForwardGradientStrategy
+from flops_lightning.strategies.site_specs import SiteSpec
 
 KEY = "adapter_alignment"
 """Where a checkpoint says what its adapter belongs to."""
@@ -15,19 +18,21 @@ KEY = "adapter_alignment"
 def load_scorer(
     llm: str | CaptionScorer, kwargs: Mapping[str, Any], *, visual_tokens: int, bos: bool, eos: bool
 ) -> tuple[CaptionScorer, Any]:
-    """What scores captions, and its tokenizer (None where ``llm`` is a scorer).
+    """What scores captions, and its tokenizer; of a scorer that which ``kwargs["tokenizer"]`` names, or None.
 
     Raises:
         SettingError: the model cannot be loaded or has no such tokens, or a setting has no effect on a scorer.
     """
     if isinstance(llm, CaptionScorer):
-        for name, value in {"llm_kwargs": dict(kwargs), "bos": bos, "eos": eos}.items():
+        named = kwargs.get("tokenizer")
+        other = {name: value for name, value in kwargs.items() if name != "tokenizer"}
+        for name, value in {"llm_kwargs": other, "bos": bos, "eos": eos}.items():
             if value:
                 raise SettingError(name, value, "has no effect: llm is given as a scorer.", "Set it of the scorer.")
         if llm.visual_tokens != visual_tokens:
             problem = f"the scorer takes {llm.visual_tokens} vectors."
             raise SettingError("visual_tokens", visual_tokens, problem, f"Write {llm.visual_tokens}.")
-        return llm, None
+        return llm, None if named is None else load_tokenizer(str(named), setting="llm_kwargs.tokenizer")
     model, tokenizer = load_language_model(llm, **kwargs)
 
     def end(name: str, *, wanted: bool) -> int | None:
@@ -44,6 +49,18 @@ def mean_embedding(loss: CaptionScorer) -> Tensor | None:
     """``(d,)`` the mean of all tokens' embeddings; None where the language model runs elsewhere."""
     llm = getattr(loss, "llm", None)
     return None if llm is None else llm.get_input_embeddings().weight.detach().float().mean(0)
+
+
+def take_site(strategy: ForwardGradientStrategy | None, relative_sigma: float) -> None:
+    """Give a strategy that names no sites the adapter's outputs; refuse two widths of the noise."""
+    specs: Any = getattr(strategy, "specs", None)
+    if specs is not None and not specs:
+        strategy.specs = (SiteSpec(stages=["adapter"], name="adapter"),)  # type: ignore[union-attr]
+    if relative_sigma and strategy is not None:
+        own = [spec.sigma for spec in specs or () if spec.sigma != SiteSpec.sigma]
+        if specs is None or own:
+            problem = f"has no effect: {'the sites have a sigma' if own else 'the strategy has no sites'}."
+            raise SettingError("relative_sigma", relative_sigma, problem, "Leave out one of the two.")
 
 
 def check_same_models(saved: Mapping[str, Any] | None, own: Mapping[str, Any]) -> Mapping[str, Any]:

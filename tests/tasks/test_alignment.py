@@ -241,8 +241,7 @@ def test_settings_that_do_not_work_are_refused(llm, settings, message):
 def test_a_scorer_in_the_place_of_a_name(llm, photos, tmp_path):
     named = aligner(llm)
     scorer = CaptionLoss(named.loss.llm, visual_tokens=2)
-    task = aligner(scorer)
-    task.tokenizer = named.tokenizer
+    task = aligner(scorer, llm_kwargs={"tokenizer": llm})
     fitted(named, captions(photos), tmp_path)
     fitted(task, captions(photos), tmp_path)
     assert all(torch.equal(value, adapter_of(named)[name]) for name, value in adapter_of(task).items())
