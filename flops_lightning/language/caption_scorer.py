@@ -25,6 +25,20 @@ class CaptionScorer(SuffixLoss):
         visual_tokens: Number ``k`` of vectors.
         bos: Token before the vectors; None: none.
         eos: Token after each caption, which counts as its last one; None: none.
+
+    Example:
+        A scorer that likes captions to be short, whatever comes before them:
+
+        >>> import torch
+        >>> class Short(CaptionScorer):
+        ...     def score(self, embeddings, ids):
+        ...         return torch.from_numpy(ids.lengths).float()
+        ...
+        ...     def polynomial(self):
+        ...         return (0.0,)
+        >>> captions = PaddedTargets.of([torch.tensor([5, 6, 7]), torch.tensor([8])])
+        >>> Short(width=16, visual_tokens=2)(torch.zeros(2, 32), captions)
+        tensor([3., 1.])
     """  # noqa: D415
 
     part: ClassVar[str] = "the language model"

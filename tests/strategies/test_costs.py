@@ -142,7 +142,7 @@ def test_it_is_measured_once_and_changes_no_estimate(tokens_net, tokens, monkeyp
         strategy.estimate(clean)
         found.append(gradients(tokens_net))
         if names:
-            monkeypatch.delattr("flops_lightning.strategies.query_strategy.measured_costs")  # else a NameError
+            monkeypatch.delattr("flops_lightning.strategies.observing_strategy.measured_costs")  # else a NameError
             again = strategy.sample_statistics(strategy.clean_pass(*tokens), names).measured_costs
             torch.testing.assert_close(again, first, rtol=0, atol=0)
             monkeypatch.undo()
