@@ -207,7 +207,7 @@ def test_what_was_measured_survives_a_checkpoint(tokens, monkeypatch):
     assert resumed.state_dict() == first.state_dict()
     with monkeypatch.context() as patch:
         patch.delattr("flops_lightning.strategies.likelihood_ratio.site_scales")  # else a NameError
-        patch.delattr("flops_lightning.strategies.query_strategy.measured_costs")
+        patch.delattr("flops_lightning.strategies.observing_strategy.measured_costs")
         after = resumed.sample_statistics(resumed.clean_pass(*tokens), {*names, "predictors"}, metric)
     first.sample_statistics(first.clean_pass(*tokens), {*names, "predictors"}, metric)
     assert resumed.meter.state_dict() == first.meter.state_dict(), "nothing had to run again"
