@@ -88,7 +88,7 @@ def _batch_losses(loss: LossFunction, output: Tensor, targets: Any, rows: int) -
         return row_losses(loss, output, targets)
     parts = []
     for place in torch.arange(len(output)).split(rows):
-        index = place.to(output.device)
+        index = to_device(place, output.device)
         parts.append(row_losses(loss, output[index], gather(targets, index, place.numpy())))
     return torch.cat(parts)
 

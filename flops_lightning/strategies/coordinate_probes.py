@@ -15,6 +15,7 @@ from flops_lightning.network.staging import StagedNetwork
 from flops_lightning.noise.keys import NoiseKey, row_seeds
 from flops_lightning.queries import CleanPass, LossFunction, row_losses
 from flops_lightning.strategies.zo_grasp import Values
+from flops_lightning.transfers import to_device
 
 Masks = Mapping[str, NDArray[np.int64]]
 """Ascending indices into each flattened tensor, by name, of the tensors that are in the mask."""
@@ -107,7 +108,7 @@ class CoordinateProbes:
             pack = probes[start : start + together]
             losses = []
             for rows in torch.arange(clean.batch_size).split(self.chunk_rows):
-                index, samples = rows.to(clean.loss.device), rows.repeat(len(pack)).numpy()
+                index, samples = to_device(rows, clean.loss.device), rows.repeat(len(pack)).numpy()
                 x = clean.activations[stage].index_select(0, index)
                 y = gather(clean.targets, index.repeat(len(pack)), samples)
                 h = joined([self._moved_output(stage, x, copies[probe.name], probe) for probe in pack])

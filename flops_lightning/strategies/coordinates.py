@@ -31,6 +31,7 @@ from flops_lightning.strategies.coordinate_probes import CoordinateProbes, Masks
 from flops_lightning.strategies.precision import resolution, rounded_up
 from flops_lightning.strategies.whole_batch import WholeBatchStrategy
 from flops_lightning.strategies.zo_grasp import kept_ratios, zo_grasp_scores
+from flops_lightning.transfers import to_device
 
 Ratios = Literal["zo_grasp", "uniform"]
 
@@ -170,7 +171,7 @@ class CoordinateFiniteDifferences(WholeBatchStrategy, ChunkedStrategy):
             if name in masks:
                 rows = slopes[name]
                 mean = torch.where(torch.isfinite(rows), rows, 0).mean(1) / probabilities.get(name, 1.0)
-                flat[torch.from_numpy(masks[name]).to(flat.device)] = mean.to(flat.dtype)
+                flat[to_device(masks[name], flat.device)] = mean.to(flat.dtype)
             gradients[name] = flat.view(parameter.shape)
         return gradients
 

@@ -127,7 +127,7 @@ class QueryStrategy(ObservingStrategy[Q]):
     def _drawn(self, clean: CleanPass, inclusion: Tensor) -> Tensor:
         """``(s, b)`` probabilities, checked."""
         reused = [self._pilots_of(site, clean) is not None and self.pilots.reuse for site in self.sites]
-        return checked_inclusion(inclusion.to(clean.loss), self.sites, reused)
+        return checked_inclusion(to_device(inclusion, clean.loss), self.sites, reused)
 
     def estimate_site(
         self, place: int, clean: CleanPass, counts: NDArray[np.int64], pilot_weight: Tensor | None,

@@ -19,7 +19,7 @@ from flops_lightning.allocators import (
 )
 from flops_lightning.network.staging import stage_network
 from flops_lightning.noise import generators
-from flops_lightning.strategies import SPSA, EvolutionStrategies, LikelihoodRatio, MeZO
+from flops_lightning.strategies import SPSA, CoordinateFiniteDifferences, EvolutionStrategies, LikelihoodRatio, MeZO
 from flops_lightning.strategies.delta import Variant
 from tests.pretended_gpu import CUDA, PretendedKernels, PretendedTensor, noted, pretended_gpu
 from tests.reference.networks import tiny_vit
@@ -106,6 +106,32 @@ def test_sites_that_are_updated_one_by_one_wait_once_each():
 
 def test_mezo_waits_once():
     assert waits(MeZO) == {"strategies.mezo._estimate: to the host": 1}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:model.strategy.step:RuntimeWarning")
+def test_coordinates_wait_twice():
+    expected = {
+        "strategies.coordinates._estimate: _local_scalar_dense": 1,
+        "strategies.coordinates._estimate: tolist": 1,
+    }
+    assert waits(CoordinateFiniteDifferences) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("together", [False, True])
+def test_layers_that_are_perturbed_together_wait_once_more(together):
+    """An estimate of theirs is repeated where queries were lost."""
+    sites = [
+        {**SITES[0], "stages": ["embed", "blocks.0"]}, {**SITES[1], "stages": ["blocks.2", "pool"]},
+        {**SITES[2], "stages": ["head"], "kind": "linear"},
+    ]  # fmt: skip
+    layers = {"name": "layers", "stages": ["blocks.1"], "kind": "linear", "sigma": 0.05, "queries_per_sample": 4}
+    expected = Counter(SURVIVORS)
+    if together:
+        layers["together"] = True
+        expected["strategies.site_queries._joint_pass: to the host"] = 1
+    assert waits(LikelihoodRatio, sites=[*sites, layers]) == expected
 
 
 def test_a_learned_sigma_waits_once_a_site():
