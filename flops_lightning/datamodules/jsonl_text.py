@@ -41,7 +41,6 @@ class JsonlTextDataModule(KeyedLoaders):
     :func:`~flops_lightning.language.pack` makes, padded to its longest text.
 
     Attributes:
-        branching: Whether batches need a mask: there are choices, one of them of several tokens.
         truncated: Number of texts that ``max_tokens`` cut.
 
     Args:
@@ -112,7 +111,7 @@ class JsonlTextDataModule(KeyedLoaders):
 
     @property
     def branching(self) -> bool:
-        """Known after :meth:`setup`."""
+        """Whether batches need a mask: there are choices, one of them of several tokens; known after :meth:`setup`."""
         return any(branches(texts) for texts in (self._encoded or {}).values())
 
     def check(self) -> Mapping[str, list[TextEntry]]:
