@@ -5,6 +5,7 @@ A linear adapter between the small ViT and ``stories260k`` (section 5.3 in small
 - ``rates``: learning rates, on photos that no other table measures.
 - ``sees``: 3,000 photos of CIFAR-10 with captions "a ship ."; every method from the mean embedding, 200 steps of 32.
 - ``prompt``: the same from a prompt that was learned without photos, by backprop.
+- ``costs``: CPU seconds and memory of a step (Fig. 5): of tensors alone, and at chunks of 32 rows as backprop's.
 - ``photos``: captioned photos (``--captions FILE``), 240 to learn from; whether the right photo helps.
 
 ``loss``, ``accuracy`` (likeliest caption) and ``shuffled`` (the loss with another photo) are of 600 held-out photos.
@@ -16,12 +17,16 @@ import argparse
 import json
 import math
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.alignment_problem import Problem
+import torch
+
+from experiments.alignment_problem import BATCH, Problem
 from experiments.tables import markdown, mean_interval
+from flops_lightning.network.memory import peak_bytes
 
 Found = tuple[dict[str, float], list[float]]
 STEPS, PHOTO_STEPS = 200, 60
@@ -72,6 +77,32 @@ def prompt(problem: Problem, name: str) -> Found:
     return trained(problem, adapter, name, rates=FROM_PROMPT, steps=STEPS)
 
 
+def costs(problem: Problem, name: str) -> Found:
+    """The least of five steps, in units of a forward pass of the batch too; the most that its tensors take at once."""
+    adapter, train = problem.adapter(), problem.part("train")
+    batch = train.at(torch.arange(0, len(train.features), len(train.features) // BATCH)[:BATCH])
+    method, _, queries = name.partition(" ")
+
+    @torch.no_grad()
+    def inference(features: Any, captions: Any) -> None:
+        problem.loss(adapter(features), captions)
+
+    step = {"inference": inference, "bp": problem.backprop_step(adapter)}.get(method)
+    if step is None:
+        step = problem.query_step(adapter, int(queries), allocated=method == "ops", rows=BATCH)
+    seconds = {run: min(_seconds(run, batch) for _ in range(5)) for run in (inference, step)}
+    adapter.zero_grad()
+    peak = peak_bytes(torch.enable_grad()(lambda: step(*batch))) / 2**20
+    ratio = seconds[step] / seconds[inference]
+    return {"seconds of a step": seconds[step], "over inference": ratio, "MiB": peak}, []
+
+
+def _seconds(run: Callable[..., object], batch: Sequence[Any]) -> float:
+    start = time.process_time()
+    run(*batch)
+    return time.process_time() - start
+
+
 def photos(problem: Problem, name: str) -> Found:
     return trained(problem, problem.adapter(), name, rates=RATES, steps=PHOTO_STEPS, part="val")
 
@@ -85,6 +116,7 @@ TABLES: dict[str, tuple[Callable[[Problem, str], Found], tuple[str, ...]]] = {
     ),
     "sees": (sees, ("prompt", "bp", "lr 60", "ops 60", "lr 20", "ops 20", "lr 2", "lr 1")),
     "prompt": (prompt, ("prompt", "bp", "lr 60", "ops 60")),
+    "costs": (costs, ("inference", "bp", "lr 1", "lr 2", "lr 20", "lr 60", "ops 60")),
     "photos": (photos, ("prompt", "bp", "lr 20")),
 }  # fmt: skip
 

@@ -156,7 +156,13 @@ class Problem:
         return step
 
     def query_step(
-        self, adapter: nn.Sequential, queries: int, *, allocated: bool, ratios: list[dict[str, float]] | None = None
+        self,
+        adapter: nn.Sequential,
+        queries: int,
+        *,
+        allocated: bool,
+        ratios: list[dict[str, float]] | None = None,
+        rows: int = 640,
     ) -> Callable[[Tensor, PaddedTargets], Any]:
         """Fills ``.grad`` by likelihood ratios; every tenth step notes ``J`` over that of equal counts in ``ratios``.
 
@@ -165,7 +171,7 @@ class Problem:
         with torch.no_grad():
             sigma = RELATIVE_SIGMA * float(adapter(self.part("train").features[:BATCH]).square().mean().sqrt())
         sites = [{"stages": ["adapter"], "name": "adapter", "sigma": sigma, "queries_per_sample": queries}]
-        strategy: Any = LikelihoodRatio(sites=sites, seed=self.seed, chunk_rows=640)
+        strategy: Any = LikelihoodRatio(sites=sites, seed=self.seed, chunk_rows=rows)
         strategy.bind(stage_network(adapter), self.loss)
         allocator = OptimalAllocator(traces=TraceSettings(predictors=["loss"]), min_queries=1) if allocated else None
         done = 0

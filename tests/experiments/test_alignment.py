@@ -83,6 +83,14 @@ def test_every_method_lowers_the_loss(monkeypatch: Any) -> None:
         assert len(ratios) == 2 * (method == "ops")
 
 
+def test_backprop_alone_keeps_what_the_language_model_computes(monkeypatch: Any) -> None:
+    made = problem(monkeypatch)
+    monkeypatch.setattr(alignment, "BATCH", 8)
+    found = {name: alignment.costs(made, name)[0] for name in ("inference", "bp", "lr 2")}
+    assert found["bp"]["MiB"] > 2.5 * found["inference"]["MiB"]
+    assert found["lr 2"]["MiB"] < 2 * found["inference"]["MiB"]
+
+
 def test_a_ratio_of_variances_is_1_for_equal_counts_and_least_for_neyman(monkeypatch: Any) -> None:
     made = problem(monkeypatch)
     train = made.part("train")
