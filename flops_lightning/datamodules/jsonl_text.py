@@ -1,7 +1,7 @@
 """Texts of your own, as JSON lines, for language models."""
 
 from collections.abc import Mapping, Sequence
-from itertools import permutations
+from itertools import permutations, takewhile
 from typing import Any
 
 import torch
@@ -101,7 +101,7 @@ class JsonlTextDataModule(KeyedLoaders):
             raise SettingError("data.val_texts", val_texts, "has no effect beside val_file.", "Choose one of the two.")
         self.train_texts, self.shots, self.val_texts = train_texts, shots, val_texts
         self.split_seed, self.max_tokens, self.tokenizer = split_seed, max_tokens, tokenizer
-        self.truncated = 0
+        self.truncated, self._branching = 0, False
         self._encoded: dict[str, list[EncodedText]] | None = None
 
     @property
@@ -112,7 +112,7 @@ class JsonlTextDataModule(KeyedLoaders):
     @property
     def branching(self) -> bool:
         """Whether batches need a mask: there are choices, one of them of several tokens; known after :meth:`setup`."""
-        return any(branches(texts) for texts in (self._encoded or {}).values())
+        return self._branching
 
     def check(self) -> Mapping[str, list[TextEntry]]:
         """Read the files and choose the texts of each part."""
@@ -157,7 +157,7 @@ class JsonlTextDataModule(KeyedLoaders):
                 rank_zero_info(f"data.max_tokens = {self.max_tokens}: {self.truncated} of {count} texts were cut.")
             if self.choices:
                 self._say_choices(tokenizer, encoded["train"][0])
-            self._encoded = encoded
+            self._encoded, self._branching = encoded, any(map(branches, encoded.values()))
         for part in PARTS:
             if part in self._encoded:
                 setattr(self, f"{part}_set", TextSet(self._encoded[part]))
@@ -251,5 +251,9 @@ def _through_template(tokenizer: Any, prompt: list[dict[str, str]], answer: str)
     except Exception as error:  # a template refuses roles by an error of its own
         raise ValueError(f"is refused by the tokenizer's chat template ({error})") from error
     if not whole.startswith(before):  # a template may end a prompt otherwise than before an answer that is there
-        before = whole[: max(whole.rfind(answer.strip()), 0)]
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, whole, strict=False)))
+        place = whole.find(answer.strip(), shared)
+        if place < 0:
+            raise ValueError("has an answer that the tokenizer's chat template does not repeat")
+        before = whole[:place]
     return before, [whole[len(before) :]]

@@ -87,7 +87,8 @@ def read_texts(setting: str, file: str, form: LabelledForm | None) -> list[TextE
     """
     check_path(setting, file, "Give a file of JSON lines.")
     try:
-        lines = Path(file).expanduser().read_text(encoding="utf-8").splitlines()
+        # Not splitlines(), which would also end a line at U+2028 and its like; -sig: Windows puts a mark in front.
+        lines = Path(file).expanduser().read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise SettingError(setting, file, f"cannot be read ({error}).", "Give a file of JSON lines.") from error
     found = []

@@ -143,7 +143,10 @@ class ForwardCausalLM(ForwardModule):
             raise SettingError("target.kind", kind, problem, remedy)
         self._branching = branching
         network: Any = self.model if kind == "prefix" else self.causal_lm
-        network = PromptedText(self.model) if kind == "prompt" else network
+        if "network" in vars(self):  # the one that the strategy serves already
+            network = self.network.module
+        elif kind == "prompt":
+            network = PromptedText(self.model)
         example = example_inputs(self.causal_lm, branching=branching)
         try:
             self.stage(network, example)
@@ -264,7 +267,12 @@ def _of_labels(batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str
     if "input_ids" not in batch or "labels" not in batch:
         problem = "a batch that is a mapping needs input_ids and labels."
         raise SettingError("data", sorted(batch), problem, "Return both, or a pair (inputs, targets).")
-    mask = batch.get("attention_mask")
-    if mask is not None and bool((mask[:, 1:] > mask[:, :-1]).any()):
-        raise SettingError("data", "attention_mask", "texts are padded at the left.", "Pad them at the right.")
+    mask, labels = batch.get("attention_mask"), batch["labels"]
+    empty = (labels[:, 1:] == IGNORED).all(1).any()
+    left = empty.new_zeros(()) if mask is None else (mask[:, 1:] > mask[:, :-1]).any()
+    if bool(empty | left):  # the device is waited for once
+        if left:
+            raise SettingError("data", "attention_mask", "texts are padded at the left.", "Pad them at the right.")
+        problem = "a text has nothing to predict: no label after its first token."
+        raise SettingError("data", "labels", problem, "Leave such texts out.")
     return {"input_ids": batch["input_ids"]}, targets_of_labels(batch["labels"])

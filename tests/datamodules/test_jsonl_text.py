@@ -77,6 +77,23 @@ def test_the_last_answer_of_a_conversation_is_the_completion(tmp_path: Path):
         made(written(tmp_path, [{"messages": [{"role": "system", "content": "x"}, talk[-1]]}]))
 
 
+def test_an_answer_is_found_where_a_template_ends_prompts_in_a_way_of_its_own(tmp_path: Path):
+    class Thinking(Letters):
+        def apply_chat_template(self, messages: Any, tokenize: bool, add_generation_prompt: bool = False) -> str:
+            text = super().apply_chat_template(messages, tokenize, add_generation_prompt)
+            return text + ("<think>" if add_generation_prompt else "<end>")
+
+    talk = [{"role": "user", "content": "end?"}, {"role": "assistant", "content": "end"}]
+    data = made(written(tmp_path, [{"messages": talk}]), tokenizer=Thinking())
+    assert read(data) == ["u>end?<a>|end<end>"]  # neither the question's word nor that of the template
+
+
+def test_what_ends_a_line_elsewhere_is_text_here(tmp_path: Path):
+    file = tmp_path / "texts.jsonl"
+    file.write_bytes('\ufeff{"prompt": "a", "completion": "b\u2028c\x85"}\r\n\r\n'.encode())
+    assert read(made(str(file))) == ["a|b\u2028c\x85"]
+
+
 def test_labels_are_numbers_or_choices_and_templates_name_fields(tmp_path: Path):
     lines = [{"a": "x", "b": "y", "label": 0}, {"a": "v", "b": "w", "label": "no"}]
     data = made(written(tmp_path, lines), template="{b} and {a}?", choices=["=yes", "no"])

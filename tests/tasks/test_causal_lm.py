@@ -121,11 +121,12 @@ def test_a_prompt_of_each_text_is_pefts_prompt_and_serves_candidates_too(folder)
     torch.testing.assert_close(likelihood, torch.tensor([alone]).softmax(1), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("strategy", [MeZO(seed=0), LikelihoodRatio(seed=0)], ids=["MeZO", "LR"])
-def test_choices_learn_with_their_branches_in_one_row(strategy, folder):
-    task = made(folder, "lora", strategy, objective="choice")
+@pytest.mark.parametrize("kind", ["lora", "prompt"])
+@pytest.mark.parametrize("strategy", [MeZO, LikelihoodRatio], ids=["MeZO", "LR"])
+def test_choices_learn_with_their_branches_in_one_row(strategy, kind, folder):
+    task = made(folder, kind, strategy(seed=0), objective="choice")
     task._stage_for(branching=True)
-    assert len(task.network) == 6
+    assert len(task.network) == (6 if kind == "lora" else 7)
     batch = pack(TEXTS, branching=True)
     trainer = Trainer(max_steps=1, **QUIET)
     task.setup = lambda stage: None  # type: ignore[method-assign]
@@ -253,6 +254,10 @@ def test_batches_that_cannot_be_used_are_refused(folder):
     batch["attention_mask"] = batch["attention_mask"].flip(1)
     with pytest.raises(SettingError, match="padded at the left"):
         task.split(batch)
+    del batch["attention_mask"]
+    for labels in (batch["labels"].index_fill(0, torch.tensor([2]), -100), batch["labels"][:, :1]):
+        with pytest.raises(SettingError, match="a text has nothing to predict: no label after its first token"):
+            task.split({**batch, "labels": labels})
     prefixed = made(folder, "prefix")
     with pytest.raises(SettingError, match=r"target\.kind = 'prefix'.*one token"):
         prefixed._stage_for(branching=True)
