@@ -192,7 +192,8 @@ class JsonlTextDataModule(KeyedLoaders):
     def _encode(self, tokenizer: Any, part: str, entry: TextEntry, context: int) -> EncodedText:
         prompt, special = entry.prompt, True
         candidates: Sequence[str] = entry.candidates
-        setting, file = f"data.{part}_file", self.files.get(part) or self.files["train"]
+        own = part if self.files.get(part) else "train"
+        setting, file = f"data.{own}_file", self.files[own]
         try:
             if not isinstance(prompt, str):
                 prompt, candidates = _through_template(tokenizer, prompt, candidates[0])

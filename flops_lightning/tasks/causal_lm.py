@@ -133,7 +133,7 @@ class ForwardCausalLM(ForwardModule):
     @property
     def vocabulary(self) -> int:
         """Number of tokens that the model has an embedding of."""
-        return int(self.causal_lm.get_input_embeddings().num_embeddings)
+        return len(self.causal_lm.get_input_embeddings().weight)
 
     def _stage_for(self, *, branching: bool) -> None:
         kind = self.target_settings.kind
@@ -244,8 +244,10 @@ class ForwardCausalLM(ForwardModule):
 
     def export_weights(self, path: str | Path) -> None:
         """Write a folder by ``save_pretrained``: the adapter alone, or else the whole model; and the tokenizer."""
-        model: Any = self.model
+        model, config = self.model, self.causal_lm.config
+        config.use_cache = True  # who loads it wants to generate
         model.save_pretrained(str(path))
+        config.use_cache = False
         self.tokenizer.save_pretrained(str(path))
 
 

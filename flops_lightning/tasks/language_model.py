@@ -24,7 +24,7 @@ def load(name: str, settings: Mapping[str, Any]) -> Any:
 
 def example_inputs(model: Any, *, branching: bool) -> dict[str, Tensor]:
     """Inputs of two short texts, with the entries that a data set's batches have; see :func:`pack`."""
-    size = model.get_input_embeddings().num_embeddings
+    size = len(model.get_input_embeddings().weight)
     first, second = ([(7 * i + j) % size for j in range(8)] for i in (1, 2))
     texts = [EncodedText(ids[:4], [ids[4:6], ids[5:8]] if branching else [ids[4:]]) for ids in (first, second)]
     inputs, _ = pack(texts, branching=branching)

@@ -155,6 +155,8 @@ def test_the_models_tokenizer_context_and_vocabulary_count(tmp_path: Path):
     assert read(with_model(file, Model(8, 200)))[1] == "abcde|xy"
     with pytest.raises(SettingError, match=r"line 2 has 8 tokens, and the model's context 7.*max_tokens: 7 to cut"):
         with_model(file, Model(7))
+    with pytest.raises(SettingError, match=r"data\.train_file = .*line 2"):  # also where it is held out
+        with_model(file, Model(7), val_texts=1, split_seed=1)
     with pytest.raises(SettingError, match=r"max_tokens = 9: is more than the model's context of 7"):
         with_model(file, Model(7), max_tokens=9)
     with pytest.raises(SettingError, match=r"gives the token 121, and the model has an embedding of 100 tokens"):

@@ -193,11 +193,17 @@ def test_what_was_trained_is_saved_as_transformers_and_peft_save_it(kind, folder
     logits = again.eval()(input_ids=ids).logits
     torch.testing.assert_close(logits[:, -ids.shape[1] :], task({"input_ids": ids}))
     assert (tmp_path / "out/adapter_config.json").exists() == adapter
+    assert again.config.use_cache  # to generate with
 
 
 class Saves:
     def save_pretrained(self, path: str) -> None:
         assert Path(path).is_dir()
+
+
+def test_low_rank_additions_may_be_to_the_embedding(folder):
+    task = made(folder, target={"kind": "lora", "modules": ["embed_tokens"]})
+    assert (task.vocabulary, sum(p.numel() for p in task.parameters() if p.requires_grad)) == (50, 8 * (50 + 16))
 
 
 def test_a_shared_weight_is_kept_apart_from_its_copy_only_where_that_is_asked_for(tmp_path: Path):
@@ -218,6 +224,7 @@ def test_a_shared_weight_is_kept_apart_from_its_copy_only_where_that_is_asked_fo
     [
         ({"model_name": "nowhere/at all"}, r"model_name = 'nowhere/at all': cannot be loaded"),
         ({"model_name": ""}, "is no name of a causal language model"),
+        ({"model_kwargs": {"dtypo": "x"}}, r"unexpected keyword argument 'dtypo'\. Correct the arguments of from_pret"),
         ({"target": {"kind": "bias"}}, "LlamaForCausalLM has no such parameters"),
         ({"target": {"kind": "lora", "tokens": 3}}, r"target\.tokens = 3: has no effect with kind: lora"),
         ({"target": {"kind": "lora", "modules": ["no_such"]}}, r"target\.modules = .* peft refuses LlamaForCausalLM"),
