@@ -218,6 +218,9 @@ class ForwardCausalLM(ForwardModule):
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """``label`` ``(b,)`` of the likeliest candidate and ``probability`` ``(b, c)`` among the candidates."""
         inputs, targets = self.split(batch)
+        if targets["tokens"].shape[1] == 1:
+            problem = "each text has one completion, so there is nothing to choose from."
+            raise SettingError("data.choices", None, problem, "Write choices; task.model.generate(...) writes texts.")
         likelihoods = candidate_log_likelihoods(self(inputs), targets)
         return {"label": likelihoods.argmax(1), "probability": likelihoods.softmax(1)}
 

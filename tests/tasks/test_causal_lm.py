@@ -159,6 +159,8 @@ def test_validation_and_test_report_loss_perplexity_and_accuracy(folder):
     assert found["test/accuracy"] == pytest.approx(sum(right) / 3)
     (plain,) = trainer.validate(made(folder), loader(labelled()), verbose=False)
     assert set(plain) == {"val/loss", "val/perplexity"}
+    with pytest.raises(SettingError, match=r"data\.choices = None: each text has one completion.*generate"):
+        made(folder).predict_step(labelled(), 0)
 
 
 def test_a_checkpoint_holds_what_learned_and_refuses_other_weights(folder, tmp_path: Path):
