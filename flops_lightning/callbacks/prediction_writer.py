@@ -85,7 +85,7 @@ class PredictionWriter(BasePredictionWriter):
             columns, names = COLUMNS, class_names(trainer, self._classes)
             # Nine digits are what it takes to read a float32 back as it was.
             table = [(*start, label, names[label], f"{share:.9g}") for *start, label, share in table]
-        write_table(trainer, FILE_NAME, columns, table, content=f"predictions of {len(rows)} images")
+        write_table(trainer, FILE_NAME, columns, table, content=f"predictions of {len(rows)} samples")
 
 
 def _captions(prediction: Any) -> list[str] | None:

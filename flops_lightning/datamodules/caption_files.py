@@ -47,7 +47,7 @@ def read_entries(file: str | Path, *, all_captions: bool = False) -> list[Entry]
     if not path.is_file():
         raise SettingError("data.captions", str(file), "is not a file.", "Give a JSON file of LLaVA's form.")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))  # Windows puts a mark in front
     except ValueError as error:
         problem = f"is no JSON ({error})."
         raise SettingError("data.captions", str(file), problem, "Give an undamaged file.") from error

@@ -137,7 +137,7 @@ def test_the_files_lie_in_the_folder_of_the_run_and_their_paths_are_told(tmp_pat
     assert rows(folder / "class_accuracy.csv") == classes(["0", "1", "2", "3"])
     assert len(rows(folder / "predictions.csv")) == 7
     assert f"accuracy of each class written to {folder}/class_accuracy.csv" in caplog.text
-    assert f"predictions of 7 images written to {folder}/predictions.csv" in caplog.text
+    assert f"predictions of 7 samples written to {folder}/predictions.csv" in caplog.text
 
 
 def test_classes_that_do_not_fit_are_refused_before_the_test(tmp_path):

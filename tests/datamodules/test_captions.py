@@ -142,6 +142,13 @@ def test_a_file_of_another_form_is_refused(tmp_path, content):
         read_entries(tmp_path / "b.json")
 
 
+def test_a_mark_of_windows_before_the_json_is_read_over(tmp_path):
+    write_photos(tmp_path)
+    file = tmp_path / "captions.json"
+    file.write_text(file.read_text(), encoding="utf-8-sig")
+    assert len(prepared(tmp_path).train_set) == 12
+
+
 def test_without_a_list_of_captions_all_of_them_are_refused(tmp_path):
     root = write_photos(tmp_path, [entry(n, captions=None) for n in range(20)])
     assert len(prepared(root).train_set) == 12
