@@ -42,7 +42,6 @@ class CaptionDataModule(ImageFolderDataModule):
         tokenizer: Makes the tokens where no task does.
         texts: All captions, by number.
         instructions: The question that each answers; empty for class folders.
-        class_captions: Captions of the classes, in the order of the labels; empty with a file of captions.
 
     Args:
         root: Folder of the photos, or of class folders as :class:`ImageFolderDataModule` reads them.
@@ -117,7 +116,7 @@ class CaptionDataModule(ImageFolderDataModule):
 
     @property
     def class_captions(self) -> tuple[str, ...]:
-        """The template with the name of each class."""
+        """Captions of the classes, in the order of the labels; empty with a file of captions."""
         return () if self.captions is not None else tuple(self.template.format(name) for name in self.display_names)
 
     def check(self) -> Mapping[Part, Listing]:

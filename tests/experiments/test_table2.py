@@ -243,6 +243,7 @@ def test_a_split_of_known_classes_has_eight_images_of_each_that_the_seed_draws(t
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_runs")
 def test_two_steps_are_trained_tested_and_reported_and_nothing_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared_data: Callable[[str], Path]
 ) -> None:

@@ -115,7 +115,7 @@ def test_coordinates_wait_twice():
         "strategies.coordinates._estimate: _local_scalar_dense": 1,
         "strategies.coordinates._estimate: tolist": 1,
     }
-    assert waits(CoordinateFiniteDifferences) == expected
+    assert waits(CoordinateFiniteDifferences, coordinates=8, grasp_queries=8) == expected
 
 
 @pytest.mark.slow
