@@ -27,6 +27,7 @@ def test_seconds_are_those_of_launches_and_bytes():
     assert NoiseCount(200_000, 335 * 10**10).seconds == pytest.approx(1 + 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "activations", "passes"),
     [

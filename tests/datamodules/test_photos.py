@@ -254,6 +254,7 @@ def test_the_documentation_sorts_the_validation_images_of_imagenet(tmp_path, mon
     assert sorted(contents(data, "test")) == sorted((WNIDS.index(ids[a]), number) for number, a in enumerate(answers))
 
 
+@pytest.mark.slow
 def test_augmentation_is_repeated_by_the_seed_whatever_the_workers_and_new_in_every_epoch(tmp_path):
     write_everywhere(tmp_path, lambda n: np.random.default_rng(n).integers(0, 256, (24, 32, 3), dtype=np.uint8))
 
