@@ -14,8 +14,6 @@ Prints the table.
 """
 
 import argparse
-import json
-import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +23,8 @@ from typing import Any
 import torch
 
 from experiments.alignment_problem import BATCH, Problem
-from experiments.tables import markdown, mean_interval
+from experiments.rows import resumed
+from experiments.tables import markdown, mean_and_half, mean_interval
 from flops_lightning.network.memory import peak_bytes
 
 Found = tuple[dict[str, float], list[float]]
@@ -131,12 +130,6 @@ def report(lines: Sequence[dict[str, Any]]) -> str:
         rows.setdefault(line["name"], {})[line["seed"]] = line
         columns += [name for name in line["found"] if name not in columns]
 
-    def entry(values: Sequence[float]) -> str:
-        if not values:
-            return ""
-        mean, low, _ = mean_interval(values)
-        return f"{mean:.3f}" + ("" if math.isnan(low) else f" ± {mean - low:.3f}")
-
     def paired(seeds: dict[int, dict[str, Any]], beside: dict[int, dict[str, Any]]) -> list[float]:
         both = [seed for seed in seeds if seed in beside]
         pairs = [zip(seeds[seed]["losses"], beside[seed]["losses"], strict=True) for seed in both]
@@ -144,14 +137,18 @@ def report(lines: Sequence[dict[str, Any]]) -> str:
 
     cells = []
     for name, seeds in rows.items():
-        own = [entry([s["found"][column] for s in seeds.values() if column in s["found"]]) for column in columns]
+        own = [
+            mean_and_half([s["found"][column] for s in seeds.values() if column in s["found"]]) for column in columns
+        ]
         exact = {seed: line["found"] for seed, line in rows.get("bp", {}).items()}
         shares = [
             line["found"]["accuracy"] / exact[seed]["accuracy"]
             for seed, line in seeds.items()
             if seed in exact and "accuracy" in line["found"]
         ]
-        cells.append([name, str(len(seeds)), *own, entry(shares), entry(paired(seeds, rows.get("prompt", {})))])
+        cells.append(
+            [name, str(len(seeds)), *own, mean_and_half(shares), mean_and_half(paired(seeds, rows.get("prompt", {})))]
+        )
     return markdown(["", "seeds", *columns, "accuracy of bp's", "loss - that of the prompt"], cells)
 
 
@@ -171,22 +168,15 @@ def main(args: Sequence[str] | None = None) -> None:
     make, names = TABLES[options.table]
     if (options.captions is None) is (options.table == "photos"):
         parser.error("--captions is for the table of photos, which needs it")
-    file = options.output / f"{options.table}.jsonl"
-    options.output.mkdir(parents=True, exist_ok=True)
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     features = options.output / ("features" if options.captions is None else "photo_features")
     problem = Problem(options.llm, options.encoder, options.root, features, captions=options.captions)
-    for seed in options.seeds:
+
+    def row(name: str, seed: int) -> dict[str, Any]:
         problem.seed = seed
-        for name in options.names or names:
-            if any((line["name"], line["seed"]) == (name, seed) for line in lines):
-                continue
-            found, losses = make(problem, name)
-            lines.append({"name": name, "seed": seed, "found": found, "losses": losses})
-            with file.open("a") as results:
-                results.write(json.dumps(lines[-1]) + "\n")
-            print(name, seed, found, flush=True)
-    print(report(lines))
+        found, losses = make(problem, name)
+        return {"found": found, "losses": losses}
+
+    print(report(resumed(options.output / f"{options.table}.jsonl", options.names or names, options.seeds, row)))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ are there are not made again. Prints the table.
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from experiments.rows import resumed
 from experiments.tables import markdown, mean_interval
 from flops_lightning.datamodules.caption_files import read_entries
 from flops_lightning.language import encode, pack
@@ -194,18 +194,11 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--names", nargs="+", help="rows to make; all by default")
     options = parser.parse_args(args)
     make, names = TABLES[options.table]
-    file = options.output / f"{options.table}.jsonl"
-    options.output.mkdir(parents=True, exist_ok=True)
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    for seed in options.seeds:
-        for name in options.names or names:
-            if any((line["name"], line["seed"]) == (name, seed) for line in lines):
-                continue
-            lines.append({"name": name, "seed": seed, "found": make(options, name, seed)})
-            with file.open("a") as results:
-                results.write(json.dumps(lines[-1]) + "\n")
-            print(lines[-1], flush=True)
-    print(report(lines))
+
+    def row(name: str, seed: int) -> dict[str, Any]:
+        return {"found": make(options, name, seed)}
+
+    print(report(resumed(options.output / f"{options.table}.jsonl", options.names or names, options.seeds, row)))
 
 
 if __name__ == "__main__":

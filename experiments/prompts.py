@@ -13,8 +13,6 @@ made again. Prints the table.
 """
 
 import argparse
-import json
-import math
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,7 +31,8 @@ from experiments.prompt_problem import (
     rounded,
     search,
 )
-from experiments.tables import markdown, mean_interval
+from experiments.rows import resumed
+from experiments.tables import markdown, mean_and_half
 from flops_lightning.allocators import OptimalAllocator, TraceSettings
 from flops_lightning.allocators.cost_aware import cheapest_counts
 from flops_lightning.allocators.objective import optimal_shares
@@ -154,17 +153,15 @@ def report(lines: Sequence[dict[str, Any]]) -> str:
         rows.setdefault(line["name"], {})[line["seed"]] = line["found"]
         columns += [name for name in line["found"] if name not in columns]
 
-    def entry(values: Sequence[float]) -> str:
-        mean, low, _ = mean_interval(values)
-        return f"{mean:.3f}" + ("" if math.isnan(low) else f" ± {mean - low:.3f}")
-
     beside = rows.get("lr", {})
     head = ["", "seeds", *columns, *([f"{columns[0]} less that of lr"] if beside else [])]
     cells = []
     for name, seeds in rows.items():
         differences = [found[columns[0]] - beside[seed][columns[0]] for seed, found in seeds.items() if seed in beside]
-        own = [entry([found[column] for found in seeds.values()]) for column in columns]
-        cells.append([name, str(len(seeds)), *own, *([entry(differences) if differences else "-"] if beside else [])])
+        own = [mean_and_half([found[column] for found in seeds.values()]) for column in columns]
+        cells.append(
+            [name, str(len(seeds)), *own, *([mean_and_half(differences) if differences else "-"] if beside else [])]
+        )
     return markdown(head, cells)
 
 
@@ -179,19 +176,11 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     options = parser.parse_args(args)
     make, names = TABLES[options.table]
-    file = options.output / f"{options.table}.jsonl"
-    options.output.mkdir(parents=True, exist_ok=True)
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    for seed in options.seeds:
-        for name in names:
-            if any((line["name"], line["seed"]) == (name, seed) for line in lines):
-                continue
-            found = make(lambda seed=seed, **own: Problem(options.clip, options.root, seed, **own), name)
-            lines.append({"name": name, "seed": seed, "found": found})
-            with file.open("a") as results:
-                results.write(json.dumps(lines[-1]) + "\n")
-            print(lines[-1], flush=True)
-    print(report(lines))
+
+    def row(name: str, seed: int) -> dict[str, Any]:
+        return {"found": make(lambda **own: Problem(options.clip, options.root, seed, **own), name)}
+
+    print(report(resumed(options.output / f"{options.table}.jsonl", names, options.seeds, row)))
 
 
 if __name__ == "__main__":

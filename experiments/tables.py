@@ -53,6 +53,14 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
+def mean_and_half(values: Sequence[float]) -> str:
+    """The mean and half of its 95 % interval, where there is one; empty without values."""
+    if not values:
+        return ""
+    mean, low, _ = mean_interval(values)
+    return f"{mean:.3f}" + ("" if math.isnan(low) else f" ± {mean - low:.3f}")
+
+
 def geometric_interval(values: Iterable[float]) -> tuple[float, float, float]:
     """Geometric mean and the bounds of its confidence interval, from the logarithms."""
     mean, low, high = map(math.exp, mean_interval([math.log(value) for value in values]))
