@@ -23,12 +23,11 @@ from flops_lightning.language.caption_scorer import CaptionScorer
 from flops_lightning.noise.keys import NoiseKey
 from flops_lightning.service.answering import BadRequest
 from flops_lightning.service.client import ServiceClient
-from flops_lightning.service.payload import changed, packed, unpacked
+from flops_lightning.service.payload import BASE64, changed, packed, unpacked
 from flops_lightning.service.settings import ServiceSettings
 from flops_lightning.suffix_loss import PaddedTargets
 
 BYTES_OF_ID, BYTES_OF_ROW = 8, 100
-BASE64 = 4 / 3
 
 
 @dataclass(frozen=True)
@@ -132,6 +131,7 @@ class RemoteCaptionLoss(CaptionScorer):
     Attributes:
         client: Connections and retries.
         info: What the server tells.
+        largest: Most rows of a request.
 
     Example:
         >>> RemoteCaptionLoss("localhost:8000")
@@ -149,16 +149,8 @@ class RemoteCaptionLoss(CaptionScorer):
             SettingError: settings that cannot work; a server that does not answer, or scores no captions.
         """
         self.client = ServiceClient(ServiceSettings(url=url, **settings))
-        told = self.client.info()
-        try:
-            self.info = CaptionInfo.read(told.get("model", told))
-        except (TypeError, ValueError, AttributeError) as error:
-            problem, remedy = f"tells nothing of captions at /info: {error}.", "Start a server with CaptionAnswers."
-            raise SettingError("service.url", url, problem, remedy) from error
-        info, most = self.info, self.client.settings.max_rows
-        if most > info.max_rows:
-            problem = f"is more than the {info.max_rows} rows that the server takes."
-            raise SettingError("service.max_rows", most, problem, f"Write {info.max_rows} or less, or 0.")
+        info = self.client.read_info(CaptionInfo.read, "captions", "Start a server with CaptionAnswers.")
+        self.info, self.largest = info, self.client.settings.rows_of_a_request(info.max_rows)
         super().__init__(info.width, context=info.context, visual_tokens=info.visual_tokens, bos=info.bos, eos=info.eos)
 
     def score(self, embeddings: Tensor | None, ids: PaddedTargets) -> Tensor:
@@ -182,7 +174,7 @@ class RemoteCaptionLoss(CaptionScorer):
 
         numbers = 0 if sent is None else sent[:1].numel()
         of_row = BASE64 * 4 * numbers + BYTES_OF_ID * int(lengths.max(initial=1)) + BYTES_OF_ROW
-        largest = min(self.client.settings.max_rows or self.info.max_rows, int(self.info.max_bytes / of_row))
+        largest = min(self.largest, int(self.info.max_bytes / of_row))
         if not largest:
             problem = f"takes {self.info.max_bytes} bytes a request, and one row has {of_row:.0f}."
             raise SettingError("service", self.client.settings.url, problem, "Write fewer visual_tokens.")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 import torch
@@ -32,6 +32,7 @@ ROUNDS = 3
 """How often a server may say that it lacks what was sent to it."""
 Payload = Callable[[slice], Mapping[str, Any]]
 """The request for some of the rows."""
+Info = TypeVar("Info")
 
 
 class ServiceClient:
@@ -105,6 +106,24 @@ class ServiceClient:
         except Unanswered as error:
             problem = f"does not answer: {error}."
             raise SettingError("service.url", self.settings.url, problem, "Start the server, or correct it.") from error
+
+    def read_info(self, read: Callable[[Any], Info], what: str, remedy: str) -> Info:
+        """What the server tells of its model, read.
+
+        Args:
+            read: Reads it; a TypeError, ValueError or AttributeError says that it tells something else.
+            what: What it should tell of.
+            remedy: What to do otherwise.
+
+        Raises:
+            SettingError: it does not answer, or tells something else.
+        """
+        told = self.info()
+        try:
+            return read(told.get("model", told))
+        except (TypeError, ValueError, AttributeError) as error:
+            problem = f"tells nothing of {what} at /info: {error}."
+            raise SettingError("service.url", self.settings.url, problem, remedy) from error
 
     def rows(
         self, payload: Payload, count: int, shape: Sequence[int], *, largest: int,

@@ -17,6 +17,9 @@ WORDS = 4
 """A name is the SHA-256 of a content: 64 hexadecimal digits, or this many int64 in a tensor."""
 FLOAT = np.dtype("<f4")
 
+BASE64 = 4 / 3
+"""Bytes of a byte in base64."""
+
 
 def packed(x: Tensor) -> dict[str, Any]:
     """``shape`` and ``data`` (base64) of a tensor, in float32.

@@ -10,11 +10,10 @@ from flops_lightning.errors import SettingError
 from flops_lightning.noise.keys import NoiseKey
 from flops_lightning.prompts.class_texts import check_class_names
 from flops_lightning.service.client import Request, ServiceClient
-from flops_lightning.service.payload import ImageStore, classes_name, hex_names, packed, unpacked
+from flops_lightning.service.payload import BASE64, ImageStore, classes_name, hex_names, packed, unpacked
 from flops_lightning.service.scorer import TEXTLESS, Scorer, ServiceInfo
 from flops_lightning.service.settings import ServiceSettings
 
-BASE64 = 4 / 3
 MOST_UPLOAD = 2**23
 """Bytes of images in a request that hands them over."""
 
@@ -54,26 +53,14 @@ class HttpScorer(Scorer):
         self.client = ServiceClient(ServiceSettings(url=url, **settings))
         super().__init__(self._info(), names, ImageStore(2**20 * self.client.settings.images_mb))
         self.usage, self.template = self.client.usage, template
-        self.largest = self._largest()
+        self.largest = self.client.settings.rows_of_a_request(self.info.max_rows)
         self._classes = classes_name(names, template)
         self._known: set[str] = set()  # what the server has
         self._words: Tensor | None = None
         self._room = 0  # tokens of the text prompt
 
     def _info(self) -> ServiceInfo:
-        told = self.client.info()
-        try:
-            return ServiceInfo.read(told.get("model", told))
-        except (TypeError, ValueError, AttributeError) as error:
-            problem, remedy = f"tells nothing of a scorer at /info: {error}.", "Compare it with docs/service.md."
-            raise SettingError("service.url", self.client.settings.url, problem, remedy) from error
-
-    def _largest(self) -> int:
-        given = self.client.settings.max_rows
-        if given > self.info.max_rows:
-            problem = f"is more than the {self.info.max_rows} rows that the server takes."
-            raise SettingError("service.max_rows", given, problem, f"Write {self.info.max_rows} or less, or 0.")
-        return given or self.info.max_rows
+        return self.client.read_info(ServiceInfo.read, "a scorer", "Compare it with docs/service.md.")
 
     @contextmanager
     def rows_of(self, key: NoiseKey) -> Iterator[None]:

@@ -60,6 +60,17 @@ class ServiceSettings:
         check_at_least("service.wait", self.wait, 0, "Write seconds, for example 0.25.")
         check_whole("service.images_mb", self.images_mb, 1, "Write MiB, for example 1024.")
 
+    def rows_of_a_request(self, most: int) -> int:
+        """Rows of a request to a server that takes ``most``.
+
+        Raises:
+            SettingError: ``max_rows`` is more.
+        """
+        if self.max_rows > most:
+            problem = f"is more than the {most} rows that the server takes."
+            raise SettingError("service.max_rows", self.max_rows, problem, f"Write {most} or less, or 0.")
+        return self.max_rows or most
+
     def token(self) -> str:
         """The token, or an empty string where none is wanted."""
         if not self.token_env:
