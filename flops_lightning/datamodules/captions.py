@@ -168,14 +168,17 @@ class CaptionDataModule(ImageFolderDataModule):
 
     def keep_features(
         self, stage: str, encode: Callable[[Tensor], Tensor] | None, *, encoder: str, feature: str
-    ) -> None:
+    ) -> str:
         """Put features in the place of the photos that a stage reads; each photo is read once.
 
         Args:
             stage: ``fit``, ``validate``, ``test`` or ``predict``.
             encode: ``(b, 3, h, w)`` images to ``(b, ...)`` features; None: they must be in ``cache_dir``.
-            encoder: Name and hash of what encodes; with ``encode`` None it is not compared.
+            encoder: Name and hash of what encodes; empty with ``encode`` None.
             feature: Which of its outputs the features are.
+
+        Returns:
+            Name and hash of what encoded them; empty where the stage reads none.
 
         Raises:
             SettingError: the cache is of another encoder, feature, transform or list of files, or is not there.
@@ -191,7 +194,7 @@ class CaptionDataModule(ImageFolderDataModule):
             key = FeatureKey(encoder, feature, transform, hash_of_files(names, file_sizes(files)))
             cache = None if self.cache_dir is None else Path(self.cache_dir).expanduser() / f"{part}.safetensors"
             if encode is None:
-                captioned.features = self._stored(cache, key)
+                captioned.features, encoder = self._stored(cache, key)
                 continue
 
             def compute(photos: Any = captioned.photos, encode: Callable[[Tensor], Tensor] = encode) -> Tensor:
@@ -202,18 +205,19 @@ class CaptionDataModule(ImageFolderDataModule):
             captioned.features = (
                 compute() if cache is None else cached_features(cache, key, compute, rebuild=self.cache == "rebuild")
             )
+        return encoder
 
-    def _stored(self, cache: Path | None, key: FeatureKey) -> Tensor:
+    def _stored(self, cache: Path | None, key: FeatureKey) -> tuple[Tensor, str]:
         if cache is None or not cache.is_file():
             given = None if cache is None else str(cache)
             problem = "is not there, and no encoder makes features."
             raise SettingError("data.cache_dir", given, problem, "Give the folder of an earlier run, or an encoder.")
         found, features = read_features(cache)
-        key = FeatureKey(found.encoder, key.feature, found.transform, key.files)
+        key = FeatureKey(key.encoder or found.encoder, key.feature, found.transform, key.files)
         if found != key:
             problem = f"{cache} has {found.differences(key)}."
             raise SettingError("data.cache", self.cache, problem, "Give an encoder and write cache: rebuild.")
-        return features
+        return features, found.encoder
 
     @contextmanager
     def _naming_entries(self) -> Iterator[None]:

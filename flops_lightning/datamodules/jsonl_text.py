@@ -99,6 +99,7 @@ class JsonlTextDataModule(KeyedLoaders):
             raise SettingError("data.shots", shots, "train_texts is given as well.", "Choose one of the two.")
         if val_texts and val_file is not None:
             raise SettingError("data.val_texts", val_texts, "has no effect beside val_file.", "Choose one of the two.")
+        self.train_file, self.val_file, self.test_file, self.template = train_file, val_file, test_file, template
         self.train_texts, self.shots, self.val_texts = train_texts, shots, val_texts
         self.split_seed, self.max_tokens, self.tokenizer = split_seed, max_tokens, tokenizer
         self.truncated, self._branching = 0, False

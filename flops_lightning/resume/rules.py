@@ -8,6 +8,7 @@ Differences marked "refused" stop the run; all others apply from the next step o
 ``target.*``, ``freeze``                    refused if other parameters are trained
 ``checkpoint``, ``pretrained``              refused if given and different: the weights come from the checkpoint; a file
                                             of the same name in another folder is named in the log, and not read
+``init``                                    refused: the weights come from the checkpoint
 ``optimizer.name``                          refused: its state does not fit
 ``optimizer.lr``, ``weight_decay``,         obeyed; moments are kept even if parameters change groups
 ``momentum``, ``layer_decay``,
@@ -26,7 +27,7 @@ Differences marked "refused" stop the run; all others apply from the next step o
 ``data.mixup_alpha``, ``cutmix_alpha``,     obeyed
 ``rand_augment``, ``num_workers``,
 ``cache``, ``cache_dir``
-other ``data.*`` (``batch_size``, ...)      obeyed at the end of an epoch; refused within one: its batches would differ
+other ``data.*`` (``train_file``, ...)      obeyed at the end of an epoch; refused within one: its batches would differ
 ``trainer.callbacks``                       refused without a callback that averages weights where the run had one
 all others                                  obeyed
 ==========================================  ============================================================================
@@ -46,8 +47,8 @@ from torch.optim import Optimizer
 from flops_lightning.errors import SettingError
 
 ALWAYS = (
-    "model_name", "model_kwargs", "num_classes", "target.*", "freeze", "optimizer.name", "strategy", "strategy.sites",
-    "seed_everything", "data", "data.split_seed",
+    "model_name", "model_kwargs", "num_classes", "target.*", "freeze", "init", "optimizer.name", "strategy",
+    "strategy.sites", "seed_everything", "data", "data.split_seed",
 )  # fmt: skip
 """Settings (patterns) that a resumed run cannot change."""
 IF_GIVEN = ("checkpoint", "pretrained")

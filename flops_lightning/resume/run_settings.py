@@ -22,7 +22,7 @@ OF_TRAINER = (
 def describe_run(trainer: pl.Trainer, task: Mapping[str, Any], strategy: ForwardGradientStrategy) -> dict[str, Any]:
     """All settings of a run that a resumed run could change, as plain values by dotted name."""
     return {
-        **describe_task(task), **_strategy(strategy), **_allocator(trainer), **_data(trainer),
+        **describe_task(task), **_strategy(strategy), **_allocator(trainer), **describe_data(trainer),
         **{f"trainer.{name}": plain(getattr(trainer, name)) for name in OF_TRAINER},
         "seed_everything": int(os.environ["PL_GLOBAL_SEED"]) if "PL_GLOBAL_SEED" in os.environ else None,
     }  # fmt: skip
@@ -64,11 +64,11 @@ def _allocator(trainer: pl.Trainer) -> dict[str, Any]:
     return {"allocator": None}
 
 
-def _data(trainer: pl.Trainer) -> dict[str, Any]:
+def describe_data(trainer: pl.Trainer) -> dict[str, Any]:
+    """Settings of a run's data module: the arguments that it keeps under their names."""
     module = trainer.datamodule  # type: ignore[attr-defined]
     if module is None:
         return {}
-    # A setting is an argument that the module keeps under its name.
     classes = [cls for cls in type(module).__mro__ if "__init__" in vars(cls)]  # a class may pass settings on
     given = dict.fromkeys(name for cls in classes for name in inspect.signature(vars(cls)["__init__"]).parameters)
     names = [name for name in given if hasattr(module, name)]

@@ -107,6 +107,7 @@ class AdapterAlignment(ForwardModule):
         made, extra = dict(encoder_kwargs or {}), dict(llm_kwargs or {})
         checkpoint = str(made.pop("checkpoint", ""))
         self.encoder = VisionEncoder(encoder, checkpoint, made, feature) if encoder else None
+        self._encoder_name = self.encoder.name if self.encoder else ""
         if self.encoder is None and encoder_kwargs:
             raise SettingError("encoder_kwargs", encoder_kwargs, "has no effect without an encoder.", "Leave it out.")
         if (self.encoder is None) is not bool(feature_width):
@@ -173,9 +174,9 @@ class AdapterAlignment(ForwardModule):
         self.place(trainer.strategy.root_device)
         data = trainer.datamodule
         if isinstance(data, CaptionDataModule):
-            name = self.encoder.name if self.encoder else ""
             encode = None if self.encoder is None else lambda images: self.features_of(images).cpu()
-            data.keep_features(stage, encode, encoder=name, feature=self.hparams["feature"])
+            found = data.keep_features(stage, encode, encoder=self._encoder_name, feature=self.hparams["feature"])
+            self._encoder_name = found or self._encoder_name
             numbers = [torch.tensor([number]) for number in range(len(data.class_captions))]  # they come first
             self._class_captions = [data.tokens.targets(number).trimmed()[0].tolist() for number in numbers]
             self._longest = int(data.tokens.lengths.max(initial=0))
@@ -270,7 +271,7 @@ class AdapterAlignment(ForwardModule):
         names = ("feature", "adapter", "visual_tokens", "bos", "eos", "prompt", "normalize_features")
         model = getattr(self.loss, "llm", None)
         llm = {"llm": Path(self.hparams["llm"]).name, "llm_config": fingerprint(model, {}) if model is not None else ""}
-        return {**llm, "encoder": self.encoder.name if self.encoder else "", **{n: self.hparams[n] for n in names}}
+        return {**llm, "encoder": self._encoder_name, **{n: self.hparams[n] for n in names}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say what the adapter belongs to, and the width that was found."""
@@ -280,8 +281,9 @@ class AdapterAlignment(ForwardModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse an adapter of other models."""
         saved = check_same_models(checkpoint.get(KEY), self.identity)
-        if saved["sigma"] is not None and self.hparams["relative_sigma"] and self.strategy is not None:
-            self._set_sigma(saved["sigma"])
+        now, then = (own["relative_sigma"] for own in (self.hparams, checkpoint["hyper_parameters"]))
+        if saved["sigma"] is not None and now and self.strategy is not None:
+            self._set_sigma(saved["sigma"] * (now / then))
         super().on_load_checkpoint(checkpoint)
 
     def export_weights(self, path: str) -> None:

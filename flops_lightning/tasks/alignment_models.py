@@ -69,7 +69,8 @@ def check_same_models(saved: Mapping[str, Any] | None, own: Mapping[str, Any]) -
         problem = "holds no adapter of an AdapterAlignment."
         raise SettingError("ckpt_path", KEY, problem, "Give a checkpoint of such a run.")
     for name, value in own.items():
-        if saved[name] != value:
+        unknown = name == "encoder" and not value  # features that come from elsewhere
+        if saved[name] != value and not unknown:
             problem = f"the checkpoint's adapter was learned with {saved[name]!r}."
             remedy = "Give the settings of that run, or start anew without the checkpoint."
             raise SettingError(name, value, problem, remedy)

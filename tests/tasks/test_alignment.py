@@ -98,6 +98,10 @@ def test_the_width_of_the_noise_is_that_of_the_first_batch_and_stays(llm, photos
     again = aligner(llm)
     fitted(again, captions(photos), tmp_path, max_steps=4, resume=tmp_path / "a.ckpt")
     assert again.sigma == task.sigma
+    wider = aligner(llm, relative_sigma=0.3)  # a resumed run has the width that it asks for
+    fitted(wider, captions(photos), tmp_path, max_steps=4, resume=tmp_path / "a.ckpt")
+    assert wider.sigma == pytest.approx(3 * task.sigma, rel=1e-6)
+    assert [site.sigma for site in wider.strategy.sites] == [wider.sigma]
     with pytest.raises(SettingError, match="the sites have a sigma"):
         aligner(llm, strategy=LikelihoodRatio(sites=[SiteSpec(["adapter"], sigma=0.5)]))
     with pytest.raises(SettingError, match="the strategy has no sites"):
@@ -127,6 +131,16 @@ def test_features_serve_without_an_encoder(llm, photos, tmp_path):
     blind = aligner(llm, encoder="", encoder_kwargs=None, feature_width=12)
     fitted(blind, captions(photos, cache_dir=cache), tmp_path)
     assert all(torch.equal(value, adapter_of(task)[name]) for name, value in adapter_of(blind).items())
+    assert blind.identity == task.identity
+    for each, file in ((task, "a.ckpt"), (blind, "b.ckpt")):  # either goes on from the other
+        saved(fitted(each, captions(photos, cache_dir=cache), tmp_path), tmp_path / file)
+    fitted(aligner(llm), captions(photos), tmp_path, max_epochs=3, resume=tmp_path / "b.ckpt")
+    kwargs = {**MODEL["encoder_kwargs"], "depth": 2}
+    fitted(aligner(llm, encoder_kwargs=kwargs), captions(photos, cache_dir=cache + "2"), tmp_path)
+    for file in ("a.ckpt", "b.ckpt"):
+        other = aligner(llm, encoder="", encoder_kwargs=None, feature_width=12)
+        with pytest.raises(SettingError, match=r"encoder = .*the checkpoint's adapter was learned with"):
+            fitted(other, captions(photos, cache_dir=cache + "2"), tmp_path, resume=tmp_path / file)
     with pytest.raises(SettingError, match=r"data = \(7,\): the adapter takes features \(12,\)"):
         blind.split((torch.zeros(2, 7), None))
     with pytest.raises(SettingError, match="makes no features of images"):
@@ -188,14 +202,14 @@ def test_predict_writes_the_likeliest_token_each_time(llm, photos, tmp_path, pro
 CHANGED = [
     ({"visual_tokens": 3}, "visual_tokens"), ({"bos": True}, "bos"), ({"normalize_features": False}, "normalize"),
     ({"encoder_kwargs": {**MODEL["encoder_kwargs"], "depth": 2}}, "encoder"), ({"feature": "pooled"}, "feature"),
-    ({"adapter": "mlp2x_gelu"}, "adapter"),
+    ({"adapter": "mlp2x_gelu"}, "adapter"), ({"init": "default"}, "init"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("other", "setting"), CHANGED)
 def test_a_checkpoint_of_other_models_is_refused(llm, photos, tmp_path, other, setting):
     saved(fitted(aligner(llm), captions(photos), tmp_path, max_steps=1), tmp_path / "a.ckpt")
-    with pytest.raises(SettingError, match=rf"{setting}.*the checkpoint's adapter was learned with"):
+    with pytest.raises(SettingError, match=rf"{setting}.*the checkpoint's (adapter was learned with|run has)"):
         fitted(aligner(llm, **other), captions(photos), tmp_path, resume=tmp_path / "a.ckpt")
 
 

@@ -1,6 +1,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from flops_lightning import LikelihoodRatio, MeZO
 from flops_lightning.datamodules import JsonlTextDataModule
 from flops_lightning.errors import SettingError
 from flops_lightning.language import EncodedText, pack
+from flops_lightning.resume.run_settings import describe_data
+from flops_lightning.settings import constructor_parameters
 from flops_lightning.strategies import Backprop
 from flops_lightning.tasks import ForwardCausalLM
 from tests.language.models import tiny, transformers
@@ -301,22 +304,50 @@ def test_padding_has_no_gradient_at_all(folder):
     assert task.model.model.embed_tokens.weight.grad[49].any()  # noise alone
 
 
-def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(folder, tmp_path: Path):
+@pytest.fixture
+def run(folder, tmp_path: Path):
+    """Train on three batches of texts, and go on from a checkpoint."""
     lines = [{"prompt": "a" * (i % 3 + 1), "completion": "bc" * (i % 4 + 1)} for i in range(12)]
-    (tmp_path / "texts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    for name in ("texts.jsonl", "others.jsonl"):
+        (tmp_path / name).write_text("\n".join(map(json.dumps, lines)))
 
-    def run(steps: int, ckpt: str | None = None) -> tuple[ForwardCausalLM, Trainer]:
+    def run(steps: int, ckpt: str | None = None, *, texts: str = "texts.jsonl", **task: Any) -> Any:
         seed_everything(1, verbose=False)
-        task = made(folder, "lora", LikelihoodRatio(seed=0), optimizer={"name": "adam", "lr": 1e-2})
+        task = made(folder, "lora", LikelihoodRatio(seed=0), optimizer={"name": "adam", "lr": 1e-2}, **task)
         task._tokenizer = lambda text, add_special_tokens: {"input_ids": [1, *(ord(c) - 90 for c in text)]}
-        data = JsonlTextDataModule(train_file=str(tmp_path / "texts.jsonl"), batch_size=4)
+        data = JsonlTextDataModule(train_file=str(tmp_path / texts), batch_size=4)
         trainer = Trainer(max_steps=steps, **{**QUIET, "default_root_dir": tmp_path})
         trainer.fit(task, datamodule=data, ckpt_path=ckpt)
         return task, trainer
 
+    return run
+
+
+def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(run, tmp_path: Path):
     whole, _ = run(5)
     _, trainer = run(2)
     trainer.save_checkpoint(tmp_path / "half.ckpt")
     resumed, _ = run(5, str(tmp_path / "half.ckpt"))
     for name, parameter in whole.named_parameters():
         assert torch.equal(resumed.get_parameter(name), parameter), name
+
+
+def test_a_resumed_run_says_or_refuses_what_it_learns_otherwise(run, tmp_path: Path, caplog):
+    for steps in (2, 3):
+        _, trainer = run(steps)
+        trainer.save_checkpoint(tmp_path / f"{steps}.ckpt")
+    with pytest.raises(SettingError, match=r"data.train_file = .*others.*: the checkpoint's run has .*middle of an ep"):
+        run(4, str(tmp_path / "2.ckpt"), texts="others.jsonl")
+    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+        run(4, str(tmp_path / "3.ckpt"), texts="others.jsonl", objective=f"{__name__}.wrong_share")
+    (line,) = [r.getMessage() for r in caplog.records if "settings that differ" in r.getMessage()]
+    assert f"data.train_file '{tmp_path}/texts.jsonl' -> '{tmp_path}/others.jsonl'" in line
+    assert f"objective 'completion' -> '{__name__}.wrong_share'" in line
+
+
+def test_a_checkpoint_knows_all_settings_of_the_data():
+    form = {"template": "{text} It was", "choices": ["bad", "good"]}
+    data = JsonlTextDataModule(train_file="a.jsonl", test_file="b.jsonl", **form)
+    known = describe_data(SimpleNamespace(datamodule=data))
+    assert {f"data.{name}" for name in constructor_parameters(JsonlTextDataModule)} | {"data"} == set(known)
+    assert (known["data.test_file"], known["data.template"]) == ("b.jsonl", form["template"])
