@@ -86,6 +86,11 @@ class CaptionScorer(SuffixLoss):
         """Length of the sequence for a caption of so many tokens."""
         return (0 if alone else self.visual_tokens) + (self.bos is not None) + tokens - 1
 
+    def scored_tokens(self, ids: PaddedTargets) -> NDArray[np.int64]:
+        """``(b,)`` numbers of tokens over which the loss of each caption is the mean."""
+        given = 0 if ids.given is None else ids.given
+        return np.asarray(ids.lengths - given + (self.eos is not None))
+
     def check_captions(self, embeddings: Tensor | None, captions: PaddedTargets) -> None:
         """Raise a :class:`SettingError` for captions that cannot be scored; without a look at the device."""
         if embeddings is None and self.bos is None:

@@ -17,7 +17,7 @@ from flops_lightning.queries import CleanPass, row_losses
 from flops_lightning.tasks.adapters import AdapterKind, Start, make_adapter, start_adapter
 from flops_lightning.tasks.alignment_models import KEY, check_same_models, load_scorer, mean_embedding, take_site
 from flops_lightning.tasks.caption_answers import greedy_captions, likeliest
-from flops_lightning.tasks.evaluation import first_seen, mean_loss
+from flops_lightning.tasks.evaluation import Perplexity, first_seen, mean_loss
 from flops_lightning.tasks.forward_module import Batch, ForwardModule
 from flops_lightning.tasks.language_model import fingerprint
 from flops_lightning.tasks.vision_encoder import Feature, VisionEncoder
@@ -134,8 +134,8 @@ class AdapterAlignment(ForwardModule):
         start_adapter(self.adapter, init, mean_embedding(self.loss))
         take_site(self.strategy, relative_sigma)
         self.stage(self.adapter, torch.zeros(1, *([visual_tokens] if patches else []), self.feature_width))
-        names = [f"{part}_{metric}" for part in ("val", "test") for metric in ("loss", "right")]
-        self.metrics = nn.ModuleDict({name: mean_loss() for name in names})
+        kinds = {"loss": mean_loss, "perplexity": Perplexity, "accuracy": mean_loss}
+        self.metrics = nn.ModuleDict({f"{part}_{n}": kind() for part in ("val", "test") for n, kind in kinds.items()})
         self._class_captions: list[list[int]] = []
         self._longest = 0
 
@@ -238,24 +238,26 @@ class AdapterAlignment(ForwardModule):
         strategy.set_sigmas({site.name: sigma for site in strategy.sites})
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Log ``val/loss``; where captions are of classes also ``val/accuracy``, whether the likeliest is the own."""
+        """Log ``val/loss`` and ``val/perplexity``; of class captions ``val/accuracy``: the likeliest is the own."""
         self._evaluate(batch, "val")
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Log ``test/loss`` and ``test/accuracy``, every caption once whatever the number of processes."""
+        """The same as ``test/...``, every caption once whatever the number of processes."""
         self._evaluate(batch, "test", first_seen(self.trainer.test_dataloaders, batch_idx, len(batch[1])))
 
     def _evaluate(self, batch: Batch, part: str, own: int | None = None) -> None:
         inputs, captions = self.split(batch)
         vectors, metrics = self(inputs), cast("Any", self.metrics)
-        found = {"loss": row_losses(self.loss, vectors, captions)}
+        losses = row_losses(self.loss, vectors, captions)
+        tokens = torch.from_numpy(self.loss.scored_tokens(captions)).to(losses.device)
+        found: dict[str, tuple[Tensor, ...]] = {"loss": (losses,), "perplexity": (losses * tokens, tokens)}
         if self._class_captions:
-            found["right"] = likeliest(self.loss, vectors, captions, self._class_captions)
+            found["accuracy"] = (likeliest(self.loss, vectors, captions, self._class_captions),)
         for name, values in found.items():
             if own != 0:
-                metrics[f"{part}_{name}"].update(values[:own])
-            logged = "accuracy" if name == "right" else name
-            self.log(f"{part}/{logged}", metrics[f"{part}_{name}"], prog_bar=True, batch_size=len(captions))
+                metrics[f"{part}_{name}"].update(*(each[:own] for each in values))
+            bar = name != "perplexity"
+            self.log(f"{part}/{name}", metrics[f"{part}_{name}"], prog_bar=bar, batch_size=len(captions))
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, list[str]]:
         """``caption``: of each image what the language model writes, taking the likeliest token each time."""

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 
 from flops_lightning.errors import SettingError
 from flops_lightning.language import candidates
@@ -18,20 +17,12 @@ from flops_lightning.objectives import Objective, dotted_path, find_objective, n
 from flops_lightning.queries import row_losses
 from flops_lightning.settings import read_settings
 from flops_lightning.tasks.backbone import freeze as freeze_parameters
-from flops_lightning.tasks.evaluation import first_seen, mean_loss
+from flops_lightning.tasks.evaluation import Perplexity, first_seen, mean_loss
 from flops_lightning.tasks.forward_module import ForwardModule
 from flops_lightning.tasks.language_model import example_inputs, fingerprint, load
 
 KEY = "language_model"
 OBJECTIVES = {"completion": candidates.completion, "choice": candidates.choice}
-
-
-class Perplexity(MeanMetric):
-    """``exp`` of the mean negative log-probability of all tokens."""
-
-    def compute(self) -> Tensor:
-        """The perplexity, a number."""
-        return super().compute().exp()
 
 
 class ForwardCausalLM(ForwardModule):
@@ -209,7 +200,7 @@ class ForwardCausalLM(ForwardModule):
         chosen = {"accuracy": likelihoods.argmax(1) == label} if likelihoods.shape[1] > 1 else {}
         if own != 0:
             metrics["loss"].update(losses[:own])
-            metrics["perplexity"].update((-right / lengths)[:own], lengths[:own])
+            metrics["perplexity"].update(-right[:own], lengths[:own])
             for name, value in chosen.items():
                 metrics[name].update(value.float()[:own])
         for name in ("loss", "perplexity", *chosen):
@@ -263,9 +254,7 @@ def _find(path: str) -> Objective:
 
 
 def _metrics() -> nn.ModuleDict:
-    return nn.ModuleDict(
-        {"loss": mean_loss(), "perplexity": Perplexity(nan_strategy="disable"), "accuracy": mean_loss()}
-    )
+    return nn.ModuleDict({"loss": mean_loss(), "perplexity": Perplexity(), "accuracy": mean_loss()})
 
 
 def _of_labels(batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

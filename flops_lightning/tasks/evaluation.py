@@ -1,4 +1,4 @@
-"""Metrics of a classifier; torchmetrics combines them across processes."""
+"""Metrics of classifiers and language models; torchmetrics combines them across processes."""
 
 from typing import Any, cast
 
@@ -69,6 +69,33 @@ class ClassMeanAccuracy(Metric):
         """The mean, a number."""
         present = self.images > 0
         return (self.right[present] / self.images[present]).mean()
+
+
+class Perplexity(Metric):
+    """``exp`` of the mean negative log-likelihood of a token, over the tokens of all texts; NaN where a text's is.
+
+    (A weighted ``MeanMetric`` either drops what is NaN or, with ``nan_strategy="disable"``, its weights.)
+    """
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+    nll: Tensor
+    tokens: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("nll", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, nll: Tensor, tokens: Tensor) -> None:
+        """Add texts with negative log-likelihoods ``(b,)`` and numbers of tokens ``(b,)``."""
+        self.nll += nll.sum()
+        self.tokens += tokens.sum()
+
+    def compute(self) -> Tensor:
+        """The perplexity, a number."""
+        return (self.nll / self.tokens).exp()
 
 
 class CalibrationError(MulticlassCalibrationError):

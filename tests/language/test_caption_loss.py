@@ -66,6 +66,7 @@ def test_a_question_stands_before_the_caption_and_is_not_scored(llm, eos):
     longer, closed = CaptionLoss(llm, visual_tokens=2)(z, loss.closed(captions)), captions.lengths + (eos is not None)
     of_question = CaptionLoss(llm, visual_tokens=2)(z, PaddedTargets(captions.values, np.maximum(given, 1)))
     of_question = torch.where(torch.from_numpy(given) > 0, of_question * torch.from_numpy(given), 0.0)
+    assert loss.scored_tokens(asked).tolist() == (closed - given).tolist()
     expected = (longer * torch.from_numpy(closed) - of_question) / torch.from_numpy(closed - given)
     torch.testing.assert_close(loss(z, asked), expected, rtol=1e-9, atol=0)
     index = torch.tensor([5, 3])

@@ -1,5 +1,6 @@
 """An adapter learns to see for a frozen language model, which no module, checkpoint or optimiser has."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +154,7 @@ def test_accuracy_is_of_the_likeliest_caption_of_a_class(llm, tmp_path):
     task = aligner(llm)
     trainer = fitted(task, data, tmp_path, max_epochs=1)
     found = trainer.test(task, data, verbose=False)[0]
-    right, losses = [], []
+    right, losses, lengths = [], [], []
     for images, targets in data.test_dataloader():
         vectors = task(task.split((images, targets))[0])
         for row, ids in zip(vectors, (targets.take(torch.tensor([i])) for i in range(len(targets))), strict=True):
@@ -165,8 +166,12 @@ def test_accuracy_is_of_the_likeliest_caption_of_a_class(llm, tmp_path):
             chosen = min(total, key=total.get)
             right.append(of_class[chosen] == ids.trimmed()[0].tolist())
             losses.append(float(task.loss(row[None], ids)))
+            lengths.append(ids.length())
     assert found["test/accuracy"] == pytest.approx(sum(right) / len(right))
     assert found["test/loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert set(lengths) == {3, 4}
+    of_token = sum(loss * length for loss, length in zip(losses, lengths, strict=True)) / sum(lengths)
+    assert found["test/perplexity"] == pytest.approx(math.exp(of_token), rel=1e-5)
     assert 0 < sum(right) < len(right)
 
 

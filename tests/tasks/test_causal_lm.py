@@ -25,7 +25,7 @@ QUIET: dict[str, Any] = {
     "enable_checkpointing": False,
 }  # fmt: skip
 TEXTS = [
-    EncodedText([1, 5, 9], [[7, 8, 9], [7, 4]], 1), EncodedText([1, 6], [[3, 3], [4, 5, 6, 7]], 0),
+    EncodedText([1, 5, 9], [[7, 8, 9], [7, 4]], 1), EncodedText([1, 6], [[3, 3], [4, 5, 6, 7]], 1),
     EncodedText([1, 2, 3, 4, 5], [[9, 9], [9, 11]], 0),
 ]  # fmt: skip
 KINDS = {"full": 0, "lora": 1344, "prompt": 128, "prefix": 384, "norm": 112, "head": 800}
