@@ -76,3 +76,10 @@ def live_tokens(targets: Targets, tokens: int) -> Tensor:
     """``(b, tokens)`` whether a token of a sequence can reach the losses: none after the last prediction can."""
     last = targets["positions"].flatten(1).amax(1)
     return torch.arange(tokens, device=last.device) <= last[:, None]
+
+
+def predicting_tokens(targets: Targets, tokens: int) -> Tensor:
+    """``(b, tokens)`` whether the logits at a token predict one of a candidate."""
+    places = torch.where(targets["tokens"] != IGNORED, targets["positions"], tokens).flatten(1)
+    found = torch.zeros(len(places), tokens + 1, dtype=torch.bool, device=places.device)
+    return found.scatter_(1, places, True)[:, :tokens]

@@ -78,8 +78,8 @@ class StagedNetwork:
 
     Attributes:
         unfit: What is wrong with layers whose output is not one line a row, by name; None: it is not known.
-        live: ``(targets, t) -> (b, t)``: which tokens of activations ``(b, t, d)`` the losses depend on; None: all.
-            Estimates leave the others out, whose derivative is zero.
+        live: ``(targets, t, start) -> (b, t)``: on which tokens of the activations ``(b, t, d)`` that enter the stage
+            ``start`` the losses depend; None: on all. Estimates leave the others out, whose derivative is zero.
 
     Example:
         >>> import torch
@@ -92,7 +92,7 @@ class StagedNetwork:
     """
 
     unfit: Mapping[str, str] | None = None
-    live: Callable[[Any, int], Tensor] | None = None
+    live: Callable[[Any, int, int], Tensor] | None = None
 
     def __init__(self, module: nn.Module, stages: tuple[Stage, ...]) -> None:
         self.module, self.stages = module, stages

@@ -160,8 +160,8 @@ class SiteQueries:
             )
             for other in others:
                 total += other
-            if self.network.live is not None and total.dim() == 3:  # padding would add noise and no gradient
-                total *= self.network.live(clean.targets, total.shape[1])[..., None]
+            if self.network.live is not None and total.dim() == 3:  # others would add noise and no gradient
+                total *= self.network.live(clean.targets, total.shape[1], site.start)[..., None]
         return self.gradient(site, clean, total, layer_input)
 
     def gradient(

@@ -1,6 +1,6 @@
 """Any causal language model, or an adapter of it, trained from forward passes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,6 +13,7 @@ from flops_lightning.language.candidates import IGNORED, candidate_log_likelihoo
 from flops_lightning.language.models import load_tokenizer
 from flops_lightning.language.prompted import PromptedText
 from flops_lightning.language.targets import LanguageTarget, apply_target, tied
+from flops_lightning.network.tokens import tokenwise_from
 from flops_lightning.objectives import Objective, dotted_path, find_objective, naming_the_loss
 from flops_lightning.queries import row_losses
 from flops_lightning.settings import read_settings
@@ -149,7 +150,8 @@ class ForwardCausalLM(ForwardModule):
             remedy = 'Write untie: true, or freeze: ["model.embed_tokens.*"], or take MeZO.'
             raise SettingError("target.untie", False, problem, remedy) from error
         if kind not in ("prompt", "prefix"):  # these shift the places of the text
-            self.network.live = candidates.live_tokens
+            known = self.objective in OBJECTIVES.values()  # another may read logits that predict no candidate
+            self.network.live = _live(tokenwise_from(self.network, example) if known else len(self.network) + 1)
 
     def loss(self, outputs: Tensor, targets: Any) -> Tensor:
         """``(r,)`` losses of ``(r, t, v)`` logits."""
@@ -251,6 +253,16 @@ def _find(path: str) -> Objective:
     except SettingError as error:
         remedy = "Write completion, choice, or the dotted path of a function (logits (r, t, v), targets) -> (r,)."
         raise SettingError("objective", path, error.problem, remedy) from error
+
+
+def _live(tokenwise: int) -> Callable[[Any, int, int], Tensor]:
+    """See :attr:`StagedNetwork.live`; from the stage ``tokenwise`` on no token reads another."""
+
+    def live(targets: Any, tokens: int, start: int) -> Tensor:
+        reach = candidates.predicting_tokens if start >= tokenwise else candidates.live_tokens
+        return reach(targets, tokens)
+
+    return live
 
 
 def _metrics() -> nn.ModuleDict:

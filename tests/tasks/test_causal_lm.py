@@ -304,6 +304,26 @@ def test_padding_has_no_gradient_at_all(folder):
     assert task.model.model.embed_tokens.weight.grad[49].any()  # noise alone
 
 
+def of_all_logits(logits: torch.Tensor, targets: Any) -> torch.Tensor:
+    """An objective that reads more than the candidates."""
+    return logits.square().mean((1, 2))
+
+
+@pytest.mark.parametrize(("objective", "tokens"), [("choice", 1), (f"{__name__}.of_all_logits", 4)])
+def test_above_the_last_attention_only_tokens_that_predict_a_candidate_count(folder, objective, tokens):
+    task = made(folder, objective=objective)
+    names = [stage.name for stage in task.network.stages]
+    lines = LikelihoodRatio(sites=[{"stages": [names[0], names[3]]}, {"stages": names[4:]}], seed=0)
+    _, targets = pack([EncodedText([1, 5, 8, 7], [[3], [4]])], branching=False)
+    inputs = {"input_ids": torch.tensor([[1, 5, 8, 7, 0, 0]])}  # padded
+    lines.bind(task.network, task.loss)
+    lines.estimate(lines.clean_pass(inputs, targets))
+    # A sum of outer products, one for each token: of what enters a layer and what is estimated at its output.
+    assert torch.linalg.matrix_rank(task.network.module.lm_head.weight.grad) == tokens
+    reached = [task.network.live(targets, 6, start).sum().item() for start in range(len(names) + 1)]
+    assert reached == [4, 4, 4, 4, *[tokens] * 3]
+
+
 @pytest.fixture
 def run(folder, tmp_path: Path):
     """Train on three batches of texts, and go on from a checkpoint."""
