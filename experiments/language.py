@@ -43,9 +43,9 @@ SITES = {
     "prompt": [["prompt"]],
 }  # fmt: skip
 RATES = {
-    "full": {"backprop": 1e-3, "lr": 1e-3, "spsa": 1e-3, "mezo": 1e-3, "mezo_equal": 1e-3},
-    "lora": {"backprop": 1e-2, "lr": 3e-3, "mezo_equal": 3e-3},
-    "prompt": {"backprop": 0.3, "lr": 0.1, "mezo_equal": 0.3},
+    "full": {"backprop": 1e-3, "lr": 3e-4, "spsa": 1e-3, "mezo": 1e-3, "mezo_equal": 3e-4},
+    "lora": {"backprop": 1e-2, "lr": 3e-3, "mezo_equal": 9e-4},
+    "prompt": {"backprop": 0.3, "lr": 0.1, "mezo_equal": 0.09},
 }
 """Of Adam, chosen by the table ``rates``."""
 COSINES = ("full: lr", "full: spsa", "full: spsa_sites", "full: mezo", "full: mezo_20", "lora: lr", "prompt: lr")
