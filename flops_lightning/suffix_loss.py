@@ -27,6 +27,7 @@ class SuffixLoss(ABC):
     Attributes:
         part: What it is, in messages.
         differentiable: Whether autograd can follow it.
+        obstacle: Why not, in messages.
         remote: Whether it runs elsewhere, so that no memory is needed for it here.
 
     Example:
@@ -53,6 +54,7 @@ class SuffixLoss(ABC):
 
     part: ClassVar[str] = "the rest of the network"
     differentiable: bool = False
+    obstacle: str = ""
     remote: bool = False
 
     @abstractmethod

@@ -1,6 +1,7 @@
 """``CaptionLoss``: a frozen causal language model in this process as the loss of what is fed to it."""
 
 from copy import copy
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.nn.functional import cross_entropy
 from flops_lightning.errors import SettingError, check_whole
 from flops_lightning.language.caption_scorer import CaptionScorer
 from flops_lightning.language.loss_noise import check_sigma
+from flops_lightning.language.quantized import OBSTACLE, followed_by_autograd, quantized, without_weights
 from flops_lightning.network.compilation import LIMIT, check_compiler
 from flops_lightning.network.staging import flops
 from flops_lightning.queries import at_least_float32
@@ -36,6 +38,9 @@ class CaptionLoss(CaptionScorer):
 
     transformers look at the positions where no mask is given, so that the host waits for a GPU once in each chunk.
 
+    The model may be quantised. If activations are as well as weights, autograd may not follow it (``differentiable`` is
+    found out by finite differences), and losses are rounded (:meth:`check_sigma`).
+
     Attributes:
         llm: The model: called with ``inputs_embeds``, ``use_cache`` and ``logits_to_keep``, it returns ``logits``.
         multiple: Lengths are rounded up to a multiple of it.
@@ -53,7 +58,7 @@ class CaptionLoss(CaptionScorer):
         torch.Size([2])
     """
 
-    differentiable = True
+    obstacle = OBSTACLE
 
     def __init__(
         self, llm: Any, *, visual_tokens: int = 1, bos: int | None = None, eos: int | None = None, multiple: int = 1
@@ -69,7 +74,7 @@ class CaptionLoss(CaptionScorer):
         """
         check_whole("multiple", multiple, 1, "Write 1 or more.")
         self.llm, self.multiple = llm.eval().requires_grad_(False), multiple
-        self._forward, self._looked = llm, False
+        self._forward, self._looked, self._quantized = llm, False, quantized(llm)
         self._polynomial: tuple[float, ...] = ()
         table = self._embedding.weight
         context = int(getattr(llm.config, "max_position_embeddings", 0) or 0)
@@ -78,6 +83,11 @@ class CaptionLoss(CaptionScorer):
         for name, token in (("bos", bos), ("eos", eos)):
             if token is not None and not 0 <= token < len(table):
                 raise self._unknown(name, token)
+
+    @cached_property
+    def differentiable(self) -> bool:  # type: ignore[override]
+        """Whether autograd can follow it; of a quantised model measured when it is first asked for."""
+        return not self._quantized or followed_by_autograd(self.llm)
 
     @property
     def _embedding(self) -> Any:
@@ -119,17 +129,17 @@ class CaptionLoss(CaptionScorer):
         return SettingError(name, token, problem, "Use the tokenizer of this model.")
 
     def check_sigma(self, outputs: Tensor, targets: PaddedTargets, sigma: float) -> None:
-        """See :meth:`SuffixLoss.check_sigma`; measured where the model runs in half precision."""
+        """See :meth:`SuffixLoss.check_sigma`; measured where the model runs in half precision or is quantised."""
         dtype = self._embedding.weight.dtype
-        if dtype.itemsize < torch.float32.itemsize:
-            check_sigma(self, outputs, targets, sigma, dtype)
+        if dtype.itemsize < torch.float32.itemsize or self._quantized:
+            check_sigma(self, outputs, targets, sigma, dtype, quantized=self._quantized)
 
     @torch.no_grad()
     def polynomial(self) -> tuple[float, ...]:
         """See :meth:`CaptionScorer.polynomial`; counted once, on three short captions."""
         if not self._polynomial:
-            table = self._embedding.weight
-            found = []
+            llm, found = without_weights(self.llm), []
+            table = llm.get_input_embeddings().weight
             for tokens in COUNTED:
                 length = self.positions(tokens)
                 one = torch.zeros(1, length, self.width, dtype=table.dtype, device=table.device)
@@ -138,7 +148,7 @@ class CaptionLoss(CaptionScorer):
 
                 def run(x: Tensor, tokens: int = tokens, mask: Tensor | None = mask) -> Tensor:
                     given = {"use_cache": False, "logits_to_keep": tokens, "attention_mask": mask}
-                    logits: Tensor = self.llm(inputs_embeds=x, **given).logits
+                    logits: Tensor = llm(inputs_embeds=x, **given).logits
                     return logits
 
                 found.append(flops(run, one)[0])

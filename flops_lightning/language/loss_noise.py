@@ -1,4 +1,4 @@
-"""What a language model in half precision makes of small differences: the rounding in its losses, measured."""
+"""What a language model in few bits makes of small differences: the rounding in its losses, measured."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,21 +33,28 @@ class LossNoise:
 def loss_noise(score: Score, z: Tensor, ids: PaddedTargets, sigma: float, *, seed: int = 0) -> LossNoise:
     """Rounding and signal of losses of vectors at ``z + sigma u`` and ``z - sigma u``.
 
-    With independent errors ``e`` of variance ``v``, ``L_+ + L_- - 2 L`` has the mean square ``6 v`` where the loss is
-    straight within sigma, and ``L_+ - L_-`` has ``4 signal^2 + 2 v``.
+    With independent errors of variance ``v``, the fourth difference ``L_+ + L_- - 4 (L_+/2 + L_-/2) + 6 L``, with steps
+    of sigma and half of it, has the mean square ``70 v`` whatever the curvature, and ``L_+ - L_-`` has
+    ``4 signal^2 + 2 v``.
     """
     u = torch.randn((DIRECTIONS, *z.shape), generator=torch.Generator().manual_seed(seed)).to(z)
     clean = score(z, ids).double()
-    plus, minus = (torch.stack([score(z + step * each, ids).double() for each in u]) for step in (sigma, -sigma))
-    rounding = (plus + minus - 2 * clean).square().mean() / 6
+    plus, minus, half_plus, half_minus = (
+        torch.stack([score(z + step * each, ids).double() for each in u])
+        for step in (sigma, -sigma, sigma / 2, -sigma / 2)
+    )
+    rounding = (plus + minus - 4 * (half_plus + half_minus) + 6 * clean).square().mean() / 70
     signal = (plus - minus).square().mean() / 4 - rounding / 2
     return LossNoise(float(rounding.sqrt()), float(signal.clamp_min(0).sqrt()))
 
 
-def check_sigma(score: Score, z: Tensor, ids: PaddedTargets, sigma: float, dtype: torch.dtype) -> None:
+def check_sigma(
+    score: Score, z: Tensor, ids: PaddedTargets, sigma: float, dtype: torch.dtype, *, quantized: bool = False
+) -> None:
     """Refuse a sigma whose differences of losses drown in the rounding of a model that runs in ``dtype``.
 
-    Less than half of a difference's variance would be signal. Takes 16 samples and some dozen passes of them.
+    Less than half of a difference's variance would be signal. Takes 16 samples and some dozen passes of them. What is
+    ``quantized`` may round in any dtype: activations in eight bits make steps of a loss, weights alone do not.
 
     Raises:
         SettingError: with the rounding that was measured, and a sigma that works.
@@ -56,7 +63,7 @@ def check_sigma(score: Score, z: Tensor, ids: PaddedTargets, sigma: float, dtype
     z, ids = at_least_float32(z[few]), ids.take(few, few.cpu().numpy())
     size = float(z.square().mean().sqrt())
     # Below this width most entries of the vectors are rounded back to where they were, and no error is seen.
-    narrowest = max(sigma, torch.finfo(dtype).eps * size)
+    narrowest = max(sigma, 2 * torch.finfo(dtype).eps * size)
     rounding = loss_noise(score, z, ids, narrowest).rounding
     told = loss_noise(score, z, ids, sigma).signal
     if told**2 > 2 * rounding**2:
@@ -64,9 +71,10 @@ def check_sigma(score: Score, z: Tensor, ids: PaddedTargets, sigma: float, dtype
     width = narrowest
     while width < size and loss_noise(score, z, ids, width).signal < CLEAR * rounding:
         width *= 2
-    load = "load the model in float32"
+    rounds, load = str(dtype), "load the model in float32"
+    if quantized:
+        rounds, load = "the quantised model", f"{load}, with nothing but its weights quantised"
     remedy = f"Write {width:.2g} or more, or {load}." if width < size else f"{load.capitalize()}."
-    problem = (
-        f"changes a loss by {told:.1e} (rms), and {dtype} rounds it by {rounding:.1e}: its queries would show rounding."
-    )
+    seen = f"changes a loss by {told:.1e} (rms), and {rounds} rounds it by {rounding:.1e}"
+    problem = f"{seen}: its queries would show rounding."
     raise SettingError("model.strategy.sites.sigma", sigma, problem, remedy)

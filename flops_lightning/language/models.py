@@ -49,7 +49,8 @@ def _loaded(kind: str, what: str, name: str, setting: str, settings: dict[str, A
         raise SettingError(setting, name, f"is no name of a {what}.", remedy)
     try:
         return getattr(package, kind).from_pretrained(name, **settings)
-    except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
+    # Transformers assert a form of quantization_config, and of what a quantiser raised report a RuntimeError.
+    except (OSError, ValueError, TypeError, AttributeError, ImportError, AssertionError, RuntimeError) as error:
         if settings and not isinstance(error, (OSError, ValueError)):  # a misspelt argument, or a package for one
             remedy = f"Correct the arguments of from_pretrained, {sorted(settings)}, or install what they need."
         said = str(error).strip().splitlines()[0].rstrip(".")

@@ -38,7 +38,7 @@ class Backprop(WholeBatchStrategy):
     def bind(self, network: StagedNetwork, loss: LossFunction) -> None:
         """See :meth:`ForwardGradientStrategy.bind`; refuse a loss that says it has no derivative."""
         if isinstance(loss, SuffixLoss) and not loss.differentiable:
-            raise without_derivative(loss)
+            raise without_derivative(loss, loss.obstacle)
         super().bind(network, loss)
         self._costs = None
 

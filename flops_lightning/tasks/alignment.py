@@ -182,11 +182,11 @@ class AdapterAlignment(ForwardModule):
             self._longest = int(data.tokens.lengths.max(initial=0))
 
     def place(self, device: torch.device) -> None:
-        """Move encoder and language model to a device; one that is quantised or spread over devices stays."""
+        """Move encoder and language model to a device; one that is spread over devices stays."""
         if self.encoder is not None:
             self.encoder.to(device)
         llm = getattr(self.loss, "llm", None)
-        if llm is not None and not getattr(llm, "is_quantized", False) and not hasattr(llm, "hf_device_map"):
+        if llm is not None and not hasattr(llm, "hf_device_map"):
             llm.to(device)
 
     @property

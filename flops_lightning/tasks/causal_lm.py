@@ -20,7 +20,7 @@ from flops_lightning.settings import read_settings
 from flops_lightning.tasks.backbone import freeze as freeze_parameters
 from flops_lightning.tasks.evaluation import Perplexity, first_seen, mean_loss
 from flops_lightning.tasks.forward_module import ForwardModule
-from flops_lightning.tasks.language_model import example_inputs, fingerprint, load
+from flops_lightning.tasks.language_model import check_derivatives, example_inputs, fingerprint, load
 
 KEY = "language_model"
 OBJECTIVES = {"completion": candidates.completion, "choice": candidates.choice}
@@ -97,6 +97,7 @@ class ForwardCausalLM(ForwardModule):
         freeze_parameters(model, patterns)
         if not any(p.requires_grad for p in self.model.parameters()):
             raise SettingError("freeze", patterns, "leaves nothing to train.", "Write freeze: [].")
+        check_derivatives(model, self.strategy, self.target_settings.kind)
         self._stage_for(branching=False)
         self.metrics = nn.ModuleDict({part: _metrics() for part in ("validate", "test")})
         self._tokenizer: Any = None

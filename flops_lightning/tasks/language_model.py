@@ -8,8 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flops_lightning.errors import SettingError
 from flops_lightning.language.encoding import EncodedText, pack
 from flops_lightning.language.models import load_model
+from flops_lightning.language.quantized import OBSTACLE, followed_by_autograd, quantized
+from flops_lightning.language.targets import TargetKind
+from flops_lightning.strategies import Backprop, ForwardMode, LikelihoodRatio, WeightForwardMode
 
 OWN = ("_name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype", "tie_word_embeddings")
 """Entries of a config that do not say which model it is."""
@@ -20,6 +24,20 @@ def load(name: str, settings: Mapping[str, Any]) -> Any:
     model = load_model(name, setting="model_name", **{"dtype": "float32", **settings})
     model.config.use_cache = False  # keys and values of every layer: memory that one pass does not need
     return model.eval()
+
+
+def check_derivatives(model: Any, strategy: Any, kind: TargetKind) -> None:
+    """Refuse a strategy that would differentiate quantised products which autograd does not follow.
+
+    :class:`Backprop` and forward mode run through all layers, :class:`LikelihoodRatio` through those of a site, which
+    a prompt, a prefix and the head are without.
+    """
+    whole = isinstance(strategy, (Backprop, ForwardMode, WeightForwardMode))
+    within = isinstance(strategy, LikelihoodRatio) and kind not in ("prompt", "prefix", "head")
+    if (whole or within) and quantized(model) and not followed_by_autograd(model):
+        problem = f"has no derivative of the layers{OBSTACLE}."
+        remedy = "Take MeZO, SPSA or EvolutionStrategies, or quantise nothing but weights (Int8WeightOnlyConfig)."
+        raise SettingError("model.strategy", type(strategy).__name__, problem, remedy)
 
 
 def example_inputs(model: Any, *, branching: bool) -> dict[str, Tensor]:
@@ -43,7 +61,14 @@ def fingerprint(model: Any, frozen: Mapping[str, nn.Parameter]) -> str:
     config = {name: value for name, value in model.config.to_dict().items() if name not in OWN}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, parameter in sorted(frozen.items()):
-        flat = parameter.detach().flatten()
-        ends = torch.cat([flat[:64], flat[-64:]]).cpu().contiguous().view(torch.uint8)
-        digest.update(name.encode() + ends.numpy().tobytes())
+        for flat in (part.detach().flatten() for part in _parts(parameter)):
+            ends = torch.cat([flat[:64], flat[-64:]]).cpu().contiguous().view(torch.uint8)
+            digest.update(name.encode() + ends.numpy().tobytes())
     return digest.hexdigest()
+
+
+def _parts(parameter: Any) -> list[Tensor]:
+    """The tensors of which a parameter consists: whole numbers and scales, where torchao quantised it."""
+    if not hasattr(parameter, "__tensor_flatten__"):
+        return [parameter]
+    return [getattr(parameter, name) for name in parameter.__tensor_flatten__()[0]]

@@ -99,7 +99,8 @@ def test_half_precision_tells_its_rounding_and_a_sigma_that_stands_out():
         clean(1e-5)
     workable = float(str(refusal.value).split("Write ")[1].split(" ")[0])
     clean(workable)
-    assert loss_noise(half, outputs, captions, workable).signal > 3 * measured.rounding
+    found = loss_noise(half, outputs, captions, workable)
+    assert found.signal > 3 * found.rounding
     strategy = LikelihoodRatio(sites=[{**SITE, "sigma": 1e-5}], seed=0)
     strategy.bind(stage_network(table_of_vectors(vectors)), CaptionLoss(llm, visual_tokens=2))
     strategy.clean_pass(torch.eye(12, dtype=torch.float64), captions)  # full precision resolves it
