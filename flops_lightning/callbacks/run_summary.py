@@ -1,4 +1,4 @@
-"""A run at a glance: test accuracy before and after, its cost, and where to look next."""
+"""A run at a glance: what it has learned, its cost, and where to look next."""
 
 import json
 import time
@@ -10,7 +10,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
-from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from flops_lightning.callbacks.query_allocator import QueryAllocatorCallback
@@ -20,26 +19,24 @@ from flops_lightning.errors import SettingError
 from flops_lightning.meter import QueryMeter
 from flops_lightning.network.memory import peak_memory
 from flops_lightning.strategies.base import ForwardGradientStrategy
-from flops_lightning.tasks.causal_lm import ForwardCausalLM
-from flops_lightning.tasks.classifier import ClassifierModule
+from flops_lightning.tasks.forward_module import ForwardModule
 
 FILE_NAME = "summary.json"
 SITES_SHOWN = 6
-SUMMARISED = (ClassifierModule, ForwardCausalLM)
-"""Tasks of which a summary is written."""
 
 
 class RunSummary(pl.Callback):
-    """Test before and after training; print the comparison and write it to ``summary.json`` in the run's folder.
+    """Print what a run has learned and what it took, and write it to ``summary.json`` in the run's folder.
 
-    Keys: ``start_accuracy``, ``test_accuracy``, ``steps``, ``samples`` (trained on, once each epoch), ``queries``,
+    A classifier is tested before and after training.
+
+    Keys: ``start_accuracy``, ``test_accuracy`` (None where nothing is tested), ``validation`` (what was logged last as
+    ``val/...``), ``steps``, ``samples`` (trained on, once each epoch), ``queries``,
     ``queries_per_sample`` (``queries / samples``), ``queries_by_site``, ``clean_passes``, ``forward_equivalents``,
     ``lost_queries``, ``train_seconds`` (validation included, the two tests left out), ``peak_memory_mb`` and
     ``peak_memory_of`` (see :func:`peak_memory`), ``strategy``, ``allocator``, ``seed``; with a service
-    ``service`` (see :class:`~flops_lightning.service.Usage`). Of a language model nothing is tested, and ``validation``
-    has what it logged last. Counts are those of all processes together, which share
-    the test images; memory and time are those of the first. A trial run
-    (``fast_dev_run``) writes nothing.
+    ``service`` (see :class:`~flops_lightning.service.Usage`). Counts are those of all processes together, which share
+    the test images; memory and time are those of the first. A trial run (``fast_dev_run``) writes nothing.
 
     Example:
         >>> from flops_lightning.callbacks import RunSummary
@@ -74,28 +71,29 @@ class RunSummary(pl.Callback):
         """Count the samples of all ranks in the checkpoint, of which one rank's state becomes everybody's."""
         checkpoint["callbacks"][self.state_key]["samples"] = self._all_samples(pl_module.device)
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse a module of which there is nothing to tell."""
+        if stage == "fit" and not isinstance(pl_module, ForwardModule):
+            problem = f"{type(pl_module).__name__} is no ForwardModule, whose queries it counts."
+            raise SettingError("trainer.callbacks", "RunSummary", problem, "Remove the callback.")
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Test before the first step, then start the clock."""
         if self._start_accuracy is None:
             self._start_accuracy = _test_accuracy(trainer, pl_module)
-            if not isinstance(pl_module, ForwardCausalLM):
-                rank_zero_info(f"test accuracy at the start: {_percent(self._start_accuracy)}")
+            if self._start_accuracy is not None:
+                rank_zero_info(f"test accuracy at the start: {self._start_accuracy:.1%}")
         self._since = time.monotonic()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count samples; the meter's clean passes do not, since some strategies make none."""
-        if isinstance(pl_module, ClassifierModule):
-            self._samples += len(batch[1])
-        elif isinstance(pl_module, ForwardCausalLM):
-            self._samples += len(pl_module.split(batch)[0]["input_ids"])
+        self._samples = pl_module.samples
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Stop the clock, test, print and write."""
         self._seconds += time.monotonic() - self._since
         self._since = 0.0
         accuracy = _test_accuracy(trainer, pl_module)
-        if not isinstance(pl_module, SUMMARISED) or pl_module.strategy is None:
-            return
         meter, strategy, device = QueryMeter(), pl_module.strategy, pl_module.device
         for state in gather_plain(present_communicator(), strategy.meter.state_dict(), device=device):
             meter.add_state(state)
@@ -111,14 +109,8 @@ class RunSummary(pl.Callback):
             "train_seconds": round(self._seconds, 2), "peak_memory_mb": peak, "peak_memory_of": where,
             "strategy": type(strategy).__name__,
             "allocator": type(allocators[0].allocator).__name__ if allocators else "none", "seed": torch.initial_seed(),
+            **pl_module.report(),
         }  # fmt: skip
-        asked: Any = getattr(pl_module, "asked", dict)
-        if of_service := asked():
-            summary["service"] = of_service
-        if isinstance(pl_module, ForwardCausalLM):
-            logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
-            own = {name.removeprefix("val/"): v for name, v in logged.items() if name.startswith("val/")}
-            summary["validation"] = own
         self._report(trainer, pl_module, summary, run_folder(trainer))
 
     def _all_samples(self, device: torch.device) -> int:
@@ -148,11 +140,11 @@ def _text(summary: dict[str, Any]) -> str:
     sites = ", ".join(f"{site} {queries:,}" for site, queries in by_site.items()) or "none"
     if len(by_site) > SITES_SHOWN:
         sites = f"{len(by_site)} sites, see {FILE_NAME}"
-    before, after = _percent(summary["start_accuracy"]), _percent(summary["test_accuracy"])
-    first = f"test accuracy        {after} (at the start {before})"
-    if "validation" in summary:
+    if summary["test_accuracy"] is None:
         seen = ", ".join(f"{name} {value:.4g}" for name, value in summary["validation"].items())
         first = f"validation           {seen or 'none'}"
+    else:
+        first = f"test accuracy        {summary['test_accuracy']:.1%} (at the start {summary['start_accuracy']:.1%})"
     return f"""
 {first}
 queries              {summary["queries"]:,} ({summary["queries_per_sample"]:g} a sample; {sites})
@@ -162,35 +154,29 @@ training time        {summary["train_seconds"]:.0f} s
 strategy             {summary["strategy"]}, allocator {summary["allocator"]}"""
 
 
-def _percent(share: float | None) -> str:
-    return "unknown, there are no test images" if share is None else f"{share:.1%}"
-
-
 @torch.no_grad()
-def _test_accuracy(trainer: pl.Trainer, pl_module: pl.LightningModule) -> float | None:
-    """Share of the data module's test images that are classified right; None without test data.
+def _test_accuracy(trainer: pl.Trainer, task: ForwardModule) -> float | None:
+    """Share of the data module's test samples that are answered right; None where nothing can be counted.
 
     The trainer's own test would run the hooks of all callbacks and loggers in the middle of a training run.
     """
     datamodule = trainer.datamodule  # type: ignore[attr-defined]
-    if datamodule is None or isinstance(pl_module, ForwardCausalLM):
+    if datamodule is None or not task.tells_right:
         return None
     try:
         datamodule.setup("test")
     except SettingError as error:  # a run may do without
         rank_zero_info(f"no test: {error}")
         return None
-    training = [(m, m.training) for m in pl_module.modules()]
-    pl_module.eval()
+    training = [(m, m.training) for m in task.modules()]
+    task.eval()
     ranks = present_communicator()
-    counts = torch.zeros(2, dtype=torch.int64, device=pl_module.device)  # right, all
-    split = getattr(pl_module, "split", tuple)
+    counts = torch.zeros(2, dtype=torch.int64, device=task.device)  # right, all
     for batch in _share(datamodule.test_dataloader(), ranks):
-        images, labels = split(batch)
-        converted = trainer.precision_plugin.convert_input(images.to(pl_module.device))
+        moved = trainer.precision_plugin.convert_input(task.transfer_batch_to_device(batch, task.device, 0))
         with trainer.precision_plugin.forward_context():
-            logits = nn.Module.__call__(pl_module, converted)
-        counts += counts.new_tensor([int((logits.argmax(dim=1).cpu() == labels).sum()), len(labels)])
+            right = task.right(moved)
+        counts += torch.stack([right.sum(), right.new_tensor(len(right), dtype=torch.int64)])
     for module, mode in training:
         module.training = mode
     right, images_seen = ranks.sum(counts).tolist()

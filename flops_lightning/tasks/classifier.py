@@ -1,7 +1,7 @@
 """What classifiers share: labels, losses of logits, metrics, evaluation and predictions."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -23,14 +23,12 @@ from flops_lightning.tasks.step import shows_bar
 class ClassifierModule(ForwardModule):
     """A task whose network returns logits ``(b, c)`` of images, for labels ``(b,)`` or probabilities ``(b, c)``.
 
-    A subclass calls :meth:`count_classes` and defines ``export_weights``.
+    A subclass calls :meth:`count_classes`.
 
     Attributes:
         num_classes: Number of classes ``c``.
-        weights_name: File name for what ``export_weights`` writes.
     """
 
-    weights_name: ClassVar[str] = "model.safetensors"
     num_classes: int
 
     def __init__(self, *, loss: str | Objective | None = None, label_smoothing: float = 0.0, **settings: Any) -> None:
@@ -54,9 +52,15 @@ class ClassifierModule(ForwardModule):
         self.val_metrics = metrics_of_validation(num_classes)
         self.test_metrics = metrics_of_test(num_classes)
 
-    def export_weights(self, path: str) -> None:
-        """Write what was trained to a file."""
-        raise NotImplementedError
+    @property
+    def tells_right(self) -> bool:
+        """See :attr:`ForwardModule.tells_right`."""
+        return True
+
+    def right(self, batch: Batch) -> Tensor:
+        """``(b,)`` of which images the likeliest class is their own."""
+        images, labels = self.split(batch)
+        return self(images).argmax(dim=1) == most_probable(labels)
 
     def split(self, batch: Any) -> tuple[Any, Tensor]:
         """Images and labels of a batch; see :func:`~flops_lightning.tasks.labels.checked_labels`."""

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from dataclasses import asdict
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -41,6 +41,10 @@ class ForwardModule(AllocatedModule):
     A subclass passes its network to :meth:`stage` and defines :meth:`loss`; batches are ``(inputs, targets)`` pairs.
     A ``QueryAllocatorCallback`` can allocate its queries; without one every sample gets the same.
 
+    Attributes:
+        samples: Samples that were trained on, each once an epoch, since training began or was resumed.
+        weights_name: File name for what :meth:`export_weights` writes.
+
     Example:
         >>> import torch
         >>> from flops_lightning.strategies import LikelihoodRatio
@@ -59,6 +63,7 @@ class ForwardModule(AllocatedModule):
     """
 
     automatic_optimization = False
+    weights_name: ClassVar[str] = "model.safetensors"
 
     def __init__(
         self, *, strategy: ForwardGradientStrategy | None = None, optimizer: OptimizerSettings | None = None,
@@ -95,6 +100,7 @@ class ForwardModule(AllocatedModule):
         self._state, self._query_log, self._skipped = StepState(), QueryLog(), 0
         self._requested: frozenset[str] = frozenset()
         self._spent = 0.0  # share of what the run may spend
+        self.samples = 0
 
     @abstractmethod
     def loss(self, outputs: Tensor, targets: Any) -> Tensor:
@@ -169,7 +175,7 @@ class ForwardModule(AllocatedModule):
         """Continue with the gradient and the learning rate that a checkpoint stopped at; write TensorBoard's page."""
         strategy = self._training_strategy()
         self._gradient.restore(strategy, self.network.trainable())
-        self._spent = self.spend_settings.share(strategy)
+        self._spent, self.samples = self.spend_settings.share(strategy), 0
         optimizers.set_scheduled_rates(cast("LambdaLR", self.lr_schedulers()))
         write_page(self.trainer, settings_of(self, self.trainer, strategy), strategy.budget)
 
@@ -180,6 +186,7 @@ class ForwardModule(AllocatedModule):
             The mean clean loss of the batch.
         """
         strategy, clean = self._training_strategy(), self._clean_pass(batch)
+        self.samples += clean.batch_size
         counts, watched_in = self._state.counts, self._state.watched
         weights = {"pilot_weight": self._state.pilot_weights, "inclusion": self._state.inclusion}
         self._state = StepState()
@@ -236,6 +243,26 @@ class ForwardModule(AllocatedModule):
         """Log the queries of every site."""
         strategy = self._training_strategy()
         self._query_log.epoch(self, strategy.meter, [site.name for site in strategy.sites])
+
+    @property
+    def tells_right(self) -> bool:
+        """Whether :meth:`right` knows which samples are answered right, so that a test can count them."""
+        return False
+
+    def right(self, batch: Batch) -> Tensor:
+        """``(b,)`` which samples of a batch are answered right."""
+        raise NotImplementedError
+
+    def report(self) -> dict[str, Any]:
+        """What this task adds to the summary of its run; every process must call this."""
+        logged = self.trainer.callback_metrics.items()
+        return {"validation": {name.removeprefix("val/"): float(x) for name, x in logged if name.startswith("val/")}}
+
+    def export_weights(self, path: str) -> None:
+        """Write what was trained: here its tensors by name, as safetensors."""
+        from safetensors.torch import save_file
+
+        save_file({name: p.detach().cpu().contiguous() for name, p in self.network.trainable().items()}, path)
 
     @property
     def between_steps(self) -> bool:

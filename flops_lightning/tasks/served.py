@@ -71,6 +71,15 @@ class ServedClassifier(ClassifierModule):
         of_each = gather_plain(present_communicator(), own, device=self.device)
         return {name: sum(each[name] for each in of_each) for name in own}
 
+    @property
+    def tells_right(self) -> bool:
+        """Unless the service returns losses alone."""
+        return not self.of_losses
+
+    def report(self) -> dict[str, Any]:
+        """See :meth:`ForwardModule.report`; with a service ``service``, what was asked of it."""
+        return {**super().report(), **({"service": asked} if (asked := self.asked()) else {})}
+
     def split(self, batch: Any) -> tuple[Any, Tensor]:
         """Images and labels; where losses are asked for, the images with their labels."""
         images, labels = super().split(batch)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 import timm
 import torch
+from lightning.pytorch.demos.boring_classes import BoringModel
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
@@ -14,7 +15,9 @@ from flops_lightning.callbacks import QueryAllocatorCallback, RunSummary
 from flops_lightning.callbacks.run_summary import _share
 from flops_lightning.datamodules import DigitsDataModule
 from flops_lightning.distributed import Communicator
-from flops_lightning.strategies import Backprop, CoordinateFiniteDifferences, MeZO
+from flops_lightning.errors import SettingError
+from flops_lightning.strategies import Backprop, CoordinateFiniteDifferences, LikelihoodRatio, MeZO
+from flops_lightning.tasks import ForwardModule
 from tests.digits import MODEL, TINY, classifier
 
 
@@ -136,6 +139,36 @@ def test_without_a_data_module_accuracies_are_unknown(run, digits):
     _, summary = run(data=digits.train_dataloader())
     assert summary["start_accuracy"] is summary["test_accuracy"] is None
     assert summary["queries"] == 3 * 32 * 8
+
+
+def test_a_task_of_ones_own_has_its_validation_and_its_tensors(make_trainer, tmp_path):
+    class Regression(ForwardModule):
+        def __init__(self) -> None:
+            super().__init__(strategy=LikelihoodRatio(seed=0))
+            self.net = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1))
+            self.stage(self.net)
+
+        def loss(self, outputs, targets):
+            return (outputs - targets).square().sum(dim=1)
+
+        def validation_step(self, batch, batch_idx):
+            self.log("val/loss", self.loss(self(batch[0]), batch[1]).mean())
+
+    rows = [(torch.randn(2), torch.randn(1)) for _ in range(6)]
+    task, loader = Regression(), DataLoader(rows, batch_size=4)
+    trainer = make_trainer(RunSummary(), max_epochs=2, limit_train_batches=1.0)
+    trainer.fit(task, loader, loader)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["samples"], summary["test_accuracy"]) == (12, None)
+    assert summary["validation"] == {"loss": pytest.approx(float(trainer.callback_metrics["val/loss"]))}
+    written = load_file(tmp_path / "model.safetensors")
+    assert written.keys() == task.network.trainable().keys()
+    assert all(torch.equal(written[name], p) for name, p in task.network.trainable().items())
+
+
+def test_a_module_without_queries_is_refused(make_trainer):
+    with pytest.raises(SettingError, match=r"trainer.callbacks = 'RunSummary': BoringModel is no ForwardModule"):
+        make_trainer(RunSummary()).fit(BoringModel())
 
 
 def test_a_trial_run_leaves_nothing_behind(make_task, make_trainer, digits, tmp_path):

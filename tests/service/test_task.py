@@ -103,14 +103,17 @@ def test_a_run_through_a_service_is_that_of_one_process(server, name):
     assert sum(spent.values()) == sum(expected.values())
 
 
-def test_a_service_of_losses_trains_and_validates_without_predictions(answers):
+def test_a_service_of_losses_trains_and_validates_without_predictions(answers, tmp_path):
     with ScoringServer(answers(answers=("losses",))) as server:
         for name, settings in (("split", {}), ("crossed", SETTINGS["crossed"])):
             refusal = rf"pairing = '{name}': needs the features .* gives losses. Write pairing: joint"
             with pytest.raises(SettingError, match=refusal):
                 tuner(server, **copy.deepcopy(settings))
         task = tuner(server, pairing="joint", text_prompt=SAME, image_prompt=SAME)
-        trainer = fit(task, limit_val_batches=2, val_check_interval=2)
+        trainer = fit(task, RunSummary(), limit_val_batches=2, val_check_interval=2, default_root_dir=tmp_path)
+        summary = json.loads((tmp_path / "summary.json").read_text())
+        assert (summary["start_accuracy"], summary["test_accuracy"]) == (None, None)
+        assert summary["validation"] == {"loss": pytest.approx(float(trainer.callback_metrics["val/loss"]))}
         assert float(trainer.callback_metrics["val/loss"]) > 0
         assert "val/accuracy" not in trainer.callback_metrics
         assert float(numbers(task).abs().max()) > 0.1

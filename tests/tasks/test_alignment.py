@@ -1,5 +1,6 @@
 """An adapter learns to see for a frozen language model, which no module, checkpoint or optimiser has."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from flops_lightning.allocators import OptimalAllocator, TraceSettings
-from flops_lightning.callbacks import QueryAllocatorCallback
+from flops_lightning.callbacks import QueryAllocatorCallback, RunSummary
 from flops_lightning.errors import SettingError
 from flops_lightning.language import CaptionLoss
 from flops_lightning.strategies import Backprop, LikelihoodRatio, MeZO, SiteSpec
@@ -152,7 +153,11 @@ def test_accuracy_is_of_the_likeliest_caption_of_a_class(llm, tmp_path):
     root = class_folders(tmp_path / "photos")
     data = captions(root, captions=None, template="a {} .")
     task = aligner(llm)
-    trainer = fitted(task, data, tmp_path, max_epochs=1)
+    trainer = fitted(task, data, tmp_path, RunSummary(), max_epochs=1)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert set(summary["validation"]) == {"loss", "perplexity", "accuracy"}
+    assert (summary["samples"], summary["queries_by_site"]) == (len(data.train_set), {"adapter": summary["queries"]})
+    assert load_file(tmp_path / "adapter.safetensors")["adapter.0.bias"].shape == (32,)
     found = trainer.test(task, data, verbose=False)[0]
     right, losses, lengths = [], [], []
     for images, targets in data.test_dataloader():
