@@ -6,27 +6,32 @@ A variance estimated from ``n`` queries is gamma distributed. Least squares on i
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 ITERATIONS = 50  # more than needed: the objective is convex, and Newton's method takes 3, from bad starts 20
 # Multiples of a Newton step that are tried: with a few outlying observations a full step is too long or too short.
-LENGTHS = tuple(4.0**k for k in range(1, -8, -1))
+LENGTHS = 4.0 ** np.arange(1, -8, -1)[:, None, None]
 DAMPING = 1e-9  # part of its largest entry added to the Hessian's diagonal: features may determine each other
 LARGEST_EXPONENT = 80.0  # predictions stay between exp(-80) and exp(80), so that their squares do not overflow
+
+Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class GammaRegression:
     """``log E[y] = intercept + slope . (x - centre) / spread``, one fit for each site."""
 
-    centre: Tensor  # (s, f) means of the features over the observations
-    spread: Tensor  # (s, f) their standard deviations (1 for a constant one)
-    coefficients: Tensor  # (s, 1 + f) intercept and slopes in standardised features
+    centre: Array  # (s, f) means of the features over the observations
+    spread: Array  # (s, f) their standard deviations (1 for a constant one)
+    coefficients: Array  # (s, 1 + f) intercept and slopes in standardised features
 
     def predict(self, features: Tensor) -> Tensor:
         """``(s, n)`` expectations of y for ``(s, n, f)`` features."""
-        return _mean(_design(features, self.centre, self.spread), self.coefficients)
+        design = _design(features.double().numpy(), self.centre, self.spread)
+        return torch.from_numpy(_mean(design, self.coefficients))
 
 
 def fit_gamma(features: Tensor, observed: Tensor, weights: Tensor, *, prior: Tensor, ridge: float) -> GammaRegression:
@@ -37,22 +42,23 @@ def fit_gamma(features: Tensor, observed: Tensor, weights: Tensor, *, prior: Ten
     ``(s, n)`` their degrees of freedom, 0 for missing observations, whose features and values are ignored. ``prior`` is
     ``(f,)`` in the features' own units. A site without a positive observation keeps the prior slopes.
     """
-    seen = weights > 0
-    features = torch.where(seen[..., None], features, 0.0)
-    observed = torch.where(seen, observed, 0.0).clamp_min(0.0)
-    portion = weights / weights.sum(dim=1, keepdim=True).clamp_min(1e-300)
-    centre = torch.einsum("sn,snf->sf", portion, features)
-    deviation = torch.einsum("sn,snf->sf", portion, (features - centre[:, None]).square()).sqrt()
-    spread = torch.where(deviation > 1e-9, deviation, 1.0)
-    design = _design(features, centre, spread)
-    start = torch.cat([torch.zeros_like(centre[:, :1]), prior * spread], dim=1)
+    # In numpy: on the few hundred numbers of a small batch, an operation of torch takes five times as long to begin.
+    x, y, w = (each.double().numpy() for each in (features, observed, weights))
+    seen = w > 0
+    x, y = np.where(seen[..., None], x, 0.0), np.where(seen, y, 0.0).clip(min=0.0)
+    portion = w / w.sum(axis=1, keepdims=True).clip(min=1e-300)
+    centre = np.einsum("sn,snf->sf", portion, x)
+    deviation = np.sqrt(np.einsum("sn,snf->sf", portion, np.square(x - centre[:, None])))
+    spread = np.where(deviation > 1e-9, deviation, 1.0)
+    design = _design(x, centre, spread)
+    start = np.concatenate([np.zeros_like(centre[:, :1]), prior.numpy() * spread], axis=1)
     # The intercept that fits the mean at the prior's slopes.
-    ratio = (portion * observed / _mean(design, start)).sum(dim=1)
-    start[:, 0] = torch.where(ratio > 0, ratio, 1.0).log()
-    penalty = torch.full_like(start[0], ridge)
+    ratio = (portion * y / _mean(design, start)).sum(axis=1)
+    start[:, 0] = np.log(np.where(ratio > 0, ratio, 1.0))
+    penalty = np.full_like(start[0], ridge)
     penalty[0] = 0.0
-    coefficients = _newton(design, portion, observed, start, penalty)
-    return GammaRegression(centre, spread, torch.where((ratio > 0)[:, None], coefficients, start))
+    coefficients = _newton(design, portion, y, start, penalty)
+    return GammaRegression(centre, spread, np.where((ratio > 0)[:, None], coefficients, start))
 
 
 def prior_strength(
@@ -61,57 +67,57 @@ def prior_strength(
     """``(s,)`` weight nu of a prediction beside an estimate, in degrees of freedom; ``unseen`` without observations."""
     # An estimate with n degrees of freedom, Tr chi^2_n / n, has the relative variance 2 / n. The residuals' variance
     # beyond that is the prediction's own error tau^2, worth nu = 2 / tau^2 degrees of freedom.
-    ratio = (observed / fit.predict(features)).clamp(max=10.0)
-    total = freedom.sum(dim=1).clamp_min(1e-300)
-    scatter = (freedom * (ratio - 1.0).square()).sum(dim=1) / total
-    noise = (freedom * 2.0 / freedom.clamp_min(1.0)).sum(dim=1) / total
-    tau = ((scatter - noise) / (1.0 + noise)).clamp(0.01, 2.0)
-    return torch.where((freedom > 0).any(dim=1), 2.0 / tau, unseen)
+    y, n = observed.double().numpy(), freedom.double().numpy()
+    ratio = (y / fit.predict(features).numpy()).clip(max=10.0)
+    total = n.sum(axis=1).clip(min=1e-300)
+    scatter = (n * np.square(ratio - 1.0)).sum(axis=1) / total
+    noise = (n * 2.0 / n.clip(min=1.0)).sum(axis=1) / total
+    tau = ((scatter - noise) / (1.0 + noise)).clip(0.01, 2.0)
+    return torch.from_numpy(np.where((n > 0).any(axis=1), 2.0 / tau, unseen))
 
 
-def _newton(design: Tensor, portion: Tensor, observed: Tensor, start: Tensor, penalty: Tensor) -> Tensor:
+def _newton(design: Array, portion: Array, observed: Array, start: Array, penalty: Array) -> Array:
     """``(s, 1 + f)`` minimisers of the penalised objective over W; meaningless at a site without observations."""
     mass = portion * observed
-    positive = mass.sum(dim=1) > 0
-    lengths = torch.tensor(LENGTHS, dtype=start.dtype)[:, None, None]
-    unit = torch.eye(len(penalty), dtype=start.dtype)
+    positive = mass.sum(axis=1) > 0
 
-    def objective(tried: Tensor) -> tuple[Tensor, Tensor]:
+    def objective(tried: Array) -> tuple[Array, Array]:
         """``(k, s)`` values at ``(k, s, 1 + f)``, and ``(k, s, n)`` ``1 / m``."""
-        exponent = torch.einsum("snf,ksf->ksn", design, tried)
+        exponent = np.einsum("sfn,ksf->ksn", design, tried)
         inverse = _exp(-exponent)
-        likelihood = torch.einsum("sn,ksn->ks", mass, inverse) + torch.einsum("sn,ksn->ks", portion, exponent)
-        return likelihood + 0.5 * (penalty * (tried - start).square()).sum(dim=2), inverse
+        likelihood = np.einsum("sn,ksn->ks", mass, inverse) + np.einsum("sn,ksn->ks", portion, exponent)
+        return likelihood + 0.5 * (penalty * np.square(tried - start)).sum(axis=2), inverse
 
     coefficients = start
     (value,), (inverse,) = objective(start[None])
     for _ in range(ITERATIONS):
         relative = mass * inverse
-        downhill = torch.einsum("sn,snf->sf", relative - portion, design) - penalty * (coefficients - start)
-        hessian = torch.einsum("snf,sng->sfg", relative[..., None] * design, design) + penalty.diag()
-        damping = DAMPING * hessian.amax(dim=(1, 2), keepdim=True).clamp_min(1.0) * unit
-        step = torch.linalg.solve(hessian + damping, downhill)
-        decrement = torch.where(positive, (step * downhill).sum(dim=1), 0.0)  # twice what the step should lower
+        downhill = np.einsum("sn,sfn->sf", relative - portion, design) - penalty * (coefficients - start)
+        hessian = np.einsum("sfn,sgn->sfg", relative[:, None] * design, design) + np.diag(penalty)
+        damping = DAMPING * hessian.max(axis=(1, 2), keepdims=True).clip(min=1.0) * np.eye(len(penalty))
+        step = np.linalg.solve(hessian + damping, downhill[..., None])[..., 0]
+        decrement = np.where(positive, (step * downhill).sum(axis=1), 0.0)  # twice what the step should lower
         tried = (coefficients + step)[None]
         values, inverses = objective(tried)
-        if bool((values[0] > value - 0.25 * decrement).any()):
-            tried = coefficients + lengths * step
+        if (values[0] > value - 0.25 * decrement).any():
+            tried = coefficients + LENGTHS * step
             values, inverses = objective(tried)
-        best = (values.argmin(dim=0), torch.arange(len(start)))
+        best = (values.argmin(axis=0), np.arange(len(start)))
         coefficients, value, inverse = tried[best], values[best], inverses[best]
-        if float(decrement.max()) < 1e-7:
+        if decrement.max() < 1e-7:
             break
     return coefficients
 
 
-def _design(features: Tensor, centre: Tensor, spread: Tensor) -> Tensor:
-    standardised = (features - centre[:, None]) / spread[:, None]
-    return torch.cat([torch.ones_like(standardised[..., :1]), standardised], dim=2)
+def _design(features: Array, centre: Array, spread: Array) -> Array:
+    """``(s, 1 + f, n)``, a line for each coefficient."""
+    standardised = ((features - centre[:, None]) / spread[:, None]).transpose(0, 2, 1)
+    return np.concatenate([np.ones_like(standardised[:, :1]), standardised], axis=1)
 
 
-def _mean(design: Tensor, coefficients: Tensor) -> Tensor:
-    return _exp(torch.einsum("snf,sf->sn", design, coefficients))
+def _mean(design: Array, coefficients: Array) -> Array:
+    return _exp(np.einsum("sfn,sf->sn", design, coefficients))
 
 
-def _exp(exponent: Tensor) -> Tensor:
-    return exponent.clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT).exp()
+def _exp(exponent: Array) -> Array:
+    return np.exp(exponent.clip(-LARGEST_EXPONENT, LARGEST_EXPONENT))

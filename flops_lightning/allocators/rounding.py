@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,18 +24,19 @@ def water_fill(shares: Tensor, total: float, *, floor: float = 0.0) -> Tensor:
         raise ValueError("Shares must be finite numbers, one for each sample of a batch of at least one.")
     if total < batch_size * floor:
         raise ValueError(f"A total of {total} cannot give {floor} to each of {batch_size} samples.")
-    positive = shares.double().clamp_min(0.0)
-    largest = positive.amax(dim=-1, keepdim=True)
+    # In numpy: on the numbers of one batch, an operation of torch takes several times as long to begin.
+    positive = shares.double().numpy().clip(min=0.0)
+    largest = positive.max(axis=-1, keepdims=True)
     # Dividing by the largest first keeps the sums below from overflowing.
-    positive = torch.where(largest > 0, positive / largest, torch.ones_like(positive))
-    ordered = positive.sort(dim=-1, descending=True).values
-    sums = ordered.cumsum(dim=-1)
-    above = torch.arange(1, batch_size + 1, dtype=torch.float64)
+    positive = np.where(largest > 0, positive / np.where(largest > 0, largest, 1.0), 1.0)
+    ordered = -np.sort(-positive, axis=-1)
+    sums = ordered.cumsum(axis=-1)
     # The scale shared by the `above` largest, if just they are above the floor: true up to one place in the order.
+    above = np.arange(1, batch_size + 1)
     scales = (total - (batch_size - above) * floor) / sums
-    last = (scales * ordered > floor).sum(dim=-1, keepdim=True) - 1
-    scale = torch.where(last < 0, 0.0, scales.gather(-1, last.clamp_min(0)))
-    return (scale * positive).clamp_min(floor)
+    last = (scales * ordered > floor).sum(axis=-1, keepdims=True) - 1
+    scale = np.where(last < 0, 0.0, np.take_along_axis(scales, last.clip(min=0), axis=-1))
+    return torch.from_numpy((scale * positive).clip(min=floor))
 
 
 def next_multiple(number: int, multiple: int) -> int:
@@ -66,12 +68,11 @@ def largest_remainder(shares: Tensor, total: int, *, minimum: int, multiple: int
     """
     check_budget(total, len(shares), minimum=minimum, multiple=multiple)
     units, floor = total // multiple, next_multiple(minimum, multiple) // multiple
-    parts = water_fill(shares, units, floor=floor)
-    counts = parts.floor().long()
-    left = units - int(counts.sum())
-    order = (parts - counts).argsort(descending=True, stable=True)
-    counts[order[:left]] += 1
-    return counts * multiple
+    parts = water_fill(shares, units, floor=floor).numpy()
+    counts = parts.astype(np.int64)
+    order = (counts - parts).argsort(kind="stable")
+    counts[order[: units - counts.sum()]] += 1
+    return torch.from_numpy(counts * multiple)
 
 
 def round_at_sites(shares: Tensor, totals: Sequence[int], least: Sequence[float], *, multiple: int) -> Tensor:

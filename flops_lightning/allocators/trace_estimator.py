@@ -137,6 +137,8 @@ class TraceEstimator:
         if prediction is None:
             trace = torch.where(pilot.isfinite(), pilot, mean_over_sites(pilot) * _level(pilot))
             usable &= trace.isfinite().all(dim=0)
+        elif self.settings.source == "prediction":
+            trace = prediction
         else:
             nu, n = strength[:, None], torch.where(pilot.isfinite(), queries / unit - 1.0, 0.0).clamp_min(0.0)
             # Before the first fit the prediction is known only up to a factor for each site.
@@ -162,12 +164,12 @@ class TraceEstimator:
             self._history.append((features, trace, freedom))
 
     def _predict(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
-        prior = torch.zeros(features.shape[2], dtype=torch.float64)
-        prior[[self._names.index(name) for name in STEEP if name in self._names][:1]] = 1.0
-        seen = features
-        traces, freedom = torch.zeros(features.shape[:2]).double(), torch.ones(features.shape[:2]).double()
+        steepest = next((name for name in STEEP if name in self._names), None)
+        prior = torch.tensor([float(name == steepest) for name in self._names], dtype=torch.float64)
         if self._history:
-            seen, traces, freedom = (torch.cat(parts, dim=1).double() for parts in zip(*self._history, strict=True))
+            seen, traces, freedom = (torch.cat(parts, dim=1) for parts in zip(*self._history, strict=True))
+        else:
+            seen, traces, freedom = features, torch.zeros(features.shape[:2]), torch.ones(features.shape[:2])
         fit = fit_gamma(seen, traces, freedom, prior=prior, ridge=self.settings.ridge)
         strength = prior_strength(fit, seen, traces, freedom, unseen=START_PRIOR) if self._history else None
         return fit.predict(features), strength

@@ -36,7 +36,7 @@ def objective(case: dict[str, Any], site: int, coefficients: Tensor) -> Tensor:
 
 
 def gradient(case: dict[str, Any], fit: GammaRegression, site: int) -> Tensor:
-    coefficients = fit.coefficients[site].clone().requires_grad_(True)
+    coefficients = torch.from_numpy(fit.coefficients[site]).requires_grad_(True)
     return torch.autograd.grad(objective(case, site, coefficients), coefficients)[0]
 
 
