@@ -15,7 +15,7 @@ from experiments.strategies_table import KINDS
 from experiments.tables import read_csv
 from flops_lightning.allocators import GaussianAllocator, QueryBudget, SampleStatistics
 from flops_lightning.datamodules import DigitsDataModule
-from flops_lightning.errors import SettingError
+from flops_lightning.errors import SettingError, import_extra
 from flops_lightning.tasks import ForwardImageClassifier
 
 SHOWN_ALLOCATORS = (
@@ -26,11 +26,7 @@ SHOWN_BUDGET = "20"
 
 def pyplot() -> Any:
     """Matplotlib's pyplot, without a display; raises a :class:`SettingError` if it is not installed."""
-    try:
-        import matplotlib as mpl
-    except ImportError as error:
-        raise SettingError("matplotlib", None, "is not installed.", 'Run pip install -e ".[plots]".') from error
-    mpl.use("Agg")
+    import_extra("matplotlib", extra="plots", setting="pictures", value="matplotlib").use("Agg")
     import matplotlib.pyplot as plt
 
     return plt

@@ -3,8 +3,10 @@
 import math
 import os
 from collections.abc import Sequence
+from importlib import import_module
 from numbers import Integral
 from pathlib import Path
+from typing import Any
 
 
 class SettingError(ValueError):
@@ -61,6 +63,24 @@ def check_positive(setting: str, value: float, remedy: str) -> None:
     """Raise a :class:`SettingError` unless ``value`` is a finite number above 0."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise SettingError(setting, value, "must be a number above 0.", remedy)
+
+
+def import_extra(module: str, *, extra: str, setting: str, value: object) -> Any:
+    """A module of a package that only the optional ``extra`` installs; ``setting`` and ``value`` are what wants it.
+
+    Raises:
+        SettingError: the package, or one that it needs, is not installed.
+
+    Example:
+        >>> import_extra("no_such_package", extra="llm", setting="llm", value="stories")
+        Traceback (most recent call last):
+        flops_lightning.errors.SettingError: llm = 'stories': needs the package no_such_package (...). Run pip ...
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        problem = f"needs the package {module.partition('.')[0]} ({error})."
+        raise SettingError(setting, value, problem, f'Run pip install -e ".[{extra}]" in the checkout.') from error
 
 
 class DamagedImageError(ValueError):

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flops_lightning.errors import SettingError, check_flag, check_positive, check_whole
+from flops_lightning.errors import SettingError, check_flag, check_positive, check_whole, import_extra
 from flops_lightning.settings import read_settings
 
 __all__ = ["CMASearch", "SearchSettings"]
@@ -198,11 +198,7 @@ def _usual_seed() -> int:
 
 
 def _cma() -> Any:
-    try:
-        import cma
-    except ImportError as error:
-        raise SettingError("search", "CMA-ES", "needs the package cma.", 'Run pip install -e ".[cma]".') from error
-    return cma
+    return import_extra("cma", extra="cma", setting="search", value="CMA-ES")
 
 
 def _versions() -> str:

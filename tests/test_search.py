@@ -155,5 +155,5 @@ def test_a_search_of_other_settings_start_or_versions_is_not_resumed() -> None:
 
 def test_without_the_package_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cma", None)
-    with pytest.raises(SettingError, match=r"needs the package cma. Run pip install .*\[cma\]"):
+    with pytest.raises(SettingError, match=r"needs the package cma .*Run pip install .*\[cma\]"):
         CMASearch(np.zeros(4), SETTINGS)

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from flops_lightning.errors import SettingError
+from flops_lightning.errors import SettingError, import_extra
 
 PHOTO = "a photo of a {}."
 """CoOp's and CLIP's template for photos of things."""
@@ -57,9 +57,6 @@ def imagenet_templates() -> tuple[str, ...]:
 
 
 def _open_clip(name: str) -> Sequence[Any]:
-    try:
-        import open_clip
-    except ImportError as error:
-        raise SettingError("open_clip", None, "is not installed.", 'Run pip install -e ".[clip]".') from error
+    open_clip = import_extra("open_clip", extra="clip", setting="class_names", value="ImageNet's")
     found: Sequence[Any] = getattr(open_clip, name)
     return found

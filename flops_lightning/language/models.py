@@ -2,20 +2,7 @@
 
 from typing import Any
 
-from flops_lightning.errors import SettingError
-
-
-def transformers(setting: str, value: object) -> Any:
-    """The package.
-
-    Raises:
-        SettingError: it is not installed; ``setting`` and ``value`` are what wanted it.
-    """
-    try:
-        import transformers as package
-    except ImportError as error:
-        raise SettingError(setting, value, "needs the package transformers.", 'Run pip install -e ".[llm]".') from error
-    return package
+from flops_lightning.errors import SettingError, import_extra
 
 
 def load_language_model(name: str, *, setting: str = "llm", **settings: Any) -> tuple[Any, Any]:
@@ -43,7 +30,7 @@ def load_tokenizer(name: str, *, setting: str) -> Any:
 
 
 def _loaded(kind: str, what: str, name: str, setting: str, settings: dict[str, Any]) -> Any:
-    package = transformers(setting, name)
+    package = import_extra("transformers", extra="llm", setting=setting, value=name)
     remedy = f"Write the name of a {what} on the hub, or a folder with its files."
     if not isinstance(name, str) or not name:
         raise SettingError(setting, name, f"is no name of a {what}.", remedy)

@@ -5,10 +5,9 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from flops_lightning.errors import SettingError, check_choice, check_flag, check_positive, check_whole
+from flops_lightning.errors import SettingError, check_choice, check_flag, check_positive, check_whole, import_extra
 
 TargetKind = Literal["full", "lora", "prompt", "prefix", "norm", "bias", "head"]
-INSTALL = 'Run pip install -e ".[llm]" in the checkout.'
 _ONLY_FOR = {
     "rank": ("lora",), "alpha": ("lora",), "modules": ("lora",), "tokens": ("prompt", "prefix"),
     "untie": ("full", "head"),
@@ -124,11 +123,7 @@ def _untie(model: Any) -> None:
 
 
 def _with_adapter(model: Any, settings: LanguageTarget) -> Any:
-    try:
-        import peft
-    except ImportError as error:
-        problem = f"needs the package peft ({error})."
-        raise SettingError("target.kind", settings.kind, problem, INSTALL) from error
+    peft = import_extra("peft", extra="llm", setting="target.kind", value=settings.kind)
     task: dict[str, Any] = {"task_type": "CAUSAL_LM"}
     config: Any
     if settings.kind == "lora":

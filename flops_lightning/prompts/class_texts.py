@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from flops_lightning.errors import SettingError
+from flops_lightning.errors import SettingError, import_extra
 from flops_lightning.queries import at_least_float32
 
 CLASSES_AT_ONCE = 64
@@ -267,8 +267,7 @@ def _pool_type(tower: Any) -> str:
 
 @cache
 def _default_tokenizer() -> Tokenizer:  # reading its vocabulary takes a second
-    import open_clip
-
+    open_clip = import_extra("open_clip", extra="clip", setting="tokenizer", value="CLIP's")
     tokenizer: Tokenizer = open_clip.SimpleTokenizer()
     return tokenizer
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from flops_lightning.errors import SettingError, check_at_least, check_positive, check_whole
+from flops_lightning.errors import SettingError, check_at_least, check_positive, check_whole, import_extra
 
 
 @dataclass
@@ -84,12 +84,7 @@ class ServiceSettings:
 
     def connect(self) -> Any:
         """A pool of connections."""
-        try:
-            import httpx
-            import tenacity  # noqa: F401
-        except ImportError as error:
-            remedy = 'Run pip install -e ".[service]".'
-            raise SettingError("service", self.url, "needs the packages httpx and tenacity.", remedy) from error
+        httpx, _ = (import_extra(n, extra="service", setting="service", value=self.url) for n in ("httpx", "tenacity"))
         token = self.token()
         return httpx.Client(
             base_url=self.url.rstrip("/"),

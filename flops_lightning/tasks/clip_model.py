@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flops_lightning.datamodules.augmentation import CLIP
-from flops_lightning.errors import SettingError
+from flops_lightning.errors import SettingError, import_extra
 from flops_lightning.prompts.class_texts import Tokenizer
 
 FOLDER = "local-dir:"
@@ -62,7 +62,7 @@ def load_clip(model_name: str, checkpoint: str) -> tuple[nn.Module, Tokenizer]:
     Raises:
         SettingError: an unknown name, weights that are not there or were trained with another activation.
     """
-    open_clip = import_open_clip()
+    open_clip = import_extra("open_clip", extra="clip", setting="model_name", value=model_name)
     if model_name.startswith(FOLDER):
         tokens = _folder_tokens(Path(model_name.removeprefix(FOLDER)), model_name, checkpoint)
     else:
@@ -76,15 +76,6 @@ def load_clip(model_name: str, checkpoint: str) -> tuple[nn.Module, Tokenizer]:
         remedy = "Check the connection, or download the file and give its path; random weights: leave it empty."
         raise SettingError("checkpoint", checkpoint, problem, remedy) from error
     return clip.eval(), tokenizer if tokens is None else FewTokens(tokenizer, tokens)
-
-
-def import_open_clip() -> Any:
-    """The package; a SettingError where it is not installed."""
-    try:
-        import open_clip
-    except ImportError as error:
-        raise SettingError("model_name", "CLIP", "needs open_clip.", 'Run pip install -e ".[clip]".') from error
-    return open_clip
 
 
 def _folder_tokens(folder: Path, model_name: str, checkpoint: str) -> Tensor | None:

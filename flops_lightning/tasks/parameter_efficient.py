@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
-from flops_lightning.errors import SettingError, check_choice, check_positive
+from flops_lightning.errors import SettingError, check_choice, check_positive, import_extra
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
@@ -146,11 +146,7 @@ def target_parameters(backbone: nn.Module, kind: TargetKind) -> list[str]:
 
 
 def _inject_lora(backbone: nn.Module, settings: TargetSettings) -> None:
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        problem = f"needs the package peft ({error})."
-        raise SettingError("target.kind", "lora", problem, 'Run pip install -e ".[peft]" in the checkout.') from error
+    peft = import_extra("peft", extra="peft", setting="target.kind", value="lora")
     layers = {
         name: module
         for name, module in backbone.named_modules()
@@ -169,7 +165,8 @@ def _inject_lora(backbone: nn.Module, settings: TargetSettings) -> None:
             raise SettingError("target.rank", settings.rank, problem, f"Write {full} or less.")
     exactly = "|".join(re.escape(name) for name in chosen)  # peft takes names in a list for endings of names
     alpha: Any = settings.alpha  # declared as an integer, and only ever divided by the rank
-    inject_adapter_in_model(LoraConfig(r=settings.rank, lora_alpha=alpha, target_modules=exactly), backbone)
+    config = peft.LoraConfig(r=settings.rank, lora_alpha=alpha, target_modules=exactly)
+    peft.inject_adapter_in_model(config, backbone)
 
 
 def _insert_prompts(backbone: nn.Module, tokens: int) -> None:

@@ -8,12 +8,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from flops_lightning.errors import SettingError, check_choice
+from flops_lightning.errors import SettingError, check_choice, import_extra
 from flops_lightning.tasks.backbone import create_backbone, load_weights
 from flops_lightning.tasks.clip_model import (
     FOLDER,
     image_size,
-    import_open_clip,
     load_clip,
     statistics_of,
     weights_hash,
@@ -124,7 +123,7 @@ def _loaded(
 def _check_known(name: str) -> None:
     import timm
 
-    known = import_open_clip().list_models()
+    known = import_extra("open_clip", extra="clip", setting="encoder", value=name).list_models()
     if name not in known:
         close = difflib.get_close_matches(name, [*known, *timm.list_models()], n=3)
         remedy = f"Did you mean {close}?" if close else "See timm.list_models() and open_clip.list_models()."

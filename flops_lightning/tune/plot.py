@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from flops_lightning.errors import SettingError
+from flops_lightning.errors import import_extra
 from flops_lightning.tune.search import Tuned
 
 
@@ -11,12 +11,9 @@ def draw(tuned: Tuned, file: Path) -> None:
 
     Raises :class:`SettingError` where matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise SettingError("matplotlib", None, "is not installed.", 'Run pip install -e ".[plots]".') from error
+    figures = import_extra("matplotlib.figure", extra="plots", setting="plot", value=file.name)
     panels = bool(tuned.sigmas) + (tuned.rate is not None)
-    figure = Figure(figsize=(5.5 * panels, 4.2), layout="constrained")
+    figure = figures.Figure(figsize=(5.5 * panels, 4.2), layout="constrained")
     axes = list(figure.subplots(1, panels, squeeze=False).flat)
     if tuned.sigmas:
         axis = axes.pop(0)

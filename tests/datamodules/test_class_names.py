@@ -51,7 +51,7 @@ def test_imagenet_has_the_names_of_clip_whatever_part_of_the_classes_is_there(sh
 
 def test_without_open_clip_it_is_said_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "open_clip", None)
-    with pytest.raises(SettingError, match=r"open_clip = None: is not installed. Run pip install .*\[clip\]"):
+    with pytest.raises(SettingError, match=r"needs the package open_clip .*Run pip install .*\[clip\]"):
         imagenet_names(WNIDS)
 
 

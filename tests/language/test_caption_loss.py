@@ -223,7 +223,7 @@ def test_ids_of_another_tokenizer_are_refused(llm):
 
 def test_without_transformers_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
-    with pytest.raises(SettingError, match=r"llm = .some/model.: needs the package transformers. .*pip.*\[llm\]"):
+    with pytest.raises(SettingError, match=r"llm = .some/model.: needs the package transformers .*pip.*\[llm\]"):
         load_language_model("some/model")
 
 

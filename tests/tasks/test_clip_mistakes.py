@@ -1,5 +1,6 @@
 """What prompt tuning refuses, and what it says to write instead."""
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -229,3 +230,11 @@ def test_a_checkpoint_of_another_task_is_refused(make_task: Any, make_trainer: A
     trainer.save_checkpoint(tmp_path / "other.ckpt")
     with pytest.raises(SettingError, match="holds no prompts of a ClipPromptTuner"):
         quiet_trainer().test(tuner(), DigitsDataModule(), ckpt_path=tmp_path / "other.ckpt", weights_only=True)
+
+
+@pytest.mark.parametrize(("package", "extra"), [("open_clip", "clip"), ("httpx", "service"), ("tenacity", "service")])
+def test_a_package_that_is_missing_is_named_with_its_extra(package, extra, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    given = MODEL if extra == "clip" else {"class_names": ["zero", "one"], "service": {"url": "http://localhost:1"}}
+    with pytest.raises(SettingError, match=rf'needs the package {package} .*-e "\.\[{extra}\]" in the checkout'):
+        ClipPromptTuner(**given)
