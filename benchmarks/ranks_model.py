@@ -20,7 +20,8 @@ from benchmarks.cases import site_specs, vit
 from benchmarks.harness import Record, table
 from benchmarks.speed import forward_equivalents
 from flops_lightning.distributed import BUCKET
-from flops_lightning.network.staging import StagedNetwork, flops, stage_network
+from flops_lightning.network.operations import flops
+from flops_lightning.network.staging import StagedNetwork, stage_network
 from flops_lightning.objectives import cross_entropy
 from flops_lightning.queries import EMBEDDING_FEATURES
 from flops_lightning.strategies import SPSA, LikelihoodRatio

@@ -16,7 +16,7 @@ import torch
 from benchmarks.cases import Case, vit
 from benchmarks.harness import Record, Spread, Timings, alternate, command, finish, say, synchronizer, table
 from benchmarks.speed import Setup, forward_equivalents, set_up, step
-from flops_lightning.network.staging import flops
+from flops_lightning.network.operations import flops
 
 STEP, INFERENCE = "step", "inference"
 CHUNK_ROWS = 32

@@ -13,7 +13,7 @@ from flops_lightning.language.caption_scorer import CaptionScorer
 from flops_lightning.language.loss_noise import check_sigma
 from flops_lightning.language.quantized import OBSTACLE, followed_by_autograd, quantized, without_weights
 from flops_lightning.network.compilation import LIMIT, check_compiler
-from flops_lightning.network.staging import flops
+from flops_lightning.network.operations import flops
 from flops_lightning.queries import at_least_float32
 from flops_lightning.suffix_loss import PaddedTargets
 

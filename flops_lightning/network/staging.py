@@ -9,11 +9,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # the common base of BatchNorm1d/2d/3d and SyncBatchNorm
-from torch.utils.flop_counter import FlopCounterMode
 
 from flops_lightning.errors import SettingError, check_choice
 
@@ -219,19 +216,6 @@ class StagedNetwork:
         """A module whose rows run elsewhere returns zeros instead while the context lasts, for a look at shapes."""
         unpaid = getattr(self.module, "unpaid", None)
         return nullcontext() if unpaid is None else unpaid()
-
-
-def flops(run: Callable[[Tensor], Tensor], x: Tensor) -> tuple[float, Tensor]:
-    """Floating-point operations of matrix products, convolutions and attention in ``run(x)``, and its output."""
-    # Fused attention is not counted on every device and by every version of torch; as plain products it is.
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            output = run(x)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-    return float(counter.get_total_flops()), output
 
 
 BatchNormSetting = Literal["refuse", "frozen"]

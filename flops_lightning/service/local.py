@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from flops_lightning.errors import SettingError
-from flops_lightning.network.staging import flops
+from flops_lightning.network.operations import flops
 from flops_lightning.prompts.class_texts import CLASSES_AT_ONCE, ClassTexts
 from flops_lightning.prompts.stages import (
     embedded_patches,

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from flops_lightning.distributed import Communicator, mean_over_ranks
 from flops_lightning.network.functional import FunctionalStages
-from flops_lightning.network.staging import StageContext, StagedNetwork, flops
+from flops_lightning.network.operations import flops
+from flops_lightning.network.staging import StageContext, StagedNetwork
 from flops_lightning.queries import CleanPass, LossFunction
 from flops_lightning.strategies.sites import Site
 from flops_lightning.suffix_loss import SuffixLoss

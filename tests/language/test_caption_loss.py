@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flops_lightning.errors import SettingError
 from flops_lightning.language import CaptionLoss, load_language_model
-from flops_lightning.network.staging import flops, stage_network
+from flops_lightning.network.operations import flops
+from flops_lightning.network.staging import stage_network
 from flops_lightning.queries import row_losses
 from flops_lightning.strategies import Backprop, LikelihoodRatio
 from flops_lightning.suffix_loss import PaddedTargets

@@ -10,7 +10,8 @@ from timm.models.vision_transformer import Block, ParallelScalingBlock, Parallel
 from torch import Tensor, nn
 
 from flops_lightning.errors import SettingError
-from flops_lightning.network.staging import Stage, StagedNetwork, flops, stage_network
+from flops_lightning.network.operations import flops
+from flops_lightning.network.staging import Stage, StagedNetwork, stage_network
 from flops_lightning.strategies.sites import SiteSpec, resolve_sites
 from tests.reference.networks import TokenMean, freeze, shaken, tiny_vit
 

@@ -10,7 +10,7 @@ import torch
 
 from flops_lightning.cli.command import main
 from flops_lightning.datamodules import Caltech101DataModule
-from flops_lightning.network.staging import flops
+from flops_lightning.network.operations import flops
 from flops_lightning.strategies import EvolutionStrategies
 from flops_lightning.strategies.costs import site_costs
 from flops_lightning.tasks import ClipPromptTuner
