@@ -1,11 +1,14 @@
 import doctest
 import inspect
+import re
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
 import flops_lightning
 
+ROOT = Path(__file__).parent.parent
 PACKAGES = (
     "allocators",
     "callbacks",
@@ -54,3 +57,14 @@ def test_every_public_class_has_an_example_that_runs(path):
 def test_every_public_name_is_documented():
     for name in flops_lightning.__all__:
         assert inspect.getdoc(getattr(flops_lightning, name)), name
+
+
+def test_every_file_that_the_table_of_formulas_names_is_there():
+    table = (ROOT / "docs" / "architecture.md").read_text().split("## Where to find a formula")[1].split("##")[0]
+    rows = [line.split("|")[2] for line in table.splitlines() if line.startswith("| ")][1:]
+    for row in rows:
+        folder = ""
+        for name in re.findall(r"`([a-z0-9_/]+\.py)`", row):
+            folder, _, file = name.rpartition("/") if "/" in name else (folder, "", name)  # beside the one before
+            assert any((base / folder / file).is_file() for base in (ROOT / "flops_lightning", ROOT)), name
+    assert len(rows) > 20
