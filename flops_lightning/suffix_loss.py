@@ -95,7 +95,7 @@ def refuse_derivative(loss: Any, setting: str, value: object, remedy: str) -> No
         raise SettingError(setting, value, f"would differentiate {loss.part}.", remedy)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)  # not frozen: with precision 64-true, Lightning converts what a batch holds in a copy of it
 class PaddedTargets:
     """Sequences of unequal length, padded at the end, whose lengths the host knows.
 

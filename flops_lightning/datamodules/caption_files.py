@@ -1,6 +1,7 @@
 """Captioned photos: the JSON of LLaVA, whose entries are ``{"id", "image", "conversations"}``; no Lightning here."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -100,11 +101,22 @@ class CaptionSource(ImageFolderSource):
         return read_entries(self.captions, all_captions=self.all_captions)
 
     def by_photo(self, root: str) -> dict[str, list[Entry]]:
-        """The entries of each photo, by its path, in the order of the file."""
+        """The entries of each photo, by its path, in the order of the file.
+
+        Raises:
+            SettingError: a photo lies outside of the folder; its entry is named.
+        """
         found: dict[str, list[Entry]] = {}
         top = Path(root).expanduser()
         for entry in self.entries:
-            found.setdefault(str(top / entry.image), []).append(entry)
+            # One path for a photo however it is written: under two, one could be learned from and the other held out.
+            place = os.path.normpath(entry.image)
+            if os.path.isabs(place):  # noqa: PTH117 - a Path for each of a million photos takes seconds
+                place = os.path.relpath(place, top)
+            if place.split(os.sep, 1)[0] == os.pardir:
+                problem = f"{entry.name}: {entry.image} is outside of {root}."
+                raise SettingError("data.captions", self.captions, problem, "Give a folder above all photos as root.")
+            found.setdefault(str(top / place), []).append(entry)
         return found
 
     def remedy(self, root: str) -> str:
@@ -134,30 +146,36 @@ class CaptionSource(ImageFolderSource):
 
     def naming(self, error: DamagedImageError, root: str) -> DamagedImageError:
         """The same error with the entry of its photo."""
-        found = next((e[0].name for path, e in self.by_photo(root).items() if str(error).startswith(path)), "")
+        found = next((e[0].name for path, e in self.by_photo(root).items() if str(error).startswith(f"{path} ")), "")
         return DamagedImageError(f"{self.captions}, {found}: {error}" if found else str(error))
 
 
-def caption_lengths(lengths: Sequence[int], most: int, context: int, names: Sequence[str]) -> int:
+def caption_lengths(lengths: Sequence[int], most: int, rooms: Sequence[int], names: Sequence[str]) -> int:
     """How many captions ``most`` tokens cut short; ``names`` are by what a message calls each caption.
 
     Args:
         lengths: Tokens of each caption.
         most: The longest that is kept, longer ones are cut; 0: none is.
-        context: Tokens that the language model has room for; 0: it is not known.
+        rooms: Tokens of each that the language model has room for behind its question; empty: it is not known.
         names: File and entry of each.
 
     Raises:
-        SettingError: a caption has no token, or more than the context and is not cut; ``most`` is above the context.
+        SettingError: a caption has no token or, as it is or cut, more than there is room for; ``most`` is above all
+            rooms.
     """
-    if context and most > context:
-        problem = f"the language model has room for {context} tokens of a caption."
-        raise SettingError("data.max_tokens", most, problem, f"Write {context} or less.")
-    for length, name in zip(lengths, names, strict=True):
+    if rooms and most > max(rooms) >= 1:
+        problem = f"the language model has room for {max(rooms)} tokens of a caption."
+        raise SettingError("data.max_tokens", most, problem, f"Write {max(rooms)} or less.")
+    for length, room, name in zip(lengths, rooms or lengths, names, strict=True):
         if length == 0:
             remedy = "Leave the entry out."
             raise SettingError("data.captions", name, "its caption is empty: it has no token.", remedy)
-        if context and not most and length > context:
-            problem = f"its caption has {length} tokens, and the language model has room for {context}."
-            raise SettingError("data.captions", name, problem, f"Write max_tokens: {context}, which cuts it short.")
+        if min(length, most or length) <= room:
+            continue
+        if room < 1:
+            problem = "its question leaves no room for a caption in the language model."
+            raise SettingError("data.captions", name, problem, "Shorten the question, or leave the entry out.")
+        problem = f"its caption has {length} tokens, and the language model has room for {room}."
+        least = min(each for each in rooms if each >= 1)
+        raise SettingError("data.captions", name, problem, f"Write max_tokens: {least}, which cuts it short.")
     return sum(length > most for length in lengths) if most else 0

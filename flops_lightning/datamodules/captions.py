@@ -117,7 +117,9 @@ class CaptionDataModule(ImageFolderDataModule):
     @property
     def class_captions(self) -> tuple[str, ...]:
         """Captions of the classes, in the order of the labels; empty with a file of captions."""
-        return () if self.captions is not None else tuple(self.template.format(name) for name in self.display_names)
+        return (
+            () if self.captions is not None else tuple(self.template.replace("{}", name) for name in self.display_names)
+        )
 
     def check(self) -> Mapping[Part, Listing]:
         """See :class:`PhotoDataModule`; a damaged photo is named with its entry."""
@@ -157,8 +159,9 @@ class CaptionDataModule(ImageFolderDataModule):
                 problem = "wants questions, and the captions have none."
                 raise SettingError("prompt", "instruction", problem, "Write prompt: plain.")
             questions = reader.caption_ids(self.instructions)
-        context = reader.caption_context and reader.caption_context - max(map(len, questions), default=0)
-        cut = caption_lengths([len(each) for each in ids], most, context, names)
+        context = reader.caption_context
+        rooms = [context - len(question) for question in questions] if context else []
+        cut = caption_lengths([len(each) for each in ids], most, rooms, names)
         if cut:
             rank_zero_info(
                 f"data.max_tokens: {cut:,} of {len(ids):,} captions have more than {most} tokens and are cut"

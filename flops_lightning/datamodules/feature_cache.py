@@ -3,7 +3,8 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -35,6 +36,8 @@ class FeatureKey:
     def differences(self, other: "FeatureKey") -> str:
         """Both values of every part that differs."""
         then, now = asdict(self), asdict(other)
+        if self.files != other.files:
+            then["files"], now["files"] = self.files[:8], f"{other.files[:8]} (another split, or files that changed)"
         return "; ".join(f"{name} {then[name]!r}, and here {now[name]!r}" for name in then if then[name] != now[name])
 
 
@@ -62,7 +65,8 @@ def read_features(file: Path) -> tuple[FeatureKey, Tensor]:
 def cached_features(file: Path, key: FeatureKey, compute: Callable[[], Tensor], *, rebuild: bool = False) -> Tensor:
     """``(n, ...)`` features from a file, which is written first where it is not there.
 
-    Of several processes that ask at once, one computes them and the others wait. A file is whole or not there.
+    Of several processes that ask at once, one computes them and the others wait. A file is whole or not there. Nothing
+    is written where it is there, so that its folder may be read-only.
 
     Args:
         file: A safetensors file.
@@ -71,7 +75,7 @@ def cached_features(file: Path, key: FeatureKey, compute: Callable[[], Tensor], 
         rebuild: Replace features of another key; those of the same key are kept.
 
     Raises:
-        SettingError: the file holds features of another key, and ``rebuild`` is not asked for.
+        SettingError: the file holds features of another key, and ``rebuild`` is not asked for; or it cannot be written.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -85,32 +89,65 @@ def cached_features(file: Path, key: FeatureKey, compute: Callable[[], Tensor], 
     """
     from filelock import FileLock
 
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(file.with_name(f"{file.name}.lock")):
-        if file.exists():
-            try:
-                found, features = read_features(file)
-            except SettingError:
-                if not rebuild:
-                    raise
-                found = None
-            if found == key:
-                return features
-            if found is not None and not rebuild:
-                problem = f"{file} has {found.differences(key)}."
-                raise SettingError("data.cache", "use", problem, "Write cache: rebuild, or another cache_dir.")
-        _write(file, compute(), key)
-    return read_features(file)[1]
+    features = _features_of(key, file, rebuild=rebuild)
+    if features is not None:
+        return features
+    lock = FileLock(file.with_name(f"{file.name}.lock"))
+    with _writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    try:
+        features = _features_of(key, file, rebuild=rebuild)
+        if features is None:
+            _write(file, compute(), key)
+            features = read_features(file)[1]
+    finally:
+        lock.release()
+    return features
+
+
+def _features_of(key: FeatureKey, file: Path, *, rebuild: bool) -> Tensor | None:
+    """Those that are there; None where they are to be computed."""
+    if not file.exists():
+        return None
+    try:
+        found, features = read_features(file)
+    except SettingError:
+        if not rebuild:
+            raise
+        return None
+    if found == key:
+        return features
+    if not rebuild:
+        problem = f"{file} has {found.differences(key)}."
+        raise SettingError("data.cache", "use", problem, "Write cache: rebuild, or another cache_dir.")
+    return None
 
 
 def _write(file: Path, features: Tensor, key: FeatureKey) -> None:
     from safetensors.torch import save_file
 
     partial = file.with_name(f".{file.name}.partial")
-    save_file({NAME: features.contiguous()}, partial, asdict(key))
-    with partial.open("rb") as stream:
-        os.fsync(stream.fileno())
-    partial.replace(file)  # processes that map the old file keep it
+    try:
+        with _writing(file):
+            save_file({NAME: features.contiguous()}, partial, asdict(key))
+            with partial.open("rb") as stream:
+                os.fsync(stream.fileno())
+            partial.replace(file)  # processes that map the old file keep it
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _writing(file: Path) -> Iterator[None]:
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        problem = f"cannot be written ({type(error).__name__}: {error})."
+        remedy = "Give a folder with room that can be written to, or leave cache_dir out."
+        raise SettingError("data.cache_dir", str(file), problem, remedy) from error
 
 
 def gathered(batches: Iterable[Tensor], size: int) -> Tensor:

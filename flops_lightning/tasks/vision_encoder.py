@@ -1,6 +1,8 @@
 """Frozen image encoders of timm and open_clip, by name: which of their outputs is the feature of an image."""
 
 import difflib
+import hashlib
+import json
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any, Literal, get_args
@@ -29,7 +31,7 @@ class VisionEncoder:
     Attributes:
         width: Width ``f`` of a feature.
         places: Number of patches; 1 where the feature is one vector.
-        name: Name and hash of the weights.
+        name: Name and hash of the weights and arguments.
         backbone: Size, mean and standard deviation of its images, as data modules ask for them.
     """
 
@@ -53,9 +55,17 @@ class VisionEncoder:
         self._module.eval().requires_grad_(False)
         config = {"mean": statistics[0], "std": statistics[1], "input_size": (3, size, size)}
         self.backbone = SimpleNamespace(pretrained_cfg=config)
-        self.name = f"{name} {weights_hash(self._module)[:16]}"
+        known = weights_hash(self._module)
+        if kwargs:  # global_pool or act_layer, say, make other features of the same weights
+            known = hashlib.sha256(json.dumps([known, dict(kwargs)], sort_keys=True, default=str).encode()).hexdigest()
+        self.name = f"{name} {known[:16]}"
+        self._size = size if getattr(getattr(self._module, "patch_embed", None), "strict_img_size", True) else 0
         example = self(torch.zeros(1, 3, size, size))
         self.width, self.places = int(example.shape[-1]), int(example[0].numel() // example.shape[-1])
+
+    def __deepcopy__(self, memo: Any) -> "VisionEncoder":
+        """Itself: copies of a task, as of those that average weights, share what is frozen."""
+        return self
 
     def to(self, device: torch.device) -> None:
         """Move it."""
@@ -63,7 +73,15 @@ class VisionEncoder:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """``(b, f)`` features of ``(b, 3, h, w)`` images, or ``(b, p, f)`` of their patches, in float32."""
+        """``(b, f)`` features of ``(b, 3, h, w)`` images, or ``(b, p, f)`` of their patches, in float32.
+
+        Raises:
+            SettingError: images of another size than the encoder's.
+        """
+        if self._size and images.shape[-2:] != (self._size, self._size):
+            problem = f"the encoder takes images of {self._size} x {self._size} pixels."
+            remedy = "Leave image_size out, or build a ViT of timm for it: encoder_kwargs: {img_size: ...}."
+            raise SettingError("data.image_size", tuple(images.shape[-2:]), problem, remedy)
         seen: dict[str, Tensor] = {}
 
         def keep(_: nn.Module, given: tuple[Tensor, ...], normed: Tensor) -> None:

@@ -90,6 +90,29 @@ def test_captions_of_a_photo_stay_in_one_part_whatever_the_number_of_entries(tmp
     assert set(data.instructions) == {"What is it?"}
 
 
+def test_a_photo_is_one_however_its_path_is_written(tmp_path):
+    """Under two paths it could be learned from and held out."""
+    again = [entry(n, image=str(image)) for n in range(20) for image in (tmp_path / f"p{n}.jpg", f"./x/../p{n}.jpg")]
+    root = write_photos(tmp_path, [entry(n) for n in range(20)] + again)
+    data = prepared(root)
+    files = [str(Path(file).resolve()) for listing in data.check().values() for file in listing.files]
+    assert sorted(files) == sorted(str((root / f"p{n}.jpg").resolve()) for n in range(20))
+    assert len(data.train_set) == 3 * 12
+
+
+@pytest.mark.parametrize("outside", ["../p3.jpg", "p1.jpg/../../p3.jpg", "/elsewhere/p3.jpg"])
+def test_a_photo_outside_of_the_folder_is_refused(tmp_path, outside):
+    root = write_photos(tmp_path, [entry(0), entry(1, image=outside)])
+    with pytest.raises(SettingError, match=rf"entry 1 \('p1'\): {outside} is outside of"):
+        prepared(root)
+
+
+def test_braces_beside_the_name_stay(tmp_path):
+    write_class_folders(tmp_path, ("dog", "cat"), range(1))
+    data = CaptionDataModule(root=str(tmp_path), template="{a} {} {0}")
+    assert data.class_captions == ("{a} cat {0}", "{a} dog {0}")
+
+
 def test_class_folders_serve_with_a_caption_for_each_class(tmp_path):
     for part in ("train", "test"):
         write_class_folders(tmp_path / part, ("big_ship", "truck"), range(5))
@@ -183,6 +206,20 @@ def test_questions_stand_before_captions_where_the_task_reads_them(tmp_path):
     root = write_photos(tmp_path, [entry(n, conversations=silent) for n in range(20)])
     with pytest.raises(SettingError, match="wants questions, and the captions have none"):
         prepared(root, reader=ByWord(reads_instructions=True))
+
+
+def test_a_long_question_takes_room_from_its_own_caption_alone(tmp_path):
+    """Captions have 2 to 10 words, the question of entry 3 has 8 and the others' 3."""
+    asked = "<image> what is it that you see here"
+    said = [{"from": "human", "value": f"{asked} dear"}, {"from": "gpt", "value": "a dog"}]
+    root = write_photos(tmp_path, [entry(n, conversations=said) if n == 3 else entry(n) for n in range(20)])
+    assert prepared(root, reader=ByWord(13, reads_instructions=True)).tokens.lengths.max() == 13
+    with pytest.raises(SettingError, match=r"entry 8 .*has 10 tokens.* room for 9\. Write max_tokens: 4,"):
+        prepared(root, reader=ByWord(12, reads_instructions=True))
+    with pytest.raises(SettingError, match=r"entry 3 .*has 2 tokens.* room for 1\. Write max_tokens: 1,"):
+        prepared(root, reader=ByWord(9, reads_instructions=True), max_tokens=4)
+    with pytest.raises(SettingError, match=r"entry 3 .*its question leaves no room for a caption"):
+        prepared(root, reader=ByWord(8, reads_instructions=True), max_tokens=4)
 
 
 def test_a_caption_without_a_token_is_refused(tmp_path):

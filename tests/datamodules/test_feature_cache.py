@@ -78,6 +78,33 @@ def test_a_damaged_file_is_refused_or_rebuilt(tmp_path):
     assert cached_features(file, KEY, lambda: torch.ones(1), rebuild=True).eq(1).all()
 
 
+def test_features_that_are_there_are_read_from_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
+    file = tmp_path / "a.safetensors"
+    cached_features(file, KEY, lambda: torch.ones(2, 1))
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", refuse)
+    assert cached_features(file, KEY, lambda: torch.zeros(2, 1)).eq(1).all()
+    with pytest.raises(SettingError, match=r"data.cache_dir = .*b.safetensors': cannot be written \(PermissionError"):
+        cached_features(tmp_path / "b.safetensors", KEY, lambda: torch.ones(2, 1))
+    (tmp_path / "file").touch()
+    with pytest.raises(SettingError, match=r"cannot be written \(FileExistsError"):
+        cached_features(tmp_path / "file" / "c.safetensors", KEY, lambda: torch.ones(2, 1))
+
+
+def test_a_disk_that_is_full_leaves_no_half_a_file(tmp_path, monkeypatch):
+    def half(tensors, file, metadata):
+        file.write_bytes(b"the first half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", half)
+    with pytest.raises(SettingError, match=r"cannot be written \(OSError: .*No space left on device"):
+        cached_features(tmp_path / "a.safetensors", KEY, lambda: torch.ones(2, 1))
+    assert [file.name for file in tmp_path.iterdir()] in ([], ["a.safetensors.lock"])
+
+
 def test_the_list_of_files_tells_names_sizes_and_order_apart():
     hashes = {
         hash_of_files(*each)

@@ -127,6 +127,19 @@ def test_an_interrupted_run_with_cached_features_ends_with_the_same_bits(llm, ph
     assert not torch.equal(adapter_of(first)["adapter.0.bias"], adapter_of(whole)["adapter.0.bias"])
 
 
+@pytest.mark.parametrize("precision", ["64-true", "bf16-mixed"])
+def test_captions_go_through_every_precision(llm, photos, tmp_path, precision):
+    """The same gradients; noise in double precision would be other numbers."""
+    usual, task = (aligner(llm, strategy=Backprop(), relative_sigma=0.0, optimizer={"name": "sgd"}) for _ in range(2))
+    fitted(usual, captions(photos), tmp_path, max_steps=2)
+    fitted(task, captions(photos), tmp_path, max_steps=2, precision=precision)
+    bias, expected = (adapter_of(each)["adapter.0.bias"] for each in (task, usual))
+    start = adapter_of(aligner(llm))["adapter.0.bias"]
+    assert (
+        float((bias - expected).norm() / (expected - start).norm()) < {"64-true": 1e-4, "bf16-mixed": 0.05}[precision]
+    )
+
+
 def test_features_serve_without_an_encoder(llm, photos, tmp_path):
     task, cache = aligner(llm), str(tmp_path / "cache")
     fitted(task, captions(photos, cache_dir=cache), tmp_path)

@@ -1,10 +1,13 @@
 """Features of frozen encoders are the tokens that their names say."""
 
+from copy import deepcopy
+
 import pytest
 import timm
 import torch
 
 from flops_lightning.datamodules.augmentation import backbone_size, backbone_statistics
+from flops_lightning.errors import SettingError
 from flops_lightning.tasks.backbone import save_weights
 from flops_lightning.tasks.vision_encoder import VisionEncoder
 from tests.aligned import VIT
@@ -37,6 +40,31 @@ def test_features_of_a_timm_model(tmp_path):
     assert backbone_size(made["pooled"]) == 8
     assert backbone_statistics(made["pooled"])[0] == (0.5, 0.5, 0.5)
     assert not any(p.requires_grad for p in made["pooled"]._module.parameters())
+
+
+def test_arguments_that_change_features_and_no_weight_change_the_name():
+    """By which caches and checkpoints know an encoder."""
+    made = []
+    for pool in ("avg", "max", "max"):
+        torch.manual_seed(0)
+        made.append(VisionEncoder(NAME, "", {**VIT, "global_pool": pool}, "pooled"))
+    images = torch.randn(2, 3, 8, 8)
+    average, largest, again = (encoder(images) for encoder in made)
+    assert not torch.allclose(average, largest)
+    assert torch.equal(largest, again)
+    assert made[0].name != made[1].name == made[2].name
+
+
+def test_images_of_another_size_are_refused_unless_the_model_takes_any():
+    with pytest.raises(SettingError, match=r"data.image_size = \(16, 16\): the encoder takes images of 8 x 8 pixels"):
+        VisionEncoder(NAME, "", VIT, "pooled")(torch.zeros(1, 3, 16, 16))
+    anything = VisionEncoder(NAME, "", {**VIT, "dynamic_img_size": True}, "pooled")
+    assert anything(torch.zeros(1, 3, 16, 16)).shape == (1, 12)
+
+
+def test_copies_share_what_is_frozen():
+    encoder = VisionEncoder(NAME, "", VIT, "pooled")
+    assert deepcopy([encoder])[0] is encoder
 
 
 def test_features_of_a_clip(tmp_path):
