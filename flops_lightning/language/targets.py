@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import torch
 from torch import nn
 
 from flops_lightning.errors import SettingError, check_choice, check_flag, check_positive, check_whole, import_extra
@@ -28,7 +29,8 @@ class LanguageTarget:
         alpha: ``lora`` only: an addition is scaled by ``alpha / rank``.
         modules: ``lora`` only: endings of the names of the modules that get one, as peft takes them; None: peft's
             choice for the architecture.
-        tokens: ``prompt`` and ``prefix`` only: their number.
+        tokens: ``prompt`` and ``prefix`` only: their number. Both start at random tokens of the vocabulary: a prompt at
+            their embeddings, a prefix at the keys and values that the model has for them.
         untie: ``full`` and ``head`` only: give the output layer a copy of the embedding where the two share a weight.
             Queries that start between the two cannot train a weight of both.
 
@@ -135,9 +137,16 @@ def _with_adapter(model: Any, settings: LanguageTarget) -> Any:
     else:
         config = peft.PrefixTuningConfig(num_virtual_tokens=settings.tokens, **task)
     try:
-        return peft.get_peft_model(model, config)
+        adapted = peft.get_peft_model(model, config)
     except ValueError as error:
         where = "target.modules" if settings.kind == "lora" else "target.kind"
         value = settings.modules if settings.kind == "lora" else settings.kind
         remedy = "Write endings of names of its linear modules, or choose another kind."
         raise SettingError(where, value, f"peft refuses {type(model).__name__}: {error}.", remedy) from error
+    if settings.kind == "prefix":
+        size = len(model.get_input_embeddings().weight)
+        ids = torch.randint(size, (1, settings.tokens), device=model.get_input_embeddings().weight.device)
+        with torch.no_grad():
+            seen = model(input_ids=ids, use_cache=True).past_key_values
+        peft.initialize_kv_prefix_from_past_key_values(adapted, past_key_values=seen)
+    return adapted

@@ -201,6 +201,19 @@ def test_what_was_trained_is_saved_as_transformers_and_peft_save_it(kind, folder
     assert again.config.use_cache  # to generate with
 
 
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [("Llama", {}), ("OPT", {"ffn_dim": 32, "word_embed_proj_dim": 16, "num_key_value_heads": 2})],
+)
+def test_a_prefix_starts_as_what_the_model_makes_of_random_tokens(family, settings, tmp_path: Path, monkeypatch):
+    tiny(family, **settings).save_pretrained(tmp_path)
+    words, text = torch.tensor([[9, 1, 30, 7, 7]]), torch.tensor([[4, 8, 15]])
+    monkeypatch.setattr(torch, "randint", lambda high, size, **_: {(50, (1, 5)): words}[high, size])
+    task = made(str(tmp_path), "prefix", target={"kind": "prefix", "tokens": 5})
+    whole = task.causal_lm(input_ids=torch.cat([words, text], dim=1)).logits[:, 5:]
+    torch.testing.assert_close(task({"input_ids": text}), whole)
+
+
 class Saves:
     def save_pretrained(self, path: str) -> None:
         assert Path(path).is_dir()
