@@ -25,6 +25,7 @@ from flops_lightning.service.answering import BadRequest
 from flops_lightning.service.client import ServiceClient
 from flops_lightning.service.payload import BASE64, changed, packed, unpacked
 from flops_lightning.service.settings import ServiceSettings
+from flops_lightning.service.usage import Usage
 from flops_lightning.suffix_loss import PaddedTargets
 
 BYTES_OF_ID, BYTES_OF_ROW = 8, 100
@@ -132,6 +133,7 @@ class RemoteCaptionLoss(CaptionScorer):
         client: Connections and retries.
         info: What the server tells.
         largest: Most rows of a request.
+        max_queries: Rows after which nothing more is asked; 0: no limit.
 
     Example:
         >>> RemoteCaptionLoss("localhost:8000")
@@ -141,6 +143,7 @@ class RemoteCaptionLoss(CaptionScorer):
 
     differentiable = False
     remote = True
+    max_queries = 0
 
     def __init__(self, url: str, **settings: Any) -> None:
         """Ask the server what it is; ``settings`` are those of :class:`ServiceSettings`.
@@ -152,6 +155,11 @@ class RemoteCaptionLoss(CaptionScorer):
         info = self.client.read_info(CaptionInfo.read, "captions", "Start a server with CaptionAnswers.")
         self.info, self.largest = info, self.client.settings.rows_of_a_request(info.max_rows)
         super().__init__(info.width, context=info.context, visual_tokens=info.visual_tokens, bos=info.bos, eos=info.eos)
+
+    @property
+    def usage(self) -> Usage:
+        """What was asked so far."""
+        return self.client.usage
 
     def score(self, embeddings: Tensor | None, ids: PaddedTargets) -> Tensor:
         """See :meth:`CaptionScorer.score`; NaN in the rows that were lost."""
@@ -178,6 +186,7 @@ class RemoteCaptionLoss(CaptionScorer):
         if not largest:
             problem = f"takes {self.info.max_bytes} bytes a request, and one row has {of_row:.0f}."
             raise SettingError("service", self.client.settings.url, problem, "Write fewer visual_tokens.")
+        self.usage.check_room(len(captions), self.max_queries)
         losses = self.client.rows(payload, len(captions), (), largest=largest)
         return losses[place].to(ids.values.device)
 

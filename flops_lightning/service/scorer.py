@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flops_lightning.errors import SettingError, SpentQueriesError
+from flops_lightning.errors import SettingError
 from flops_lightning.noise.keys import NoiseKey
 from flops_lightning.service.payload import ImageStore, changed
 from flops_lightning.service.rounding import RoundingWatch
@@ -197,8 +197,7 @@ class Scorer(ABC):
         place = keep.long().cumsum(0) - 1
         asked = {name: x[keep] if name in own else x for name, x in given.items()}
         rows = int(keep.sum())
-        if self.max_queries and self.usage.rows + rows > self.max_queries:
-            raise SpentQueriesError(self.usage.rows, rows, self.max_queries)
+        self.usage.check_room(rows, self.max_queries)
         answers = self._answers(kind, rows, asked)
         self._rounding.see(kind, asked.get("names"), answers)
         return answers[place].to(device)

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from flops_lightning.errors import SpentQueriesError
+
 
 @dataclass
 class Usage:
@@ -36,6 +38,11 @@ class Usage:
         """Add to the totals by name."""
         for name, amount in amounts.items():
             setattr(self, name, getattr(self, name) + amount)
+
+    def check_room(self, rows: int, most: int) -> None:
+        """Raise a :class:`SpentQueriesError` if so many more rows are over the limit ``most`` (0: there is none)."""
+        if most and self.rows + rows > most:
+            raise SpentQueriesError(self.rows, rows, most)
 
     def state_dict(self) -> dict[str, Any]:
         """Totals as plain numbers."""

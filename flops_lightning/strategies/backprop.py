@@ -96,7 +96,9 @@ class Backprop(WholeBatchStrategy):
 
 def without_derivative(loss: LossFunction, problem: str = "") -> SettingError:
     """The error for a loss that a strategy needs to differentiate and cannot."""
-    return SettingError(
-        "loss", getattr(loss, "__name__", type(loss).__name__), f"has no derivative{problem}.",
-        "Use a strategy that needs none, such as LikelihoodRatio, or a loss such as cross-entropy.",
-    )  # fmt: skip
+    name = getattr(loss, "__name__", type(loss).__name__)
+    remedy = "Use a strategy that needs none, such as LikelihoodRatio, or a loss such as cross-entropy."
+    if isinstance(loss, SuffixLoss) and loss.remote:
+        problem = f" here: {loss.part} runs elsewhere and answers with losses alone"
+        remedy = "Train what is before it by a strategy that needs none: LikelihoodRatio, SPSA or MeZO."
+    return SettingError("loss", name, f"has no derivative{problem}.", remedy)

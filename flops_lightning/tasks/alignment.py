@@ -1,31 +1,31 @@
 """A frozen language model learns to see: an adapter from image features to its embeddings (FLOPS, section 5.3)."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from torch import Tensor, nn
 
 from flops_lightning.datamodules import CaptionDataModule
 from flops_lightning.distributed import mean_over_ranks
 from flops_lightning.errors import SettingError, check_at_least, check_choice, check_flag, check_whole
-from flops_lightning.language import CaptionScorer
+from flops_lightning.language import CaptionScorer, RemoteCaptionLoss
 from flops_lightning.queries import CleanPass, row_losses
+from flops_lightning.strategies.base import ForwardGradientStrategy
+from flops_lightning.tasks import alignment_models as models
 from flops_lightning.tasks.adapters import AdapterKind, Start, make_adapter, start_adapter
-from flops_lightning.tasks.alignment_models import KEY, check_same_models, load_scorer, mean_embedding, take_site
 from flops_lightning.tasks.caption_answers import greedy_captions, likeliest
 from flops_lightning.tasks.evaluation import Perplexity, first_seen, mean_loss
-from flops_lightning.tasks.forward_module import Batch, ForwardModule
-from flops_lightning.tasks.language_model import fingerprint
+from flops_lightning.tasks.forward_module import Batch
+from flops_lightning.tasks.served_module import ServedModule
 from flops_lightning.tasks.vision_encoder import Feature, VisionEncoder
 
 Prompt = Literal["plain", "instruction"]
 
 
-class AdapterAlignment(ForwardModule):
+class AdapterAlignment(ServedModule):
     """An adapter between a frozen image encoder and a frozen language model, learned from losses of captions.
 
     A caption's loss is the mean negative log-likelihood of its tokens after the adapter's vectors, and these are where
@@ -93,7 +93,7 @@ class AdapterAlignment(ForwardModule):
                 torch's.
             relative_sigma: Width of the noise in the root mean square of the first batch's vectors, in the place of
                 the site's sigma; it is fixed then. 0: the site's.
-            **settings: Those of :class:`ForwardModule`. A strategy that names no sites has one, ``adapter``.
+            **settings: ``max_queries`` of a service, and :class:`ForwardModule`'s. The default site is ``adapter``.
 
         Raises:
             SettingError: a model that cannot be loaded, or a setting that does not work or has no effect.
@@ -108,16 +108,7 @@ class AdapterAlignment(ForwardModule):
         checkpoint = str(made.pop("checkpoint", ""))
         self.encoder = VisionEncoder(encoder, checkpoint, made, feature) if encoder else None
         self._encoder_name = self.encoder.name if self.encoder else ""
-        if self.encoder is None and encoder_kwargs:
-            raise SettingError("encoder_kwargs", encoder_kwargs, "has no effect without an encoder.", "Leave it out.")
-        if (self.encoder is None) is not bool(feature_width):
-            problem = "the encoder tells it." if self.encoder else "is needed where no encoder tells it."
-            raise SettingError("feature_width", feature_width, problem, "Leave it out." if encoder else "Write it.")
-        if self.encoder is not None and self.encoder.places > 1:
-            if visual_tokens not in (1, self.encoder.places):
-                problem = f"each of the {self.encoder.places} patches becomes one vector."
-                raise SettingError("visual_tokens", visual_tokens, problem, "Leave it out.")
-            visual_tokens = self.encoder.places
+        visual_tokens = models.check_features(self.encoder, encoder_kwargs, feature_width, visual_tokens)
         self.feature_width = self.encoder.width if self.encoder else feature_width
         self.save_hyperparameters(
             {
@@ -127,17 +118,30 @@ class AdapterAlignment(ForwardModule):
                 "normalize_features": normalize_features, "init": init, "relative_sigma": relative_sigma,
             }
         )  # fmt: skip
-        self.loss, self.tokenizer = load_scorer(llm, extra, visual_tokens=visual_tokens, bos=bos, eos=eos)
+        self.loss, self.tokenizer = models.load_scorer(llm, extra, visual_tokens=visual_tokens, bos=bos, eos=eos)
         patches = feature == "patches"
         sizes = (self.feature_width, self.loss.width)
         self.adapter = make_adapter(adapter, *sizes, visual_tokens=visual_tokens, patches=patches)
-        start_adapter(self.adapter, init, mean_embedding(self.loss))
-        take_site(self.strategy, relative_sigma)
+        start_adapter(self.adapter, init, models.mean_embedding(self.loss))
+        models.take_site(self.strategy, relative_sigma)
         self.stage(self.adapter, torch.zeros(1, *([visual_tokens] if patches else []), self.feature_width))
         kinds = {"loss": mean_loss, "perplexity": Perplexity, "accuracy": mean_loss}
         self.metrics = nn.ModuleDict({f"{part}_{n}": kind() for part in ("val", "test") for n, kind in kinds.items()})
         self._class_captions: list[list[int]] = []
         self._longest = 0
+
+    @property
+    def scorer(self) -> RemoteCaptionLoss | None:
+        """The service, if the language model is at one."""
+        return self.loss if isinstance(self.loss, RemoteCaptionLoss) else None
+
+    def step_rows(self, strategy: ForwardGradientStrategy, samples: int) -> int:
+        """See :meth:`ServedModule.step_rows`."""
+        return samples + sum(int(site.queries_per_sample * samples) for site in strategy.sites)
+
+    def validation_rows(self, samples: int) -> int:
+        """See :meth:`ServedModule.validation_rows`; each photo is scored with the captions of all classes, too."""
+        return samples * (1 + len(self._class_captions))
 
     @property
     def caption_context(self) -> int:
@@ -271,23 +275,23 @@ class AdapterAlignment(ForwardModule):
     def identity(self) -> dict[str, Any]:
         """What the adapter belongs to, as plain values."""
         names = ("feature", "adapter", "visual_tokens", "bos", "eos", "prompt", "normalize_features")
-        model = getattr(self.loss, "llm", None)
-        llm = {"llm": Path(self.hparams["llm"]).name, "llm_config": fingerprint(model, {}) if model is not None else ""}
+        llm = models.described(self.loss, self.hparams["llm"])
         return {**llm, "encoder": self._encoder_name, **{n: self.hparams[n] for n in names}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say what the adapter belongs to, and the width that was found."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint[KEY] = {**self.identity, "sigma": self.sigma}
+        checkpoint[models.KEY] = {**self.identity, "sigma": self.sigma}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse an adapter of other models."""
-        saved = check_same_models(checkpoint.get(KEY), self.identity)
+        saved = models.check_same_models(checkpoint.get(models.KEY), self.identity)
         now, then = (own["relative_sigma"] for own in (self.hparams, checkpoint["hyper_parameters"]))
         if saved["sigma"] is not None and now and self.strategy is not None:
             self._set_sigma(saved["sigma"] * (now / then))
         super().on_load_checkpoint(checkpoint)
 
+    @rank_zero_only
     def export_weights(self, path: str) -> None:
         """Write the adapter's weights as safetensors, with what they belong to as metadata."""
         from safetensors.torch import save_file

@@ -1,15 +1,18 @@
 """The language model behind an adapter, and which models a checkpoint's adapter belongs to."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from flops_lightning.errors import SettingError
-from flops_lightning.language import CaptionLoss, CaptionScorer, load_language_model
+from flops_lightning.language import CaptionLoss, CaptionScorer, RemoteCaptionLoss, load_language_model
 from flops_lightning.language.models import load_tokenizer
 from flops_lightning.strategies.base import ForwardGradientStrategy
 from flops_lightning.strategies.site_specs import SiteSpec
+from flops_lightning.tasks.language_model import fingerprint
+from flops_lightning.tasks.vision_encoder import VisionEncoder
 
 KEY = "adapter_alignment"
 """Where a checkpoint says what its adapter belongs to."""
@@ -43,6 +46,31 @@ def load_scorer(
 
     ends = {"bos": end("bos", wanted=bos), "eos": end("eos", wanted=eos)}
     return CaptionLoss(model, visual_tokens=visual_tokens, bos=ends["bos"], eos=ends["eos"]), tokenizer
+
+
+def check_features(
+    encoder: VisionEncoder | None, encoder_kwargs: Mapping[str, Any] | None, feature_width: int, visual_tokens: int
+) -> int:
+    """The number of vectors: a :class:`SettingError` where encoder and settings do not fit each other."""
+    if encoder is None and encoder_kwargs:
+        raise SettingError("encoder_kwargs", encoder_kwargs, "has no effect without an encoder.", "Leave it out.")
+    if (encoder is None) is not bool(feature_width):
+        problem = "the encoder tells it." if encoder else "is needed where no encoder tells it."
+        raise SettingError("feature_width", feature_width, problem, "Leave it out." if encoder else "Write it.")
+    if encoder is None or encoder.places == 1:
+        return visual_tokens
+    if visual_tokens not in (1, encoder.places):
+        problem = f"each of the {encoder.places} patches becomes one vector."
+        raise SettingError("visual_tokens", visual_tokens, problem, "Leave it out.")
+    return encoder.places
+
+
+def described(loss: CaptionScorer, name: str) -> dict[str, str]:
+    """By what a checkpoint knows the language model: its name, and a hash of the config of one that is here."""
+    if isinstance(loss, RemoteCaptionLoss):
+        return {"llm": f"service {loss.info.model}", "llm_config": ""}
+    model = getattr(loss, "llm", None)
+    return {"llm": Path(name).name, "llm_config": "" if model is None else fingerprint(model, {})}
 
 
 def mean_embedding(loss: CaptionScorer) -> Tensor | None:

@@ -63,13 +63,17 @@ def greedy_captions(
 def likeliest(
     loss: CaptionScorer, vectors: Tensor, captions: PaddedTargets, classes: Sequence[Sequence[int]]
 ) -> Tensor:
-    """``(b,)`` 1.0 where, of the captions of all ``classes``, a sample's own has the largest likelihood, else 0.0."""
+    """``(b,)`` 1.0 where, of the captions of all ``classes``, a sample's own has the largest likelihood, else 0.0.
+
+    NaN where a service gave no answer to one of them.
+    """
     totals = []
     for ids in classes:
         caption = PaddedTargets.of([torch.tensor(ids, device=vectors.device)])
         repeated = caption.take(torch.zeros(len(vectors), dtype=torch.long, device=vectors.device))
         totals.append(row_losses(loss, vectors, repeated) * (len(ids) + (loss.eos is not None)))
-    chosen = torch.stack(totals, 1).argmin(1).tolist()
+    table = torch.stack(totals, 1)
+    chosen = table.argmin(1).tolist()
     own = [tuple(row[:length]) for row, length in zip(captions.values.tolist(), captions.lengths, strict=True)]
     right = [tuple(classes[c]) == mine for c, mine in zip(chosen, own, strict=True)]
-    return torch.tensor(right, dtype=torch.float32, device=vectors.device)
+    return torch.where(table.isnan().any(1), torch.nan, torch.tensor(right, dtype=torch.float32, device=vectors.device))

@@ -83,6 +83,9 @@ def test_continuous_optimum_by_hand() -> None:
     values = torch.tensor([[4.0, 16.0], [16.0, 4.0]], dtype=D)
     costs, most = torch.tensor([4.0, 1.0], dtype=D), torch.full((2,), 1e9, dtype=D)
     assert cheapest_counts(values, costs, 180.0, least=1, most=most, multiple=1).tolist() == [[10, 20], [40, 20]]
+    # The same with costs of samples: sqrt(V / c) = 1, 4; 2, 2.
+    of_samples = torch.tensor([[4.0, 1.0], [4.0, 1.0]], dtype=D)
+    assert cheapest_counts(values, of_samples, 180.0, least=1, most=most, multiple=1).tolist() == [[10, 40], [20, 20]]
     # With two of them capped 4 k + 2 k = 70 is left: 11.7 and 23.3, rounded down and the rest spent where it can be.
     capped = cheapest_counts(values, costs, 180.0, least=1, most=torch.tensor([20.0, 30.0]), multiple=1)
     assert capped.tolist() == [[11, 20], [30, 26]]

@@ -42,6 +42,8 @@ def test_candidates_behind_one_prompt_score_as_in_passes_of_their_own(model):
             torch.testing.assert_close(own[: len(expected)], torch.tensor(expected), rtol=1e-4, atol=1e-5)
             assert not own[len(expected) :].any()
     likelihood = candidate_log_likelihoods(logits, targets)
+    sums = torch.tensor([[sum(log) for log in alone(model, text)] for text in TEXTS])
+    torch.testing.assert_close(likelihood, sums, rtol=1e-4, atol=1e-5)
     right = likelihood[range(3), [1, 0, 0]]
     torch.testing.assert_close(completion(logits, targets), -right / torch.tensor([2.0, 1.0, 2.0]))
     torch.testing.assert_close(choice(logits, targets), likelihood.logsumexp(1) - right)

@@ -137,6 +137,22 @@ def test_choices_learn_with_their_branches_in_one_row(strategy, kind, folder):
     assert trainer.callback_metrics["queries/lost"] == 0
 
 
+@pytest.mark.parametrize("strategy", [LikelihoodRatio, MeZO])
+def test_dropout_of_the_model_and_of_its_adapter_is_off_in_estimates(strategy, tmp_path: Path):
+    """In train mode, in which a trainer leaves them; neither rate is zero."""
+    tiny(tie_word_embeddings=False, attention_dropout=0.5).save_pretrained(tmp_path)
+    found = []
+    for training in (False, True):
+        task = made(str(tmp_path), "lora", strategy(seed=0)).train(training)
+        for layer in task.causal_lm.model.layers:
+            layer.self_attn.q_proj.lora_dropout["default"] = torch.nn.Dropout(0.5).train(training)
+            torch.nn.init.normal_(layer.self_attn.q_proj.lora_B["default"].weight)
+        estimate = task.strategy.estimate(task.strategy.clean_pass(*task.split(labelled())))
+        found.append([estimate.loss, *(p.grad for p in task.parameters() if p.grad is not None)])
+        assert task.causal_lm.model.layers[0].self_attn.q_proj.lora_dropout["default"].training is training
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
 def test_validation_and_test_report_loss_perplexity_and_accuracy(folder):
     task = made(folder, objective="choice")
     task._stage_for(branching=True)
