@@ -50,15 +50,21 @@ def padding(lengths: np.ndarray, *, batch: int, queries: int, chunk_rows: int) -
     return {name: tokens / needed for name, tokens in run.items()}
 
 
-def slopes(llm: Any, ids: Sequence[Sequence[int]], *, draws: int, seed: int) -> dict[str, float]:
-    """Of estimates with 60 queries on the gradient at one vector before each caption, and cosines of the samples'."""
+def slopes(
+    llm: Any, ids: Sequence[Sequence[int]], *, draws: int, seed: int, sigma: float = 0.004, beside: Any = None
+) -> dict[str, float]:
+    """Of estimates with 60 queries on the gradient at one vector before each caption, and cosines of the samples'.
+
+    ``sigma`` is in units of the vectors' size. The gradient is that of the model ``beside``; None: of the same one.
+    """
     captions, width = PaddedTargets.of([torch.tensor(each) for each in ids]), llm.get_input_embeddings().weight.shape[1]
     drawn = torch.randn(len(ids), width, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     vectors = (0.28 * drawn).float().requires_grad_(True)
     loss, layer = CaptionLoss(llm), nn.Linear(len(ids), width, bias=False)
-    (exact,) = torch.autograd.grad(loss(vectors, captions).mean(), vectors)
+    exact_loss = loss if beside is None else CaptionLoss(beside)
+    (exact,) = torch.autograd.grad(exact_loss(vectors, captions).mean(), vectors)
     layer.weight.data = vectors.detach().T.contiguous()
-    site = {"stages": ["0"], "kind": "linear", "sigma": 0.004 * 0.28, "queries_per_sample": 60}
+    site = {"stages": ["0"], "kind": "linear", "sigma": sigma * 0.28, "queries_per_sample": 60}
     strategy = LikelihoodRatio(sites=[site], seed=seed)
     strategy.bind(stage_network(nn.Sequential(layer)), loss)
     found: Values = defaultdict(list)

@@ -1,6 +1,7 @@
 """Losses of captions are those of transformers, one caption at a time, whatever stands beside them in a chunk."""
 
 from copy import deepcopy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -198,6 +199,24 @@ def test_compiled_it_gives_the_same_in_few_shapes(llm):
             # The norms of a Llama compute in float32, compiled in another order.
             torch.testing.assert_close(compiled(z[index], some), loss(z[index], some), rtol=1e-6, atol=1e-6)
     assert shapes == {2 + 8 - 1, 2 + 16 - 1}
+
+
+def test_one_graph_is_compiled_for_each_number_of_rows_and_length(monkeypatch):
+    """Whatever the captions' own lengths, and none in a later step of the same ones."""
+    compiled: list[tuple[int, ...]] = []
+
+    def backend(graph, inputs):
+        compiled.append(next(tuple(x.shape[:2]) for x in inputs if x.dim() == 3))
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    adapter, captions = nn.Sequential(nn.Linear(3, 2 * WIDTH)), caption_ids(1, 2, 3, 4, 5, 6, 9, 12)
+    site = {"stages": ["0"], "kind": "linear", "queries_per_sample": 5}
+    strategy = LikelihoodRatio(sites=[site], seed=0, chunk_rows=10, compile_suffixes=True)
+    strategy.bind(stage_network(adapter), CaptionLoss(tiny_llama().float(), visual_tokens=2))
+    for _ in range(2):
+        strategy.estimate(strategy.clean_pass(torch.randn(8, 3), captions))
+        assert sorted(compiled) == [(8, 2 + 16 - 1), (10, 2 + 8 - 1), (10, 2 + 16 - 1)]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Language models that transformers quantise with torchao, which is the user's own package: as YAML writes them."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,9 @@ import torch
 from lightning.pytorch import Trainer
 
 from flops_lightning.errors import SettingError
-from flops_lightning.language import load_language_model
+from flops_lightning.language import CaptionLoss, load_language_model
 from flops_lightning.strategies import Backprop, LikelihoodRatio, MeZO
+from flops_lightning.suffix_loss import PaddedTargets
 from flops_lightning.tasks import ForwardCausalLM
 from tests.aligned import aligner, captions, fitted, llm_folder, photo_folder
 
@@ -52,6 +54,21 @@ def test_backprop_goes_through_weights_in_eight_bits_and_not_through_activations
     assert aligner(llm, llm_kwargs=WEIGHTS, strategy=Backprop(), relative_sigma=0.0).loss.differentiable
     with pytest.raises(SettingError, match="has no derivative, as autograd does not follow its quantised products"):
         aligner(llm, llm_kwargs=ACTIVATIONS, strategy=Backprop(), relative_sigma=0.0)
+
+
+def test_it_is_compiled_as_one_graph(llm, monkeypatch):
+    graphs = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    loss = CaptionLoss(load_language_model(llm, **WEIGHTS)[0])
+    z, ids = torch.randn(2, 32), PaddedTargets.of([torch.tensor([3, 4, 5]), torch.tensor([6])])
+    with torch.no_grad():
+        torch.testing.assert_close(loss.compiled()(z, ids), loss(z, ids))
+    assert len(graphs) == 1
 
 
 def causal_lm(llm: str, kwargs: dict[str, Any], kind: str, strategy: Any) -> ForwardCausalLM:
