@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from flops_lightning.allocators.rounding import largest_remainder
 from flops_lightning.distributed import Communicator, gather_lines
@@ -35,6 +36,10 @@ def gather_statistics(communicator: Communicator, statistics: SampleStatistics) 
     tensors = {name: value.detach().to(statistics.loss.device) for name, value in statistics.tensors().items()}
     sites = [name for name, value in tensors.items() if name in PER_SITE and value.ndim == 1]
     by_sample = {name: value for name, value in tensors.items() if name not in sites}
+    if "embedding" in by_sample:  # of texts it is as wide as the longest of a rank
+        embedding = by_sample["embedding"]
+        widths = communicator.gather(torch.tensor([embedding.shape[1]], device=embedding.device))
+        by_sample["embedding"] = F.pad(embedding, (0, max(map(int, widths)) - embedding.shape[1]))
     # `(b, d)` embeddings have the sample first, `(b,)` and `(s, b)` tables have it last.
     lines = {name: v if name == "embedding" else v.reshape(-1, v.shape[-1]).T for name, v in by_sample.items()}
     ranks = gather_lines(communicator, torch.cat(list(lines.values()), dim=1))

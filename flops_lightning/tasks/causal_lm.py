@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 
 from flops_lightning.errors import SettingError
@@ -239,8 +240,12 @@ class ForwardCausalLM(ForwardModule):
         named = self.named_parameters(remove_duplicate=False)
         return {name: parameter for name, parameter in named if not parameter.requires_grad}
 
+    @rank_zero_only
     def export_weights(self, path: str | Path) -> None:
-        """Write a folder by ``save_pretrained``: the adapter alone, or else the whole model; and the tokenizer."""
+        """Write a folder by ``save_pretrained``: the adapter alone, or else the whole model; and the tokenizer.
+
+        Of several processes the first writes it.
+        """
         model, config = self.model, self.causal_lm.config
         config.use_cache = True  # who loads it wants to generate
         model.save_pretrained(str(path))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
 from flops_lightning.datamodules import ImageDataModule
@@ -248,6 +249,7 @@ class ClipPromptTuner(StartsAtImages):
         checkpoint["state_dict"] = {**kept, **checkpoint["state_dict"]}
         super().on_load_checkpoint(checkpoint)
 
+    @rank_zero_only
     def export_prompt(self, path: str | Path) -> None:
         """Write the tokens, class names and template as one safetensors file; docs/prompts.md shows how to read it.
 

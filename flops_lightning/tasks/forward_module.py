@@ -7,7 +7,7 @@ from typing import Any, ClassVar, cast
 import lightning.pytorch as pl
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -258,8 +258,9 @@ class ForwardModule(AllocatedModule):
         logged = self.trainer.callback_metrics.items()
         return {"validation": {name.removeprefix("val/"): float(x) for name, x in logged if name.startswith("val/")}}
 
+    @rank_zero_only
     def export_weights(self, path: str) -> None:
-        """Write what was trained: here its tensors by name, as safetensors."""
+        """Write what was trained: here its tensors by name, as safetensors. Of several processes the first writes."""
         from safetensors.torch import save_file
 
         save_file({name: p.detach().cpu().contiguous() for name, p in self.network.trainable().items()}, path)

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
 from flops_lightning.errors import SettingError
@@ -90,6 +91,7 @@ class ForwardImageClassifier(ClassifierModule):
         """Compare images with the size and channels that the backbone was built for."""
         check_images(self.backbone, inputs, self.in_chans)
 
+    @rank_zero_only
     def export_weights(self, path: str) -> None:
         """Write the backbone's weights under timm's names, LoRA merged and prompts as register tokens."""
         save_weights(self.backbone, path)

@@ -144,7 +144,7 @@ class ServedModule(ForwardModule):
         scorer, trainer = self.scorer, cast("Any", self.trainer)
         if scorer is None or not self.max_queries or trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        rows = self.validation_rows(-(-len(getattr(trainer.val_dataloaders, "dataset", ())) // trainer.world_size))
+        rows = self.validation_rows(len(getattr(trainer.val_dataloaders, "sampler", ())))
         if rows:
             spent, rows = self._sums(scorer.usage.rows, rows)
             self._stop_before(spent, rows + (0 if self._finished() else self._next))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,12 +30,13 @@ from flops_lightning.strategies import (
     PilotSpec,
     SiteSpec,
 )
-from flops_lightning.tasks import ForwardImageClassifier
+from flops_lightning.tasks import ForwardCausalLM, ForwardImageClassifier
+from flops_lightning.tasks.forward_module import ForwardModule
 from tests import digits
 
 MODEL = {**digits.MODEL, "model_kwargs": {**digits.TINY, "embed_dim": 8, "depth": 2}}
 LR = 1e-2
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Any, Any]
 
 
 def two_sites(queries: int = 4) -> list[SiteSpec]:
@@ -61,6 +63,7 @@ class Scenario:
     spoil: tuple[int, ...] = ()  # ranks whose second batch holds NaN
     budget: dict[str, Any] = field(default_factory=dict)
     optimizer: dict[str, Any] = field(default_factory=dict)
+    language: dict[str, Any] = field(default_factory=dict)  # which parameters of a language model learn
 
     @property
     def optimizer_settings(self) -> OptimizerSettings:
@@ -89,6 +92,13 @@ def subspace() -> EvolutionStrategies:
 
 def gaussian(**settings: Any) -> Callable[[], QueryAllocator]:
     return lambda: GaussianAllocator(seed=0, **settings)
+
+
+def of_language(queries: int = 8) -> LikelihoodRatio:
+    """Two sites in a language model of three layers."""
+    ranges = {"low": ["model.embed_tokens", "model.layers.1"], "top": ["model.layers.2", "lm_head"]}
+    sites = [SiteSpec(name=n, stages=s, queries_per_sample=queries, sigma=1e-2) for n, s in ranges.items()]
+    return LikelihoodRatio(sites=sites, seed=0, pilots=PilotSpec(sites=[*ranges], queries=2))
 
 
 WIDE = {"embed_dim": 16}
@@ -120,6 +130,8 @@ SCENARIOS = {
     "mezo_losses": Scenario(mezo("losses")),
     "mezo_losses_wide": Scenario(mezo("losses"), model_kwargs=WIDE),
     "backprop": Scenario(Backprop),
+    "language": Scenario(of_language, lambda: OptimalAllocator(traces=BOTH), language={"kind": "full"}),
+    "language_lora": Scenario(of_language, gaussian(traces=BOTH), language={"kind": "lora", "rank": 2, "alpha": 4.0}),
     "coordinates": Scenario(lambda: CoordinateFiniteDifferences(coordinates=20, grasp_queries=4, seed=0)),
 }
 SUMMARISED = "lr_gaussian"
@@ -133,33 +145,60 @@ def rank_batches(name: str, world_size: int) -> list[list[Batch]]:
     steps = []
     for step in range(scenario.steps):
         sizes = [5 if step < scenario.steps - 1 else 2 + (rank == 0) for rank in range(world_size)]
-        steps.append([
-            (torch.randn(n, 1, 8, 8, generator=generator, dtype=torch.float64), torch.arange(n) % 10) for n in sizes
-        ])  # fmt: skip
+        steps.append([_texts(n, generator) if scenario.language else _images(n, generator) for n in sizes])
     for rank in scenario.spoil:
         steps[1][rank][0].fill_(torch.nan)
     return steps
 
 
-def make_task(name: str) -> ForwardImageClassifier:
-    """The task of a scenario, from the same start wherever it is made."""
+def _images(n: int, generator: torch.Generator) -> Batch:
+    return torch.randn(n, 1, 8, 8, generator=generator, dtype=torch.float64), torch.arange(n) % 10
+
+
+def _texts(n: int, generator: torch.Generator) -> Batch:
+    """Prompts and completions of unequal length."""
+    from flops_lightning.language import EncodedText, pack
+
+    lengths = torch.randint(1, 6, (n, 2), generator=generator).tolist()
+    ids = [[torch.randint(3, 50, (k,), generator=generator).tolist() for k in both] for both in lengths]
+    return pack([EncodedText([1, *prompt], [completion]) for prompt, completion in ids], branching=False)
+
+
+def size_of(targets: Any) -> int:
+    """Number of samples."""
+    return len(targets) if isinstance(targets, Tensor) else len(targets["label"])
+
+
+def save_model(folder: Path) -> str:
+    """Write the tiny language model of the scenarios, once."""
+    from tests.language.models import tiny
+
+    if not folder.exists():
+        tiny(tie_word_embeddings=False).save_pretrained(folder)
+    return str(folder)
+
+
+def make_task(name: str, folder: Path) -> ForwardModule:
+    """The task of a scenario, from the same start wherever it is made; its language model is in ``folder/model``."""
     scenario = SCENARIOS[name]
+    learns: dict[str, Any] = {"strategy": scenario.strategy(), "optimizer": scenario.optimizer_settings}
+    if scenario.language:
+        given: dict[str, Any] = {"model_name": save_model(folder / "model"), "target": scenario.language}
+        torch.manual_seed(0)
+        return ForwardCausalLM(**given, **learns).double()
     torch.manual_seed(0)
-    return ForwardImageClassifier(
-        **{**MODEL, "model_kwargs": {**MODEL["model_kwargs"], **scenario.model_kwargs}},
-        strategy=scenario.strategy(),
-        optimizer=scenario.optimizer_settings,
-    ).double()
+    kwargs = {**MODEL["model_kwargs"], **scenario.model_kwargs}
+    return ForwardImageClassifier(**{**MODEL, "model_kwargs": kwargs}, **learns).double()
 
 
 # -- the same ranks, one after the other -------------------------------------------------------------------------------
 
 
-def simulate(name: str, world_size: int) -> tuple[dict[str, Tensor], list[Tensor]]:
+def simulate(name: str, world_size: int, folder: Path) -> tuple[dict[str, Tensor], list[Tensor]]:
     """Parameters after the run, and the ``(s, B)`` counts of every step (none without an allocator)."""
     scenario = SCENARIOS[name]
-    task = make_task(name)
-    network: nn.Module = task.backbone
+    task = make_task(name, folder)
+    network: nn.Module = task.network.module
     strategies = [scenario.strategy() for _ in range(world_size)]
     for rank, strategy in enumerate(strategies):
         strategy.bind(task.network, task.loss)
@@ -170,7 +209,7 @@ def simulate(name: str, world_size: int) -> tuple[dict[str, Tensor], list[Tensor
     counts: list[Tensor] = []
     batches = rank_batches(name, world_size)
     for step, ranks in enumerate(batches):
-        sizes = [len(labels) for _, labels in ranks]
+        sizes = [size_of(targets) for _, targets in ranks]
         cleans = [s.clean_pass(*batch) for s, batch in zip(strategies, ranks, strict=True)]
         own: list[Tensor | None] = [None] * world_size
         weights: list[Tensor | None] = [None] * world_size
@@ -235,7 +274,10 @@ def _joined(stats: Sequence[SampleStatistics]) -> SampleStatistics:
 
     named = first.predictors
     predictors = named and {n: torch.cat([s.predictors[n] for s in stats], -1) for n in named}  # type: ignore[index]
-    tables = {"trace": cat("trace"), "trace_queries": cat("trace_queries"), "embedding": cat("embedding", 0)}
+    tables = {"trace": cat("trace"), "trace_queries": cat("trace_queries")}
+    if first.embedding is not None:  # of texts, ranks have different widths
+        lines = [line for each in stats for line in each.embedding]  # type: ignore[union-attr]
+        tables["embedding"] = torch.nn.utils.rnn.pad_sequence(lines, batch_first=True)
     return replace(first, loss=cat("loss"), predictors=predictors, **tables)
 
 

@@ -1,18 +1,25 @@
-"""Two processes that start at once encode photos once, and learn what the same ranks learn one after the other."""
+"""Two processes that start at once encode photos once, and learn what the same ranks learn one after the other.
 
+So they do where a service scores the captions, which dies in between and comes back.
+"""
+
+import threading
+import time
 from typing import Any
 
 import pytest
 import torch
 
 from flops_lightning.datamodules.loading import GlobalBatches, KeyedBatches
+from flops_lightning.language import CaptionAnswers
 from flops_lightning.optim.optimizers import build_optimizer
 from flops_lightning.strategies import LikelihoodRatio, SiteSpec
-from tests.aligned import aligner, captions, llm_folder, photo_folder
-from tests.distributed.alignment_worker import STEPS
+from tests.aligned import captions, llm_folder, photo_folder
+from tests.distributed.alignment_worker import BATCH, HELD_OUT, LIMIT, QUERIES, STEP, STEPS, learner
 from tests.processes import run_module
+from tests.reference.scoring_server import ScoringServer
 
-BATCH, RANKS = 6, 2
+RANKS = 2
 
 
 def batches_of(data: Any, rank: int) -> list[Any]:
@@ -28,7 +35,7 @@ def batches_of(data: Any, rank: int) -> list[Any]:
 
 
 def simulate(llm: str, photos: Any) -> tuple[dict[str, torch.Tensor], float]:
-    task, data = aligner(llm), captions(photos, image_size=8, normalization="inception")
+    task, data = learner(llm), captions(photos, image_size=8, normalization="inception")
     data.tokenizer = task
     data.setup("fit")
     data.keep_features("fit", task.features_of, encoder="", feature="")
@@ -52,11 +59,31 @@ def simulate(llm: str, photos: Any) -> tuple[dict[str, torch.Tensor], float]:
     return task.adapter.state_dict(), sigma
 
 
+def dies_once(server: ScoringServer, after: int) -> None:
+    """Kill the server at a request, and start it again."""
+
+    def restart() -> None:
+        server.stop()
+        time.sleep(0.5)
+        server.start()
+
+    def fault(key: str, attempt: int) -> None:
+        if server.received == after:
+            threading.Thread(target=restart).start()
+
+    server.fault = fault
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_two_processes_equal_the_same_ranks_one_after_the_other(tmp_path):
     llm, photos = llm_folder(tmp_path / "llm"), photo_folder(tmp_path / "photos")
-    run_module(RANKS, "tests.distributed.alignment_worker", str(RANKS), str(tmp_path), seconds=500)
+    answers = CaptionAnswers(learner(llm).loss, model="words", max_rows=64)
+    with ScoringServer(answers) as server:
+        dies_once(server, after=60)  # within the steps of the second part
+        run_module(
+            RANKS, "tests.distributed.alignment_worker", str(RANKS), str(tmp_path), server.url, seconds=500
+        )  # fmt: skip
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS)]
     assert sorted(rank["encoded"] for rank in found) == [0, 18]  # 12 to learn from and 6 to validate with
     expected, sigma = simulate(llm, photos)
@@ -64,4 +91,14 @@ def test_two_processes_equal_the_same_ranks_one_after_the_other(tmp_path):
         assert rank["sigma"] == pytest.approx(sigma, rel=1e-6)
         for name, value in expected.items():
             torch.testing.assert_close(rank["adapter"][name], value, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(rank["later"]["adapter"][name], value, rtol=1e-3, atol=1e-5)
+        part, later = rank["part"], rank["later"]
+        assert (
+            f"max_queries = {LIMIT}: {2 * STEP} are spent and the next step takes {STEP + HELD_OUT}" in part["stopped"]
+        )
+        assert (part["steps"], later["steps"], later["stopped"]) == (2, STEPS, "")
+        assert (later["queries"], later["lost"], later["usage"]["failed"]) == (STEPS * BATCH // RANKS * QUERIES, 0, 0)
     assert all(torch.equal(found[0]["adapter"][name], found[1]["adapter"][name]) for name in expected)
+    rows = [sum(rank[part]["usage"]["rows"] for rank in found) for part in ("part", "later")]
+    assert rows == [2 * STEP, STEPS * STEP + 2 * HELD_OUT]
+    assert sum(rank["later"]["usage"]["retries"] for rank in found) > 0

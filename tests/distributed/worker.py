@@ -1,20 +1,26 @@
 """One process of several: trains scenarios through Lightning, started with the environment that torchrun sets.
 
 ``python -m tests.distributed.worker SIZE FOLDER NAME ...`` writes ``FOLDER/NAME-RANK.pt`` for each: parameters, counts,
-bytes sent, steps, what was learned.
+bytes sent, steps, what was learned. A language model is exported to ``FOLDER/NAME-adapter-RANK``, and its run resumed
+from the middle.
 """
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from flops_lightning.callbacks import QueryAllocatorCallback, RunSummary
 from flops_lightning.tasks.trainer_setup import ForwardDDPStrategy
 from tests.digits import quiet_trainer
 from tests.distributed.scenarios import SCENARIOS, SUMMARISED, make_task, rank_batches
+
+MIDDLE = 3
+"""Steps after which the runs that are resumed have a checkpoint."""
 
 
 class Watcher(pl.Callback):
@@ -32,27 +38,43 @@ class Watcher(pl.Callback):
         self.sent.append(pl_module.strategy.communicator.sent)
 
 
-def run(name: str, folder: Path) -> None:
+def fit(name: str, folder: Path, *more: pl.Callback, resume: Path | None = None) -> tuple[Any, ...]:
     scenario, watcher = SCENARIOS[name], Watcher()
-    task = make_task(name)
-    callbacks: list[pl.Callback] = [watcher]
+    task = make_task(name, folder)
+    callbacks: list[pl.Callback] = [watcher, *more]
     if scenario.allocator is not None:
         callbacks.insert(0, QueryAllocatorCallback(allocator=scenario.allocator(), budget=scenario.budget))
-    if name == SUMMARISED:
-        callbacks.append(RunSummary(export_weights=False))
     trainer = quiet_trainer(
         *callbacks, devices=int(sys.argv[1]), precision="64-true", use_distributed_sampler=False,
-        default_root_dir=folder,
+        default_root_dir=folder, enable_checkpointing=any(isinstance(each, ModelCheckpoint) for each in more),
     )  # fmt: skip
     mine = [ranks[trainer.global_rank] for ranks in rank_batches(name, trainer.world_size)]
-    trainer.fit(task, torch.utils.data.DataLoader(mine, batch_size=None))
+    rest = MIDDLE if resume else 0  # this loader does not know its place
+    loader = torch.utils.data.DataLoader(mine[rest:] + mine[:rest], batch_size=None)
+    trainer.fit(task, loader, ckpt_path=resume, weights_only=True)
     assert isinstance(trainer.strategy, ForwardDDPStrategy)
-    parameters = {key: p.detach().clone() for key, p in task.backbone.named_parameters()}
+    return trainer, task, watcher, callbacks
+
+
+def parameters_of(task: Any) -> dict[str, torch.Tensor]:
+    return {key: p.detach().clone() for key, p in task.network.module.named_parameters()}
+
+
+def run(name: str, folder: Path) -> None:
+    more: list[pl.Callback] = [RunSummary(export_weights=False)] if name == SUMMARISED else []
+    if SCENARIOS[name].language:
+        more.append(ModelCheckpoint(folder, f"{name}-{{step}}", every_n_train_steps=MIDDLE, save_top_k=-1))
+    trainer, task, watcher, callbacks = fit(name, folder, *more)
     sent = [after - before for before, after in zip([0, *watcher.sent], watcher.sent, strict=False)]
     learned = {k: v for k, v in task.strategy.state_dict().items() if k in ("token_sigma", "learned_sigma", "ratios")}
-    if scenario.budget:
+    if SCENARIOS[name].budget:
         learned["budget"] = callbacks[0].state_dict()["budget"]
-    found = {"parameters": parameters, "counts": watcher.counts, "sent": sent, "learned": learned}
+    found = {"parameters": parameters_of(task), "counts": watcher.counts, "sent": sent, "learned": learned}
+    if SCENARIOS[name].language:
+        task._tokenizer = SimpleNamespace(save_pretrained=lambda path: None)
+        task.export_weights(folder / f"{name}-adapter-{trainer.global_rank}")
+        _, resumed, later, _ = fit(name, folder, resume=folder / f"{name}-step={MIDDLE}.ckpt")
+        found |= {"resumed": parameters_of(resumed), "later": later.counts}
     torch.save({**found, "steps": trainer.global_step}, folder / f"{name}-{trainer.global_rank}.pt")
 
 
