@@ -91,6 +91,9 @@ class JsonlTextDataModule(KeyedLoaders):
         numbers = {"train_texts": train_texts, "shots": shots, "val_texts": val_texts, "max_tokens": max_tokens}
         for name, number in numbers.items():
             check_whole(f"data.{name}", number, 0, "Write a number, or 0.")
+        if max_tokens == 1:
+            problem = "leaves room for a token that nothing comes before."
+            raise SettingError("data.max_tokens", max_tokens, problem, "Write 2 or more, or 0.")
         check_split_seed(split_seed)
         if shots and self.form is None:
             problem = "has no effect: there are no labels."
@@ -159,6 +162,9 @@ class JsonlTextDataModule(KeyedLoaders):
             if self.choices:
                 self._say_choices(tokenizer, encoded["train"][0])
             self._encoded, self._branching = encoded, any(map(branches, encoded.values()))
+        if stage == "validate" and "val" not in self._encoded:
+            problem = "there are no texts to validate with."
+            raise SettingError("data.val_file", None, problem, "Give a file, or write val_texts.")
         for part in PARTS:
             if part in self._encoded:
                 setattr(self, f"{part}_set", TextSet(self._encoded[part]))

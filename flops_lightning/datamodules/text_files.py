@@ -74,8 +74,11 @@ class LabelledForm:
         number = words.index(label.strip()) if isinstance(label, str) and label.strip() in words else label
         if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < len(words):
             raise ValueError(f"has the label {label!r}, which is neither 0 to {len(words) - 1} nor one of {words}")
-        if not all(str(line[name]).strip() for name in self.fields):
-            raise ValueError("is empty")
+        for name in self.fields:
+            if not isinstance(line[name], (str, int, float)):
+                raise ValueError(f"has {line[name]!r} for {name!r}, which is no text or number")
+            if not str(line[name]).strip():
+                raise ValueError("is empty")
         return TextEntry(place, self.template.format_map(line), self.choices, number)
 
 

@@ -97,8 +97,11 @@ class CaptionLoss(CaptionScorer):
         """See :meth:`CaptionScorer.score`; the model and what it is given are on one device."""
         captions = self.closed(ids)
         self.check_captions(embeddings, captions)
-        mask = captions.mask(self.multiple)
-        tokens = torch.where(mask, captions.trimmed(self.multiple), 0)
+        multiple, alone = self.multiple, embeddings is None
+        if self.context and self.positions(captions.length(multiple), alone=alone) > self.context:
+            multiple = 1  # learned positions end where the context does
+        mask = captions.mask(multiple)
+        tokens = torch.where(mask, captions.trimmed(multiple), 0)
         if not self._looked:  # at the first captions; later ones would make the device wait
             self._check_ids(tokens)
         logits = self._forward(
@@ -107,7 +110,7 @@ class CaptionLoss(CaptionScorer):
         rows = max(1, LARGEST_SLICE // logits[0].numel()) if len(logits) else 1
         parts = zip(logits.split(rows), tokens.split(rows), strict=True)
         lost = [cross_entropy(at_least_float32(x.flatten(0, 1)), t.flatten(), reduction="none") for x, t in parts]
-        of_token, scored = torch.cat(lost).view_as(mask), captions.scored(self.multiple)
+        of_token, scored = torch.cat(lost).view_as(mask), captions.scored(multiple)
         return torch.where(scored, of_token, 0.0).sum(1) / scored.sum(1)
 
     def _inputs(self, embeddings: Tensor | None, tokens: Tensor) -> Tensor:

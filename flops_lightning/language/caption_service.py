@@ -104,9 +104,9 @@ class CaptionAnswers:
         if request.get("kind") != "captions":
             raise BadRequest(f"kind = {request.get('kind')!r} is not captions", 400)
         try:
-            rows, ids = list(request["rows"]), [torch.tensor(each, dtype=torch.long) for each in request["ids"]]
-            vectors = unpacked(request["vectors"]) if "vectors" in request else None
-            given = np.array(request["given"], dtype=np.int64) if "given" in request else None
+            rows, ids = list(request["rows"]), [self._tokens(each) for each in request["ids"]]
+            vectors = unpacked(request["vectors"]).to(self._device) if "vectors" in request else None
+            given = np.array([_whole(each) for each in request["given"]]) if "given" in request else None
         except (KeyError, TypeError, ValueError) as error:
             raise BadRequest(f"{type(error).__name__}: {error}") from error
         if not 0 < len(rows) <= self.info.max_rows:
@@ -117,10 +117,28 @@ class CaptionAnswers:
         if vectors is not None and tuple(vectors.shape) != shape:
             raise BadRequest(f"vectors have the shape {tuple(vectors.shape)}, not {shape}")
         try:
-            losses = self.scorer.score(vectors, PaddedTargets.of(ids, given=given))
-        except (SettingError, IndexError) as error:
+            losses = self.scorer.score(vectors, PaddedTargets.of(ids, given=given).to(self._device))
+        except SettingError as error:
             raise BadRequest(str(error)) from error
         return {"rows": rows, "values": packed(losses)}
+
+    @property
+    def _device(self) -> torch.device:
+        llm = getattr(self.scorer, "llm", None)
+        return torch.device("cpu") if llm is None else llm.get_input_embeddings().weight.device
+
+    def _tokens(self, ids: Any) -> Tensor:
+        """Ids are checked before they reach a GPU, whose process a wrong one would end."""
+        vocabulary, numbers = getattr(self.scorer, "vocabulary", 0), [_whole(each) for each in ids]
+        if vocabulary and max(numbers, default=0) >= vocabulary:
+            raise ValueError(f"{max(numbers)} is no id of the language model, whose embedding has {vocabulary}")
+        return torch.tensor(numbers, dtype=torch.long)
+
+
+def _whole(number: Any) -> int:
+    if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+        raise ValueError(f"{number!r} is no whole number, 0 or more")
+    return number
 
 
 class RemoteCaptionLoss(CaptionScorer):

@@ -193,6 +193,8 @@ def test_choices_show_their_tokens(choices, message, tmp_path: Path, caplog):
         ([{"text": "a"}], FORM, r"line 1 has no 'label', only \['text'\]. Write the fields \['text', 'label'\]"),
         ([{"text": "a", "label": 2}], FORM, "has the label 2, which is neither 0 to 1 nor one of"),
         ([{"text": " ", "label": 1}], FORM, "line 1 is empty"),
+        ([{"text": None, "label": 1}], FORM, "line 1 has None for 'text', which is no text or number"),
+        ([{"text": ["a"], "label": 1}], FORM, r"line 1 has \['a'\] for 'text', which is no text or number"),
         ([{"text": "a", "label": 1}], {**FORM, "shots": 1}, r"shots = 1: is more than the 0 texts of the label 0"),
         ([{"text": "a", "label": 1}], {**FORM, "val_texts": 1}, r"val_texts = 1: is more than the 0 texts"),
         ([{"prompt": "a", "completion": "b"}], {"shots": 1}, r"shots = 1: has no effect: there are no labels"),
@@ -204,6 +206,7 @@ def test_choices_show_their_tokens(choices, message, tmp_path: Path, caplog):
         ([], {"val_file": "x", "val_texts": 3}, "has no effect beside val_file"),
         ([], {"shots": 3, "train_texts": 3, **FORM}, "Choose one of the two"),
         ([], {"max_tokens": -1}, r"data\.max_tokens = -1"),
+        ([], {"max_tokens": 1}, r"data\.max_tokens = 1: leaves room for a token that nothing comes before"),
     ],
 )
 def test_a_mistake_is_named_with_its_file_and_line(lines, settings, message, tmp_path: Path):
@@ -216,3 +219,5 @@ def test_missing_files_are_named(tmp_path: Path):
         made(str(tmp_path / "nowhere"))
     with pytest.raises(SettingError, match=r"data\.test_file = None: there are no texts to test with"):
         made(reviews(tmp_path), **FORM).test_dataloader()
+    with pytest.raises(SettingError, match=r"data\.val_file = None: there are no texts to validate with.*val_texts"):
+        made(reviews(tmp_path), **FORM).setup("validate")

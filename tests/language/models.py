@@ -22,9 +22,10 @@ def tiny(family: str = "Llama", attention: str = "sdpa", **settings: Any) -> Any
     return getattr(transformers, f"{family}ForCausalLM")._from_config(config, attn_implementation=attention).eval()
 
 
-def tiny_gpt2() -> Any:
+def tiny_gpt2(**settings: Any) -> Any:
     torch.manual_seed(0)
-    config = transformers.GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=50, bos_token_id=1, eos_token_id=2)
+    sizes = {"n_layer": 2, "n_embd": 16, "n_head": 2, "vocab_size": 50, **settings}
+    config = transformers.GPT2Config(bos_token_id=1, eos_token_id=2, **sizes)
     return transformers.GPT2LMHeadModel(config).eval()
 
 

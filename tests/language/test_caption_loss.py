@@ -16,6 +16,7 @@ from flops_lightning.network.staging import stage_network
 from flops_lightning.queries import row_losses
 from flops_lightning.strategies import Backprop, LikelihoodRatio
 from flops_lightning.suffix_loss import PaddedTargets
+from tests.language.models import tiny_gpt2
 from tests.reference.language import VOCABULARY, WIDTH, caption_ids, one_loss, tiny_llama
 from tests.reference.networks import gradients, normal
 
@@ -39,6 +40,14 @@ def alone(llm, z, captions: PaddedTargets, **settings):
     rows = [None] * len(captions) if z is None else z
     pairs = zip(rows, unpadded(captions), strict=True)
     return torch.stack([one_loss(llm, row, ids, **settings) for row, ids in pairs]).detach()
+
+
+def test_lengths_are_not_rounded_beyond_the_context():
+    """Positions that are learned end there."""
+    llm = tiny_gpt2(n_positions=13)
+    captions, z = PaddedTargets.of([torch.arange(12), torch.arange(5)]), torch.ones(2, 2, 16)
+    rounded, exact = (CaptionLoss(llm, visual_tokens=2, multiple=multiple) for multiple in (8, 1))
+    torch.testing.assert_close(rounded.score(z, captions), exact.score(z, captions))
 
 
 @pytest.mark.parametrize("multiple", [1, 8])

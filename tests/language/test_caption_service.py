@@ -13,8 +13,10 @@ from torch import nn
 from flops_lightning.errors import SettingError
 from flops_lightning.language import CaptionAnswers, CaptionLoss, RemoteCaptionLoss
 from flops_lightning.network.staging import stage_network
-from flops_lightning.service.payload import packed
+from flops_lightning.service import BadRequest
+from flops_lightning.service.payload import packed, unpacked
 from flops_lightning.strategies import SPSA, Backprop, LikelihoodRatio
+from tests.pretended_gpu import pretended_gpu
 from tests.reference.language import WIDTH, caption_ids, tiny_llama
 from tests.reference.networks import gradients, normal
 from tests.reference.scoring_server import ScoringServer, storm
@@ -157,14 +159,33 @@ def test_automatic_rows_make_no_room_for_it(server):
         ({"vectors": packed(torch.zeros(1, 3, WIDTH))}, r"shape \(1, 3, 16\), not \(1, 2, 16\)"),
         ({"ids": [[]]}, "has no tokens"),
         ({"ids": [[77]]}, "is no id of the language model"),
-        ({"ids": [["x"]]}, "Error"),
+        ({"ids": [["x"]]}, "'x' is no whole number"),
+        ({"ids": [[3, -100]]}, "-100 is no whole number, 0 or more"),
+        ({"ids": [[3, 1.5]]}, "1.5 is no whole number"),
+        ({"ids": [True]}, "Error"),
+        ({"given": [-1]}, "-1 is no whole number"),
+        ({"ids": [[1, 2]], "given": [2]}, "has no tokens"),
     ],
 )
 def test_bad_requests_are_refused_with_their_reason(request_, message):
+    """Also those after the first, at which the model looks at no id."""
     answers = CaptionAnswers(model(), max_rows=16)
+    answers({"kind": "captions", "rows": [0], "ids": [[1]], "vectors": packed(torch.zeros(1, 2, WIDTH))})
     given = {"kind": "captions", "rows": [0], "ids": [[1]], "vectors": packed(torch.zeros(1, 2, WIDTH)), **request_}
-    with pytest.raises(Exception, match=message):
+    with pytest.raises(BadRequest, match=message):
         answers(given)
+
+
+def test_a_model_on_a_gpu_answers():
+    """Vectors and ids come with the request, so they begin on the CPU."""
+    here, request = model(), {"kind": "captions", "rows": [0], "ids": [[1, 2]], "given": [1]}
+    request["vectors"] = packed(torch.ones(1, 2, WIDTH))
+    expected = CaptionAnswers(here)(request)
+    there = CaptionAnswers(here)
+    with pretended_gpu():
+        here.llm.to("cuda")
+        found = there(request)
+    torch.testing.assert_close(unpacked(found["values"]), unpacked(expected["values"]))
 
 
 def test_a_server_of_something_else_is_refused(server):
