@@ -1,12 +1,12 @@
 """``python -m benchmarks.language``: a step of an adapter before a frozen Llama, beside inference and backprop.
 
 The models have random weights and three sizes. Inference is the model and its cross-entropy on as many rows as the step
-has queries, in the step's own chunks, each cut to its longest caption; peaks of memory are taken in processes of their
-own, with as many rows in a forward pass as the batch has samples.
+has queries, in the step's own chunks, each cut to its longest caption. Peaks of memory, with as many rows in a forward
+pass as the batch has samples, are taken in processes of their own that have run a smaller model before, and beside them
+those of the tensors alone.
 """
 
 import argparse
-import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ from benchmarks.harness import Record, Spread, alternate, command, finish, say, 
 from benchmarks.memory import peak_in_a_process
 from flops_lightning.allocators import OptimalAllocator, TraceSettings
 from flops_lightning.language import CaptionLoss
-from flops_lightning.network.memory import held
+from flops_lightning.network.memory import give_back_freed, held, peak_bytes, restart_peak
 from flops_lightning.network.staging import stage_network
 from flops_lightning.queries import CleanPass, plan_rows
 from flops_lightning.strategies import Backprop, ForwardGradientStrategy, LikelihoodRatio
@@ -90,23 +90,40 @@ class Problem:
             allocator.observe(estimate.observation)
 
     def rows(self, counts: np.ndarray) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """What inference of so many queries a sample takes: inputs, ids and mask of each chunk."""
+        """What inference of so many queries a sample takes: vectors, ids and mask of each chunk."""
         with torch.no_grad():
             z = self.adapter(self.x)[:, None]
-        embed, found = self.loss.llm.get_input_embeddings(), []
+        found = []
         for chunk in plan_rows(counts, self.chunk_rows):
             index = torch.from_numpy(chunk.samples).to(z.device)
             some = self.captions.take(index, chunk.samples)
-            ids = some.trimmed()
-            found.append((torch.cat([z[index].to(embed.weight.dtype), embed(ids[:, :-1])], 1), ids, some.mask()))
+            found.append((z[index], some.trimmed(), some.mask()))
         return found
 
-    @torch.inference_mode()
-    def infer(self, rows: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
-        for inputs, ids, mask in rows:
+    @torch.no_grad()
+    def losses(self, rows: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
+        embed = self.loss.llm.get_input_embeddings()
+        for z, ids, mask in rows:
+            inputs = torch.cat([z.to(embed.weight.dtype), embed(ids[:, :-1])], 1)
             logits = self.loss.llm(inputs_embeds=inputs, use_cache=False, logits_to_keep=ids.shape[1]).logits.float()
             of_token = cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none").view_as(ids)
             (of_token * mask).sum(1).div(mask.sum(1))
+
+    @torch.inference_mode()
+    def infer(self, rows: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
+        self.losses(rows)
+
+    def contender(self, name: str) -> Callable[[], object]:
+        """One of :data:`PEAKS`; inference of as many rows as the batch has samples."""
+        if name == INFERENCE:  # without inference mode, which hides a part of its tensors from `peak_bytes`
+            return partial(self.losses, self.rows(np.ones(len(self.x), dtype=np.int64)))
+        step = partial(self.step, self.likelihood_ratio() if name == STEP else self.bound(Backprop()))
+
+        def checkpointed() -> None:
+            with self.checkpointed():
+                step()
+
+        return checkpointed if name == CHECKPOINTED else step
 
     @contextmanager
     def checkpointed(self) -> Iterator[None]:
@@ -161,23 +178,15 @@ def allocation(size: str, options: argparse.Namespace) -> Record:
 
 def measure(size: str, options: argparse.Namespace) -> Record:
     made = problem(size, options)
-    strategy, backprop = made.likelihood_ratio(), made.bound(Backprop())
+    strategy = made.likelihood_ratio()
     clean = strategy.clean_pass(made.x, made.captions)
     counts = np.full(options.batch, options.queries)
     rows, once = made.rows(counts), made.rows(np.ones(options.batch, dtype=np.int64))
-
-    def checkpointed() -> None:
-        with made.checkpointed():
-            made.step(backprop)
-
     runs: dict[str, Callable[[], object]] = {
         INFERENCE: lambda: made.infer(rows),
         "queries": lambda: run_queries(strategy, clean, counts),
         "with clean": lambda: made.infer([*once, *rows]),
-        STEP: lambda: made.step(strategy),
-        BACKPROP: lambda: made.step(backprop),
-        CHECKPOINTED: checkpointed,
-    }
+    } | {name: made.contender(name) for name in (STEP, BACKPROP, CHECKPOINTED)}
     timed = alternate(runs, **timing(options))
     return {
         "size": size, "parameters": sum(p.numel() for p in made.loss.llm.parameters()) / 1e6,
@@ -192,29 +201,34 @@ def run_queries(strategy: LikelihoodRatio, clean: CleanPass, counts: np.ndarray)
     strategy.engine.query(strategy.sites[0], clean, counts)
 
 
+def small_steps(size: str, options: argparse.Namespace, *, batch: int) -> Problem:
+    """A problem for peaks of memory: two queries a sample need no more than 20 and take less time."""
+    dtype = getattr(torch, options.dtype)
+    return Problem.of(size, batch=batch, queries=2, chunk_rows=batch, device=options.device, dtype=dtype)
+
+
 def peak(name: str, size: str, options: argparse.Namespace) -> float:
     """MiB at the peak of steps, beyond what the process held before the model was built."""
     torch.set_num_threads(1)
-    dtype = getattr(torch, options.dtype)
-    parts = {"queries": 2, "chunk_rows": options.batch, "device": options.device, "dtype": dtype}
-    Problem.of("0.3M", batch=2, **parts)  # libraries are no part of a step
-    gc.collect()
+    # Libraries are no part of a step, nor is what they read and set up at their first use, 9 MiB here.
+    small_steps("0.3M", options, batch=2).contender(name)()
+    give_back_freed()
+    restart_peak()
     before = held("VmRSS") or 0.0
-    made = Problem.of(size, batch=options.batch, **parts)
-    if name == INFERENCE:
-        rows = made.rows(np.ones(options.batch, dtype=np.int64))
-        run: Callable[[], object] = partial(made.infer, rows)
-    else:
-        run = partial(made.step, made.likelihood_ratio() if name == STEP else made.bound(Backprop()))
+    run = small_steps(size, options, batch=options.batch).contender(name)
     for _ in range(STEPS):
-        if name == CHECKPOINTED:
-            with made.checkpointed():
-                run()
-        else:
-            run()
+        run()
     if options.device.type == "cuda":
         return torch.cuda.max_memory_allocated(options.device) / 2**20
     return (held("VmHWM") or 0.0) - before
+
+
+def tensors(name: str, size: str, options: argparse.Namespace) -> float:
+    """Bytes of the weights and, at their peak, of the tensors that a step makes."""
+    made = small_steps(size, options, batch=options.batch)
+    run = made.contender(name)
+    run()  # the first counts operations
+    return peak_bytes(run) + sum(p.nbytes for p in made.loss.llm.parameters())
 
 
 def peaks(size: str, options: argparse.Namespace) -> Record:
@@ -224,8 +238,12 @@ def peaks(size: str, options: argparse.Namespace) -> Record:
         for name in PEAKS
     }
     inference = Spread.of(found[INFERENCE], tails=0).median
-    ratios = {f"memory {name}": Spread.of((x / inference for x in values), tails=0) for name, values in found.items()}
-    return ratios | {"size": size, "mebibytes": inference}
+    ratios: Record = {
+        f"memory {name}": Spread.of((x / inference for x in values), tails=0) for name, values in found.items()
+    }
+    of_tensors = {name: tensors(name, size, options) for name in PEAKS}
+    ratios |= {f"tensors {name}": value / of_tensors[INFERENCE] for name, value in of_tensors.items()}
+    return ratios | {"size": size, "mebibytes": inference, "mebibytes of tensors": of_tensors[INFERENCE] / 2**20}
 
 
 TIMES = {
@@ -236,6 +254,8 @@ TIMES = {
 MEMORY = {
     "model": "{size}", "inference, MiB": "{mebibytes:.0f}", "step": "{memory step:.2f}",
     "backprop": "{memory backprop:.2f}", "checkpointed backprop": "{memory checkpointed backprop:.2f}",
+    "tensors of inference, MiB": "{mebibytes of tensors:.1f}", "of a step": "{tensors step:.2f}",
+    "of backprop": "{tensors backprop:.2f}", "of checkpointed": "{tensors checkpointed backprop:.2f}",
 }  # fmt: skip
 
 

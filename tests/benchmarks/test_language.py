@@ -18,13 +18,20 @@ def problem() -> language.Problem:
 
 def test_inference_runs_the_rows_of_the_step_in_its_chunks():
     made = problem()
-    rows = made.rows(language.np.full(4, 6))
-    assert [(len(inputs), inputs.shape[1]) for inputs, _, _ in rows] == [(8, 13), (8, 18), (8, 24)]
     shapes = []
     forward = made.loss.llm.forward
-    made.loss.llm.forward = lambda **given: shapes.append(given["inputs_embeds"].shape[:2]) or forward(**given)
+    made.loss.llm.forward = lambda **given: shapes.append(tuple(given["inputs_embeds"].shape[:2])) or forward(**given)
+    made.infer(made.rows(language.np.full(4, 6)))
+    assert shapes == [(8, 13), (8, 18), (8, 24)]
     made.step(made.likelihood_ratio())
-    assert [tuple(shape) for shape in shapes[1:] if shape[0] > 1][-3:] == [(8, 13), (8, 18), (8, 24)]
+    assert [shape for shape in shapes[3:] if shape[0] > 1][-3:] == shapes[:3]
+
+
+def test_tensors_of_a_step_are_those_of_inference():
+    pytest.importorskip("transformers")
+    inference, step, backprop = (language.tensors(name, "0.3M", OPTIONS) for name in language.PEAKS[:3])
+    assert step < 1.05 * inference  # noise and sums have the width of the model, logits that of the vocabulary
+    assert backprop > 1.5 * inference
 
 
 def test_checkpointed_backprop_has_the_gradient_of_backprop():
