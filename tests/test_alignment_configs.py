@@ -49,6 +49,16 @@ def test_the_small_configuration_learns_and_writes_captions(tmp_path, capsys):
     assert f"{8 * 60:,}" in capsys.readouterr().out  # queries of an epoch
 
 
+def test_what_tune_writes_takes_the_place_of_the_relative_width(tmp_path, capsys):
+    file, quick = tmp_path / "tuned.yaml", ["--trainer.logger=false", "--trainer.enable_progress_bar=false"]
+    main(["tune", *small(tmp_path), *quick, "--rates=0", "--widths=3", "--batches=1", f"--output={file}"])
+    assert f"written to {file}" in capsys.readouterr().out
+    task = build([*small(tmp_path), "--config", str(file), *quick]).model
+    found = yaml.safe_load(file.read_text())["model"]["init_args"]
+    (site,) = found["strategy"]["init_args"]["sites"]
+    assert (found["relative_sigma"], task.strategy.sigmas) == (0.0, {"adapter": site["sigma"]})
+
+
 def test_the_configuration_of_the_paper_says_what_the_paper_does(tmp_path, monkeypatch):
     config = transformers.LlamaConfig(vocab_size=32000, max_position_embeddings=4096, **VICUNA)
     with torch.device("meta"):

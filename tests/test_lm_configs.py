@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from flops_lightning.cli.command import build, main
 from flops_lightning.datamodules import JsonlTextDataModule
@@ -135,6 +136,24 @@ def test_mezos_setting_has_a_plan(opt: str, tmp_path: Path, capsys: Any):
     said = capsys.readouterr().out
     assert "2 an epoch, 20,000 in all" in said
     assert "validations           5, of 1 batches each" in said
+
+
+@pytest.mark.slow
+def test_tune_runs_to_its_end_and_fit_takes_what_it_writes(stories: str, tmp_path: Path):
+    lines = [{"prompt": f"The dog number {i}", "completion": " ran away."} for i in range(12)]
+    file, found = written(tmp_path, lines), tmp_path / "tuned.yaml"
+    given = {"model.init_args.model_name": stories, "data.init_args.train_file": file, "trainer.accelerator": "cpu",
+             "data.init_args.val_texts": 4, "data.init_args.batch_size": 4, "output": found, "rates": 3, "steps": 8,
+             "widths": 3, "batches": 1}  # fmt: skip
+    main(["tune", "--config", "configs/lm/lr_lora.yaml", *(f"--{name}={value}" for name, value in given.items())])
+    settings = yaml.safe_load(found.read_text())["model"]["init_args"]
+    sites = settings["strategy"]["init_args"]["sites"]
+    assert [site["name"] for site in sites] == ["group1", "group2", "group3"]
+    limits = ("--data.init_args.val_texts=4", "--data.init_args.batch_size=4", "--trainer.max_epochs=1")
+    summary = run("configs/lm/lr_lora.yaml", tmp_path, file, stories, *limits, f"--config={found}")
+    assert summary["queries_by_site"] == dict.fromkeys(["group1", "group2", "group3"], 20 * 8)
+    (kept,) = tmp_path.rglob("config.yaml")
+    assert yaml.safe_load(kept.read_text())["model"]["init_args"]["optimizer"]["lr"] == settings["optimizer"]["lr"]
 
 
 def test_mistakes_in_the_files_are_named_on_the_command_line(stories: str, tmp_path: Path, capsys: Any):

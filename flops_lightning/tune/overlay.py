@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -13,11 +13,13 @@ from flops_lightning.strategies.site_specs import SiteSpec, default_specs
 from flops_lightning.strategies.site_stages import named_stages
 from flops_lightning.strategies.site_strategy import SiteStrategy
 from flops_lightning.strategies.sites import Site
+from flops_lightning.tasks import ForwardModule
 from flops_lightning.tune.search import Tuned
 
 
-def overlay(strategy: ForwardGradientStrategy, tuned: Tuned, *, command: str) -> str:
+def overlay(task: ForwardModule, tuned: Tuned, *, command: str) -> str:
     """The text of the file: where it is from, the figures that were found, and the settings."""
+    strategy = cast("ForwardGradientStrategy", task.strategy)
     seed = getattr(strategy, "seed", None)
     lines = [f"Settings found for {type(strategy).__name__}{'' if seed is None else f', noise from seed {seed}'}."]
     lines += [f"  made by:  {command}", "  use:      add this file with --config, after those it was made with"]
@@ -28,6 +30,8 @@ def overlay(strategy: ForwardGradientStrategy, tuned: Tuned, *, command: str) ->
     ]
     settings = ["model:", "  init_args:"]
     if tuned.sigmas:
+        # A width in units of the first batch, as AdapterAlignment has, would hide those of the sites.
+        settings += ["    relative_sigma: 0.0"] if task.hparams.get("relative_sigma") else []
         settings += ["    strategy:", "      init_args:"]
         for name, value in strategy_settings(strategy, tuned.widths).items():
             listed = [f"          - {_flow(each)}" for each in value] if isinstance(value, list) else []

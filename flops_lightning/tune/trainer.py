@@ -1,11 +1,15 @@
 """Lightning's Trainer with the command ``tune``."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from lightning.pytorch import LightningDataModule, LightningModule
 
 from flops_lightning.errors import SettingError
 from flops_lightning.plan.trainer import PlanningTrainer
+
+if TYPE_CHECKING:
+    from flops_lightning.tasks import ForwardModule
 
 
 def check_tune(ckpt_path: str | None, output: str, *, overwrite: bool) -> Path:
@@ -55,7 +59,7 @@ class TuningTrainer(PlanningTrainer):
             say=lambda line: print(line, flush=True),
         )  # fmt: skip
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(overlay(model.strategy, tuned, command=self.command))  # type: ignore[arg-type]
+        file.write_text(overlay(cast("ForwardModule", model), tuned, command=self.command))
         print(f"\n{text(tuned)}\n\nwritten to {file}: add --config {file} to fit")
         picture = file.with_suffix(".png")
         try:
