@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections import namedtuple
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -28,6 +29,12 @@ def read_faults(table: str) -> list[Fault]:
     lines = [line.strip()[1:-1] for line in table.splitlines() if re.match(r"\|\s*\d", line)]
     rows = [[cell.strip().replace(r"\|", "|") for cell in re.split(r"(?<!\\)\|", line)] for line in lines]
     return [Fault(int(number), words, *(code.strip("`") for code in codes)) for number, words, *codes in rows]
+
+
+def misfits(faults: Sequence[Fault], root: Path) -> list[str]:
+    """Lines about faults whose piece of source does not occur exactly once in its file."""
+    times = {f: (root / f.file).read_text().count(f.before) if (root / f.file).is_file() else 0 for f in faults}
+    return [f"{f.number}: `{f.before}` occurs {n} times in {f.file}" for f, n in times.items() if n != 1]
 
 
 def run_pytest(root: Path, *arguments: str) -> int:
@@ -73,8 +80,7 @@ def main(arguments: list[str]) -> str | None:
         import_module(module)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(shutil.copytree(ROOT, Path(folder) / "checkout", ignore=LEFT_OUT))
-        times = {f: (root / f.file).read_text().count(f.before) if (root / f.file).is_file() else 0 for f in faults}
-        if wrong := [f"{f.number}: `{f.before}` occurs {n} times in {f.file}" for f, n in times.items() if n != 1]:
+        if wrong := misfits(faults, root):
             return "\n".join(wrong)
         if run_pytest(root, *(["--collect-only"] if check else []), *sorted({fault.test for fault in faults})):
             return (root / "plant_faults.log").read_text()[-5000:]
