@@ -118,9 +118,9 @@ class Losses:
         z, captions = self.batch(seed)
         with torch.no_grad():
             exact, own = whole(z, captions), loss(z, captions)
-            one = torch.cat([loss(z[i : i + 1], captions.take(torch.tensor([i]))) for i in range(NOISE_ROWS)])
+            few = torch.arange(min(NOISE_ROWS, len(z)))
+            one = torch.cat([loss(z[i : i + 1], captions.take(i[None])) for i in few])
             ratio = seconds_beside(lambda: loss(z, captions), lambda: whole(z, captions))
-        few = torch.arange(NOISE_ROWS)
         noise = loss_noise(loss, z[few], captions.take(few), NARROW * SIZE)
         found = {
             "loss": float(own.mean()),

@@ -11,7 +11,7 @@ from flops_lightning.language.caption_loss import CaptionLoss
 from flops_lightning.language.caption_scorer import CaptionScorer
 from flops_lightning.language.caption_service import CaptionAnswers, RemoteCaptionLoss
 from flops_lightning.language.encoding import EncodedText, encode, pack
-from flops_lightning.language.models import load_language_model
+from flops_lightning.language.models import as_written, load_language_model
 from flops_lightning.language.staging import stage_causal_lm
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "CaptionScorer",
     "EncodedText",
     "RemoteCaptionLoss",
+    "as_written",
     "candidate_log_likelihoods",
     "choice",
     "completion",

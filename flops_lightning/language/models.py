@@ -1,8 +1,23 @@
 """Language models and tokenizers of transformers, imported when they are wanted."""
 
+import json
+from collections.abc import Mapping
 from typing import Any
 
 from flops_lightning.errors import SettingError, import_extra
+
+
+def as_written(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """``from_pretrained``'s arguments as a file of settings has them: a quantiser's config is a mapping.
+
+    Example:
+        >>> as_written({"dtype": "float32"})
+        {'dtype': 'float32'}
+    """
+    return {
+        name: json.loads(json.dumps(value.to_dict(), default=str)) if hasattr(value, "to_dict") else value
+        for name, value in settings.items()
+    }
 
 
 def load_language_model(name: str, *, setting: str = "llm", **settings: Any) -> tuple[Any, Any]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from flops_lightning.datamodules import CaptionDataModule
 from flops_lightning.distributed import mean_over_ranks
 from flops_lightning.errors import SettingError, check_at_least, check_choice, check_flag, check_whole
-from flops_lightning.language import CaptionScorer, RemoteCaptionLoss
+from flops_lightning.language import CaptionScorer, RemoteCaptionLoss, as_written
 from flops_lightning.queries import CleanPass, row_losses
 from flops_lightning.strategies.base import ForwardGradientStrategy
 from flops_lightning.tasks import alignment_models as models
@@ -82,8 +82,7 @@ class AdapterAlignment(ServedModule):
             feature_width: Width of the features where no encoder tells it.
             adapter: ``linear``, or ``mlp2x_gelu`` as in LLaVA-1.5.
             visual_tokens: Vectors that a feature becomes; with ``patches`` and no encoder, the number of patches.
-            bos: Put the model's token of the beginning before the vectors, as LLaVA does. The paper's sequence has
-                none.
+            bos: Put the model's token of the beginning before the vectors, as LLaVA does. The paper has none.
             eos: Put that of the end after each caption.
             prompt: ``plain``: the caption follows the vectors, as in the paper. ``instruction``: the question of the
                 data stands between them, and is not scored.
@@ -112,10 +111,11 @@ class AdapterAlignment(ServedModule):
         self.feature_width = self.encoder.width if self.encoder else feature_width
         self.save_hyperparameters(
             {
-                "llm": llm if isinstance(llm, str) else type(llm).__name__, "llm_kwargs": extra, "encoder": encoder,
-                "encoder_kwargs": dict(encoder_kwargs or {}), "feature": feature, "feature_width": feature_width,
-                "adapter": adapter, "visual_tokens": visual_tokens, "bos": bos, "eos": eos, "prompt": prompt,
-                "normalize_features": normalize_features, "init": init, "relative_sigma": relative_sigma,
+                "llm": llm if isinstance(llm, str) else type(llm).__name__, "llm_kwargs": as_written(extra),
+                "encoder": encoder, "encoder_kwargs": dict(encoder_kwargs or {}), "feature": feature,
+                "feature_width": feature_width, "adapter": adapter, "visual_tokens": visual_tokens, "bos": bos,
+                "eos": eos, "prompt": prompt, "normalize_features": normalize_features, "init": init,
+                "relative_sigma": relative_sigma,
             }
         )  # fmt: skip
         self.loss, self.tokenizer = models.load_scorer(llm, extra, visual_tokens=visual_tokens, bos=bos, eos=eos)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from flops_lightning.errors import SettingError
 from flops_lightning.language import candidates
 from flops_lightning.language.candidates import IGNORED, candidate_log_likelihoods, targets_of_labels
-from flops_lightning.language.models import load_tokenizer
+from flops_lightning.language.models import as_written, load_tokenizer
 from flops_lightning.language.prompted import PromptedText
 from flops_lightning.language.targets import LanguageTarget, apply_target, tied
 from flops_lightning.network.tokens import tokenwise_from
@@ -89,7 +89,7 @@ class ForwardCausalLM(ForwardModule):
         patterns = [freeze] if isinstance(freeze, str) else list(freeze)
         self.save_hyperparameters(
             {
-                "model_name": model_name, "model_kwargs": dict(model_kwargs or {}), "tokenizer": tokenizer,
+                "model_name": model_name, "model_kwargs": as_written(model_kwargs or {}), "tokenizer": tokenizer,
                 "target": asdict(self.target_settings), "freeze": patterns, "objective": named,
             }
         )  # fmt: skip

@@ -13,9 +13,9 @@ from flops_lightning.language import CaptionLoss, load_language_model
 from flops_lightning.strategies import Backprop, LikelihoodRatio, MeZO
 from flops_lightning.suffix_loss import PaddedTargets
 from flops_lightning.tasks import ForwardCausalLM
-from tests.aligned import aligner, captions, fitted, llm_folder, photo_folder
+from tests.aligned import aligner, captions, fitted, llm_folder, photo_folder, transformers
 
-pytest.importorskip("torchao", reason="torchao is the user's own")
+quantization = pytest.importorskip("torchao.quantization", reason="torchao is the user's own")
 
 
 def whole_numbers(form: str = "Int8WeightOnlyConfig") -> dict[str, Any]:
@@ -38,7 +38,9 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_adapter_learns_before_it_and_resumes(llm, photos, tmp_path):
-    whole, resumed, fresh = (aligner(llm, llm_kwargs=WEIGHTS) for _ in range(3))
+    config = transformers.TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    written = (WEIGHTS, {"quantization_config": config}, WEIGHTS)
+    whole, resumed, fresh = (aligner(llm, llm_kwargs=each) for each in written)
     assert type(whole.loss.llm.model.layers[0].mlp.up_proj.weight).__module__.startswith("torchao")
     fitted(whole, captions(photos), tmp_path, max_steps=4)
     assert whole.adapter.state_dict()["adapter.0.weight"].abs().sum() > 0
