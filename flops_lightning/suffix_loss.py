@@ -17,17 +17,17 @@ from flops_lightning.errors import SettingError
 class SuffixLoss(ABC):
     """A loss that is the rest of the network: a frozen model above the trained one.
 
-    It is called as every loss is, ``(outputs (r, ...), targets (r, ...)) -> (r,)``. Beside that it says what a query of
-    a sample costs, so that the meter, plans and :class:`~flops_lightning.allocators.CostAwareAllocator` count it and
+    It is called like any loss, ``(outputs (r, ...), targets (r, ...)) -> (r,)``. It also says what a query of a sample
+    costs, so that the meter, plans and :class:`~flops_lightning.allocators.CostAwareAllocator` count it and
     ``chunk_rows: auto`` makes room for it. Its parameters belong to no network: they are not trained, saved or moved.
 
-    Nothing differentiates it but :class:`~flops_lightning.strategies.Backprop`, and that only if it is
-    ``differentiable``. Predictors of gradients, an exact head and forward-mode strategies are refused.
+    Only :class:`~flops_lightning.strategies.Backprop` differentiates it, and only if it is ``differentiable``.
+    Predictors of gradients, an exact head and forward-mode strategies are refused.
 
     Attributes:
-        part: What it is, in messages.
-        differentiable: Whether autograd can follow it.
-        obstacle: Why not, in messages.
+        part: What it is, for messages.
+        differentiable: Whether autograd can differentiate it.
+        obstacle: Why not, for messages.
         remote: Whether it runs elsewhere, so that no memory is needed for it here.
 
     Example:
@@ -97,15 +97,14 @@ def refuse_derivative(loss: Any, setting: str, value: object, remedy: str) -> No
 
 @dataclass(eq=False)  # not frozen: with precision 64-true, Lightning converts what a batch holds in a copy of it
 class PaddedTargets:
-    """Sequences of unequal length, padded at the end, whose lengths the host knows.
+    """Sequences of unequal length, padded at the end; the host knows their lengths.
 
-    Some rows of them are therefore cut to the longest among these rows, and not of the batch, without waiting for the
-    device.
+    A subset of the rows can therefore be cut to its own longest sequence without waiting for the device.
 
     Attributes:
-        values: ``(b, t)`` entries; what lies beyond a sequence's length means nothing.
+        values: ``(b, t)`` entries; those beyond a sequence's length have no meaning.
         lengths: ``(b,)`` lengths.
-        given: ``(b,)`` entries at the beginning of each that are given and not to be predicted; None: none are.
+        given: ``(b,)`` number of leading entries that are given and not to be predicted; None: zero.
 
     Example:
         >>> targets = PaddedTargets.of([torch.tensor([5, 6, 7]), torch.tensor([8])])

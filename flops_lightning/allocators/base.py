@@ -15,7 +15,7 @@ from flops_lightning.settings import KeepsSettings
 
 
 class QueryAllocator(KeepsSettings, ABC):
-    """Splits a fixed budget of queries over the samples of a batch; what must survive a restart is in ``state_dict``.
+    """Splits a fixed budget of queries between the samples of a batch; ``state_dict`` holds what a resumed run needs.
 
     Example:
         >>> from flops_lightning.protocol import Allocation, QueryBudget, SampleStatistics

@@ -19,7 +19,7 @@ LEARNING_RATE = 0.5  # step of Adam in logit(p); the whole range of p is 9.2 wid
 
 
 class BernoulliAllocator(SearchAllocator):
-    """Takes half of their queries from randomly chosen samples of low loss and gives them to the others.
+    """Halves the queries of randomly chosen samples with low loss, and gives them to the others.
 
     A sample whose clean loss is below the batch's mean is pruned with probability p: it gets ``Abar / 2`` queries
     instead of ``Abar`` (eq. 6), or ``min_queries`` if that is more. The freed queries go in equal parts to the samples
@@ -50,9 +50,9 @@ class BernoulliAllocator(SearchAllocator):
         """Check the settings.
 
         Args:
-            p: Probability with which a sample of below-mean loss is pruned; with ``optimise`` where p starts.
-            optimise: Optimise p on every batch. Otherwise it stays, and nothing but the loss is needed.
-            **settings: Those of :class:`SearchAllocator`; except ``min_queries`` and ``seed`` only with ``optimise``.
+            p: Probability that a sample with a loss below the mean is pruned; with ``optimise`` the initial value.
+            optimise: Optimise p on every batch. Otherwise p is fixed, and only the loss is needed.
+            **settings: See :class:`SearchAllocator`; without ``optimise`` only ``min_queries`` and ``seed``.
         """
         super().__init__(**settings)
         least_p, most_p = (LEAST_P, 1.0 - LEAST_P) if optimise else (0.0, 1.0)

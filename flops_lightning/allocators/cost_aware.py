@@ -25,18 +25,19 @@ MOST_QUERIES = 10  # default of `max_queries`, in multiples of a site's own budg
 
 
 class CostAwareAllocator(TraceAllocator):
-    """Splits a compute budget over samples and sites: ``A_sb ~ sqrt(Tr_sb / c_sb)``.
+    """Splits a compute budget between samples and sites: ``A_sb ~ sqrt(Tr_sb / c_sb)``.
 
-    A query at site s costs its suffix, ``c_s``; where samples differ in it, such as captions of unequal length under a
-    :class:`~flops_lightning.suffix_loss.SuffixLoss`, ``c_sb``. With independent sites the trace of the covariance of
-    the whole gradient is ``sum_sb Tr_sb / A_sb / B^2``, least under ``sum_sb c_sb A_sb <= C`` for the counts above
-    (Neyman allocation with unequal costs; not in the paper, which fixes the queries of each site). ``C`` is what the
-    module's own budgets would cost, so the compute of a step stays what it was and the number of queries changes.
+    A query at site s costs the forward pass above it, ``c_s``, or ``c_sb`` if this differs between samples, such as
+    captions of unequal length under a :class:`~flops_lightning.suffix_loss.SuffixLoss`. With independent sites the
+    trace of the covariance of the whole gradient is ``sum_sb Tr_sb / A_sb / B^2``. Subject to
+    ``sum_sb c_sb A_sb <= C`` it is least for the counts above (Neyman allocation with unequal costs; not in the paper,
+    which fixes the queries of each site). ``C`` is the cost of the module's own budgets, so the compute of a step does
+    not change, but the number of queries does.
 
     Traces of block and group sites are converted to squared units of the parameters by the module's estimate of the
     squared norm of their Jacobian (``SampleStatistics.scale``). Every site needs traces: a prediction, or pilots
-    everywhere. Unlike with other allocators, the sum of a site's counts is not fixed. A site whose queries are made
-    once for all samples is one item: its count is the same for all.
+    everywhere. Unlike with other allocators, the sum of a site's counts is not fixed. A site whose queries are shared
+    by all samples is one item, with one count for all.
 
     Diagnostics: ``J_over_J_own`` (against equal counts of the module's own budget, with the estimated traces),
     ``compute_used`` (share of C), ``queries/<site>`` (average of a sample at each site), ``count_min``, ``count_max``.
@@ -62,12 +63,12 @@ class CostAwareAllocator(TraceAllocator):
             costs: ``flops``: counted. ``measured``: timed by the module before the first step. ``given``: those in
                 ``given_costs`` (a paid API: 1 for each site).
             given_costs: Cost of a query at each site, from bottom to top, in any unit. Only with ``given``.
-            compute: Compute of a step for each sample, in the unit of the costs (forward-equivalents unless given); 0:
-                what the module's own budgets cost.
-            metric: Units in which the parameters' gradients are compared: as they are, or ``preconditioned`` by the
+            compute: Compute of a step per sample, in the unit of the costs (forward-equivalents unless given); 0: the
+                cost of the module's own budgets.
+            metric: Units in which the parameters' gradients are compared: unchanged, or ``preconditioned`` by the
                 optimiser (each squared derivative divided by Adam's running mean square), as an Adam step uses them.
-            max_queries: Most queries of a sample at a site; 0: ten times the site's own budget. Sites that cost next to
-                nothing would take any number.
+            max_queries: Most queries of a sample at a site; 0: ten times the site's own budget. Without a limit, sites
+                that cost almost nothing would get any number.
             **settings: ``traces`` and ``min_queries``, see :class:`TraceAllocator`.
         """
         super().__init__(**settings)

@@ -28,13 +28,13 @@ class GaussianAllocator(SearchAllocator):
     allocation, starting from those of the last batch (or from the paper's initial values if these are better).
 
     The normalisation makes one parameter redundant: the root mean square of ``mu`` over the batch is kept at the
-    average number of queries. J is least without randomness (Jensen), so sigma runs to its floor, 1 % of that average;
-    what is learned is the ratio of ``beta0`` and ``beta1``. With several sites the optimisation uses the budget of the
-    first, and the same draw is rounded for each.
+    average number of queries. J is least without randomness (Jensen's inequality), so sigma falls to its lower bound,
+    1 % of that average; what is learned is the ratio of ``beta0`` and ``beta1``. With several sites, the optimisation
+    uses the budget of the first, and the same draw is rounded for each.
 
     Samples whose loss, trace or embedding is not finite get the minimum and take no part; negative trace estimates
     count as zero; if no trace is positive (a flat loss), the allocation is equal. ``min_queries: 0`` is the paper's
-    choice: a sample whose draw is negative gets no query, which biases the batch gradient; J is evaluated as if it got
+    choice: a sample whose draw is negative gets no query, which biases the batch gradient; J is computed as if it got
     one.
 
     Diagnostics: ``beta0, beta1, sigma, gamma``; ``count_min`` and ``count_max`` of the first site; those of

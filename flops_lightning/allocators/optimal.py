@@ -15,7 +15,7 @@ class OptimalAllocator(TraceAllocator):
     With exact traces this minimises ``J = sum_b Tr_b / A_b`` (eq. 9) and attains the bound of Theorem 2. By default a
     regression on the clean pass predicts the traces (:class:`TraceSettings`). If no trace is positive, the allocation
     is equal. ``min_queries: 0`` allows samples without queries, which biases the batch gradient towards zero.
-    ``min_queries: 0.25`` allows averages of a quarter of a query without bias (Horvitz and Thompson, 1952).
+    ``min_queries: 0.25`` allows averages down to a quarter of a query, without bias (Horvitz and Thompson, 1952).
 
     With reused pilots and a prediction, a sample's pilots enter its gradient with the weight ``n / (n + A)``, where
     ``A`` is the number of queries for the prediction alone. The weight does not depend on the pilots' losses, so the

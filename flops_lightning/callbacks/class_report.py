@@ -15,9 +15,9 @@ COLUMNS = ("label", "class", "images", "accuracy")
 class ClassReport(Callback):
     """Write ``class_accuracy.csv`` into the run's folder at the end of a test, one line per class by its label.
 
-    Columns: ``label``; the ``class``, from the data module's ``class_names`` (without those, the label again); its
-    ``images`` in the test; ``accuracy``, the share of them that is classified right, empty where there are none.
-    Several processes write one file together. A trial run (``fast_dev_run``) writes none.
+    Columns: ``label``; ``class``, from the data module's ``class_names`` (without these, the label again); ``images``,
+    its number of test images; ``accuracy``, the share of them classified correctly (empty if there are none). Several
+    processes write one file together. A trial run (``fast_dev_run``) writes none.
 
     It reads the counts of the :class:`~flops_lightning.tasks.evaluation.ClassMeanAccuracy` that the module updates in
     its ``test_step``, as ``ForwardImageClassifier`` does.

@@ -29,19 +29,19 @@ REPLACED = ("training_step", "backward")
 class ForwardOnly(pl.Callback):
     """Replaces the backward pass of any module with automatic optimisation by an estimate from forward passes.
 
-    Lightning runs ``training_step`` without autograd and then calls ``backward``, in whose place the strategy calls
-    ``training_step`` again under moved parameters. These queries start from the state that the step started from (the
-    same batch, random numbers, buffers and attributes), log nothing and leave no trace. Clipping, accumulation,
-    schedules, checkpoints, averaged weights and several processes work as ever.
+    Lightning runs ``training_step`` without autograd and then calls ``backward``. Instead, the strategy calls
+    ``training_step`` again with perturbed parameters. These queries start from the same state as the step (batch,
+    random numbers, buffers and attributes), log nothing and leave the module unchanged. Clipping, accumulation,
+    schedules, checkpoints, averaged weights and several processes work as usual.
 
-    The parameters of the optimiser are estimated, and no others. A step of ``MeZO(queries=n)`` takes ``n + 1`` passes
+    Only the gradients of the optimiser's parameters are estimated. A step of ``MeZO(queries=n)`` takes ``n + 1`` passes
     over its batch, and one more if its queries are one-sided. It needs the memory of inference, of two copies of these
     parameters, and of buffers and batch. ``queries/passes`` counts the queries of all processes so far, each a pass
     over a batch.
 
     A step that differentiates on its own, as physics-informed losses do, must turn autograd on with
-    ``torch.enable_grad()``. One that changes something outside of the module (a file, a global variable) must do so in
-    a hook such as ``on_train_batch_end``: queries would change it again.
+    ``torch.enable_grad()``. Changes to anything outside of the module (a file, a global variable) belong in a hook such
+    as ``on_train_batch_end``: queries would repeat them.
 
     Example:
         >>> import torch
@@ -65,9 +65,9 @@ class ForwardOnly(pl.Callback):
         """Check the settings.
 
         Args:
-            strategy: One that moves all parameters at once for the whole batch: ``MeZO`` (None: ``MeZO()``), or
-                ``SPSA`` or ``EvolutionStrategies`` with shared directions, which take one clean pass more.
-            max_skipped_steps: Consecutive batches that may lose all their queries before the run stops.
+            strategy: One that perturbs all parameters at once for the whole batch: ``MeZO`` (None: ``MeZO()``), or
+                ``SPSA`` or ``EvolutionStrategies`` with shared directions, which take one more clean pass.
+            max_skipped_steps: Number of consecutive batches that may lose all their queries before the run stops.
         """
         if strategy is None:
             strategy = MeZO()

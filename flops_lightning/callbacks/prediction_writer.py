@@ -23,13 +23,13 @@ Row = tuple[int, int, float] | tuple[int, str]  # index, label, probability; or 
 class PredictionWriter(BasePredictionWriter):
     """Write ``predictions.csv`` into the run's folder, one line per image in the order of the data set.
 
-    Columns: ``index`` of the image in the data set (of an iterable one: its place in the stream); ``file``, its path as
-    the data set's ``files`` gives it, a sequence of str in the order of the set (empty without one); the predicted
-    ``label``; its ``class`` from the data module's ``class_names`` (without those, the label again); and the
+    Columns: ``index`` of the image in the data set (of an iterable one: its position in the stream); ``file``, its path
+    from the data set's ``files``, a sequence of str in the order of the set (empty without one); the predicted
+    ``label``; its ``class`` from the data module's ``class_names`` (without these, the label again); and the
     ``probability`` of that class. Several processes write one file together; a trial run (``fast_dev_run``) none.
 
-    The module's ``predict_step`` returns a mapping with ``label`` ``(b,)``, integers, and ``probability`` ``(b, c)``;
-    or with ``caption``, a list of ``b`` texts, and the columns are then ``index``, ``file`` and ``caption``.
+    The module's ``predict_step`` returns a mapping with ``label`` ``(b,)``, integers, and ``probability`` ``(b, c)``.
+    If it has ``caption`` instead, a list of ``b`` texts, the columns are ``index``, ``file`` and ``caption``.
 
     Example:
         >>> import tempfile

@@ -66,21 +66,21 @@ def resolve_budget(own: QueryBudget | None, *, queries_per_sample: int, multiple
 
 
 class QueryAllocatorCallback(Callback):
-    """Splits the budget of queries over the samples of the batch before every training step.
+    """Splits the budget of queries between the samples of the batch before every training step.
 
     Works with every LightningModule that has the two methods of
     :class:`~flops_lightning.protocol.SupportsQueryAllocation`; :mod:`flops_lightning.protocol` also lists the optional
-    ones. The allocator's diagnostics are logged at every step, and every ``log_every_n_steps`` the figures of
-    :class:`AllocationMonitor`. The allocator's state is saved in checkpoints. In several processes all make the same
+    ones. The allocator's diagnostics are logged at every step, and the figures of :class:`AllocationMonitor` every
+    ``log_every_n_steps``. The allocator's state is saved in checkpoints. With several processes, all compute the same
     allocation from the statistics of all, and each spends a share of the budget in proportion to its samples.
 
     Args:
         allocator: Splits the budget.
-        queries_per_sample: Average number of queries of a sample. 0: the module's own, from
+        queries_per_sample: Average number of queries per sample. 0: the module's own, from
             ``SampleStatistics.budget``.
         multiple: Counts are multiples of this (2 if queries come in antithetic pairs). 1: the module's own.
-        log: Whether to log the allocator's diagnostics and to watch the allocation.
-        budget: Whether the average number of queries is chosen at every step; None: it is fixed.
+        log: Whether to log the allocator's diagnostics and to monitor the allocation.
+        budget: Chooses the average number of queries at every step; None: it is fixed.
 
     Example:
         >>> from flops_lightning import EqualAllocator

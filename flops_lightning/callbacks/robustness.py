@@ -27,27 +27,27 @@ Perturbation = Corruption | AttackSettings
 
 
 class Robustness(Callback):
-    """Test a classifier under noise and under attack, and write ``robustness.csv`` and ``robustness.json``.
+    """Test a classifier under noise and attacks, and write ``robustness.csv`` and ``robustness.json``.
 
-    Every test image is read as it is (``clean``) and once more for each strength of each noise and attack, in pixel
-    space: the data module's ``mean`` and ``std`` are undone and become a part of the network. Logged, and written to
-    ``robustness.json``, are ``robust/<name>/accuracy`` and ``robust/<name>/kept``, the share of the images read
-    correctly without noise that stay so (NaN where there are none), with names like ``gaussian_0.08``, ``poisson_25``
+    Every test image is classified unchanged (``clean``) and once for each strength of each noise and attack, in pixel
+    space: the data module's ``mean`` and ``std`` become part of the network. Logged, and written to
+    ``robustness.json``, are ``robust/<name>/accuracy`` and ``robust/<name>/kept``, the share of the images classified
+    correctly without noise that still are (NaN if there are none), with names like ``gaussian_0.08``, ``poisson_25``
     and ``mi_fgsm_8`` (eps in 255ths). ``robustness.csv`` has a line for each image and strength: ``image``, its index
     in the data set, ``corruption``, ``severity`` (std, photons or eps), ``label`` and ``prediction``.
 
-    Noise is drawn from (seed, index of the image), and images are read in chunks of a fixed number of rows, the last
-    one filled up. On one kind of machine the results are therefore the same, bit for bit, for any batch size, order and
-    number of processes. The attacker backpropagates cross-entropy through the network, however it was trained.
+    The noise depends only on the seed and the image's index, and the network runs on chunks with a fixed number of
+    rows, the last one padded. On one kind of machine the results are therefore bit for bit the same for any batch size,
+    order and number of processes. Attacks backpropagate the cross-entropy through the network, however it was trained.
 
-    The module's ``forward`` gives logits ``(b, k)`` of images; its batches are ``(images, labels)``.
+    The module's ``forward`` returns logits ``(b, k)`` for images; its batches are ``(images, labels)``.
 
     Args:
         corruptions: Strengths of each noise: ``gaussian`` and ``uniform`` by ``std``, ``poisson`` by ``photons``; None:
             the severities of ImageNet-C, as ``{"gaussian": [0.08, 0.12, 0.18, 0.26, 0.38], ...}``; {} for none.
         attacks: The attacks; None: the paper's three at 8/255; [] for none.
         seed: Chooses the noise.
-        rows: Images read at a time. A batch takes the next multiple of it, so let ``data.batch_size`` be one.
+        rows: Images per forward pass. Batches are padded to a multiple of this, so make ``data.batch_size`` one.
 
     Example:
         >>> from flops_lightning.callbacks import Robustness

@@ -26,17 +26,17 @@ SITES_SHOWN = 6
 
 
 class RunSummary(pl.Callback):
-    """Print what a run has learned and what it took, and write it to ``summary.json`` in the run's folder.
+    """Print what a run has learned and what it cost, and write it to ``summary.json`` in the run's folder.
 
     A classifier is tested before and after training.
 
-    Keys: ``start_accuracy``, ``test_accuracy`` (None where nothing is tested), ``validation`` (what was logged last as
-    ``val/...``), ``steps``, ``samples`` (trained on, once each epoch), ``queries``,
+    Keys: ``start_accuracy``, ``test_accuracy`` (None if nothing is tested), ``validation`` (the last logged
+    ``val/...``), ``steps``, ``samples`` (training samples, counted once per epoch), ``queries``,
     ``queries_per_sample`` (``queries / samples``), ``queries_by_site``, ``clean_passes``, ``forward_equivalents``,
-    ``lost_queries``, ``train_seconds`` (validation included, the two tests left out), ``peak_memory_mb`` and
+    ``lost_queries``, ``train_seconds`` (with validation, without the two tests), ``peak_memory_mb`` and
     ``peak_memory_of`` (see :func:`peak_memory`), ``strategy``, ``allocator``, ``seed``; with a service
-    ``service`` (see :class:`~flops_lightning.service.Usage`). Counts are those of all processes together, which share
-    the test images; memory and time are those of the first. A trial run (``fast_dev_run``) writes nothing.
+    ``service`` (see :class:`~flops_lightning.service.Usage`). Counts are totals over all processes, which share the
+    test images; memory and time are those of the first. A trial run (``fast_dev_run``) writes nothing.
 
     Example:
         >>> from flops_lightning.callbacks import RunSummary

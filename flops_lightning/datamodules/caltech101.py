@@ -32,15 +32,14 @@ KINDS = ("plastic", "toy", "embroidered", "cartoon", "plushie", "origami")
 class Caltech101DataModule(PhotoDataModule):
     """Caltech101: 8,677 photos of objects in 101 classes, 31 to 800 of each.
 
-    Read from ``root/caltech101/101_ObjectCategories/<class>/*``, which torchvision opens and, with ``download``,
-    fetches (130 MB). The paper counts 9,144 images "across 101 categories": that includes the 467 of
-    ``BACKGROUND_Google``, which are not a category of objects. Here, as in torchvision and in every published split,
-    they are left out.
+    Read from ``root/caltech101/101_ObjectCategories/<class>/*``, torchvision's layout; ``download`` fetches it
+    (130 MB). The paper counts 9,144 images "across 101 categories". This includes the 467 of ``BACKGROUND_Google``,
+    which is not a category of objects. Here, as in torchvision and in every published split, they are left out.
 
-    There is no standard split. Unless ``split_file`` names one, half of each class's images train, a fifth validate and
-    three tenths test: the shares of CoOp's split, on which later work on adapting pretrained networks reports. CoOp's
-    own file, ``split_zhou_Caltech101.json``, works as well; it has 100 classes, without ``Faces_easy``. Display names
-    are CoOp's.
+    There is no standard split. Unless you give a ``split_file``, 50 % of each class's images are for training, 20 % for
+    validation and 30 % for testing: the shares of CoOp's split, which later papers on adapting pretrained networks use.
+    CoOp's own file, ``split_zhou_Caltech101.json``, works as well; it has 100 classes, without ``Faces_easy``. Display
+    names are CoOp's.
 
     Source: L. Fei-Fei et al., Learning Generative Visual Models from Few Training Examples, 2004.
 

@@ -30,16 +30,16 @@ PARTS_OF: dict[str, tuple[Part, ...]] = {
 
 
 class CaptionDataModule(ImageFolderDataModule):
-    """Photos with captions: from a JSON file of LLaVA's form, or class folders with a caption for each class.
+    """Photos with captions, from a JSON file in LLaVA's format or from class folders with one caption per class.
 
     A batch is ``(images (b, 3, image_size, image_size) float32, captions)``, where ``captions`` are
-    :class:`~flops_lightning.suffix_loss.PaddedTargets` of tokens; training batches have their shortest captions first.
-    A task makes the tokens (:class:`ReadsCaptions`), and puts features in the place of the images
-    (:meth:`keep_features`), so that every photo is read once, before training. Photos are split and not captions: all
-    captions of a photo are in one part.
+    :class:`~flops_lightning.suffix_loss.PaddedTargets` of tokens. Training batches are sorted by caption length. The
+    task tokenises the captions (:class:`ReadsCaptions`) and replaces the images by features (:meth:`keep_features`), so
+    that every photo is read once, before training. Photos are split, not captions: all captions of a photo are in the
+    same part.
 
     Attributes:
-        tokenizer: Makes the tokens where no task does.
+        tokenizer: Tokenises captions if no task does.
         texts: All captions, by number.
         instructions: The question that each answers; empty for class folders.
 
@@ -47,25 +47,25 @@ class CaptionDataModule(ImageFolderDataModule):
         root: Folder of the photos, or of class folders as :class:`ImageFolderDataModule` reads them.
         captions: JSON file with an entry ``{"id", "image", "conversations"}`` for each photo, as LCS-558K; None: the
             photos are in class folders.
-        template: Caption of a class, with ``{}`` where its name stands; None: ``a photo of a {}.``
-        all_captions: Take the list ``captions`` of an entry and not the answer in its conversation.
-        max_tokens: Cut longer captions, whose number is logged; 0: one that is longer than the language model takes is
-            an error.
-        cache_dir: Folder for features, a file for each part, which later runs read; None: they are kept in memory.
-        cache: ``use`` features that are there, or ``rebuild`` those that are of another encoder, transform or list of
-            files; with ``use`` they are refused.
-        batch_size: Captions of a batch.
+        template: Caption of a class, with ``{}`` for its name; None: ``a photo of a {}.``
+        all_captions: Use the list ``captions`` of an entry instead of the answer in its conversation.
+        max_tokens: Cut longer captions, and log how many; 0: a caption longer than the language model's context is an
+            error.
+        cache_dir: Folder for features, one file per part, for later runs; None: they are kept in memory.
+        cache: ``use`` existing features, and refuse those of another encoder, transform or list of files; or
+            ``rebuild`` these.
+        batch_size: Captions per batch.
         image_size: See :class:`ImageFolderDataModule`, as for all below.
-        images_per_class: Photos to train on, of each class where there are classes.
-        val_share: Share of the photos to validate with.
-        test_share: Share of the photos to test with.
-        split_seed: Chooses the photos.
+        images_per_class: Number of training photos, per class if there are classes.
+        val_share: Share of the photos for validation.
+        test_share: Share of the photos for testing.
+        split_seed: Seed of the split.
         normalization: Mean and standard deviation of the pixels.
-        num_workers: Processes that load.
+        num_workers: Number of worker processes of the data loaders.
 
     Raises:
-        SettingError: as for :class:`ImageFolderDataModule`; a file is not as above (its entry is named), or a setting
-            has no effect.
+        SettingError: as for :class:`ImageFolderDataModule`; a file is not as above (the error names its entry), or a
+            setting has no effect.
 
     Example:
         >>> from tempfile import TemporaryDirectory

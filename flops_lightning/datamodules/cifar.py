@@ -126,8 +126,9 @@ class CIFAR10DataModule(CIFARDataModule):
     """CIFAR-10: colour images of 32 x 32 pixels in ten classes, 50,000 to train and 10,000 to test.
 
     Read from ``root/cifar-10-batches-py/``, torchvision's archive, or from class folders (:class:`CIFARSource`).
-    Validation images are split off the training part before ``images_per_class`` chooses from the rest, so accuracies
-    of runs with different ``images_per_class`` compare, and smaller training sets are parts of larger ones.
+    Validation images are split off the training part before ``images_per_class`` chooses from the rest. Accuracies of
+    runs with different ``images_per_class`` are therefore comparable, and smaller training sets are subsets of larger
+    ones.
 
     Source: A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009.
 

@@ -15,12 +15,12 @@ CLASSES = (
 class EuroSATDataModule(PhotoDataModule):
     """EuroSAT: 27,000 satellite images of 64 x 64 pixels in 10 classes of land use, in RGB.
 
-    Read from ``root/eurosat/2750/<class>/*``, which torchvision opens and, with ``download``, fetches (90 MB).
+    Read from ``root/eurosat/2750/<class>/*``, torchvision's layout; ``download`` fetches it (90 MB).
 
-    There is no standard split. Unless ``split_file`` names one, half of each class's images train, a fifth validate and
-    three tenths test: 13,500, 5,400 and 8,100 images, the shares of CoOp's split (``split_zhou_EuroSAT.json``, which
-    works as well if its paths are below ``2750/``). The data set's authors report on several shares, 80 % and 20 %
-    among them (``val_share: 0, test_share: 0.2``).
+    There is no standard split. Unless you give a ``split_file``, 50 % of each class's images are for training, 20 % for
+    validation and 30 % for testing (13,500, 5,400 and 8,100), the shares of CoOp's split. CoOp's own file,
+    ``split_zhou_EuroSAT.json``, works as well if its paths are below ``2750/``. The data set's authors report several
+    splits, among them 80 % and 20 % (``val_share: 0, test_share: 0.2``).
 
     Source: P. Helber et al., EuroSAT: A Novel Dataset and Deep Learning Benchmark for Land Use and Land Cover
     Classification, 2019.

@@ -51,7 +51,7 @@ def _within(numbers: list[int], last: int) -> bool:
 class Flowers102DataModule(PhotoDataModule):
     """Flowers102: 8,189 photos of flowers in 102 classes, fetched by torchvision with ``download`` (330 MB).
 
-    The split is the standard one: ten images of each class train, ten validate, and 6,149 test.
+    The split is the standard one: ten images of each class for training, ten for validation, and 6,149 for testing.
 
     Source: M.-E. Nilsback and A. Zisserman, Automated Flower Classification over a Large Number of Classes, 2008.
 

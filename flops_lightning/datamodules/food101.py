@@ -44,10 +44,10 @@ class Food101Source(ImageSource):
 
 
 class Food101DataModule(PhotoDataModule):
-    """Food101: 101,000 photos of dishes in 101 classes, 750 of each to train and 250 to test.
+    """Food101: 101,000 photos of dishes in 101 classes, 750 of each for training and 250 for testing.
 
-    torchvision fetches it with ``download`` (5 GB). The split is the standard one; ``val_images`` are split off the
-    training part. The template is CLIP's only one for it.
+    ``download`` fetches it through torchvision (5 GB). The split is the standard one; ``val_images`` are split off the
+    training part. The template is CLIP's only one for this data set.
 
     Source: L. Bossard et al., Food-101 - Mining Discriminative Components with Random Forests, 2014.
 

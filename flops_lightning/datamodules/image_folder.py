@@ -81,24 +81,24 @@ def _holds_folders(folder: Path) -> bool:
 
 
 class ImageFolderDataModule(PhotoDataModule):
-    """Images of your own: a folder for each class, whose name is the class's.
+    """Your own images, in one folder per class, named after the class.
 
-    Read from ``root/train/<class>/*``, ``root/val/<class>/*`` and ``root/test/<class>/*``. Parts that are missing are
-    split off the training images, each class keeping its share; so are both where ``root`` holds the class folders
-    itself. Labels are the places of the folders' names in alphabetical order. What else may be in the folders, and
-    which images are converted, is as in :class:`PhotoDataModule`.
+    Read from ``root/train/<class>/*``, ``root/val/<class>/*`` and ``root/test/<class>/*``. Missing parts are split off
+    the training images, stratified by class; so are both if ``root`` itself holds the class folders. Labels are the
+    positions of the folders' names in alphabetical order. :class:`PhotoDataModule` says what else the folders may
+    contain, and which images are converted.
 
     Args:
         root: Folder that holds the images.
         image_size: Height and width to resize the images to, in pixels; 0: the size that the model was built for.
-        val_share: Share of each class's images to validate with, where there is no ``val/``; None: 0.2.
-        test_share: Share of each class's images to test with, where there is no ``test/``; None: 0.3.
-        predict_root: Folder of images without labels, in it and below it, which ``predict`` reads instead of the test
-            images; in its batches all labels are -1.
+        val_share: Share of each class's images for validation, if there is no ``val/``; None: 0.2.
+        test_share: Share of each class's images for testing, if there is no ``test/``; None: 0.3.
+        predict_root: Folder with unlabelled images, also in its subfolders, which ``predict`` reads instead of the test
+            images; all labels in its batches are -1.
         **settings: Those of :class:`PhotoDataModule`, except those of downloads and of numbers of images.
 
     Raises:
-        SettingError: The folders are not there or not laid out as above, or a share cannot be split off.
+        SettingError: The folders are missing or not laid out as above, or a share cannot be split off.
 
     Example:
         >>> from pathlib import Path

@@ -48,13 +48,13 @@ class ImageNetSource(ImageSource):
 
 
 class ImageNetDataModule(PhotoDataModule):
-    """ImageNet: 1,281,167 photos in 1,000 classes to train, and the 50,000 of the validation part to test.
+    """ImageNet: 1,281,167 photos in 1,000 classes for training, and the 50,000 of the validation part for testing.
 
-    Read from ``root/train/<wnid>/*`` and ``root/val/<wnid>/*``; labels are the places of the folders' names (WordNet
-    ids) in alphabetical order, which is the order of every published ImageNet classifier. No development kit is needed.
-    A part of the classes, the same in both folders, works as well. The test part's labels are not public, so published
-    accuracies, the paper's among them, are of ``val``, which is ``test`` here; ``val_images`` are split off the
-    training part. Without ``train/`` there is only ``test`` (and ``predict``).
+    Read from ``root/train/<wnid>/*`` and ``root/val/<wnid>/*``. Labels are the positions of the folders' names (WordNet
+    ids) in alphabetical order, as in every published ImageNet classifier. No development kit is needed. A subset of the
+    classes, the same in both folders, works as well. The test part's labels are not public, so published accuracies,
+    the paper's among them, are for ``val``, which is ``test`` here; ``val_images`` are split off the training part.
+    Without ``train/`` there is only ``test`` (and ``predict``).
 
     Source: O. Russakovsky et al., ImageNet Large Scale Visual Recognition Challenge, 2015.
 

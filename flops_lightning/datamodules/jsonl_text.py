@@ -35,29 +35,29 @@ class TextSet(Dataset[EncodedText]):
 class JsonlTextDataModule(KeyedLoaders):
     r"""Texts from files of JSON lines, tokenised by the model's tokenizer.
 
-    A line is ``{"prompt", "completion"}``; or ``{"messages"}``, whose last message, of the role ``assistant``, is the
-    completion, and the rest goes through the tokenizer's chat template; or, with ``template`` and ``choices``, the
-    fields that the template names and a ``label``: a number from 0, or one of the choices. A batch is what
-    :func:`~flops_lightning.language.pack` makes, padded to its longest text.
+    A line has one of three forms. ``{"prompt", "completion"}``. ``{"messages"}``: the last message, of the role
+    ``assistant``, is the completion, and the tokenizer's chat template formats the rest. Or, with ``template`` and
+    ``choices``, the fields that the template names and a ``label``: a number from 0, or one of the choices. Batches are
+    made by :func:`~flops_lightning.language.pack` and padded to their longest text.
 
     Attributes:
         truncated: Number of texts that ``max_tokens`` cut.
 
     Args:
-        train_file: Texts to train on.
-        val_file: Texts to validate with; None: ``val_texts`` of the training file, or none.
-        test_file: Texts to test with and to predict; None: none.
-        template: The prompt of a text with a label, as ``{text} It was``.
-        choices: Completions to choose from, in the order of the labels, as ``[" terrible", " great"]``.
-        train_texts: Number of texts to train on; 0: all.
-        shots: Number of texts to train on of each label; 0: all.
-        val_texts: Number of texts of the training file to validate with, which training leaves out.
-        split_seed: Chooses the texts of the three settings above.
-        max_tokens: Cut longer texts, whose number is logged: a prompt loses its oldest tokens but the first; 0: a text
+        train_file: Training texts.
+        val_file: Validation texts; None: ``val_texts`` of the training file, or none.
+        test_file: Texts for testing and prediction; None: none.
+        template: The prompt of a text with a label, such as ``{text} It was``.
+        choices: Completions to choose from, in the order of the labels, such as ``[" terrible", " great"]``.
+        train_texts: Number of training texts; 0: all.
+        shots: Number of training texts per label; 0: all.
+        val_texts: Number of texts of the training file to hold out for validation.
+        split_seed: Seed for choosing the texts of the three settings above.
+        max_tokens: Cut longer texts, and log how many: a prompt loses its oldest tokens except the first; 0: a text
             longer than the model's context is an error.
-        tokenizer: Name or folder of a tokenizer, or one; empty: the model's.
-        batch_size: Texts of a batch.
-        num_workers: Processes that load.
+        tokenizer: A tokenizer, or its name or folder; empty: the model's.
+        batch_size: Texts per batch.
+        num_workers: Number of worker processes of the data loaders.
 
     Raises:
         SettingError: a file is not as above (its line is named), or a setting has no effect.

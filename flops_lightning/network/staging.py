@@ -38,13 +38,12 @@ class Stage:
         members: Dotted names (of modules or parameters of the network) that it owns.
         reads: Tokens ``t`` of its input ``(r, t, d)`` on which its output depends; None means all of them.
         narrows: It may be called with only the tokens in ``reads`` and returns the same.
-        tokenwise: Submodules whose output at a token reaches that same token of the stage's output and no other (where
-            ``reads`` is set: that reach the output at these tokens alone).
+        tokenwise: Submodules whose output at a token affects the stage's output only at this token (if ``reads`` is
+            set: whose output affects it only at these tokens).
 
-        by_row: Its parameters may have a line for each row of its input, ``(r, ...)``.
+        by_row: Its parameters may differ between the rows of its input, ``(r, ...)``.
         context: What it computes from its parameters alone, if that is most of its work.
-        flops: Floating-point operations of a row and of the context, where they run elsewhere and nothing here counts
-            them.
+        flops: Floating-point operations of a row and of the context, if they run elsewhere and cannot be counted here.
 
     Example:
         >>> stage = Stage("double", lambda x: 2 * x, members=("scale",))
@@ -74,9 +73,9 @@ class StagedNetwork:
     ``len(stages)`` is the network's output.
 
     Attributes:
-        unfit: What is wrong with layers whose output is not one line a row, by name; None: it is not known.
-        live: ``(targets, t, start) -> (b, t)``: on which tokens of the activations ``(b, t, d)`` that enter the stage
-            ``start`` the losses depend; None: on all. Estimates leave the others out, whose derivative is zero.
+        unfit: What is wrong with layers whose output does not have one entry per row, by name; None: not known.
+        live: ``(targets, t, start) -> (b, t)``: the tokens of the activations ``(b, t, d)`` entering the stage
+            ``start`` on which the losses depend; None: all. Estimates leave out the others, whose derivative is zero.
 
     Example:
         >>> import torch
@@ -224,7 +223,7 @@ BatchNormSetting = Literal["refuse", "frozen"]
 def stage_network(
     module: nn.Module | StagedNetwork, example: Any = None, *, batch_norm: BatchNormSetting = "refuse"
 ) -> StagedNetwork:
-    """Cut a network into stages; one that is cut already is returned as it is.
+    """Cut a network into stages; a network that is already cut is returned unchanged.
 
     A timm ``VisionTransformer`` becomes ``embed``, ``blocks.0`` ... ``blocks.N``, ``pool`` (final norm and pooling) and
     ``head``; an ``nn.Sequential`` becomes its children under their own names. Every other network is run on a few rows
@@ -233,10 +232,10 @@ def stage_network(
     Args:
         module: The network.
         example: Inputs of a batch, as the network takes them: a tensor, a tuple of positional or a mapping of keyword
-            arguments. Without it a network that is neither of the two above is a single stage, which suffices for
+            arguments. Without it, a network that is neither of the two above is a single stage, which suffices for
             strategies that perturb all parameters at once (``MeZO``).
-        batch_norm: What becomes of batch normalisation. ``refuse`` it, since the statistics of a batch are no function
-            of a single row; or take its running statistics as constants (``frozen``) and train its weight and bias.
+        batch_norm: ``refuse`` batch normalisation, since the statistics of a batch are not a function of a single row;
+            or, with ``frozen``, use its running statistics as constants and train its weight and bias.
 
     Raises:
         SettingError: the network has something that cannot be staged; the message says what to do.

@@ -27,7 +27,7 @@ FRAME_ENTRIES = 2**22  # numbers in the blocks of orthogonal noise that are draw
 
 @dataclass(frozen=True)
 class NoiseSpec:
-    """Setting: what noise queries perturb activations with.
+    """Setting: the noise with which queries perturb activations.
 
     Attributes:
         distribution: ``gaussian``: for every sigma, an unbiased estimate of the gradient of the loss smoothed by
@@ -35,8 +35,8 @@ class NoiseSpec:
             only as sigma -> 0.
         layout: ``dense``: independent entries. ``factored``: ``z = u v^T`` over (token, feature), with signs +1 and -1
             in ``u`` and ``distribution`` in ``v``; several times cheaper to draw, unbiased only as sigma -> 0. Its
-            trace equals that of dense noise where tokens are unrelated, and is up to 3 times as large where both their
-            inputs and their gradients are aligned. Single tokens and single features always get dense noise.
+            trace equals that of dense noise if tokens are unrelated, and is up to 3 times as large if both their inputs
+            and their gradients are aligned. Single tokens and single features always get dense noise.
         orthogonal: Makes the dense Gaussian directions of a sample orthogonal, with length ``sqrt(dim)``, in blocks of
             ``min(dim, 32)`` queries. This estimates the gradient of the loss smoothed over the ball of radius ``sigma
             sqrt(dim)``. For a linear loss, ``A`` queries of one block have ``(dim - A) / (dim + 1)`` times the variance

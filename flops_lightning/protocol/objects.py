@@ -84,7 +84,7 @@ class QueryBudget:
 
 @dataclass(frozen=True)
 class SampleStatistics:
-    """What is known of the samples of a batch before their queries are spent.
+    """What is known about the samples of a batch before their queries are spent.
 
     Example:
         >>> statistics = SampleStatistics(loss=torch.tensor([0.5, 2.0]), predictors={"output_gradient": torch.ones(2)})
@@ -168,7 +168,7 @@ class Allocation:
 
 @dataclass(frozen=True)
 class TraceObservation:
-    """What the queries of a step, spent after the allocation, show about the traces.
+    """What the queries of a step, spent after the allocation, tell about the traces.
 
     Example:
         >>> gradients = torch.tensor([[[1.0, 0.0], [3.0, 0.0]]])  # (b = 1 sample, 2 queries, 2 parameters)

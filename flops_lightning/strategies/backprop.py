@@ -19,7 +19,7 @@ from flops_lightning.suffix_loss import SuffixLoss
 class Backprop(WholeBatchStrategy):
     """Reverse-mode gradient of the mean loss, in eval mode like the queries (no dropout), so that objectives agree.
 
-    Float16 autocast is refused: a backward pass in float16 needs a loss scaler, which nothing else here does.
+    Float16 autocast is refused: a backward pass in float16 needs a loss scaler, and nothing else here does.
 
     Example:
         >>> from flops_lightning import Backprop, stage_network

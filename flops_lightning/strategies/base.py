@@ -66,10 +66,10 @@ class ForwardGradientStrategy(KeepsSettings, ABC):
         communicator: The ranks that train together; see :meth:`join`.
         rank: Rank of the process; part of every noise key, so that ranks draw different directions.
         exchange: ``gradients``: ``.grad`` is that of this rank's samples, to be reduced over the ranks
-            (:func:`flops_lightning.distributed.reduce_gradients`). ``losses``: it is that of all ranks already.
+            (:func:`flops_lightning.distributed.reduce_gradients`). ``losses``: it is already that of all ranks.
         sites: Sites from bottom to top; empty for a strategy without queries.
         exact_sites: Sites above these whose gradient is exact and costs no query: no budget, counts or traces.
-        draw: Draw counter: number of batches so far, skipped ones included.
+        draw: Draw counter: number of batches so far, including skipped ones.
         meter: Costs so far.
 
     Example:

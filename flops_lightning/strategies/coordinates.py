@@ -41,15 +41,15 @@ COORDINATES, ZO_GRASP = "coordinates", "zo_grasp"  # names in the meter
 class CoordinateFiniteDifferences(WholeBatchStrategy, ChunkedStrategy):
     """Coordinate-wise finite differences under a random mask.
 
-    The estimate is the **masked** gradient: right at the coordinates of the mask, zero elsewhere, and so on average
-    each entry's derivative times its probability of being measured. ``rescale`` divides by this probability, which
-    makes the estimate unbiased for the whole gradient (as ``step -> 0``), and as noisy as a small mask has to be.
+    The estimate is the **masked** gradient: exact (as ``step -> 0``) at the coordinates of the mask and zero elsewhere.
+    Its mean is each derivative times the probability that it is measured. ``rescale`` divides by this probability,
+    which makes the estimate unbiased for the whole gradient, but very noisy if the mask is small.
 
     A coordinate costs a forward pass of the batch from its stage on, so a step costs at most ``coordinates`` of them
-    (twice that when central). Every coordinate needs all samples: there is nothing to allocate.
+    (twice that with ``central``). Every coordinate needs all samples: there is nothing to allocate.
 
     Masks do not depend on the rank, so ranks with the same ratios measure the same coordinates, each on its own samples
-    (ZO-GraSP's ratios are found on a rank's own first batch).
+    (ZO-GraSP's ratios come from each rank's own first batch).
 
     Example:
         >>> from flops_lightning import CoordinateFiniteDifferences, stage_network
@@ -76,11 +76,11 @@ class CoordinateFiniteDifferences(WholeBatchStrategy, ChunkedStrategy):
         Args:
             coordinates: Coordinates measured in a step.
             step: How far a coordinate is moved, in units of the parameter.
-            scheme: ``forward`` (one query of each sample for a coordinate, bias of first order in the step) or
-                ``central`` (two, second order).
+            scheme: ``forward`` (one query per sample and coordinate, first-order bias in the step) or ``central`` (two
+                queries, second-order bias).
             ratios: How the mask is spread over the tensors: ``zo_grasp`` (by their share of the weights that survive
-                ZO-GraSP, found once on the first batch) or ``uniform`` (all coordinates alike).
-            keep: Part of all weights that survives ZO-GraSP, 0 to 1 (DeepZero: 0.1). Raised where the mask is larger.
+                ZO-GraSP, found once on the first batch) or ``uniform`` (all coordinates equally likely).
+            keep: Share of all weights that survives ZO-GraSP, 0 to 1 (DeepZero: 0.1). Raised if the mask is larger.
             grasp_queries: Directions of ZO-GraSP's gradient estimates (DeepZero's code: 192).
             resample_every: Steps for which a mask is kept.
             rescale: Divide each derivative by the probability of its coordinate.

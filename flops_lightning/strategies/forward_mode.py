@@ -55,10 +55,10 @@ class _ExactDerivatives(QueryStrategy[Q]):
 
 
 class ForwardMode(_ExactDerivatives[OutputQueryResult], LikelihoodRatio):
-    """Forward gradients with directions in the activity at the output of sites (Ren et al., 2022).
+    """Forward gradients with directions in the activations at the output of sites (Ren et al., 2022).
 
-    The parameters' gradient follows as for :class:`LikelihoodRatio`. All kinds of noise are unbiased here; orthogonal
-    directions give the exact gradient with as many queries as a site has features at all its tokens, up to 32.
+    The parameters' gradient follows as for :class:`LikelihoodRatio`. All kinds of noise are unbiased here. Orthogonal
+    directions give the exact gradient if a site has as many queries as features at all its tokens, up to 32.
 
     Example:
         >>> from flops_lightning import ForwardMode, SiteSpec, stage_network
@@ -109,7 +109,7 @@ class _DerivativeQueries(SiteQueries):
 
 
 class WeightForwardMode(_ExactDerivatives[ParameterQueryResult], ParameterPerturbation):
-    """Forward gradients with directions in the weights of sites, as :class:`EvolutionStrategies` has.
+    """Forward gradients with directions in the weights of sites, as in :class:`EvolutionStrategies`.
 
     Example:
         >>> from flops_lightning import SiteSpec, WeightForwardMode, stage_network

@@ -43,7 +43,7 @@ class LikelihoodRatio(QueryStrategy[OutputQueryResult]):
     """Likelihood-ratio gradient estimates from forward passes with noise at the output of sites.
 
     Traces are those of the parameter gradient at a single ``nn.Linear`` (FLOPS, theorem 1), those of the gradient with
-    respect to the activation (a proxy) elsewhere, and unknown where layers are perturbed together.
+    respect to the activation (a proxy) at other sites, and unknown if layers are perturbed together.
 
     Example:
         >>> from flops_lightning import LikelihoodRatio, SiteSpec, stage_network
@@ -68,18 +68,18 @@ class LikelihoodRatio(QueryStrategy[OutputQueryResult]):
 
         Args:
             noise: Kind of noise; None: dense and Gaussian.
-            token_sigma: Learn from each step's queries how wide the noise of later steps should be at each token of a
-                site (or position of a feature map): ``sigma_t ~ ||delta_t||^(-1/2)``, mean square sigma^2. This lowers
-                the variance where the tokens' gradients differ. Sites with one token are left alone. Batches need two
-                samples or more.
-            learn_sigma: Learning rate of log sigma, one for each site, stepped by Adam down the derivative of the
+            token_sigma: Learn from each step's queries the noise width of later steps for each token of a site (or
+                position of a feature map): ``sigma_t ~ ||delta_t||^(-1/2)``, mean square sigma^2. This lowers the
+                variance if the tokens' gradients differ. Sites with one token are unaffected. Batches need at least two
+                samples.
+            learn_sigma: Learning rate of log sigma, one for each site, updated by Adam along the derivative of the
                 *smoothed* loss; sigma stays within a factor of 10 of its setting. 0: sigma is fixed. Useful for
-                piecewise constant losses (the 0-1 error) and flat regions, where no one knows which sigma reaches the
-                next step. It does not minimise variance or bias: noise raises a convex loss, so there sigma tends to
-                shrink to its bound.
-            exact_head: The site that ends the network (noise at the logits) spends no queries: autograd of the loss
-                alone gives its derivative in the logits (``p - y`` under cross-entropy), and the parameters' gradient
-                follows as from an estimate. Needs a differentiable loss. The site's ``sigma`` and
+                piecewise constant losses (the 0-1 error) and flat regions, where it is not known which sigma reaches
+                the next step of the loss. It does not minimise variance or bias: noise raises a convex loss, so there
+                sigma tends to shrink to its bound.
+            exact_head: The site that ends the network (noise at the logits) spends no queries. Autograd of the loss
+                alone gives the derivative with respect to the logits (``p - y`` for cross-entropy), and the parameters'
+                gradient follows as from an estimate. Needs a differentiable loss. The site's ``sigma`` and
                 ``queries_per_sample`` are not used, and allocators do not see it.
             **settings: See :class:`QueryStrategy`.
         """

@@ -57,9 +57,9 @@ SITE = "all"
 class MeZO(WholeBatchStrategy, ChunkedStrategy):
     """Memory-efficient zeroth-order estimates; no autograd anywhere.
 
-    Needs only the memory of inference: directions are drawn stage by stage, and again for the gradient. Pairs take no
-    unperturbed pass; the reported loss is the mean of the two losses of the first direction, the reported output that
-    of its ``+z`` pass. With ``variant: baseline`` both are those of the clean pass.
+    Needs only the memory of inference: directions are drawn stage by stage, and again for the gradient. Antithetic
+    pairs need no unperturbed pass; the reported loss is the mean of the two losses of the first direction, the reported
+    output that of its ``+z`` pass. With ``variant: baseline`` both are those of the clean pass.
 
     Example:
         >>> from flops_lightning import MeZO, stage_network
@@ -84,13 +84,13 @@ class MeZO(WholeBatchStrategy, ChunkedStrategy):
 
         Args:
             sigma: Standard deviation of the noise on every parameter.
-            queries: Queries of every sample and step; 2 in the original.
+            queries: Queries of every sample per step; 2 in the original.
             variant: ``antithetic``: in pairs ``+z`` and ``-z``. ``baseline``: one-sided, against the clean loss.
             distribution: ``gaussian``, or ``rademacher``: entries +1 and -1, unbiased only as sigma -> 0.
             normalize: ``none``, or ``std``: divide by the standard deviation over the directions of this process, of
-                which there must be two or more.
+                which there must be at least two.
             exchange: What processes send each other: ``gradients``, or ``losses``: one scalar per direction, whatever
-                the number of parameters, from which every process draws the directions of all others.
+                the number of parameters, from which every process redraws the directions of all others.
             **settings: See :class:`ChunkedStrategy`.
         """
         super().__init__(**settings)

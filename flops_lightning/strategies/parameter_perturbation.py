@@ -44,13 +44,13 @@ class ParameterPerturbation(QueryStrategy[ParameterQueryResult]):
 
         Args:
             sigma: Standard deviation of the noise at all sites, in place of their own; 0: their own.
-            layout: Of sites that do not say otherwise by their ``directions``, where ``own`` means ``factored``.
-                ``shared``: one dense direction for each query index (or pair), used by all samples. ``factored``: for
-                every row (or pair) of its own a direction of low rank on linears and convolutions, and a dense one on
-                all other parameters. ``flipout``: one dense direction for each query index, with signs of each sample's
-                own on inputs and outputs of linears (:mod:`flops_lightning.strategies.flipout_directions`).
-                ``subspace``: shared directions in a random subspace of each matrix, as in ZO-Muon (unbiased for the
-                gradient's part in it, see :mod:`flops_lightning.strategies.subspace_directions`).
+            layout: For sites whose ``directions`` are not set; ``directions: own`` means ``factored``. ``shared``: one
+                dense direction for each query index (or pair), used by all samples. ``factored``: each row (or pair)
+                has its own direction, of low rank on linears and convolutions and dense on all other parameters.
+                ``flipout``: one dense direction for each query index, with each sample's own random signs on inputs
+                and outputs of linears (:mod:`flops_lightning.strategies.flipout_directions`). ``subspace``: shared
+                directions in a random subspace of each matrix, as in ZO-Muon (unbiased for the part of the gradient in
+                it, see :mod:`flops_lightning.strategies.subspace_directions`).
             rank: Rank of the factored directions; dimensions of the subspaces (64 in ZO-Muon).
             activation_guided: Draw the input factors in the span of the layer's own inputs (``factored`` only).
             span: Number of leading directions of that span to keep (biased); 0: all.
@@ -58,9 +58,9 @@ class ParameterPerturbation(QueryStrategy[ParameterQueryResult]):
             exchange: What processes send each other: ``gradients``, or ``losses`` (``shared`` and ``subspace`` only):
                 one scalar per direction, whatever the number of parameters, from which every process draws the
                 directions of all.
-            pairing: Of two sites, the upper with draws that are made once for the batch (text and image prompts).
-                ``split``: each is moved beside the clean other. ``crossed``: every query of one beside every query of
-                the other (:mod:`flops_lightning.strategies.crossed`), for losses that are rounded.
+            pairing: For two sites, of which the upper has draws that are shared by the batch (text and image prompts).
+                ``split``: each is perturbed while the other is clean. ``crossed``: every query of one with every query
+                of the other (:mod:`flops_lightning.strategies.crossed`), for losses that are rounded.
             **settings: See :class:`QueryStrategy`; the parameters of a site, a block or a group, move together.
         """
         super().__init__(**settings)
@@ -254,11 +254,11 @@ class SPSA(ParameterPerturbation):
     that of the one-sided estimate (eq. 2), ``E L(theta + sigma z) z / sigma``.
 
     ``normalize: std`` divides the estimate of each site by the standard deviation of the weights
-    ``[L_b(theta + sigma z_p) - L_b(theta - sigma z_p)] / (2 sigma)`` over the batch (that of all processes), in which
-    samples count alike, whatever their number of pairs. A fixed rate then takes long steps where samples agree or the
-    loss is flat. With ``layout: flipout``, one pair a sample and plain SGD it is GRZO (arXiv 2606.02857), which divides
-    by the spread of the difference of losses: its rate is ``2 sigma`` times ours. A batch whose weights are all alike,
-    for example of one sample with one pair, gives zero.
+    ``[L_b(theta + sigma z_p) - L_b(theta - sigma z_p)] / (2 sigma)`` over the batch (of all processes). Each sample
+    counts the same, however many pairs it has. With a fixed learning rate, steps are then long where samples agree or
+    the loss is flat. With ``layout: flipout``, one pair per sample and plain SGD it is GRZO (arXiv 2606.02857), which
+    divides by the spread of the loss differences: its learning rate is ``2 sigma`` times ours. If all weights of a
+    batch are equal, for example with one sample and one pair, the estimate is zero.
 
     Example:
         >>> from flops_lightning import SPSA, SiteSpec, stage_network

@@ -15,12 +15,12 @@ LOWEST, DEEPEST = "lowest", "deepest"
 
 @dataclass
 class PilotSpec:
-    """Setting: where pilots are spent and how many.
+    """Setting: how many pilot queries are spent, and where.
 
     Attributes:
-        sites: Names of the sites at which they are spent. ``lowest``: the site next to the input, as in the paper,
-            whose gradient is noisiest and whose queries cost most. ``deepest``: the site next to the loss, almost free.
-        queries: Pilots of each sample at each of these sites, taken from the site's budget; 0: none.
+        sites: Sites at which they are spent, by name. ``lowest``: the site next to the input, as in the paper, whose
+            gradient is noisiest and whose queries cost most. ``deepest``: the site next to the loss, almost free.
+        queries: Pilots per sample at each of these sites, taken from the site's budget; 0: none.
         reuse: Let them enter the gradient, with a weight fixed before their losses are known (a weight that depends on
             them would bias the estimate): the allocator's ``pilot_weight``, or ``queries / queries_per_sample``.
 

@@ -21,19 +21,19 @@ class SiteSpec:
             each stage of the range. ``linear``: noise at the output of linear, convolution and layer-norm modules,
             closed form, no autograd anywhere.
         sigma: Standard deviation of the noise.
-        queries_per_sample: Average queries of a sample at each site of this range. A float such as 0.5 or 2.5 needs an
-            allocator: below 1 it draws the samples that have a query.
-        name: Name of the site (or the prefix of the names, where the range makes several).
-        modules: ``linear``: patterns (as in a shell) of the full names of the layers to perturb, by default all, in
-            ``stages`` or, without these, in the whole network. ``block`` and ``group``: in the place of ``stages``,
-            modules that are one or several stages. Plain names are a range, ``[first, last]``, both included, or
-            ``[only]``; where one of them has a ``*``, ``?`` or ``[``, all are patterns: of the names of stages, or,
-            where one matches none, of those of other modules.
+        queries_per_sample: Average queries per sample at each site of this range. A float such as 0.5 or 2.5 needs an
+            allocator: below 1 it draws the samples that get a query.
+        name: Name of the site (or the prefix of the names, if the range makes several sites).
+        modules: ``linear``: shell patterns for the full names of the layers to perturb, by default all, within
+            ``stages`` or, without these, within the whole network. ``block`` and ``group``: modules instead of
+            ``stages``, each of one or several stages. Plain names are a range, ``[first, last]``, both included, or
+            ``[only]``. If any name has a ``*``, ``?`` or ``[``, all are patterns for names of stages or, if one matches
+            none, for names of other modules.
         together: ``linear`` only: perturb all modules in one query (the paper's group) instead of one at a time.
-        directions: Of strategies that perturb parameters. ``shared``: all samples move along the same directions.
-            ``own``: every row along one of its own. Empty: as the strategy's ``layout`` has it; but stages whose
-            parameters can differ by row (prompts) have their own, except where all samples share most of the work.
-        active_tokens: Put noise only on the tokens that the rest of the network reads, where the staging knows them.
+        directions: For strategies that perturb parameters. ``shared``: all samples use the same directions. ``own``:
+            every row has its own. Empty: the strategy's ``layout`` decides; but stages whose parameters can differ by
+            row (prompts) have their own, except if all samples share most of the work.
+        active_tokens: Add noise only at the tokens that the rest of the network reads, if the staging knows them.
 
     Example:
         >>> import torch

@@ -26,22 +26,22 @@ Prompt = Literal["plain", "instruction"]
 
 
 class AdapterAlignment(ServedModule):
-    """An adapter between a frozen image encoder and a frozen language model, learned from losses of captions.
+    """An adapter between a frozen image encoder and a frozen language model, trained by the losses of captions.
 
-    A caption's loss is the mean negative log-likelihood of its tokens after the adapter's vectors, and these are where
-    a query's noise enters: nothing behind the adapter is differentiated. Encoder and language model are no modules of
-    the task: no ``state_dict``, checkpoint or optimiser has them, no process sends them to others, and ``.to()`` leaves
-    them where they are; a run moves them to its device. A checkpoint keeps their names with a hash and refuses others.
+    A caption's loss is the mean negative log-likelihood of its tokens after the adapter's vectors. Queries add their
+    noise to these vectors, so nothing behind the adapter is differentiated. Encoder and language model are not
+    submodules of the task: they are in no ``state_dict``, checkpoint or optimiser, are not sent between processes, and
+    ``.to()`` does not move them; a run moves them to its device. A checkpoint of other models is refused.
 
     Batches are those of :class:`~flops_lightning.datamodules.CaptionDataModule`, whose photos are encoded once, before
-    training; or pairs of features ``(b, f)`` or images ``(b, 3, h, w)`` and captions as
+    training. Or they are pairs of features ``(b, f)`` or images ``(b, 3, h, w)`` and captions as
     :class:`~flops_lightning.suffix_loss.PaddedTargets` of tokens.
 
     Attributes:
         loss: Scores captions.
-        tokenizer: Makes tokens of captions; None where ``llm`` is a scorer, until it is set.
-        encoder: Makes features of images; None: the data has features.
-        adapter: What learns.
+        tokenizer: Tokenises captions; None if ``llm`` is a scorer, until it is set.
+        encoder: Computes features of images; None: the data has features.
+        adapter: The trained part.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -69,29 +69,29 @@ class AdapterAlignment(ServedModule):
         prompt: Prompt = "plain", normalize_features: bool = True, init: Start = "embedding",
         relative_sigma: float = 0.0, **settings: Any,
     ) -> None:  # fmt: skip
-        """Load what is frozen, make the adapter and bind the strategy.
+        """Load the frozen models, make the adapter and bind the strategy.
 
         Args:
-            llm: A causal language model of transformers, by name or folder; or what scores captions in its place.
+            llm: A causal language model of transformers, by name or folder; or a scorer of captions instead.
             llm_kwargs: Further arguments of ``from_pretrained``: ``dtype``, ``attn_implementation``,
-                ``quantization_config``; of a scorer ``tokenizer`` alone, the name or folder of one.
+                ``quantization_config``; for a scorer only ``tokenizer``, the name or folder of one.
             encoder: A vision transformer of timm or open_clip; empty: the data has features, or a cache of them.
-            encoder_kwargs: ``checkpoint`` (a file; a tag of open_clip's weights; ``pretrained``: timm's; without it
+            encoder_kwargs: ``checkpoint`` (a file; the tag of open_clip weights; ``pretrained``: timm's; without it
                 random ones, to plan a run), and further arguments of ``timm.create_model``.
-            feature: Which of the encoder's outputs; see :class:`VisionEncoder`. ``patches``: each becomes one vector.
-            feature_width: Width of the features where no encoder tells it.
+            feature: Which output of the encoder; see :class:`VisionEncoder`. ``patches``: each becomes one vector.
+            feature_width: Width of the features, needed only without an encoder.
             adapter: ``linear``, or ``mlp2x_gelu`` as in LLaVA-1.5.
-            visual_tokens: Vectors that a feature becomes; with ``patches`` and no encoder, the number of patches.
-            bos: Put the model's token of the beginning before the vectors, as LLaVA does. The paper has none.
-            eos: Put that of the end after each caption.
+            visual_tokens: Number of vectors per feature; with ``patches`` and no encoder, the number of patches.
+            bos: Put the model's begin-of-sequence token before the vectors, as LLaVA does, but not the paper.
+            eos: Put the end-of-sequence token after each caption.
             prompt: ``plain``: the caption follows the vectors, as in the paper. ``instruction``: the question of the
                 data stands between them, and is not scored.
             normalize_features: Divide features by their norm. With norms of 10 or more, a step of Adam moves the
                 vectors by as much more, and hardly any learning rate works.
-            init: ``embedding``: the vectors begin at the mean embedding of all tokens, whatever the image. ``default``:
-                torch's.
-            relative_sigma: Width of the noise in the root mean square of the first batch's vectors, in the place of
-                the site's sigma; it is fixed then. 0: the site's.
+            init: ``embedding``: the vectors start at the mean embedding of all tokens, whatever the image. ``default``:
+                PyTorch's initialisation.
+            relative_sigma: Replaces the site's sigma, as a multiple of the root mean square of the first batch's
+                vectors; fixed from then on. 0: the site's sigma.
             **settings: ``max_queries`` of a service, and :class:`ForwardModule`'s. The default site is ``adapter``.
 
         Raises:

@@ -28,11 +28,11 @@ OBJECTIVES = {"completion": candidates.completion, "choice": candidates.choice}
 
 
 class ForwardCausalLM(ForwardModule):
-    """A causal language model of transformers trained by a ``ForwardGradientStrategy``.
+    """A causal language model of transformers, trained by a ``ForwardGradientStrategy``.
 
     Batches are those of :class:`~flops_lightning.datamodules.JsonlTextDataModule`, or mappings ``{"input_ids": (b, t),
-    "labels": (b, t)}`` padded at the right, as transformers' collators make them. Weights that do not learn are in no
-    checkpoint, which names the model instead.
+    "labels": (b, t)}`` padded on the right, as transformers' collators make them. Weights that are not trained are not
+    in checkpoints, which identify the model instead.
 
     Attributes:
         model: The model, or peft's model around it.
@@ -63,16 +63,16 @@ class ForwardCausalLM(ForwardModule):
         """Load the model, add what the target adds, find its stages by replay, and bind the strategy.
 
         Args:
-            model_name: A folder, or a name of the Hugging Face hub.
+            model_name: A folder, or a name on the Hugging Face hub.
             model_kwargs: Further arguments of ``AutoModelForCausalLM.from_pretrained`` (``dtype``,
                 ``attn_implementation``, ``quantization_config``, ...).
             tokenizer: Folder or name of the tokenizer; empty: the model's.
-            target: Which parameters learn.
+            target: Which parameters are trained.
             freeze: Shell patterns of parameters that are not trained, for example ``["model.embed_tokens.*"]``.
-            objective: What is minimised. ``completion``: mean negative log-probability of the completion's own tokens,
-                one number a text. ``choice``: cross-entropy over the log-likelihoods of all candidates. Or a function
+            objective: What is minimised. ``completion``: mean negative log-probability of the tokens of one completion.
+                ``choice``: cross-entropy over the log-likelihoods of all candidates. Or a function
                 ``(logits (r, t, v), targets) -> (r,)`` or its dotted path, with the targets of
-                :mod:`flops_lightning.language.candidates`; it needs no derivative.
+                :mod:`flops_lightning.language.candidates`; it need not be differentiable.
             **settings: Those of :class:`ForwardModule`: ``strategy``, ``optimizer``, ``clip``, ``max_skipped_steps``,
                 ``spend``.
 

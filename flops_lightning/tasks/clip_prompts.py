@@ -31,11 +31,11 @@ from flops_lightning.tasks.served import check_source, served_network
 
 
 class ClipPromptTuner(StartsAtImages):
-    """A text prompt, an image prompt or both for a frozen CLIP of open_clip, learned from losses.
+    """A text prompt, an image prompt or both for a frozen open_clip model, learned from losses.
 
-    A checkpoint holds the prompts with their matrices ``W``, the class names, the template and the hash of CLIP's
-    weights, but not these weights: it is small, and of use with the same model alone. Without an image prompt each
-    image of a data module of this package is encoded once a run, unless it is augmented.
+    A checkpoint holds the prompts with their matrices ``W``, the class names, the template and a hash of CLIP's
+    weights, but not these weights: it is small, and works only with the same model. Without an image prompt, each
+    image of one of this package's data modules is encoded once per run, unless it is augmented.
 
     Example:
         >>> from flops_lightning.strategies import EvolutionStrategies
@@ -62,25 +62,25 @@ class ClipPromptTuner(StartsAtImages):
         """Load the model, put the prompts into it, and bind the strategy.
 
         Args:
-            model_name: A model of open_clip, or ``local-dir:FOLDER`` with its ``open_clip_config.json`` and weights.
+            model_name: An open_clip model, or ``local-dir:FOLDER`` with its ``open_clip_config.json`` and weights.
             class_names: Names of the classes in the order of the labels (the CLI takes those of the data).
-            checkpoint: A tag of open_clip's weights, such as ``openai``, or a file; empty: random ones, to plan a run.
-            template: A caption with ``{}`` where the name stands (the CLI takes the data's).
+            checkpoint: A tag of open_clip weights, such as ``openai``, or a file; empty: random ones, to plan a run.
+            template: A caption with ``{}`` for the class name (the CLI takes the data's).
             ensemble: Average the features of several templates, without a text prompt.
-            doubled_names: Accept the name of two classes, as CLIP's own names of ImageNet have them.
+            doubled_names: Accept a name that stands for two classes, as two of CLIP's names for ImageNet do.
             text_prompt: The prompt before the class names; None: the template's words.
             image_prompt: The prompt after the image's patches; None: none.
-            strategy: How gradients are estimated. Sites that it does not name follow from the prompts.
-            pairing: ``split``: each prompt is moved against the other's clean features. ``crossed``: every query of one
-                beside every query of the other, for losses that are rounded. ``joint``: a query moves both, as a
-                service must that returns losses alone. None: ``split``, or as the strategy says.
-            search: CMA-ES in the place of a strategy: a training step is a generation, whose fitness is the mean loss
-                of the batch (``batch_size: 0``: of all training images).
+            strategy: The gradient estimator. If it names no sites, they follow from the prompts.
+            pairing: ``split``: each prompt is perturbed against the other's clean features. ``crossed``: every query of
+                one with every query of the other, for losses that are rounded. ``joint``: one query perturbs both, as a
+                service that returns only losses requires. None: ``split``, or as the strategy says.
+            search: CMA-ES instead of a strategy: a training step is a generation, whose fitness is the mean loss of the
+                batch (``batch_size: 0``: of all training images).
             loss: As in :class:`ForwardImageClassifier`.
-            label_smoothing: As there.
-            optimizer: Optimiser and schedule; a search has none.
-            clip: Gradient clipping; a search has none.
-            **settings: Those of :class:`ServedClassifier` (a ``service`` in the place of ``model_name``) and others of
+            label_smoothing: As in :class:`ForwardImageClassifier`.
+            optimizer: Optimiser and schedule; not with ``search``.
+            clip: Gradient clipping; not with ``search``.
+            **settings: Those of :class:`ServedClassifier` (a ``service`` instead of ``model_name``) and others of
                 :class:`ForwardModule`.
 
         Raises:

@@ -39,10 +39,10 @@ class ForwardModule(AllocatedModule):
     """A LightningModule trained by a :class:`~flops_lightning.strategies.ForwardGradientStrategy`.
 
     A subclass passes its network to :meth:`stage` and defines :meth:`loss`; batches are ``(inputs, targets)`` pairs.
-    A ``QueryAllocatorCallback`` can allocate its queries; without one every sample gets the same.
+    A ``QueryAllocatorCallback`` can allocate its queries; without one, every sample gets the same number.
 
     Attributes:
-        samples: Samples that were trained on, each once an epoch, since training began or was resumed.
+        samples: Number of training samples so far, counted once per epoch, since training began or was resumed.
         weights_name: File name for what :meth:`export_weights` writes.
 
     Example:
@@ -72,10 +72,10 @@ class ForwardModule(AllocatedModule):
         """Check the settings.
 
         Args:
-            strategy: How gradients are estimated; None is enough to validate, test and predict.
+            strategy: The gradient estimator; not needed to validate, test and predict.
             optimizer: Optimiser and learning-rate schedule.
             clip: Gradient clipping.
-            max_skipped_steps: Consecutive steps that may lose all their queries before the run stops.
+            max_skipped_steps: Number of consecutive steps that may lose all their queries before the run stops.
             spend: Queries or compute at which the run ends.
         """
         super().__init__()

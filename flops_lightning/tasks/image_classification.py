@@ -54,12 +54,12 @@ class ForwardImageClassifier(ClassifierModule):
             model_kwargs: Further arguments of ``timm.create_model`` (``img_size``, ``in_chans``, ``depth``, ...).
             pretrained: Start from timm's weights.
             checkpoint: Start from a local file instead (safetensors, or a plain ``torch.save``).
-            target: Which parameters learn: all, or the few of a parameter-efficient target.
+            target: Which parameters are trained: all, or those of a parameter-efficient target.
             freeze: Shell patterns of parameters that are not trained, for example ``["pos_embed", "blocks.0.*"]``.
             loss: What is minimised: a function ``(logits (r, c), target (r,)) -> (r,)`` or its dotted path, for example
-                ``flops_lightning.objectives.zero_one_error``; None: cross-entropy. It needs no derivative.
-            label_smoothing: Label smoothing of that cross-entropy, 0 to below 1.
-            batch_norm: ``frozen`` trains networks with batch normalisation: their running statistics are constants.
+                ``flops_lightning.objectives.zero_one_error``; None: cross-entropy. It need not be differentiable.
+            label_smoothing: Label smoothing of that cross-entropy, from 0 to below 1.
+            batch_norm: ``frozen``: train networks with batch normalisation, with constant running statistics.
             **settings: Those of :class:`ForwardModule`: ``strategy``, ``optimizer``, ``clip``, ``max_skipped_steps``,
                 ``spend``.
         """
