@@ -1,3 +1,4 @@
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -7,8 +8,6 @@ import pytest
 import torch
 from hypothesis import settings
 from torch import Tensor, nn
-
-from tests.reference.networks import tiny_vit, token_network
 
 # The same examples on every run: a property that fails fails for everyone.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -25,6 +24,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timeout(1200))
 
 
+def pytest_collection_finish() -> None:
+    # What is here now stays to the end: nothing is gained by looking through its million objects again and again.
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _seeded_on_one_thread() -> Iterator[None]:
     torch.manual_seed(0)
@@ -35,6 +39,8 @@ def _seeded_on_one_thread() -> Iterator[None]:
 @pytest.fixture
 def vit() -> nn.Module:
     """A tiny float64 ViT: 4 patches and a class token, 3 blocks, pooling by the class token."""
+    from tests.reference.networks import tiny_vit  # here, as xdist's first process, which runs no test, waits for timm
+
     return tiny_vit()
 
 
@@ -48,6 +54,8 @@ def images() -> tuple[Tensor, Tensor]:
 @pytest.fixture
 def tokens_net() -> nn.Sequential:
     """A tiny float64 ``nn.Sequential`` on tokens, with stages 0 to 4."""
+    from tests.reference.networks import token_network
+
     return token_network()
 
 

@@ -1,12 +1,10 @@
 """Several processes of one run, started with the environment that torchrun sets."""
 
-import os
 import socket
-import subprocess
-import sys
+import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from tests.forks import python
 
 
 def torchrun_environments(world_size: int) -> list[dict[str, str]]:
@@ -23,14 +21,17 @@ def torchrun_environments(world_size: int) -> list[dict[str, str]]:
 
 def run_module(world_size: int, module: str, *arguments: str, seconds: float) -> None:
     """Run ``python -m MODULE ARGUMENTS`` in so many processes at once, to their end."""
-    command = [sys.executable, "-W", "ignore", "-m", module, *arguments]
-    own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    processes = [
-        subprocess.Popen(
-            command, env={**os.environ, **environment, **own}, cwd=ROOT, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for environment in torchrun_environments(world_size)
-    ]  # fmt: skip
-    outputs = [process.communicate(timeout=seconds)[0].decode() for process in processes]
-    assert not any(process.returncode for process in processes), "\n".join(outputs)
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder) / str(rank) for rank in range(world_size)]
+        processes = [
+            python(["-m", module, *arguments], output, environment=environment)
+            for output, environment in zip(outputs, torchrun_environments(world_size), strict=True)
+        ]
+        try:
+            for process in processes:
+                process.join(timeout=seconds)
+            codes = [process.exitcode for process in processes]
+            assert not any(code != 0 for code in codes), "\n".join([str(codes), *(o.read_text() for o in outputs)])
+        finally:
+            for process in processes:
+                process.kill()

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import json
-import multiprocessing
 import os
 import sys
 import time
@@ -20,15 +19,10 @@ from torch import Tensor
 from flops_lightning.resume.checkpoint_files import AtomicCheckpointIO
 from flops_lightning.strategies import SiteSpec
 from tests.digits import QUIET, TINY
+from tests.forks import SERVER
 
 NAME = "run"
 EPOCHS, BATCHES = 2, 4
-
-# One that has imported everything and forks: a run then starts in a fraction of a second.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    [__name__, "flops_lightning.cli.command", "sklearn.datasets", "sklearn.model_selection", "timm"]
-)
 
 SETTINGS: dict[str, Any] = {
     "trainer": {
@@ -95,7 +89,7 @@ def write_config(folder: Path, *, model: Mapping[str, Any] | None = None, **trai
 
 def start(folder: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> BaseProcess:
     """Begin ``python main.py fit`` in a folder with a config."""
-    process = FORKS.Process(target=_fit, args=(str(folder), arguments, dict(environment or {})))
+    process = SERVER.Process(target=_fit, args=(str(folder), arguments, dict(environment or {})))
     process.start()
     return process
 

@@ -12,7 +12,8 @@ import torch
 import yaml
 
 from flops_lightning.resume.checkpoint_files import AtomicCheckpointIO
-from tests.resume.runs import BATCHES, FORKS, NAME, files, finish, outcome, same, start, wait_until, write_config
+from tests.forks import SERVER
+from tests.resume.runs import BATCHES, NAME, files, finish, outcome, same, start, wait_until, write_config
 
 
 def killed_until_done(folder: Path, *, kills: int, seed: int) -> dict[str, int]:
@@ -132,7 +133,7 @@ def _killed_while_it_writes(folder: Path) -> None:
 @pytest.mark.slow
 def test_a_kill_leaves_the_last_good_checkpoint(tmp_path):
     AtomicCheckpointIO().save_checkpoint({"step": 1}, tmp_path / "last.ckpt")
-    process = FORKS.Process(target=_killed_while_it_writes, args=(tmp_path,))
+    process = SERVER.Process(target=_killed_while_it_writes, args=(tmp_path,))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL

@@ -13,8 +13,9 @@ from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
 
 from flops_lightning.callbacks import SaveOnSignal
 from tests.digits import quiet_trainer
+from tests.forks import SERVER
 from tests.processes import torchrun_environments
-from tests.resume.runs import FORKS, SETTINGS, files, finish, outcome, same, start, wait_until, write_config
+from tests.resume.runs import SETTINGS, files, finish, outcome, same, start, wait_until, write_config
 
 BACKPROP = {"class_path": "flops_lightning.strategies.Backprop"}
 
@@ -95,7 +96,7 @@ def _validate_unevenly(folder: str, environment: dict[str, str]) -> None:
 
 def test_processes_with_unequal_validation_batches_agree_on_a_signal_while_all_validate(tmp_path):
     environments = torchrun_environments(2)
-    processes = [FORKS.Process(target=_validate_unevenly, args=(str(tmp_path), each)) for each in environments]
+    processes = [SERVER.Process(target=_validate_unevenly, args=(str(tmp_path), each)) for each in environments]
     for process in processes:
         process.start()
     for process in processes:

@@ -1,11 +1,8 @@
 """A service in bad weather, and a trainer that is killed: the run ends with the bits of one that had none of it."""
 
 import os
-import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,10 +12,10 @@ from flops_lightning.strategies import EvolutionStrategies
 from flops_lightning.tasks.clip_model import load_clip
 from tests.clip_digits import BOTH, MODEL, tuner
 from tests.digits import quiet_trainer
+from tests.forks import python
 from tests.reference.scoring_server import ScoringServer, storm
 from tests.service.kill_and_resume import METHODS, digits, numbers, run
 
-ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")]
 
 
@@ -68,11 +65,10 @@ def test_killed_trainers_resume_with_the_same_bits(method, tmp_path):
     kills = int(os.environ.get("TRAINER_KILLS", "2"))
     with served() as server:
         whole = run(method, server.url, tmp_path / "whole")
-        command = [sys.executable, "-m", "tests.service.kill_and_resume", method, server.url, str(tmp_path / "killed")]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        told = subprocess.run(
-            [*command, str(kills)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-        )
-        assert told.stdout.splitlines()[-1:] == [f"killed {kills}"], told.stderr
+        arguments = [method, server.url, str(tmp_path / "killed"), str(kills)]
+        process = python(["-m", "tests.service.kill_and_resume", *arguments], tmp_path / "told")
+        process.join()
+        told = (tmp_path / "told").read_text()
+        assert told.splitlines()[-1:] == [f"killed {kills}"], told
         found = torch.load(tmp_path / "killed" / "numbers.pt", weights_only=True)
     assert torch.equal(found, whole)
