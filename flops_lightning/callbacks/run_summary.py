@@ -2,10 +2,10 @@
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -189,5 +189,5 @@ def _share(loader: DataLoader[Any], ranks: Communicator) -> Iterable[Any]:
         return loader
     if isinstance(loader.dataset, IterableDataset) or loader.batch_size is None:
         return islice(loader, ranks.rank, None, ranks.size)
-    own = Subset(loader.dataset, range(ranks.rank, len(loader.dataset), ranks.size))  # type: ignore[arg-type]
+    own = Subset(loader.dataset, range(ranks.rank, len(cast("Sized", loader.dataset)), ranks.size))
     return DataLoader(own, loader.batch_size, num_workers=loader.num_workers, collate_fn=loader.collate_fn)

@@ -1,7 +1,7 @@
 """What every image data module shares: checked loader settings, statistics, and the loaders."""
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Sequence, Sized
+from typing import ClassVar, cast
 
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -62,7 +62,7 @@ class ImageDataModule(KeyedLoaders):
     """
 
     in_chans: ClassVar[int]
-    template: ClassVar[str] = PHOTO
+    template: str = PHOTO
 
     class_names: tuple[str, ...]
     image_size: int
@@ -122,7 +122,7 @@ class RawImages(Dataset[tuple[Tensor, ...]]):
         self._images, self._mean, self._std = images, mean, std
 
     def __len__(self) -> int:
-        return len(self._images)  # type: ignore[arg-type]
+        return len(cast("Sized", self._images))
 
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
         image, *rest = self._images[index]

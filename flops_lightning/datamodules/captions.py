@@ -92,7 +92,7 @@ class CaptionDataModule(ImageFolderDataModule):
         check_choice("data.cache", cache, ("use", "rebuild"))
         if captions is not None:
             check_path("data.captions", captions, "Give a JSON file of LLaVA's form.")
-            self.source = CaptionSource("captioned photos", captions=str(captions), all_captions=all_captions)  # type: ignore[misc]
+            self.source = CaptionSource("captioned photos", captions=str(captions), all_captions=all_captions)
         elif all_captions:
             problem = "has no effect: each class has one caption."
             raise SettingError("data.all_captions", True, problem, "Leave it out, or give a file of captions.")
@@ -109,7 +109,7 @@ class CaptionDataModule(ImageFolderDataModule):
         self.captions, self.all_captions, self.max_tokens = captions, all_captions, max_tokens
         self.cache_dir, self.cache = cache_dir, cache
         if template is not None:
-            self.template = template  # type: ignore[misc]
+            self.template = template
         self.texts: list[str] = []
         self.instructions: list[str] = []
         self.tokens = CaptionTokens([])

@@ -90,7 +90,7 @@ class KeyedBatches(Dataset[Any]):
         self.images, self._seed, self._mixing, self._collate = images, seed, mixing, collate
 
     def __len__(self) -> int:
-        return len(self.images)  # type: ignore[arg-type]
+        return len(cast("Sized", self.images))
 
     def __getitem__(self, key: ImageKey | int) -> Any:
         with torch.random.fork_rng(devices=[]):

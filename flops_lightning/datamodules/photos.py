@@ -60,7 +60,7 @@ class PhotoDataModule(ImageDataModule):
     """
 
     in_chans = 3
-    source: ClassVar[ImageSource]
+    source: ImageSource
     normalizations: ClassVar[Mapping[str, Statistics]] = NORMALIZATIONS
 
     def __init__(

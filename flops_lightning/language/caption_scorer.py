@@ -39,7 +39,7 @@ class CaptionScorer(SuffixLoss):
         >>> captions = PaddedTargets.of([torch.tensor([5, 6, 7]), torch.tensor([8])])
         >>> Short(width=16, visual_tokens=2)(torch.zeros(2, 32), captions)
         tensor([3., 1.])
-    """  # noqa: D415
+    """  # noqa: D415 - its first line leads to a formula
 
     part: ClassVar[str] = "the language model"
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -128,7 +129,7 @@ class HttpScorer(Scorer):
         def upload(part: list[str]) -> dict[str, Any]:
             return {"kind": "images", "images": part, "pixels": packed(self.images.get(part))}
 
-        requests = [Request(lambda part=part: upload(part)) for part in parts]  # type: ignore[misc]
+        requests = [Request(partial(upload, part)) for part in parts]
         for part, answer in zip(parts, self.client.ask(requests), strict=True):
             if answer is not None:
                 self._known.update(part)

@@ -1,7 +1,7 @@
 """Adapters from the features of images to the embeddings of a language model."""
 
 from collections import OrderedDict
-from typing import Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,6 @@ def start_adapter(adapter: nn.Sequential, start: Start, embedding: Tensor | None
     if embedding is None:
         problem = "needs the embeddings of the language model, which runs elsewhere."
         raise SettingError("init", start, problem, "Write init: default.")
-    last = adapter.get_submodule("adapter")[-1]  # type: ignore[index]
+    last: Any = cast("nn.Sequential", adapter.get_submodule("adapter"))[-1]
     last.weight.zero_()
     last.bias.copy_(embedding.to(last.bias).repeat(len(last.bias) // len(embedding)))

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -83,7 +83,7 @@ def take_site(strategy: ForwardGradientStrategy | None, relative_sigma: float) -
     """Give a strategy that names no sites the adapter's outputs; refuse two widths of the noise."""
     specs: Any = getattr(strategy, "specs", None)
     if specs is not None and not specs:
-        strategy.specs = (SiteSpec(stages=["adapter"], name="adapter"),)  # type: ignore[union-attr]
+        cast("Any", strategy).specs = (SiteSpec(stages=["adapter"], name="adapter"),)
     if relative_sigma and strategy is not None:
         own = [spec.sigma for spec in specs or () if spec.sigma != SiteSpec.sigma]
         if specs is None or own:

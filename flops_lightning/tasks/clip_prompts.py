@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -117,7 +117,7 @@ class ClipPromptTuner(StartsAtImages):
         file = Path(checkpoint) if checkpoint and Path(checkpoint).is_file() else None
         self.start_weights = {"checkpoint": file.name, "checkpoint.folder": str(file.parent)} if file else {}
         network, self.weights = self._loaded(model_name, checkpoint, names, templates, pairing)
-        self.clip: PromptedCLIP = network.module  # type: ignore[assignment]
+        self.clip = cast("PromptedCLIP", network.module)
         prompts = {name: given for name, given in self._prompts().items() if given is not None}
         if self.strategy is not None:
             if not prompts:

@@ -1,7 +1,7 @@
 """Image features that no prompt moves, computed once a run instead of at every step."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sized
+from typing import Any, cast
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -30,6 +30,6 @@ def keep_features(data: ImageDataModule, encode: Callable[[Tensor], Tensor]) -> 
 
 def some_images(images: Dataset[Any], most: int) -> Tensor:
     """``(n, c, h, w)`` images of a data set, evenly spaced, the same whatever was drawn before."""
-    size = len(images)  # type: ignore[arg-type]
+    size = len(cast("Sized", images))
     places = torch.linspace(0, size - 1, min(most, size)).round().long().tolist()
     return torch.stack([KeyedBatches(images, seed=0)[i][0] for i in places])

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -170,7 +170,7 @@ def _inject_lora(backbone: nn.Module, settings: TargetSettings) -> None:
 
 
 def _insert_prompts(backbone: nn.Module, tokens: int) -> None:
-    vit: VisionTransformer = backbone  # type: ignore[assignment]
+    vit = cast("VisionTransformer", backbone)
     if not hasattr(vit, "norm_pre") or not hasattr(vit, "num_prefix_tokens"):
         problem = f"{type(vit).__name__} is no ViT."
         raise SettingError("target.kind", "visual_prompt", problem, "Take one, or another kind of target.")
@@ -201,7 +201,7 @@ def plain_weights(backbone: nn.Module) -> dict[str, Tensor]:
 
 
 def _as_registers(backbone: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    vit: VisionTransformer = backbone  # type: ignore[assignment]
+    vit = cast("VisionTransformer", backbone)
     tokens, prefix = state.pop(PROMPT), vit.norm_pre.prefix
     state = {name.replace("norm_pre.norm.", "norm_pre."): tensor for name, tensor in state.items()}
     state["reg_token"] = torch.cat([*(state[name] for name in ("reg_token",) if name in state), tokens], dim=1)

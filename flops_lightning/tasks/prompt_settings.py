@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 
@@ -161,7 +161,7 @@ def _take_pairing(strategy: ForwardGradientStrategy, pairing: Pairing) -> None:
     if variant not in CENTRED:
         problem = f"compares queries with each other, not with the clean loss or nothing (variant: {variant})."
         raise SettingError("pairing", pairing, problem, usable)
-    strategy.pairing = pairing  # type: ignore[attr-defined]
+    cast("Any", strategy).pairing = pairing
 
 
 def described(prompt: TextPrompt | None) -> dict[str, object]:
