@@ -84,6 +84,16 @@ def seconds_beside(run: Callable[[], object], beside: Callable[[], object]) -> f
     return statistics.median(ratios)
 
 
+def autograd_cosine(exact: CaptionLoss, own: CaptionLoss, z: Tensor, captions: PaddedTargets) -> float:
+    """Of two models' gradients at the vectors, mean over captions; 0 where autograd has none."""
+    at = z.clone().requires_grad_(True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch tells that one of them is not to be trusted
+        sums = (loss(at, captions).sum() for loss in (exact, own))
+        right, seen = (torch.autograd.grad(each, at, allow_unused=True)[0] for each in sums)
+    return 0.0 if seen is None else float(torch.cosine_similarity(right, seen, dim=1).mean())
+
+
 @dataclass
 class Losses:
     """What the table ``losses`` measures; ``draws`` estimates are behind a slope."""
@@ -92,6 +102,7 @@ class Losses:
     captions: Path
     number: int = CAPTIONS
     draws: int = 30
+    sigma: float = RELATIVE_SIGMA
 
     @cached_property
     def reference(self) -> tuple[Any, Any]:
@@ -129,13 +140,14 @@ class Losses:
             "alone, rms difference": float((one - own[few]).square().mean().sqrt()),
             "rounding": noise.rounding,
             "signal": noise.signal,
+            "autograd's cosine": autograd_cosine(whole, loss, z[few], captions.take(few)),
             "backprop": float(loss.differentiable),
             "time": ratio,
             "MiB": saved_mib(model),
         }
         try:
             ids, beside = self.ids(FOUR), self.reference[0]
-            found |= slopes(model, ids, draws=self.draws, seed=seed, sigma=RELATIVE_SIGMA, beside=beside)
+            found |= slopes(model, ids, draws=self.draws, seed=seed, sigma=self.sigma, beside=beside)
         except SettingError as refusal:
             print(name, refusal)
         return {"found": found}
@@ -160,6 +172,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--captions", type=Path, help="losses: a file in LLaVA's format")
     parser.add_argument("--number", type=int, default=CAPTIONS, help="losses: captions of a seed")
     parser.add_argument("--draws", type=int, default=30, help="losses: estimates behind a slope")
+    parser.add_argument("--sigma", type=float, default=RELATIVE_SIGMA, help="losses: of the estimates, in their size's")
     parser.add_argument("--encoder", help="sees: weights of the small ViT")
     parser.add_argument("--root", help="sees: class folders of CIFAR-10")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
@@ -167,7 +180,7 @@ def main(args: Sequence[str] | None = None) -> None:
     options = parser.parse_args(args)
     torch.set_num_threads(1)
     if options.table == "losses":
-        make = Losses(options.llm, options.captions, options.number, options.draws).row
+        make = Losses(options.llm, options.captions, options.number, options.draws, options.sigma).row
     else:
 
         def make(name: str, seed: int) -> dict[str, Any]:

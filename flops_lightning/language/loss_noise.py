@@ -13,6 +13,8 @@ from flops_lightning.suffix_loss import PaddedTargets
 SAMPLES, DIRECTIONS = 16, 4
 CLEAR = 4.0
 """A workable sigma changes a loss by so many times its rounding."""
+GRAIN = 2.0**-6
+"""Noise of this share of the vectors' size shows the steps of eight bits, and of a smooth loss no curvature."""
 Score = Callable[[Tensor, PaddedTargets], Tensor]
 
 
@@ -63,12 +65,12 @@ def check_sigma(
     z, ids = at_least_float32(z[few]), ids.take(few, few.cpu().numpy())
     size = float(z.square().mean().sqrt())
     # Below this width most entries of the vectors are rounded back to where they were, and no error is seen.
-    narrowest = max(sigma, 2 * torch.finfo(dtype).eps * size)
-    rounding = loss_noise(score, z, ids, narrowest).rounding
+    grain = max(2 * torch.finfo(dtype).eps, GRAIN if quantized else 0.0) * size
+    rounding = loss_noise(score, z, ids, grain).rounding
     told = loss_noise(score, z, ids, sigma).signal
     if told**2 > 2 * rounding**2:
         return
-    width = narrowest
+    width = max(sigma, grain)
     while width < size and loss_noise(score, z, ids, width).signal < CLEAR * rounding:
         width *= 2
     rounds, load = str(dtype), "load the model in float32"

@@ -17,6 +17,7 @@ def test_a_row_of_each_precision(tmp_path: Path, capsys: pytest.CaptureFixture[s
     whole, half, eight = (json.loads(line)["found"] for line in lines)
     assert [row["backprop"] for row in (whole, half, eight)] == [1, 1, 0]
     assert whole["rms difference"] == 0 < 20 * whole["rounding"] < min(half["rounding"], eight["rounding"])
+    assert [row["autograd's cosine"] for row in (whole, eight)] == [pytest.approx(1), 0]
     assert whole["MiB"] > max(half["MiB"], eight["MiB"])
     assert abs(whole["slope"] - 1) < 3 * whole["standard error of the slope"]
     assert "| float32 " in capsys.readouterr().out

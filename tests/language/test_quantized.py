@@ -11,7 +11,7 @@ from torch import nn
 
 from flops_lightning.errors import SettingError
 from flops_lightning.language import CaptionLoss
-from flops_lightning.language.loss_noise import loss_noise
+from flops_lightning.language.loss_noise import check_sigma, loss_noise
 from flops_lightning.language.quantized import followed_by_autograd, quantized
 from flops_lightning.network.staging import stage_network
 from flops_lightning.strategies import Backprop, LikelihoodRatio
@@ -110,3 +110,19 @@ def test_the_rounding_of_a_loss_is_told_from_its_curvature():
     assert smooth.rounding < 1e-12
     assert rounded.rounding == pytest.approx(0.2, rel=3 / (2 * 16) ** 0.5)
     assert rounded.signal == pytest.approx(smooth.signal, rel=0.1)
+
+
+def test_a_smooth_loss_is_not_taken_for_steps_at_wide_noise():
+    z, ids = normal(16, 8, seed=2), PaddedTargets.of([torch.zeros(1)] * 16)
+
+    def waves(x: torch.Tensor, _: Any) -> torch.Tensor:
+        return torch.sin(5 * x).sum(1)
+
+    def steps(x: torch.Tensor, _: Any) -> torch.Tensor:
+        return (2 * waves(x, _)).round() / 2
+
+    for sigma in (1e-4, 0.5):
+        check_sigma(waves, z, ids, sigma, torch.float32, quantized=True)
+    check_sigma(steps, z, ids, 0.5, torch.float32, quantized=True)
+    with pytest.raises(SettingError, match="the quantised model rounds it"):
+        check_sigma(steps, z, ids, 0.01, torch.float32, quantized=True)
