@@ -1,6 +1,7 @@
 """What a language model answers to an adapter's vectors: the caption that it writes, and the likeliest of several."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -49,14 +50,26 @@ def greedy_captions(
         if questions is not None:
             parts.append(table(questions[rows][:, : int(length)]))
         inputs, end = torch.cat(parts, 1), tokenizer.eos_token_id
-        ids = loss.llm.generate(
-            inputs_embeds=inputs, attention_mask=inputs.new_ones(inputs.shape[:2], dtype=torch.long), do_sample=False,
-            max_new_tokens=longest or MOST_TOKENS, eos_token_id=end,
-            pad_token_id=end if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-        )  # fmt: skip
+        settings = {"max_new_tokens": longest or MOST_TOKENS, "eos_token_id": end, "do_sample": False}
+        with _greedy(loss.llm):
+            ids = loss.llm.generate(
+                inputs_embeds=inputs, attention_mask=inputs.new_ones(inputs.shape[:2], dtype=torch.long),
+                pad_token_id=end if tokenizer.pad_token_id is None else tokenizer.pad_token_id, **settings,
+            )  # fmt: skip
         for row, text in zip(rows.tolist(), tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True):
             texts[row] = text.strip()
     return texts
+
+
+@contextmanager
+def _greedy(llm: Any) -> Iterator[None]:
+    """Leave out what a model brings for its generations: a penalty on repetitions, say, would choose other tokens."""
+    own = llm.generation_config
+    llm.generation_config = type(own)()
+    try:
+        yield
+    finally:
+        llm.generation_config = own
 
 
 @torch.no_grad()

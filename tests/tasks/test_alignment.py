@@ -201,7 +201,9 @@ def test_predict_writes_the_likeliest_token_each_time(llm, photos, tmp_path, pro
     with torch.no_grad():
         task.adapter.get_submodule("adapter")[0].weight.mul_(30)  # another caption for every photo
         task.loss.llm.lm_head.weight[2] = 0.0  # and not always the end
+    task.loss.llm.generation_config.repetition_penalty = 9.0  # as models bring for chats
     batches = trainer.predict(task, data)
+    assert task.loss.llm.generation_config.repetition_penalty == 9.0
     first = [caption for batch in batches for caption in batch["caption"]]
     data.setup("predict")
     task.setup("predict")
