@@ -1,5 +1,7 @@
 """Texts of your own, as JSON lines, for language models."""
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from itertools import permutations, takewhile
 from typing import Any
@@ -41,6 +43,7 @@ class JsonlTextDataModule(KeyedLoaders):
     made by :func:`~flops_lightning.language.pack` and padded to their longest text.
 
     Attributes:
+        content: By what a checkpoint knows the texts that are trained on: their number and a hash; after :meth:`setup`.
         truncated: Number of texts that ``max_tokens`` cut.
 
     Args:
@@ -73,6 +76,8 @@ class JsonlTextDataModule(KeyedLoaders):
         >>> [(entry.prompt, entry.candidates[entry.label]) for entry in data.check()["train"]]
         [('A joy. It was', ' great'), ('Two lost hours. It was', ' terrible')]
     """
+
+    content: str | None = None
 
     def __init__(
         self, *, train_file: str, val_file: str | None = None, test_file: str | None = None,
@@ -151,6 +156,7 @@ class JsonlTextDataModule(KeyedLoaders):
             task = getattr(self.trainer, "lightning_module", None)
             tokenizer = self._tokenizer(task)
             read, self.truncated = self.check(), 0
+            self.content = _content(read["train"])
             encoded = {
                 part: [self._encode(tokenizer, part, entry, getattr(task, "context", 0)) for entry in entries]
                 for part, entries in read.items()
@@ -246,6 +252,11 @@ class JsonlTextDataModule(KeyedLoaders):
             notes.append("no space is between the template and a choice")
         if notes or max(map(len, tokens)) > 1:
             rank_zero_info("; ".join([f"data.choices: {shown}", *notes, "each is scored over all its tokens"]) + ".")
+
+
+def _content(texts: Sequence[TextEntry]) -> str:
+    told = json.dumps([(text.prompt, text.candidates, text.label) for text in texts])
+    return f"{len(texts)} texts, {hashlib.sha256(told.encode()).hexdigest()[:12]}"
 
 
 def _through_template(tokenizer: Any, prompt: list[dict[str, str]], answer: str) -> tuple[str, list[str]]:

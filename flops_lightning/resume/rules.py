@@ -26,8 +26,9 @@ Differences marked "refused" stop the run; all others apply from the next step o
 ``data``, ``data.split_seed``               refused: other images were held back
 ``data.mixup_alpha``, ``cutmix_alpha``,     obeyed
 ``rand_augment``, ``num_workers``,
-``cache``, ``cache_dir``
-other ``data.*`` (``train_file``, ...)      obeyed at the end of an epoch; refused within one: its batches would differ
+``cache``, ``cache_dir``, ``train_file``,
+``val_file``, ``test_file``
+other ``data.*`` (``content``, ...)         obeyed at the end of an epoch; refused within one: its batches would differ
 ``trainer.callbacks``                       refused without a callback that averages weights where the run had one
 all others                                  obeyed
 ==========================================  ============================================================================
@@ -55,6 +56,7 @@ IF_GIVEN = ("checkpoint", "pretrained")
 """Settings that it can only leave out."""
 AT_ANY_STEP = (
     "data.mixup_alpha", "data.cutmix_alpha", "data.rand_augment", "data.num_workers", "data.cache", "data.cache_dir",
+    "data.train_file", "data.val_file", "data.test_file",
 )  # fmt: skip
 WITHIN_AN_EPOCH = "data.*"
 """Settings that it cannot change within an epoch, except for those above."""

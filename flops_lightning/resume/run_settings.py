@@ -65,11 +65,12 @@ def _allocator(trainer: pl.Trainer) -> dict[str, Any]:
 
 
 def describe_data(trainer: pl.Trainer) -> dict[str, Any]:
-    """Settings of a run's data module: the arguments that it keeps under their names."""
+    """Settings of a run's data module: the arguments that it keeps under their names, and its ``content``."""
     module = trainer.datamodule  # type: ignore[attr-defined]
     if module is None:
         return {}
     classes = [cls for cls in type(module).__mro__ if "__init__" in vars(cls)]  # a class may pass settings on
     given = dict.fromkeys(name for cls in classes for name in inspect.signature(vars(cls)["__init__"]).parameters)
     names = [name for name in given if hasattr(module, name)]
+    names += ["content"] if getattr(module, "content", None) is not None else []
     return {"data": type(module).__name__, **{f"data.{name}": plain(getattr(module, name)) for name in names}}

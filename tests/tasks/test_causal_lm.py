@@ -357,8 +357,8 @@ def test_above_the_last_attention_only_tokens_that_predict_a_candidate_count(fol
 def run(folder, tmp_path: Path):
     """Train on three batches of texts, and go on from a checkpoint."""
     lines = [{"prompt": "a" * (i % 3 + 1), "completion": "bc" * (i % 4 + 1)} for i in range(12)]
-    for name in ("texts.jsonl", "others.jsonl"):
-        (tmp_path / name).write_text("\n".join(map(json.dumps, lines)))
+    for name, given in (("texts", lines), ("moved", lines), ("others", [*lines[:-1], lines[0]])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, given)))
 
     def run(steps: int, ckpt: str | None = None, *, texts: str = "texts.jsonl", **task: Any) -> Any:
         seed_everything(1, verbose=False)
@@ -385,12 +385,16 @@ def test_a_resumed_run_says_or_refuses_what_it_learns_otherwise(run, tmp_path: P
     for steps in (2, 3):
         _, trainer = run(steps)
         trainer.save_checkpoint(tmp_path / f"{steps}.ckpt")
-    with pytest.raises(SettingError, match=r"data.train_file = .*others.*: the checkpoint's run has .*middle of an ep"):
+    with pytest.raises(SettingError, match=r"data.content = '12 texts, \w+': the checkpoint's run has .*middle of"):
         run(4, str(tmp_path / "2.ckpt"), texts="others.jsonl")
     with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+        run(4, str(tmp_path / "2.ckpt"), texts="moved.jsonl")
         run(4, str(tmp_path / "3.ckpt"), texts="others.jsonl", objective=f"{__name__}.wrong_share")
-    (line,) = [r.getMessage() for r in caplog.records if "settings that differ" in r.getMessage()]
+    moved, line = [r.getMessage() for r in caplog.records if "settings that differ" in r.getMessage()]
+    assert "moved.jsonl" in moved
+    assert "data.content" not in moved
     assert f"data.train_file '{tmp_path}/texts.jsonl' -> '{tmp_path}/others.jsonl'" in line
+    assert "data.content '12 texts, " in line
     assert f"objective 'completion' -> '{__name__}.wrong_share'" in line
 
 
