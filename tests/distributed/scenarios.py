@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 from scipy.optimize import brentq
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from flops_lightning.allocators import (
     EqualAllocator,
@@ -162,6 +164,12 @@ def _texts(n: int, generator: torch.Generator) -> Batch:
     lengths = torch.randint(1, 6, (n, 2), generator=generator).tolist()
     ids = [[torch.randint(3, 50, (k,), generator=generator).tolist() for k in both] for both in lengths]
     return pack([EncodedText([1, *prompt], [completion]) for prompt, completion in ids], branching=False)
+
+
+def texts_to_test(number: int = 7) -> DataLoader[Any]:
+    """Texts one by one, an odd number of them."""
+    generator = torch.Generator().manual_seed(8)
+    return DataLoader([_texts(1, generator) for _ in range(number)], batch_size=1, collate_fn=itemgetter(0))
 
 
 def size_of(targets: Any) -> int:

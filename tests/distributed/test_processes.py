@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from flops_lightning.allocators import EqualAllocator
-from tests.distributed.scenarios import SCENARIOS, SUMMARISED, make_task, save_model, simulate
+from tests.digits import quiet_trainer
+from tests.distributed.scenarios import SCENARIOS, SUMMARISED, make_task, save_model, simulate, texts_to_test
 from tests.distributed.worker import MIDDLE
 from tests.processes import run_module
 
@@ -107,8 +108,10 @@ def test_every_rank_spends_the_share_of_its_samples(runs, world_size, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in SCENARIOS if SCENARIOS[name].language])
-def test_a_language_model_that_is_resumed_has_the_same_bits_and_is_saved_once(runs, name):
+def test_a_language_model_is_resumed_with_the_same_bits_saved_once_and_tested_on_each_text_once(runs, name, tmp_path):
+    (alone,) = quiet_trainer(precision="64-true").test(make_task(name, tmp_path), texts_to_test(), verbose=False)
     for rank in runs[2, name]:
+        assert rank["tested"] == pytest.approx(alone, rel=1e-6)
         assert all(torch.equal(rank["resumed"][key], value) for key, value in rank["parameters"].items())
         assert all(torch.equal(*tables) for tables in zip(rank["later"], rank["counts"][MIDDLE:], strict=True))
     first, second = (rank["exported"] for rank in runs[2, name])

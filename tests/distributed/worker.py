@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from flops_lightning.callbacks import QueryAllocatorCallback, RunSummary
 from flops_lightning.tasks.trainer_setup import ForwardDDPStrategy
 from tests.digits import quiet_trainer
-from tests.distributed.scenarios import SCENARIOS, SUMMARISED, make_task, rank_batches
+from tests.distributed.scenarios import SCENARIOS, SUMMARISED, make_task, rank_batches, texts_to_test
 
 MIDDLE = 3
 """Steps after which the runs that are resumed have a checkpoint."""
@@ -74,7 +74,8 @@ def run(name: str, folder: Path) -> None:
         task._tokenizer = SimpleNamespace(save_pretrained=lambda path: None)
         task.export_weights(folder / f"{name}-adapter-{trainer.global_rank}")
         _, resumed, later, _ = fit(name, folder, resume=folder / f"{name}-step={MIDDLE}.ckpt")
-        found |= {"resumed": parameters_of(resumed), "later": later.counts}
+        (tested,) = trainer.test(make_task(name, folder), texts_to_test(), verbose=False)
+        found |= {"resumed": parameters_of(resumed), "later": later.counts, "tested": tested}
     torch.save({**found, "steps": trainer.global_step}, folder / f"{name}-{trainer.global_rank}.pt")
 
 
