@@ -80,12 +80,24 @@ class ServedModule(ForwardModule):
             problem = "counts rows of a service, and there is none."
             raise SettingError("max_queries", self.max_queries, problem, "Write spend: {queries: ...}.")
         if stage == "fit" and self.max_queries and self.strategy is not None:
-            samples = int(getattr(self.trainer.datamodule, "batch_size", 0) or 1)  # type: ignore[attr-defined]
-            ranks = self.trainer.world_size
-            rows = self.step_rows(self.strategy, max(1, samples // ranks)) * ranks
+            rows = self._usual(self.strategy)
             if rows > self.max_queries:
                 problem = f"is below one step, which takes {rows}."
                 raise SettingError("max_queries", self.max_queries, problem, f"Write {rows} or more.")
+
+    def _usual(self, strategy: ForwardGradientStrategy) -> int:
+        """Rows of a step of all processes together, as far as the data tells the size of a batch."""
+        samples, ranks = int(getattr(self.trainer.datamodule, "batch_size", 0) or 1), self.trainer.world_size  # type: ignore[attr-defined]
+        return self.step_rows(strategy, max(1, samples // ranks)) * ranks
+
+    def on_train_start(self) -> None:
+        """Do not begin where nothing is left for a step, as where a run goes on with the limit that stopped it."""
+        super().on_train_start()
+        scorer, strategy = self.scorer, self.strategy
+        if scorer is not None and strategy is not None and self.max_queries and not self._finished():
+            (spent,), self._next = self._sums(scorer.usage.rows), self._usual(strategy)
+            if spent + self._next > self.max_queries:
+                raise SpentQueriesError(spent, self._next, self.max_queries)
 
     @contextmanager
     def _counted(self, scorer: Asked) -> Iterator[None]:

@@ -106,6 +106,9 @@ def test_a_run_stopped_by_max_queries_goes_on_and_ends_as_one_that_was_not(serve
     assert task.scorer.usage.rows == sum(steps[:3]) * each
     message = rf"max_queries = {sum(steps[:4]) * each - 1}: {sum(steps[:3]) * each} are spent .* takes {STEP}\. Saved"
     assert re.search(message, str(stopped))
+    again, error = run(limit=sum(steps[:4]) * each - 1, resume=stopped.saved)
+    assert str(error).endswith(f"{sum(steps[:3]) * each} are spent and the next step takes {STEP}.")
+    assert again.scorer.usage.rows == sum(steps[:3]) * each
     later, error = run(limit=sum(steps) * each, resume=stopped.saved)
     assert error is None
     assert torch.equal(adapter_of(later), adapter_of(whole))
