@@ -63,6 +63,7 @@ class Problem:
     folder: Path
     seed: int = 0
     captions: str | None = None
+    relative_sigma: float = RELATIVE_SIGMA
 
     @cached_property
     def language_model(self) -> tuple[Any, Any]:
@@ -169,7 +170,7 @@ class Problem:
         ``allocated``: the optimal allocator, which predicts traces from losses alone.
         """
         with torch.no_grad():
-            sigma = RELATIVE_SIGMA * float(adapter(self.part("train").features[:BATCH]).square().mean().sqrt())
+            sigma = self.relative_sigma * float(adapter(self.part("train").features[:BATCH]).square().mean().sqrt())
         sites = [{"stages": ["adapter"], "name": "adapter", "sigma": sigma, "queries_per_sample": queries}]
         strategy: Any = LikelihoodRatio(sites=sites, seed=self.seed, chunk_rows=rows)
         strategy.bind(stage_network(adapter), self.loss)

@@ -172,7 +172,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--captions", type=Path, help="losses: a file in LLaVA's format")
     parser.add_argument("--number", type=int, default=CAPTIONS, help="losses: captions of a seed")
     parser.add_argument("--draws", type=int, default=30, help="losses: estimates behind a slope")
-    parser.add_argument("--sigma", type=float, default=RELATIVE_SIGMA, help="losses: of the estimates, in their size's")
+    parser.add_argument("--sigma", type=float, default=RELATIVE_SIGMA, help="of the noise, in the vectors' size")
     parser.add_argument("--encoder", help="sees: weights of the small ViT")
     parser.add_argument("--root", help="sees: class folders of CIFAR-10")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
@@ -185,7 +185,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
         def make(name: str, seed: int) -> dict[str, Any]:
             problem = Sight(options.llm, options.encoder, options.root, options.output / "features", seed)
-            problem.precision = name
+            problem.precision, problem.relative_sigma = name, options.sigma
             found, losses = trained(problem, problem.adapter(), "lr 60", rates=RATES, steps=STEPS)
             return {"found": found, "losses": losses}
 
