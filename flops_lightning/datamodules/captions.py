@@ -1,5 +1,6 @@
 """Photos with captions, for language models that learn to see."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -188,12 +189,13 @@ class CaptionDataModule(ImageFolderDataModule):
             DamagedImageError: a photo cannot be read; its entry and path are named.
         """
         transform = f"resize {self.image_size}, mean {tuple(self.mean)}, std {tuple(self.std)}"
+        top = Path(self.root).expanduser()
         for part in PARTS_OF[stage]:
             captioned: CaptionSet = getattr(self, f"{part}_set")
             files = list(self.check()[part].files)
             if not files:
                 continue
-            names = [str(Path(file).relative_to(Path(self.root).expanduser())) for file in files]
+            names = [os.path.relpath(file, top) for file in files]
             key = FeatureKey(encoder, feature, transform, hash_of_files(names, file_sizes(files)))
             cache = None if self.cache_dir is None else Path(self.cache_dir).expanduser() / f"{part}.safetensors"
             if encode is None:

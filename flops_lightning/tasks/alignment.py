@@ -163,7 +163,8 @@ class AdapterAlignment(ServedModule):
         if self.tokenizer is None:
             problem = "makes no tokens: it was given as a scorer."
             raise SettingError("llm", self.hparams["llm"], problem, "Set the task's tokenizer, or data.tokenizer.")
-        ids: list[list[int]] = self.tokenizer(list(captions), add_special_tokens=False)["input_ids"] if captions else []
+        alone = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
+        ids: list[list[int]] = self.tokenizer(list(captions), **alone)["input_ids"] if captions else []
         vocabulary = getattr(self.loss, "vocabulary", 0)
         largest = max((max(each) for each in ids if each), default=0)
         if vocabulary and largest >= vocabulary:
