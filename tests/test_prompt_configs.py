@@ -68,7 +68,7 @@ def test_manual_is_tested_and_not_trained(method: str, tmp_path: Path, capsys: p
     assert "0.45" in capsys.readouterr().out  # of turned digits; upright ones: 0.96
     with pytest.raises(SystemExit):
         main(["fit", *with_method(method), root])
-    assert "training needs one of the two" in capsys.readouterr().err
+    assert "training needs a strategy or a search" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

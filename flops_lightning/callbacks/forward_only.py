@@ -148,7 +148,7 @@ class ForwardOnly(pl.Callback):
                 )  # fmt: skip
             known = [id(p) in registered for group in optimizer.param_groups for p in group["params"]]
             if any(known) and not all(known):
-                problem = "are no parameters of the module, and queries could not move them."
+                problem = "are not parameters of the module, so queries cannot perturb them."
                 remedy = "Register their modules as attributes of the LightningModule, or leave them out."
                 number = f"{known.count(False)} tensors"
                 raise SettingError("configure_optimizers", number, problem, remedy)
@@ -266,10 +266,10 @@ def _check_module(module: pl.LightningModule) -> None:
             "Remove `self.automatic_optimization = False`, or use a ForwardModule.",
         )  # fmt: skip
     if is_overridden("backward", module):
-        problem = "has a backward of its own, which ForwardOnly would never call."
+        problem = "has its own backward, which ForwardOnly would never call."
         raise SettingError("model", name, problem, "Remove the method.")
     if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
-        problem = "takes its batches from dataloader_iter, so that a query would take another batch."
+        problem = "takes its batches from dataloader_iter, so a query would use another batch."
         raise SettingError("training_step", name, problem, "Write training_step(self, batch, batch_idx).")
     for each, parameter in module.named_parameters():
         if isinstance(parameter, nn.UninitializedParameter):

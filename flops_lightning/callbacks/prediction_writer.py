@@ -55,7 +55,7 @@ class PredictionWriter(BasePredictionWriter):
         """Start an empty table; refuse several loaders, as an index would not identify an image."""
         loaders = len(trainer.num_predict_batches)
         if loaders > 1:
-            problem = "PredictionWriter numbers the images of one."
+            problem = "PredictionWriter writes the images of a single loader."
             raise SettingError("predict_dataloader", f"{loaders} loaders", problem, f"Return one loader, {OWN_WRITER}.")
         self._rows, self._classes = [], 0
 

@@ -154,7 +154,7 @@ class QueryAllocatorCallback(Callback):
             remedy = "Add `def trace_observation(self) -> TraceObservation | None`, or write traces: {source: pilots}."
             raise SettingError("allocator", type(self.allocator).__name__, problem, remedy)
         if self._rule is not None and not isinstance(pl_module, SupportsGradientFeedback):
-            problem = f"needs to know signal and noise of each gradient, which {type(pl_module).__name__} cannot tell."
+            problem = f"needs the signal and noise of each gradient, which {type(pl_module).__name__} does not report."
             remedy = "Add watch_gradient and gradient_observation (flops_lightning.protocol), or write rule: fixed."
             raise SettingError("budget.rule", self.budget.rule, problem, remedy)
         if isinstance(pl_module, SupportsStatisticsRequests):

@@ -85,7 +85,7 @@ class Robustness(Callback):
 
     def _add(self, setting: str, name: str, severity: float, perturbation: Perturbation) -> None:
         if _name(name, severity) in self.names:
-            problem = "is there twice, and results go by name and strength."
+            problem = "is there twice, but results are told apart by name and strength."
             raise SettingError(setting, _name(name, severity), problem, "Remove one of the two.")
         self._perturbations[name, severity] = perturbation
 
@@ -108,7 +108,7 @@ class Robustness(Callback):
         mean, std = getattr(data, "mean", None), getattr(data, "std", None)
         if mean is None or std is None:
             remedy = "Give it the attributes `mean` and `std`, one number a channel (0 and 1 where nothing is done)."
-            problem = "does not tell how it normalises images."
+            problem = "does not say how it normalises images."
             raise SettingError("data", type(data).__name__, problem, remedy)
         narrow = {str(p.dtype) for p in pl_module.parameters() if p.is_floating_point() and p.dtype.itemsize < 4}
         if narrow and self._attacked:
@@ -200,13 +200,13 @@ def _results(read: Tensor) -> list[Mapping[str, float]]:
 def _order(loaders: Any) -> list[int]:
     """Indices of the images that this process reads, in order."""
     if isinstance(loaders, (list, tuple)) and len(loaders) > 1:
-        problem = "are several loaders, and robustness is tested on one."
+        problem = "are several loaders, but robustness is tested on one."
         raise SettingError("test_dataloader", len(loaders), problem, "Return a single DataLoader.")
     loader = loaders[0] if isinstance(loaders, (list, tuple)) else loaders
     batches = getattr(loader, "batch_sampler", None)
     known = batches is not None and not isinstance(loader.dataset, IterableDataset)
     orders = [[i for batch in batches for i in batch] for _ in range(2)] if known and batches is not None else [[], [0]]
     if orders[0] != orders[1] or not all(isinstance(i, int) for i in orders[0]):
-        problem = "draws a new order each time (or none), and noise goes by the number of the image."
+        problem = "does not keep the order of the images, by which noise is drawn."
         raise SettingError("test_dataloader", type(loader).__name__, problem, "Return a DataLoader without shuffling.")
     return orders[0]

@@ -20,7 +20,7 @@ def class_names(trainer: Trainer, classes: int) -> Sequence[str]:
     if names is None:
         return [str(label) for label in range(classes)]
     if classes and len(names) > classes:
-        problem = f"the model tells {classes} classes apart."
+        problem = f"the model has {classes} classes."
         remedy = "Use the data that the model was trained for."
         raise SettingError("data.class_names", f"{len(names)} names", problem, remedy)
     return [*names, *(str(label) for label in range(len(names), classes))]

@@ -125,7 +125,7 @@ class FlopsCLI(LightningCLI):
                 "newest checkpoint of this configuration's runs."
             )
         if path == "best":
-            raise SettingError("ckpt_path", path, "this process has trained nothing to take the best of.", WHERE)
+            raise SettingError("ckpt_path", path, "this process has not trained: there is no best one.", WHERE)
         if path == "last" or (path is None and self.subcommand == "fit" and last.started_again()):
             path = self._settings["ckpt_path"] = self._last(path)
         if path and path not in ("last", "hpc") and "://" not in path:
@@ -186,7 +186,7 @@ class FlopsCLI(LightningCLI):
             if arguments["num_classes"] is not None:
                 return arguments["num_classes"]  # the default of the model's class
             remedy = "Write it, or give the data module a num_classes."
-            raise SettingError("num_classes", None, f"{type(data).__name__} does not tell its number.", remedy)
+            raise SettingError("num_classes", None, f"{type(data).__name__} does not say how many.", remedy)
         return has if given is None else given
 
     @property

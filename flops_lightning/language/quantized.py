@@ -12,7 +12,7 @@ STEP = 0.1
 """Of a finite difference, in the root mean square of the embeddings: far above the rounding of eight bits."""
 UNEXPLAINED = 0.5
 """Share of the finite differences that a derivative may leave open; a right one leaves rounding and curvature."""
-OBSTACLE = ", as autograd does not follow its quantised products"
+OBSTACLE = ", since autograd cannot differentiate its quantised products"
 
 
 def quantized(model: nn.Module) -> bool:

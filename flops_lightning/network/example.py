@@ -30,7 +30,7 @@ def two_rows(module: nn.Module, example: Any) -> Rows:
         if _differ(pair := _picked(rows, [0, i])):
             return pair
     made = twice.map(lambda tensor: torch.cat([tensor[:1], _altered(tensor[:1])]))
-    problem = "its rows are all equal, so that it does not show whether they depend on each other"
+    problem = "its rows are all equal, so it cannot show whether they depend on each other"
     remedy = "Pass two samples that differ."
     if not _differ(made):
         raise SettingError("example", _described(example), f"{problem}.", remedy)
@@ -84,7 +84,7 @@ def check_rows(module: nn.Module, pair: Rows) -> dict[str, str]:
         raise SettingError("network", name, problem, "Make the row the first dimension of what it returns.")
     if first.isnan().any():
         problem = "returned NaN for the example."
-        raise SettingError("network", name, problem, "Pass an example for which it is finite, or mend the network.")
+        raise SettingError("network", name, problem, "Pass an example for which it is finite, or fix the network.")
     if not close(run(pair), first, eps):
         raise SettingError(
             "network", name, "returned other values when the same rows ran again.", "Make it deterministic in eval "

@@ -163,8 +163,8 @@ class ReplayedNetwork(StagedNetwork):
         return found
 
     def _unlike_the_example(self, unit: int) -> SettingError:
-        problem = "did not run once, in the order in which it ran for the example."
-        remedy = "Cut the network with an example that takes the same way through it, or use MeZO without an example."
+        problem = "did not run exactly once and in the order in which it ran for the example."
+        remedy = "Cut the network with an example that takes the same path through it, or use MeZO without an example."
         return SettingError("network", self._units[unit], problem, remedy)
 
     def _replay(
@@ -174,7 +174,7 @@ class ReplayedNetwork(StagedNetwork):
         known = x if isinstance(x, Rows) else Rows.of(x)
         entries = self._facts.entries
         if not start and entries not in (None, known.entries):
-            problem = f"is not built as the example was that the network was cut with: {entries}."
+            problem = f"has other entries than the example with which the network was cut: {entries}."
             raise SettingError("data", known.entries, problem, "Cut it with an example that has the same entries.")
         session = _Session(self, known, start, keep, visit, last, spend)
         given = known.inputs_copied() if self._facts.overwrites and not spend else known

@@ -164,7 +164,7 @@ def _matrices_apart(module: nn.Module, groups: Iterable[dict[str, Any]]) -> list
     """Each group in two: the hidden matrices, and what is not for Muon."""
     chosen = {id(p) for p in hidden_matrices(module)}
     if not chosen:
-        problem = "finds no matrix to train but embeddings and the last one, the head."
+        problem = "has no matrix to train other than embeddings and the head."
         raise SettingError("optimizer.name", "muon", problem, "Freeze less, or write name: adamw.")
     return [
         {**group, "params": [p for p in group["params"] if (id(p) in chosen) is matrices], "matrices": matrices}
@@ -184,7 +184,7 @@ def optimizer_class(name: str) -> type[Optimizer]:
         problem = f"is neither one of {', '.join(OPTIMIZERS)} nor the path of an optimiser."
         raise SettingError("optimizer.name", name, problem, "Write, for example, torch.optim.RMSprop.")
     if signature(found.step).parameters["closure"].default is Parameter.empty:
-        problem = "evaluates the loss again within a step, whose estimate would be another one."
+        problem = "evaluates the loss several times in a step, and each time the gradient estimate would differ."
         raise SettingError("optimizer.name", name, problem, f"Choose from {', '.join(OPTIMIZERS)}, for example.")
     return found
 
@@ -211,7 +211,7 @@ def build_schedule(
     ``spent`` tells the share of the run so far where steps do not measure it.
     """
     if settings.schedule == "cosine" and spent is None and not math.isfinite(total_steps):
-        problem = "needs to know the number of steps."
+        problem = "needs the number of steps."
         raise SettingError("optimizer.schedule", "cosine", problem, "Set trainer.max_epochs or max_steps, or `spend`.")
     of_steps = partial(lr_factor, schedule=settings.schedule, warmup_steps=settings.warmup_steps)
 

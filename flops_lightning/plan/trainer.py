@@ -17,7 +17,7 @@ def callbacks_of(settings: Mapping[str, Any]) -> list[Callback]:
 def refuse_checkpoint(path: str | None) -> None:
     """Raise a :class:`SettingError` if a checkpoint is given."""
     if path:
-        raise SettingError("ckpt_path", path, "a plan is of a whole run.", "Leave it out: steps cost the same.")
+        raise SettingError("ckpt_path", path, "a plan covers a whole run.", "Leave it out: steps cost the same.")
 
 
 class PlanningTrainer(Trainer):
@@ -34,7 +34,7 @@ class PlanningTrainer(Trainer):
         Args:
             model: The task; its weights change meanwhile.
             datamodule: Its data.
-            ckpt_path: Not accepted: a plan is of a whole run.
+            ckpt_path: Not accepted: a plan covers a whole run.
             weights_only: Has no effect; accepted so that the settings of a fit can be given.
             seconds: How long steps are timed, with the run's own strategy and again with backprop.
             backprop: Whether to measure the same with backprop.

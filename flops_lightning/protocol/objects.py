@@ -55,7 +55,7 @@ class QueryBudget:
             raise SettingError("budget.shared", self.shared, problem, "Give one for each site, or none.")
         for queries, shared in zip(self.queries_per_sample, self.shared, strict=False):
             if shared and not isinstance(queries, int):
-                problem = "is no number that all samples of a batch could have."
+                problem = "is not a whole number, but all samples of a batch get the same number."
                 raise SettingError("queries_per_sample", queries, problem, "Write an int where directions are shared.")
         if self.sites and len(self.sites) != len(self.queries_per_sample):
             problem = f"must name each of {len(self.queries_per_sample)} sites."

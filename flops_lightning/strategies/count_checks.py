@@ -28,7 +28,7 @@ def equal_table(sites: Sequence[Site], spent: Sequence[int], samples: int) -> ND
     """``(s, b)`` counts: each site's budget in equal parts, less what pilots ``spent``."""
     for site in sites:
         if not isinstance(site.queries_per_sample, int):
-            problem = f"is no number of queries that each sample could have at {site.name!r}."
+            problem = f"is not a whole number, so not every sample can have as many queries at {site.name!r}."
             remedy = "Add QueryAllocatorCallback, which draws the samples, or write an int."
             raise SettingError("model.strategy.sites.queries_per_sample", site.queries_per_sample, problem, remedy)
     rest = [[int(site.queries_per_sample) - n] for site, n in zip(sites, spent, strict=True)]

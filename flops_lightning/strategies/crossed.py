@@ -42,7 +42,7 @@ def check_crossed(sites: Sequence[Site], loss: LossFunction, *, variant: Variant
         return SettingError("model.strategy.pairing", "crossed", problem, f"{remedy}, or pairing: split.")
 
     if variant not in CENTRED:
-        problem = f"compares queries with each other, not with the clean loss or nothing (variant: {variant})."
+        problem = f"compares queries with each other, which variant: {variant} does not."
         raise refusal(problem, "Write variant: leave_one_out")
     if isinstance(loss, SuffixLoss):
         raise refusal(f"would run {loss.part} for every pair of queries.", "Train one site at a time")

@@ -284,7 +284,7 @@ class SPSA(ParameterPerturbation):
         super().__init__(variant="antithetic", **settings)
         check_choice("model.strategy.normalize", normalize, get_args(Normalize))
         if normalize == "std" and self.pilots.queries:
-            problem = "divides by the spread of a step's weights, and pilots would have another one."
+            problem = "divides by the spread of a step's weights, which is another one for pilots."
             raise SettingError("model.strategy.normalize", normalize, problem, "Write pilots: {queries: 0}, or none.")
         self.normalize = normalize
 

@@ -161,7 +161,7 @@ class AdapterAlignment(ServedModule):
             SettingError: there is no tokenizer, or it is one of another model.
         """
         if self.tokenizer is None:
-            problem = "makes no tokens: it was given as a scorer."
+            problem = "is a scorer, which does not tokenise captions."
             raise SettingError("llm", self.hparams["llm"], problem, "Set the task's tokenizer, or data.tokenizer.")
         alone = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
         ids: list[list[int]] = self.tokenizer(list(captions), **alone)["input_ids"] if captions else []
@@ -203,7 +203,7 @@ class AdapterAlignment(ServedModule):
     def features_of(self, images: Tensor) -> Tensor:
         """``(b, f)`` or ``(b, p, f)`` features of images, as the encoder gives them."""
         if self.encoder is None:
-            problem = "makes no features of images."
+            problem = "is needed to compute features of images."
             raise SettingError("encoder", "", problem, "Write one, or give features (b, feature_width).")
         return self.encoder(images)
 

@@ -31,7 +31,7 @@ def load_scorer(
         other = {name: value for name, value in kwargs.items() if name != "tokenizer"}
         for name, value in {"llm_kwargs": other, "bos": bos, "eos": eos}.items():
             if value:
-                raise SettingError(name, value, "has no effect: llm is given as a scorer.", "Set it of the scorer.")
+                raise SettingError(name, value, "has no effect: llm is given as a scorer.", "Set it in the scorer.")
         if llm.visual_tokens != visual_tokens:
             problem = f"the scorer takes {llm.visual_tokens} vectors."
             raise SettingError("visual_tokens", visual_tokens, problem, f"Write {llm.visual_tokens}.")
@@ -55,7 +55,7 @@ def check_features(
     if encoder is None and encoder_kwargs:
         raise SettingError("encoder_kwargs", encoder_kwargs, "has no effect without an encoder.", "Leave it out.")
     if (encoder is None) is not bool(feature_width):
-        problem = "the encoder tells it." if encoder else "is needed where no encoder tells it."
+        problem = "is known from the encoder." if encoder else "is needed without an encoder."
         raise SettingError("feature_width", feature_width, problem, "Leave it out." if encoder else "Write it.")
     if encoder is None or encoder.places == 1:
         return visual_tokens
@@ -94,12 +94,12 @@ def take_site(strategy: ForwardGradientStrategy | None, relative_sigma: float) -
 def check_same_models(saved: Mapping[str, Any] | None, own: Mapping[str, Any]) -> Mapping[str, Any]:
     """What a checkpoint says; a :class:`SettingError` if its adapter belongs to another model or another input."""
     if saved is None:
-        problem = "holds no adapter of an AdapterAlignment."
+        problem = "does not hold an adapter of an AdapterAlignment."
         raise SettingError("ckpt_path", KEY, problem, "Give a checkpoint of such a run.")
     for name, value in own.items():
         unknown = name == "encoder" and not value  # features that come from elsewhere
         if saved[name] != value and not unknown:
             problem = f"the checkpoint's adapter was learned with {saved[name]!r}."
-            remedy = "Give the settings of that run, or start anew without the checkpoint."
+            remedy = "Give the settings of that run, or start a new run without the checkpoint."
             raise SettingError(name, value, problem, remedy)
     return saved

@@ -66,7 +66,7 @@ class AllocatedModule(pl.LightningModule, ABC):
     def watch_gradient(self, metric: Metric) -> None:
         """Measure signal and noise of the next step's gradient."""
         if self._gradient.batches > 1:
-            problem = "makes one step of several batches, and a budget is chosen for the gradient of one."
+            problem = "takes one step for several batches, but a budget is chosen for the gradient of one batch."
             remedy = "Write 1 and a larger batch_size, or budget: {rule: fixed}."
             raise SettingError("optimizer.accumulate_grad_batches", self._gradient.batches, problem, remedy)
         self._state.watched = metric

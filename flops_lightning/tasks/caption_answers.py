@@ -37,7 +37,7 @@ def greedy_captions(
         SettingError: the language model runs elsewhere, or there is no tokenizer.
     """
     if not isinstance(loss, CaptionLoss) or tokenizer is None:
-        problem = "scores captions and writes none."
+        problem = "can only score captions, not write them."
         raise SettingError("llm", type(loss).__name__, problem, "Give the name of a language model.")
     table = loss.llm.get_input_embeddings()
     lengths = np.zeros(len(vectors), dtype=np.int64) if given is None else given

@@ -132,7 +132,7 @@ class ForwardCausalLM(ForwardModule):
     def _stage_for(self, *, branching: bool) -> None:
         kind = self.target_settings.kind
         if branching and kind == "prefix":
-            problem = "peft's model takes no mask that keeps candidates of several tokens apart."
+            problem = "peft's model does not accept the mask that separates candidates of several tokens."
             remedy = "Choose words of one token, or another kind of target."
             raise SettingError("target.kind", kind, problem, remedy)
         self._branching = branching
@@ -214,7 +214,7 @@ class ForwardCausalLM(ForwardModule):
         """``label`` ``(b,)`` of the likeliest candidate and ``probability`` ``(b, c)`` among the candidates."""
         inputs, targets = self.split(batch)
         if targets["tokens"].shape[1] == 1:
-            problem = "each text has one completion, so there is nothing to choose from."
+            problem = "each text has one completion, so there is nothing to predict."
             raise SettingError("data.choices", None, problem, "Write choices; task.model.generate(...) writes texts.")
         likelihoods = candidate_log_likelihoods(self(inputs), targets)
         return {"label": likelihoods.argmax(1), "probability": likelihoods.softmax(1)}

@@ -135,5 +135,5 @@ class ClassifierModule(ForwardModule):
 
 def _refuse_several(batches: Sequence[Any], name: str) -> None:
     if len(batches) > 1:
-        problem = "a classifier counts the images of one."
+        problem = "a classifier counts the images of a single loader."
         raise SettingError(name, f"{len(batches)} loaders", problem, "Return one, or test each in a run of its own.")

@@ -46,7 +46,7 @@ class FewTokens:
         unknown = (self.kept[place] != ids).any(1)
         if bool(unknown.any()):
             text = given[int(unknown.int().argmax())]
-            problem = "has words that this model does not know: it kept a part of CLIP's vocabulary."
+            problem = "has words outside the part of CLIP's vocabulary that this model kept."
             raise SettingError("class_names", text, problem, "Use its words, or a model with all of them.")
         return place
 
@@ -103,7 +103,7 @@ def _check_name(open_clip: Any, model_name: str, checkpoint: str) -> None:
     needs = (open_clip.get_pretrained_cfg(model_name, checkpoint) or {}).get("quick_gelu", quick)
     if checkpoint in tags and needs != quick and other in names:
         which = "QuickGELU" if needs else "GELU"
-        problem = f"has another activation than the {checkpoint} weights were trained with ({which})."
+        problem = f"does not have the activation with which the {checkpoint} weights were trained ({which})."
         raise SettingError("model_name", model_name, problem, f"Write {other}.")
     if checkpoint not in tags:
         problem = f"is neither a file nor a tag of the weights of {model_name}."

@@ -99,7 +99,7 @@ class ClipPromptTuner(StartsAtImages):
         self.image_settings = None if image_prompt is None else read_settings(ImagePrompt, image_prompt, "image_prompt")
         check_flag("ensemble", ensemble)
         if len(templates) > 1 and not ensemble:
-            problem = "are several, and one is used."
+            problem = "are several templates, but only one is used."
             raise SettingError("template", templates[:2], problem, "Give one, or write ensemble: true.")
         if ensemble and self.text_settings is not None and self.text_settings.on:
             problem = "averages the features of whole texts, whose words a text prompt replaces."
@@ -203,7 +203,7 @@ class ClipPromptTuner(StartsAtImages):
             check_image_data(self.clip, data)
         if stage == "fit" and self.strategy is None:
             remedy = "Write a strategy, for example EvolutionStrategies(), or search (CMA-ES)."
-            raise SettingError("strategy", None, "and no search either: training needs one of the two.", remedy)
+            raise SettingError("strategy", None, "is missing: training needs a strategy or a search.", remedy)
         if stage == "fit" and isinstance(self.strategy, CandidateSearch):
             check_search(trainer.callbacks, data)
 

@@ -168,7 +168,7 @@ class ForwardModule(AllocatedModule):
         own = {id(p) for p in self.parameters()}
         for name, parameter in self.network.trainable().items():
             if id(parameter) not in own:
-                problem = "is trained and is no parameter of the task, so no checkpoint would have it."
+                problem = "is trained but is not a parameter of the task, so no checkpoint would contain it."
                 raise SettingError("network", name, problem, "Keep the network's module as an attribute of the task.")
 
     def on_train_start(self) -> None:

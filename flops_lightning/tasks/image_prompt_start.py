@@ -52,7 +52,7 @@ class StartsAtImages(ServedClassifier):
         """
         settings, prompt = self.image_settings, self.clip.image_prompt
         if prompt is None or settings is None:
-            raise SettingError("image_prompt", None, "there is none that could start.", "Give the task one.")
+            raise SettingError("image_prompt", None, "the task has no image prompt.", "Give the task one.")
         self.check_inputs(images)
         pixels = coloured(images.to(self.device))
         if self.scorer is not None:
@@ -71,6 +71,6 @@ class StartsAtImages(ServedClassifier):
         if isinstance(data, ImageDataModule) and images is not None and len(images):
             self.start_image_prompt(some_images(images, START_IMAGES))
         elif fit:
-            problem = "starts at patches of training images, and the data module is not one of this package."
-            remedy = "Call task.start_image_prompt(images) with a few of them before."
+            problem = "starts at patches of training images, but the data module is not one of this package."
+            remedy = "Call task.start_image_prompt(images) with a few of them first."
             raise SettingError("image_prompt", asdict(self.image_settings or ImagePrompt()), problem, remedy)

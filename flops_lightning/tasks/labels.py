@@ -38,7 +38,7 @@ def check_range(labels: Tensor, classes: int) -> None:
     if low > 0 and high == classes:
         remedy = "Subtract 1 if they begin with 1."
     raise SettingError(
-        "data", f"labels from {low} to {high}", f"the model tells {classes} classes apart, 0 to {classes - 1}.", remedy
+        "data", f"labels from {low} to {high}", f"the model has {classes} classes, 0 to {classes - 1}.", remedy
     )
 
 

@@ -35,7 +35,7 @@ def check_derivatives(model: Any, strategy: Any, kind: TargetKind) -> None:
     whole = isinstance(strategy, (Backprop, ForwardMode, WeightForwardMode))
     within = isinstance(strategy, LikelihoodRatio) and kind not in ("prompt", "prefix", "head")
     if (whole or within) and quantized(model) and not followed_by_autograd(model):
-        problem = f"has no derivative of the layers{OBSTACLE}."
+        problem = f"cannot compute the derivatives of the layers{OBSTACLE}."
         remedy = "Take MeZO, SPSA or EvolutionStrategies, or quantise nothing but weights (Int8WeightOnlyConfig)."
         raise SettingError("model.strategy", type(strategy).__name__, problem, remedy)
 

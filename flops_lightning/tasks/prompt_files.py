@@ -11,7 +11,7 @@ from flops_lightning.errors import SettingError
 
 KEY = "clip_prompts"
 """Where a checkpoint says what its prompts belong to."""
-REMEDY = "Give the settings of that run, or start anew without the checkpoint."
+REMEDY = "Give the settings of that run, or start a new run without the checkpoint."
 
 
 def check_same_prompts(saved: Mapping[str, Any] | None, own: Mapping[str, Any]) -> None:
@@ -20,7 +20,7 @@ def check_same_prompts(saved: Mapping[str, Any] | None, own: Mapping[str, Any]) 
     Both are what :attr:`ClipPromptTuner.identity` returns.
     """
     if saved is None:
-        problem = "holds no prompts of a ClipPromptTuner."
+        problem = "does not hold prompts of a ClipPromptTuner."
         raise SettingError("ckpt_path", KEY, problem, "Give a checkpoint of such a run.")
     then, now = saved["class_names"], own["class_names"]
     if then != now:
@@ -32,7 +32,7 @@ def check_same_prompts(saved: Mapping[str, Any] | None, own: Mapping[str, Any]) 
         if saved[name] != own[name]:
             raise SettingError(name, own[name], f"the checkpoint's run has {saved[name]!r}.", REMEDY)
     if saved["weights"] != own["weights"]:
-        problem = "are other weights of the model than those that the checkpoint's prompts were learned with."
+        problem = "are not the weights with which the checkpoint's prompts were learned."
         raise SettingError("checkpoint", own["weights"][:12], problem, REMEDY)
     for prompt in ("text_prompt", "image_prompt"):
         before, here = saved[prompt], own[prompt]

@@ -17,7 +17,7 @@ STEP = OptimizerSettings(name="sgd", lr=1.0)
 def search_in_place_of(search: SearchSettings, strategy: object, optimizer: Any, clip: Any) -> ForwardGradientStrategy:
     """The strategy of a search; others, and what would change its steps, are refused."""
     if strategy is not None:
-        problem = "is given as well, and a run learns by one of the two."
+        problem = "is given together with a search, but a run uses only one of them."
         raise SettingError("strategy", type(strategy).__name__, problem, "Write strategy: null, or search: null.")
     if optimizer is not None and read_settings(OptimizerSettings, optimizer, "optimizer") != STEP:
         raise SettingError("optimizer", optimizer, "has no effect on a search.", "Write optimizer: null.")
@@ -33,5 +33,5 @@ def check_search(callbacks: Sequence[Any], data: Any) -> None:
         raise SettingError("trainer.callbacks", "QueryAllocatorCallback", problem, "Remove it, or use a strategy.")
     for name in ("mixup_alpha", "cutmix_alpha"):
         if getattr(data, name, 0):
-            problem = "would have every generation scored on other images."
+            problem = "would score every generation on other images."
             raise SettingError(f"data.{name}", getattr(data, name), problem, "Write 0, or use a strategy.")

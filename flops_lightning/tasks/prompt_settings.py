@@ -62,7 +62,7 @@ class TextPrompt:
         check_whole(f"{name}.tokens", self.tokens, 0, whole.format(12))
         check_whole(f"{name}.dim", self.dim, 0, whole.format(500))
         if not self.on and self.dim:
-            problem = f"has nothing to move: {name}.tokens is 0."
+            problem = f"has no effect: {name}.tokens is 0."
             raise SettingError(f"{name}.dim", self.dim, problem, f"Write dim: 0, or {name}: null, for no prompt.")
         check_positive(f"{name}.sigma", self.sigma, "Write, for example, 0.02.")
         check_whole(f"{name}.queries", self.queries, 1, "Write, for example, 10.")
@@ -128,7 +128,7 @@ def take_sites(
             for field in ("sigma", "queries"):
                 if getattr(prompt, field) != getattr(TextPrompt, field):
                     problem = "has no effect: the strategy names its sites."
-                    remedy = "Set it of the site (sigma, queries_per_sample), or leave the sites out."
+                    remedy = "Set it in the site (sigma, queries_per_sample), or leave the sites out."
                     raise SettingError(f"{name}.{field}", getattr(prompt, field), problem, remedy)
         return
     owner = {name: stage if stage in stages else "scores" for name, stage in STAGES.items()}
@@ -156,10 +156,10 @@ def _take_pairing(strategy: ForwardGradientStrategy, pairing: Pairing) -> None:
         return
     usable = "Use EvolutionStrategies with variant: leave_one_out, or SPSA, or write pairing: split."
     if "pairing" not in strategy.settings:
-        problem = f"averages losses over the queries at the other prompt, which {type(strategy).__name__} cannot."
+        problem = f"averages losses over the other prompt's queries, which {type(strategy).__name__} does not support."
         raise SettingError("pairing", pairing, problem, usable)
     if variant not in CENTRED:
-        problem = f"compares queries with each other, not with the clean loss or nothing (variant: {variant})."
+        problem = f"compares queries with each other, which variant: {variant} does not."
         raise SettingError("pairing", pairing, problem, usable)
     cast("Any", strategy).pairing = pairing
 

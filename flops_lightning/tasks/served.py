@@ -123,7 +123,7 @@ def served_network(
         SettingError: a pairing for which the service's answers are too few, or prompts that it does not take.
     """
     if len(templates) > 1:
-        problem = "are several, and a service encodes one."
+        problem = "are several templates, but a service encodes only one."
         raise SettingError("template", tuple(templates[:2]), problem, "Give one, and write ensemble: false.")
     named = {name: value for name, value in vars(service).items() if name != "url"}
     scorer = HttpScorer(service.url, names, templates[0], doubled_names=doubled_names, **named)
@@ -153,7 +153,7 @@ def _answer(scorer: Scorer, pairing: Pairing | None, *, both: bool) -> Answer:
     if "features" in given and (pairing != "joint" or not both):
         return "features"
     if both and pairing != "joint":
-        problem = f"needs the features of texts and images apart, and the service gives {', '.join(given)}."
+        problem = f"needs separate features of texts and images, but the service returns {', '.join(given)}."
         raise SettingError("pairing", pairing or "split", problem, "Write pairing: joint.")
     in_turn: tuple[Answer, ...] = ("logits", "features", "losses")
     return next(each for each in in_turn if each in given)

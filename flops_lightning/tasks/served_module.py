@@ -77,7 +77,7 @@ class ServedModule(ForwardModule):
         """Refuse a limit that nothing counts towards, or that no step fits in, before a step is paid."""
         super().setup(stage)
         if self.max_queries and self.scorer is None:
-            problem = "counts rows of a service, and there is none."
+            problem = "counts the rows of a service, but there is no service."
             raise SettingError("max_queries", self.max_queries, problem, "Write spend: {queries: ...}.")
         if stage == "fit" and self.max_queries and self.strategy is not None:
             rows = self._usual(self.strategy)

@@ -66,7 +66,7 @@ def tune(
     if not rates and not widths:
         raise SettingError("rates", 0, "and widths 0 leave nothing to search for.", "Write rates: 8, or widths: 10.")
     if not isinstance(task, ForwardModule):
-        problem = "is no task of this package, whose settings could be tried."
+        problem = "is not a ForwardModule, so its settings cannot be tuned."
         raise SettingError("model", type(task).__name__, problem, "Tune a ForwardModule.")
     if task.strategy is None:
         raise SettingError("strategy", None, "training needs a strategy.", "Write, for example, LikelihoodRatio().")

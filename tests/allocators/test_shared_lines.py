@@ -106,7 +106,9 @@ def test_a_shared_item_is_as_good_as_any_count():
 
 
 def test_shared_lines_have_whole_numbers_and_one_entry_a_site():
-    with pytest.raises(SettingError, match=r"2\.5: is no number that all samples of a batch could have"):
+    with pytest.raises(
+        SettingError, match=r"2\.5: is not a whole number, but all samples of a batch get the same number"
+    ):
         QueryBudget((4, 2.5), shared=(False, True))
     with pytest.raises(SettingError, match=r"budget\.shared = \(True,\): must have one entry for each of 2 sites"):
         QueryBudget((4, 2), shared=(True,))

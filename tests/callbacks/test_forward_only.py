@@ -466,7 +466,7 @@ NOTHING = "has no parameter of the module that requires a gradient: there is not
     ("module", "settings", "message"),
     [
         (Manual, {}, "automatic_optimization = False: Manual calls backward itself"),
-        (OwnBackward, {}, "model = 'OwnBackward': has a backward of its own"),
+        (OwnBackward, {}, "model = 'OwnBackward': has its own backward"),
         (Iterates, {}, "training_step = 'Iterates': takes its batches from dataloader_iter"),
         (Searches, {}, "configure_optimizers = 'LBFGS': searches along lines"),
         (Vector, {}, "training_step = 'a tensor of shape (8,)': must return one number"),
@@ -474,7 +474,7 @@ NOTHING = "has no parameter of the module that requires a gradient: there is not
         (Differentiates, {}, "training_step = 'Differentiates': differentiates on its own, and autograd is off"),
         (Frozen, {}, f"configure_optimizers = ['SGD']: {NOTHING}"),
         (Stepless, {}, f"configure_optimizers = ['_MockOptimizer']: {NOTHING}"),
-        (Hides, {}, "configure_optimizers = '1 tensors': are no parameters of the module, and queries could not move"),
+        (Hides, {}, "configure_optimizers = '1 tensors': are not parameters of the module, so queries cannot perturb"),
         (Plain, {"precision": "bf16-true"}, "trainer.precision = 'bf16-true': is not supported"),
     ],
 )

@@ -121,9 +121,9 @@ class Unknown(pl.LightningDataModule):
 
 def test_data_of_an_unknown_normalisation_or_order_and_half_precision_are_refused(tmp_path) -> None:
     trainer = quiet_trainer(Robustness(**SMALL), default_root_dir=tmp_path)
-    with pytest.raises(SettingError, match=r"^data = 'Unknown': does not tell how it normalises images"):
+    with pytest.raises(SettingError, match=r"^data = 'Unknown': does not say how it normalises images"):
         trainer.test(classifier(), Unknown(), verbose=False)
-    with pytest.raises(SettingError, match=r"^test_dataloader = 'DataLoader': draws a new order each time"):
+    with pytest.raises(SettingError, match=r"^test_dataloader = 'DataLoader': does not keep the order of the images"):
         trainer.test(classifier(), Data(order=None), verbose=False)
     with pytest.raises(SettingError, match=r"^test_dataloader = 2: are several loaders"):
         trainer.test(classifier(), Several(), verbose=False)

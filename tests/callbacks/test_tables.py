@@ -142,7 +142,7 @@ def test_the_files_lie_in_the_folder_of_the_run_and_their_paths_are_told(tmp_pat
 
 def test_classes_that_do_not_fit_are_refused_before_the_test(tmp_path):
     module, trainer = Oracle(), quiet_trainer(ClassReport(), default_root_dir=tmp_path)
-    with pytest.raises(SettingError, match="the model tells 4 classes apart"):
+    with pytest.raises(SettingError, match="the model has 4 classes"):
         trainer.test(module, Data(["one", "two", "three", "four", "five"]), verbose=False)
     assert int(module.by_class.images.sum()) == 0
     del module.by_class
@@ -157,7 +157,7 @@ PLAIN = "writes labels and probabilities, or captions.*"
     ("data", "answer", "message"),
     [
         ({"loaders": [loader(), loader()]}, None, "2 loaders"),
-        ({"class_names": ["one", "two", "three", "four"]}, None, "the model tells 3 classes apart"),
+        ({"class_names": ["one", "two", "three", "four"]}, None, "the model has 3 classes"),
         ({}, PROBABILITY, rf"'torch.float32 \(7, 3\)': .*{PLAIN}"),
         ({}, [LABEL, PROBABILITY], f"'list': .*{PLAIN}"),
         ({}, {"label": LABEL}, rf"{{'label': 'torch.int64 \(7,\)'}}: .*{PLAIN}"),

@@ -173,7 +173,7 @@ def changed(key: str, value: object, settings: dict = SETTINGS) -> str:
         (["fit", "-c", "given.yaml", "--model.optimizer.lrr", "1"], "model.optimizer.lrr is not a setting. Did you"),
         (["fit", "-c", "given.yaml", "--model.strategy.tempo", "1"], "model.strategy.tempo is not a setting. Choose"),
         (["fit", "-c", "given.yaml", "--ckpt_path", "gone.ckpt"], "ckpt_path = 'gone.ckpt': is not a file."),
-        (["test", "-c", "given.yaml", "--ckpt_path", "best"], "ckpt_path = 'best': this process has trained nothing"),
+        (["test", "-c", "given.yaml", "--ckpt_path", "best"], "ckpt_path = 'best': this process has not trained"),
         (["fit", "-c", "given.yaml", "--model.init_args.strat.x=3"], "--model.init_args.strat.x is not a setting."),
     ],
 )
@@ -333,7 +333,7 @@ def test_a_refusal_while_building_is_printed_alone_with_the_setting_as_users_wri
         ("Toy", "DigitsDataModule", None, 10),
         ("Toy", "DigitsDataModule", 12, 12),  # a head with classes to spare
         ("Toy", "Unlabelled", 12, 12),
-        ("Toy", "Unlabelled", None, "model.num_classes = None: Unlabelled does not tell its number. Write it, or give"),
+        ("Toy", "Unlabelled", None, "model.num_classes = None: Unlabelled does not say how many. Write it, or give"),
         ("Guessing", "DigitsDataModule", None, 10),
         ("Guessing", "Unlabelled", None, 20),
         ("Guessing", "Unlabelled", 12, 12),

@@ -255,7 +255,7 @@ def test_settings_that_do_not_work_are_refused(tmp_path, settings, message):
 def test_no_tokens_no_setup(tmp_path):
     data = module(write_photos(tmp_path))
     data.tokenizer = None
-    with pytest.raises(SettingError, match="makes no tokens of captions"):
+    with pytest.raises(SettingError, match="is a scorer of captions"):
         data.setup("fit")
 
 

@@ -70,7 +70,7 @@ def test_the_gradient_of_its_losses_is_estimated_from_queries_alone(llm, eight_b
 
 
 def test_backprop_through_it_is_refused_instead_of_being_zero(eight_bits):
-    message = r"has no derivative, as autograd does not follow its quantised products\. Use .* LikelihoodRatio"
+    message = r"has no derivative, since autograd cannot differentiate its quantised products\. Use .* LikelihoodRatio"
     with pytest.raises(SettingError, match=message):
         Backprop().bind(stage_network(adapter()), CaptionLoss(eight_bits, visual_tokens=2))
 

@@ -166,7 +166,9 @@ def test_settings_out_of_range_are_refused(settings, message):
 
 
 def test_what_muon_cannot_do_is_told():
-    with pytest.raises(SettingError, match=r"optimizer.name = 'muon': finds no matrix to train but embeddings and"):
+    with pytest.raises(
+        SettingError, match=r"optimizer.name = 'muon': has no matrix to train other than embeddings and"
+    ):
         build_optimizer(nn.Linear(3, 2), OptimizerSettings("muon"))
     with pytest.raises(SettingError, match=r"Muon does not precondition. Write metric: parameters"):
         squared_step_sizes(build_optimizer(convolutional(), OptimizerSettings("muon")), {})

@@ -129,7 +129,7 @@ def test_any_optimiser_is_built_by_its_path():
     [
         ({"name": "lion"}, r"name = 'lion': is neither one of adam, adamw, muon, sgd nor the path"),
         ({"name": "torch.nn.Linear"}, r"nor the path of an optimiser. Write, for example, torch.optim.RMSprop"),
-        ({"name": "torch.optim.LBFGS"}, r"evaluates the loss again within a step"),
+        ({"name": "torch.optim.LBFGS"}, r"evaluates the loss several times in a step"),
         ({"arguments": {"lr": 1.0}}, r"has lr, which are settings of their own"),
         ({"arguments": {"gamma": 1.0}}, r"optimizer.arguments = .*unexpected keyword argument 'gamma'"),
     ],

@@ -308,7 +308,7 @@ def test_overlays_and_settings_hold_as_for_fit(capsys):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--ckpt_path", "x.ckpt"], "ckpt_path = 'x.ckpt': a plan is of a whole run. Leave it out"),
+        (["--ckpt_path", "x.ckpt"], "ckpt_path = 'x.ckpt': a plan covers a whole run. Leave it out"),
         (["--seconds", "0"], "seconds = 0.0: must be a number above 0. Write, for example, 10."),
         (["--second", "3"], "--second is not a setting. Did you mean `seconds`?"),
         (["--trainer.max_epochs", "0"], "leave no step to run. Set these limits above 0, or -1 for none."),

@@ -120,7 +120,7 @@ def test_limits_that_leave_no_room_are_told_before_anything_is_asked(server, llm
     with pytest.raises(SettingError, match=rf"max_queries = {STEP - 1}: is below one step, which takes {STEP}"):
         fit(task, photos, tmp_path)
     assert task.scorer.usage.rows == 0
-    with pytest.raises(SettingError, match=r"max_queries = 10: counts rows of a service, and there is none"):
+    with pytest.raises(SettingError, match=r"max_queries = 10: counts the rows of a service, but there is no service"):
         fit(aligner(llm, max_queries=10), photos, tmp_path)
     most = 10 * (1 + QUERIES) + VALIDATION - 1
     with pytest.raises(SpentQueriesError, match=rf"the next step takes {VALIDATION}\. Saved"):
@@ -154,7 +154,7 @@ def test_what_needs_the_model_here_says_what_works(server, llm, photos, tmp_path
         remote(server, llm, init="embedding")
     data = captions(photos, captions=None, template="a {} .", batch_size=BATCH)
     task = remote(server, llm)
-    with pytest.raises(SettingError, match=r"scores captions and writes none"):
+    with pytest.raises(SettingError, match=r"can only score captions, not write them"):
         fit(task, photos, tmp_path, max_steps=1).predict(task, data)
 
 

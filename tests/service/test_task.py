@@ -106,7 +106,7 @@ def test_a_run_through_a_service_is_that_of_one_process(server, name):
 def test_a_service_of_losses_trains_and_validates_without_predictions(answers, tmp_path):
     with ScoringServer(answers(answers=("losses",))) as server:
         for name, settings in (("split", {}), ("crossed", SETTINGS["crossed"])):
-            refusal = rf"pairing = '{name}': needs the features .* gives losses. Write pairing: joint"
+            refusal = rf"pairing = '{name}': needs separate features .* returns losses. Write pairing: joint"
             with pytest.raises(SettingError, match=refusal):
                 tuner(server, **copy.deepcopy(settings))
         task = tuner(server, pairing="joint", text_prompt=SAME, image_prompt=SAME)
@@ -232,7 +232,7 @@ def test_checkpoints_of_another_model_are_refused_before_anything_is_asked(serve
     server.answers.info = type(server.answers.info)(**{**vars(server.answers.info), "model": "letters"})
     other = tuner(server)
     rows = other.scorer.usage.rows
-    with pytest.raises(SettingError, match=r"checkpoint = 'service lett': are other weights of the model"):
+    with pytest.raises(SettingError, match=r"checkpoint = 'service lett': are not the weights"):
         fit(other, ckpt_path=tmp_path / "run.ckpt")
     assert other.scorer.usage.rows == rows
     with pytest.raises(SettingError, match=r"template = .*the checkpoint's run has"):
@@ -255,7 +255,7 @@ def test_settings_that_do_not_go_together_are_refused(server, answers):
             local_tuner(**given)
     with pytest.raises(SettingError, match=rf"max_queries = {STEP - 1}: is below one step, which takes {STEP}"):
         fit(tuner(server, max_queries=STEP - 1))
-    with pytest.raises(SettingError, match=r"max_queries = 10: counts rows of a service, and there is none"):
+    with pytest.raises(SettingError, match=r"max_queries = 10: counts the rows of a service, but there is no service"):
         fit(local_tuner(max_queries=10))
     with pytest.raises(SettingError, match=r"answers with numbers alone"):
         fit(tuner(server, strategy=Backprop()))

@@ -119,7 +119,7 @@ def test_the_spread_is_that_of_all_ranks_one_without_queries_included(tokens_net
 def test_what_is_refused(tokens_net, tokens):
     with pytest.raises(SettingError, match=r"normalize = 'max': is not one of the choices"):
         SPSA(normalize="max")
-    with pytest.raises(SettingError, match=r"normalize = 'std': .*pilots would have another one.*pilots: \{queries: 0"):
+    with pytest.raises(SettingError, match=r"normalize = 'std': .*another one for pilots.*pilots: \{queries: 0"):
         SPSA(normalize="std", pilots=PilotSpec("lowest", 2))
     with pytest.raises(SettingError, match=r"ForwardOnly.strategy = 'SPSA': .*normalize: none"):
         ForwardOnly(SPSA(normalize="std"))

@@ -158,7 +158,7 @@ def test_features_serve_without_an_encoder(llm, photos, tmp_path):
             fitted(other, captions(photos, cache_dir=cache + "2"), tmp_path, resume=tmp_path / file)
     with pytest.raises(SettingError, match=r"data = \(7,\): the adapter takes features \(12,\)"):
         blind.split((torch.zeros(2, 7), None))
-    with pytest.raises(SettingError, match="makes no features of images"):
+    with pytest.raises(SettingError, match="is needed to compute features of images"):
         blind.split((torch.zeros(2, 3, 8, 8), None))
 
 
@@ -248,7 +248,7 @@ def test_a_checkpoint_knows_its_language_model_by_name_and_config(llm, photos, t
     plain = torch.load(tmp_path / "a.ckpt", weights_only=True)
     del plain["adapter_alignment"]
     torch.save(plain, tmp_path / "b.ckpt")
-    with pytest.raises(SettingError, match="holds no adapter of an AdapterAlignment"):
+    with pytest.raises(SettingError, match="does not hold an adapter of an AdapterAlignment"):
         fitted(aligner(llm), captions(photos), tmp_path, resume=tmp_path / "b.ckpt")
 
 
@@ -262,7 +262,7 @@ def test_a_checkpoint_knows_its_language_model_by_name_and_config(llm, photos, t
         ({"encoder": "ViT-B-32"}, "encoder_kwargs.*are arguments of timm's models"),
         ({"encoder": ""}, "encoder_kwargs.*has no effect without an encoder"),
         ({"encoder": "", "encoder_kwargs": None}, "feature_width = 0: is needed"),
-        ({"feature_width": 5}, "feature_width = 5: the encoder tells it"),
+        ({"feature_width": 5}, "feature_width = 5: is known from the encoder"),
         ({"feature": "patches", "visual_tokens": 3}, "each of the 4 patches becomes one vector"),
         ({"encoder_kwargs": {**MODEL["encoder_kwargs"], "class_token": False, "global_pool": "avg"}}, "no class token"),
         ({"prompt": "plane"}, "prompt = 'plane'"),
@@ -291,7 +291,7 @@ def test_a_scorer_in_the_place_of_a_name(llm, photos, tmp_path):
     ):
         with pytest.raises(SettingError, match=message):
             aligner(scorer, **settings)
-    with pytest.raises(SettingError, match="makes no tokens: it was given as a scorer"):
+    with pytest.raises(SettingError, match="is a scorer, which does not tokenise captions"):
         fitted(aligner(scorer), captions(photos), tmp_path)
 
 

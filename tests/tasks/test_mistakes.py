@@ -106,7 +106,7 @@ def test_a_model_that_returns_something_else_than_logits_is_refused(settings, me
         ((IMAGES, torch.nn.functional.one_hot(LABELS)), r"targets of torch.int64 \(12, 10\)"),
         ((IMAGES, torch.tensor(3)), r"targets of torch.int64 \(\)"),
         ((IMAGES, [*LABELS]), "data = 'targets of list'"),
-        ((IMAGES, LABELS + 1), "data = 'labels from 1 to 10': the model tells 10 classes apart, 0 to 9. Subtract 1 if"),
+        ((IMAGES, LABELS + 1), "data = 'labels from 1 to 10': the model has 10 classes, 0 to 9. Subtract 1 if"),
         ((IMAGES, LABELS + 2), "data = 'labels from 2 to 11': .* Give labels from 0 on, or a larger num_classes"),
         ((IMAGES, LABELS - 1), "data = 'labels from -1 to 8'"),
     ],
@@ -148,7 +148,7 @@ class Listed(torch.utils.data.Dataset[Any]):
 @pytest.mark.parametrize("dataset", [Listed(), TensorDataset(torch.zeros(64, 1, 8, 8), torch.tensor(Listed.targets))])
 def test_labels_that_a_data_set_tells_are_checked_before_the_first_step(dataset, make_task, make_trainer, steps):
     task, loader = make_task(strategy=Backprop()), DataLoader(dataset, batch_size=4)
-    with pytest.raises(SettingError, match="data = 'labels from 0 to 10': the model tells 10 classes apart"):
+    with pytest.raises(SettingError, match="data = 'labels from 0 to 10': the model has 10 classes"):
         make_trainer().fit(task, loader)
     good = DataLoader(TensorDataset(IMAGES, LABELS), batch_size=4)
     with pytest.raises(SettingError, match="data = 'labels from 0 to 10'"):
@@ -167,7 +167,7 @@ def test_validation_takes_probabilities_as_training_does(make_task, make_trainer
 
 def test_several_sets_to_validate_or_test_with_are_refused(make_task, make_trainer, steps):
     task = make_task(strategy=Backprop())
-    message = r"{}_dataloader = '2 loaders': a classifier counts the images of one. Return one, or test each in a run"
+    message = r"{}_dataloader = '2 loaders': a classifier counts the images of a single loader. Return one"
     for sanity in (0, 1):
         with pytest.raises(SettingError, match=message.format("val")):
             make_trainer(num_sanity_val_steps=sanity).fit(task, Given(loaders=2))

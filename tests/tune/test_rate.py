@@ -122,7 +122,7 @@ class OwnOptimizer(Quadratic):
 
 
 REFUSED = {
-    "no task": (lambda: nn.Linear(1, 1), {}, "model = 'Linear': is no task of this package"),
+    "no task": (lambda: nn.Linear(1, 1), {}, "model = 'Linear': is not a ForwardModule"),
     "no strategy": (lambda: ForwardImageClassifier(**MODEL), {}, "strategy = None: training needs a strategy."),
     "processes": (
         lambda: Quadratic(lr=0.1), {"settings": {**QUIET, "devices": 2}},
