@@ -259,7 +259,7 @@ def test_a_run_without_test_images_trains_and_says_so(make_task, make_trainer, c
     with caplog.at_level("INFO", logger="lightning.pytorch"):
         make_trainer(RunSummary(export_weights=False)).fit(make_task(), Untested(batch_size=32))
     assert "no test: data.test_share = 0.0: has no images to test with" in caplog.text
-    assert "test accuracy        unknown, there are no test images" in caplog.text
+    assert "\nvalidation           " in caplog.text
 
 
 @pytest.mark.parametrize(
