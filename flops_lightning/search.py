@@ -29,11 +29,11 @@ class SearchSettings:
     """Settings of CMA-ES; those of BPT-VLM by default.
 
     Attributes:
-        population: Candidates of a generation, 4 or more.
+        population: Candidates per generation, at least 4.
         sigma: Standard deviation of the first generation's coordinates.
-        diagonal: Keep to a diagonal covariance: a generation costs ``O(d)`` and not ``O(d^2)`` operations, and what is
-            learned of coordinates does not turn.
-        seed: Of the candidates, 1 or more; None: the seed of ``seed_everything``.
+        diagonal: Use a diagonal covariance: a generation costs ``O(d)`` instead of ``O(d^2)`` operations, but
+            correlations between coordinates are not learned.
+        seed: Seed of the candidates, at least 1; None: the seed of ``seed_everything``.
 
     Example:
         >>> SearchSettings(seed=0).check()

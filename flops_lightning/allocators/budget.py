@@ -47,26 +47,26 @@ DENSE = 6
 
 @dataclass
 class BudgetSettings:
-    """How many queries of a sample a step spends on average.
+    """How many queries per sample a step spends on average.
 
     Attributes:
         rule: ``fixed``: the module's own budget. ``improvement``: at each site the number with the largest guaranteed
             decrease of the loss for its cost (``allocators/budget.py``), and the module's own until a gradient has
             been measured.
-        price: What a step should be cheap in. ``compute``: counted forward-equivalents. ``queries``: a query costs as
-            much as a clean pass, whatever the site, and local derivatives cost nothing (a paid API). ``given``:
+        price: How the cost of a step is measured. ``compute``: counted forward-equivalents. ``queries``: a query costs
+            as much as a clean pass, whatever the site, and local derivatives cost nothing (a paid API). ``given``: by
             ``given_costs``.
         given_costs: Cost of a query at each site, from bottom to top. Only with ``given``.
-        given_fixed: Cost of a sample without any query, in the same unit. Only with ``given``.
-        least: Least average of a site. Below 1 only some samples have a query.
-        most: Largest average of a site.
-        every: Steps from one measurement of the gradient to the next, at most; early in a run they are closer. Each
-            costs two clean passes of a quarter of the batch.
+        given_fixed: Cost of a sample apart from its queries, in the same unit. Only with ``given``.
+        least: Smallest average at a site. Below 1 only some samples get a query.
+        most: Largest average at a site.
+        every: Largest number of steps between two measurements of the gradient; early in a run there are fewer. Each
+            measurement costs two clean passes of a quarter of the batch.
         window: Measurements over which signal and noise are averaged, with decaying weights.
-        metric: Units in which the parameters' gradients are compared: as they are (``parameters``), or
+        metric: Units in which the parameters' gradients are compared: unchanged (``parameters``), or
             ``preconditioned`` by the optimiser, each squared derivative divided by Adam's running mean square.
-        noise_curvature: Curvature of the loss along the noise of the queries over that along the gradient; 1 is the
-            bound's assumption. Where noise meets less of it, fewer queries are best.
+        noise_curvature: Curvature of the loss along the noise of the queries, divided by that along the gradient; the
+            bound assumes 1. If it is smaller, fewer queries are best.
 
     Example:
         >>> BudgetSettings(rule="improvement", price="queries", least=0.5).check()

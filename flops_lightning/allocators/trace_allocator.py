@@ -37,10 +37,10 @@ class TraceAllocator(QueryAllocator):
 
         Args:
             traces: Where the traces come from.
-            min_queries: Least queries of a sample, raised to the next multiple of the budget's ``multiple``. A fraction
-                below 1: least expected queries of a sample; those who expect less than one are drawn, and weighted by
-                the inverse of their probability (Horvitz and Thompson, 1952). Where a budget chosen
-                at every step cannot pay for it, it is a quarter of the average.
+            min_queries: Minimum number of queries per sample, rounded up to a multiple of the budget's ``multiple``. A
+                fraction below 1: the minimum expected number; samples that expect less than one query are drawn at
+                random and weighted by their inverse probability (Horvitz and Thompson, 1952). If a budget chosen at
+                every step is too small for it, it is a quarter of the average.
         """
         if not 0 < min_queries < 1:
             check_at_least("min_queries", min_queries, self.least_min_queries)
@@ -120,8 +120,8 @@ class SearchAllocator(TraceAllocator):
 
         Args:
             draws: Draws K over which J and its gradient are averaged.
-            max_iterations: Gradient steps on a batch after which it counts as not converged.
-            seed: Seed of the draws. The draws of a batch depend on it and on the number of batches before.
+            max_iterations: Gradient steps after which the optimisation on a batch counts as not converged.
+            seed: Seed of the draws. Those of a batch depend on it and on the number of batches so far.
             **settings: ``traces`` (None: pilots, as in the paper) and ``min_queries``.
         """
         super().__init__(**settings)

@@ -29,19 +29,19 @@ START_PRIOR = 4.0  # nu until there are residuals of the prediction to learn it 
 
 @dataclass
 class TraceSettings:
-    """Where an allocator takes the traces from.
+    """Where an allocator gets the traces from.
 
     Attributes:
         source: ``prediction``: a regression on quantities of the clean pass, fitted to the queries of earlier steps;
             needs no pilots. ``pilots``: the pilot estimates; sites without pilots use those of the other sites.
             ``both``: pilot estimates shrunk towards the prediction.
-        predictors: Features of the regression beside ``tanh(loss)``; ``activation`` selects all names that begin with
+        predictors: Features of the regression, besides ``tanh(loss)``; ``activation`` selects all names that begin with
             ``activation.``. Empty: all that the module returns. ``["loss"]``: only ``tanh(loss)``.
         window: Number of past batches that the regression is fitted to. 0: no regression; traces are proportional to
             the first of ``top_gradient``, ``head_gradient`` and ``output_gradient`` that the module returns.
         ridge: Strength of the regression's prior, relative to its observations.
-        prior_strength: ``nu``, the weight of the prediction beside pilots, in degrees of freedom; 0: estimated from the
-            residuals of the regression.
+        prior_strength: ``nu``, the weight of the prediction relative to pilots, in degrees of freedom; 0: estimated
+            from the residuals of the regression.
 
     Example:
         >>> TraceSettings(source="both", predictors=["output_gradient", "loss"]).window

@@ -31,32 +31,30 @@ class PhotoDataModule(ImageDataModule):
     inside stops the run when it is read.
 
     Attributes:
-        source: Where the images lie, which there are, and how to get them.
-        normalizations: Mean and standard deviation by the names that ``normalization`` may have.
+        source: Where the images are, which ones exist, and how to get them.
+        normalizations: Mean and standard deviation for each value of ``normalization``.
 
     Args:
         root: Folder that holds the data set.
         image_size: Height and width of the images, in pixels; all are resized to this square, bicubically.
-        images_per_class: Training images of each class; 0 uses all. With ``split_seed`` 1, 2 and 3 there are three
-            draws.
-        val_images_per_class: Validation images of each class; 0 uses all. CoOp takes 4 beside 16 to train. They are
-            chosen from the validation part, which is split off the training part where the data set has none.
-        val_images: Images split off the training part for validation, each class keeping its share; 0 for none.
-        test_images: Images of the test part to test with, each class keeping its share; 0 uses all, which is what
-            published accuracies are measured on.
-        val_share: Share of each class's images to validate with.
-        test_share: Share of each class's images to test with.
-        split_file: A split to use instead of the shares, JSON in the form of CoOp's ``split_zhou_*.json``.
-        split_seed: Chooses the images of the settings above; independent of the seed of the run, so that runs with
-            different seeds are measured on the same images. From 0 to 2**32 - 1.
-        allow_missing: Leave out listed images that are not there, and classes without any, and say how many; otherwise
-            the first one is an error. Without it, a class with fewer images than asked for is an error too.
+        images_per_class: Training images per class; 0 uses all. ``split_seed`` 1, 2 and 3 give three different draws.
+        val_images_per_class: Validation images per class; 0 uses all. CoOp uses 4, with 16 for training. They are
+            chosen from the validation part, which is split off the training part if the data set has none.
+        val_images: Images split off the training part for validation, stratified by class; 0 for none.
+        test_images: Images of the test part for testing, stratified by class; 0 uses all, as published accuracies do.
+        val_share: Share of each class's images for validation.
+        test_share: Share of each class's images for testing.
+        split_file: A split to use instead of the shares, a JSON file in the format of CoOp's ``split_zhou_*.json``.
+        split_seed: Seed for choosing the images of the settings above; independent of the seed of the run, so that runs
+            with different seeds are tested on the same images. From 0 to 2**32 - 1.
+        allow_missing: Leave out missing images and classes without any, and log how many; otherwise the first one is an
+            error, and so is a class with fewer images than requested.
         augment: Augment training images: photos are cropped at random (8 % to 100 % of the area, 3:4 to 4:3), the
             images of CIFAR shifted by up to an eighth of their size, on black; half of them are mirrored.
-        normalization: Mean and standard deviation of the pixels: ``backbone`` asks the task's timm model for those that
-            its weights were trained with; ``imagenet``, ``inception`` (0.5 each, most of timm's ViTs) and ``clip`` set
+        normalization: Mean and standard deviation of the pixels: ``backbone`` uses those with which the task's timm
+            model was trained; ``imagenet``, ``inception`` (0.5 each, most of timm's ViTs) and ``clip`` set
             them.
-        download: Fetch the data set into ``root`` unless it is there and whole, where torchvision can.
+        download: Download the data set into ``root`` unless it is complete, if torchvision can.
     """
 
     in_chans = 3

@@ -17,22 +17,22 @@ _ONLY_FOR = {
 
 @dataclass
 class LanguageTarget:
-    """Setting: which parameters of a language model learn.
+    """Setting: which parameters of a language model are trained.
 
     Attributes:
-        kind: ``full``: all. ``lora``: low-rank additions to linear layers (Hu et al., ICLR 2022). ``prompt``: tokens
+        kind: ``full``: all. ``lora``: low-rank updates of linear layers (Hu et al., ICLR 2022). ``prompt``: tokens
             before the text (prompt tuning, Lester et al., EMNLP 2021). ``prefix``: keys and values before the text in
             every layer (prefix tuning, Li and Liang, ACL 2021). ``norm``: the normalisation layers. ``bias``: the
-            biases (BitFit, Ben Zaken et al., ACL 2022). ``head``: the output layer. The first three after ``full`` are
-            those of the library peft.
-        rank: ``lora`` only: rank of each addition.
-        alpha: ``lora`` only: an addition is scaled by ``alpha / rank``.
-        modules: ``lora`` only: endings of the names of the modules that get one, as peft takes them; None: peft's
+            biases (BitFit, Ben Zaken et al., ACL 2022). ``head``: the output layer. ``lora``, ``prompt``
+            and ``prefix`` use the library peft.
+        rank: ``lora`` only: rank of each update.
+        alpha: ``lora`` only: updates are scaled by ``alpha / rank``.
+        modules: ``lora`` only: suffixes of the names of the modules to update, as peft expects them; None: peft's
             choice for the architecture.
         tokens: ``prompt`` and ``prefix`` only: their number. Both start at random tokens of the vocabulary: a prompt at
             their embeddings, a prefix at the keys and values that the model has for them.
-        untie: ``full`` and ``head`` only: give the output layer a copy of the embedding where the two share a weight.
-            Queries that start between the two cannot train a weight of both.
+        untie: ``full`` and ``head`` only: give the output layer a copy of the embedding if the two share a weight.
+            Queries that start between the two cannot train a shared weight.
 
     Example:
         >>> LanguageTarget(kind="lora", rank=8, alpha=16.0).check()

@@ -24,7 +24,7 @@ ScheduleName = Literal["constant", "cosine"]
 
 @dataclass
 class OptimizerSettings:
-    """How gradients become steps; the defaults are the paper's (Adam, 1e-4, constant).
+    """Optimiser and learning-rate schedule; the defaults are the paper's (Adam, 1e-4, constant).
 
     Attributes:
         name: ``adam``, ``adamw``, ``sgd``, or ``muon`` (:class:`flops_lightning.optim.muon.Muon`: hidden matrices, and
@@ -32,15 +32,15 @@ class OptimizerSettings:
             ``torch.optim.RMSprop``.
         arguments: Further arguments of the optimiser, by name.
         lr: Learning rate (its peak, under a schedule).
-        weight_decay: Weight decay, not applied to biases, norms and other parameters of one dimension.
+        weight_decay: Weight decay, not applied to biases, norms and other one-dimensional parameters.
         momentum: Momentum of ``sgd`` and ``muon``.
         schedule: ``constant``, or ``cosine`` down to zero at the last step.
         warmup_steps: Steps of linear warm-up from zero.
         layer_decay: Factor of the learning rate from each block to the one below it, counted by timm from the head
             down; 1: the same for all.
         bias_lr_factor: Factor of the learning rate of biases.
-        accumulate_grad_batches: Batches whose mean gradient makes one step, fewer at the end of an epoch (the trainer's
-            own setting of this name has no effect under manual optimisation).
+        accumulate_grad_batches: Number of batches whose mean gradient makes one step, fewer at the end of an epoch (the
+            trainer's own setting of this name has no effect under manual optimisation).
 
     Example:
         >>> from flops_lightning.tasks import OptimizerSettings
@@ -87,7 +87,7 @@ class ClipSettings:
     """Clipping of the gradient's norm.
 
     Attributes:
-        norm: Largest norm of the gradient, 0 for no clipping. With ``attention_norm``, of all other parameters.
+        norm: Largest norm of the gradient; 0: no clipping. With ``attention_norm``, that of all other parameters.
         attention_norm: Largest norm of the gradient of the attention layers (names with ``.attn.``), clipped separately
             as the paper advises (FLOPS, appendix C.4); 0: not separately.
 

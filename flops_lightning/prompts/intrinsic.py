@@ -17,12 +17,12 @@ class PromptSpec:
 
     Attributes:
         tokens: Number of prompt tokens ``n``.
-        dim: Numbers that are trained: of the whole prompt (``flat``), or of each token (``by_token``).
+        dim: Number of trained numbers: of the whole prompt (``flat``), or of each token (``by_token``).
         coordinates: ``flat``: one vector ``z`` for all tokens, as in BPT-VLM. ``by_token``: one for each token, the
             ``z in R^(m x d)`` of the paper.
-        init: Where the prompt starts, ``p0``. ``data``: at the words of the template before the class name, or, of an
+        init: Where the prompt starts, ``p0``. ``data``: at the words of the template before the class name, or, for an
             image prompt, at the mean patch token. ``zeros``.
-        seed: Seed of ``W``, from 0 to 2**31 - 1. A text and an image prompt with the same seed draw other numbers.
+        seed: Seed of ``W``, from 0 to 2**31 - 1. Text and image prompts with the same seed draw different numbers.
 
     Example:
         >>> PromptSpec(tokens=4, dim=8).coordinates

@@ -235,8 +235,9 @@ class ChunkedStrategy(ForwardGradientStrategy):
             chunk_rows: Upper bound of the rows in one forward pass; bounds the memory, never changes the estimate.
                 ``auto``: as many as suit the device, chosen at the first batch.
             seed: Seed of all noise and masks; None: the seed of ``seed_everything``.
-            generator: What draws the noise. ``philox``: the same numbers on every device, to rounding; slow on a CPU.
-                ``torch``: others on each kind of device; slow on a GPU. ``auto``: ``torch`` on a CPU, else ``philox``.
+            generator: What draws the noise. ``philox``: the same numbers on every device, up to rounding; slow on a
+                CPU. ``torch``: different numbers on each kind of device; slow on a GPU. ``auto``: ``torch`` on a CPU,
+                else ``philox``.
         """
         super().__init__()
         self._generator, self.generator = GeneratorChoice(generator), generator

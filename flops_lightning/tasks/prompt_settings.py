@@ -20,18 +20,18 @@ STAGES = {"text_prompt": "scores", "image_prompt": "image_prompt"}
 
 @dataclass(frozen=True)
 class TextPrompt:
-    """Setting: a prompt, where it starts, and how its numbers are moved; see :class:`PromptSpec`.
+    """Setting: a prompt, where it starts, and how its numbers are perturbed; see :class:`PromptSpec`.
 
     Attributes:
         tokens: Number of prompt tokens; 0 (with ``dim: 0``): no prompt.
-        dim: Numbers that are trained: of the whole prompt (``flat``), or of each token (``by_token``).
+        dim: Number of trained numbers: of the whole prompt (``flat``), or of each token (``by_token``).
         coordinates: ``flat``: one vector ``z`` for all tokens. ``by_token``: one for each token.
         init: ``data``: the prompt starts at the words of the template, or at the mean patch of training images.
             ``zeros``.
         seed: Seed of the frozen random matrix ``W``.
-        sigma: Standard deviation of the noise on ``z``, whose coordinates travel about 1. It and ``queries`` are those
-            of strategies that name no sites; backprop and searches have no use for them.
-        queries: Queries a step: text draws, which all images share, or draws of each image.
+        sigma: Standard deviation of the noise on ``z``, whose coordinates travel a distance of about 1. It and
+            ``queries`` apply to strategies that name no sites; backprop and searches do not use them.
+        queries: Queries per step: text draws, which all images share, or draws per image.
 
     Example:
         >>> TextPrompt(tokens=4, dim=100).spec.dim

@@ -24,7 +24,7 @@ from flops_lightning.tasks.served_module import ServedModule
 
 
 class ServedClassifier(ServedModule, ClassifierModule):
-    """A :class:`ClassifierModule` whose network may be a :class:`ServiceCLIP`; as any other one without."""
+    """A :class:`ClassifierModule` whose network may be a :class:`ServiceCLIP`; without a service like any other."""
 
     service_settings: ServiceSettings | None
 
@@ -32,7 +32,7 @@ class ServedClassifier(ServedModule, ClassifierModule):
         """Check the settings.
 
         Args:
-            service: A service that scores in the place of a model here; see docs/service.md.
+            service: A service that scores instead of a local model; see docs/service.md.
             **settings: ``max_queries`` (see :class:`ServedModule`), and those of :class:`ClassifierModule`.
         """
         super().__init__(**settings)

@@ -31,17 +31,17 @@ class Asked(Protocol):
 
 
 class ServedModule(ForwardModule):
-    """A :class:`ForwardModule` whose rows a service may score; as any other one without.
+    """A :class:`ForwardModule` whose rows a service may score; without a service like any other.
 
-    Logs ``service/calls``, ``service/rows`` and so on (see :class:`Usage`), in all of the run's parts together.
+    Logs ``service/calls``, ``service/rows`` and so on (see :class:`Usage`), totals over all parts of the run.
     """
 
     def __init__(self, *, max_queries: int = 0, **settings: Any) -> None:
         """Check the settings.
 
         Args:
-            max_queries: Rows of the service, those of validation and of all processes included, before which the run
-                stops with a checkpoint to go on from; 0: no limit.
+            max_queries: Limit on the rows of the service, including those of validation and of all processes. The run
+                stops before it with a checkpoint to continue from; 0: no limit.
             **settings: See :class:`ForwardModule`.
         """
         super().__init__(**settings)

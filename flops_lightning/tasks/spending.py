@@ -11,14 +11,14 @@ from flops_lightning.strategies.base import ForwardGradientStrategy
 
 @dataclass
 class SpendSettings:
-    """Where a run ends, in what it spends in all processes together; the trainer's own limits hold beside it.
+    """Ends a run by what all its processes have spent together; the trainer's own limits hold as well.
 
-    A ``cosine`` schedule then follows the share that is spent instead of the steps.
+    A ``cosine`` schedule then follows the share that is spent, not the steps.
 
     Attributes:
         queries: Queries, as ``queries/total`` counts them; 0: no limit.
         forward_equivalents: Compute, as ``queries/forward_equivalents`` counts it; 0: no limit.
-        clean_passes: Whether clean passes count as queries, as for a service that is paid by the call.
+        clean_passes: Whether clean passes count as queries, as for a service that charges per call.
 
     Example:
         >>> SpendSettings(queries=150_000).limited

@@ -30,24 +30,24 @@ class VisionEncoder:
 
     Attributes:
         width: Width ``f`` of a feature.
-        places: Number of patches; 1 where the feature is one vector.
+        places: Number of patches; 1 if the feature is one vector.
         name: Name and hash of the weights and arguments.
-        backbone: Size, mean and standard deviation of its images, as data modules ask for them.
+        backbone: Size, mean and standard deviation of its images, in the form that data modules read.
     """
 
     def __init__(self, name: str, checkpoint: str, kwargs: Mapping[str, Any], feature: Feature) -> None:
         """Load it.
 
         Args:
-            name: A model of timm; or one of open_clip, or ``local-dir:FOLDER``, of which the image tower is taken.
-            checkpoint: A file; a tag of open_clip's weights; ``pretrained``: timm's. Empty: random ones, to plan a run.
+            name: A timm model; or the image tower of an open_clip model or of ``local-dir:FOLDER``.
+            checkpoint: A file; a tag of open_clip weights; ``pretrained``: timm's. Empty: random ones, to plan a run.
             kwargs: Further arguments of ``timm.create_model``.
             feature: ``cls_pre_norm``: the class token before the last norm, as in LLaVA and the paper; ``pooled``:
-                what the head reads of timm's model, the normalised class token of CLIP's; ``patches``: the patches'
+                the input of the head in a timm model, the normalised class token in a CLIP; ``patches``: the patches'
                 tokens before the last norm.
 
         Raises:
-            SettingError: an unknown name, weights that cannot be had, or a model without such a feature.
+            SettingError: an unknown name, weights that cannot be loaded, or a model without such a feature.
         """
         check_choice("feature", feature, get_args(Feature))
         self.feature: Feature = feature
