@@ -224,7 +224,7 @@ class AdapterAlignment(ServedModule):
         if not isinstance(inputs, Tensor) or [*inputs.shape[1:]] != [*places, self.feature_width]:
             given = tuple(inputs.shape[1:]) if isinstance(inputs, Tensor) else type(inputs).__name__
             problem = f"the adapter takes features {(*places, self.feature_width)} of a sample."
-            raise SettingError("data", given, problem, "Give such features, or correct feature_width or encoder.")
+            raise SettingError("data", given, problem, "Correct them, or feature_width, visual_tokens or encoder.")
 
     def _clean_pass(self, batch: Batch) -> CleanPass:
         if self.sigma is None and self.hparams["relative_sigma"]:
@@ -268,9 +268,8 @@ class AdapterAlignment(ServedModule):
         """``caption``: of each image what the language model writes, taking the likeliest token each time."""
         inputs, captions = self.split(batch)
         given = captions.trimmed() if captions.given is not None else None
-        return {
-            "caption": greedy_captions(self.loss, self.tokenizer, self(inputs), given, captions.given, self._longest)
-        }
+        written = greedy_captions(self.loss, self.tokenizer, self(inputs), given, captions.given, self._longest)
+        return {"caption": written}
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -117,7 +117,7 @@ def _loaded(
     if timm.is_model(name):
         module: Any = create_backbone(name, kwargs, num_classes=1, pretrained=checkpoint == PRETRAINED)
         if checkpoint not in ("", PRETRAINED):
-            load_weights(module, checkpoint)
+            _load_weights(module, checkpoint)
         module.reset_classifier(0)
         config = module.pretrained_cfg
         built = getattr(getattr(module, "patch_embed", None), "img_size", None)
@@ -136,6 +136,14 @@ def _loaded(
         problem = f"{type(module).__name__} is no vision transformer with a last norm."
         raise SettingError("encoder", name, problem, "Give a ViT of timm or open_clip.")
     return module, norm, int(size), statistics
+
+
+def _load_weights(module: nn.Module, checkpoint: str) -> None:
+    try:
+        load_weights(module, checkpoint)
+    except SettingError as error:  # in the words of this task's settings
+        remedy = error.remedy.replace("model_name", "encoder").replace("model_kwargs", "encoder_kwargs")
+        raise SettingError("encoder_kwargs.checkpoint", checkpoint, error.problem, remedy) from error
 
 
 def _check_known(name: str) -> None:

@@ -62,6 +62,14 @@ def test_images_of_another_size_are_refused_unless_the_model_takes_any():
     assert anything(torch.zeros(1, 3, 16, 16)).shape == (1, 12)
 
 
+def test_weights_that_do_not_fit_are_told_by_the_settings_of_the_encoder(tmp_path):
+    save_weights(timm.create_model(NAME, num_classes=7, **VIT), str(file := tmp_path / "vit.safetensors"))
+    with pytest.raises(SettingError, match=r"encoder_kwargs.checkpoint = .*pos_embed is .*`encoder_kwargs` \(img_size"):
+        VisionEncoder(NAME, str(file), {**VIT, "img_size": 16}, "pooled")
+    with pytest.raises(SettingError, match=r"encoder_kwargs.checkpoint = 'nowhere': is not a file"):
+        VisionEncoder(NAME, "nowhere", VIT, "pooled")
+
+
 def test_copies_share_what_is_frozen():
     encoder = VisionEncoder(NAME, "", VIT, "pooled")
     assert deepcopy([encoder])[0] is encoder
