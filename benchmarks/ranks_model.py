@@ -62,6 +62,8 @@ class StepLoad:
         """All-reduces (``sum``) and all-gathers of a step with the bytes that a rank hands to each, if not alone."""
         if ranks == 1:
             return
+        if self.gathered:
+            yield "gather", 8  # the width of this rank's embeddings, of which texts have different ones
         for numbers in self.gathered:  # of an allocator, after how many samples there are
             yield from (("gather", 8), ("gather", 4 * samples * numbers))
         if self.exchange == "losses":  # how many directions; of each its index, scalar and samples; is there any query?

@@ -113,6 +113,7 @@ gpu.main(["--device", "cpu", "--quick", "--parts", "waiting", "memory", "fits"])
 """
 
 
+@pytest.mark.slow
 def test_it_takes_no_command_line_parser_no_loaders_and_no_tables():
     names = ["jsonargparse", "tabulate", "torchdata", "sklearn", "open_clip", "httpx", "cma", "tensorboard", "peft"]
     command = [sys.executable, "-c", BLOCKED.format(names=names)]

@@ -1,10 +1,12 @@
 import json
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from torch.multiprocessing import start_processes
 
 from benchmarks import ranks, ranks_model
 from benchmarks.harness import Spread
@@ -12,6 +14,7 @@ from benchmarks.ranks import PERCEPTRON, batch_of, launch, report, run_step
 from benchmarks.ranks_model import METHODS, Machine, StepLoad, efficiency, parameters_of, step_seconds
 from flops_lightning.network.staging import stage_network
 from flops_lightning.noise import keys
+from tests.forks import SERVER
 
 SAMPLES, QUERIES = 6, 4
 BY_NAME = {method.name: method for method in METHODS}
@@ -34,7 +37,9 @@ def made(name, *, chunk_rows=128):
 @pytest.fixture(scope="module")
 def two_processes():
     """What each of two real processes saw, by method."""
-    return {per_rank[0]["method"]: per_rank for per_rank in launch(CASE, [SAMPLES], 2)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.multiprocessing.spawn", partial(start_processes, start_method=SERVER.get_start_method()))
+        return {per_rank[0]["method"]: per_rank for per_rank in launch(CASE, [SAMPLES], 2)}
 
 
 @pytest.mark.slow
@@ -50,7 +55,7 @@ def test_the_model_counts_the_bytes_and_passes_of_real_processes(two_processes, 
 def test_the_bytes_by_hand(two_processes):
     numbers, tensors, sites = (64 * 32 + 32) + 2 * (32 * 32 + 32) + (32 * 10 + 10), 8, 3
     gradients = 8 * (1 + tensors) + 4 * numbers
-    gathered = 8 + 4 * SAMPLES * (1 + 32) + 8 + 4 * SAMPLES * 2 * sites
+    gathered = 8 + 8 + 4 * SAMPLES * (1 + 32) + 8 + 4 * SAMPLES * 2 * sites
     losses = sites * (8 + 24 * QUERIES // 2) + 4 * sites
     expected = {LR: gradients, ALLOCATED: gradients + gathered, GRADIENTS: gradients, LOSSES: losses}
     assert {name: per_rank[0]["bytes"] for name, per_rank in two_processes.items()} == expected

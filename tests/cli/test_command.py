@@ -590,6 +590,7 @@ def test_the_seed_is_0_unless_given(monkeypatch):
     assert not torch.equal(starts[0], starts[2])
 
 
+@pytest.mark.slow
 def test_help_appears_fast():
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [sys.executable, "main.py", "--help"]

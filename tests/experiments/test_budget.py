@@ -56,7 +56,9 @@ def test_short_studies(tmp_path: Path) -> None:
     assert float(pairs["queries_and_clean"]) == int(pairs["steps"]) * 8 * 7
     files = ["configs/vit_tiny_digits.yaml", "configs/allocators/least_compute.yaml"]
     few = ["--batches", "2", "--steps", "2", "3", "--output", str(tmp_path / "rule")]
-    budget_rule.main(["--config", *files, *few, "--", "--data.init_args.batch_size=8"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(budget_rule, "SEEN", 20)
+        budget_rule.main(["--config", *files, *few, "--", "--data.init_args.batch_size=8"])
     rows = read_csv(tmp_path / "rule" / "budget_rule.csv")
     assert [row["step"] for row in rows] == ["2", "3"]
     assert all(float(row["exact_total"]) > 0 for row in rows)

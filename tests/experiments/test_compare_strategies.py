@@ -201,12 +201,13 @@ def test_wrong_settings_are_refused(
 def test_a_short_study(tmp_path: Path) -> None:
     study = ["--config", "configs/vit_tiny_digits.yaml", "--output", str(tmp_path), "--methods", "bp", "lr"]
     few = ["--seeds", "1", "--jobs", "2", "--rates", "1e-3", "--batches", "1", "--draws", "2"]
-    compare_strategies.main([*study, *few, "--", "--trainer.max_epochs=1", "--trainer.limit_train_batches=6"])
+    short = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=6", "--data.init_args.batch_size=16"]
+    compare_strategies.main([*study, *few, "--", *short])
     rows = {(row["method"], row["budget"]): row for row in read_csv(tmp_path / "strategies.csv")}
-    assert float(rows["lr", "queries"]["queries"]) == 6 * 64 * 80
+    assert float(rows["lr", "queries"]["queries"]) == 6 * 16 * 80
     assert rows["lr", "queries"]["steps"] == rows["bp", "queries"]["steps"] == "6"
     lr, bp = (float(rows[name, "forward_equivalents"]["forward_equivalents"]) for name in ("lr", "bp"))
-    assert bp == pytest.approx(lr, abs=0.5 * 3 * 64)  # to the nearest step
+    assert bp == pytest.approx(lr, abs=0.5 * 3 * 16)  # to the nearest step
     cosines = [(row["method"], float(row["cosine"])) for row in read_csv(tmp_path / "cosines.csv")]
     assert [value for name, value in cosines if name == "bp"] == pytest.approx([1.0] * 4, abs=1e-5)
     estimates = {value for name, value in cosines if name == "lr"}  # other at each draw and at the end
