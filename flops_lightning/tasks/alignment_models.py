@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from flops_lightning.errors import SettingError
 from flops_lightning.language import CaptionLoss, CaptionScorer, RemoteCaptionLoss, load_language_model
@@ -76,7 +77,13 @@ def described(loss: CaptionScorer, name: str) -> dict[str, str]:
 def mean_embedding(loss: CaptionScorer) -> Tensor | None:
     """``(d,)`` the mean of all tokens' embeddings; None where the language model runs elsewhere."""
     llm = getattr(loss, "llm", None)
-    return None if llm is None else llm.get_input_embeddings().weight.detach().float().mean(0)
+    if llm is None:
+        return None
+    table = llm.get_input_embeddings()
+    weight = table.weight.detach()
+    plain = type(table).forward is nn.Embedding.forward  # Gemma's, for one, scales the rows of its weight
+    every = weight if plain else table(torch.arange(len(weight), device=weight.device)).detach()
+    return every.float().mean(0)
 
 
 def take_site(strategy: ForwardGradientStrategy | None, relative_sigma: float) -> None:

@@ -17,6 +17,7 @@ from flops_lightning.strategies import Backprop, LikelihoodRatio, MeZO, SiteSpec
 from flops_lightning.suffix_loss import PaddedTargets
 from flops_lightning.tasks import AdapterAlignment
 from tests.aligned import MODEL, WORDS, aligner, captions, class_folders, fitted, llm_folder, photo_folder
+from tests.language.models import tiny
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,15 @@ def test_it_learns_and_keeps_the_models_out_of_everything(llm, photos, tmp_path)
     assert next(aligned.loss.llm.parameters()).dtype == torch.float32
     aligned.export_weights(str(tmp_path / "adapter.safetensors"))
     assert load_file(tmp_path / "adapter.safetensors")["adapter.0.bias"].shape == (32,)
+
+
+def test_vectors_begin_at_the_mean_of_what_the_model_reads():
+    """Gemma's embedding scales the rows of its weight, in vectors of 16 by 4."""
+    loss = CaptionLoss(tiny("Gemma", head_dim=8))
+    task = AdapterAlignment(llm=loss, feature_width=3)
+    table = loss.llm.get_input_embeddings()
+    torch.testing.assert_close(task(torch.zeros(1, 3))[0], table(torch.arange(50)).mean(0))
+    torch.testing.assert_close(task(torch.zeros(1, 3))[0], 4 * table.weight.mean(0))
 
 
 @pytest.mark.parametrize("adapter", ["linear", "mlp2x_gelu"])
