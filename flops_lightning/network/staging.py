@@ -195,13 +195,14 @@ class StagedNetwork:
 
         A query differs from the clean pass by its noise alone: dropout would drown the difference of their losses.
         """
-        modes = [(module, module.training) for module in self.module.modules()]
-        self.module.eval()
+        training = [module for module in self.module.modules() if module.training]
+        if training:  # not inside another such context
+            self.module.eval()
         try:
             yield
         finally:
-            for module, training in modes:
-                module.training = training
+            for module in training:
+                module.training = True
 
     def rows_of(self, key: Any) -> AbstractContextManager[Any]:
         """Tell a module whose rows run elsewhere to which :class:`NoiseKey` they belong while the context lasts.
