@@ -13,7 +13,7 @@ from torch import Tensor
 
 ITERATIONS = 50  # more than needed: the objective is convex, and Newton's method takes 3, from bad starts 20
 # Multiples of a Newton step that are tried: with a few outlying observations a full step is too long or too short.
-LENGTHS = 4.0 ** np.arange(1, -8, -1)[:, None, None]
+LENGTHS = 4.0 ** np.arange(1, -8, -1)[:, None]
 DAMPING = 1e-9  # part of its largest entry added to the Hessian's diagonal: features may determine each other
 LARGEST_EXPONENT = 80.0  # predictions stay between exp(-80) and exp(80), so that their squares do not overflow
 
@@ -30,7 +30,7 @@ class GammaRegression:
 
     def predict(self, features: Tensor) -> Tensor:
         """``(s, n)`` expectations of y for ``(s, n, f)`` features."""
-        design = _design(features.double().numpy(), self.centre, self.spread)
+        design = _design(_lines(features), self.centre, self.spread)
         return torch.from_numpy(_mean(design, self.coefficients))
 
 
@@ -43,12 +43,12 @@ def fit_gamma(features: Tensor, observed: Tensor, weights: Tensor, *, prior: Ten
     ``(f,)`` in the features' own units. A site without a positive observation keeps the prior slopes.
     """
     # In numpy: on the few hundred numbers of a small batch, an operation of torch takes five times as long to begin.
-    x, y, w = (each.double().numpy() for each in (features, observed, weights))
+    x, y, w = _lines(features), observed.double().numpy(), weights.double().numpy()
     seen = w > 0
-    x, y = np.where(seen[..., None], x, 0.0), np.where(seen, y, 0.0).clip(min=0.0)
+    x, y = np.where(seen[:, None], x, 0.0), np.where(seen, y, 0.0).clip(min=0.0)
     portion = w / w.sum(axis=1, keepdims=True).clip(min=1e-300)
-    centre = np.einsum("sn,snf->sf", portion, x)
-    deviation = np.sqrt(np.einsum("sn,snf->sf", portion, np.square(x - centre[:, None])))
+    centre = _sums(x, portion)
+    deviation = np.sqrt(_sums(np.square(x - centre[..., None]), portion))
     spread = np.where(deviation > 1e-9, deviation, 1.0)
     design = _design(x, centre, spread)
     start = np.concatenate([np.zeros_like(centre[:, :1]), prior.numpy() * spread], axis=1)
@@ -82,41 +82,51 @@ def _newton(design: Array, portion: Array, observed: Array, start: Array, penalt
     positive = mass.sum(axis=1) > 0
 
     def objective(tried: Array) -> tuple[Array, Array]:
-        """``(k, s)`` values at ``(k, s, 1 + f)``, and ``(k, s, n)`` ``1 / m``."""
-        exponent = np.einsum("sfn,ksf->ksn", design, tried)
+        """``(s, k)`` values at ``(s, k, 1 + f)``, and ``(s, k, n)`` ``1 / m``."""
+        exponent = tried @ design
         inverse = _exp(-exponent)
-        likelihood = np.einsum("sn,ksn->ks", mass, inverse) + np.einsum("sn,ksn->ks", portion, exponent)
-        return likelihood + 0.5 * (penalty * np.square(tried - start)).sum(axis=2), inverse
+        distance = np.square(tried - start[:, None]) @ penalty
+        return _sums(inverse, mass) + _sums(exponent, portion) + 0.5 * distance, inverse
 
     coefficients = start
-    (value,), (inverse,) = objective(start[None])
+    value, inverse = (each[:, 0] for each in objective(start[:, None]))
     for _ in range(ITERATIONS):
         relative = mass * inverse
-        downhill = np.einsum("sn,sfn->sf", relative - portion, design) - penalty * (coefficients - start)
-        hessian = np.einsum("sfn,sgn->sfg", relative[:, None] * design, design) + np.diag(penalty)
+        downhill = _sums(design, relative - portion) - penalty * (coefficients - start)
+        hessian = (relative[:, None] * design) @ design.transpose(0, 2, 1) + np.diag(penalty)
         damping = DAMPING * hessian.max(axis=(1, 2), keepdims=True).clip(min=1.0) * np.eye(len(penalty))
         step = np.linalg.solve(hessian + damping, downhill[..., None])[..., 0]
         decrement = np.where(positive, (step * downhill).sum(axis=1), 0.0)  # twice what the step should lower
-        tried = (coefficients + step)[None]
+        tried = (coefficients + step)[:, None]
         values, inverses = objective(tried)
-        if (values[0] > value - 0.25 * decrement).any():
-            tried = coefficients + LENGTHS * step
+        if (values[:, 0] > value - 0.25 * decrement).any():
+            tried = coefficients[:, None] + LENGTHS * step[:, None]
             values, inverses = objective(tried)
-        best = (values.argmin(axis=0), np.arange(len(start)))
+        best = (np.arange(len(start)), values.argmin(axis=1))
         coefficients, value, inverse = tried[best], values[best], inverses[best]
         if decrement.max() < 1e-7:
             break
     return coefficients
 
 
-def _design(features: Array, centre: Array, spread: Array) -> Array:
+def _lines(features: Tensor) -> Array:
+    """``(s, f, n)``, a line for each feature."""
+    return features.double().numpy().transpose(0, 2, 1)
+
+
+def _sums(lines: Array, weights: Array) -> Array:
+    """``(s, k)`` weighted sums of ``(s, k, n)`` lines with ``(s, n)`` weights."""
+    return np.asarray((lines @ weights[..., None])[..., 0])
+
+
+def _design(lines: Array, centre: Array, spread: Array) -> Array:
     """``(s, 1 + f, n)``, a line for each coefficient."""
-    standardised = ((features - centre[:, None]) / spread[:, None]).transpose(0, 2, 1)
+    standardised = (lines - centre[..., None]) / spread[..., None]
     return np.concatenate([np.ones_like(standardised[:, :1]), standardised], axis=1)
 
 
 def _mean(design: Array, coefficients: Array) -> Array:
-    return _exp(np.einsum("sfn,sf->sn", design, coefficients))
+    return _exp((coefficients[:, None] @ design)[:, 0])
 
 
 def _exp(exponent: Array) -> Array:
