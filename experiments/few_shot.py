@@ -1,7 +1,7 @@
 """``python -m experiments.few_shot TABLE --model DIR --sentences FILE --output DIR``: a language model tells reviews.
 
 ``ForwardCausalLM`` learns from 16 negative and 16 positive sentences of film reviews, as ``{text} It was`` with the
-choices ``terrible`` and ``great``: LoRA of rank 8 at the query and value projections, 40 steps of 8, Adam.
+choices ``terrible`` and ``great``: LoRA of rank 8 at the query and value projections, 30 steps of 8, Adam.
 
 - ``methods``: accuracy and loss on 200 other sentences, and what a step cost.
 - ``cosines``: of estimates with the exact gradient at the start, in each third of the layers.
@@ -38,11 +38,11 @@ from flops_lightning.strategies import Backprop, LikelihoodRatio, MeZO
 from flops_lightning.tasks import ForwardCausalLM
 
 FORM: dict[str, Any] = {"template": "{text} It was", "choices": [" terrible", " great"]}
-SHOTS, STEPS, SIZE = 16, 40, 8
+SHOTS, STEPS, SIZE = 16, 30, 8
 TOKENS, TESTED, JUDGED, SET_ASIDE = 20, 100, 50, 50
 """Most tokens of a sentence in the template; sentences of a class to test on, to judge rates on, and to try them on."""
 RATES = {
-    "top": {"backprop": 1e-3, "lr": 1e-3, "mezo": 1e-3, "mezo x4": 1e-3},
+    "top": {"backprop": 1e-3, "lr": 3e-3, "mezo": 1e-3, "mezo x4": 1e-3},
     "all": {"backprop": 1e-3, "mezo x3": 1e-3},
 }
 """Of Adam, chosen by the table ``rates``; those of ``all`` are those of ``top``."""
