@@ -42,7 +42,7 @@ SHOTS, STEPS, SIZE = 16, 30, 8
 TOKENS, TESTED, JUDGED, SET_ASIDE = 20, 100, 50, 50
 """Most tokens of a sentence in the template; sentences of a class to test on, to judge rates on, and to try them on."""
 RATES = {
-    "top": {"backprop": 1e-3, "lr": 3e-3, "mezo": 3e-3, "mezo x4": 3e-3},
+    "top": {"backprop": 1e-3, "lr": 3e-3, "mezo": 9e-3, "mezo x4": 9e-3},
     "all": {"backprop": 1e-3, "mezo x3": 3e-3},
 }
 """Of Adam, chosen by the table ``rates``; those of ``all`` are those of ``top``."""
