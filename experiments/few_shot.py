@@ -41,11 +41,8 @@ FORM: dict[str, Any] = {"template": "{text} It was", "choices": [" terrible", " 
 SHOTS, STEPS, SIZE = 16, 30, 8
 TOKENS, TESTED, JUDGED, SET_ASIDE = 20, 100, 50, 50
 """Most tokens of a sentence in the template; sentences of a class to test on, to judge rates on, and to try them on."""
-RATES = {
-    "top": {"backprop": 1e-3, "lr": 3e-3, "mezo": 9e-3, "mezo x4": 9e-3},
-    "all": {"backprop": 1e-3, "mezo x3": 3e-3},
-}
-"""Of Adam, chosen by the table ``rates``; those of ``all`` are those of ``top``."""
+RATES = {"top: backprop": 1e-3, "top: lr": 3e-3, "top: mezo": 3e-3, "top: mezo x4": 9e-3}
+"""Of Adam, chosen by the table ``rates``, but for ``mezo``."""
 COSINES = ("top: lr", "all: lr", "all: mezo")
 GRID = (0.3, 1.0, 3.0)
 QUIET: dict[str, Any] = {
@@ -169,8 +166,7 @@ class Problem:
 
 
 def methods(options: argparse.Namespace, name: str, seed: int) -> dict[str, float]:
-    target, method = name.split(": ")
-    return Problem(options, name, seed, RATES[target].get(method, 1.0)).run()
+    return Problem(options, name, seed, RATES.get(name, 1.0)).run()
 
 
 def cosines(options: argparse.Namespace, name: str, seed: int) -> dict[str, float]:
@@ -179,17 +175,15 @@ def cosines(options: argparse.Namespace, name: str, seed: int) -> dict[str, floa
 
 def rates(options: argparse.Namespace, name: str, seed: int) -> dict[str, float]:
     """Losses by rate."""
-    (target, method), found = name.split(": "), {}
+    found = {}
     for factor in GRID:
-        rate = RATES[target][method] * factor
-        found[f"{factor:g} times"] = Problem(options, name, seed, rate, choosing=True).run()["loss"]
+        problem = Problem(options, name, seed, RATES[name] * factor, choosing=True)
+        found[f"{factor:g} times"] = problem.run()["loss"]
     return found
 
 
-NAMES = [f"{target}: {method}" for target, by_method in RATES.items() for method in by_method]
 TABLES = {
-    "methods": (methods, ["top: start", *NAMES]), "cosines": (cosines, list(COSINES)),
-    "rates": (rates, [name for name in NAMES if name.startswith("top")]),
+    "methods": (methods, ["top: start", *RATES]), "cosines": (cosines, list(COSINES)), "rates": (rates, list(RATES)),
 }  # fmt: skip
 
 
