@@ -143,8 +143,8 @@ class ForwardOnly(pl.Callback):
         for optimizer in trainer.optimizers:
             if isinstance(optimizer, torch.optim.LBFGS):
                 raise SettingError(
-                    "configure_optimizers", "LBFGS", "searches along lines of one function, and every evaluation here "
-                    "has noise of its own.", "Return SGD, Adam or another optimiser that evaluates once a step.",
+                    "configure_optimizers", "LBFGS", "does a line search, but every evaluation here has its own noise.",
+                    "Return SGD, Adam or another optimiser that evaluates once per step.",
                 )  # fmt: skip
             known = [id(p) in registered for group in optimizer.param_groups for p in group["params"]]
             if any(known) and not all(known):
@@ -206,7 +206,7 @@ class ForwardOnly(pl.Callback):
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise SettingError(
-                "training_step", found, "must return one number, the loss of the batch, for moved parameters too.",
+                "training_step", found, "must return one number, the loss of the batch, for perturbed parameters too.",
                 "Return the mean of the losses, or a mapping with it under 'loss'.",
             )  # fmt: skip
         return loss.detach()

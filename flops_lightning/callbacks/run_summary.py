@@ -74,7 +74,7 @@ class RunSummary(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse a module of which there is nothing to tell."""
         if stage == "fit" and not isinstance(pl_module, ForwardModule):
-            problem = f"{type(pl_module).__name__} is no ForwardModule, whose queries it counts."
+            problem = f"{type(pl_module).__name__} is not a ForwardModule, so there are no queries to count."
             raise SettingError("trainer.callbacks", "RunSummary", problem, "Remove the callback.")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:

@@ -223,7 +223,7 @@ class FlopsCLI(LightningCLI):
         if found is not None:
             return str(found)
         if unfit := last.unfit_checkpoint(runs, own):
-            problem = f"{unfit} is no whole checkpoint in a folder `checkpoints`, and there is no other."
+            problem = f"{unfit} is not a complete checkpoint in a folder `checkpoints`, and there is no other."
             raise SettingError("ckpt_path", "last", problem, "Give the path of one, or move it away to start over.")
         if self.subcommand != "fit":
             raise SettingError("ckpt_path", word, f"there is no checkpoint under {runs or folder}.", WHERE)

@@ -82,7 +82,7 @@ class ImageDataModule(KeyedLoaders):
         if rand_augment is not None:
             if not isinstance(rand_augment, RandAugmentSettings):
                 remedy = "Write, for example, RandAugmentSettings(num_ops=2, magnitude=9)."
-                raise SettingError("data.rand_augment", rand_augment, "is no RandAugmentSettings.", remedy)
+                raise SettingError("data.rand_augment", rand_augment, "is not a RandAugmentSettings.", remedy)
             rand_augment.check()
         for name, alpha in (("mixup_alpha", mixup_alpha), ("cutmix_alpha", cutmix_alpha)):
             check_at_least(f"data.{name}", alpha, 0, "Use for example 0.2 or 1.0, or 0 for none.")

@@ -50,7 +50,7 @@ def read_entries(file: str | Path, *, all_captions: bool = False) -> list[Entry]
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))  # Windows puts a mark in front
     except ValueError as error:
-        problem = f"is no JSON ({error})."
+        problem = f"is not JSON ({error})."
         raise SettingError("data.captions", str(file), problem, "Give an undamaged file.") from error
     if not isinstance(content, list) or not content:
         raise SettingError("data.captions", str(file), "holds no list of entries.", "Give a file of LLaVA's form.")

@@ -150,7 +150,7 @@ class CaptionDataModule(ImageFolderDataModule):
     def _tokens(self, names: Sequence[str]) -> CaptionTokens:
         reader: Any = self.tokenizer or getattr(self.trainer, "lightning_module", None)
         if not hasattr(reader, "caption_ids"):
-            problem = "makes no tokens of captions."
+            problem = "cannot tokenise captions."
             remedy = "Train an AdapterAlignment, or set the data module's tokenizer."
             raise SettingError("data", type(reader).__name__, problem, remedy)
         ids, most = reader.caption_ids(self.texts), self.max_tokens
@@ -215,7 +215,7 @@ class CaptionDataModule(ImageFolderDataModule):
     def _stored(self, cache: Path | None, key: FeatureKey) -> tuple[Tensor, str]:
         if cache is None or not cache.is_file():
             given = None if cache is None else str(cache)
-            problem = "is not there, and no encoder makes features."
+            problem = "is missing, and there is no encoder to compute features."
             raise SettingError("data.cache_dir", given, problem, "Give the folder of an earlier run, or an encoder.")
         found, features = read_features(cache)
         key = FeatureKey(key.encoder or found.encoder, key.feature, found.transform, key.files)

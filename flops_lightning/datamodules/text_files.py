@@ -49,7 +49,7 @@ class LabelledForm:
             fields = self.fields
         except ValueError as error:
             remedy = "Write, for example, {text} It was"
-            raise SettingError("data.template", self.template, f"is no template ({error}).", remedy) from error
+            raise SettingError("data.template", self.template, f"is not a valid template ({error}).", remedy) from error
         if not fields or not all(name.isidentifier() for name in fields):
             problem, remedy = "names no field of the entries in braces.", 'Write, for example, "{text} It was".'
             raise SettingError("data.template", self.template, problem, remedy)

@@ -156,7 +156,7 @@ class RemoteCaptionLoss(CaptionScorer):
     Example:
         >>> RemoteCaptionLoss("localhost:8000")
         Traceback (most recent call last):
-        flops_lightning.errors.SettingError: service.url = 'localhost:8000': is no address of a web service. Write, ...
+        flops_lightning.errors.SettingError: service.url = 'localhost:8000': is not the address of a web service. ...
     """
 
     differentiable = False

@@ -48,7 +48,7 @@ def _loaded(kind: str, what: str, name: str, setting: str, settings: dict[str, A
     package = import_extra("transformers", extra="llm", setting=setting, value=name)
     remedy = f"Write the name of a {what} on the hub, or a folder with its files."
     if not isinstance(name, str) or not name:
-        raise SettingError(setting, name, f"is no name of a {what}.", remedy)
+        raise SettingError(setting, name, f"is not the name of a {what}.", remedy)
     try:
         return getattr(package, kind).from_pretrained(name, **settings)
     # Transformers assert a form of quantization_config, and of what a quantiser raised report a RuntimeError.

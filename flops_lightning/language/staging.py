@@ -43,7 +43,7 @@ def stage_causal_lm(model: nn.Module) -> StagedNetwork:
     missing = [path for path in LAYOUT.values() if not _has(model, path)]
     if missing or not isinstance(layers, nn.ModuleList) or not len(layers):
         lacks = ", ".join([*missing, *([] if isinstance(layers, nn.ModuleList) else ["model.layers"])])
-        problem = f"has not the layout of Llama: there is no {lacks or 'layer'}."
+        problem = f"does not have the layout of Llama: there is no {lacks or 'layer'}."
         raise SettingError("network", name, problem, "Stage it by replay: stage_network(model, example).")
     calls = _LayerCalls(model)
     stages = [

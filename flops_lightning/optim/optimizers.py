@@ -72,7 +72,7 @@ class OptimizerSettings:
         check_at_least("optimizer.accumulate_grad_batches", self.accumulate_grad_batches, 1)
         if twice := {"lr", "weight_decay", "momentum"} & self.arguments.keys():
             problem = f"has {', '.join(sorted(twice))}, which are settings of their own."
-            raise SettingError("optimizer.arguments", self.arguments, problem, "Write them beside `arguments`.")
+            raise SettingError("optimizer.arguments", self.arguments, problem, "Write them next to `arguments`.")
         if not 0 < self.layer_decay <= 1:
             problem = "must be in (0, 1]."
             raise SettingError("optimizer.layer_decay", self.layer_decay, problem, "Write 0.75, say, or 1.")

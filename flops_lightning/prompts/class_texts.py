@@ -201,7 +201,7 @@ def causal_tower(clip: nn.Module) -> Any:
     remedy = "Leave the text prompt out (features of the texts: class_features); an image prompt still works."
     parts = ("token_embedding", "positional_embedding", "transformer", "ln_final", "text_projection")
     if any(not hasattr(tower, part) for part in parts) or not hasattr(tower.transformer, "resblocks"):
-        raise SettingError("text_prompt", type(tower).__name__, "is no text tower of open_clip's own.", remedy)
+        raise SettingError("text_prompt", type(tower).__name__, "is not a text tower of open_clip.", remedy)
     mask = getattr(tower, "attn_mask", None)
     if mask is None or not torch.equal(mask == 0, torch.ones_like(mask, dtype=torch.bool).tril()):
         problem = "has a text tower that is not causal, so texts with the same beginning share nothing."

@@ -104,7 +104,7 @@ def stage_clip(
         raise SettingError("text_prompt", None, "and no image_prompt either: nothing would be trained.", "Give one.")
     if text_prompt is not None:
         if not isinstance(texts, ClassTexts):
-            problem = "are features already, and a text prompt moves the texts themselves."
+            problem = "are already features, but a text prompt changes the texts themselves."
             raise SettingError("texts", tuple(texts.shape), problem, "Give ClassTexts.")
         _check_width("text_prompt", text_prompt, texts.width)
         texts.check(len(text_prompt.start))

@@ -113,7 +113,7 @@ class ServiceCLIP(nn.Module):
         return answer
 
     def _no_derivative(self) -> SettingError:
-        problem = "answers with numbers alone, and derivatives are wanted."
+        problem = "returns only numbers, but derivatives are needed."
         remedy = "Use EvolutionStrategies or SPSA, and torch.no_grad() outside of them."
         return SettingError("service", self.scorer.info.model, problem, remedy)
 

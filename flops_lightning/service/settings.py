@@ -27,7 +27,7 @@ class ServiceSettings:
         8
         >>> ServiceSettings(url="ftp://localhost").check()
         Traceback (most recent call last):
-        flops_lightning.errors.SettingError: service.url = 'ftp://localhost': is no address of a web service. Write, ...
+        flops_lightning.errors.SettingError: service.url = 'ftp://localhost': is not the address of a web service. ...
     """
 
     url: str = ""
@@ -48,7 +48,7 @@ class ServiceSettings:
         except ValueError:
             fits = False
         if not fits:
-            raise SettingError("service.url", self.url, "is no address of a web service.", remedy)
+            raise SettingError("service.url", self.url, "is not the address of a web service.", remedy)
         if parts.username or parts.password:
             address = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
             problem = "holds a user or password, which would appear in logs."

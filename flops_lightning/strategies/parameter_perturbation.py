@@ -97,7 +97,7 @@ class ParameterPerturbation(QueryStrategy[ParameterQueryResult]):
         moved = [site for site in self.sites if site.directions == "own" or self.layout in BY_ROW]
         moved = [site for site in moved if site.directions != "shared"]
         if moved and self.exchange == "losses":
-            problem = "needs directions that all samples share, and rows have their own at"
+            problem = "needs directions that all samples share, but rows have their own at"
             remedy = "Write directions: shared at this site, or exchange: gradients."
             raise SettingError("model.strategy.exchange", self.exchange, f"{problem} {moved[0].name!r}.", remedy)
         if self.layout == "factored" and not moved:

@@ -70,7 +70,7 @@ def site_parts(network: StagedNetwork, site: Site, layout: str) -> SiteParts:
             if tied:
                 raise SettingError(
                     "model.strategy.layout", layout,
-                    f"moves layers one by one, and {tied[0]!r} belongs to two modules.",
+                    f"perturbs layers one by one, but {tied[0]!r} belongs to two modules.",
                     f"Freeze it (freeze: {tied}), or {row_remedy(layout)}",
                 )  # fmt: skip
             layers.append(RowLayer(name, module, frozenset(mine)))

@@ -22,7 +22,7 @@ def named_stages(network: StagedNetwork, spec: SiteSpec, setting: str) -> list[i
     # ["*"] was the default in earlier versions, and stands in configurations that these saved.
     if spec.stages and spec.modules not in ([], ["*"]) and spec.kind != "linear":
         raise SettingError(
-            f"{setting}.modules", spec.modules, f"stands beside stages: {spec.stages}.",
+            f"{setting}.modules", spec.modules, f"is given together with stages: {spec.stages}.",
             "Remove one of the two, or write kind: linear.",
         )  # fmt: skip
     if spec.stages:
@@ -104,7 +104,7 @@ def _of_module(network: StagedNetwork, name: str, setting: str) -> list[int]:
     if name not in dict(network.module.named_modules()):
         known = list(dict.fromkeys([*network.index, *(n for n, _ in network.module.named_modules() if n)]))
         close = get_close_matches(name, known, cutoff=0.5) or list(network.index)
-        raise SettingError(setting, name, "is no module of this network.", f"Choose from {close}.")
+        raise SettingError(setting, name, "is not a module of this network.", f"Choose from {close}.")
     own = {n for n, _ in parameters if n.startswith(f"{name}.")}
     if not own:
         raise SettingError(setting, name, "has no parameters.", "Name a module that has some.")

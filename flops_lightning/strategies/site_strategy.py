@@ -120,7 +120,7 @@ class SiteStrategy(ChunkedStrategy):
         if not any(compiled.compiles(site.last + 1) for site in self.sites if not site.layers):
             raise SettingError(
                 "model.strategy.compile_suffixes", True,
-                "has no effect: above no site is there a block or layer to compile "
+                "has no effect: there is no block or layer to compile above any site "
                 "(sites of kind: linear run uncompiled, since compiled code ignores their hooks).",
                 "Use several sites of kind: block or group, or write compile_suffixes: false.",
             )  # fmt: skip

@@ -93,7 +93,7 @@ def _check_name(open_clip: Any, model_name: str, checkpoint: str) -> None:
     if model_name not in names:
         close = difflib.get_close_matches(model_name, names, n=3)
         remedy = f"Did you mean {close}? See open_clip.list_models()."
-        raise SettingError("model_name", model_name, "is no model of open_clip.", remedy)
+        raise SettingError("model_name", model_name, "is not an open_clip model.", remedy)
     if not checkpoint or Path(checkpoint).is_file():
         return
     tags = open_clip.list_pretrained_tags_by_model(model_name)

@@ -172,7 +172,7 @@ def _inject_lora(backbone: nn.Module, settings: TargetSettings) -> None:
 def _insert_prompts(backbone: nn.Module, tokens: int) -> None:
     vit = cast("VisionTransformer", backbone)
     if not hasattr(vit, "norm_pre") or not hasattr(vit, "num_prefix_tokens"):
-        problem = f"{type(vit).__name__} is no ViT."
+        problem = f"{type(vit).__name__} is not a ViT."
         raise SettingError("target.kind", "visual_prompt", problem, "Take one, or another kind of target.")
     if vit.dynamic_img_size and vit.pos_embed is not None and not vit.no_embed_class:
         # It would count the prompts among the prefix tokens that have a position embedding.

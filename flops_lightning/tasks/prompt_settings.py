@@ -140,7 +140,9 @@ def take_sites(
         image, text = prompts["image_prompt"], prompts["text_prompt"]
         for field in ("sigma", "queries"):
             if getattr(text, field) != getattr(image, field):
-                problem = f"differs from image_prompt.{field} = {getattr(image, field)}, and a joint query moves both."
+                problem = (
+                    f"differs from image_prompt.{field} = {getattr(image, field)}, but a joint query perturbs both."
+                )
                 raise SettingError(f"text_prompt.{field}", getattr(text, field), problem, "Make the two agree.")
         sites = [replace(sites[0], stages=["image_prompt", "scores"] if "image_prompt" in stages else ["scores"])]
     strategy.specs = tuple(sites)

@@ -133,7 +133,7 @@ def _loaded(
         module, size, statistics = clip.visual, image_size(clip)[0], statistics_of(clip)
         norm = getattr(module, "ln_post", None)
     if not isinstance(norm, nn.Module):
-        problem = f"{type(module).__name__} is no vision transformer with a last norm."
+        problem = f"{type(module).__name__} is not a vision transformer with a last norm."
         raise SettingError("encoder", name, problem, "Give a ViT of timm or open_clip.")
     return module, norm, int(size), statistics
 
@@ -153,4 +153,4 @@ def _check_known(name: str) -> None:
     if name not in known:
         close = difflib.get_close_matches(name, [*known, *timm.list_models()], n=3)
         remedy = f"Did you mean {close}?" if close else "See timm.list_models() and open_clip.list_models()."
-        raise SettingError("encoder", name, "is no model of timm or open_clip.", remedy)
+        raise SettingError("encoder", name, "is not a model of timm or open_clip.", remedy)

@@ -167,7 +167,7 @@ def test_a_task_of_ones_own_has_its_validation_and_its_tensors(make_trainer, tmp
 
 
 def test_a_module_without_queries_is_refused(make_trainer):
-    with pytest.raises(SettingError, match=r"trainer.callbacks = 'RunSummary': BoringModel is no ForwardModule"):
+    with pytest.raises(SettingError, match=r"trainer.callbacks = 'RunSummary': BoringModel is not a ForwardModule"):
         make_trainer(RunSummary()).fit(BoringModel())
 
 

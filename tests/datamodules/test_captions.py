@@ -159,7 +159,7 @@ def test_an_entry_that_cannot_serve_is_named(tmp_path, wrong, message):
 @pytest.mark.parametrize("content", ["{", "{}", "[]"])
 def test_a_file_of_another_form_is_refused(tmp_path, content):
     (tmp_path / "a.json").write_text(content)
-    with pytest.raises(SettingError, match=r"is no JSON|holds no list of entries"):
+    with pytest.raises(SettingError, match=r"is not JSON|holds no list of entries"):
         read_entries(tmp_path / "a.json")
     with pytest.raises(SettingError, match="is not a file"):
         read_entries(tmp_path / "b.json")
@@ -255,7 +255,7 @@ def test_settings_that_do_not_work_are_refused(tmp_path, settings, message):
 def test_no_tokens_no_setup(tmp_path):
     data = module(write_photos(tmp_path))
     data.tokenizer = None
-    with pytest.raises(SettingError, match="is a scorer of captions"):
+    with pytest.raises(SettingError, match="cannot tokenise captions"):
         data.setup("fit")
 
 
@@ -315,7 +315,7 @@ def test_a_cache_is_read_by_later_runs_and_refused_when_it_is_stale(tmp_path):
     halved = kept(root, lambda images: brightness(images) / 2, encoder="half", cache="rebuild").train_set.features
     assert torch.equal(halved, first / 2)
     assert torch.equal(kept(root, never, encoder="half", cache="rebuild").train_set.features, halved)
-    with pytest.raises(SettingError, match="is not there, and no encoder"):
+    with pytest.raises(SettingError, match="is missing, and there is no encoder"):
         prepared(root, cache_dir=str(root / "none")).keep_features("fit", None, encoder="", feature="pooled")
 
 

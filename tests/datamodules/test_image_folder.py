@@ -136,7 +136,7 @@ WRONG = {
     "is not in 0 to 1": {"val_share": "a", "test_share": float("nan")},
     "is not a seed": {"split_seed": 1.5},
     "must be true or false": {"allow_missing": "no", "augment": 1},
-    "is no RandAugmentSettings": {"rand_augment": "strong"},
+    "is not a RandAugmentSettings": {"rand_augment": "strong"},
     "is not one of the choices": {"normalization": 2},
 }  # fmt: skip
 

@@ -200,7 +200,7 @@ def test_choices_show_their_tokens(choices, message, tmp_path: Path, caplog):
         ([{"prompt": "a", "completion": "b"}], {"shots": 1}, r"shots = 1: has no effect: there are no labels"),
         ([], {"template": "{text}"}, r"data\.template = '{text}': has no effect alone"),
         ([], {"template": "text", "choices": ["a", "b"]}, "names no field"),
-        ([], {"template": "{text", "choices": ["a", "b"]}, "is no template"),
+        ([], {"template": "{text", "choices": ["a", "b"]}, "is not a valid template"),
         ([], {"template": "{text}", "choices": ["a", " a"]}, "must be two texts or more, all different"),
         ([{"text": "x", "label": 1}], {**FORM, "choices": ["a", "ab"]}, r"'a' begins 'ab', so it is never less likely"),
         ([], {"val_file": "x", "val_texts": 3}, "has no effect beside val_file"),

@@ -175,8 +175,8 @@ def test_a_run_is_not_started_over_where_its_checkpoints_do_not_fit(where, tmp_p
     for command in ("fit", "test"):
         message = refused(command, "--config", f"{NAME}.yaml", "--ckpt_path", "last")
         assert message == (
-            f"ckpt_path = 'last': {stray} is no whole checkpoint in a folder `checkpoints`, and there is no other. "
-            "Give the path of one, or move it away to start over."
+            f"ckpt_path = 'last': {stray} is not a complete checkpoint in a folder `checkpoints`, and there is no "
+            "other. Give the path of one, or move it away to start over."
         )
 
 

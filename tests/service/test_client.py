@@ -267,9 +267,9 @@ def test_copies_count_in_one_place_and_a_pickled_client_connects_anew(server):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"url": "ftp://x"}, "service.url = 'ftp://x': is no address of a web service. Write, for example, http"),
-        ({"url": "localhost:8000"}, "is no address of a web service"),
-        ({"url": "http://[x"}, "is no address of a web service"),
+        ({"url": "ftp://x"}, "service.url = 'ftp://x': is not the address of a web service. Write, for example, http"),
+        ({"url": "localhost:8000"}, "is not the address of a web service"),
+        ({"url": "http://[x"}, "is not the address of a web service"),
         ({"url": "http://me:word@host/a"}, "service.url = 'http://host/a': holds a user or password.*token_env"),
         ({"connections": 0}, "service.connections = 0"),
         ({"max_rows": -1}, "service.max_rows = -1"),

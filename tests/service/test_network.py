@@ -304,7 +304,7 @@ def test_strategies_that_need_derivatives_are_refused(scorer, kind):
     network, (images, labels) = remote(scorer), batch()
     strategy = Backprop() if kind is Backprop else kind(sites=[{"stages": s} for s in SPLIT], seed=0)
     strategy.bind(network, loss_of)
-    with pytest.raises(SettingError, match=r"answers with numbers alone.*Use EvolutionStrategies or SPSA"):
+    with pytest.raises(SettingError, match=r"returns only numbers.*Use EvolutionStrategies or SPSA"):
         strategy.estimate(strategy.clean_pass(images, labels))
 
 

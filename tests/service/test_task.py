@@ -257,7 +257,7 @@ def test_settings_that_do_not_go_together_are_refused(server, answers):
         fit(tuner(server, max_queries=STEP - 1))
     with pytest.raises(SettingError, match=r"max_queries = 10: counts the rows of a service, but there is no service"):
         fit(local_tuner(max_queries=10))
-    with pytest.raises(SettingError, match=r"answers with numbers alone"):
+    with pytest.raises(SettingError, match=r"returns only numbers"):
         fit(tuner(server, strategy=Backprop()))
     with pytest.raises(SettingError, match=r"data.image_size = .*the model takes images of 8 x 8"):
         tuner(server)(torch.zeros(2, 1, 9, 9))

@@ -92,5 +92,5 @@ def test_a_layer_that_it_cannot_move_is_refused():
     inner = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
     inner[2].weight = inner[0].weight
     tied = nn.Sequential(inner, nn.Linear(3, 2)).double()
-    with pytest.raises(SettingError, match=r"layout = 'flipout': moves layers one by one, and .* two modules"):
+    with pytest.raises(SettingError, match=r"layout = 'flipout': perturbs layers one by one, but .* two modules"):
         bound_to(SPSA, tied, squared_error, [{"stages": ["0", "1"], "sigma": 0.1}], layout="flipout")

@@ -169,7 +169,7 @@ def slope(found: Any, exact: dict[str, Tensor], names: list[str]) -> float:
         (UNet, {"modules": ["down", "up"]}, r"'down'.*the stage 'up'.*passes beside its output\. Name up instead"),
         (Remembering, {"modules": ["c"]}, r"'c'.*the stage 'd'.*passes beside its output\. Name d"),
         (Tower, {"modules": ["layers.0.b"]}, r"the stage 'layers.0', .*another\. Name layers.0 instead"),
-        (Tower, {"modules": ["layer.4"]}, r"'layer.4': is no module of this network\. Choose from \['layers.4', "),
+        (Tower, {"modules": ["layer.4"]}, r"'layer.4': is not a module of this network\. Choose from \['layers.4', "),
         (Tower, {"modules": ["*.b"]}, r"'layers.\d.b': is only a part of the stage 'layers.\d'"),
         (Tower, {"modules": ["zz*"]}, r"'zz\*': matches no module with parameters"),
         (Tower, {"modules": ["layers.[024]"]}, r"leaves out \['layers.1', 'layers.3'\].*write kind: block"),
@@ -177,7 +177,7 @@ def slope(found: Any, exact: dict[str, Tensor], names: list[str]) -> float:
         (Tower, {"modules": ["layers.4", "layers.2"]}, r"runs backwards"),
         (Tower, {"modules": ["*"]}, r"\.modules = \['\*'\]: a group over the whole network"),
         (Tower, {}, r"names nothing to train\. Write \[first, last\] or \[only\], or modules"),
-        (lambda: nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)), {"modules": ["1.x"]}, r"is no module"),
+        (lambda: nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)), {"modules": ["1.x"]}, r"is not a module"),
         (lambda: nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Tanh())), {"modules": ["0.1"]}, r"has no parameters"),
     ],
 )

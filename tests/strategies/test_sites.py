@@ -99,7 +99,11 @@ def test_noise_is_put_where_it_is_read():
             for n in (0, -4, math.nan)
         ),
         ([{"stages": ["0"], "kind": "blocks"}, REST], "[0].kind", "Choose from linear, block, group"),
-        ([{"stages": ["0"], "modules": ["0"]}, REST], "[0].modules", r"\['0'\]: stands beside stages.*one of the two"),
+        (
+            [{"stages": ["0"], "modules": ["0"]}, REST],
+            "[0].modules",
+            r"\['0'\]: is given together with stages.*one of the two",
+        ),
         ([{"stages": ["0"], "kind": "block", "together": True}, REST], "[0].kind", "does not take `together`"),
         ([{"stages": ["0"], "kind": "linear", "modules": ["3*"]}, REST], "[0].modules", r"3\*"),
         ([{"stages": ["0"], "kind": "linear", "modules": ["0", "typo"]}, REST], "[0].modules", "typo"),

@@ -268,7 +268,7 @@ def test_a_checkpoint_knows_its_language_model_by_name_and_config(llm, photos, t
         ({"visual_tokens": 0}, "visual_tokens = 0: must be a whole number, 1 or more"),
         ({"llm": "no/such/model"}, "llm = 'no/such/model': cannot be loaded"),
         ({"encoder": "vit_tinny", "encoder_kwargs": None}, r"encoder = 'vit_tinny': .*Did you mean"),
-        ({"encoder": "resnet18", "encoder_kwargs": None}, "no vision transformer with a last norm"),
+        ({"encoder": "resnet18", "encoder_kwargs": None}, "not a vision transformer with a last norm"),
         ({"encoder": "ViT-B-32"}, "encoder_kwargs.*are arguments of timm's models"),
         ({"encoder": ""}, "encoder_kwargs.*has no effect without an encoder"),
         ({"encoder": "", "encoder_kwargs": None}, "feature_width = 0: is needed"),

@@ -257,7 +257,7 @@ def test_a_shared_weight_is_kept_apart_from_its_copy_only_where_that_is_asked_fo
     ("settings", "message"),
     [
         ({"model_name": "nowhere/at all"}, r"model_name = 'nowhere/at all': cannot be loaded"),
-        ({"model_name": ""}, "is no name of a causal language model"),
+        ({"model_name": ""}, "is not the name of a causal language model"),
         ({"model_kwargs": {"dtypo": "x"}}, r"unexpected keyword argument 'dtypo'\. Correct the arguments of from_pret"),
         ({"target": {"kind": "bias"}}, "LlamaForCausalLM has no such parameters"),
         ({"target": {"kind": "lora", "tokens": 3}}, r"target\.tokens = 3: has no effect with kind: lora"),

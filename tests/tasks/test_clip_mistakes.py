@@ -80,7 +80,7 @@ SITES = [{"stages": ["scores"], "sigma": 0.1, "queries_per_sample": 6}]
         ({"search": SEARCH, "clip": {"norm": 1.0}}, "clip = .*would shorten the steps of a search"),
         ({"search": {"population": 3}}, "search.population = 3: must be a whole number, 4 or more"),
         ({"search": {"seed": 0}}, "search.seed = 0: must be a whole number, 1 or more"),
-        ({"model_name": "ViT-B-33"}, r"model_name = 'ViT-B-33': is no model of open_clip. Did you mean .*ViT-B-32"),
+        ({"model_name": "ViT-B-33"}, r"model_name = 'ViT-B-33': is not an open_clip model. Did you mean .*ViT-B-32"),
         (
             {"model_name": "ViT-B-32", "checkpoint": "openai"},
             "model_name = 'ViT-B-32': does not have the activation .* openai weights .*Write ViT-B-32-quickgelu",

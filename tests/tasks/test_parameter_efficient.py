@@ -293,7 +293,7 @@ def test_what_leaves_nothing_to_train_or_cannot_be_added_is_refused(make_task, m
     vit = tiny_vit(qkv_bias=False, norm_layer=nn.Identity)
     with pytest.raises(SettingError, match=r"target.kind = 'norm': VisionTransformer has no such parameters"):
         apply_target(vit, TargetSettings(kind="norm"))
-    with pytest.raises(SettingError, match=r"target.kind = 'visual_prompt': ResNet is no ViT"):
+    with pytest.raises(SettingError, match=r"target.kind = 'visual_prompt': ResNet is not a ViT"):
         apply_target(timm.create_model("resnet18"), TargetSettings(kind="visual_prompt"))
 
 
