@@ -10,6 +10,7 @@ from typing import Any
 
 from flops_lightning.datamodules.files import Listing, Part, file_sizes
 from flops_lightning.datamodules.image_folder import ImageFolderSource
+from flops_lightning.datamodules.text_files import HALF, is_whole
 from flops_lightning.errors import DamagedImageError, SettingError
 
 IMAGE = "<image>"
@@ -79,6 +80,8 @@ def _read(entry: Any, place: int, file: str, all_captions: bool) -> Entry:
         raise refusal("has no list of captions.", "Write one, or all_captions: false for the answers alone.")
     if not all(text.strip() for text in captions):
         raise refusal("has an empty caption.", "Write one, or leave the entry out.")
+    if not all(map(is_whole, (question, *captions))):
+        raise refusal(f"{HALF}.", "Write it whole, or leave it out.")
     stripped = tuple(text.strip() for text in captions)
     return Entry(name, entry["image"], stripped, question.replace(IMAGE, "").strip())
 

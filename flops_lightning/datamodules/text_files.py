@@ -15,6 +15,18 @@ FORMS = (
 )
 
 
+HALF = "has half a character: an emoji was cut in two, as \\ud83d alone"
+
+
+def is_whole(text: str) -> bool:
+    """Whether a text has whole characters alone, as tokenizers want; JSON may hold halves of those beyond 16 bits."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 @dataclass(frozen=True)
 class TextEntry:
     """A line of a file.
@@ -99,7 +111,10 @@ def read_texts(setting: str, file: str, form: LabelledForm | None) -> list[TextE
         if not line.strip():
             continue
         try:
-            found.append(_entry(f"line {number}", json.loads(line), form))
+            read = json.loads(line)
+            if "\\u" in line and not is_whole(json.dumps(read, ensure_ascii=False)):
+                raise ValueError(HALF)
+            found.append(_entry(f"line {number}", read, form))
         except json.JSONDecodeError as error:
             problem = f"line {number} is not JSON ({error})."
             raise SettingError(setting, file, problem, "Write one JSON object a line.") from error

@@ -147,6 +147,7 @@ def changed(value: Any, **also: Any) -> dict[str, Any]:
         (changed([{"from": "human", "value": "<image>"}]), "has 1 turns"),
         (changed([{"from": "human", "value": "?"}, {"from": "gpt", "value": "A."}]), "has 0 times <image>"),
         (changed([{"from": "human", "value": "<image>"}, {"from": "gpt", "value": " "}]), "has an empty caption"),
+        (changed([{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "\ud83d"}]), "has half a character"),
         (entry(1, image="none.jpg"), r"entry 1 \('p1'\): .*none.jpg is missing"),
     ],
 )

@@ -187,6 +187,11 @@ def test_choices_show_their_tokens(choices, message, tmp_path: Path, caplog):
         ([{"prompt": "a", "completion": "b"}, [1]], {}, "line 2 is a list"),
         ([{"prompt": "a"}], {}, r"line 1 has no text 'completion', only \['prompt'\]"),
         ([{"prompt": "a", "completion": " "}], {}, "line 1 has an empty completion"),
+        (
+            [{"prompt": "\U0001f600", "completion": "b"}, {"prompt": "\ud83d", "completion": "b"}],
+            {},
+            "line 2 has half a",
+        ),
         ([{"messages": "x"}], {}, "line 1 has messages that are no list"),
         ([{"messages": [{"role": "user", "content": "x"}]}], {}, "whose last is no answer"),
         ([], {}, "has no entries"),
