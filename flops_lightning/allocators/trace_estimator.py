@@ -35,8 +35,8 @@ class TraceSettings:
         source: ``prediction``: a regression on quantities of the clean pass, fitted to the queries of earlier steps;
             needs no pilots. ``pilots``: the pilot estimates; sites without pilots use those of the other sites.
             ``both``: pilot estimates shrunk towards the prediction.
-        predictors: Features of the regression, besides ``tanh(loss)``; ``activation`` selects all names that begin with
-            ``activation.``. Empty: all that the module returns. ``["loss"]``: only ``tanh(loss)``.
+        predictors: Features of the regression besides the loss, each by its logarithm; ``activation`` selects all names
+            that begin with ``activation.``. Empty: all that the module returns. ``["loss"]``: only the loss.
         window: Number of past batches that the regression is fitted to. 0: no regression; traces are proportional to
             the first of ``top_gradient``, ``head_gradient`` and ``output_gradient`` that the module returns.
         ridge: Strength of the regression's prior, relative to its observations.
@@ -175,7 +175,11 @@ class TraceEstimator:
         return fit.predict(features), strength
 
     def _read_features(self, statistics: SampleStatistics, sites: int) -> Tensor:
-        """``(s, b, f)`` features: tanh(loss) and the logarithms of the predictors."""
+        """``(s, b, f)`` features: logarithms of the loss and of the predictors.
+
+        Unlike ``tanh(loss)``, which the paper's Gaussian reads, the logarithm tells losses of 4 apart, as language
+        models have them, and those near 0, where the trace falls with the square of the loss.
+        """
         offered = dict(statistics.predictors or {})
         wanted = [name for name in self.settings.predictors if name != "loss"]
         meant = {name: [each for each in offered if f"{each}.".startswith(f"{name}.")] for name in wanted}
@@ -183,13 +187,13 @@ class TraceEstimator:
             problem = f"is not among the predictors that `sample_statistics` returned: {sorted(offered)}."
             raise SettingError("traces.predictors", name, problem, f"Choose from {[*STEEP, 'activation', 'loss']}.")
         chosen = dict.fromkeys(each for name in wanted for each in meant[name])
-        names = ("tanh(loss)", *(chosen if self.settings.predictors else sorted(offered)))
+        names = ("log(loss)", *(chosen if self.settings.predictors else sorted(offered)))
         if names != self._names or any(len(features) != sites for features, _, _ in self._history):
             self._history.clear()
         self._names = names
         for name in names[1:]:
             _check_rows(f"predictors.{name}", offered[name], sites)
-        columns = [statistics.loss.tanh(), *(_log(offered[name]) for name in names[1:])]
+        columns = [_log(statistics.loss.abs()), *(_log(offered[name]) for name in names[1:])]
         return torch.stack([column.expand(sites, len(statistics.loss)) for column in columns], dim=2)
 
     def _pilots(self, statistics: SampleStatistics, sites: int) -> tuple[Tensor, Tensor]:
@@ -249,6 +253,6 @@ def _check_rows(name: str, value: Tensor, sites: int) -> None:
 
 
 def _log(value: Tensor) -> Tensor:
-    """Take logarithms; a gradient that underflowed to zero counts as the smallest of its batch."""
+    """Take logarithms; what underflowed to zero counts as the smallest of its batch."""
     least = torch.where(value > 0, value, torch.inf).amin(dim=-1, keepdim=True)
     return torch.where(value == 0, torch.where(least.isinf(), 1.0, least), value).log()
