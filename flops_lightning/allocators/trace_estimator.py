@@ -24,6 +24,7 @@ Source = Literal["prediction", "pilots", "both"]
 
 # Before anything is learned, traces are proportional to the first of these predictors that there is.
 STEEP = ("top_gradient", "head_gradient", "output_gradient")
+LEAST_LOSS = 1e-6  # smaller ones, and that of a right answer under a 0-1 loss, count as this
 START_PRIOR = 4.0  # nu until there are residuals of the prediction to learn it from
 
 
@@ -193,7 +194,7 @@ class TraceEstimator:
         self._names = names
         for name in names[1:]:
             _check_rows(f"predictors.{name}", offered[name], sites)
-        columns = [_log(statistics.loss.abs()), *(_log(offered[name]) for name in names[1:])]
+        columns = [statistics.loss.abs().clamp_min(LEAST_LOSS).log(), *(_log(offered[name]) for name in names[1:])]
         return torch.stack([column.expand(sites, len(statistics.loss)) for column in columns], dim=2)
 
     def _pilots(self, statistics: SampleStatistics, sites: int) -> tuple[Tensor, Tensor]:
@@ -253,6 +254,6 @@ def _check_rows(name: str, value: Tensor, sites: int) -> None:
 
 
 def _log(value: Tensor) -> Tensor:
-    """Take logarithms; what underflowed to zero counts as the smallest of its batch."""
+    """Take logarithms; a gradient that underflowed to zero counts as the smallest of its batch."""
     least = torch.where(value > 0, value, torch.inf).amin(dim=-1, keepdim=True)
     return torch.where(value == 0, torch.where(least.isinf(), 1.0, least), value).log()
