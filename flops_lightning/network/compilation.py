@@ -29,6 +29,7 @@ class CompiledNetwork(StagedNetwork):
 
     def __init__(self, network: StagedNetwork) -> None:
         super().__init__(network.module, network.stages)
+        self.live = network.live
         self._suffixes: dict[int, list[Run]] = {}
         self._blocks = {
             i: _CompiledBlock(stage.run) for i, stage in enumerate(self.stages) if hasattr(stage.run, "block")

@@ -98,7 +98,9 @@ def test_layers_in_a_row_are_compiled_as_one(compiler):
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Linear(8, 4))
     network = stage_network(module)
+    network.live = lambda targets, tokens, start: torch.ones(5, tokens)
     compiled = CompiledNetwork(network)
+    assert compiled.live is network.live
     with torch.no_grad():
         h = network.run(torch.randn(5, 6), 0, 1)
         torch.testing.assert_close(compiled.run_suffix(h, 1), network.run(h, 1))
