@@ -77,7 +77,7 @@ def test_the_configuration_of_the_paper_says_what_the_paper_does(tmp_path, monke
 
     monkeypatch.setattr(alignment_models, "load_language_model", load)
     monkeypatch.setattr(alignment, "VisionEncoder", encoder)
-    monkeypatch.setattr(alignment, "mean_embedding", lambda loss: torch.zeros(loss.width))
+    monkeypatch.setattr(alignment_models, "mean_embedding", lambda loss: torch.zeros(loss.width))
     root = photo_folder(tmp_path)
     data = {"root": root, "captions": root / "captions.json"}
     given = [f"--data.init_args.{name}={value}" for name, value in data.items()]

@@ -48,7 +48,7 @@ def test_a_task_keeps_the_module_that_it_trains():
     network, images, targets = prompted()
     task = Prompts(network)
     task.clip = None
-    with pytest.raises(SettingError, match=r"network = 'text_prompt.z': is trained and .* Keep the network's module"):
+    with pytest.raises(SettingError, match=r"network = 'text_prompt.z': is trained but .* Keep the network's module"):
         quiet_trainer(max_steps=1).fit(task, DataLoader(TensorDataset(images, targets), batch_size=3))
 
 
