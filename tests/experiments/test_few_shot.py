@@ -51,10 +51,10 @@ def test_methods_are_tested_with_what_they_cost(given, tmp_path: Path):
     assert len({each["loss"] for each in (start, backprop, lr, mezo)}) == 4
 
 
-def test_cosines_are_of_each_third_and_rates_of_each_factor(given, tmp_path: Path):
+def test_cosines_are_of_each_third_and_a_row_of_rates_has_its_own(given, tmp_path: Path):
     few_shot.main(["cosines", *given, "--names", "all: lr"])
-    few_shot.main(["rates", *given, "--names", "top: mezo"])
+    few_shot.main(["rates", *given, "--names", "top: mezo, 0.001"])
     found = [json.loads((tmp_path / f"{name}.jsonl").read_text())["found"] for name in ("cosines", "rates")]
     assert list(found[0]) == ["layers 0 to 0", "layers 1 to 2", "layers 3 to 4", "all", "passes"]
     assert all(-1 <= cosine <= 1 for cosine in list(found[0].values())[:-1])
-    assert list(found[1]) == ["1 times"]
+    assert list(found[1]) == ["loss"]
