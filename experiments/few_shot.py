@@ -42,7 +42,7 @@ FORM: dict[str, Any] = {"template": "{text} It was", "choices": [" terrible", " 
 SHOTS, STEPS, SIZE = 16, 30, 8
 TOKENS, TESTED, JUDGED, SET_ASIDE = 20, 100, 50, 50
 """Most tokens of a sentence in the template; sentences of a class to test on, to judge rates on, and to try them on."""
-RATES = {"top: backprop": 1e-3, "top: lr": 3e-3, "top: mezo": 3e-3, "top: mezo x4": 9e-3}
+RATES = {"top: backprop": 3e-3, "top: lr": 1e-3, "top: mezo": 27e-3, "top: mezo x4": 9e-3}
 """Of Adam, chosen by the table ``rates``."""
 COSINES = ("top: lr", "all: lr", "all: mezo")
 GRID = (0.3, 1.0, 3.0)
