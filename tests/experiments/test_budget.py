@@ -29,7 +29,7 @@ def test_every_file_and_class_is_there() -> None:
     assert [(site["name"], site["queries_per_sample"]) for site in sites[:2]] == [("lower", 3), ("middle", 3)]
 
 
-@pytest.mark.slow
+@pytest.mark.study
 @pytest.mark.usefixtures("forked_runs")
 def test_short_studies(tmp_path: Path) -> None:
     short = ["--", "--data.init_args.batch_size=8", "--trainer.limit_train_batches=3", "--trainer.limit_val_batches=1"]

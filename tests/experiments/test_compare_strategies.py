@@ -195,7 +195,7 @@ def test_wrong_settings_are_refused(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.study
 @pytest.mark.timeout(1200)  # a dozen processes, each of which imports everything
 @pytest.mark.usefixtures("forked_runs")
 def test_a_short_study(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def test_every_file_is_there() -> None:
     assert [file for file in files if not Path(file).is_file()] == []
 
 
-@pytest.mark.slow
+@pytest.mark.study
 @pytest.mark.usefixtures("forked_runs")
 def test_a_short_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rates, "EXTENSIONS", 0)

@@ -68,7 +68,7 @@ def test_accuracies_are_compared_seed_by_seed(seeds: int) -> None:
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.study
 @pytest.mark.usefixtures("forked_runs")
 def test_a_short_study(tmp_path: Path) -> None:
     short = ["--", "--data.init_args.batch_size=16", "--trainer.max_epochs=1", "--trainer.limit_train_batches=4"]

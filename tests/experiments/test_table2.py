@@ -242,7 +242,7 @@ def test_a_split_of_known_classes_has_eight_images_of_each_that_the_seed_draws(t
         write_split(str(tmp_path), tmp_path / "split.json", seed=1)
 
 
-@pytest.mark.slow
+@pytest.mark.study
 @pytest.mark.usefixtures("forked_runs")
 def test_two_steps_are_trained_tested_and_reported_and_nothing_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared_data: Callable[[str], Path]

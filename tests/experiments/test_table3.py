@@ -148,7 +148,7 @@ def test_noise_in_the_activations_is_met_in_training_and_nowhere_else(tmp_path: 
     assert spread[1] == pytest.approx(3.0, rel=0.2)  # the head's own noise; that of the block adds to it
 
 
-@pytest.mark.slow
+@pytest.mark.study
 @pytest.mark.usefixtures("forked_runs")
 def test_a_run_in_small_trains_tests_and_reports_and_goes_on_where_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

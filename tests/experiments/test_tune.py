@@ -29,7 +29,7 @@ def test_what_is_found_is_compared_with_the_best_of_the_grid_seed_by_seed():
     ]  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_the_study_compares_eight_rates_and_every_width_and_goes_on_with_the_next_seed(tmp_path):
     given = ["--output", str(tmp_path), "--steps", "4", "--tuning_steps", "8", "--repeats", "2"]
     extra = ["--model.init_args.checkpoint", "", "--model.init_args.model_kwargs", TINY,
