@@ -123,7 +123,7 @@ def test_it_takes_no_command_line_parser_no_loaders_and_no_tables():
     assert "failed" not in answer.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_the_whole_command_trains_on_images_and_in_two_processes(tmp_path, capsys):
     noise_images(tmp_path / "cifar10", train=3, test=2)
     out = tmp_path / "gpu.json"

@@ -17,7 +17,7 @@ def test_the_table_is_of_medians_over_that_of_inference() -> None:
     assert [cell.strip() for cell in line.split("|")[1:-1]] == ["MeZO", "110 (105 - 120)", "1.10"]
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_shared_directions_stay_near_the_memory_of_inference(capsys: pytest.CaptureFixture[str]) -> None:
     """Weights, batch and gradients counted on both sides; the bar is 1.2."""
     names = ["MeZO", "SPSA shared, whole network"]

@@ -67,7 +67,7 @@ def test_augmented_images_are_shifted_and_mirrored_parts_of_the_padded_ones() ->
     assert len({tuple(each[0].flatten().tolist()) for each in found}) > 30
 
 
-@pytest.mark.slow
+@pytest.mark.study
 def test_it_learns_what_captions_say() -> None:
     """Bright images and dark ones."""
     images = torch.randint(0, 100, (200, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
