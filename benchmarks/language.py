@@ -59,14 +59,14 @@ class Problem:
         from transformers import LlamaConfig, LlamaForCausalLM
 
         torch.manual_seed(0)
-        sizes = SIZES[size]
-        config = LlamaConfig(num_attention_heads=sizes["hidden_size"] // 64 * 4 or 4, **sizes)  # type: ignore[arg-type]
-        llm = LlamaForCausalLM(config).to(device, dtype)  # type: ignore[arg-type]
+        sizes: Any = SIZES[size]
+        config = LlamaConfig(num_attention_heads=sizes["hidden_size"] // 64 * 4, **sizes)
+        llm: Any = LlamaForCausalLM(config)
         adapter = nn.Sequential(nn.Linear(FEATURES, sizes["hidden_size"])).to(device)
         lengths = np.linspace(*LENGTHS, batch).astype(np.int64)  # ascending, as sorted batches are
         captions = PaddedTargets.of([torch.randint(sizes["vocab_size"], (int(n),)) for n in lengths]).to(device)
         x = torch.nn.functional.normalize(torch.randn(batch, FEATURES), dim=1).to(device)
-        return cls(adapter, CaptionLoss(llm), x, captions, queries, chunk_rows)
+        return cls(adapter, CaptionLoss(llm.to(device, dtype)), x, captions, queries, chunk_rows)
 
     def likelihood_ratio(self) -> LikelihoodRatio:
         # Wide enough for half precision, whose rounding would be refused.

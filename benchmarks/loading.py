@@ -9,11 +9,11 @@ import os
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -85,7 +85,7 @@ def rates(
     for number in workers:
         data = photos(root, num_workers=number, **settings)
         data.setup("fit")
-        whole = len(data.train_set)  # type: ignore[arg-type]
+        whole = len(cast("Sized", data.train_set))
         count = min(images, whole)
         data.train_set = Subset(data.train_set, [i * whole // count for i in range(count)])
         loaders[number] = data.train_dataloader()

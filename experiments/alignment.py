@@ -94,16 +94,17 @@ def costs(problem: Problem, name: str) -> Found:
     step = {"inference": inference, "bp": problem.backprop_step(adapter)}.get(method)
     if step is None:
         step = problem.query_step(adapter, int(queries), allocated=method == "ops", rows=BATCH)
-    seconds = {run: min(_seconds(run, batch) for _ in range(5)) for run in (inference, step)}
+    seconds = {run: min(seconds_of(run, *batch) for _ in range(5)) for run in (inference, step)}
     adapter.zero_grad()
     peak = peak_bytes(torch.enable_grad()(lambda: step(*batch))) / 2**20
     ratio = seconds[step] / seconds[inference]
     return {"seconds of a step": seconds[step], "over inference": ratio, "MiB": peak}, []
 
 
-def _seconds(run: Callable[..., object], batch: Sequence[Any]) -> float:
+def seconds_of(run: Callable[..., object], *args: Any) -> float:
+    """Processor time of a call."""
     start = time.process_time()
-    run(*batch)
+    run(*args)
     return time.process_time() - start
 
 

@@ -197,9 +197,9 @@ def study(options: argparse.Namespace) -> None:
     given = [*configs(options.config), *options.extra]
     cli = build(given)
     run, data = cli.model, cli.datamodule
-    budget = {"rule": "improvement", "price": "compute", "least": 0.25}
+    budget: Any = {"rule": "improvement", "price": "compute", "least": 0.25}
     keeping = Keeping(options.steps)
-    callback = QueryAllocatorCallback(allocator=EqualAllocator(), budget=budget)  # type: ignore[arg-type]
+    callback = QueryAllocatorCallback(allocator=EqualAllocator(), budget=budget)
     pl.Trainer(
         accelerator="cpu", max_steps=max(options.steps), callbacks=[callback, keeping], logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,

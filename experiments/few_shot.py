@@ -30,8 +30,7 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 from torch import Tensor
 
-from experiments.language import report
-from experiments.rows import resumed
+from experiments.rows import study_options, table
 from flops_lightning.datamodules import JsonlTextDataModule
 from flops_lightning.language import encode
 from flops_lightning.language.models import load_tokenizer
@@ -187,23 +186,10 @@ TABLES = {
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.few_shot", description=(__doc__ or "").partition("\n")[0]
-    )
-    parser.add_argument("table", choices=TABLES)
-    parser.add_argument("--model", type=Path, required=True, help="folder of the language model")
-    parser.add_argument("--sentences", type=Path, required=True, help="movieReviewSnippets_GroundTruth.txt")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--names", nargs="+", help="rows to make; all by default")
-    options = parser.parse_args(args)
+    files = {"model": "folder of the language model", "sentences": "movieReviewSnippets_GroundTruth.txt"}
+    options = study_options(__doc__, TABLES, files, args)
     options.files = written(options)
-    make, names = TABLES[options.table]
-
-    def row(name: str, seed: int) -> dict[str, Any]:
-        return {"found": make(options, name, seed)}
-
-    print(report(resumed(options.output / f"{options.table}.jsonl", options.names or names, options.seeds, row)))
+    print(table(options, TABLES))
 
 
 if __name__ == "__main__":

@@ -13,18 +13,15 @@ are there are not made again. Prints the table.
 """
 
 import argparse
-import statistics
 import time
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from experiments.rows import resumed
-from experiments.tables import markdown, mean_interval
+from experiments.rows import study_options, table
 from flops_lightning.datamodules.caption_files import read_entries
 from flops_lightning.language import encode, pack
 from flops_lightning.strategies import SPSA, Backprop, LikelihoodRatio, MeZO
@@ -166,39 +163,9 @@ TABLES = {
 }  # fmt: skip
 
 
-def report(lines: Sequence[dict[str, Any]]) -> str:
-    """Means with their 95 % intervals over the seeds."""
-    names, columns = dict.fromkeys(line["name"] for line in lines), dict.fromkeys(c for x in lines for c in x["found"])
-    cells = []
-    for name in names:
-        own = [line["found"] for line in lines if line["name"] == name]
-        row = [name, str(len(own))]
-        for column in columns:
-            values = [found[column] for found in own if column in found]
-            mean = statistics.fmean(values) if values else 0.0
-            half = mean - mean_interval(values)[1] if len(values) > 1 else 0.0
-            row.append(f"{mean:.4g}" + (f" ± {half:.2g}" if half else "") if values else "-")
-        cells.append(row)
-    return markdown(["", "seeds", *columns], cells)
-
-
 def main(args: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.language", description=(__doc__ or "").partition("\n")[0]
-    )
-    parser.add_argument("table", choices=TABLES)
-    parser.add_argument("--model", type=Path, required=True, help="folder of the language model")
-    parser.add_argument("--captions", type=Path, required=True, help="JSON file of captioned photos")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--names", nargs="+", help="rows to make; all by default")
-    options = parser.parse_args(args)
-    make, names = TABLES[options.table]
-
-    def row(name: str, seed: int) -> dict[str, Any]:
-        return {"found": make(options, name, seed)}
-
-    print(report(resumed(options.output / f"{options.table}.jsonl", options.names or names, options.seeds, row)))
+    files = {"model": "folder of the language model", "captions": "JSON file of captioned photos"}
+    print(table(study_options(__doc__, TABLES, files, args), TABLES))
 
 
 if __name__ == "__main__":

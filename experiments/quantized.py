@@ -9,7 +9,6 @@ import argparse
 import io
 import json
 import statistics
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments.alignment import RATES, STEPS, trained
+from experiments.alignment import RATES, STEPS, seconds_of, trained
 from experiments.alignment_problem import RELATIVE_SIGMA, TOKENS, Problem
 from experiments.caption_costs import FOUR, slopes
 from experiments.rows import resumed
@@ -73,15 +72,7 @@ def saved_mib(model: nn.Module) -> float:
 
 def seconds_beside(run: Callable[[], object], beside: Callable[[], object]) -> float:
     """Processor time over that of another, run in turns: the median."""
-    ratios = []
-    for _ in range(ROUNDS):
-        spent = []
-        for each in (run, beside):
-            start = time.process_time()
-            each()
-            spent.append(time.process_time() - start)
-        ratios.append(spent[0] / spent[1])
-    return statistics.median(ratios)
+    return statistics.median(seconds_of(run) / seconds_of(beside) for _ in range(ROUNDS))
 
 
 def autograd_cosine(exact: CaptionLoss, own: CaptionLoss, z: Tensor, captions: PaddedTargets) -> float:
